@@ -1,0 +1,236 @@
+"""Which keys a configuration may hold, and the error for one that it may not.
+
+In: a section as plain dicts and lists (interpolations unresolved), the defaults it is merged over, the classes
+that will read it. Out: nothing, or a `ConfigError` that names the nearest valid key. LAVIS validates nothing, and a
+misspelt key is silently without effect there.
+
+Classes of this package list every key in their default YAML, so the defaults are the whole truth: `null` accepts
+any value, `{}` any mapping. LAVIS's own classes read keys that no YAML lists; those are found in the classes'
+sources (`keys_read_by`).
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import functools
+import inspect
+import re
+import sys
+import textwrap
+from collections.abc import Iterable, Mapping
+
+from lavis_lstp.errors import ConfigError
+from lavis_lstp.run_keys import ANY, BOOLEAN, INTEGER, LIST, MAPPING, NUMBER, RUN_KEYS, SET_AT_RUN_TIME, TEXT
+
+MODEL_KEYS = frozenset({"arch", "model_type", "load_finetuned", "load_pretrained", "finetuned", "pretrained"})
+"""What LAVIS's Config and BaseModel read for every model."""
+
+PROCESSOR_KEYS = {"vis_processor": {"train", "eval"}, "text_processor": {"train", "eval"}}
+
+LAVIS_DATASET_KEYS = {
+    "": {"type", "data_type", "build_info", "vis_processor", "text_processor", "sample_ratio"},
+    "build_info": {"annotations", "images", "videos", "features", "audio", "storage", "instance_id_key"},
+    "build_info.annotations": {"train", "val", "test", "url", "storage"},
+    "build_info.annotations.*": {"url", "storage", "md5"},
+    "build_info.images": {"url", "storage"},
+    "build_info.videos": {"url", "storage"},
+    "build_info.features": {"url", "storage"},
+    **PROCESSOR_KEYS,
+}
+"""Keys of LAVIS's data sets that are legal whether or not the default YAML has them, by dotted place."""
+
+
+def is_ours(cls: type) -> bool:
+    """Classes of this package list every key in their default YAML."""
+    return cls.__module__.split(".")[0] == "lavis_lstp"
+
+
+def check_model(given: Mapping, defaults: Mapping, model_cls: type) -> None:
+    """Raise ConfigError for a key of `model` that neither the defaults nor the class know."""
+    extra = {"": set(MODEL_KEYS)}
+    if not is_ours(model_cls):
+        read = keys_read_by(model_cls)
+        if read is None:
+            return
+        extra[""] |= read
+    _check_mapping(given, defaults, "model", extra)
+
+
+def check_dataset(given: Mapping, defaults: Mapping, name: str, builder_cls: type) -> None:
+    """Raise ConfigError for a key of `datasets.<name>` that neither the defaults nor the builder know."""
+    extra = {"": {"type"}, **PROCESSOR_KEYS}
+    if not is_ours(builder_cls):
+        read = keys_read_by(builder_cls)
+        if read is None:
+            return
+        extra = {**LAVIS_DATASET_KEYS, "": LAVIS_DATASET_KEYS[""] | read}
+    _check_mapping(given, defaults, f"datasets.{name}", extra)
+
+
+def check_run(given: Mapping, classes: Iterable[type]) -> None:
+    """Raise ConfigError for a key of `run` that neither the table nor the runner and task classes know.
+
+    Args:
+        classes: the runner and task class; their `RUN_KEYS` and what their sources read are legal too.
+    """
+    known = set(RUN_KEYS) | SET_AT_RUN_TIME
+    for cls in classes:
+        for klass in cls.__mro__:
+            known |= set(vars(klass).get("RUN_KEYS", ()))
+        if not is_ours(cls):
+            read = keys_read_by(cls)
+            if read is None:
+                return
+            known |= read
+    for key, value in given.items():
+        if key not in known:
+            raise ConfigError(_unknown_key("run", key, known))
+        if key in RUN_KEYS:
+            _check_kind(f"run.{key}", value, RUN_KEYS[key][0])
+
+
+def check_roots(given: Mapping) -> None:
+    """Raise ConfigError for a top-level section that nobody reads."""
+    roots = ("model", "datasets", "run")
+    for key in given:
+        if key not in roots:
+            near = _nearest(str(key), roots)
+            hint = f"did you mean '{near}'? " if near else ""
+            raise ConfigError(f"unknown section '{key}'; {hint}known: {', '.join(roots)}")
+
+
+def _check_mapping(given: Mapping, defaults: Mapping, where: str, extra: Mapping[str, set], place: str = "") -> None:
+    known = set(defaults) | _extra_at(extra, place)
+    for key, value in given.items():
+        if key not in known:
+            raise ConfigError(_unknown_key(where, key, known))
+        inner = f"{place}.{key}".lstrip(".")
+        default = defaults.get(key)
+        _check_kind(f"{where}.{key}", value, _kind_of(default))
+        if isinstance(value, Mapping) and (default or _extra_at(extra, inner)):
+            _check_mapping(value, default or {}, f"{where}.{key}", extra, inner)
+
+
+def _extra_at(extra: Mapping[str, set], place: str) -> set:
+    """Extra keys legal at a dotted place; the last part of an entry may be `*`."""
+    return set(extra.get(place) or extra.get(f"{place.rpartition('.')[0]}.*", ()))
+
+
+def _nearest(name: str, known: Iterable[object]) -> str | None:
+    return next(iter(difflib.get_close_matches(name, map(str, known), n=1, cutoff=0.5)), None)
+
+
+def _unknown_key(where: str, key: object, known: Iterable[str]) -> str:
+    near = _nearest(str(key), known)
+    if near:
+        return f"unknown key '{where}.{key}'; did you mean '{where}.{near}'?"
+    return f"unknown key '{where}.{key}'; known: {', '.join(sorted(map(str, known)))}"
+
+
+def _kind_of(default: object) -> str:
+    if isinstance(default, bool):
+        return BOOLEAN
+    if isinstance(default, (int, float)):
+        return NUMBER
+    for kind, types in ((TEXT, str), (LIST, list), (MAPPING, Mapping)):
+        if isinstance(default, types):
+            return kind
+    return ANY
+
+
+def _check_kind(where: str, value: object, kind: str) -> None:
+    """Raise ConfigError where a value cannot be read as what its key holds; null and interpolations always can."""
+    if value is None or kind == ANY or (isinstance(value, str) and "${" in value):
+        return
+    fits = {
+        BOOLEAN: lambda: isinstance(value, bool),
+        INTEGER: lambda: _is_number(value) and float(value).is_integer(),
+        NUMBER: lambda: _is_number(value),
+        TEXT: lambda: not isinstance(value, (Mapping, list)),
+        LIST: lambda: isinstance(value, list),
+        MAPPING: lambda: isinstance(value, Mapping),
+    }
+    if not fits[kind]():
+        raise ConfigError(f"{where} must be {kind}, got {value!r}")
+
+
+def _is_number(value: object) -> bool:
+    """Numbers, and text that Python reads as one: YAML calls 1e-4 text."""
+    if isinstance(value, bool):
+        return False
+    if isinstance(value, (int, float)):
+        return True
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+_CONFIG_NAME = re.compile(r"(^|_)(cfg|config|kwargs)$")
+_DICT_METHODS = {"get", "pop", "items", "keys", "values", "update", "copy", "setdefault"}
+
+
+@functools.cache
+def keys_read_by(cls: type) -> frozenset[str] | None:
+    """Names that the sources of a class and its bases read from a configuration.
+
+    Found are `cfg.get("x")`, `cfg["x"]`, `cfg.x`, `"x" in cfg`, `getattr(cfg, "x")` for every name that ends in cfg or
+    config, and the same in the classes to which a `from_config(cfg)` is passed on.
+
+    Returns:
+        None where a class has no source to read, so that nothing can be said about its keys.
+    """
+    keys: set[str] = set()
+    waiting, seen = [cls], set()
+    while waiting:
+        for klass in waiting.pop().__mro__:
+            if klass in seen or klass.__module__.split(".")[0] in ("builtins", "torch", "abc", "transformers"):
+                continue
+            seen.add(klass)
+            try:
+                tree = ast.parse(textwrap.dedent(inspect.getsource(klass)))
+            except (OSError, TypeError):
+                return None
+            keys |= _keys_in(tree)
+            waiting += _delegates(tree, klass)
+    return frozenset(keys)
+
+
+def _keys_in(tree: ast.AST) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        names: list[ast.AST | str] = []
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            if node.func.attr in _DICT_METHODS and _is_config(node.func.value):
+                names = node.args[:1]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            if node.func.id in ("getattr", "hasattr") and len(node.args) > 1 and _is_config(node.args[0]):
+                names = node.args[1:2]
+        elif isinstance(node, ast.Subscript) and _is_config(node.value):
+            names = [node.slice]
+        elif isinstance(node, ast.Compare) and any(_is_config(right) for right in node.comparators):
+            names = [node.left]
+        elif isinstance(node, ast.Attribute) and _is_config(node.value) and node.attr not in _DICT_METHODS:
+            names = [node.attr]
+        for name in names:
+            value = name if isinstance(name, str) else getattr(name, "value", None)
+            if isinstance(value, str):
+                found.add(value)
+    return found
+
+
+def _is_config(node: ast.AST) -> bool:
+    name = getattr(node, "id", None) or getattr(node, "attr", None)
+    return isinstance(name, str) and bool(_CONFIG_NAME.search(name))
+
+
+def _delegates(tree: ast.AST, klass: type) -> list[type]:
+    """Classes named in the source whose `from_config` is called."""
+    names = vars(sys.modules[klass.__module__])
+    calls = (node.func for node in ast.walk(tree) if isinstance(node, ast.Call))
+    called = (
+        f.value.id for f in calls if isinstance(f, ast.Attribute) and f.attr == "from_config" and hasattr(f.value, "id")
+    )
+    return [names[name] for name in called if isinstance(names.get(name), type)]

@@ -1,0 +1,140 @@
+"""How the package is built: what it needs, and how its `.pth` line and its recipes get into a wheel.
+
+`salesforce-lavis` is not in `install_requires`: its pins (transformers<4.27, timm==0.4.12, opencv-python-headless
+==4.5.5.64, fairscale==0.4.4) exclude every Python and torch of today, so pip could resolve nothing. It is installed
+beside us by `pip install --no-deps salesforce-lavis==1.0.2`; what it needs at import is listed here.
+"""
+
+import base64
+import hashlib
+import re
+import zipfile
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.build_py import build_py
+from setuptools.command.editable_wheel import editable_wheel
+
+HERE = Path(__file__).resolve().parent
+PTH = "lavis_lstp.pth"
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "lavis_lstp" / "__init__.py").read_text(encoding="utf-8"))[1]
+
+
+class BuildWithPlugin(build_py):
+    """Adds `lavis_lstp.pth` to the root of a wheel, and projects/**/*.yaml as lavis_lstp/projects/**."""
+
+    def run(self):
+        super().run()
+        for target, source in self._extra_files().items():
+            self.mkpath(str(Path(target).parent))
+            self.copy_file(source, target)
+
+    def get_outputs(self, include_bytecode=True):
+        return super().get_outputs(include_bytecode) + list(self._extra_files())
+
+    def get_output_mapping(self):
+        return {**super().get_output_mapping(), **self._extra_files()}
+
+    def _extra_files(self):
+        recipes = sorted(path.relative_to(HERE) for path in (HERE / "projects").rglob("*.yaml"))
+        files = {str(Path(self.build_lib, "lavis_lstp", path)): str(path) for path in recipes}
+        if not self.editable_mode:
+            files[str(Path(self.build_lib, PTH))] = PTH
+        return files
+
+
+class EditableWithPlugin(editable_wheel):
+    """Adds `lavis_lstp.pth` to the finished wheel of `pip install -e`: setuptools offers no public way before."""
+
+    def run(self):
+        super().run()
+        for wheel in Path(self.dist_dir).glob("*.whl"):
+            _add_to_wheel(wheel, HERE / PTH)
+
+
+def _add_to_wheel(wheel: Path, file: Path) -> None:
+    """Write `file` to the root of a wheel and enter it into RECORD."""
+    with zipfile.ZipFile(wheel) as archive:
+        members = [(info, archive.read(info)) for info in archive.infolist() if info.filename != file.name]
+    content = file.read_bytes()
+    digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
+    partial = wheel.with_suffix(".tmp")
+    with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(file.name, content)
+        for info, data in members:
+            if info.filename.endswith(".dist-info/RECORD"):
+                data = data.rstrip(b"\n") + f"\n{file.name},sha256={digest},{len(content)}\n".encode()
+            archive.writestr(info, data)
+    partial.replace(wheel)
+
+
+# What `import lavis` needs, as far as its own pins matter to nobody any more.
+LAVIS_NEEDS = [
+    "einops>=0.4.1",
+    "fairscale>=0.4.13",
+    "ftfy>=6.1",
+    "iopath>=0.1.10",
+    "omegaconf>=2.3",
+    "pandas>=2.0",
+    "pycocoevalcap>=1.2",
+    "pycocotools>=2.0.6",
+    "sentencepiece>=0.2",
+    "spacy>=3.7",
+    "timm>=1.0",
+    "webdataset>=0.2.86",
+]
+
+OUR_NEEDS = [
+    "accelerate>=0.34",
+    "av>=12",
+    "matplotlib>=3.8",
+    "numpy>=1.26",
+    "opencv-python-headless>=4.9",
+    "peft>=0.17",
+    "pillow>=10",
+    "pyyaml>=6",
+    "safetensors>=0.4.3",
+    "tokenizers>=0.22",
+    "torch>=2.4",
+    "torchvision>=0.19",
+    "tqdm>=4.66",
+    "transformers>=4.57.6,<6",
+    # Both packages occupy the module `decord`; the first has no wheel for macOS on ARM.
+    "decord>=0.6.0; sys_platform != 'darwin' or platform_machine != 'arm64'",
+    "eva-decord>=0.6.1; sys_platform == 'darwin' and platform_machine == 'arm64'",
+]
+
+setup(
+    name="lavis_lstp",
+    version=VERSION,
+    description="LSTP, language-guided frame selection for long-video question answering, as a plug-in for LAVIS",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="BSD-3-Clause",
+    author="The lavis_lstp authors",
+    python_requires=">=3.10",
+    package_dir={"": "."},  # a plain .pth line for `pip install -e`, no finder that each interpreter pays for
+    packages=[
+        "lavis_lstp",
+        "lavis_lstp.data",
+        "lavis_lstp.metrics",
+        "lavis_lstp.models",
+        "lavis_lstp.runners",
+        "lavis_lstp.shims",
+        "lavis_lstp.tasks",
+        "webdataset_tools",
+    ],
+    package_data={"lavis_lstp": ["configs/**/*.yaml"]},
+    install_requires=LAVIS_NEEDS + OUR_NEEDS,
+    extras_require={
+        "test": ["hypothesis>=6.100", "psutil>=5.9", "pytest>=8", "pytest-xdist>=3.5", "ruff>=0.6"],
+        "deepspeed": ["deepspeed>=0.17"],
+    },
+    entry_points={"console_scripts": ["lavis-lstp = lavis_lstp.cli:main"]},
+    cmdclass={"build_py": BuildWithPlugin, "editable_wheel": EditableWithPlugin},
+    classifiers=[
+        "License :: OSI Approved :: BSD License",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

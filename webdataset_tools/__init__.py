@@ -1,0 +1,1 @@
+"""Tools that write and check WebDataset shards for LAVIS; filled by a later issue."""
