@@ -7,6 +7,7 @@ beside us by `pip install --no-deps salesforce-lavis==1.0.2`; what it needs at i
 
 import base64
 import hashlib
+import py_compile
 import re
 import zipfile
 from pathlib import Path
@@ -48,6 +49,9 @@ class EditableWithPlugin(editable_wheel):
 
     def run(self):
         super().run()
+        # pip compiles what it installs, but not a checkout: without this an environment that writes no byte code
+        # would compile this one file in each interpreter, 1.5 ms instead of 0.3.
+        py_compile.compile(str(HERE / "lavis_lstp" / "__init__.py"))
         for wheel in Path(self.dist_dir).glob("*.whl"):
             _add_to_wheel(wheel, HERE / PTH)
 

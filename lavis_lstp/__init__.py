@@ -1,30 +1,46 @@
 """LSTP for LAVIS: a plug-in that `import lavis` finds by itself.
 
-What comes in: nothing but the import of this package, which the installed `lavis_lstp.pth` does in every process.
-What goes out: one import hook (`_hook.py`) that waits for `lavis`, and `register()`, which does the hook's work by
-hand. Only the standard library is imported here, because every interpreter of the environment pays for it.
+`lavis_lstp.pth` imports this package in every process of the environment, so this file is all that such a process
+pays for (`benchmarks/startup.py`): one finder, which hands the few names it watches to `_hook.py`.
+`LAVIS_LSTP_DISABLE=1` leaves `sys.meta_path` alone; `register()` does by hand what the hook does.
 """
 
-from __future__ import annotations
+import os
+import sys
 
 __version__ = "0.1.0"
 
+NEEDS_LAVIS = {
+    "lavis_lstp.config",
+    "lavis_lstp.data.builders",
+    "lavis_lstp.data.qa_dataset",
+    "lavis_lstp.models.lstp",
+    "lavis_lstp.runners",
+    "lavis_lstp.tasks",
+}  # our modules that import LAVIS when they are imported; tests/test_imports.py compares this with the sources
 
-def register() -> None:
-    """Make LAVIS know this package's data sets, models, tasks and runners; any number of times.
+WATCHED = NEEDS_LAVIS | {"lavis", "lavis.train", "lavis.evaluate"}
 
-    Raises:
-        ModuleNotFoundError: LAVIS is not installed; the message is the line to type.
-    """
+
+def register():
+    """Make LAVIS know this package's data sets, models, tasks and runners; any number of times."""
     from lavis_lstp import plugin
 
     plugin.register()
 
 
-def _install_hook() -> None:
-    from lavis_lstp import _hook
+class Finder:
+    """Stands first in `sys.meta_path`; `None`, for all names but the watched ones, means "ask the next finder"."""
 
-    _hook.install()
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname not in WATCHED:
+            return None
+        from lavis_lstp import _hook
+
+        return _hook.find_spec(self, fullname, path, target)
 
 
-_install_hook()
+if os.environ.get("LAVIS_LSTP_DISABLE", "0") in ("", "0"):
+    sys.meta_path.insert(0, Finder())
+    if "lavis" in sys.modules:  # too late to wait for it
+        register()

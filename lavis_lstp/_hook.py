@@ -1,17 +1,14 @@
-"""The import hook: waits for `lavis`, imports nothing itself, standard library only.
+"""What the finder in `__init__.py` answers with; loaded when one of its names is imported for the first time.
 
-LAVIS has no plug-in discovery, so a finder at the front of `sys.meta_path` answers for these names and no others:
+LAVIS has no plug-in discovery, so these names, and no others, are answered for:
 
     lavis                         the real package, wrapped: compatibility shims, real module, our registration
     lavis.train, lavis.evaluate   files of ours, unless this LAVIS has its own
     the modules in NEEDS_LAVIS    ours, which import LAVIS: `lavis` is imported before they run, because half-imported
                                   they would be asked to register by the very import they make
 
-Every interpreter of the environment runs this file, hence no import beyond `sys` and `os` at module level
-(`benchmarks/startup.py` measures it). `LAVIS_LSTP_DISABLE=1` leaves `sys.meta_path` alone.
+Standard library only, and no torch: code that asks `importlib.util.find_spec("lavis")` gets here as well.
 """
-
-from __future__ import annotations
 
 import os
 import sys
@@ -23,44 +20,35 @@ OLDEST_LAVIS = (1, 0, 2)
 
 SERVED = {"lavis.train": "train.py", "lavis.evaluate": "evaluate.py"}
 
-NEEDS_LAVIS = frozenset(
-    {
-        "lavis_lstp.config",
-        "lavis_lstp.data.builders",
-        "lavis_lstp.data.qa_dataset",
-        "lavis_lstp.models.lstp",
-        "lavis_lstp.runners",
-        "lavis_lstp.tasks",
-    }
-)
-"""Modules that import `lavis` at module level; `tests/test_imports.py` compares this with the sources."""
+
+def find_spec(finder, fullname, path, target):
+    """The spec of a watched name, or None where another finder should be asked.
+
+    Raises:
+        ImportError: `lavis` is missing or too old; the message says what to type.
+    """
+    if fullname == "lavis":
+        spec = _ask_others(finder, fullname, path, target)
+        _check_lavis(spec)
+        spec.loader = _LavisLoader(spec.loader)
+        return spec
+    if fullname in SERVED:
+        return _ask_others(finder, fullname, path, target) or _served_spec(fullname)
+    if "lavis" in sys.modules:
+        return None
+    spec = _ask_others(finder, fullname, path, target)
+    if spec is not None:
+        spec.loader = _AfterLavisLoader(spec.loader)
+    return spec
 
 
-class Finder:
-    """Answers for the names above; `None`, which means "ask the next finder", for all others."""
-
-    def find_spec(self, fullname, path=None, target=None):
-        if fullname == "lavis":
-            spec = self._ask_others(fullname, path, target)
-            _check_lavis(spec)
-            spec.loader = _LavisLoader(spec.loader)
-            return spec
-        if fullname in SERVED:
-            return self._ask_others(fullname, path, target) or _served_spec(fullname)
-        if fullname in NEEDS_LAVIS and "lavis" not in sys.modules:
-            spec = self._ask_others(fullname, path, target)
+def _ask_others(finder, fullname, path, target):
+    for other in sys.meta_path:
+        if other is not finder and hasattr(other, "find_spec"):
+            spec = other.find_spec(fullname, path, target)
             if spec is not None:
-                spec.loader = _AfterLavisLoader(spec.loader)
-            return spec
-        return None
-
-    def _ask_others(self, fullname, path, target):
-        for finder in sys.meta_path:
-            if finder is not self and hasattr(finder, "find_spec"):
-                spec = finder.find_spec(fullname, path, target)
-                if spec is not None:
-                    return spec
-        return None
+                return spec
+    return None
 
 
 class _Wrapper:
@@ -138,16 +126,3 @@ def _version_beside(folder):
             numbers = rest[: -len(".dist-info")].split(".")
             return tuple(int(n) for n in numbers if n.isdigit())
     return None
-
-
-def install() -> None:
-    """Put the finder in front, once. Where LAVIS is imported already, register at once instead of waiting."""
-    if os.environ.get("LAVIS_LSTP_DISABLE", "0") not in ("", "0"):
-        return
-    if any(isinstance(finder, Finder) for finder in sys.meta_path):
-        return
-    sys.meta_path.insert(0, Finder())
-    if "lavis" in sys.modules:
-        from lavis_lstp import plugin
-
-        plugin.register()

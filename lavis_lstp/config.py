@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import lavis.common.config as lavis_config
-import lavis.common.optims  # noqa: F401, registers LAVIS's schedules
+import lavis.common.optims  # registers LAVIS's schedules
 import lavis.runners  # noqa: F401, registers LAVIS's runners
 import yaml
 from lavis.common.registry import registry
