@@ -1,0 +1,34 @@
+"""Scores of spans: predicted and gold `Span` in, numbers out."""
+
+from __future__ import annotations
+
+import math
+
+from lavis_lstp.metrics.coverage import Items, join_by_id
+from lavis_lstp.metrics.qa import accuracy_interval
+from lavis_lstp.schema import Span
+
+IOU_THRESHOLDS = (0.3, 0.5)
+
+
+def evaluate_spans(predictions: Items[Span], golds: Items[Span], *, allow_partial: bool = False) -> dict:
+    """Mean intersection over union, and the share of spans that reach 0.3 and 0.5 (R@0.3, R@0.5).
+
+    Args:
+        predictions, golds: question id -> half-open span in frames, or pairs of them.
+        allow_partial: see `join_by_id`; means are then over the questions that have a prediction.
+
+    Returns:
+        iou, recall_0.3, recall_0.5 (0..1), recall_*_interval (95 %), and the coverage as in `evaluate_answers`.
+
+    Raises:
+        CoverageError: predictions and golds are not one to one.
+    """
+    ids, predicted, gold, coverage = join_by_id(predictions, golds, allow_partial=allow_partial)
+    ious = [Span(*predicted[key]).iou(Span(*gold[key])) for key in ids]
+    result: dict = {"iou": math.fsum(ious) / len(ious)}
+    for threshold in IOU_THRESHOLDS:
+        hits = sum(iou >= threshold for iou in ious)
+        result[f"recall_{threshold}"] = hits / len(ious)
+        result[f"recall_{threshold}_interval"] = accuracy_interval(hits, len(ious))
+    return {**result, **coverage}
