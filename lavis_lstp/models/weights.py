@@ -202,11 +202,11 @@ def _some(names: list[str], count: int = 3) -> str:
 
 # ---- files ----------------------------------------------------------------------------------------------------
 
-WEIGHT_FILES = ("model.safetensors", "weights.safetensors", "model.pth", "model.pt", "pytorch_model.bin")
-"""Names looked for in a checkpoint folder, in this order."""
-CHECKPOINTS = ("checkpoint_best", "checkpoint_last")
-"""Names looked for in a run's folder: folders, or files with a suffix of SUFFIXES."""
 SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
+CHECKPOINT_FILES = ("model.safetensors", "pytorch_model.bin")
+"""Weights in a checkpoint folder, in the order looked for."""
+RUN_CHECKPOINTS = ("checkpoints/best", "checkpoints/last", "best", "last")
+"""Checkpoint folders in a run's folder, in the order looked for."""
 
 
 def weights_file(path: str | Path) -> Path:
@@ -220,18 +220,16 @@ def weights_file(path: str | Path) -> Path:
         return path
     if not path.is_dir():
         raise WeightsError(
-            f"no weights at '{path}': expected a run's folder, one of its checkpoints, or a file "
+            f"no weights at '{path}': expected a run's folder, one of its checkpoint folders, or a file "
             f"({', '.join(SUFFIXES)})"
         )
-    candidates = [path / name for name in WEIGHT_FILES]
-    for name in CHECKPOINTS:
-        candidates += [path / name / file for file in WEIGHT_FILES]
-        candidates += [path / f"{name}{suffix}" for suffix in SUFFIXES]
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
+    for folder in (path, *(path / name for name in RUN_CHECKPOINTS)):
+        for name in CHECKPOINT_FILES:
+            if (folder / name).is_file():
+                return folder / name
     raise WeightsError(
-        f"no weights in folder '{path}': looked for {', '.join(CHECKPOINTS)} and {', '.join(WEIGHT_FILES)}"
+        f"no weights in folder '{path}': looked for {' or '.join(CHECKPOINT_FILES)} there and in "
+        f"{', '.join(RUN_CHECKPOINTS)}; has the run saved a checkpoint?"
     )
 
 
