@@ -1,0 +1,191 @@
+"""Which samples each optimizer step sees, on which rank, in which micro-batch: a pure function of the seed.
+
+In: lengths of the data sets, batch size, accumulation, ranks, seed, epoch and a position (samples already
+consumed in that epoch). Out: one `StepPlan` per optimizer step. Nothing is drawn while training, so a run that is
+resumed in the middle of an epoch continues with exactly the samples that were still to come, and so does one that
+is resumed on another number of ranks.
+
+An epoch is one permutation of all samples. It is cut into groups of `batch_size * world_size * accumulate`, one
+per optimizer step; a group is cut into micro-batches of `batch_size * world_size`; of a micro-batch, rank r takes
+every world_size-th sample from r on. **No sample is dropped and none counts twice**: the last group of an epoch is
+smaller, is divided by its own size, and a rank with nothing left in it runs one sample with weight 0, so that
+collectives still match.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from lavis_lstp.errors import ConfigError
+from lavis_lstp.runners.randomness import borrowed, derived_seed
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One rank's share of one optimizer step.
+
+    Attributes:
+        batches: sample indices of each micro-batch, never empty.
+        counts: how many of each micro-batch's samples count: all of them, or 0 on an idle rank.
+        size: samples that count, over all ranks and micro-batches.
+    """
+
+    batches: tuple[tuple[int, ...], ...]
+    counts: tuple[int, ...]
+    size: int
+
+
+class TrainOrder:
+    """The order of training samples.
+
+    Args:
+        lengths: samples per data set; indices run through their concatenation.
+        ratios: share of each data set in an epoch; by default as many as it has. A data set smaller than its
+            share is gone through repeatedly, each sample as often as the others up to one.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        *,
+        batch_size: int,
+        accumulate: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        ratios: Sequence[float] | None = None,
+    ):
+        if sum(lengths) == 0:
+            raise ConfigError("the training data set is empty; check datasets.*.build_info.annotations.train")
+        if ratios is not None and (len(ratios) != len(lengths) or min(ratios) < 0 or sum(ratios) <= 0):
+            raise ConfigError(
+                f"run.train_dataset_ratios wants one number >= 0 for each of the {len(lengths)} data sets, got {ratios}"
+            )
+        self.lengths = list(lengths)
+        self.batch_size = batch_size
+        self.accumulate = accumulate
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.ratios = ratios
+        self.counts = self._counts()
+
+    def _counts(self) -> list[int]:
+        total = sum(self.lengths)
+        if self.ratios is None:
+            return list(self.lengths)
+        return [round(total * ratio / sum(self.ratios)) for ratio in self.ratios]
+
+    @property
+    def samples_per_epoch(self) -> int:
+        return sum(self.counts)
+
+    @property
+    def group_size(self) -> int:
+        return self.batch_size * self.world_size * self.accumulate
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.samples_per_epoch // self.group_size)
+
+    def permutation(self, epoch: int) -> torch.Tensor:
+        """Indices int64 [samples_per_epoch] in the order of this epoch."""
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, "order", epoch))
+        picked, offset = [], 0
+        for length, count in zip(self.lengths, self.counts, strict=True):
+            rounds = -(-count // length) if length else 0
+            drawn = [torch.randperm(length, generator=generator) for _ in range(rounds)]
+            if drawn:
+                picked.append(torch.cat(drawn)[:count] + offset)
+            offset += length
+        indices = torch.cat(picked)
+        return indices[torch.randperm(len(indices), generator=generator)]
+
+    def steps(self, epoch: int, position: int = 0) -> Iterator[StepPlan]:
+        """Plans of the optimizer steps of an epoch that come after `position` consumed samples."""
+        order = self.permutation(epoch)[position:].tolist()
+        for start in range(0, len(order), self.group_size):
+            yield self._plan(order[start : start + self.group_size])
+
+    def _plan(self, group: list[int]) -> StepPlan:
+        batches, counts = [], []
+        width = self.batch_size * self.world_size
+        for start in range(0, len(group), width):
+            micro = group[start : start + width]
+            mine = micro[self.rank :: self.world_size]
+            counts.append(len(mine))
+            batches.append(tuple(mine or micro[:1]))
+        return StepPlan(tuple(batches), tuple(counts), len(group))
+
+
+def eval_batches(length: int, batch_size: int) -> list[tuple[int, ...]]:
+    """Consecutive indices, cut into batches; the last one may be smaller.
+
+    Evaluation hands out whole batches to ranks, so what a sample is batched with, and with it every bit of the
+    prediction, depends neither on the number of ranks nor on where an earlier attempt was killed.
+    """
+    return [tuple(range(i, min(i + batch_size, length))) for i in range(0, length, batch_size)]
+
+
+class SeededDataset(Dataset):
+    """Gives each sample its own seed, made of (seed, epoch, index).
+
+    Augmentation that draws from a global generator (LAVIS's random crops do) then depends neither on the number of
+    workers or ranks nor on where the run was resumed. Indexed with (epoch, index), which is also how the epoch
+    reaches persistent workers.
+    """
+
+    def __init__(self, dataset: Dataset, seed: int):
+        self.dataset = dataset
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        epoch, index = key
+        with borrowed(derived_seed(self.seed, "sample", epoch, index), devices=False):
+            return self.dataset[index]
+
+
+class BatchKeys:
+    """A batch sampler whose batches are set before each pass; works with persistent workers."""
+
+    def __init__(self):
+        self.epoch = 0
+        self.batches: Sequence[tuple[int, ...]] = ()
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return ([(self.epoch, index) for index in batch] for batch in self.batches)
+
+
+class Batches:
+    """Loads the batches it is told to, in order.
+
+    The base seed of worker processes comes from a generator of its own: starting an iterator does not move torch's
+    global one, which would make a resumed epoch differ from an unbroken one.
+    """
+
+    def __init__(self, dataset: Dataset, *, seed: int, num_workers: int = 0, pin_memory: bool = False):
+        self.keys = BatchKeys()
+        self.loader = DataLoader(
+            SeededDataset(dataset, seed),
+            batch_sampler=self.keys,
+            collate_fn=getattr(dataset, "collater", None),
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            pin_memory=pin_memory,
+            generator=torch.Generator().manual_seed(seed),
+        )
+
+    def __call__(self, batches: Sequence[tuple[int, ...]], epoch: int = 0) -> Iterator[Any]:
+        self.keys.epoch, self.keys.batches = epoch, batches
+        return iter(self.loader)

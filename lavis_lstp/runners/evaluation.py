@@ -1,0 +1,153 @@
+"""One pass over an evaluation split: shared among ranks, resumable, and equal to the byte each time.
+
+In: a model in eval mode, a data set, and a function from a batch to records. Out, on rank 0: the records in the order
+of the data set.
+
+The split is cut into fixed batches and rank r takes every world_size-th one: nothing is padded or done twice, and as
+no batch depends on the number of ranks, neither does any prediction. Each rank appends finished batches to a file
+of its own below `.parts`; a process that is killed finds them there. Their header is a digest of configuration,
+weights and data, so that no record of another checkpoint is ever taken over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import ConcatDataset, Dataset
+
+from lavis_lstp.files import read_jsonl, sha256_json, write_jsonl
+from lavis_lstp.runners import distributed
+from lavis_lstp.runners.data_order import Batches, eval_batches
+from lavis_lstp.runners.record import progress
+
+log = logging.getLogger(__name__)
+
+Records = list[dict[str, Any]]
+
+
+class PartFiles:
+    """The finished batches of an evaluation that may not be finished.
+
+    Args:
+        folder: of this evaluation alone.
+        key: digest of everything the records depend on.
+    """
+
+    def __init__(self, folder: Path, key: str):
+        self.folder = folder
+        self.header = {"format": "lavis_lstp.part", "version": 1, "key": key}
+        self.handle = None
+
+    def begin(self) -> set[int]:
+        """Collect what earlier attempts finished; a collective. Returns the numbers of those batches."""
+        merged = self.folder / "merged.jsonl"
+        if distributed.is_main():
+            finished = self._read()
+            shutil.rmtree(self.folder, ignore_errors=True)
+            write_jsonl(merged, [self.header, *({"batch": b, "records": r} for b, r in sorted(finished.items()))])
+        distributed.barrier()
+        done = {row["batch"] for row in read_jsonl(merged) if "batch" in row}
+        self.handle = open(self.folder / f"rank{distributed.rank():05d}.jsonl", "w", encoding="utf-8")
+        self._append(self.header)
+        return done
+
+    def add(self, batch: int, records: Records) -> None:
+        self._append({"batch": batch, "records": records})
+
+    def end(self) -> Records | None:
+        """All records in the order of the batches, on rank 0; a collective."""
+        self.handle.close()
+        distributed.barrier()
+        if not distributed.is_main():
+            return None
+        return [record for _, records in sorted(self._read().items()) for record in records]
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _append(self, row: Mapping[str, Any]) -> None:
+        self.handle.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self.handle.flush()
+
+    def _read(self) -> dict[int, Records]:
+        finished: dict[int, Records] = {}
+        for path in sorted(self.folder.glob("*.jsonl")):
+            rows = read_jsonl(path)
+            if next(rows, None) == self.header:
+                finished.update((row["batch"], row["records"]) for row in rows)
+        return finished
+
+
+def run_evaluation(
+    step: Callable[[Any], Records],
+    dataset: Dataset,
+    *,
+    parts: PartFiles,
+    batch_size: int,
+    num_workers: int,
+    seed: int,
+    pin_memory: bool = False,
+    title: str = "evaluation",
+) -> Records | None:
+    """Apply `step` to every batch that `parts` does not hold yet; a collective.
+
+    Args:
+        step: from a collated batch to one plain dict per sample.
+
+    Returns:
+        All records on rank 0, None elsewhere.
+    """
+    batches = eval_batches(len(dataset), batch_size)
+    done = parts.begin()
+    if done and distributed.is_main():
+        log.info("%s: %d of %d batches were done by an earlier attempt", title, len(done), len(batches))
+    todo = [i for i in range(distributed.rank(), len(batches), distributed.world_size()) if i not in done]
+    loader = Batches(dataset, seed=seed, num_workers=min(num_workers, len(todo)), pin_memory=pin_memory)
+    bar = progress(total=len(todo), title=title, main=distributed.is_main())
+    with bar, torch.no_grad():
+        for number, samples in zip(todo, loader([batches[i] for i in todo]), strict=True):
+            parts.add(number, step(samples) if samples is not None else [])
+            bar.update()
+    return parts.end()
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Tensors of a nested batch on the device; everything else as it is."""
+    if torch.is_tensor(value):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, dict):
+        return {key: to_device(item, device) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(to_device(item, device) for item in value)
+    return value
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """Digest of a data set's content as far as it can be known without opening a video."""
+    if hasattr(dataset, "fingerprint"):
+        return str(dataset.fingerprint())
+    if isinstance(dataset, ConcatDataset):
+        return sha256_json([fingerprint(part) for part in dataset.datasets])
+    annotation = getattr(dataset, "annotation", None)
+    return sha256_json([type(dataset).__name__, len(dataset), annotation])
+
+
+def weights_digest(model: nn.Module, *, sample: int = 65536) -> str:
+    """Digest of a model's state: trained tensors whole, of each frozen one at most about `sample` numbers."""
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        flat = tensor.detach().flatten()
+        if name not in trained:
+            flat = flat[:: max(1, len(flat) // sample)]
+        digest.update(flat.contiguous().view(torch.uint8).cpu().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,131 @@
+"""What a run leaves behind for people and machines: log.jsonl, run_manifest.json, a progress bar.
+
+In: numbers and settings from the runner, on rank 0. Out: one JSON line per event in `log.jsonl` (kind "train",
+"eval", "checkpoint"), one manifest with everything needed to repeat the run, a bar on a terminal or a log line
+elsewhere.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lavis_lstp
+from lavis_lstp.files import read_jsonl, write_json, write_jsonl
+
+log = logging.getLogger(__name__)
+
+PACKAGES = tuple("torch torchvision transformers salesforce-lavis peft numpy av safetensors deepspeed".split())
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "lavis_lstp": getattr(lavis_lstp, "__version__", "unknown")}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_revision() -> str | None:
+    """Commit of the checkout this package runs from, "-dirty" where files differ; None outside a checkout."""
+    root = Path(lavis_lstp.__file__).resolve().parent
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+class RunManifest:
+    """`run_manifest.json`: written at the start and again at each change of status."""
+
+    def __init__(self, path: Path, facts: Mapping[str, Any], *, enabled: bool = True):
+        self.path = path
+        self.enabled = enabled
+        self.facts: dict[str, Any] = {
+            "format": "lavis_lstp.run",
+            "version": 1,
+            "command": sys.argv,
+            "cwd": os.getcwd(),
+            "versions": versions(),
+            "git_revision": git_revision(),
+            "threads": torch.get_num_threads(),
+            **facts,
+        }
+
+    def update(self, **facts: Any) -> None:
+        self.facts.update(facts)
+        if self.enabled:
+            write_json(self.path, self.facts)
+
+    def start(self) -> None:
+        self.update(status="running", started=_now())
+
+    def finish(self, status: str, **facts: Any) -> None:
+        self.update(status=status, finished=_now(), **facts)
+
+
+class JsonLog:
+    """Appends JSON lines; lines of steps that a resumed run will do again are removed first."""
+
+    def __init__(self, path: Path, *, enabled: bool = True):
+        self.path = path
+        self.enabled = enabled
+
+    def rewind(self, step: int) -> None:
+        """Keep what happened up to and including optimizer step `step`; -1 starts afresh."""
+        if not self.enabled or not self.path.exists():
+            return
+        write_jsonl(self.path, [row for row in read_jsonl(self.path) if row.get("step", 0) <= step])
+
+    def write(self, kind: str, **values: Any) -> None:
+        if self.enabled:
+            with open(self.path, "a", encoding="utf-8") as handle:
+                handle.write(json.dumps({"kind": kind, **values}, ensure_ascii=False) + "\n")
+
+
+def progress(iterable: Iterable | None = None, *, total: int, initial: int = 0, title: str, main: bool) -> Any:
+    """A tqdm bar on rank 0's terminal, silent elsewhere."""
+    from tqdm import tqdm
+
+    return tqdm(
+        iterable,
+        total=total,
+        initial=initial,
+        desc=title,
+        disable=not main or not sys.stderr.isatty(),
+        dynamic_ncols=True,
+        leave=False,
+    )
+
+
+def parameter_table(model: torch.nn.Module) -> str:
+    """Trained and all parameters of each part, one line: what is trained is a setting that is easy to get wrong."""
+    rows = []
+    for name, part in model.named_children():
+        total = sum(p.numel() for p in part.parameters())
+        if total:
+            rows.append(f"{name} {sum(p.numel() for p in part.parameters() if p.requires_grad):,} of {total:,}")
+    if hasattr(model, "trained_parts"):
+        rows.append("trained parts: " + ", ".join(f"{name} {count:,}" for name, count in model.trained_parts().items()))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    return f"trained parameters: {trained:,} of {total:,} ({'; '.join(rows)})"
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

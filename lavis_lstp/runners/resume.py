@@ -1,0 +1,85 @@
+"""What a resumed run must share with the run it continues, and what may have changed.
+
+In: the manifest of a checkpoint and the facts of the run that is starting. Out: one log line that lists what
+changed, or an error where going on would mean something else than the user believes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from lavis_lstp.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+BINDING = (
+    "run.seed",
+    "run.task",
+    "run.train_splits",
+    "run.train_dataset_ratios",
+    "model.arch",
+    "model.model_type",
+    "model.train",
+    "model.losses",
+)
+"""Settings without which the rest of a run is not the continuation of its beginning."""
+
+UNIMPORTANT = frozenset(
+    f"run.{name}"
+    for name in (
+        "output_dir resume_ckpt_path evaluate device distributed world_size rank gpu dist_url dist_backend num_workers "
+        "log_freq keep_last save_every_steps save_every_epochs"
+    ).split()
+)
+"""Settings that change neither weights nor predictions."""
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"run": {"seed": 1}} -> {"run.seed": 1}; a list is a value."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, f"{name}."))
+        else:
+            flat[name] = value
+    return flat
+
+
+def important(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The flat settings that weights or predictions depend on."""
+    return {name: value for name, value in flatten(config).items() if name not in UNIMPORTANT}
+
+
+def check(saved: Mapping[str, Any], current: Mapping[str, Any], source: object) -> None:
+    """Compare the facts of a checkpoint with those of the run that wants to continue it.
+
+    Args:
+        saved, current: {"config", "data" (fingerprint by split), "step_samples" (samples per optimizer step)}.
+
+    Raises:
+        ConfigError: a binding setting, the training data or the number of samples per step differ.
+    """
+    before, now = important(saved["config"]), important(current["config"])
+    changed = [
+        f"{name}: {before.get(name)!r} -> {now.get(name)!r}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    ]
+    binding = [line for line in changed if line.split(":")[0] in BINDING]
+    if saved["step_samples"] != current["step_samples"]:
+        binding.append(
+            f"samples per optimizer step (batch_size_train x accum_grad_iters x processes): "
+            f"{saved['step_samples']} -> {current['step_samples']}"
+        )
+    if saved["data"] != current["data"]:
+        binding.append("the training data (its fingerprint differs)")
+    if binding:
+        raise ConfigError(
+            f"cannot continue from {source}: {'; '.join(binding)}; restore what it was, or start a new run in another "
+            "run.output_dir"
+        )
+    if changed:
+        log.warning("settings that changed since %s was saved: %s", source, "; ".join(changed))

@@ -1,0 +1,532 @@
+"""`run.runner: runner_lstp`: trains and evaluates on a CPU, one GPU, or several by torchrun.
+
+In: a LAVIS configuration, task, model and data sets. Out: below exactly `run.output_dir`, checkpoints that hold
+trained weights only, results per split, log.jsonl and run_manifest.json.
+
+The runner decides the order of things: data order, steps, checkpoints, validation, resume. How losses become changed
+weights is the engine's business (`build_engine`), what a loss or a metric is the task's.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lavis.common.registry import registry
+from lavis.datasets.datasets.base_dataset import ConcatDataset
+from lavis.runners.runner_base import RunnerBase
+from torch.utils.data import Dataset, IterableDataset
+
+from lavis_lstp.errors import ConfigError
+from lavis_lstp.files import sha256_json
+from lavis_lstp.runners import checkpoint, distributed, resume
+from lavis_lstp.runners import settings as run_settings
+from lavis_lstp.runners.data_order import Batches, TrainOrder
+from lavis_lstp.runners.engine import TorchEngine, autocast
+from lavis_lstp.runners.evaluation import PartFiles, fingerprint, run_evaluation, to_device, weights_digest
+from lavis_lstp.runners.randomness import borrowed, derived_seed, rng_state, seed_everything, set_rng_state
+from lavis_lstp.runners.record import JsonLog, RunManifest, git_revision, parameter_table, versions
+from lavis_lstp.runners.schedule import build_schedule
+from lavis_lstp.runners.train_loop import StepLosses, StepWindow, epoch_bar, losses_of
+from lavis_lstp.tasks.base import LSTPTask, plain
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Position:
+    """Where a run stands: `consumed` samples into `epoch`, after `step` optimizer steps in all."""
+
+    epoch: int = 0
+    consumed: int = 0
+    step: int = 0
+
+
+@registry.register_runner("runner_lstp")
+class RunnerLSTP(RunnerBase):
+    RUN_KEYS = run_settings.RUN_KEYS
+
+    def __init__(self, cfg: Any, task: Any, model: Any, datasets: Mapping[str, Any], job_id: str | None = None):
+        self.settings = run_settings.RunSettings.from_config(cfg.run_cfg)
+        self.plain_config = plain(cfg.config)
+        super().__init__(cfg=cfg, task=task, model=model, datasets=datasets, job_id=job_id)
+        self.bare_model = model.to(self.device)
+        self.position = Position()
+        self.saved_step = -1
+        self.engine: TorchEngine | None = None
+        self.store = checkpoint.CheckpointStore(self.output_dir / "checkpoints")
+        self.json_log = JsonLog(self.output_dir / "log.jsonl", enabled=distributed.is_main())
+        self.manifest: RunManifest | None = None
+        self.stop_requested = False
+
+    # ---- what RunnerBase offers ---------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        return self.settings.torch_device(int(os.environ.get("LOCAL_RANK", 0)))
+
+    @property
+    def use_distributed(self) -> bool:
+        return distributed.world_size() > 1
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The model as it is trained: wrapped for several processes once training has begun."""
+        return self.engine.model if self.engine is not None else self.bare_model
+
+    @property
+    def optimizer(self) -> Any:
+        return self.engine.optimizer if self.engine is not None else None
+
+    @property
+    def scaler(self) -> None:
+        """None: bf16 has fp32's range and needs no loss scaling."""
+
+    @property
+    def evaluate_only(self) -> bool:
+        return self.settings.evaluate
+
+    def setup_output_dir(self) -> None:
+        """`run.output_dir` itself; no job id is added, so a resumed run finds its own checkpoints."""
+        self.output_dir = self.settings.output_dir.expanduser().absolute()
+        self.result_dir = self.output_dir / "result"
+        self.result_dir.mkdir(parents=True, exist_ok=True)
+        registry.register_path("output_dir", str(self.output_dir))
+        registry.register_path("result_dir", str(self.result_dir))
+
+    # ---- entry points -------------------------------------------------------------------------------------------
+
+    def train(self) -> dict[str, Any]:
+        """Train, validate, test; with `run.evaluate` only the latter two. Returns the metrics by split."""
+        if self.evaluate_only:
+            with self._recorded("evaluate"):
+                return {name: self.eval_epoch(name, "given", skip_reload=True) for name in self._eval_splits()}
+        with self._recorded("train"), self._stops_on_sigterm():
+            self._prepare_training()
+            while self.position.epoch < self.settings.max_epoch:
+                self.train_epoch(self.position.epoch)
+                self._end_of_epoch()
+            return self._evaluate_splits(self.settings.test_splits, "best", skip_reload=False)
+
+    def evaluate(self, cur_epoch: int | str = "given", skip_reload: bool = True) -> dict[str, Any]:
+        """Evaluate `test_splits` with the weights at hand, or with the best checkpoint's unless `skip_reload`."""
+        with self._recorded("evaluate"):
+            return self._evaluate_splits(self.settings.test_splits, cur_epoch, skip_reload=skip_reload)
+
+    def _eval_splits(self) -> list[str]:
+        return list(dict.fromkeys([*self.settings.valid_splits, *self.settings.test_splits]))
+
+    # ---- preparation --------------------------------------------------------------------------------------------
+
+    def _prepare_training(self) -> None:
+        settings = self.settings
+        source = self._checkpoint_to_resume()
+        parts = self._train_datasets()
+        ratios = settings.train_dataset_ratios
+        if ratios is not None and set(ratios) != set(parts):
+            raise ConfigError(f"run.train_dataset_ratios names {sorted(ratios)}, the data sets are {sorted(parts)}")
+        self.order = TrainOrder(
+            [len(part) for part in parts.values()],
+            batch_size=settings.batch_size_train,
+            accumulate=settings.accum_grad_iters,
+            seed=settings.seed,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            ratios=[ratios[name] for name in parts] if ratios else None,
+        )
+        dataset = next(iter(parts.values())) if len(parts) == 1 else ConcatDataset(list(parts.values()))
+        self.train_batches = Batches(
+            dataset, seed=settings.seed, num_workers=settings.num_workers, pin_memory=self.device.type == "cuda"
+        )
+        self.train_fingerprint = sha256_json({name: fingerprint(part) for name, part in parts.items()})
+        self.manifest.update(data={"train": self.train_fingerprint}, samples_per_epoch=self.order.samples_per_epoch)
+        if hasattr(self.task, "before_training"):  # LAVIS's git main
+            self.task.before_training(model=self.bare_model, dataset=dataset)
+        self.engine = self.build_engine()
+        self.total_steps = self.order.steps_per_epoch * settings.max_epoch
+        if settings.max_steps is not None:
+            self.total_steps = min(self.total_steps, settings.max_steps)
+        self.schedule = self._build_schedule()
+        log.info("%s", parameter_table(self.bare_model))
+        seed_everything(derived_seed(settings.seed, "rank", distributed.rank()))
+        if distributed.is_main():
+            self.store.clean(fresh=source is None)
+        if source is not None:
+            self._resume(source)
+        self.json_log.rewind(self.position.step if source is not None else -1)
+        log.info(
+            "%d samples, %d optimizer steps per epoch of %d samples each, %d steps in all, starting at step %d",
+            *(self.order.samples_per_epoch, self.order.steps_per_epoch, self.order.group_size),
+            *(self.total_steps, self.position.step),
+        )
+
+    def build_engine(self) -> TorchEngine:
+        """The one thing another runner replaces."""
+        s = self.settings
+        return TorchEngine(
+            self.bare_model,
+            device=self.device,
+            precision=s.precision,
+            lr=s.init_lr,
+            weight_decay=s.weight_decay,
+            lr_scale=s.lr_layer_decay,
+            betas=(0.9, s.beta2),
+            max_grad_norm=s.max_grad_norm,
+            find_unused_parameters=s.find_unused_parameters,
+        )
+
+    def _build_schedule(self) -> Any:
+        s = self.settings
+        return build_schedule(
+            s.lr_sched,
+            self.engine.optimizer,
+            max_epoch=s.max_epoch,
+            min_lr=s.min_lr,
+            init_lr=s.init_lr,
+            decay_rate=s.lr_decay_rate,
+            warmup_start_lr=s.warmup_lr,
+            warmup_steps=s.steps_to_warm_up(self.total_steps),
+            total_steps=self.total_steps,
+            steps_per_epoch=self.order.steps_per_epoch,
+            iters_per_epoch=self.order.steps_per_epoch,
+        )
+
+    def _train_datasets(self) -> dict[str, Dataset]:
+        """Map-style training data by name, one entry per data set and split."""
+        wanted = self.settings.train_splits
+        found = {}
+        for name, splits in self.datasets.items():
+            for split in wanted:
+                if split in splits:
+                    found[name if len(wanted) == 1 else f"{name}.{split}"] = splits[split]
+        if not found:
+            raise ConfigError(
+                f"no data set has a split of run.train_splits {list(wanted)}; known: {self._split_names()}"
+            )
+        for name, dataset in found.items():
+            if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+                raise ConfigError(f"runner_lstp wants map-style data, '{name}' is a {type(dataset).__name__}")
+        return found
+
+    def _eval_dataset(self, split: str) -> Dataset:
+        found = {name: splits[split] for name, splits in self.datasets.items() if split in splits}
+        if len(found) != 1:
+            what = (
+                f"{len(found)} data sets have it ({', '.join(found)})" if found else f"there are {self._split_names()}"
+            )
+            raise ConfigError(f"cannot evaluate split '{split}' of exactly one data set; {what}")
+        return next(iter(found.values()))
+
+    def _split_names(self) -> str:
+        return ", ".join(f"{name}.{split}" for name, splits in self.datasets.items() for split in splits) or "none"
+
+    # ---- checkpoints --------------------------------------------------------------------------------------------
+
+    def _facts(self) -> dict[str, Any]:
+        """What a checkpoint's manifest says of the run, and a resumed run is compared with."""
+        return {
+            "format": "lavis_lstp.checkpoint",
+            "version": 1,
+            "config": self.plain_config,
+            "data": self.train_fingerprint,
+            "step_samples": self.order.group_size,
+            "world_size": distributed.world_size(),
+        }
+
+    def _checkpoint_to_resume(self) -> Path | None:
+        """The folder to continue from, decided by rank 0.
+
+        Raises:
+            ConfigError: the output folder holds another run, which would be mixed with this one.
+        """
+        wanted, source, problem = self.settings.resume_ckpt_path, None, None
+        if distributed.is_main():
+            own = self.store.complete()
+            if wanted == "auto":
+                source = self.store.latest()
+            elif wanted is not None:
+                source = checkpoint.find(wanted)
+                if own and own[-1].resolve() != source:
+                    problem = f"run.resume_ckpt_path is {source}, but {self.output_dir} holds {own[-1].name}"
+            elif own:
+                problem = f"{self.output_dir} already holds a run ({own[-1].name})"
+        source, problem = distributed.broadcast((source, problem))
+        if problem:
+            raise ConfigError(
+                f"{problem}; set run.resume_ckpt_path=auto to continue it, or choose another run.output_dir"
+            )
+        return source
+
+    def save_checkpoint(self) -> None:
+        """Write a checkpoint of this moment; a collective.
+
+        Raises:
+            CheckpointError: it cannot be written. Older checkpoints are untouched.
+        """
+        step, started = self.position.step, time.perf_counter()
+        weights = self.engine.trained_state()
+        generators = distributed.gather(rng_state())
+        try:
+            if distributed.is_main():
+                self.store.begin(step)
+            distributed.barrier()
+            folder = self.store.temporary(step)
+            if distributed.is_main():
+                checkpoint.save_weights(weights, folder / checkpoint.WEIGHTS)
+                torch.save({"position": asdict(self.position), "generators": generators}, folder / "trainer.pt")
+            self.engine.save(folder)
+            distributed.barrier()
+            if distributed.is_main():
+                facts = {
+                    **self._facts(),
+                    **asdict(self.position),
+                    "versions": versions(),
+                    "git_revision": git_revision(),
+                }
+                saved = self.store.commit(step, facts)
+                self.store.prune(self.settings.keep_last)
+                log.info("saved %s in %.1f s", saved, time.perf_counter() - started)
+        except (OSError, RuntimeError) as error:  # torch.save and safetensors report a full disk as RuntimeError
+            self.store.abandon(step)
+            raise checkpoint.CheckpointError(
+                f"cannot write checkpoint {self.store.path(step)}: {error}; earlier checkpoints are intact"
+            ) from error
+        self.saved_step = step
+        distributed.barrier()
+
+    def _resume(self, source: Path) -> None:
+        manifest = checkpoint.read_manifest(source)
+        resume.check(manifest, self._facts(), source)
+        self.engine.load_trained_state(checkpoint.load_weights(source), source)
+        self.engine.load(source)
+        trainer = torch.load(source / "trainer.pt", map_location="cpu", weights_only=True)
+        self.position = Position(**trainer["position"])
+        self.saved_step = self.position.step
+        states = trainer["generators"]
+        if len(states) == distributed.world_size():
+            set_rng_state(states[distributed.rank()])
+        else:
+            log.warning(
+                "resuming on %d processes what %d saved: dropout differs", distributed.world_size(), len(states)
+            )
+            seed_everything(derived_seed(self.settings.seed, "resumed", self.position.step, distributed.rank()))
+        self.manifest.update(resumed_from=[*self.manifest.facts.get("resumed_from", []), str(source)])
+        log.info("resumed from %s: epoch %d, %d samples in", source, self.position.epoch, self.position.consumed)
+
+    # ---- training -----------------------------------------------------------------------------------------------
+
+    def train_epoch(self, epoch: int) -> None:
+        """The rest of an epoch, one optimizer step after the other."""
+        plans = [] if self._finished() else list(self.order.steps(epoch, self.position.consumed))
+        if not plans:  # resumed from a checkpoint at the end of an epoch
+            return
+        batches = self.train_batches([batch for plan in plans for batch in plan.batches], epoch)
+        self.engine.train_mode()
+        window = StepWindow(self.json_log, self.settings.log_freq)
+        with epoch_bar(epoch, plans, self.order.steps_per_epoch, main=distributed.is_main()) as bar:
+            for plan in plans:
+                if self._finished():
+                    break
+                losses = self._train_step(epoch, plan, batches)
+                self.position.step += 1
+                self.position.consumed += plan.size
+                at_end = self._finished() or self.position.consumed >= self.order.samples_per_epoch
+                window.add(self.position.step, epoch, losses, flush=at_end)
+                bar.update_with(losses)
+                if losses.stop:
+                    self._stop()
+                every = self.settings.save_every_steps
+                if every and self.position.step % every == 0 and not at_end:
+                    self.save_checkpoint()
+
+    def _train_step(self, epoch: int, plan: Any, batches: Iterator[Any]) -> StepLosses:
+        started, ids, waited = time.perf_counter(), [], 0.0
+        index = self.position.consumed // self.order.group_size
+        self.schedule.step(cur_epoch=epoch, cur_step=index)
+        losses = StepLosses(lr=self.engine.lr, samples=plan.size)
+        for micro, count in enumerate(plan.counts):
+            asked = time.perf_counter()
+            samples = next(batches)
+            waited += time.perf_counter() - asked
+            samples = to_device(samples, self.device)
+            ids.extend(map(str, samples.get("question_id", samples.get("instance_id", []))))
+            samples.update(epoch=epoch, num_iters_per_epoch=self.order.steps_per_epoch, iters=index)
+            weight = count * distributed.world_size() / plan.size
+            found = self.engine.accumulate(
+                lambda model, samples=samples: losses_of(self.task.train_step(model=model, samples=samples)),
+                weight=weight,
+                last=micro == len(plan.counts) - 1,
+            )
+            losses.add(found, count)
+        losses.reduce(self.engine.clip(), stop=self.stop_requested)
+        losses.require_finite(self.position.step + 1, ids)
+        self.engine.step()
+        losses.data_s, losses.step_s = waited, time.perf_counter() - started
+        return losses
+
+    def _finished(self) -> bool:
+        return self.position.step >= self.total_steps
+
+    def _end_of_epoch(self) -> None:
+        s, epoch = self.settings, self.position.epoch
+        final = epoch + 1 >= s.max_epoch or self._finished()
+        saves = final or (s.save_every_epochs and (epoch + 1) % s.save_every_epochs == 0)
+        validates = s.valid_splits and (final or (s.eval_every_epochs and (epoch + 1) % s.eval_every_epochs == 0))
+        if (saves or validates) and self.saved_step != self.position.step:
+            self.save_checkpoint()  # before validation, which may take long and decides only which one is the best
+        if validates and distributed.broadcast(self.store.best().get("validated_step")) != self.position.step:
+            self._validate(epoch)
+        self.position.epoch = s.max_epoch if final else epoch + 1
+        self.position.consumed = 0
+
+    def _validate(self, epoch: int) -> None:
+        """Evaluate the valid splits; the first one's `run.metric` decides whether this checkpoint is the best."""
+        found = {name: self.eval_epoch(name, epoch, skip_reload=True) for name in self.settings.valid_splits}
+        if not distributed.is_main():
+            return
+        first = found[self.settings.valid_splits[0]]
+        if self.settings.metric not in first:
+            raise ConfigError(
+                f"run.metric '{self.settings.metric}' is not among the metrics of split "
+                f"'{self.settings.valid_splits[0]}': {', '.join(sorted(first))}"
+            )
+        value = float(first[self.settings.metric])
+        best = self.store.best()
+        if value == value and value > best.get("value", float("-inf")):  # NaN is never the best
+            name = self.store.path(self.position.step).name
+            best = {"checkpoint": name, "metric": self.settings.metric, "value": value, "epoch": epoch}
+            log.info("best so far: %s, %s %.4f", name, self.settings.metric, value)
+        self.store.record_best({**best, "validated_step": self.position.step})
+        self.store.prune(self.settings.keep_last)
+
+    # ---- evaluation ---------------------------------------------------------------------------------------------
+
+    def _evaluate_splits(self, splits: Any, cur_epoch: int | str, *, skip_reload: bool) -> dict[str, Any]:
+        if splits and not skip_reload:
+            self._reload_best()
+        return {name: self.eval_epoch(name, cur_epoch, skip_reload=True) for name in splits}
+
+    def _reload_best(self) -> None:
+        name = distributed.broadcast(self.store.best().get("checkpoint"))
+        if name is None:  # nothing was validated: the weights at hand are the last ones
+            return
+        checkpoint.load_trained_state(
+            self.bare_model, checkpoint.load_weights(self.store.folder / name), self.store.folder / name
+        )
+
+    def eval_epoch(self, split_name: str, cur_epoch: int | str, skip_reload: bool = False) -> dict[str, Any]:
+        """Metrics of a split, the same on each rank, always in eval mode."""
+        if not skip_reload:
+            self._reload_best()
+        dataset, model, s = self._eval_dataset(split_name), self.bare_model, self.settings
+        started = time.perf_counter()
+        model.eval()
+        self.task.before_evaluation(model=model, dataset=dataset)
+
+        def step(samples: Any) -> list[dict[str, Any]]:
+            with autocast(self.device, s.precision):
+                return self.task.valid_step(model=model, samples=to_device(samples, self.device))
+
+        with borrowed(s.seed):
+            records = run_evaluation(
+                step,
+                dataset,
+                parts=(parts := self._part_files(split_name, dataset)),
+                batch_size=s.batch_size_eval,
+                num_workers=s.num_workers,
+                seed=s.seed,
+                pin_memory=self.device.type == "cuda",
+                title=f"evaluating {split_name}",
+            )
+        metrics = self._metrics(records, split_name, cur_epoch, dataset)
+        if distributed.is_main():
+            parts.remove()
+            shown = {k: v for k, v in metrics.items() if isinstance(v, (int, float))}
+            log.info("%s: %s", split_name, ", ".join(f"{k} {v:.4g}" for k, v in shown.items()))
+            seconds = round(time.perf_counter() - started, 3)
+            self.json_log.write(
+                "eval", split=split_name, step=self.position.step, epoch=cur_epoch, seconds=seconds, **shown
+            )
+        return metrics
+
+    def _part_files(self, split: str, dataset: Dataset) -> PartFiles:
+        task = self.plain_config["run"].get("task", type(self.task).__name__)
+        key = {
+            "config": resume.important(self.plain_config),
+            "weights": weights_digest(self.bare_model),
+            "data": fingerprint(dataset),
+            "lavis_lstp": versions()["lavis_lstp"],
+        }
+        return PartFiles(self.result_dir / ".parts" / f"{split}_{task}", sha256_json(key))
+
+    def _metrics(self, records: Any, split: str, epoch: int | str, dataset: Dataset) -> dict[str, Any]:
+        if isinstance(self.task, LSTPTask):
+            metrics = None
+            if distributed.is_main():
+                metrics = self.task.after_evaluation(
+                    val_result=records,
+                    split_name=split,
+                    epoch=epoch,
+                    dataset=dataset,
+                    result_dir=self.result_dir,
+                    output_dir=self.output_dir,
+                    allow_partial=self.settings.allow_partial,
+                    model_config=self.plain_config.get("model", {}),
+                )
+            return distributed.broadcast(metrics)
+        # LAVIS's own tasks write one file per rank and join them, behind a barrier of their own.
+        return self.task.after_evaluation(val_result=records or [], split_name=split, epoch=epoch) or {}
+
+    # ---- how a run begins and ends --------------------------------------------------------------------------------
+
+    @contextmanager
+    def _recorded(self, kind: str) -> Iterator[None]:
+        """Keep run_manifest.json true: running, finished, terminated or failed, and why."""
+        facts = {
+            "kind": kind,
+            "config": self.plain_config,
+            "device": str(self.device),
+            "world_size": distributed.world_size(),
+        }
+        name = "run_manifest.json" if kind == "train" else "evaluate_manifest.json"
+        self.manifest = RunManifest(self.output_dir / name, facts, enabled=distributed.is_main())
+        self.manifest.start()
+        try:
+            yield
+        except SystemExit:
+            self.manifest.finish("terminated", step=self.position.step)
+            raise
+        except BaseException as error:
+            self.manifest.finish("failed", step=self.position.step, error=f"{type(error).__name__}: {error}")
+            raise
+        self.manifest.finish("finished", step=self.position.step)
+
+    @contextmanager
+    def _stops_on_sigterm(self) -> Iterator[None]:
+        """SIGTERM asks for a checkpoint at the next step; a handler can be set from the main thread only."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def ask(*unused: Any) -> None:
+            self.stop_requested = True
+
+        before: Callable | int | None = signal.signal(signal.SIGTERM, ask)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _stop(self) -> None:
+        log.warning("SIGTERM: saving a checkpoint and leaving at step %d", self.position.step)
+        self.save_checkpoint()
+        raise SystemExit(128 + signal.SIGTERM)

@@ -1,0 +1,119 @@
+"""What all tasks of this package share.
+
+A task turns a batch into losses (`train_step`) or into records, one plain dict per sample (`valid_step`), and all
+records of a split into metrics and files (`after_evaluation`). It chooses no data and no device, opens no video, and
+knows nothing of optimizers; the runner does the rest. Records are keyed by question_id, never by position.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lavis.tasks.base_task import BaseTask
+from torch.utils.data import Dataset
+
+from lavis_lstp.files import write_json, write_jsonl
+from lavis_lstp.metrics.coverage import join_by_id
+
+log = logging.getLogger(__name__)
+
+TIMINGS = "seconds"
+"""Key of a record under which times go to a file of their own: predictions must be equal in each run."""
+
+
+class LSTPTask(BaseTask):
+    """Base of the tasks.
+
+    Args:
+        run: the configuration's run section as a plain dict.
+    """
+
+    name = ""
+    RUN_KEYS: Mapping[str, str] = {}
+
+    def __init__(self, run: Mapping[str, Any] | None = None):
+        super().__init__()
+        self.run = dict(run or {})
+
+    @classmethod
+    def setup_task(cls, cfg: Any = None, **kwargs: Any) -> LSTPTask:
+        return cls(plain(cfg.run_cfg) if cfg is not None else None)
+
+    def train_step(self, model: torch.nn.Module, samples: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """All losses the model gives; "loss" is the one to follow."""
+        return {name: value for name, value in model(samples).items() if "loss" in name and torch.is_tensor(value)}
+
+    def before_evaluation(self, model: torch.nn.Module, dataset: Dataset, **kwargs: Any) -> None:
+        if hasattr(model, "before_evaluation"):
+            model.before_evaluation(dataset=dataset, task_type=type(self))
+
+    def valid_step(self, model: torch.nn.Module, samples: dict[str, Any]) -> list[dict[str, Any]]:
+        """Records of a batch, one per sample, each with its question_id."""
+        raise NotImplementedError
+
+    def metrics(self, records: list[dict[str, Any]]) -> dict[str, Any]:
+        """Metrics of a split; `agg_metrics` is the one by which checkpoints are compared, higher is better."""
+        raise NotImplementedError
+
+    def after_evaluation(
+        self,
+        val_result: list[dict[str, Any]],
+        split_name: str,
+        epoch: int | str,
+        *,
+        dataset: Dataset,
+        result_dir: str | Path,
+        allow_partial: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Write `<split>_<task>.jsonl` and `<split>_<task>_metrics.json`, and give the metrics. Rank 0 only.
+
+        Raises:
+            CoverageError: a question has no record, or two, and `allow_partial` is not set.
+        """
+        stem = Path(result_dir) / f"{split_name}_{self.name}"
+        timings = [{"question_id": r["question_id"], **r[TIMINGS]} for r in val_result if TIMINGS in r]
+        records = [{key: value for key, value in r.items() if key != TIMINGS} for r in val_result]
+        write_jsonl(stem.with_suffix(".jsonl"), records)
+        if timings:
+            write_jsonl(stem.with_name(f"{stem.name}_timings.jsonl"), timings)
+        expected = question_ids(dataset)
+        pairs = [(record["question_id"], record) for record in records]
+        *_, covered = join_by_id(pairs, [(name, None) for name in expected], allow_partial=allow_partial)
+        metrics = {**self.metrics(records), **covered}
+        write_json(stem.with_name(f"{stem.name}_metrics.json"), metrics)
+        return metrics
+
+
+def question_ids(dataset: Dataset) -> list[str]:
+    """Ids of all questions of a data set, in its order."""
+    if hasattr(dataset, "question_ids"):
+        ids = dataset.question_ids
+        return [str(name) for name in (ids() if callable(ids) else ids)]
+    annotation = getattr(dataset, "annotation", None)
+    if annotation is None:
+        return [str(i) for i in range(len(dataset))]
+    return [record_id(entry, i) for i, entry in enumerate(annotation)]
+
+
+def record_id(entry: Mapping[str, Any], position: int) -> str:
+    """question_id where there is one, else LAVIS's instance_id, else the position."""
+    return str(entry.get("question_id", entry.get("instance_id", position)))
+
+
+def sample_ids(samples: Mapping[str, Any]) -> list[str]:
+    """The batch's question_ids, as `question_ids` of the data set gives them."""
+    ids = samples.get("question_id", samples.get("instance_id"))
+    assert ids is not None, "a batch needs question_id or instance_id"
+    return [str(item) for item in (ids.tolist() if torch.is_tensor(ids) else ids)]
+
+
+def plain(value: Any) -> Any:
+    """OmegaConf nodes as plain containers."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value

@@ -1,0 +1,93 @@
+"""`run.task: pseudo_span` with `run.evaluate: true`: label questions with the frames that answer them.
+
+In: samples with the answer; a model with `pseudo_scores(samples) -> float [B,T]`, how well each frame alone answers.
+Out: one file per split in the form that `datasets.<name>.spans` reads. It is an offline step in eval mode, and like any
+evaluation it goes on where it was killed. (Source: paper, temporal refinement; the published code labels inside the
+training forward, in train mode.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lavis.common.registry import registry
+
+from lavis_lstp.errors import ConfigError
+from lavis_lstp.files import write_json
+from lavis_lstp.models.pseudo_span import pseudo_span
+from lavis_lstp.tasks.base import LSTPTask, sample_ids
+
+
+@registry.register_task("pseudo_span")
+class PseudoSpanTask(LSTPTask):
+    name = "pseudo_span"
+    RUN_KEYS = {
+        "spans_out": "file to write; {split} is replaced (default <output_dir>/spans_{split}.json)",
+        "subtract_min": "subtract each video's smallest score first (default true)",
+        "smooth": "window in frames of a moving average over the scores (default 1, none)",
+    }
+
+    def __init__(self, run: Mapping[str, Any] | None = None):
+        super().__init__(run)
+        self.subtract_min = bool(self.run.get("subtract_min", True))
+        self.smooth = int(self.run.get("smooth") or 1)
+        self.spans_out = self.run.get("spans_out")
+        splits = self.run.get("test_splits") or []
+        if self.spans_out and len(splits) > 1 and "{split}" not in self.spans_out:
+            raise ConfigError(
+                f"run.spans_out must contain {{split}} to label {len(splits)} splits, got {self.spans_out}"
+            )
+
+    def valid_step(self, model: torch.nn.Module, samples: dict[str, Any]) -> list[dict[str, Any]]:
+        if not hasattr(model, "pseudo_scores"):
+            raise ConfigError(f"task {self.name} needs a model with pseudo_scores(samples), got {type(model).__name__}")
+        scores = model.pseudo_scores(samples).float().cpu()  # [B,T]
+        frames = samples["frame_mask"].sum(1).tolist()  # real ones, of each sample
+        records = []
+        for row, question_id in enumerate(sample_ids(samples)):
+            own = scores[row, : frames[row]].tolist()
+            span = pseudo_span(own, self.subtract_min, smooth=self.smooth)
+            record = {"question_id": question_id, "span": [span.start, span.end], "scores": [round(s, 4) for s in own]}
+            record["num_frames"] = samples["frame_mask"].shape[1]
+            records.append(record)
+        return records
+
+    def metrics(self, records: list[dict[str, Any]]) -> dict[str, Any]:
+        answered = [max(record["scores"], default=0.0) > 0 for record in records]
+        length = [record["span"][1] - record["span"][0] for record in records]
+        count = max(1, len(records))
+        return {
+            "labelled": len(records),
+            "answered_by_some_frame": sum(answered) / count,
+            "mean_span_frames": sum(length) / count,
+            "agg_metrics": sum(answered) / count,
+        }
+
+    def after_evaluation(
+        self, val_result: list[dict[str, Any]], split_name: str, epoch: int | str, **kwargs: Any
+    ) -> dict[str, Any]:
+        metrics = super().after_evaluation(val_result, split_name, epoch, **kwargs)
+        template = self.spans_out or str(Path(kwargs["output_dir"]) / "spans_{split}.json")
+        path = Path(template.replace("{split}", split_name)).expanduser()
+        model = kwargs.get("model_config", {})
+        write_json(
+            path,
+            {
+                "format": "lavis_lstp.spans",
+                "version": 1,
+                "unit": "frames",
+                "num_frames": max((record["num_frames"] for record in val_result), default=0),
+                "made_by": {
+                    "arch": model.get("arch"),
+                    "checkpoint": model.get("checkpoint"),
+                    "subtract_min": self.subtract_min,
+                    "smooth": self.smooth,
+                },
+                "spans": {r["question_id"]: {"span": r["span"], "scores": r["scores"]} for r in val_result},
+            },
+            indent=None,
+        )
+        return {**metrics, "spans_file": str(path)}

@@ -1,0 +1,52 @@
+"""`run.task: temporal_grounding`: the sampler learns spans, and is measured on them.
+
+In: samples with `span` (a pseudo span, to learn from) and, for evaluation alone, `gold_span`; a model with
+`locate(samples) -> {"span": int64 [B,2] half-open}`. Out: one record per question, IoU, R@0.3 and R@0.5 against
+the gold spans, and the same against the pseudo spans as `pseudo_iou`, ...: `run.metric: pseudo_iou` chooses a
+checkpoint without looking at a gold span.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lavis.common.registry import registry
+
+from lavis_lstp.errors import ConfigError
+from lavis_lstp.metrics.grounding import evaluate_spans
+from lavis_lstp.tasks.base import LSTPTask, sample_ids
+
+
+@registry.register_task("temporal_grounding")
+class TemporalGroundingTask(LSTPTask):
+    name = "temporal_grounding"
+
+    def valid_step(self, model: torch.nn.Module, samples: dict[str, Any]) -> list[dict[str, Any]]:
+        if not hasattr(model, "locate"):
+            raise ConfigError(f"task {self.name} needs a model with locate(samples), got {type(model).__name__}")
+        found = model.locate(samples)
+        records = []
+        for row, question_id in enumerate(sample_ids(samples)):
+            record: dict[str, Any] = {"question_id": question_id}
+            if "video_id" in samples:
+                record["video_id"] = samples["video_id"][row]
+            record["span"] = [int(edge) for edge in found["span"][row]]
+            for name, key in (("gold_span", "gold_span"), ("pseudo_span", "span")):
+                if key in samples and int(samples[key][row][0]) >= 0:
+                    record[name] = [int(edge) for edge in samples[key][row]]
+            records.append(record)
+        return records
+
+    def metrics(self, records: list[dict[str, Any]]) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for target, prefix in (("gold_span", ""), ("pseudo_span", "pseudo_")):
+            scored = {r["question_id"]: r for r in records if target in r}
+            if scored:
+                spans = {name: record["span"] for name, record in scored.items()}
+                targets = {name: record[target] for name, record in scored.items()}
+                scores = evaluate_spans(spans, targets)
+                result.update({f"{prefix}{name}": value for name, value in scores.items()})
+        if not result:
+            raise ConfigError(f"task {self.name} has nothing to measure: no sample has a gold_span or a span")
+        return {**result, "agg_metrics": result.get("iou", result.get("pseudo_iou"))}
