@@ -189,9 +189,7 @@ def _at_times(index: VideoIndex, times_s: Sequence[float]) -> list[int]:
                 f"{index.name}: no frame at {t:g} s; it lasts from 0 to {index.duration_s:.3f} s after its first frame"
             )
     # Half a tick of slack, so that the time a frame was given out with finds the same frame again.
-    at = np.searchsorted(
-        index.times_s, np.asarray(times_s, dtype=np.float64) + index.time_base / 2, side="right"
-    )
+    at = np.searchsorted(index.times_s, np.asarray(times_s, dtype=np.float64) + index.time_base / 2, side="right")
     return [int(i) - 1 for i in at]
 
 
@@ -258,9 +256,7 @@ def read_frames(
         return _read(source, index, indices, times_s, num, size, backend, motion_vectors, flow_size, threads)
 
 
-def _read(
-    source, index, indices, times_s, num, size, backend, motion_vectors, flow_size, threads
-) -> VideoFrames:
+def _read(source, index, indices, times_s, num, size, backend, motion_vectors, flow_size, threads) -> VideoFrames:
     chosen = _choose(index, indices, times_s, num)
     if not chosen:
         raise VideoError(f"{index.name}: no frames were asked for")
@@ -321,9 +317,7 @@ def read_flow_file(path: str | os.PathLike, expect_num_frames: int | None = None
         raise VideoError(f"{path}: not a flow file ({error}); make it again with `lavis-lstp flow`") from None
     version = metadata.get("version")
     if version != str(FLOW_FILE_VERSION):
-        raise VideoError(
-            f"{path}: flow file of version {version}, expected {FLOW_FILE_VERSION}; make it again"
-        )
+        raise VideoError(f"{path}: flow file of version {version}, expected {FLOW_FILE_VERSION}; make it again")
     if flow.ndim != 4 or flow.shape[1] != 2:
         raise VideoError(f"{path}: expected flow of shape [T,2,h,w], got {list(flow.shape)}")
     if expect_num_frames is not None and len(flow) != expect_num_frames:

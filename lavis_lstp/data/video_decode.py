@@ -25,7 +25,7 @@ SKIPPABLE = {"h264", "hevc", "mpeg4", "mpeg2video"}
 DECORD_CONTAINERS = {"mov", "matroska"}
 REORDER = 16  # no codec here hands a picture out later than this many others
 
-Visit = Callable[[Any], None]
+Visit = Callable[[Any, int, bool], None]  # picture, place in the order of decoding, is it referred to
 
 
 @dataclass
@@ -54,8 +54,8 @@ def decode_pyav(
 
     Args:
         wanted: ascending, without repeats, all below `index.num_frames`.
-        visit: called with each decoded picture between the first wanted one and the last, for motion vectors;
-            nothing is skipped then.
+        visit: called with each decoded picture up to the last wanted one, for motion vectors; nothing is skipped
+            then.
 
     Raises:
         VideoError: where a wanted frame cannot be decoded without damage.
@@ -77,13 +77,12 @@ def decode_pyav(
 def _by_count(container, stream, index, wanted, visit, count) -> Iterator[tuple[int, Any]]:
     """From the start of the file to the last wanted frame."""
     left = set(wanted)
-    first, last = min(left), max(left)
     position = 0
     try:
         for position, frame in enumerate(container.decode(stream)):
             count.pictures += 1
-            if visit and first <= position <= last:
-                visit(frame)
+            if visit:
+                visit(frame, position, False)
             if position in left:
                 left.discard(position)
                 yield position, frame
@@ -91,9 +90,7 @@ def _by_count(container, stream, index, wanted, visit, count) -> Iterator[tuple[
                 return
     except av.FFmpegError as error:
         raise VideoError(f"{index.name}: frame {min(left)} cannot be decoded ({error.strerror})") from None
-    raise VideoError(
-        f"{index.name}: frame {min(left)} cannot be decoded, the video ends after {position + 1}"
-    )
+    raise VideoError(f"{index.name}: frame {min(left)} cannot be decoded, the video ends after {position + 1}")
 
 
 def _by_time(container, stream, index, wanted, visit, count) -> Iterator[tuple[int, Any]]:
@@ -133,12 +130,12 @@ class _Reader:
         self.visit, self.count = visit, count
         self.position_of = {int(pts): p for p, pts in enumerate(index.packet_pts)}
         self.wanted_pts = {int(index.packet_pts[index.frame_packet[i]]) for i in wanted}
-        self.visit_range = (min(self.wanted_pts), max(self.wanted_pts))
         self.skip = visit is None and stream.codec_context.name in SKIPPABLE
         self.frames: Iterator[Any] | None = None
         self.started_at = self.next_packet = 0
         self.fresh = True  # nothing was read from the container yet
-        self.visited: set[int] = set()
+        self.last_visited: int | None = None
+        self.referred: dict[int, bool] = {}
         self.failure: str | None = None
 
     @property
@@ -156,10 +153,9 @@ class _Reader:
         for frame in self.frames or ():
             if frame.pts is None or frame.pts not in self.position_of:
                 raise IndexMismatch(f"a picture at {frame.pts}")
-            first, last = self.visit_range
-            if self.visit and first <= frame.pts <= last and frame.pts not in self.visited:
-                self.visited.add(frame.pts)
-                self.visit(frame)
+            if self.visit and (self.last_visited is None or frame.pts > self.last_visited):
+                self.last_visited = frame.pts
+                self.visit(frame, self.position_of[frame.pts], self.referred.pop(frame.pts, False))
             if frame.pts == pts:
                 return frame
             later += frame.pts > pts
@@ -174,6 +170,8 @@ class _Reader:
             for item in self._packets_from(packet):
                 if item.size:
                     self.count.packets += 1
+                    if self.visit and context.name == "h264":
+                        self.referred[item.pts] = h264_is_referred(bytes(item), context.extradata)
                     if self.skip:
                         context.skip_frame = "DEFAULT" if item.pts in self.wanted_pts else "NONREF"
                 for frame in item.decode():
@@ -209,6 +207,25 @@ class _Reader:
                     yield item
                 return
         self.failure = "seeking in the file fails"
+
+
+def h264_is_referred(data: bytes, extradata: bytes | None) -> bool:
+    """Whether other pictures may refer to the one in this packet: nal_ref_idc of its first slice (H.264 7.4.1)."""
+    if extradata and extradata[0] == 1:  # MP4 and Matroska: each unit after its length
+        width, at = (extradata[4] & 3) + 1, 0
+        starts = []
+        while at + width < len(data):
+            starts.append(at + width)
+            at += width + int.from_bytes(data[at : at + width], "big")
+    else:  # each unit after 00 00 01
+        starts, at = [], data.find(b"\0\0\1")
+        while 0 <= at < len(data) - 3:
+            starts.append(at + 3)
+            at = data.find(b"\0\0\1", at + 3)
+    for start in starts:
+        if 1 <= data[start] & 31 <= 5:
+            return bool(data[start] >> 5 & 3)
+    return False
 
 
 @dataclass(frozen=True)
@@ -252,17 +269,11 @@ def decode_decord(
     try:
         import decord
     except ImportError:
-        raise VideoError(
-            "backend 'decord' is not installed; `pip install decord` or use backend 'pyav'"
-        ) from None
+        raise VideoError("backend 'decord' is not installed; `pip install decord` or use backend 'pyav'") from None
     if index.by_count:
-        raise VideoError(
-            f"{index.name}: stores no presentation times, which decord needs; use backend 'pyav'"
-        )
+        raise VideoError(f"{index.name}: stores no presentation times, which decord needs; use backend 'pyav'")
     if index.num_frames != len(index.packet_pts):
-        raise VideoError(
-            f"{index.name}: has frames hidden by an edit list, which decord shows; use backend 'pyav'"
-        )
+        raise VideoError(f"{index.name}: has frames hidden by an edit list, which decord shows; use backend 'pyav'")
     if not DECORD_CONTAINERS & set(index.container.split(",")):
         raise VideoError(f"{index.name}: decord seeks wrongly in {index.container} files; use backend 'pyav'")
     try:

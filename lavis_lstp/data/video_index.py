@@ -103,9 +103,7 @@ def check_source(source: Source, name: str) -> Source:
         return io.BytesIO(source)
     if not isinstance(source, (str, os.PathLike)):
         if not hasattr(source, "read") or not hasattr(source, "seek"):
-            raise TypeError(
-                f"source must be a path, bytes or a seekable binary file, not {type(source).__name__}"
-            )
+            raise TypeError(f"source must be a path, bytes or a seekable binary file, not {type(source).__name__}")
         source.seek(0)
         return source
     try:
@@ -128,9 +126,7 @@ def open_video(source: Source, name: str, threads: int = 1) -> Iterator[tuple[An
     """Container and picture stream of a checked source; every FFmpeg error inside becomes a `VideoError`."""
     options = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
     try:
-        with av.open(
-            check_source(source, name), container_options=options, metadata_errors="replace"
-        ) as container:
+        with av.open(check_source(source, name), container_options=options, metadata_errors="replace") as container:
             picture = [s for s in container.streams.video if not s.disposition & s.disposition.attached_pic]
             if not picture:
                 kinds = ", ".join(sorted({s.type for s in container.streams})) or "nothing"
