@@ -15,11 +15,13 @@ from lavis_lstp.errors import ConfigError, unknown_name
 REGISTERING = ("lavis_lstp.data.builders", "lavis_lstp.models.lstp", "lavis_lstp.tasks", "lavis_lstp.runners")
 """Importing one of these registers what it defines; they lie in the order in which imports may point."""
 
-_state = {"prepared": False, "registering": False, "registered": False}
+_state: dict = {"prepared": False, "registering": False, "registered": False, "failure": None}
 
 
 def before_lavis() -> None:
     """Let LAVIS 1.0.2 import under today's transformers, and import no more than it needs. Idempotent."""
+    if _state["failure"] is not None:  # LAVIS cannot be imported twice; say again what went wrong
+        raise _state["failure"]
     if _state["prepared"]:
         return
     from lavis_lstp import lazy_imports, shims
@@ -31,6 +33,8 @@ def before_lavis() -> None:
 
 def register() -> None:
     """Register data sets, models, tasks and runners with LAVIS and complete its entry points. Idempotent."""
+    from lavis_lstp import shims
+
     before_lavis()
     import lavis  # the hook, where it is installed, calls this function from inside this import
 
@@ -38,6 +42,7 @@ def register() -> None:
         return
     _state["registering"] = True
     try:
+        shims.apply_to_lavis()
         for name in REGISTERING:
             try:
                 importlib.import_module(name)
@@ -47,6 +52,7 @@ def register() -> None:
         _complete(lavis)
         _state["registered"] = True
     except Exception as error:
+        _state["failure"] = error
         if hasattr(error, "add_note"):  # Python 3.11
             error.add_note("raised while lavis_lstp registered itself; LAVIS_LSTP_DISABLE=1 turns lavis_lstp off")
         raise

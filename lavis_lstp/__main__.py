@@ -1,0 +1,6 @@
+"""`python -m lavis_lstp` is `lavis-lstp`."""
+
+from lavis_lstp.cli import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())
