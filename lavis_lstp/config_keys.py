@@ -5,7 +5,8 @@ that will read it. Out: nothing, or a `ConfigError` that names the nearest valid
 misspelt key is silently without effect there.
 
 Classes of this package list every key in their default YAML, so the defaults are the whole truth: `null` accepts
-any value, `{}` any mapping. LAVIS's own classes read keys that no YAML lists; those are found in the classes'
+any value, `{}` any mapping, and so does a mapping named in the class's `OPEN_CONFIG_KEYS` (settings handed to another
+library, such as "backbone.config"). LAVIS's own classes read keys that no YAML lists; those are found in the classes'
 sources (`keys_read_by`).
 """
 
@@ -48,7 +49,8 @@ def is_ours(cls: type) -> bool:
 
 def check_model(given: Mapping, defaults: Mapping, model_cls: type) -> None:
     """Raise ConfigError for a key of `model` that neither the defaults nor the class know."""
-    extra = {"": set(MODEL_KEYS)}
+    extra: dict[str, set | None] = {"": set(MODEL_KEYS)}
+    extra.update(dict.fromkeys(getattr(model_cls, "OPEN_CONFIG_KEYS", ())))
     if not is_ours(model_cls):
         read = keys_read_by(model_cls)
         if read is None:
@@ -59,7 +61,7 @@ def check_model(given: Mapping, defaults: Mapping, model_cls: type) -> None:
 
 def check_dataset(given: Mapping, defaults: Mapping, name: str, builder_cls: type) -> None:
     """Raise ConfigError for a key of `datasets.<name>` that neither the defaults nor the builder know."""
-    extra = {"": {"type"}, **PROCESSOR_KEYS}
+    extra: dict[str, set | None] = {"": {"type"}, **PROCESSOR_KEYS}
     if not is_ours(builder_cls):
         read = keys_read_by(builder_cls)
         if read is None:
@@ -100,21 +102,28 @@ def check_roots(given: Mapping) -> None:
             raise ConfigError(f"unknown section '{key}'; {hint}known: {', '.join(roots)}")
 
 
-def _check_mapping(given: Mapping, defaults: Mapping, where: str, extra: Mapping[str, set], place: str = "") -> None:
-    known = set(defaults) | _extra_at(extra, place)
+def _check_mapping(given: Mapping, defaults: Mapping, where: str, extra: Mapping, place: str = "") -> None:
+    """Check keys and kinds of values, and go down wherever it is known what may lie there.
+
+    Args:
+        where: what the error calls this mapping, such as "datasets.lstp_shapes.build_info".
+        extra: keys legal beside the defaults, by dotted place below the section; None there means any.
+        place: this mapping's place in `extra`.
+    """
+    known = set(defaults) | (_extra_at(extra, place) or set())
     for key, value in given.items():
         if key not in known:
             raise ConfigError(_unknown_key(where, key, known))
         inner = f"{place}.{key}".lstrip(".")
-        default = defaults.get(key)
+        default, legal = defaults.get(key), _extra_at(extra, inner)
         _check_kind(f"{where}.{key}", value, _kind_of(default))
-        if isinstance(value, Mapping) and (default or _extra_at(extra, inner)):
+        if isinstance(value, Mapping) and legal is not None and (default or legal):
             _check_mapping(value, default or {}, f"{where}.{key}", extra, inner)
 
 
-def _extra_at(extra: Mapping[str, set], place: str) -> set:
-    """Extra keys legal at a dotted place; the last part of an entry may be `*`."""
-    return set(extra.get(place) or extra.get(f"{place.rpartition('.')[0]}.*", ()))
+def _extra_at(extra: Mapping[str, set | None], place: str) -> set | None:
+    """Extra keys legal at a dotted place, None for any; the last part of an entry may be `*`."""
+    return extra.get(place, extra.get(f"{place.rpartition('.')[0]}.*", set()))
 
 
 def _nearest(name: str, known: Iterable[object]) -> str | None:
