@@ -15,6 +15,7 @@ from typing import Any
 
 import av
 import numpy as np
+from av.video.frame import PictureType
 
 from lavis_lstp.data.video_index import Source, VideoIndex, check_source, open_video
 from lavis_lstp.errors import VideoError
@@ -25,7 +26,7 @@ SKIPPABLE = {"h264", "hevc", "mpeg4", "mpeg2video"}
 DECORD_CONTAINERS = {"mov", "matroska"}
 REORDER = 16  # no codec here hands a picture out later than this many others
 
-Visit = Callable[[Any, int, bool], None]  # picture, place in the order of decoding, is it referred to
+Visit = Callable[[Any, int, bool], None]  # picture, frame number, may others refer to it
 
 
 @dataclass
@@ -54,8 +55,8 @@ def decode_pyav(
 
     Args:
         wanted: ascending, without repeats, all below `index.num_frames`.
-        visit: called with each decoded picture up to the last wanted one, for motion vectors; nothing is skipped
-            then.
+        visit: called with each reference picture and wanted frame, in order, to the end of the last group, for
+            motion vectors. Nothing is jumped over then.
 
     Raises:
         VideoError: where a wanted frame cannot be decoded without damage.
@@ -86,10 +87,12 @@ def _by_count(container, stream, index, wanted, visit, count) -> Iterator[tuple[
             if position in left:
                 left.discard(position)
                 yield position, frame
-            if not left:
+            if not left and not (visit and frame.pict_type == PictureType.B):
                 return
     except av.FFmpegError as error:
         raise VideoError(f"{index.name}: frame {min(left)} cannot be decoded ({error.strerror})") from None
+    if not left:
+        return
     raise VideoError(f"{index.name}: frame {min(left)} cannot be decoded, the video ends after {position + 1}")
 
 
@@ -110,6 +113,8 @@ def _by_time(container, stream, index, wanted, visit, count) -> Iterator[tuple[i
             cause = reader.failure or "the data are damaged or cut off"
             raise VideoError(f"{index.name}: frame {i} cannot be decoded ({cause})")
         yield i, frame
+    if visit:
+        reader.finish_group()
 
 
 def _start_for(index: VideoIndex, packet: int, before: int | None = None) -> int:
@@ -130,11 +135,12 @@ class _Reader:
         self.visit, self.count = visit, count
         self.position_of = {int(pts): p for p, pts in enumerate(index.packet_pts)}
         self.wanted_pts = {int(index.packet_pts[index.frame_packet[i]]) for i in wanted}
-        self.skip = visit is None and stream.codec_context.name in SKIPPABLE
+        self.skip = stream.codec_context.name in SKIPPABLE
         self.frames: Iterator[Any] | None = None
         self.started_at = self.next_packet = 0
         self.fresh = True  # nothing was read from the container yet
         self.last_visited: int | None = None
+        self.shown = {p: i for i, p in enumerate(index.frame_packet.tolist())}
         self.referred: dict[int, bool] = {}
         self.failure: str | None = None
 
@@ -153,15 +159,28 @@ class _Reader:
         for frame in self.frames or ():
             if frame.pts is None or frame.pts not in self.position_of:
                 raise IndexMismatch(f"a picture at {frame.pts}")
-            if self.visit and (self.last_visited is None or frame.pts > self.last_visited):
-                self.last_visited = frame.pts
-                self.visit(frame, self.position_of[frame.pts], self.referred.pop(frame.pts, False))
+            self._visit(frame)
             if frame.pts == pts:
                 return frame
             later += frame.pts > pts
             if later > REORDER:
                 break
         return None
+
+    def _visit(self, frame: Any) -> None:
+        if self.visit and (self.last_visited is None or frame.pts > self.last_visited):
+            self.last_visited = frame.pts
+            referred = self.referred.pop(frame.pts, False)
+            self.visit(frame, self.shown[self.position_of[frame.pts]], referred)
+
+    def finish_group(self) -> None:
+        """Visits what follows up to a picture that is not bidirectional: it tells how those before it move."""
+        for frame in self.frames or ():
+            if frame.pts not in self.position_of:
+                break
+            self._visit(frame)
+            if frame.pict_type != PictureType.B:
+                break
 
     def _decode(self, packet: int) -> Iterator[Any]:
         """Pictures from the packets from `packet` on; ends early, with `failure` set, where decoding fails."""
