@@ -53,6 +53,12 @@ BEFORE_LAVIS = (
         names.add_mask_methods,
     ),
     Shim(
+        "transformers tokenizers: additional_special_tokens, additional_special_tokens_ids",
+        "read by BLIP's init_tokenizer; renamed extra_special_tokens",
+        "transformers 5.0",
+        names.add_additional_special_tokens,
+    ),
+    Shim(
         "timm.models.{hub,registry,layers,helpers}",
         "moved; imported once with the FutureWarning off, so that LAVIS's imports of them are silent",
         "timm 0.9",
@@ -70,7 +76,7 @@ AFTER_LAVIS = (
     ),
     Shim(
         "LAVIS PreTrainedModel copies: tied weights",
-        "output embeddings are tied by a table in the class; without it lm_head comes up untied and random",
+        "5.x ties output weights by a table in the class and leaves lm_head random without it; 4.57 loses the output bias",
         "transformers 5.0",
         models.mend_tied_weights,
     ),
@@ -80,6 +86,12 @@ AFTER_LAVIS = (
         "its beams would be repeated again",
         "transformers 4.50",
         models.mend_generation,
+    ),
+    Shim(
+        "lavis...modeling_opt.OPTForCausalLM: attention mask",
+        "generate drops a mask that is all ones; LAVIS rebuilds it for the text only, too short by the query embeddings",
+        "transformers 5.0",
+        models.mend_opt_mask,
     ),
     Shim(
         "lavis...modeling_t5.T5ForConditionalGeneration",

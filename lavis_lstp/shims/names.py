@@ -90,9 +90,7 @@ def expand_mask(mask: torch.Tensor, dtype: torch.dtype, tgt_len: int | None = No
 def _lavis_has(relative: str) -> bool:
     """Whether the installed LAVIS has this file or folder; does not import it."""
     spec = importlib.util.find_spec("lavis")
-    return spec is not None and any(
-        (Path(root) / relative).exists() for root in spec.submodule_search_locations or ()
-    )
+    return spec is not None and any((Path(root) / relative).exists() for root in spec.submodule_search_locations or ())
 
 
 def add_clip_expand_mask() -> bool:
@@ -134,3 +132,15 @@ def import_moved_timm_modules() -> bool:
         for name in ("hub", "registry", "layers", "helpers"):
             importlib.import_module(f"timm.models.{name}")
     return True
+
+
+def add_additional_special_tokens() -> bool:
+    from transformers import PreTrainedTokenizerBase
+
+    if "additional_special_tokens" in PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES:
+        return False
+    return _add_missing(
+        PreTrainedTokenizerBase,
+        additional_special_tokens=property(lambda self: self.extra_special_tokens),
+        additional_special_tokens_ids=property(lambda self: self.extra_special_tokens_ids),
+    )
