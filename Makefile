@@ -36,14 +36,14 @@ lint: venv
 	$(BIN)/ruff format --check .
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow" -n 2
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-slow: venv
 	$(BIN)/python -m pytest -m slow
 
 test-matrix: venv .venv-tf457/installed
-	$(BIN)/python -m pytest -m "not slow" -n 2 $(MATRIX_TESTS)
-	$(MATRIX_BIN)/python -m pytest -m "not slow" -n 2 $(MATRIX_TESTS)
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile $(MATRIX_TESTS)
+	$(MATRIX_BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile $(MATRIX_TESTS)
 
 demo: venv
 	$(BIN)/lavis-lstp demo
