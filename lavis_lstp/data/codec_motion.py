@@ -22,7 +22,7 @@ import cv2
 import numpy as np
 from av.video.frame import PictureType
 
-from lavis_lstp.data.video_decode import Orientation, orientation
+from lavis_lstp.data.video_decode import Orientation, orientation, picture
 from lavis_lstp.errors import VideoError
 
 CELL = 8  # px; the smallest block these decoders report
@@ -34,9 +34,7 @@ FARTHER_MUST_FIT = 0.8  # times the difference under the nearest reference; fewe
 @dataclass
 class _Picture:
     shown: int  # frame number in the video
-    anchor: bool  # intra or predicted
-    reference: bool
-    velocity: np.ndarray | None = None  # [gh,gw,2] px per frame, of this frame and those since the anchor before
+    velocity: np.ndarray | None  # [gh,gw,2] px per frame, of this frame and those since the anchor before
     marked: bool = False
 
 
@@ -67,16 +65,15 @@ class CodecMotion:
             self.size, self.turn = (frame.width, frame.height), orientation(frame)
         if self._open and self._open[-1].velocity is not None:
             self._move()
-        picture = _Picture(shown, frame.pict_type != PictureType.B, reference)
-        if picture.anchor:
-            picture.reference = True
+        velocity = None
+        if frame.pict_type != PictureType.B:
             look = self._look(frame)
             if frame.pict_type != PictureType.I and self._anchor is not None:
-                picture.velocity = self._velocity_of(frame, shown, look)
+                velocity = self._velocity_of(frame, shown, look)
             self._anchor = (shown, look)
-        if picture.reference:
+        if frame.pict_type != PictureType.B or reference:
             self._references = sorted([*self._references, shown])[-2 * REFERENCES :]
-        self._open.append(picture)
+        self._open.append(_Picture(shown, velocity))
 
     def mark(self) -> None:
         """The picture added last is a chosen one."""
@@ -85,7 +82,7 @@ class CodecMotion:
 
     def _look(self, frame: Any) -> np.ndarray:
         """Grey picture, at most LOOK_SIDE px wide."""
-        grey = frame.to_ndarray(format="gray")
+        grey = picture(frame, "gray")
         shrink = max(1.0, grey.shape[1] / LOOK_SIDE)
         if shrink == 1:
             return grey
@@ -127,12 +124,12 @@ class CodecMotion:
         """Moves through the open pictures, at the velocity of the last of them or else the last one known."""
         if self._open[-1].velocity is not None:
             self._velocity = self._open[-1].velocity
-        for picture in self._open:
+        for entry in self._open:
             if self._travel is not None:
-                for _ in range(picture.shown - self._at):
+                for _ in range(entry.shown - self._at):
                     self._travel = _followed(self._travel, self._velocity)
-            self._at = picture.shown
-            if picture.marked:
+            self._at = entry.shown
+            if entry.marked:
                 if self._travel is not None:
                     self._fields.append(self._travel)
                 self._travel = np.zeros((*_grid(self.size), 2), dtype=np.float32)
