@@ -65,13 +65,13 @@ def _unique(items: Items[T], what: str) -> dict[str, T]:
     if isinstance(items, Mapping):
         return dict(items)
     result: dict[str, T] = {}
-    twice = []
+    twice: dict[str, None] = {}
     for key, value in items:
         if key in result:
-            twice.append(key)
+            twice[key] = None
         result[key] = value
     if twice:
-        raise CoverageError(f"{_named(twice)} with more than one {what}; ids must be unique")
+        raise CoverageError(f"{_named(list(twice))} with more than one {what}; ids must be unique")
     return result
 
 

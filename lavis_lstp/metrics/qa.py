@@ -90,7 +90,8 @@ def accuracy_interval(successes: float, n: int, z: float = 1.959964) -> tuple[fl
     share, slack = successes / n, z * z / n
     centre = (share + slack / 2) / (1 + slack)
     half = z / (1 + slack) * math.sqrt(share * (1 - share) / n + slack / (4 * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # the exact ends, which rounding would miss
+    return (centre - half if successes > 0 else 0.0), (centre + half if successes < n else 1.0)
 
 
 def evaluate_answers(predictions: Items[str], answers: Items[str], *, allow_partial: bool = False) -> dict:

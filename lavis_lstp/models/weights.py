@@ -136,13 +136,13 @@ def convert_published(state_dict: Mapping[str, Any], *, as_whole: bool = False) 
 
 def convert_published_with_report(state_dict: Mapping[str, Any], *, as_whole: bool = False) -> Conversion:
     """`convert_published`, and what was dropped."""
-    keys = {key.removeprefix("module."): value for key, value in _unwrap(state_dict).items()}
-    result = Conversion(alone=_lone_part(keys))
+    items = [(key.removeprefix("module."), value) for key, value in _unwrap(state_dict).items()]
+    result = Conversion(alone=_lone_part(key for key, _ in items))
     parts = {result.alone: ("", PARTS[result.alone][1], "")} if result.alone else PARTS
     if result.alone and as_whole:
         parts = {result.alone: ("", *PARTS[result.alone][1:])}
     unexplained = []
-    for key, value in keys.items():
+    for key, value in items:
         new = _rename(key, parts)
         if new is _UNKNOWN:
             unexplained.append(key)
@@ -152,10 +152,10 @@ def convert_published_with_report(state_dict: Mapping[str, Any], *, as_whole: bo
             raise WeightsError(f"published weights: two keys give '{new}', one is '{key}'; the file is damaged")
         else:
             result.state_dict[new] = value
-    if unexplained or not keys:
+    if unexplained or not items:
         prefixes = ", ".join(f"'{prefix}'" for prefix, _, _ in PARTS.values())
         raise WeightsError(
-            f"published weights: {_some(unexplained) if keys else 'no key'} unknown; expected a whole LSTP checkpoint "
+            f"published weights: {_some(unexplained) if items else 'no key'} unknown; expected a whole LSTP checkpoint "
             f"(keys that begin with {prefixes}), its temporal encoder alone, or princeton RAFT ('fnet.', 'cnet.', "
             "'update_block.') alone"
         )
