@@ -23,6 +23,7 @@ import numpy as np
 from lavis_lstp.data.video_decode import (
     DecodeCount,
     IndexMismatch,
+    Orientation,
     decode_decord,
     decode_pyav,
     orientation,
@@ -84,7 +85,7 @@ def sample_indices(num: int, length: int) -> list[int]:
     """`num` frames of a video of any length, as in published training (SPEC 5); `uniform_centres` where it is long.
 
     In a shorter video every frame is doubled until there are at least `num`, and the centres of those are taken,
-    so frames repeat in order: 3 frames to 4 gives [0, 1, 1, 2].
+    so frames repeat in order: 3 frames to 4 gives the centres of 0 0 1 1 2 2, [0, 0, 1, 2].
     """
     if length < 1:
         raise ValueError(f"expected a video of at least one frame, got length={length}")
@@ -161,7 +162,7 @@ def probe(source: Source, *, name: str | None = None) -> VideoInfo:
     name = source_name(source, name)
     index = video_index(source, name)
     _refuse_incomplete(index)
-    return _info(source, index)
+    return _info(source, index)[0]
 
 
 def _refuse_incomplete(index: VideoIndex) -> None:
@@ -169,16 +170,16 @@ def _refuse_incomplete(index: VideoIndex) -> None:
         raise VideoError(f"{index.name}: {index.missing}")
 
 
-def _info(source: Source, index: VideoIndex) -> VideoInfo:
+def _info(source: Source, index: VideoIndex) -> tuple[VideoInfo, Orientation]:
     """Size and rotation come from the first picture: headers of the container may be wrong about both."""
     with open_video(source, index.name) as (container, stream):
         first = next(container.decode(stream), None)
         if first is None:
             raise VideoError(f"{index.name}: its first frame cannot be decoded")
-        turned = orientation(first).transpose
-        height, width = (first.width, first.height) if turned else (first.height, first.width)
+        turn = orientation(first)
+        height, width = (first.width, first.height) if turn.transpose else (first.height, first.width)
         rotation = int(first.rotation) % 360
-    return VideoInfo(index.num_frames, index.fps, index.duration_s, width, height, rotation, index.codec)
+    return VideoInfo(index.num_frames, index.fps, index.duration_s, width, height, rotation, index.codec), turn
 
 
 def _at_times(index: VideoIndex, times_s: Sequence[float]) -> list[int]:
@@ -188,8 +189,9 @@ def _at_times(index: VideoIndex, times_s: Sequence[float]) -> list[int]:
             raise VideoError(
                 f"{index.name}: no frame at {t:g} s; it lasts from 0 to {index.duration_s:.3f} s after its first frame"
             )
-    # Half a tick of slack, so that the time a frame was given out with finds the same frame again.
-    at = np.searchsorted(index.times_s, np.asarray(times_s, dtype=np.float64) + index.time_base / 2, side="right")
+    # Some slack, so that the time a frame was given out with, even as float32, finds the same frame again.
+    slack = min(1e-4, 0.25 / index.fps)
+    at = np.searchsorted(index.times_s, np.asarray(times_s, dtype=np.float64) + slack, side="right")
     return [int(i) - 1 for i in at]
 
 
@@ -261,7 +263,7 @@ def _read(source, index, indices, times_s, num, size, backend, motion_vectors, f
     if not chosen:
         raise VideoError(f"{index.name}: no frames were asked for")
     wanted = sorted(set(chosen))
-    info = _info(source, index)
+    info, turn = _info(source, index)
     height, width = _height_width(size) if size is not None else (info.height, info.width)
     count = DecodeCount()
     motion = None
@@ -270,6 +272,8 @@ def _read(source, index, indices, times_s, num, size, backend, motion_vectors, f
 
         motion = CodecMotion(index.name)
     if backend == "decord":
+        if turn.mirrored:
+            raise VideoError(f"{index.name}: is stored mirrored, which decord ignores; use backend 'pyav'")
         pictures = decode_decord(source, index, wanted, threads=threads)
     else:
         visit = motion.add if motion else None

@@ -9,6 +9,7 @@ are skipped. A picture is handed out only under its own time stamp, so a damaged
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -267,6 +268,11 @@ class Orientation:
     mirror_x: bool = False
     mirror_y: bool = False
 
+    @property
+    def mirrored(self) -> bool:
+        """Whether no rotation does the same."""
+        return self.transpose == (self.mirror_x == self.mirror_y)
+
 
 def orientation(frame: Any) -> Orientation:
     """From the display matrix; angles that are not multiples of 90 degrees are left alone."""
@@ -295,7 +301,8 @@ def decode_decord(
     """The same frames by decord, each checked against the time the index gives it.
 
     The reader is made here, in the calling process: readers made before a fork deadlock. decord's bridge, a global
-    setting which LAVIS turns to torch, is left as it is.
+    setting which LAVIS turns to torch, is left as it is. Unlike PyAV here, decord patches up damaged pictures
+    without a word (0.6.0, whatever its `fault_tol`), so data that may be damaged are better read by PyAV.
     """
     try:
         import decord
@@ -322,5 +329,5 @@ def decode_decord(
     except (decord.DECORDError, RuntimeError) as error:
         if isinstance(error, VideoError):
             raise
-        line = str(error).strip().splitlines()[0][:200]
+        line = re.sub(r"\[\d+:\d+:\d+\] \S+: ?", "", str(error).strip().splitlines()[0]).strip()[:120]
         raise VideoError(f"{index.name}: cannot be read by decord ({line}); use backend 'pyav'") from None
