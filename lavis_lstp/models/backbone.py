@@ -62,9 +62,7 @@ class Backbone(nn.Module):
         self.register_buffer("image_std", std.view(1, 3, 1, 1), persistent=False)
 
     @classmethod
-    def from_pretrained(
-        cls, path: str, *, family: str, dtype: str = "float32", max_text_tokens: int = 128
-    ) -> Backbone:
+    def from_pretrained(cls, path: str, *, family: str, dtype: str = "float32", max_text_tokens: int = 128) -> Backbone:
         """From a hub id or a folder in the hub's layout (config, safetensors, tokenizer files).
 
         Raises:
@@ -91,9 +89,7 @@ class Backbone(nn.Module):
         return cls(model, tokenizer, qformer_tokenizer, max_text_tokens=max_text_tokens)
 
     @classmethod
-    def from_config_dict(
-        cls, config: Mapping, *, family: str, seed: int = 0, max_text_tokens: int = 128
-    ) -> Backbone:
+    def from_config_dict(cls, config: Mapping, *, family: str, seed: int = 0, max_text_tokens: int = 128) -> Backbone:
         """With random weights drawn from `seed`, and the built-in tokenizer: for tests and models trained from nothing.
 
         Args:
@@ -101,9 +97,7 @@ class Backbone(nn.Module):
                 num_query_tokens). Vocabulary sizes and special ids are filled in.
         """
         config_class, model_class = _classes(family)
-        parts = {
-            key: dict(value) if isinstance(value, Mapping) else value for key, value in dict(config).items()
-        }
+        parts = {key: dict(value) if isinstance(value, Mapping) else value for key, value in dict(config).items()}
         is_t5 = parts["text_config"].get("model_type") == "t5"
         tokenizer = tiny_tokenizer(bos=not is_t5, eos=is_t5)
         ids = {
@@ -237,7 +231,7 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def generate(self, prefix: Tensor, prefix_mask: Tensor, prompts: list[str], **settings) -> list[str]:
-        """Answers, one string a row. `settings` are transformers' generation arguments (max_new_tokens, num_beams, ...)."""
+        """Answers, one string a row; `settings` are transformers' generation arguments (max_new_tokens, ...)."""
         text = self._tokenize(self.tokenizer, prompts, "right").to(prefix.device)
         inputs, mask = self._with_prefix(prefix, prefix_mask, text["input_ids"], text["attention_mask"])
         if not self.is_encoder_decoder:

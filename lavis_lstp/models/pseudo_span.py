@@ -72,6 +72,4 @@ def flow_span(span: Span, num_frames: int, num_flows: int) -> Span:
     if not len(span):
         return Span(0, 0)
     first, last = span.to_inclusive()
-    return Span.from_inclusive(
-        flow_index(first, num_frames, num_flows), flow_index(last, num_frames, num_flows)
-    )
+    return Span.from_inclusive(flow_index(first, num_frames, num_flows), flow_index(last, num_frames, num_flows))

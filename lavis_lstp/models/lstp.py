@@ -1,0 +1,534 @@
+"""LSTP, the model LAVIS sees: flow -> temporal sampler -> frame selector -> backbone -> frame fusion -> answer.
+
+In: a batch of samples (`lavis_lstp.schema`). Out: losses in training, answers with the frames they came from in
+evaluation. There is one class; what is called a model variant elsewhere is a YAML file that names five parts.
+Source: LSTP, arXiv 2402.16050.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from lavis.common.registry import registry
+from lavis.models.base_model import BaseModel
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+from lavis_lstp.errors import ConfigError, WeightsError, unknown_name
+from lavis_lstp.metrics.qa import token_recall
+from lavis_lstp.models.backbone import Backbone
+from lavis_lstp.models.flow import build_flow
+from lavis_lstp.models.frame_fusion import FrameFusion
+from lavis_lstp.models.frame_selector import build_selector, sample_generators
+from lavis_lstp.models.temporal_sampler import TemporalSampler, span_loss
+from lavis_lstp.models.tiny_tokenizer import tiny_tokenizer
+from lavis_lstp.models.weights import convert_published, load_state_dict_file, weights_file
+
+logger = logging.getLogger(__name__)
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "models"
+LOSSES = ("lm", "span")
+PART_PREFIX = {
+    "flow": "flow.",
+    "sampler": "sampler.",
+    "vision": "backbone.model.vision_model.",
+    "qformer": "backbone.model.qformer.",
+    "query_tokens": "backbone.model.query_tokens",
+    "projection": "backbone.model.language_projection.",
+    "language_model": "backbone.model.language_model.",
+}
+"""Name in the config's `train` list -> where the part lies in the state dict."""
+
+
+class LSTP(BaseModel):
+    """Video question answering from the few frames that the question asks for.
+
+    Args:
+        flow: FlowExtractor, uint8 frames [B,T,3,H,W] -> [B,T,2,H,W].
+        sampler: TemporalSampler.
+        selector: what turns logits, a given span or nothing into K frame indices.
+        backbone: vision tower, Q-Former and language model.
+        fusion: joins the K frames' query tokens.
+        sampler_tokenizer: turns the question into the sampler's token ids.
+        sampler_mode: "fusion" or "multi_modal", which layers of the sampler run.
+        prompt, answer_template, sampler_prompt: templates with {question} or {answer}.
+        train: parts that learn, of PART_PREFIX; everything else is frozen and stays in eval mode.
+        losses: of LOSSES; "span" needs samples with a span, "lm" an answer.
+        generation: default arguments of `generate`.
+        seed: of the random frame selector in evaluation.
+    """
+
+    PRETRAINED_MODEL_CONFIG_DICT: Mapping[str, str] = {}
+
+    def __init__(
+        self,
+        *,
+        flow: nn.Module,
+        sampler: TemporalSampler,
+        selector,
+        backbone: Backbone,
+        fusion: FrameFusion,
+        sampler_tokenizer,
+        sampler_mode: str = "fusion",
+        prompt: str = "USER: <video>\n{question} ASSISTANT: ",
+        answer_template: str = "{answer}</s>",
+        sampler_prompt: str = "{question}",
+        train: Sequence[str] = ("qformer", "query_tokens", "projection"),
+        losses: Sequence[str] = ("lm",),
+        generation: Mapping | None = None,
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.flow = flow
+        self.sampler = sampler
+        self.selector = selector
+        self.backbone = backbone
+        self.fusion = fusion
+        self.sampler_tokenizer = sampler_tokenizer
+        self.sampler_mode = sampler_mode
+        self.prompt = prompt
+        self.answer_template = answer_template
+        self.sampler_prompt = sampler_prompt
+        self.losses = tuple(losses)
+        self.generation = dict(generation or {})
+        self.seed = seed
+        for loss in self.losses:
+            if loss not in LOSSES:
+                raise ConfigError(unknown_name("loss (model.losses)", loss, LOSSES))
+        self.train_parts = tuple(train)
+        self._freeze()
+
+    # ---- building ---------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_config(cls, cfg) -> LSTP:
+        """The only place that sees a config; `configs/models/lstp_tiny.yaml` lists and explains every key."""
+        cfg = OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else dict(cfg)
+        backbone = _build_backbone(cfg["backbone"])
+        sampler_cfg = dict(cfg["sampler"])
+        tokenizer_path = sampler_cfg.pop("tokenizer", None)
+        sampler_mode = sampler_cfg.pop("mode", "fusion")
+        tokenizer = _sampler_tokenizer(tokenizer_path, backbone)
+        sampler_cfg["vocab_size"] = sampler_cfg.get("vocab_size") or len(tokenizer)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(cfg["backbone"].get("seed") or 0)
+            sampler = TemporalSampler(**sampler_cfg)
+        model = cls(
+            flow=build_flow(**cfg["flow"]),
+            sampler=sampler,
+            selector=build_selector(**cfg["selector"]),
+            backbone=backbone,
+            fusion=FrameFusion(cfg["fusion"]),
+            sampler_tokenizer=tokenizer,
+            sampler_mode=sampler_mode,
+            prompt=cfg["prompt"],
+            answer_template=cfg["answer_template"],
+            sampler_prompt=cfg["sampler_prompt"],
+            train=cfg["train"] or (),
+            losses=cfg["losses"],
+            generation=cfg["generation"],
+            seed=cfg["selection_seed"],
+        )
+        checkpoints = cfg.get("checkpoint") or []
+        for path in [checkpoints] if isinstance(checkpoints, str) else checkpoints:
+            model.load_checkpoint(path)
+        return model
+
+    @classmethod
+    def default_config_path(cls, model_type: str = "default") -> str:
+        """Absolute path of a type's YAML.
+
+        Raises:
+            ConfigError: the type is not known.
+        """
+        if model_type not in cls.PRETRAINED_MODEL_CONFIG_DICT:
+            raise ConfigError(unknown_name("model_type", model_type, cls.PRETRAINED_MODEL_CONFIG_DICT))
+        return str(cls.PRETRAINED_MODEL_CONFIG_DICT[model_type])
+
+    def _freeze(self) -> None:
+        for name in self.train_parts:
+            if name not in PART_PREFIX:
+                raise ConfigError(unknown_name("part (model.train)", name, PART_PREFIX))
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(self._part_of(name) in self.train_parts)
+
+    @staticmethod
+    def _part_of(name: str) -> str | None:
+        return next((part for part, prefix in PART_PREFIX.items() if name.startswith(prefix)), None)
+
+    def train(self, mode: bool = True) -> LSTP:
+        """Frozen parts stay in eval mode: dropout or running statistics there would be noise without learning."""
+        super().train(mode)
+        for part, module in self._part_modules().items():
+            if part not in self.train_parts:
+                module.eval()
+        return self
+
+    def _part_modules(self) -> dict[str, nn.Module]:
+        model = self.backbone.model
+        return {
+            "flow": self.flow,
+            "sampler": self.sampler,
+            "vision": model.vision_model,
+            "qformer": model.qformer,
+            "projection": model.language_projection,
+            "language_model": model.language_model,
+        }
+
+    def trained_parts(self) -> dict[str, int]:
+        """Part -> number of parameters that learn."""
+        counts = dict.fromkeys(self.train_parts, 0)
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                counts[self._part_of(name)] += parameter.numel()
+        return counts
+
+    # ---- checkpoints ------------------------------------------------------------------------------------------
+
+    def trainable_state_dict(self) -> dict[str, Tensor]:
+        """Weights and buffers of the parts that learn; frozen parts are never written."""
+        return {k: v for k, v in self.state_dict().items() if self._part_of(k) in self.train_parts}
+
+    def load_trained_state_dict(self, state_dict: Mapping[str, Tensor], source: str = "checkpoint") -> list[str]:
+        """Loads whole parts.
+
+        Returns:
+            The parts that were in `state_dict`; the others keep what they have.
+
+        Raises:
+            WeightsError: a key is not in the model, has another shape, or a part is there only in part.
+        """
+        own = self.state_dict()
+        unexpected = [key for key in state_dict if key not in own]
+        parts = {self._part_of(key) for key in state_dict} - {None}
+        missing = [key for key in own if self._part_of(key) in parts and key not in state_dict]
+        wrong = [key for key in state_dict if key in own and own[key].shape != state_dict[key].shape]
+        problems = [f"{len(missing)} missing ({missing[0]}, ...)"] if missing else []
+        problems += [f"{len(unexpected)} unknown to the model ({unexpected[0]}, ...)"] if unexpected else []
+        if wrong:
+            first = wrong[0]
+            shapes = f"{tuple(state_dict[first].shape)} in the file, {tuple(own[first].shape)} in the model"
+            problems.append(f"{len(wrong)} of another shape ({first}: {shapes})")
+        if problems:
+            raise WeightsError(
+                f"{source} does not fit the model: {'; '.join(problems)}; "
+                "use the model config it was trained with, or another checkpoint"
+            )
+        self.load_state_dict(dict(state_dict), strict=False)
+        logger.info("loaded %s from %s", ", ".join(sorted(parts)), source)
+        return sorted(parts)
+
+    def load_checkpoint(self, url_or_filename: str) -> list[str]:
+        """A run's folder, one of its checkpoints, a safetensors file, or a published checkpoint.
+
+        Raises:
+            WeightsError: nothing is there, it is not safe to read, or it does not fit.
+        """
+        file = weights_file(url_or_filename)
+        state_dict = load_state_dict_file(file)
+        if not all(self._part_of(key) for key in state_dict):
+            state_dict = convert_published(state_dict)
+        return self.load_trained_state_dict(state_dict, source=str(url_or_filename))
+
+    # ---- training ---------------------------------------------------------------------------------------------
+
+    def forward(self, samples: Mapping) -> dict[str, Tensor]:
+        """Losses of a batch.
+
+        Returns:
+            {"loss", "lm_loss", "span_loss"}: scalars; a loss that the config does not ask for is 0 and detached.
+        """
+        zero = torch.zeros((), device=self.device)
+        losses = {"lm_loss": zero, "span_loss": zero}
+        logits = None
+        if "span" in self.losses:
+            if "span" not in samples or bool((samples["span"] < 0).all()):
+                raise ConfigError(
+                    "the span loss (model.losses) found no span in the batch; "
+                    "give datasets.<name>.spans a pseudo-span file"
+                )
+            logits = self._logits(samples)
+            mask = samples["frame_mask"].to(self.device)
+            losses["span_loss"] = span_loss(
+                logits.start_logits, logits.end_logits, samples["span"].to(self.device), mask
+            )
+        if "lm" in self.losses:
+            frame_index, _ = self._select(samples, logits)
+            prompts = self.prompts(samples)
+            prefix, prefix_mask = self._prefix(self._features(samples, frame_index), frame_index, prompts)
+            answers = [self.answer_template.format(answer=a) for a in samples["text_output"]]
+            losses["lm_loss"] = self.backbone.lm_loss(prefix, prefix_mask, prompts, answers)
+        return {"loss": losses["lm_loss"] + losses["span_loss"], **losses}
+
+    def prompts(self, samples: Mapping) -> list[str]:
+        return [self.prompt.format(question=q) for q in samples["text_input"]]
+
+    # ---- the path from frames to a prefix -----------------------------------------------------------------------
+
+    def _flow(self, samples: Mapping) -> Tensor:
+        mask = samples["frame_mask"].to(self.device)
+        with torch.no_grad():
+            return self.flow(
+                samples["frames"].to(self.device),
+                mask,
+                flow=samples["flow"].to(self.device) if "flow" in samples else None,
+            )
+
+    def _logits(self, samples: Mapping, flow: Tensor | None = None):
+        flow = self._flow(samples) if flow is None else flow
+        texts = [self.sampler_prompt.format(question=q) for q in samples["text_input"]]
+        tokens = self.sampler_tokenizer(
+            texts,
+            padding="longest",
+            truncation=True,
+            max_length=self.backbone.max_text_tokens,
+            return_tensors="pt",
+            return_token_type_ids=False,
+        ).to(self.device)
+        mask = samples["frame_mask"].to(self.device)
+        grad = nullcontext() if "sampler" in self.train_parts else torch.no_grad()
+        with grad:
+            return self.sampler(flow, mask, tokens["input_ids"], tokens["attention_mask"], mode=self.sampler_mode)
+
+    def _select(self, samples: Mapping, logits=None) -> tuple[Tensor, Tensor]:
+        """K frame indices, -1 where a sample has none, and the span they come from."""
+        if self.selector.needs_logits and logits is None:
+            with torch.no_grad():
+                logits = self._logits(samples)
+        return self.selector(
+            samples["frame_mask"].cpu(),
+            start_logits=None if logits is None else logits.start_logits,
+            end_logits=None if logits is None else logits.end_logits,
+            span=self._given_span(samples),
+            generators=self._generators(samples),
+        )
+
+    def _given_span(self, samples: Mapping) -> Tensor | None:
+        if not self.selector.needs_span:
+            return None
+        key = self.selector.span_key
+        if key == "gold_span" and self.training:
+            raise ConfigError(
+                "selector 'given' with span_key 'gold_span' is for evaluation; training never sees gold spans"
+            )
+        if key not in samples:
+            raise ConfigError(f"selector 'given' needs samples with '{key}'; set datasets.<name>.spans")
+        return samples[key].cpu()
+
+    def _generators(self, samples: Mapping) -> list[torch.Generator]:
+        """One a row: in training from torch's global state, which checkpoints keep; in evaluation from the
+        question's id, so that the draw does not depend on batch size, order or rank."""
+        if self.training:
+            seeds = torch.randint(2**62, (len(samples["text_input"]),)).tolist()
+            return [torch.Generator().manual_seed(seed) for seed in seeds]
+        return sample_generators(samples.get("question_id") or samples["text_input"], self.seed)
+
+    def _features(self, samples: Mapping, frame_index: Tensor) -> Tensor:
+        """Vision features [B,K,P,D] of the frames at `frame_index` [B,K]; -1 takes frame 0 and is masked later."""
+        frames = samples["frames"]
+        index = frame_index.clamp(min=0).to(frames.device)[:, :, None, None, None]
+        chosen = frames.gather(1, index.expand(-1, -1, *frames.shape[2:])).to(self.device)
+        features = self._image_features(chosen.flatten(0, 1))
+        return features.view(*frame_index.shape, *features.shape[1:])
+
+    def _image_features(self, frames: Tensor) -> Tensor:
+        with nullcontext() if "vision" in self.train_parts else torch.no_grad():
+            return self.backbone.image_features(frames)
+
+    def _prefix(self, features: Tensor, frame_index: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """features [B,K,P,D] -> visual prefix [B,S,D_llm] and its mask [B,S]."""
+        batch, count = frame_index.shape
+        per_frame = [prompt for prompt in prompts for _ in range(count)]
+        tokens = self.backbone.frame_tokens(features.flatten(0, 1), per_frame)
+        mask = (frame_index >= 0).long().to(tokens.device)
+        return self.fusion(tokens.view(batch, count, *tokens.shape[1:]), mask, self.backbone.project)
+
+    # ---- answers ----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def locate(self, samples: Mapping) -> dict[str, Tensor]:
+        """The span the sampler predicts and the frames the selector takes.
+
+        Returns:
+            span int64 [B,2], half-open; frame_index int64 [B,K], sorted; and, where the selector or the span loss
+            uses the sampler, start_logits and end_logits float32 [B,T].
+        """
+        logits = self._logits(samples) if self.selector.needs_logits or "span" in self.losses else None
+        frame_index, span = self._select(samples, logits)
+        found = {"span": span, "frame_index": frame_index}
+        if logits is not None:
+            found["start_logits"] = logits.start_logits.float().cpu()
+            found["end_logits"] = logits.end_logits.float().cpu()
+        return found
+
+    @torch.no_grad()
+    def answer(self, samples: Mapping, **generation) -> dict:
+        """Everything an answer is made of.
+
+        Returns:
+            prediction, prompt (lists of B strings), span [B,2], frame_index [B,K], start_logits and end_logits
+            where there are any, flow [B,T,2,S,S] where it was needed, and seconds by stage (of the whole batch).
+        """
+        seconds: dict[str, float] = {}
+        result: dict = {"prompt": self.prompts(samples), "seconds": seconds}
+        logits = None
+        if self.selector.needs_logits:
+            with self._timed(seconds, "flow"):
+                result["flow"] = self._flow(samples)
+            with self._timed(seconds, "sampler"):
+                logits = self._logits(samples, result["flow"])
+                result["start_logits"] = logits.start_logits.float().cpu()
+                result["end_logits"] = logits.end_logits.float().cpu()
+        with self._timed(seconds, "selection"):
+            result["frame_index"], result["span"] = self._select(samples, logits)
+        with self._timed(seconds, "vision"):
+            features = self._features(samples, result["frame_index"])
+            prefix, mask = self._prefix(features, result["frame_index"], result["prompt"])
+        with self._timed(seconds, "language"):
+            settings = {**self.generation, **generation}
+            result["prediction"] = self.backbone.generate(prefix, mask, result["prompt"], **settings)
+        return result
+
+    @contextmanager
+    def _timed(self, seconds: dict[str, float], stage: str):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        start = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
+
+    def generate(
+        self,
+        samples: Mapping,
+        use_nucleus_sampling: bool = False,
+        num_beams: int | None = None,
+        max_length: int | None = None,
+        min_length: int | None = None,
+        **generation,
+    ) -> list[str]:
+        """Answers of a batch; arguments as in LAVIS, or as in transformers.
+
+        Lengths are those of the answer alone, without prompt and visual prefix.
+        """
+        settings = dict(generation)
+        if use_nucleus_sampling:
+            settings["do_sample"] = True
+        for name, value in (
+            ("num_beams", num_beams),
+            ("max_new_tokens", max_length),
+            ("min_new_tokens", min_length),
+        ):
+            if value is not None:
+                settings.setdefault(name, value)
+        return self.answer(samples, **settings)["prediction"]
+
+    def predict_answers(
+        self,
+        samples: Mapping,
+        num_beams: int | None = None,
+        inference_method: str = "generate",
+        max_len: int | None = None,
+        min_len: int | None = None,
+        num_ans_candidates: int | None = None,
+        answer_list: Sequence[str] | None = None,
+        **generation,
+    ) -> list[str]:
+        """LAVIS's name for answering questions. Ranking a list of answers is not supported.
+
+        Raises:
+            ConfigError: for an `inference_method` other than "generate".
+        """
+        if inference_method != "generate":
+            raise ConfigError(f"inference_method '{inference_method}' is not supported by LSTP; use 'generate'")
+        return self.generate(samples, num_beams=num_beams, max_length=max_len, min_length=min_len, **generation)
+
+    @torch.no_grad()
+    def pseudo_scores(self, samples: Mapping, rows: int = 512) -> Tensor:
+        """How well each frame alone answers the question: token recall, 0..1 (paper: temporal refinement).
+
+        Args:
+            samples: with text_output, the answers to compare with.
+            rows: frames answered at once; bounds memory.
+
+        Returns:
+            float32 [B,T]; padded frames score 0.
+        """
+        frames, mask = samples["frames"], samples["frame_mask"]
+        batch, count = mask.shape
+        prompts = self.prompts(samples)
+        videos = samples.get("video_id") or [str(i) for i in range(batch)]
+        unique = list(dict.fromkeys(videos))
+        features = {}  # of each video once, however many questions it has
+        for name in unique:
+            chunks = frames[videos.index(name)].to(self.device).split(rows)
+            features[name] = torch.cat([self._image_features(chunk) for chunk in chunks])
+        scores = torch.zeros(batch, count)
+        pairs = mask.nonzero().tolist()
+        for start in range(0, len(pairs), rows):
+            chunk = pairs[start : start + rows]
+            chosen = torch.stack([features[videos[b]][t] for b, t in chunk])[:, None]
+            texts = [prompts[b] for b, _ in chunk]
+            prefix, prefix_mask = self._prefix(chosen, torch.zeros(len(chunk), 1, dtype=torch.long), texts)
+            answers = self.backbone.generate(prefix, prefix_mask, texts, **self.generation)
+            for (b, t), answer in zip(chunk, answers, strict=True):
+                scores[b, t] = token_recall(samples["text_output"][b], answer)
+        return scores
+
+
+def _build_backbone(cfg: Mapping) -> Backbone:
+    if cfg.get("weights"):
+        return Backbone.from_pretrained(
+            cfg["weights"],
+            family=cfg["family"],
+            dtype=cfg.get("dtype") or "float32",
+            max_text_tokens=cfg["max_text_tokens"],
+        )
+    if not cfg.get("config"):
+        raise WeightsError(
+            "model.backbone.weights is empty: expected a hub id or a folder, "
+            "or model.backbone.config for random weights"
+        )
+    return Backbone.from_config_dict(
+        cfg["config"],
+        family=cfg["family"],
+        seed=cfg.get("seed") or 0,
+        max_text_tokens=cfg["max_text_tokens"],
+    )
+
+
+def _sampler_tokenizer(path: str | None, backbone: Backbone):
+    """BERT's tokenizer: from `path`, else the Q-Former's own, else the built-in one of tiny models."""
+    if path:
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(path)
+        except OSError as error:
+            raise WeightsError(
+                f"no tokenizer at '{path}' (model.sampler.tokenizer): expected a hub id or a folder with "
+                "tokenizer files, such as bert-base-uncased"
+            ) from error
+    return backbone.qformer_tokenizer or tiny_tokenizer(bos=False)
+
+
+MODEL_TYPES = {"lstp_tiny": {"default": CONFIGS / "lstp_tiny.yaml"}}
+"""Registered name -> type -> YAML. A new variant is a line here and a file there."""
+
+
+def register_models(names: Iterable[str] = tuple(MODEL_TYPES)) -> None:
+    """Puts a name of LSTP for each entry of `MODEL_TYPES` into LAVIS's registry."""
+    for name in names:
+        types = {kind: str(path) for kind, path in MODEL_TYPES[name].items()}
+        class_name = "".join(word.capitalize() for word in name.split("_"))
+        variant = type(class_name, (LSTP,), {"PRETRAINED_MODEL_CONFIG_DICT": types, "__module__": __name__})
+        registry.register_model(name)(variant)
+
+
+register_models()
