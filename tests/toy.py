@@ -1,10 +1,12 @@
 """A toy model, data set and run, small enough to train in a second, for tests of the runner and the tasks.
 
-As a script it is one process of a run, alone or under torchrun: `python tests/toy.py CONFIG.yaml [a.b=c ...]`.
+As a script it is one process of a run, alone or under torchrun: `python tests/toy.py output_dir=DIR [key=value ...]`;
+`+` between groups of settings makes it several runs, one after the other.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import sys
@@ -133,24 +135,43 @@ def make_runner(output_dir, *, length=20, dropout=0.1, noise=0.1, nan_at=None, e
     return (cls or RunnerLSTP)(cfg=config, task=task, model=model, datasets={"toy": data}, job_id="job")
 
 
-def main(argv: list[str]) -> None:
-    """KEY=VALUE ...; `kill_at=N` dies of SIGKILL, `term_at=N` gets SIGTERM, before optimizer step N."""
+class Killed(Exception):
+    """Stands for the end of a process in tests that have no process to spare."""
+
+
+def run(argv: list[str]) -> None:
+    """One run. Before optimizer step N, `kill_at=N` dies of SIGKILL, `term_at=N` gets SIGTERM, `raise_at=N` raises;
+    `on_rank=R` lets that happen on one rank only."""
     options = OmegaConf.to_container(OmegaConf.from_dotlist(argv))
-    kill_at, term_at = options.pop("kill_at", None), options.pop("term_at", None)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        torch.distributed.init_process_group("gloo")
-    torch.set_num_threads(1)
+    rank = int(os.environ.get("RANK", 0))
+    here = rank == options.pop("on_rank", rank)
+    at = {name: options.pop(name, None) for name in ("kill_at", "term_at", "raise_at")}
     runner = make_runner(Path(options.pop("output_dir")), **options)
     plain_step = runner._train_step
 
     def step(*args):
-        for at, number in ((kill_at, signal.SIGKILL), (term_at, signal.SIGTERM)):
-            if runner.position.step == at:
+        if runner.position.step == at["raise_at"]:
+            raise Killed
+        for name, number in (("kill_at", signal.SIGKILL), ("term_at", signal.SIGTERM)):
+            if here and runner.position.step == at[name]:
                 os.kill(os.getpid(), number)
         return plain_step(*args)
 
     runner._train_step = step
-    runner.train()
+    try:
+        runner.train()
+    except Killed:
+        return
+
+
+def main(argv: list[str]) -> None:
+    torch.set_num_threads(1)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        torch.distributed.init_process_group("gloo")
+    for _, group in itertools.groupby(argv, lambda word: word == "+"):
+        group = list(group)
+        if group != ["+"]:
+            run(group)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

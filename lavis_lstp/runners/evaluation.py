@@ -1,7 +1,6 @@
 """One pass over an evaluation split: shared among ranks, resumable, and equal to the byte each time.
 
-In: a model in eval mode, a data set, and a function from a batch to records. Out, on rank 0: the records in the order
-of the data set.
+In: a task, a model and a data set. Out: the task's records in the order of the data set, its files, its metrics.
 
 The split is cut into fixed batches and rank r takes every world_size-th one: nothing is padded or done twice, and as
 no batch depends on the number of ranks, neither does any prediction. Each rank appends finished batches to a file
@@ -20,13 +19,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lavis.tasks.base_task import BaseTask
 from torch import nn
 from torch.utils.data import ConcatDataset, Dataset
 
+import lavis_lstp
 from lavis_lstp.files import read_jsonl, sha256_json, write_jsonl
-from lavis_lstp.runners import distributed
+from lavis_lstp.runners import distributed, resume
 from lavis_lstp.runners.data_order import Batches, eval_batches
+from lavis_lstp.runners.engine import autocast
+from lavis_lstp.runners.randomness import borrowed
 from lavis_lstp.runners.record import progress
+from lavis_lstp.tasks.base import LSTPTask
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +88,77 @@ class PartFiles:
             if next(rows, None) == self.header:
                 finished.update((row["batch"], row["records"]) for row in rows)
         return finished
+
+
+def evaluate_split(
+    task: BaseTask,
+    model: nn.Module,
+    dataset: Dataset,
+    *,
+    split: str,
+    epoch: int | str,
+    config: Mapping[str, Any],
+    output_dir: Path,
+    device: torch.device,
+    precision: str,
+    batch_size: int,
+    num_workers: int,
+    seed: int,
+    allow_partial: bool,
+) -> dict[str, Any]:
+    """Records, files and metrics of a split, with the model in eval mode; a collective.
+
+    Args:
+        config: the whole configuration as plain containers; what of it matters is part of the key under which
+            finished batches are kept.
+
+    Returns:
+        The metrics, the same on each rank.
+    """
+    model.eval()
+    task.before_evaluation(model=model, dataset=dataset)
+    name = config["run"].get("task", type(task).__name__)
+    key = {
+        "config": resume.important(config),
+        "weights": weights_digest(model),
+        "data": fingerprint(dataset),
+        "lavis_lstp": lavis_lstp.__version__,
+    }
+    result_dir = output_dir / "result"
+    parts = PartFiles(result_dir / ".parts" / f"{split}_{name}", sha256_json(key))
+
+    def step(samples: Any) -> Records:
+        with autocast(device, precision):
+            return task.valid_step(model=model, samples=to_device(samples, device))
+
+    with borrowed(seed):
+        records = run_evaluation(
+            step,
+            dataset,
+            parts=parts,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            seed=seed,
+            pin_memory=device.type == "cuda",
+            title=f"evaluating {split}",
+        )
+    metrics: dict[str, Any] | None = None
+    if not isinstance(task, LSTPTask):  # LAVIS's own tasks join files of all ranks, behind a barrier of their own
+        metrics = task.after_evaluation(val_result=records or [], split_name=split, epoch=epoch) or {}
+    elif distributed.is_main():
+        metrics = task.after_evaluation(
+            val_result=records,
+            split_name=split,
+            epoch=epoch,
+            dataset=dataset,
+            result_dir=result_dir,
+            output_dir=output_dir,
+            allow_partial=allow_partial,
+            model_config=config.get("model", {}),
+        )
+    if distributed.is_main():
+        parts.remove()
+    return distributed.broadcast(metrics)
 
 
 def run_evaluation(

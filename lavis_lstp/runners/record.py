@@ -7,6 +7,7 @@ elsewhere.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -15,7 +16,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,10 @@ def git_revision() -> str | None:
 
 
 class RunManifest:
-    """`run_manifest.json`: written at the start and again at each change of status."""
+    """`run_manifest.json`: who ran what on which data, and how it ended.
+
+    Nothing is written before `running`, so that a run which is refused leaves an earlier one's manifest alone.
+    """
 
     def __init__(self, path: Path, facts: Mapping[str, Any], *, enabled: bool = True):
         self.path = path
@@ -62,21 +66,36 @@ class RunManifest:
             "command": sys.argv,
             "cwd": os.getcwd(),
             "versions": versions(),
-            "git_revision": git_revision(),
+            "git_revision": git_revision() if enabled else None,
             "threads": torch.get_num_threads(),
             **facts,
         }
 
-    def update(self, **facts: Any) -> None:
+    def add(self, **facts: Any) -> None:
+        self.facts.update(facts)
+
+    def earlier(self) -> dict[str, Any]:
+        """The manifest that is there now, of the run that is being continued."""
+        return json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else {}
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Keep the status true: running, then finished, terminated or failed, and why."""
+        self._write(status="running", started=_now())
+        try:
+            yield
+        except SystemExit:
+            self._write(status="terminated", finished=_now())
+            raise
+        except BaseException as error:
+            self._write(status="failed", finished=_now(), error=f"{type(error).__name__}: {error}")
+            raise
+        self._write(status="finished", finished=_now())
+
+    def _write(self, **facts: Any) -> None:
         self.facts.update(facts)
         if self.enabled:
             write_json(self.path, self.facts)
-
-    def start(self) -> None:
-        self.update(status="running", started=_now())
-
-    def finish(self, status: str, **facts: Any) -> None:
-        self.update(status=status, finished=_now(), **facts)
 
 
 class JsonLog:

@@ -11,11 +11,8 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,20 +21,21 @@ import torch
 from lavis.common.registry import registry
 from lavis.datasets.datasets.base_dataset import ConcatDataset
 from lavis.runners.runner_base import RunnerBase
-from torch.utils.data import Dataset, IterableDataset
 
 from lavis_lstp.errors import ConfigError
 from lavis_lstp.files import sha256_json
 from lavis_lstp.runners import checkpoint, distributed, resume
 from lavis_lstp.runners import settings as run_settings
 from lavis_lstp.runners.data_order import Batches, TrainOrder
-from lavis_lstp.runners.engine import TorchEngine, autocast
-from lavis_lstp.runners.evaluation import PartFiles, fingerprint, run_evaluation, to_device, weights_digest
-from lavis_lstp.runners.randomness import borrowed, derived_seed, rng_state, seed_everything, set_rng_state
+from lavis_lstp.runners.engine import TorchEngine
+from lavis_lstp.runners.evaluation import evaluate_split, fingerprint, to_device
+from lavis_lstp.runners.randomness import derived_seed, rng_state, seed_everything, set_rng_state
 from lavis_lstp.runners.record import JsonLog, RunManifest, git_revision, parameter_table, versions
 from lavis_lstp.runners.schedule import build_schedule
+from lavis_lstp.runners.sigterm import StopRequest
+from lavis_lstp.runners.splits import evaluation_dataset, training_parts
 from lavis_lstp.runners.train_loop import StepLosses, StepWindow, epoch_bar, losses_of
-from lavis_lstp.tasks.base import LSTPTask, plain
+from lavis_lstp.tasks.base import plain
 
 log = logging.getLogger(__name__)
 
@@ -65,8 +63,8 @@ class RunnerLSTP(RunnerBase):
         self.engine: TorchEngine | None = None
         self.store = checkpoint.CheckpointStore(self.output_dir / "checkpoints")
         self.json_log = JsonLog(self.output_dir / "log.jsonl", enabled=distributed.is_main())
-        self.manifest: RunManifest | None = None
-        self.stop_requested = False
+        self.manifest: RunManifest | None = None  # of training
+        self.stop_request = StopRequest()
 
     # ---- what RunnerBase offers ---------------------------------------------------------------------------------
 
@@ -100,27 +98,34 @@ class RunnerLSTP(RunnerBase):
         self.output_dir = self.settings.output_dir.expanduser().absolute()
         self.result_dir = self.output_dir / "result"
         self.result_dir.mkdir(parents=True, exist_ok=True)
-        registry.register_path("output_dir", str(self.output_dir))
-        registry.register_path("result_dir", str(self.result_dir))
+        for name, path in (("output_dir", self.output_dir), ("result_dir", self.result_dir)):
+            registry.mapping["paths"][name] = str(path)  # register_path allows one run per process
 
     # ---- entry points -------------------------------------------------------------------------------------------
 
     def train(self) -> dict[str, Any]:
         """Train, validate, test; with `run.evaluate` only the latter two. Returns the metrics by split."""
         if self.evaluate_only:
-            with self._recorded("evaluate"):
+            with self._manifest("evaluate").running():
                 return {name: self.eval_epoch(name, "given", skip_reload=True) for name in self._eval_splits()}
-        with self._recorded("train"), self._stops_on_sigterm():
+        self.manifest = self._manifest("train")
+        with self.stop_request:
             self._prepare_training()
-            while self.position.epoch < self.settings.max_epoch:
-                self.train_epoch(self.position.epoch)
-                self._end_of_epoch()
-            return self._evaluate_splits(self.settings.test_splits, "best", skip_reload=False)
+            with self.manifest.running():
+                while self.position.epoch < self.settings.max_epoch:
+                    self.train_epoch(self.position.epoch)
+                    self._end_of_epoch()
+                return self._evaluate_splits(self.settings.test_splits, "best", skip_reload=False)
 
     def evaluate(self, cur_epoch: int | str = "given", skip_reload: bool = True) -> dict[str, Any]:
         """Evaluate `test_splits` with the weights at hand, or with the best checkpoint's unless `skip_reload`."""
-        with self._recorded("evaluate"):
+        with self._manifest("evaluate").running():
             return self._evaluate_splits(self.settings.test_splits, cur_epoch, skip_reload=skip_reload)
+
+    def _manifest(self, kind: str) -> RunManifest:
+        name = "run_manifest.json" if kind == "train" else "evaluate_manifest.json"
+        facts = {"config": self.plain_config, "device": str(self.device), "world_size": distributed.world_size()}
+        return RunManifest(self.output_dir / name, {"kind": kind, **facts}, enabled=distributed.is_main())
 
     def _eval_splits(self) -> list[str]:
         return list(dict.fromkeys([*self.settings.valid_splits, *self.settings.test_splits]))
@@ -129,11 +134,11 @@ class RunnerLSTP(RunnerBase):
 
     def _prepare_training(self) -> None:
         settings = self.settings
+        for split in self._eval_splits():
+            evaluation_dataset(self.datasets, split)  # a misspelt name should not wait for the end of an epoch
         source = self._checkpoint_to_resume()
-        parts = self._train_datasets()
         ratios = settings.train_dataset_ratios
-        if ratios is not None and set(ratios) != set(parts):
-            raise ConfigError(f"run.train_dataset_ratios names {sorted(ratios)}, the data sets are {sorted(parts)}")
+        parts = training_parts(self.datasets, settings.train_splits, ratios)
         self.order = TrainOrder(
             [len(part) for part in parts.values()],
             batch_size=settings.batch_size_train,
@@ -148,7 +153,7 @@ class RunnerLSTP(RunnerBase):
             dataset, seed=settings.seed, num_workers=settings.num_workers, pin_memory=self.device.type == "cuda"
         )
         self.train_fingerprint = sha256_json({name: fingerprint(part) for name, part in parts.items()})
-        self.manifest.update(data={"train": self.train_fingerprint}, samples_per_epoch=self.order.samples_per_epoch)
+        self.manifest.add(data={"train": self.train_fingerprint}, samples_per_epoch=self.order.samples_per_epoch)
         if hasattr(self.task, "before_training"):  # LAVIS's git main
             self.task.before_training(model=self.bare_model, dataset=dataset)
         self.engine = self.build_engine()
@@ -199,35 +204,6 @@ class RunnerLSTP(RunnerBase):
             steps_per_epoch=self.order.steps_per_epoch,
             iters_per_epoch=self.order.steps_per_epoch,
         )
-
-    def _train_datasets(self) -> dict[str, Dataset]:
-        """Map-style training data by name, one entry per data set and split."""
-        wanted = self.settings.train_splits
-        found = {}
-        for name, splits in self.datasets.items():
-            for split in wanted:
-                if split in splits:
-                    found[name if len(wanted) == 1 else f"{name}.{split}"] = splits[split]
-        if not found:
-            raise ConfigError(
-                f"no data set has a split of run.train_splits {list(wanted)}; known: {self._split_names()}"
-            )
-        for name, dataset in found.items():
-            if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-                raise ConfigError(f"runner_lstp wants map-style data, '{name}' is a {type(dataset).__name__}")
-        return found
-
-    def _eval_dataset(self, split: str) -> Dataset:
-        found = {name: splits[split] for name, splits in self.datasets.items() if split in splits}
-        if len(found) != 1:
-            what = (
-                f"{len(found)} data sets have it ({', '.join(found)})" if found else f"there are {self._split_names()}"
-            )
-            raise ConfigError(f"cannot evaluate split '{split}' of exactly one data set; {what}")
-        return next(iter(found.values()))
-
-    def _split_names(self) -> str:
-        return ", ".join(f"{name}.{split}" for name, splits in self.datasets.items() for split in splits) or "none"
 
     # ---- checkpoints --------------------------------------------------------------------------------------------
 
@@ -310,7 +286,7 @@ class RunnerLSTP(RunnerBase):
         self.engine.load(source)
         trainer = torch.load(source / "trainer.pt", map_location="cpu", weights_only=True)
         self.position = Position(**trainer["position"])
-        self.saved_step = self.position.step
+        self.saved_step = self.position.step if source.resolve().parent == self.store.folder.resolve() else -1
         states = trainer["generators"]
         if len(states) == distributed.world_size():
             set_rng_state(states[distributed.rank()])
@@ -319,7 +295,7 @@ class RunnerLSTP(RunnerBase):
                 "resuming on %d processes what %d saved: dropout differs", distributed.world_size(), len(states)
             )
             seed_everything(derived_seed(self.settings.seed, "resumed", self.position.step, distributed.rank()))
-        self.manifest.update(resumed_from=[*self.manifest.facts.get("resumed_from", []), str(source)])
+        self.manifest.add(resumed_from=[*self.manifest.earlier().get("resumed_from", []), str(source)])
         log.info("resumed from %s: epoch %d, %d samples in", source, self.position.epoch, self.position.consumed)
 
     # ---- training -----------------------------------------------------------------------------------------------
@@ -343,7 +319,9 @@ class RunnerLSTP(RunnerBase):
                 window.add(self.position.step, epoch, losses, flush=at_end)
                 bar.update_with(losses)
                 if losses.stop:
-                    self._stop()
+                    log.warning("SIGTERM: saving a checkpoint and leaving at step %d", self.position.step)
+                    self.save_checkpoint()
+                    raise SystemExit(StopRequest.EXIT_STATUS)
                 every = self.settings.save_every_steps
                 if every and self.position.step % every == 0 and not at_end:
                     self.save_checkpoint()
@@ -367,7 +345,7 @@ class RunnerLSTP(RunnerBase):
                 last=micro == len(plan.counts) - 1,
             )
             losses.add(found, count)
-        losses.reduce(self.engine.clip(), stop=self.stop_requested)
+        losses.reduce(self.engine.clip(), stop=self.stop_request.asked)
         losses.require_finite(self.position.step + 1, ids)
         self.engine.step()
         losses.data_s, losses.step_s = waited, time.perf_counter() - started
@@ -427,106 +405,25 @@ class RunnerLSTP(RunnerBase):
         """Metrics of a split, the same on each rank, always in eval mode."""
         if not skip_reload:
             self._reload_best()
-        dataset, model, s = self._eval_dataset(split_name), self.bare_model, self.settings
-        started = time.perf_counter()
-        model.eval()
-        self.task.before_evaluation(model=model, dataset=dataset)
-
-        def step(samples: Any) -> list[dict[str, Any]]:
-            with autocast(self.device, s.precision):
-                return self.task.valid_step(model=model, samples=to_device(samples, self.device))
-
-        with borrowed(s.seed):
-            records = run_evaluation(
-                step,
-                dataset,
-                parts=(parts := self._part_files(split_name, dataset)),
-                batch_size=s.batch_size_eval,
-                num_workers=s.num_workers,
-                seed=s.seed,
-                pin_memory=self.device.type == "cuda",
-                title=f"evaluating {split_name}",
-            )
-        metrics = self._metrics(records, split_name, cur_epoch, dataset)
-        if distributed.is_main():
-            parts.remove()
-            shown = {k: v for k, v in metrics.items() if isinstance(v, (int, float))}
-            log.info("%s: %s", split_name, ", ".join(f"{k} {v:.4g}" for k, v in shown.items()))
-            seconds = round(time.perf_counter() - started, 3)
-            self.json_log.write(
-                "eval", split=split_name, step=self.position.step, epoch=cur_epoch, seconds=seconds, **shown
-            )
+        started, s = time.perf_counter(), self.settings
+        metrics = evaluate_split(
+            self.task,
+            self.bare_model,
+            evaluation_dataset(self.datasets, split_name),
+            split=split_name,
+            epoch=cur_epoch,
+            config=self.plain_config,
+            output_dir=self.output_dir,
+            device=self.device,
+            precision=s.precision,
+            batch_size=s.batch_size_eval,
+            num_workers=s.num_workers,
+            seed=s.seed,
+            allow_partial=s.allow_partial,
+        )
+        shown = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
+        log.info("%s: %s", split_name, ", ".join(f"{name} {value:.4g}" for name, value in shown.items()))
+        seconds = round(time.perf_counter() - started, 3)
+        where = {"split": split_name, "step": self.position.step, "epoch": cur_epoch, "seconds": seconds}
+        self.json_log.write("eval", **where, **shown)
         return metrics
-
-    def _part_files(self, split: str, dataset: Dataset) -> PartFiles:
-        task = self.plain_config["run"].get("task", type(self.task).__name__)
-        key = {
-            "config": resume.important(self.plain_config),
-            "weights": weights_digest(self.bare_model),
-            "data": fingerprint(dataset),
-            "lavis_lstp": versions()["lavis_lstp"],
-        }
-        return PartFiles(self.result_dir / ".parts" / f"{split}_{task}", sha256_json(key))
-
-    def _metrics(self, records: Any, split: str, epoch: int | str, dataset: Dataset) -> dict[str, Any]:
-        if isinstance(self.task, LSTPTask):
-            metrics = None
-            if distributed.is_main():
-                metrics = self.task.after_evaluation(
-                    val_result=records,
-                    split_name=split,
-                    epoch=epoch,
-                    dataset=dataset,
-                    result_dir=self.result_dir,
-                    output_dir=self.output_dir,
-                    allow_partial=self.settings.allow_partial,
-                    model_config=self.plain_config.get("model", {}),
-                )
-            return distributed.broadcast(metrics)
-        # LAVIS's own tasks write one file per rank and join them, behind a barrier of their own.
-        return self.task.after_evaluation(val_result=records or [], split_name=split, epoch=epoch) or {}
-
-    # ---- how a run begins and ends --------------------------------------------------------------------------------
-
-    @contextmanager
-    def _recorded(self, kind: str) -> Iterator[None]:
-        """Keep run_manifest.json true: running, finished, terminated or failed, and why."""
-        facts = {
-            "kind": kind,
-            "config": self.plain_config,
-            "device": str(self.device),
-            "world_size": distributed.world_size(),
-        }
-        name = "run_manifest.json" if kind == "train" else "evaluate_manifest.json"
-        self.manifest = RunManifest(self.output_dir / name, facts, enabled=distributed.is_main())
-        self.manifest.start()
-        try:
-            yield
-        except SystemExit:
-            self.manifest.finish("terminated", step=self.position.step)
-            raise
-        except BaseException as error:
-            self.manifest.finish("failed", step=self.position.step, error=f"{type(error).__name__}: {error}")
-            raise
-        self.manifest.finish("finished", step=self.position.step)
-
-    @contextmanager
-    def _stops_on_sigterm(self) -> Iterator[None]:
-        """SIGTERM asks for a checkpoint at the next step; a handler can be set from the main thread only."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def ask(*unused: Any) -> None:
-            self.stop_requested = True
-
-        before: Callable | int | None = signal.signal(signal.SIGTERM, ask)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
-
-    def _stop(self) -> None:
-        log.warning("SIGTERM: saving a checkpoint and leaving at step %d", self.position.step)
-        self.save_checkpoint()
-        raise SystemExit(128 + signal.SIGTERM)

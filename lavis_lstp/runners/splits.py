@@ -1,0 +1,54 @@
+"""Which data set a run trains on, and which one a split's metrics belong to.
+
+In: LAVIS's {data set name: {split: data set}}. Out: the map-style data sets that are asked for, or an error that lists
+those there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch.utils.data import Dataset, IterableDataset
+
+from lavis_lstp.errors import ConfigError
+
+Datasets = Mapping[str, Mapping[str, Dataset]]
+
+
+def training_parts(datasets: Datasets, wanted: Sequence[str], ratios: Mapping[str, float] | None) -> dict[str, Dataset]:
+    """Training data by name, one entry per data set, or per data set and split where several splits are wanted.
+
+    Raises:
+        ConfigError: there is none, one cannot be indexed, or `ratios` names others.
+    """
+    found = {
+        name if len(wanted) == 1 else f"{name}.{split}": splits[split]
+        for name, splits in datasets.items()
+        for split in wanted
+        if split in splits
+    }
+    if not found:
+        raise ConfigError(f"no data set has a split of run.train_splits {list(wanted)}; known: {_names(datasets)}")
+    for name, dataset in found.items():
+        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+            raise ConfigError(f"runner_lstp wants map-style data, '{name}' is a {type(dataset).__name__}")
+    if ratios is not None and set(ratios) != set(found):
+        raise ConfigError(f"run.train_dataset_ratios names {sorted(ratios)}, the data sets are {sorted(found)}")
+    return found
+
+
+def evaluation_dataset(datasets: Datasets, split: str) -> Dataset:
+    """The one data set that has a split.
+
+    Raises:
+        ConfigError: none has it, or several do: their metrics must not be mixed.
+    """
+    found = {name: splits[split] for name, splits in datasets.items() if split in splits}
+    if len(found) != 1:
+        what = f"{len(found)} data sets have it: {', '.join(found)}" if found else f"known: {_names(datasets)}"
+        raise ConfigError(f"cannot evaluate split '{split}' of exactly one data set; {what}")
+    return next(iter(found.values()))
+
+
+def _names(datasets: Datasets) -> str:
+    return ", ".join(f"{name}.{split}" for name, splits in datasets.items() for split in splits) or "none"

@@ -1,0 +1,370 @@
+"""The runner in one process: steps, accumulation, schedule, checkpoints, settings, errors."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from toy import RUN, ToyConfig, ToyData, ToyModel, make_runner
+
+from lavis_lstp.errors import ConfigError, WeightsError
+from lavis_lstp.runners import checkpoint
+from lavis_lstp.runners.checkpoint import CheckpointError, CheckpointStore
+from lavis_lstp.runners.data_order import Batches, TrainOrder, eval_batches
+from lavis_lstp.runners.engine import TorchEngine, parameter_groups
+from lavis_lstp.runners.schedule import warmup_cosine
+from lavis_lstp.runners.settings import RunSettings
+from lavis_lstp.runners.train_loop import TrainingError, losses_of
+
+
+def head_of(runner) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in runner.bare_model.named_parameters()}
+
+
+def train_log(runner) -> list[dict]:
+    rows = [json.loads(line) for line in (runner.output_dir / "log.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["kind"] == "train"]
+
+
+# ---- data order -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length,batch,accumulate,world", [(20, 3, 1, 1), (20, 3, 2, 2), (7, 2, 2, 3), (1, 4, 2, 2)])
+def test_each_sample_counts_exactly_once_an_epoch(length, batch, accumulate, world):
+    seen = []
+    for rank in range(world):
+        order = TrainOrder([length], batch_size=batch, accumulate=accumulate, seed=3, rank=rank, world_size=world)
+        plans = list(order.steps(epoch=1))
+        assert len(plans) == order.steps_per_epoch
+        for plan in plans:
+            assert all(plan.batches), "every rank runs every micro-batch"
+            for indices, count in zip(plan.batches, plan.counts, strict=True):
+                assert count in (0, len(indices))
+                seen += indices[:count]
+    assert sorted(seen) == list(range(length))
+
+
+def test_order_is_global_and_continues_from_any_position():
+    one = TrainOrder([23], batch_size=4, accumulate=1, seed=0)
+    two = [TrainOrder([23], batch_size=2, accumulate=1, seed=0, rank=r, world_size=2) for r in range(2)]
+    groups_of_one = [sorted(i for b in plan.batches for i in b) for plan in one.steps(2)]
+    pairs = zip(two[0].steps(2), two[1].steps(2), strict=True)
+    groups_of_two = [
+        sorted(i for plan in pair for b, n in zip(plan.batches, plan.counts, strict=True) for i in b[:n])
+        for pair in pairs
+    ]
+    assert groups_of_one == groups_of_two
+    assert list(one.steps(2, position=8)) == list(one.steps(2))[2:]
+    assert list(one.steps(0)) != list(one.steps(1))
+
+
+def test_ratios_share_an_epoch_among_data_sets():
+    order = TrainOrder([10, 30], batch_size=1, accumulate=1, seed=0, ratios=[3, 1])
+    indices = [plan.batches[0][0] for plan in order.steps(0)]
+    small = [i for i in indices if i < 10]
+    assert (len(small), len(indices)) == (30, 40)
+    assert {small.count(i) for i in range(10)} == {3}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_augmentation_depends_on_seed_epoch_and_index_alone(workers):
+    data = ToyData(6, noise=1.0)
+    whole = {}
+    for number, batch in enumerate(Batches(data, seed=5)([(0, 1), (2, 3), (4, 5)], epoch=1)):
+        whole[number] = batch["x"]
+    before = torch.get_rng_state()
+    loader = Batches(data, seed=5, num_workers=workers)
+    (again,) = [batch["x"] for batch in loader([(4, 5)], epoch=1)]
+    (other_epoch,) = [batch["x"] for batch in loader([(4, 5)], epoch=2)]
+    assert torch.equal(again, whole[2])
+    assert not torch.equal(other_epoch, whole[2])
+    assert torch.equal(torch.get_rng_state(), before), "loading moves no global generator"
+
+
+def test_eval_batches_cover_without_padding():
+    assert eval_batches(5, 2) == [(0, 1), (2, 3), (4,)]
+    assert eval_batches(0, 2) == []
+
+
+# ---- steps ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [18, 20, 22])
+def test_accumulation_equals_a_big_batch_and_keeps_the_tail(tmp_path, length):
+    """22 samples in groups of 6 end in micro-batches of 3 and 1: weighted by size, not averaged by batch."""
+    options = {"length": length, "dropout": 0.0, "max_grad_norm": 0.5}
+    big = make_runner(tmp_path / "big", batch_size_train=6, **options)
+    small = make_runner(tmp_path / "small", batch_size_train=3, accum_grad_iters=2, **options)
+    big.train(), small.train()
+    assert big.position.step == small.position.step == 2 * math.ceil(length / 6)
+    for name, value in head_of(big).items():
+        torch.testing.assert_close(value, head_of(small)[name], rtol=1e-5, atol=1e-6)
+    losses = [[row["loss"] for row in train_log(runner)] for runner in (big, small)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_clipping_bounds_the_gradient(tmp_path):
+    model = ToyModel(0.0)
+    engine = TorchEngine(model, device=torch.device("cpu"), lr=1e-3, max_grad_norm=0.1)
+    batch = ToyData(8).collater([ToyData(8)[i] for i in range(8)])
+    engine.accumulate(lambda m: m(batch), weight=1.0, last=True)
+    before = float(engine.clip())
+    after = math.sqrt(sum(float(p.grad.square().sum()) for p in engine.parameters))
+    assert before > 0.1 and after == pytest.approx(0.1, rel=1e-4)
+
+
+def test_learning_rate_by_optimizer_step(tmp_path):
+    runner = make_runner(tmp_path, warmup_steps=4, accum_grad_iters=2, min_lr=1e-4)
+    runner.train()
+    rates = [row["lr"] for row in train_log(runner)]
+    total = runner.total_steps
+    expected = [
+        warmup_cosine(s, total_steps=total, warmup_steps=4, init_lr=1e-2, min_lr=1e-4, warmup_lr=0.0)
+        for s in range(total)
+    ]
+    assert rates == pytest.approx(expected)
+    assert rates[:4] == pytest.approx([2.5e-3, 5e-3, 7.5e-3, 1e-2]) and rates[-1] < rates[4] == pytest.approx(1e-2)
+
+
+def test_lavis_own_schedule_is_accepted(tmp_path):
+    runner = make_runner(tmp_path, lr_sched="linear_warmup_step_lr", lr_decay_rate=0.5)
+    runner.train()
+    assert {row["lr"] for row in train_log(runner)} == {1e-2, 5e-3}
+
+
+def test_weight_decay_spares_vectors():
+    names, groups = parameter_groups(ToyModel(), 0.05)
+    decays = {p.ndim: group["weight_decay"] for group in groups for p in group["params"]}
+    assert decays == {2: 0.05, 1: 0.0}
+    assert names == ["head.0.weight", "head.2.weight", "head.0.bias", "head.2.bias"]
+    with pytest.raises(ConfigError, match="no weight of the model is trained"):
+        parameter_groups(ToyModel().requires_grad_(False), 0.05)
+
+
+def test_losses_of_each_kind_of_task():
+    loss = torch.tensor(1.0)
+    assert losses_of(loss) == {"loss": loss}
+    assert losses_of((loss, {"part": loss})) == {"loss": loss, "part": loss}
+    assert losses_of({"loss": loss, "lm_loss": loss}) == {"loss": loss, "lm_loss": loss}
+
+
+def test_bf16_is_autocast_with_fp32_weights(tmp_path):
+    seen = []
+
+    class Spy(ToyModel):
+        def forward(self, samples):
+            seen.append(self.frozen(samples["x"]).dtype)
+            return super().forward(samples)
+
+    runner = make_runner(tmp_path, amp=True, max_steps=1)
+    runner.bare_model.__class__ = Spy
+    runner.train()
+    assert seen == [torch.bfloat16]
+    assert {p.dtype for p in runner.bare_model.parameters()} == {torch.float32}
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change(tmp_path):
+    runner = make_runner(tmp_path, nan_at=4, noise=0.0)
+    with pytest.raises(TrainingError, match=r"loss = nan on this rank at optimizer step \d+; .*\bq4\b"):
+        runner.train()
+    assert all(torch.isfinite(value).all() for value in head_of(runner).values())
+    manifest = json.loads((tmp_path / "run_manifest.json").read_text())
+    assert manifest["status"] == "failed" and "TrainingError" in manifest["error"]
+
+
+# ---- checkpoints ------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_holds_trained_weights_only(tmp_path):
+    runner = make_runner(tmp_path)
+    runner.train()
+    folder = checkpoint.find(tmp_path)
+    weights = load_file(str(folder / "model.safetensors"))
+    assert sorted(weights) == ["head.0.bias", "head.0.weight", "head.2.bias", "head.2.weight"]
+    manifest = checkpoint.read_manifest(folder)
+    assert set(manifest["files"]) == {"model.safetensors", "optimizer.pt", "trainer.pt"}
+    assert manifest["config"]["run"]["seed"] == RUN["seed"] and manifest["step"] == 14
+    assert (tmp_path / "checkpoints" / "last" / "model.safetensors").is_file()
+
+
+def test_loading_is_strict():
+    model, state = ToyModel(), dict(checkpoint.trained_state(ToyModel()))
+    state["stranger"] = state.pop("head.0.bias")
+    state["head.2.bias"] = torch.zeros(5)
+    with pytest.raises(
+        WeightsError, match=r"1 missing: head.0.bias; 1 unexpected: stranger; 1 wrong shape: head.2.bias"
+    ):
+        checkpoint.load_trained_state(model, state, "there")
+
+
+def test_buffers_of_trained_modules_are_kept():
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(3).requires_grad_(False))
+    assert sorted(checkpoint.trained_state(model)) == [
+        "0.bias",
+        "0.num_batches_tracked",
+        "0.running_mean",
+        "0.running_var",
+        "0.weight",
+    ]
+
+
+def tear_no_manifest(folder):
+    (folder / "manifest.json").unlink()
+
+
+def tear_short(folder):
+    data = (folder / "optimizer.pt").read_bytes()
+    (folder / "optimizer.pt").write_bytes(data[:-1])
+
+
+def tear_flipped(folder):
+    data = bytearray((folder / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(data)
+
+
+@pytest.mark.parametrize("tear", [tear_no_manifest, tear_short, tear_flipped])
+def test_a_torn_checkpoint_is_skipped_with_a_line(tmp_path, caplog, tear):
+    runner = make_runner(tmp_path)
+    runner.train()
+    store = CheckpointStore(tmp_path / "checkpoints")
+    tear(store.path(14))
+    assert store.latest() == store.path(7)
+    assert "skipping torn checkpoint" in caplog.text and "step_00000014" in caplog.text
+
+
+def test_old_checkpoints_go_and_the_best_stays(tmp_path, monkeypatch):
+    runner = make_runner(tmp_path, max_epoch=5, keep_last=2, valid_splits=["test"])
+    values = iter([-3.0, -1.0, -2.0, float("nan"), -2.5])  # all below LAVIS's starting best of 0
+    monkeypatch.setattr(runner.task, "metrics", lambda records: {"agg_metrics": next(values)})
+    runner.train()
+    folders = sorted(path.name for path in (tmp_path / "checkpoints").glob("step_*"))
+    assert folders == ["step_00000014", "step_00000028", "step_00000035"]
+    assert (tmp_path / "checkpoints" / "best").resolve().name == "step_00000014"
+    assert runner.store.best() == {
+        "checkpoint": "step_00000014",
+        "metric": "agg_metrics",
+        "value": -1.0,
+        "epoch": 1,
+        "validated_step": 35,
+    }
+
+
+def test_the_best_checkpoint_is_the_one_tested(tmp_path, monkeypatch):
+    runner = make_runner(tmp_path, valid_splits=["val"], test_splits=["test"])
+    values = iter([2.0, 1.0, 0.0])
+    monkeypatch.setattr(runner.task, "metrics", lambda records: {"agg_metrics": next(values)})
+    runner.train()
+    expected = load_file(str(tmp_path / "checkpoints" / "step_00000007" / "model.safetensors"))
+    for name, value in expected.items():
+        assert torch.equal(head_of(runner)[name], value)
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_alone(tmp_path, monkeypatch):
+    runner = make_runner(tmp_path)
+    real, calls = checkpoint.save_weights, []
+
+    def full(state, path):
+        calls.append(path)
+        if len(calls) == 2:
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        real(state, path)
+
+    monkeypatch.setattr(checkpoint, "save_weights", full)
+    with pytest.raises(
+        CheckpointError, match=r"step_00000014: .*No space left on device; earlier checkpoints are intact"
+    ):
+        runner.train()
+    assert [path.name for path in runner.store.folder.iterdir() if path.is_dir() and not path.is_symlink()] == [
+        "step_00000007"
+    ]
+    assert runner.store.latest() == runner.store.path(7)
+
+
+def test_find_names_what_is_wrong(tmp_path):
+    with pytest.raises(WeightsError, match="no checkpoint at"):
+        checkpoint.find(tmp_path / "nothing")
+    (tmp_path / "checkpoints" / "step_00000001").mkdir(parents=True)
+    with pytest.raises(WeightsError, match="no complete checkpoint in"):
+        checkpoint.find(tmp_path)
+    with pytest.raises(WeightsError, match="no manifest.json"):
+        checkpoint.find(tmp_path / "checkpoints" / "step_00000001")
+
+
+# ---- settings and folders -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"precision": "fp16"}, "run.precision must be fp32 or bf16, got 'fp16'"),
+        ({"precision": "fp32", "amp": True}, "run.amp=True contradicts run.precision=fp32"),
+        ({"batch_size_train": 0}, "run.batch_size_train must be at least 1, got 0"),
+        ({"batch_size_train": 1.5}, "run.batch_size_train must be a int"),
+        ({"init_lr": "fast"}, "run.init_lr must be a float"),
+        ({"init_lr": 0}, "run.init_lr must be above 0 to train"),
+        ({"max_grad_norm": -1}, "run.max_grad_norm must be above 0"),
+        ({"valid_splits": "val"}, "run.valid_splits must be a list of names"),
+        ({"allow_partial": "no"}, "run.allow_partial must be a bool"),
+        ({"device": "tpu"}, "run.device must be auto, cpu or cuda, got 'tpu'"),
+        ({"output_dir": None}, "run.output_dir is missing"),
+    ],
+)
+def test_settings_name_what_is_wrong(tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        RunSettings.from_config({**RUN, "output_dir": str(tmp_path), **changes}).torch_device()
+
+
+def test_settings_read_yaml_numbers(tmp_path):
+    settings = RunSettings.from_config({**RUN, "output_dir": str(tmp_path), "init_lr": "5e-5", "max_epoch": 3.0})
+    assert (settings.init_lr, settings.max_epoch) == (5e-5, 3)
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"lr_sched": "linear_warmup_cosine"}, "unknown run.lr_sched 'linear_warmup_cosine'; did you mean"),
+        ({"train_splits": ["trian"]}, r"no data set has a split of run.train_splits \['trian'\]; known: toy.train"),
+        ({"valid_splits": ["dev"]}, "cannot evaluate split 'dev' of exactly one data set; known: toy.train"),
+        ({"valid_splits": ["val"], "metric": "cider"}, "run.metric 'cider' is not among the metrics of split 'val'"),
+        ({"train_dataset_ratios": {"other": 1}}, r"run.train_dataset_ratios names \['other'\]"),
+        ({"length": 0}, "the training data set is empty"),
+    ],
+)
+def test_a_run_names_what_is_wrong(tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        make_runner(tmp_path, **changes).train()
+
+
+def test_a_folder_with_a_run_in_it_is_not_overwritten(tmp_path):
+    make_runner(tmp_path).train()
+    before = {path: path.read_bytes() for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match="already holds a run .*set run.resume_ckpt_path=auto"):
+        make_runner(tmp_path, seed=8).train()
+    assert {path: path.read_bytes() for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()} == before
+
+
+def test_evaluation_alone_writes_results_and_no_checkpoint(tmp_path):
+    runner = make_runner(tmp_path, evaluate=True, valid_splits=["val"], test_splits=["test"], init_lr=0)
+    assert sorted(runner.train()) == ["test", "val"]
+    assert not (tmp_path / "checkpoints").exists()
+    assert json.loads((tmp_path / "evaluate_manifest.json").read_text())["status"] == "finished"
+
+
+def test_output_dir_is_taken_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runner = make_runner("here/run")
+    assert runner.output_dir == tmp_path / "here" / "run"
+
+
+def test_config_stub_has_what_lavis_config_has():
+    """The other tests are worth as much as this stand-in: it must not offer more than LAVIS's class."""
+    from lavis.common.config import Config
+
+    for name in ("run_cfg", "model_cfg", "datasets_cfg"):
+        assert isinstance(getattr(Config, name), property)
+        assert getattr(ToyConfig({}), name) is not None

@@ -1,0 +1,288 @@
+"""Tasks: what they record, what they write, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from toy import ToyData, ToyModel, make_runner
+
+from lavis_lstp.errors import ConfigError, CoverageError
+from lavis_lstp.models.pseudo_span import pseudo_span
+from lavis_lstp.runners import RunnerLSTP
+from lavis_lstp.runners.evaluation import weights_digest
+from lavis_lstp.tasks import VideoInstructTask, VideoQATask
+
+
+def evaluator(folder, task="video_qa", **options) -> RunnerLSTP:
+    return make_runner(folder, task=task, evaluate=True, **{"test_splits": ["test"], **options})
+
+
+def result(folder, name: str) -> list[dict]:
+    return [json.loads(line) for line in (folder / "result" / name).read_text().splitlines()]
+
+
+# ---- video_qa -----------------------------------------------------------------------------------------------------
+
+
+def test_answers_are_keyed_by_question_and_scored(tmp_path):
+    runner = evaluator(tmp_path)
+    metrics = runner.evaluate()["test"]
+    records = result(tmp_path, "test_video_qa.jsonl")
+    assert [record["question_id"] for record in records] == ["q0", "q1", "q2"]
+    assert set(records[0]) == {"question_id", "video_id", "question", "answer", "prediction"}
+    hits = [record["answer"] == record["prediction"] for record in records]
+    assert metrics["exact_match"] == metrics["agg_metrics"] == pytest.approx(sum(hits) / 3)
+    assert metrics["coverage"] == 1.0 and {"token_f1", "rouge_l"} <= set(metrics)
+    assert json.loads((tmp_path / "result" / "test_video_qa_metrics.json").read_text())["num_scored"] == 3
+
+
+class Richer(ToyModel):
+    """Answers as LSTP does: with the span, the frames and the seconds they took."""
+
+    given: dict = {}
+
+    def answer(self, samples, **generation):
+        type(self).given = generation
+        found = self.locate(samples)
+        frame_index = found["frame_index"].clone()
+        frame_index[:, 1] = -1
+        seconds = {"vision": torch.rand(()).item()}
+        return {
+            **found,
+            "frame_index": frame_index,
+            "prediction": self.predict_answers(samples),
+            "prompt": [f"Q: {q}" for q in samples["text_input"]],
+            "seconds": seconds,
+        }
+
+
+def test_what_a_model_tells_of_an_answer_is_kept_and_times_are_not_among_it(tmp_path):
+    for folder in ("one", "two"):
+        runner = evaluator(tmp_path / folder, max_len=7, num_beams=2)
+        runner.bare_model.__class__ = Richer
+        runner.evaluate()
+    record = result(tmp_path / "one", "test_video_qa.jsonl")[1]
+    assert {"span", "frame_index", "prompt", "gold_span"} <= set(record) and "seconds" not in record
+    assert record["frame_index"][1] == -1
+    assert Richer.given == {"max_new_tokens": 7, "num_beams": 2}
+    timings = result(tmp_path / "one", "test_video_qa_timings.jsonl")
+    assert [set(row) for row in timings] == [{"question_id", "vision"}] * 3
+    names = ("test_video_qa.jsonl", "test_video_qa_metrics.json")
+    assert all((tmp_path / "one/result" / n).read_bytes() == (tmp_path / "two/result" / n).read_bytes() for n in names)
+
+
+def test_evaluation_is_in_eval_mode_and_repeats_to_the_byte(tmp_path):
+    """The toy drops out half of its units in train mode, which changes its answers."""
+    files = []
+    for folder in ("one", "two"):
+        runner = evaluator(tmp_path / folder, dropout=0.5, test_splits=["train"], batch_size_eval=3)
+        runner.bare_model.train()
+        torch.manual_seed(len(files))
+        runner.evaluate()
+        files.append((tmp_path / folder / "result" / "train_video_qa.jsonl").read_bytes())
+    assert files[0] == files[1]
+    runner.bare_model.train()
+    batch = ToyData(20).collater([ToyData(20)[i] for i in range(20)])
+    assert len({tuple(runner.bare_model.predict_answers(batch)) for _ in range(5)}) > 1, (
+        "the toy must be able to differ"
+    )
+
+
+def test_models_that_only_generate_are_asked_with_a_prompt():
+    class Captioner(torch.nn.Module):
+        def generate(self, samples, max_length=30):
+            return [f"{prompt}/{max_length}" for prompt in samples["prompt"]]
+
+    task = VideoQATask({"max_len": 5, "prompt": "Question: {} Answer:"})
+    samples = {"question_id": ["a"], "text_input": ["who?"]}
+    assert task.valid_step(Captioner(), samples)[0]["prediction"] == "Question: who? Answer:/5"
+    with pytest.raises(ConfigError, match="needs a model with predict_answers or generate, got Linear"):
+        task.valid_step(torch.nn.Linear(1, 1), samples)
+
+
+def drop_q1(runner) -> None:
+    plain = runner.task.valid_step
+    runner.task.valid_step = lambda model, samples: [r for r in plain(model, samples) if r["question_id"] != "q1"]
+
+
+def test_less_than_full_coverage_is_refused_unless_allowed(tmp_path):
+    runner = evaluator(tmp_path)
+    drop_q1(runner)
+    with pytest.raises(CoverageError, match=r"2 of 3 questions have a prediction; 1 ids \('q1'\) missing"):
+        runner.evaluate()
+    assert not (tmp_path / "result" / "test_video_qa_metrics.json").exists()
+    runner = evaluator(tmp_path, allow_partial=True)
+    drop_q1(runner)
+    metrics = runner.evaluate()["test"]
+    assert metrics["partial"] is True and metrics["coverage"] == pytest.approx(2 / 3)
+
+
+# ---- resuming an evaluation -----------------------------------------------------------------------------------------
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupt_after(runner, batches: int) -> list:
+    """Let `batches` batches through, then die; gives the list of batches that were computed."""
+    plain, seen = runner.task.valid_step, []
+
+    def step(model, samples):
+        if len(seen) == batches:
+            raise Interrupted
+        seen.append(samples["question_id"])
+        return plain(model, samples)
+
+    runner.task.valid_step = step
+    return seen
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_was(tmp_path):
+    evaluator(tmp_path / "whole", test_splits=["train"]).evaluate()
+    runner = evaluator(tmp_path / "parts", test_splits=["train"])
+    interrupt_after(runner, 4)
+    with pytest.raises(Interrupted):
+        runner.evaluate()
+    (part,) = (tmp_path / "parts/result/.parts/train_video_qa").glob("rank*.jsonl")
+    part.write_text(part.read_text() + '{"batch": 4, "rec')  # a line that was being written
+    runner = evaluator(tmp_path / "parts", test_splits=["train"])
+    seen = interrupt_after(runner, 99)
+    runner.evaluate()
+    assert len(seen) == 10 - 4
+    name = "result/train_video_qa.jsonl"
+    assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not (tmp_path / "parts/result/.parts/train_video_qa").exists()
+
+
+def test_records_of_other_weights_or_settings_are_never_taken_over(tmp_path):
+    for change in ("weights", "settings"):
+        runner = evaluator(tmp_path / change, test_splits=["train"])
+        interrupt_after(runner, 4)
+        with pytest.raises(Interrupted):
+            runner.evaluate()
+        runner = evaluator(tmp_path / change, test_splits=["train"], **({"max_len": 3} if change == "settings" else {}))
+        if change == "weights":
+            runner.bare_model.frozen.weight.data[0, 0] += 1.0
+        seen = interrupt_after(runner, 99)
+        runner.evaluate()
+        assert len(seen) == 10
+
+
+def test_weights_digest_sees_frozen_trained_and_half_precision():
+    model = ToyModel()
+    digests = {weights_digest(model)}
+    for change in (model.frozen.bias, model.head[0].weight):
+        change.data.view(-1)[0] += 1e-3
+        digests.add(weights_digest(model))
+    digests.add(weights_digest(model.bfloat16()))
+    assert len(digests) == 4
+
+
+# ---- pseudo_span and temporal_grounding -----------------------------------------------------------------------
+
+
+def test_pseudo_spans_are_written_in_the_documented_form(tmp_path):
+    metrics = evaluator(tmp_path, task="pseudo_span", test_splits=["train"], subtract_min=False).evaluate()["train"]
+    written = json.loads((tmp_path / "spans_train.json").read_text())
+    assert metrics["spans_file"] == str(tmp_path / "spans_train.json")
+    assert (written["format"], written["version"], written["unit"], written["num_frames"]) == (
+        "lavis_lstp.spans",
+        1,
+        "frames",
+        6,
+    )
+    assert len(written["spans"]) == 20
+    frames = {len(entry["scores"]) for entry in written["spans"].values()}
+    assert frames == {5, 6}, "padded frames have no score"
+    for entry in written["spans"].values():
+        assert entry["span"] == list(pseudo_span(entry["scores"], False))
+
+
+def test_pseudo_spans_of_several_splits_need_several_files(tmp_path):
+    options = {"task": "pseudo_span", "test_splits": ["train", "test"]}
+    with pytest.raises(ConfigError, match=r"run.spans_out must contain \{split\} to label 2 splits"):
+        evaluator(tmp_path, spans_out=str(tmp_path / "spans.json"), **options)
+    evaluator(tmp_path, spans_out=str(tmp_path / "spans_{split}.json"), **options).evaluate()
+    assert {path.name for path in tmp_path.glob("spans*")} == {"spans_train.json", "spans_test.json"}
+
+
+def test_labelling_goes_on_where_it_was_killed(tmp_path):
+    evaluator(tmp_path / "whole", task="pseudo_span").evaluate()
+    runner = evaluator(tmp_path / "parts", task="pseudo_span")
+    interrupt_after(runner, 1)
+    with pytest.raises(Interrupted):
+        runner.evaluate()
+    assert not (tmp_path / "parts/spans_test.json").exists()
+    runner = evaluator(tmp_path / "parts", task="pseudo_span")
+    seen = interrupt_after(runner, 99)
+    runner.evaluate()
+    assert len(seen) == 1
+    assert (tmp_path / "parts/spans_test.json").read_bytes() == (tmp_path / "whole/spans_test.json").read_bytes()
+
+
+def test_grounding_is_measured_where_there_is_a_gold_span(tmp_path):
+    metrics = evaluator(tmp_path, task="temporal_grounding", test_splits=["train"]).evaluate()["train"]
+    records = result(tmp_path, "train_temporal_grounding.jsonl")
+    assert [("gold_span" in r) for r in records[:4]] == [False, True, True, False]
+    ious = []
+    for record in (r for r in records if "gold_span" in r):
+        (a, b), (c, d) = record["span"], record["gold_span"]
+        inter = max(0, min(b, d) - max(a, c))
+        ious.append(inter / ((b - a) + (d - c) - inter))
+    assert metrics["iou"] == metrics["agg_metrics"] == pytest.approx(sum(ious) / len(ious))
+    assert metrics["recall_0.5"] == pytest.approx(sum(i >= 0.5 for i in ious) / len(ious))
+    assert metrics["num_questions"] == 20 and "pseudo_iou" not in metrics
+
+
+# ---- video_instruct -----------------------------------------------------------------------------------------------
+
+
+def test_validation_by_loss_is_the_mean_over_samples(tmp_path):
+    """5 samples in batches of 2, 2 and 1: the mean over samples is not the mean over batches."""
+    runner = make_runner(tmp_path, evaluate=True, valid_splits=["val"], batch_size_eval=2)
+    metrics = runner.train()["val"]
+    data = ToyData(5)
+    with torch.no_grad():
+        expected = float(runner.bare_model(data.collater([data[i] for i in range(5)]))["loss"])
+    assert metrics["loss"] == pytest.approx(expected, rel=1e-5) and metrics["agg_metrics"] == -metrics["loss"]
+
+
+def test_validation_by_answers(tmp_path):
+    metrics = make_runner(tmp_path, evaluate=True, valid_splits=["val"], valid_on="answers").train()["val"]
+    assert metrics["agg_metrics"] == metrics["exact_match"]
+    with pytest.raises(ConfigError, match="unknown run.valid_on 'answer'; did you mean 'answers'"):
+        VideoInstructTask({"valid_on": "answer"})
+
+
+def test_all_losses_of_the_model_are_logged(tmp_path):
+    make_runner(tmp_path, max_steps=1).train()
+    row = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
+    assert row["half_loss"] == pytest.approx(row["loss"] / 2)
+
+
+def test_tasks_are_registered_under_their_names():
+    from lavis.common.registry import registry
+
+    for name in ("video_qa", "video_instruct", "temporal_grounding", "pseudo_span"):
+        assert registry.get_task_class(name).name == name
+    assert registry.get_runner_class("runner_lstp") is RunnerLSTP
+
+
+def test_lavis_own_tasks_run_too(tmp_path):
+    """A task of LAVIS gives a bare loss in training and makes its metrics itself."""
+    from lavis.tasks.base_task import BaseTask
+
+    class Plain(BaseTask):
+        def valid_step(self, model, samples):
+            return [{"question_id": name} for name in samples["question_id"]]
+
+        def after_evaluation(self, val_result, split_name, epoch, **kwargs):
+            return {"agg_metrics": float(len(val_result))}
+
+    runner = make_runner(tmp_path, valid_splits=["val"])
+    runner.task = Plain()
+    runner.train()
+    assert runner.store.best()["value"] == 5.0 and runner.position.step == 14
