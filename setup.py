@@ -131,7 +131,7 @@ setup(
     package_data={"lavis_lstp": ["configs/**/*.yaml"]},
     install_requires=LAVIS_NEEDS + OUR_NEEDS,
     extras_require={
-        "test": ["hypothesis>=6.100", "psutil>=5.9", "pytest>=8", "pytest-xdist>=3.5", "ruff>=0.6"],
+        "test": ["hypothesis>=6.100", "psutil>=5.9", "pytest>=8", "pytest-xdist>=3.5", "ruff>=0.6", "setuptools>=70.1"],
         "deepspeed": ["deepspeed>=0.17"],
     },
     entry_points={"console_scripts": ["lavis-lstp = lavis_lstp.cli:main"]},

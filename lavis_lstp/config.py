@@ -101,7 +101,7 @@ def _load(path: Path) -> DictConfig:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise ConfigError(f"not YAML: {where}{getattr(error, 'problem', None) or error}") from error
+        raise ConfigError(f"not YAML: {where}{getattr(error, 'problem', None) or _first_line(error)}") from error
     except OmegaConfBaseException as error:
         raise ConfigError(_first_line(error)) from error
     if not isinstance(config, DictConfig):
