@@ -104,7 +104,7 @@ def write_t5(folder: Path) -> None:
     """A FLAN-T5: gated feed-forward, lm_head not tied to `shared`, a unigram tokenizer over whole words."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-    pieces = ["<pad>", "</s>", "<unk>", "▁", "?", *(f"▁{word}" for word in WORDS)]
+    pieces = ["<pad>", "</s>", "<unk>", "▁?", *(f"▁{word}" for word in WORDS)]
     tokenizer = Tokenizer(models.Unigram([(piece, -1.0 - i / 100) for i, piece in enumerate(pieces)], unk_id=2))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
@@ -270,9 +270,9 @@ def build(name: str, root: Path, **overrides) -> torch.nn.Module:
 def _fill_what_no_checkpoint_holds(model: torch.nn.Module, name: str) -> None:
     """Seeded numbers by parameter name: constructors of different transformers versions draw in different orders."""
     pattern = {
-        "blip2": r"query_tokens|_proj|itm_head|crossattention",  # the _query layers are copies of loaded ones
+        "blip2": r"^(query_tokens|vision_proj|text_proj|itm_head)|crossattention",  # the _query layers are copies of loaded ones
         "blip_caption": "",
-    }.get(name, r"query_tokens|_proj|crossattention|(intermediate|output)_query")
+    }.get(name, r"^(query_tokens|t5_proj|opt_proj)|crossattention|(intermediate|output)_query")
     for key, parameter in model.named_parameters():
         if re.search(pattern, key) and "norm" not in key.lower():
             generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))

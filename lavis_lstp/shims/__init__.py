@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from lavis_lstp import lazy_imports
 from lavis_lstp.shims import models, names
 
 
@@ -30,7 +31,7 @@ class Shim:
 BEFORE_LAVIS = (
     Shim(
         "transformers.modeling_utils.apply_chunking_to_forward, find_pruneable_heads_and_indices, prune_linear_layer",
-        "imported by med.py, Qformer.py and nlvr_encoder.py; they live in pytorch_utils since 4.x, the second is gone in 5.x",
+        "imported by med.py, Qformer.py, nlvr_encoder.py; now in pytorch_utils, and the second nowhere since 5.0",
         "transformers 4.48",
         names.add_modeling_utils_names,
     ),
@@ -76,7 +77,7 @@ AFTER_LAVIS = (
     ),
     Shim(
         "LAVIS PreTrainedModel copies: tied weights",
-        "5.x ties output weights by a table in the class and leaves lm_head random without it; 4.57 loses the output bias",
+        "5.x ties output weights by a table in the class, without it lm_head is random; 4.57 loses the output bias",
         "transformers 5.0",
         models.mend_tied_weights,
     ),
@@ -89,7 +90,7 @@ AFTER_LAVIS = (
     ),
     Shim(
         "lavis...modeling_opt.OPTForCausalLM: attention mask",
-        "generate drops a mask that is all ones; LAVIS rebuilds it for the text only, too short by the query embeddings",
+        "generate drops a mask of ones; LAVIS rebuilds it for the text alone, too short by the query embeddings",
         "transformers 5.0",
         models.mend_opt_mask,
     ),
@@ -116,6 +117,7 @@ def apply() -> None:
 
 def apply_to_lavis() -> None:
     """Mend the model classes of the LAVIS modules imported so far. Call after LAVIS is imported."""
+    lazy_imports.finish()
     _run(AFTER_LAVIS)
 
 
