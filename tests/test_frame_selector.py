@@ -13,6 +13,7 @@ from lavis_lstp.models.frame_selector import (
     SELECTORS,
     best_spans,
     build_selector,
+    candidate_frames,
     sample_generators,
     select_frames,
     spread,
@@ -58,6 +59,14 @@ def test_select_frames_always_gives_k_sorted_valid_indices(candidates, num_frame
     assert len(frames) == num_selected
     assert frames == sorted(frames)
     assert all(type(f) is int and 0 <= f < num_frames for f in frames)
+
+
+@pytest.mark.parametrize(("end", "num_frames"), [(24, 32), (8951, 30_001), (5369, 50_001)])
+def test_flows_map_to_frames_in_float32(end, num_frames):
+    """As published, with 0-dim tensors; float64 or whole numbers would keep 8951 of 30001."""
+    mapped = int(torch.tensor(end) * (num_frames - 1) / (num_frames - 1))
+    assert (mapped == end) == (num_frames == 32)
+    assert candidate_frames([(0, end)], num_frames, num_frames) == list(range(mapped))
 
 
 def test_select_frames_needs_frames():

@@ -77,11 +77,7 @@ def test_is_the_largest_rectangle(scores, subtract_min):
     assert 0 <= span.start < span.end <= len(scores)
     heights = np.array(scores, dtype=np.float32).astype(np.float64)
     heights -= heights.min() if subtract_min else 0
-    area = {
-        (i, j): (j - i) * heights[i:j].min()
-        for i in range(len(heights))
-        for j in range(i + 1, len(heights) + 1)
-    }
+    area = {(i, j): (j - i) * heights[i:j].min() for i in range(len(heights)) for j in range(i + 1, len(heights) + 1)}
     best = max(area.values())
     assert area[tuple(span)] == best
     if best == 0:

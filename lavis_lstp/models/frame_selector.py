@@ -18,7 +18,6 @@ from torch import Tensor
 from lavis_lstp.data.video import uniform_centres
 from lavis_lstp.errors import AnnotationError, ConfigError, unknown_name
 
-GUMBEL_TEMPERATURE = 0.5
 NUM_CANDIDATES = 2
 """Published: spans drawn per sample."""
 SPAN_KEYS = ("span", "gold_span")
@@ -146,10 +145,11 @@ def _argmax(row: Row, num_selected: int) -> tuple[list[int], tuple[int, int]]:
 
 
 def _gumbel(row: Row, num_selected: int) -> tuple[list[int], tuple[int, int]]:
+    # published: arg max of softmax((logits + noise) / 0.5); neither softmax nor temperature moves an arg max
     candidates = []
     for _ in range(NUM_CANDIDATES):
         noise = -torch.empty(2, row.num_frames).exponential_(generator=row.generator).log()
-        noisy = (torch.stack([row.start_logits, row.end_logits]) + noise) / GUMBEL_TEMPERATURE
+        noisy = torch.stack([row.start_logits, row.end_logits]) + noise
         candidates.append(tuple(noisy.argmax(dim=1).tolist()))
     return _published(row, candidates)
 
