@@ -270,7 +270,7 @@ def build(name: str, root: Path, **overrides) -> torch.nn.Module:
 def _fill_what_no_checkpoint_holds(model: torch.nn.Module, name: str) -> None:
     """Seeded numbers by parameter name: constructors of different transformers versions draw in different orders."""
     pattern = {
-        "blip2": r"^(query_tokens|vision_proj|text_proj|itm_head)|crossattention",  # the _query layers are copies of loaded ones
+        "blip2": r"^(query_tokens|vision_proj|text_proj|itm_head)|crossattention",  # _query layers are copies
         "blip_caption": "",
     }.get(name, r"^(query_tokens|t5_proj|opt_proj)|crossattention|(intermediate|output)_query")
     for key, parameter in model.named_parameters():
