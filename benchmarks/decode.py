@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 
 WORKER = """
-import json, resource, sys, time
+import json, sys, time
 how, path, size = sys.argv[1], sys.argv[2], int(sys.argv[3]) or None
 start = time.perf_counter()
 if how == "all":  # as published: every frame in memory, then pick
@@ -37,7 +37,11 @@ else:
     video = read_frames(path, num=32, size=size, backend=how)
     frames, decoded = video.frames, video.count.pictures
 seconds = time.perf_counter() - start
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 if sys.platform == "darwin" else 1024)
+if sys.platform == "linux":  # ru_maxrss would include the process that started this one
+    peak = int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1024
+else:
+    import resource
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 print(json.dumps({"seconds": round(seconds, 3), "peak_mib": round(peak, 1), "pictures_decoded": decoded,
                   "frames": list(frames.shape)}))
 """
@@ -116,7 +120,7 @@ def main() -> None:
         "machine": platform.machine(),
         "cores": os.cpu_count(),
     }
-    print(json.dumps(result, indent=2))
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":
