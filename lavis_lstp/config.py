@@ -141,7 +141,9 @@ def _complete_run(user: DictConfig, given: Mapping) -> DictConfig:
     runner = given.get("runner") or RUN_KEYS["runner"][1]
     runner_cls = _registered("runner", runner, registry.get_runner_class, registry.list_runners)
     task_cls = _registered("task", given["task"], registry.get_task_class, registry.list_tasks)
-    check_run(given, [runner_cls, task_cls])
+    # LAVIS's files carry keys of other tasks than the one they name, so those of all its tasks are legal.
+    lavis_tasks = [cls for cls in map(registry.get_task_class, registry.list_tasks()) if not is_ours(cls)]
+    check_run(given, [runner_cls, task_cls, *lavis_tasks])
     schedule = given.get("lr_sched")
     if schedule is not None:
         _registered("lr_sched", schedule, registry.get_lr_scheduler_class, registry.list_lr_schedulers)

@@ -7,7 +7,8 @@ misspelt key is silently without effect there.
 Classes of this package list every key in their default YAML, so the defaults are the whole truth: `null` accepts
 any value, `{}` any mapping, and so does a mapping named in the class's `OPEN_CONFIG_KEYS` (settings handed to another
 library, such as "backbone.config"). LAVIS's own classes read keys that no YAML lists; those are found in the classes'
-sources (`keys_read_by`).
+sources (`keys_read_by`). LAVIS's own files also hold keys that nothing reads, so there a key is an error where it
+comes close to a valid one, and otherwise a warning.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import ast
 import difflib
 import functools
 import inspect
+import logging
 import re
 import sys
 import textwrap
@@ -24,22 +26,38 @@ from collections.abc import Iterable, Mapping
 from lavis_lstp.errors import ConfigError
 from lavis_lstp.run_keys import ANY, BOOLEAN, INTEGER, LIST, MAPPING, NUMBER, RUN_KEYS, SET_AT_RUN_TIME, TEXT
 
+logger = logging.getLogger(__name__)
+
 MODEL_KEYS = frozenset({"arch", "model_type", "load_finetuned", "load_pretrained", "finetuned", "pretrained"})
 """What LAVIS's Config and BaseModel read for every model."""
 
-PROCESSOR_KEYS = {"vis_processor": {"train", "eval"}, "text_processor": {"train", "eval"}}
+TYPO = 0.75
+"""Similarity (difflib) from which an unknown key is taken for a misspelt one: one letter in four."""
 
-LAVIS_DATASET_KEYS = {
-    "": {"type", "data_type", "build_info", "vis_processor", "text_processor", "sample_ratio"},
-    "build_info": {"annotations", "images", "videos", "features", "audio", "storage", "instance_id_key"},
+PROCESSOR_KEYS: dict[str, set | None] = {
+    "vis_processor": {"train", "eval"},
+    "vis_processor.*": None,  # each processor has its own
+    "text_processor": {"train", "eval"},
+    "text_processor.*": None,
+}
+
+LAVIS_DATASET_KEYS: dict[str, set | None] = {
+    "": {"type", "data_type", "build_info", "vis_processor", "text_processor", "sample_ratio"}
+    | {f"{modality}_processor" for modality in ("image", "video", "audio", "pc")},  # git main
+    "build_info": {"annotations", "images", "videos", "features", "audio", "storage", "kwargs", "instance_id_key"},
     "build_info.annotations": {"train", "val", "test", "url", "storage"},
     "build_info.annotations.*": {"url", "storage", "md5"},
     "build_info.images": {"url", "storage"},
     "build_info.videos": {"url", "storage"},
     "build_info.features": {"url", "storage"},
+    "build_info.*": None,
     **PROCESSOR_KEYS,
+    "*": None,
 }
-"""Keys of LAVIS's data sets that are legal whether or not the default YAML has them, by dotted place."""
+"""Keys of LAVIS's data sets that are legal whether or not the default YAML has them, by dotted place.
+
+Places not listed are handed to classes that nobody can tell from a YAML file, and accept any key.
+"""
 
 
 def is_ours(cls: type) -> bool:
@@ -56,7 +74,7 @@ def check_model(given: Mapping, defaults: Mapping, model_cls: type) -> None:
         if read is None:
             return
         extra[""] |= read
-    _check_mapping(given, defaults, "model", extra)
+    _check_mapping(given, defaults, "model", extra, strict=is_ours(model_cls))
 
 
 def check_dataset(given: Mapping, defaults: Mapping, name: str, builder_cls: type) -> None:
@@ -66,25 +84,29 @@ def check_dataset(given: Mapping, defaults: Mapping, name: str, builder_cls: typ
         read = keys_read_by(builder_cls)
         if read is None:
             return
-        extra = {**LAVIS_DATASET_KEYS, "": LAVIS_DATASET_KEYS[""] | read}
-    _check_mapping(given, defaults, f"datasets.{name}", extra)
+        kinds = given.get("data_type") or defaults.get("data_type") or []  # build_info has a key for each
+        kinds = [kinds] if isinstance(kinds, str) else kinds
+        extra = {
+            **LAVIS_DATASET_KEYS,
+            "": {*LAVIS_DATASET_KEYS[""], *read},
+            "build_info": {*LAVIS_DATASET_KEYS["build_info"], *kinds},
+        }
+    _check_mapping(given, defaults, f"datasets.{name}", extra, strict=is_ours(builder_cls))
 
 
 def check_run(given: Mapping, classes: Iterable[type]) -> None:
     """Raise ConfigError for a key of `run` that neither the table nor the runner and task classes know.
 
     Args:
-        classes: the runner and task class; their `RUN_KEYS` and what their sources read are legal too.
+        classes: the runner, the task and what else is registered; their `RUN_KEYS` and, for LAVIS's, what their
+            sources read are legal too.
     """
     known = set(RUN_KEYS) | SET_AT_RUN_TIME
     for cls in classes:
         for klass in cls.__mro__:
             known |= set(vars(klass).get("RUN_KEYS", ()))
         if not is_ours(cls):
-            read = keys_read_by(cls)
-            if read is None:
-                return
-            known |= read
+            known |= keys_read_by(cls) or set()
     for key, value in given.items():
         if key not in known:
             raise ConfigError(_unknown_key("run", key, known))
@@ -102,32 +124,40 @@ def check_roots(given: Mapping) -> None:
             raise ConfigError(f"unknown section '{key}'; {hint}known: {', '.join(roots)}")
 
 
-def _check_mapping(given: Mapping, defaults: Mapping, where: str, extra: Mapping, place: str = "") -> None:
+def _check_mapping(
+    given: Mapping, defaults: Mapping, where: str, extra: Mapping, *, strict: bool, place: str = ""
+) -> None:
     """Check keys and kinds of values, and go down wherever it is known what may lie there.
 
     Args:
         where: what the error calls this mapping, such as "datasets.lstp_shapes.build_info".
         extra: keys legal beside the defaults, by dotted place below the section; None there means any.
+        strict: the defaults name every legal key and show the kind of its value.
         place: this mapping's place in `extra`.
     """
     known = set(defaults) | (_extra_at(extra, place) or set())
     for key, value in given.items():
         if key not in known:
-            raise ConfigError(_unknown_key(where, key, known))
+            if strict or _nearest(str(key), known, TYPO):
+                raise ConfigError(_unknown_key(where, key, known))
+            logger.warning("nothing reads the key '%s.%s'", where, key)
         inner = f"{place}.{key}".lstrip(".")
         default, legal = defaults.get(key), _extra_at(extra, inner)
-        _check_kind(f"{where}.{key}", value, _kind_of(default))
+        if strict:
+            _check_kind(f"{where}.{key}", value, _kind_of(default))
         if isinstance(value, Mapping) and legal is not None and (default or legal):
-            _check_mapping(value, default or {}, f"{where}.{key}", extra, inner)
+            below = default if isinstance(default, Mapping) else {}
+            _check_mapping(value, below, f"{where}.{key}", extra, strict=strict, place=inner)
 
 
 def _extra_at(extra: Mapping[str, set | None], place: str) -> set | None:
     """Extra keys legal at a dotted place, None for any; the last part of an entry may be `*`."""
-    return extra.get(place, extra.get(f"{place.rpartition('.')[0]}.*", set()))
+    parent = place.rpartition(".")[0]
+    return extra.get(place, extra.get(f"{parent}.*".lstrip("."), set()))
 
 
-def _nearest(name: str, known: Iterable[object]) -> str | None:
-    return next(iter(difflib.get_close_matches(name, map(str, known), n=1, cutoff=0.5)), None)
+def _nearest(name: str, known: Iterable[object], cutoff: float = 0.5) -> str | None:
+    return next(iter(difflib.get_close_matches(name, map(str, known), n=1, cutoff=cutoff)), None)
 
 
 def _unknown_key(where: str, key: object, known: Iterable[str]) -> str:
