@@ -90,7 +90,7 @@ LAVIS_NEEDS = [
 
 OUR_NEEDS = [
     "accelerate>=0.34",
-    "av>=12",
+    "av>=18",
     "matplotlib>=3.8",
     "numpy>=1.26",
     "opencv-python-headless>=4.9",

@@ -29,7 +29,7 @@ def find_spec(finder, fullname, path, target):
     """
     if fullname == "lavis":
         spec = _ask_others(finder, fullname, path, target)
-        _check_lavis(spec)
+        check_lavis(spec)
         spec.loader = _LavisLoader(spec.loader)
         return spec
     if fullname in SERVED:
@@ -101,7 +101,7 @@ def _served_spec(fullname):
     return spec_from_file_location(fullname, os.path.join(os.path.dirname(__file__), SERVED[fullname]))
 
 
-def _check_lavis(spec) -> None:
+def check_lavis(spec) -> None:
     """Raise, with the line to type, where LAVIS is missing or older than 1.0.2."""
     if spec is None:
         raise ModuleNotFoundError(f"lavis_lstp needs LAVIS; install it by: {INSTALL_LINE}", name="lavis")

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
+import sys
 from types import ModuleType
 
 from lavis_lstp.errors import ConfigError, unknown_name
@@ -32,9 +34,15 @@ def before_lavis() -> None:
 
 
 def register() -> None:
-    """Register data sets, models, tasks and runners with LAVIS and complete its entry points. Idempotent."""
-    from lavis_lstp import shims
+    """Register data sets, models, tasks and runners with LAVIS and complete its entry points. Idempotent.
 
+    Raises:
+        ImportError: LAVIS is missing or too old; the message says what to type.
+    """
+    from lavis_lstp import _hook, shims
+
+    if "lavis" not in sys.modules:
+        _hook.check_lavis(importlib.util.find_spec("lavis"))
     before_lavis()
     import lavis  # the hook, where it is installed, calls this function from inside this import
 
