@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None, evaluate_only: bool = False) -> int:
     try:
         run(args, evaluate_only)
     except LstpError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 2
     return 0
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lavis_lstp import Finder, _hook
+from lavis_lstp import Finder, _hook, plugin
 
 ROOT = Path(__file__).resolve().parent.parent
 INSTALL_LINE = "pip install --no-deps salesforce-lavis==1.0.2"
@@ -150,6 +150,26 @@ print(json.dumps([issubclass(found, mine.LSTP), mine is sys.modules["lavis_lstp.
                   "lstp_tiny" in dict(model_zoo), "runner_lstp" in registry.list_runners()]))
 """
     assert answers(code, tmp_path) == [True, True, True, True]
+
+
+def test_register_by_hand_where_the_hook_is_off(tmp_path):
+    code = """
+import json, sys
+import lavis_lstp
+off = not any(isinstance(finder, lavis_lstp.Finder) for finder in sys.meta_path)
+lavis_lstp.register()
+lavis_lstp.register()
+from lavis.models import load_model
+print(json.dumps([off, load_model("lstp_tiny").training]))
+"""
+    assert answers(code, tmp_path, LAVIS_LSTP_DISABLE="1") == [True, True]
+
+
+def test_a_failed_registration_says_the_same_the_second_time(monkeypatch):
+    """LAVIS's registry refuses to be filled twice, so that a second import would fail for another reason."""
+    monkeypatch.setitem(plugin._state, "failure", ValueError("the first reason"))
+    with pytest.raises(ValueError, match="the first reason"):
+        plugin.before_lavis()
 
 
 def test_python_m_lavis_train_reports_a_user_error_in_one_line(tmp_path):
