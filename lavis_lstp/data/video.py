@@ -6,7 +6,8 @@
 
 Everything here is NumPy: importing torch would cost more memory (0.5 GB) than reading 32 frames does (0.1 GB).
 Frame i is the i-th picture a viewer sees, whatever the order, times and hidden parts of the file. Every failure
-is a `VideoError` that begins with the name of the file.
+is a `VideoError` that begins with the name of the file. Not noticed: flipped bits that still decode, because video
+formats carry no checksums, and where a raw stream (.h264), which carries no lengths, was cut off.
 
 Backends: `pyav` (default) and `decord` give the same pixels. torchcodec would too, but it is no faster here and
 needs the FFmpeg of the system, which the other two bring along.

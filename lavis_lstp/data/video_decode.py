@@ -20,14 +20,13 @@ import numpy as np
 from av.video.frame import PictureType
 from av.video.reformatter import VideoReformatter
 
-from lavis_lstp.data.video_index import Source, VideoIndex, check_source, open_video
+from lavis_lstp.data.video_index import REORDER, Source, VideoIndex, check_source, open_video
 from lavis_lstp.errors import VideoError
 
 # Codecs whose decoders honour `skip_frame` per packet and store one picture in each.
 SKIPPABLE = {"h264", "hevc", "mpeg4", "mpeg2video"}
 # Where decord 0.6.0 was found to seek to the right frame; in MPEG-TS it shows broken ones without a word.
 DECORD_CONTAINERS = {"mov", "matroska"}
-REORDER = 16  # no codec here hands a picture out later than this many others
 
 Visit = Callable[[Any, int, bool], None]  # picture, frame number, may others refer to it
 
@@ -93,7 +92,8 @@ def _by_count(container, stream, index, wanted, visit, count) -> Iterator[tuple[
             if not left and not (visit and frame.pict_type == PictureType.B):
                 return
     except av.FFmpegError as error:
-        raise VideoError(f"{index.name}: frame {min(left)} cannot be decoded ({error.strerror})") from None
+        if left:
+            raise VideoError(f"{index.name}: frame {min(left)} cannot be decoded ({error.strerror})") from None
     if not left:
         return
     raise VideoError(f"{index.name}: frame {min(left)} cannot be decoded, the video ends after {position + 1}")
@@ -107,6 +107,8 @@ def _by_time(container, stream, index, wanted, visit, count) -> Iterator[tuple[i
         key = 0 if visit and reader.running else _start_for(index, packet)
         if not reader.running or key > reader.next_packet:
             reader.start_at(key)
+        if index.packet_damaged[_start_for(index, packet) : packet + 1].any():
+            raise VideoError(f"{index.name}: frame {i} cannot be decoded (damaged data before it)")
         frame = reader.find(packet)
         while frame is None and reader.started_at > 0:
             # A key frame that decoding could not start from after all: take the one before.

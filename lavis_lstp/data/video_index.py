@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import av
 import numpy as np
@@ -34,6 +34,8 @@ FORMATS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,ogg,asf,wmv,gif,h264,hevc,m4v,"
     "ivf,rm,vob,wtv,nut,mxf,dv,swf,apng,av1,obu"
 )
+REORDER = 16  # no codec here hands a picture out later than this many others
+TS_PACKET = (188, 192, 204)  # bytes
 NO_PRESENTATION_TIMES = {"avi", "h264", "hevc", "m4v", "mpegvideo", "obu"}
 
 
@@ -57,6 +59,7 @@ class VideoIndex:
     Attributes:
         packet_pts: int64 [P] presentation times in ticks; empty when `by_count`.
         packet_key: bool [P], decoding can start here.
+        packet_damaged: bool [P], known to be damaged.
         frame_packet: int64 [N], the packet that holds frame i; empty when `by_count`.
         times_s: float64 [N], seconds since the first frame.
         container: FFmpeg's name of the file format.
@@ -67,6 +70,7 @@ class VideoIndex:
     name: str
     packet_pts: np.ndarray
     packet_key: np.ndarray
+    packet_damaged: np.ndarray
     frame_packet: np.ndarray
     times_s: np.ndarray
     fps: float
@@ -160,69 +164,88 @@ def _index_of_path(path: str, name: str, size: int, mtime_ns: int) -> VideoIndex
 
 def _read_index(source: Source, name: str) -> VideoIndex:
     with open_video(source, name) as (container, stream):
-        pts, key, shown, end, missing = _read_packets(container, stream)
-        usable = not any(p is None for p in pts) and len(set(pts)) == len(pts)
+        packets, missing = _read_packets(container, stream)
         formats = set(container.format.name.split(","))
-        if formats & NO_PRESENTATION_TIMES and stream.codec_context.has_b_frames:
-            usable = False
-        facts = {"name": name, "codec": stream.codec_context.name, "missing": missing}
-        facts["container"] = container.format.name
+        untimed = bool(formats & NO_PRESENTATION_TIMES) and stream.codec_context.has_b_frames
+        facts = {"name": name, "codec": stream.codec_context.name, "container": container.format.name}
         facts["time_base"] = float(stream.time_base)
         rate = stream.average_rate or stream.guessed_rate
-    if not pts:
+    stamps = [p.pts for p in packets]
+    if not packets:
         raise VideoError(f"{name}: its video stream holds no frame" + (f"; {missing}" if missing else ""))
-    if not usable:
-        return count_frames(source, name, rate, facts)
-    packet_pts = np.asarray(pts, dtype=np.int64)
-    visible = np.flatnonzero(np.asarray(shown))
-    if not len(visible):
-        raise VideoError(f"{name}: its edit list hides every frame")
-    frame_packet = visible[np.argsort(packet_pts[visible], kind="stable")]
+    if untimed or None in stamps or len(set(stamps)) < len(stamps):
+        damaged = next((f"packet {n} is damaged" for n, p in enumerate(packets) if p.damaged), None)
+        return count_frames(source, name, rate, facts | {"missing": missing or damaged})
+    visible = [n for n, p in enumerate(packets) if p.shown and not (missing and p.pts > _closed_until(stamps))]
+    if not visible:
+        raise VideoError(f"{name}: {missing or 'its edit list hides every frame'}")
+    packet_pts = np.asarray(stamps, dtype=np.int64)
+    frame_packet = np.asarray(sorted(visible, key=stamps.__getitem__), dtype=np.int64)
     ticks = packet_pts[frame_packet]
     times_s = (ticks - ticks[0]) * facts["time_base"]
     fps = frame_rate(times_s, rate)
-    last_s = (end - ticks[0]) * facts["time_base"] if end is not None else 0.0
+    end_s = (max(packets[n].pts + packets[n].ticks for n in visible) - ticks[0]) * facts["time_base"]
     return VideoIndex(
         packet_pts=packet_pts,
-        packet_key=np.asarray(key),
+        packet_key=np.asarray([p.key for p in packets]),
+        packet_damaged=np.asarray([p.damaged for p in packets]),
         frame_packet=frame_packet,
         times_s=times_s,
         fps=fps,
-        duration_s=float(last_s if last_s > times_s[-1] else times_s[-1] + 1 / fps),
+        duration_s=float(end_s if end_s > times_s[-1] else times_s[-1] + 1 / fps),
         by_count=False,
+        missing=missing,
         **facts,
     )
 
 
-def _read_packets(container: Any, stream: Any) -> tuple[list, list, list, int | None, str | None]:
-    """Presentation time, key flag and visibility of each whole packet, where the last frame ends, what is missing."""
-    pts: list[int | None] = []
-    key: list[bool] = []
-    shown: list[bool] = []
-    end: int | None = None
-    damaged = None
+class _Packet(NamedTuple):
+    pts: int | None
+    ticks: int  # how long it is shown, 0 = unknown
+    key: bool
+    shown: bool
+    damaged: bool
+
+
+def _read_packets(container: Any, stream: Any) -> tuple[list[_Packet], str | None]:
+    """Whole packets in the order of the file, and what is missing behind them."""
+    packets: list[_Packet] = []
+    missing = None
     is_vp8 = stream.codec_context.name == "vp8"
     try:
         for packet in container.demux(stream):
-            if not packet.size:
-                continue
-            if packet.is_corrupt:
-                damaged = f"packet {len(pts)} is cut off"
-                continue
-            pts.append(packet.pts)
-            key.append(packet.is_keyframe)
-            # VP8 stores pictures that are only referred to as packets of their own; a header bit tells.
-            shown.append(not packet.is_discard and not (is_vp8 and not bytes(packet)[0] & 0x10))
-            if shown[-1] and packet.pts is not None:
-                end = max(end or packet.pts, packet.pts + (packet.duration or 0))
+            if packet.size:
+                # VP8 stores pictures that are only referred to as packets of their own; a header bit tells.
+                shown = not packet.is_discard and not (is_vp8 and not bytes(packet)[0] & 0x10)
+                ticks = packet.duration or 0
+                packets.append(_Packet(packet.pts, ticks, packet.is_keyframe, shown, packet.is_corrupt))
     except av.FFmpegError as error:
-        damaged = f"reading stops after {len(pts)} frames ({error.strerror})"
+        missing = f"truncated: reading stops after {len(packets)} frames ({error.strerror})"
+    if container.format.name == "mpegts" and packets and all(container.size % n for n in TS_PACKET):
+        packets.pop()  # whose end the cut took; nothing in the file says how long it was
+        missing = f"truncated: it ends inside a transport packet, after {len(packets)} whole frames"
+    while packets and packets[-1].damaged:
+        packets.pop()
+        missing = f"truncated: frame {len(packets)} is cut off"
     declared = _declared_frames(container, stream)
-    if declared > len(pts):
-        damaged = f"truncated: {len(pts)} of {declared} frames are in the file"
-    elif (short_s := _missing_seconds(stream, end)) > 0:
-        damaged = f"truncated: the last {short_s:.1f} s are not in the file"
-    return pts, key, shown, end, damaged
+    if declared > len(packets):
+        missing = f"truncated: {len(packets)} of {declared} frames are in the file"
+    elif (short_s := _missing_seconds(stream, packets)) > 0:
+        missing = f"truncated: the last {short_s:.1f} s are not in the file"
+    return packets, missing
+
+
+def _closed_until(stamps: list[int]) -> int:
+    """The time up to which a file that was cut off has every frame.
+
+    Frames shown before the last anchor may have been stored behind it, so behind the cut. An anchor is a packet later
+    than all before it; up to the last but one nothing can be missing.
+    """
+    highest = [stamps[0]]
+    for pts in stamps:
+        if pts > highest[-1]:
+            highest.append(pts)
+    return highest[-2] if len(highest) > 1 else highest[0] - 1
 
 
 def _declared_frames(container: Any, stream: Any) -> int:
@@ -232,19 +255,19 @@ def _declared_frames(container: Any, stream: Any) -> int:
     return stream.frames if "avi" in formats else 0
 
 
-def _missing_seconds(stream: Any, end: int | None) -> float:
+def _missing_seconds(stream: Any, packets: list[_Packet]) -> float:
     """How far the last packet ends before the length Matroska states for this track; 0 where it does not."""
     stated = stream.metadata.get("DURATION")
-    if not stated or end is None:
+    ends = [p.pts + p.ticks for p in packets if p.pts is not None]
+    if not stated or not ends:
         return 0.0
     try:
         hours, minutes, seconds = stated.split(":")
         stated_s = int(hours) * 3600 + int(minutes) * 60 + float(seconds)
     except ValueError:
         return 0.0
-    short_s = stated_s - float(end * stream.time_base)
-    rate = float(stream.average_rate or 25)
-    return short_s if short_s > max(0.25, 3 / rate) else 0.0
+    short_s = stated_s - float(max(ends) * stream.time_base)
+    return short_s if short_s > max(0.05, 1.5 / float(stream.average_rate or 25)) else 0.0
 
 
 def count_frames(source: Source, name: str, rate: Fraction | None, facts: dict[str, Any]) -> VideoIndex:
@@ -255,8 +278,10 @@ def count_frames(source: Source, name: str, rate: Fraction | None, facts: dict[s
             ticks.extend(frame.pts for frame in container.decode(stream))
         except av.FFmpegError as error:
             facts = facts | {"missing": f"decoding stops after {len(ticks)} frames ({error.strerror})"}
+    if facts["missing"]:
+        ticks = ticks[:-REORDER]  # a frame shown earlier may lie behind the cut, and shift the count
     if not ticks:
-        raise VideoError(f"{name}: no frame of it can be decoded")
+        raise VideoError(f"{name}: {facts['missing'] or 'no frame of it can be decoded'}")
     times_s = np.arange(len(ticks)) / float(rate or 25)
     if None not in ticks and all(a < b for a, b in zip(ticks, ticks[1:], strict=False)):
         times_s = (np.asarray(ticks, dtype=np.int64) - ticks[0]) * facts["time_base"]
@@ -265,6 +290,7 @@ def count_frames(source: Source, name: str, rate: Fraction | None, facts: dict[s
     return VideoIndex(
         packet_pts=none,
         packet_key=none.astype(bool),
+        packet_damaged=none.astype(bool),
         frame_packet=none,
         times_s=times_s,
         fps=fps,
