@@ -100,6 +100,12 @@ AFTER_LAVIS = (
         "transformers 4.50",
         models.replace_t5,
     ),
+    Shim(
+        "lavis...blip.BlipBase.__init__",
+        "LAVIS main refuses newer transformers, where its BLIP could not generate; with the rows above it can",
+        "transformers 4.27",
+        models.lift_blip_refusal,
+    ),
 )
 
 TABLE = BEFORE_LAVIS + AFTER_LAVIS

@@ -10,15 +10,20 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
+
+from lavis_lstp.shims.names import lavis_has
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+BLIP_MODULE = "lavis.models.blip_models.blip"
 OPT_MODULE = "lavis.models.blip2_models.modeling_opt"
+LLAMA_MODULE = "lavis.models.blip2_models.modeling_llama"
 T5_MODULE = "lavis.models.blip2_models.modeling_t5"
 # Output parameter -> the input parameter it shares; LAVIS relies on `get_output_embeddings`, which 5.x does not ask.
 _BERT_TIES = {
@@ -43,6 +48,8 @@ def _lavis_classes() -> Iterator[type[PreTrainedModel]]:
     """The subclasses of PreTrainedModel that LAVIS itself defines, parents before children."""
     from transformers import PreTrainedModel
 
+    if lavis_has("models/blip2_models/modeling_llama.py"):  # main's; its constructors import it too late for us
+        importlib.import_module(LLAMA_MODULE)
     found = {
         value
         for name, module in list(sys.modules.items())
@@ -184,14 +191,15 @@ def _tuple_cache_forward(forward):
 
 
 def _named_past(prepare_inputs):
-    """`prepare_inputs_for_generation` of LAVIS calls the cache `past` and wants None as long as it is empty."""
+    """LAVIS's `prepare_inputs_for_generation` may call the cache `past`, and wants None as long as it is empty."""
+    past = "past" if "past" in inspect.signature(prepare_inputs).parameters else "past_key_values"
 
     @functools.wraps(prepare_inputs)
     def wrapped(self, input_ids, *args, past_key_values=None, **kwargs):
         for name in ("next_sequence_length", "is_first_iteration", "cache_position", "position_ids"):
             kwargs.pop(name, None)  # passed by newer transformers; LAVIS works positions out by itself
         filled = past_key_values is not None and past_key_values.get_seq_length() > 0
-        inputs = prepare_inputs(self, input_ids, *args, past=past_key_values if filled else None, **kwargs)
+        inputs = prepare_inputs(self, input_ids, *args, **{past: past_key_values if filled else None}, **kwargs)
         inputs["past_key_values"] = past_key_values
         return inputs
 
@@ -238,7 +246,7 @@ def _reorder_cache(reorder_tuples):
 
     def wrapped(self, past, beam_idx):
         if isinstance(past, tuple):
-            return reorder_tuples(self, past, beam_idx)
+            return reorder_tuples.__get__(self)(past, beam_idx)  # a method in BERT, static in OPT
         past.reorder_cache(beam_idx)
         return past
 
@@ -311,4 +319,28 @@ def replace_t5() -> bool:
         module = importlib.import_module(name)
         if vars(module).get("T5ForConditionalGeneration") is copies:
             module.T5ForConditionalGeneration = own
+    return True
+
+
+# ---- LAVIS main
+
+
+def _unless_refused(init):
+    @functools.wraps(init)
+    def wrapped(self, *args, **kwargs):
+        try:
+            init(self, *args, **kwargs)
+        except AssertionError as error:  # its last line; the parent is built by then
+            if "not compatible with transformers" not in str(error):
+                raise
+
+    return wrapped
+
+
+def lift_blip_refusal() -> bool:
+    base = getattr(sys.modules.get(BLIP_MODULE), "BlipBase", None)
+    if base is None or "__init__" not in vars(base) or "_lstp_refusal" in vars(base):
+        return False
+    base._lstp_refusal = True
+    base.__init__ = _unless_refused(base.__init__)
     return True

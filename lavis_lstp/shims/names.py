@@ -87,14 +87,14 @@ def expand_mask(mask: torch.Tensor, dtype: torch.dtype, tgt_len: int | None = No
     return torch.zeros(hidden.shape, dtype=dtype, device=mask.device).masked_fill(hidden, torch.finfo(dtype).min)
 
 
-def _lavis_has(relative: str) -> bool:
+def lavis_has(relative: str) -> bool:
     """Whether the installed LAVIS has this file or folder; does not import it."""
     spec = importlib.util.find_spec("lavis")
     return spec is not None and any((Path(root) / relative).exists() for root in spec.submodule_search_locations or ())
 
 
 def add_clip_expand_mask() -> bool:
-    if not _lavis_has("models/blip_diffusion_models"):
+    if not lavis_has("models/blip_diffusion_models"):
         return False
     from transformers.models.clip import modeling_clip
 
