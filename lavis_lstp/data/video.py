@@ -18,6 +18,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -96,6 +97,7 @@ def sample_indices(num: int, length: int) -> list[int]:
     return [indices[i] for i in uniform_centres(num, len(indices))]
 
 
+@lru_cache(maxsize=32)
 def _taps(source: int, target: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Neighbours and float32 weights of bilinear resampling along one axis, half-pixel centres."""
     scale = np.float64(np.float32(source) / np.float32(target))
