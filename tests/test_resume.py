@@ -163,7 +163,7 @@ def test_a_path_resumes_into_another_folder(unbroken, tmp_path):
     runner.train()
     assert runner.position.step == STEPS
     assert json.loads((tmp_path / "new" / "run_manifest.json").read_text())["resumed_from"] == [str(source.resolve())]
-    with pytest.raises(ConfigError, match="but .*/new holds step_"):
+    with pytest.raises(ConfigError, match="/new already holds a run .*resume_ckpt_path is .*step_00000008"):
         make_runner(
             tmp_path / "new", resume_ckpt_path=str(unbroken / "checkpoints" / "step_00000008"), **OPTIONS
         ).train()

@@ -116,6 +116,31 @@ def test_clipping_bounds_the_gradient(tmp_path):
     assert before > 0.1 and after == pytest.approx(0.1, rel=1e-4)
 
 
+def test_an_unused_trained_weight_under_ddp_is_explained(tmp_path, monkeypatch):
+    """One gloo process stands for several: DDP wraps the same way."""
+    from lavis_lstp.runners import distributed
+
+    class Unused(ToyModel):
+        def __init__(self):
+            super().__init__(0.0)
+            self.spare = torch.nn.Linear(1, 1)
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        monkeypatch.setattr(distributed, "world_size", lambda: 2)
+        batch = ToyData(2).collater([ToyData(2)[i] for i in range(2)])
+        options = {"device": torch.device("cpu"), "lr": 1e-3}
+        engine = TorchEngine(Unused(), **options)
+        engine.accumulate(lambda m: m(batch), weight=1.0, last=True)
+        with pytest.raises(ConfigError, match="set run.find_unused_parameters=true"):
+            engine.accumulate(lambda m: m(batch), weight=1.0, last=True)
+        engine = TorchEngine(Unused(), find_unused_parameters=True, **options)
+        for _ in range(2):
+            engine.accumulate(lambda m: m(batch), weight=1.0, last=True)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_learning_rate_by_optimizer_step(tmp_path):
     runner = make_runner(tmp_path, warmup_steps=4, accum_grad_iters=2, min_lr=1e-4)
     runner.train()
@@ -343,7 +368,7 @@ def test_a_run_names_what_is_wrong(tmp_path, changes, message):
 def test_a_folder_with_a_run_in_it_is_not_overwritten(tmp_path):
     make_runner(tmp_path).train()
     before = {path: path.read_bytes() for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()}
-    with pytest.raises(ConfigError, match="already holds a run .*set run.resume_ckpt_path=auto"):
+    with pytest.raises(ConfigError, match="already holds a run .* is not set; set run.resume_ckpt_path=auto"):
         make_runner(tmp_path, seed=8).train()
     assert {path: path.read_bytes() for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()} == before
 

@@ -90,6 +90,21 @@ def test_evaluation_is_in_eval_mode_and_repeats_to_the_byte(tmp_path):
     )
 
 
+def test_a_task_that_draws_repeats_and_leaves_training_alone(tmp_path):
+    """Sampled answers come from the run's seed; the generators of training stand where they stood."""
+    drawn, weights = [], []
+    for folder, splits in (("one", ["val"]), ("two", ["val"]), ("none", [])):
+        runner = make_runner(tmp_path / folder, valid_splits=splits, dropout=0.3)
+        runner.task.valid_step = lambda model, samples: [
+            {"question_id": name, "loss": drawn.append(torch.rand(()).item()) or 0.0} for name in samples["question_id"]
+        ]
+        torch.manual_seed(len(weights))
+        runner.train()
+        weights.append(runner.bare_model.head[0].weight.detach())
+    assert drawn[:10] == drawn[10:] and len(set(drawn)) == 5
+    assert torch.equal(weights[0], weights[1]) and torch.equal(weights[0], weights[2])
+
+
 def test_models_that_only_generate_are_asked_with_a_prompt():
     class Captioner(torch.nn.Module):
         def generate(self, samples, max_length=30):

@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from lavis_lstp.errors import ConfigError
-from lavis_lstp.runners.randomness import borrowed, derived_seed
+from lavis_lstp.runners.randomness import derived_seed, host_generators_kept, seed_host
 
 
 @dataclass(frozen=True)
@@ -148,9 +148,16 @@ class SeededDataset(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, key: tuple[int, int]) -> Any:
-        epoch, index = key
-        with borrowed(derived_seed(self.seed, "sample", epoch, index), devices=False):
-            return self.dataset[index]
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[Any]:
+        """A batch, as torch's loader asks for it; the generators are put back once, not after each sample."""
+        samples = []
+        with host_generators_kept():
+            for epoch, index in keys:
+                seed_host(derived_seed(self.seed, "sample", epoch, index))
+                samples.append(self.dataset[index])
+        return samples
 
 
 class BatchKeys:

@@ -6,10 +6,13 @@ Both runners and no other part use these; `torch.distributed` is initialised by 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from lavis_lstp.errors import LstpError
 
 
 def active() -> bool:
@@ -40,6 +43,23 @@ def broadcast(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def on_main(compute: Callable[[], Any]) -> Any:
+    """What `compute` gives on rank 0, on every rank; an error of the user's is raised on every rank too.
+
+    Without the latter the others would wait for rank 0 until the collective times out.
+    """
+    value, error = None, None
+    if is_main():
+        try:
+            value = compute()
+        except LstpError as caught:
+            error = caught
+    value, error = broadcast((value, error))
+    if error is not None:
+        raise error
+    return value
 
 
 def gather(value: Any) -> list[Any]:

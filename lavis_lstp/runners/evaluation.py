@@ -10,6 +10,7 @@ weights and data, so that no record of another checkpoint is ever taken over.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -142,23 +143,22 @@ def evaluate_split(
             pin_memory=device.type == "cuda",
             title=f"evaluating {split}",
         )
-    metrics: dict[str, Any] | None = None
-    if not isinstance(task, LSTPTask):  # LAVIS's own tasks join files of all ranks, behind a barrier of their own
-        metrics = task.after_evaluation(val_result=records or [], split_name=split, epoch=epoch) or {}
-    elif distributed.is_main():
-        metrics = task.after_evaluation(
-            val_result=records,
-            split_name=split,
-            epoch=epoch,
-            dataset=dataset,
-            result_dir=result_dir,
-            output_dir=output_dir,
-            allow_partial=allow_partial,
-            model_config=config.get("model", {}),
+    finish = functools.partial(task.after_evaluation, val_result=records or [], split_name=split, epoch=epoch)
+    if isinstance(task, LSTPTask):
+        metrics = distributed.on_main(
+            lambda: finish(
+                dataset=dataset,
+                result_dir=result_dir,
+                output_dir=output_dir,
+                allow_partial=allow_partial,
+                model_config=config.get("model", {}),
+            )
         )
+    else:  # LAVIS's own tasks join files of all ranks, behind a barrier of their own
+        metrics = distributed.broadcast(finish() or {})
     if distributed.is_main():
         parts.remove()
-    return distributed.broadcast(metrics)
+    return metrics
 
 
 def run_evaluation(

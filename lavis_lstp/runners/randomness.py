@@ -50,25 +50,27 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def borrowed(seed: int, *, devices: bool = True) -> Iterator[None]:
-    """Seed the generators for the block, then put them back where they were.
+def borrowed(seed: int) -> Iterator[None]:
+    """Seed all generators for the block, then put them back where they were."""
+    before = rng_state()
+    seed_everything(seed)
+    try:
+        yield
+    finally:
+        set_rng_state(before)
 
-    Args:
-        devices: also the CUDA generators. A data set never draws from them, and touching them from a
-            worker process is not possible.
-    """
-    if devices:
-        before = rng_state()
-        seed_everything(seed)
-        try:
-            yield
-        finally:
-            set_rng_state(before)
-        return
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+
+def seed_host(seed: int) -> None:
+    """Seed the generators that a data set may draw from: not CUDA's, which no worker process can touch."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def host_generators_kept() -> Iterator[None]:
+    """Put those generators back after the block."""
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield
     finally:

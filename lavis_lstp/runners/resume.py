@@ -1,16 +1,19 @@
 """What a resumed run must share with the run it continues, and what may have changed.
 
-In: the manifest of a checkpoint and the facts of the run that is starting. Out: one log line that lists what
-changed, or an error where going on would mean something else than the user believes.
+In: the checkpoints at hand, the manifest of one, and the facts of the run that is starting. Out: the checkpoint to
+continue from and one log line that lists what changed, or an error where going on would mean something else than the
+user believes.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from lavis_lstp.errors import ConfigError
+from lavis_lstp.runners.checkpoint import CheckpointStore, find
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +37,29 @@ UNIMPORTANT = frozenset(
     ).split()
 )
 """Settings that change neither weights nor predictions."""
+
+
+def choose_source(store: CheckpointStore, wanted: str | None) -> Path | None:
+    """The checkpoint folder to continue from; None starts afresh.
+
+    Args:
+        wanted: "auto" for the last complete checkpoint in the store, if any; a path; or None.
+
+    Raises:
+        ConfigError: the store holds another run, which would be mixed with this one.
+        WeightsError: there is no complete checkpoint at the path.
+    """
+    if wanted == "auto":
+        return store.latest()
+    own = store.complete()
+    source = None if wanted is None else find(wanted)
+    if own and source != own[-1].resolve():
+        what = "run.resume_ckpt_path is not set" if wanted is None else f"run.resume_ckpt_path is {source}"
+        raise ConfigError(
+            f"{store.folder.parent} already holds a run ({own[-1].name}) and {what}; set run.resume_ckpt_path=auto to "
+            "continue it, or choose another run.output_dir"
+        )
+    return source
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -115,6 +115,7 @@ class RunnerLSTP(RunnerBase):
                 while self.position.epoch < self.settings.max_epoch:
                     self.train_epoch(self.position.epoch)
                     self._end_of_epoch()
+                    self.manifest.add(step=self.position.step)
                 return self._evaluate_splits(self.settings.test_splits, "best", skip_reload=False)
 
     def evaluate(self, cur_epoch: int | str = "given", skip_reload: bool = True) -> dict[str, Any]:
@@ -136,7 +137,7 @@ class RunnerLSTP(RunnerBase):
         settings = self.settings
         for split in self._eval_splits():
             evaluation_dataset(self.datasets, split)  # a misspelt name should not wait for the end of an epoch
-        source = self._checkpoint_to_resume()
+        source = distributed.on_main(lambda: resume.choose_source(self.store, settings.resume_ckpt_path))
         ratios = settings.train_dataset_ratios
         parts = training_parts(self.datasets, settings.train_splits, ratios)
         self.order = TrainOrder(
@@ -217,30 +218,6 @@ class RunnerLSTP(RunnerBase):
             "step_samples": self.order.group_size,
             "world_size": distributed.world_size(),
         }
-
-    def _checkpoint_to_resume(self) -> Path | None:
-        """The folder to continue from, decided by rank 0.
-
-        Raises:
-            ConfigError: the output folder holds another run, which would be mixed with this one.
-        """
-        wanted, source, problem = self.settings.resume_ckpt_path, None, None
-        if distributed.is_main():
-            own = self.store.complete()
-            if wanted == "auto":
-                source = self.store.latest()
-            elif wanted is not None:
-                source = checkpoint.find(wanted)
-                if own and own[-1].resolve() != source:
-                    problem = f"run.resume_ckpt_path is {source}, but {self.output_dir} holds {own[-1].name}"
-            elif own:
-                problem = f"{self.output_dir} already holds a run ({own[-1].name})"
-        source, problem = distributed.broadcast((source, problem))
-        if problem:
-            raise ConfigError(
-                f"{problem}; set run.resume_ckpt_path=auto to continue it, or choose another run.output_dir"
-            )
-        return source
 
     def save_checkpoint(self) -> None:
         """Write a checkpoint of this moment; a collective.
@@ -361,7 +338,7 @@ class RunnerLSTP(RunnerBase):
         validates = s.valid_splits and (final or (s.eval_every_epochs and (epoch + 1) % s.eval_every_epochs == 0))
         if (saves or validates) and self.saved_step != self.position.step:
             self.save_checkpoint()  # before validation, which may take long and decides only which one is the best
-        if validates and distributed.broadcast(self.store.best().get("validated_step")) != self.position.step:
+        if validates and distributed.on_main(lambda: self.store.best().get("validated_step")) != self.position.step:
             self._validate(epoch)
         self.position.epoch = s.max_epoch if final else epoch + 1
         self.position.consumed = 0
@@ -369,14 +346,14 @@ class RunnerLSTP(RunnerBase):
     def _validate(self, epoch: int) -> None:
         """Evaluate the valid splits; the first one's `run.metric` decides whether this checkpoint is the best."""
         found = {name: self.eval_epoch(name, epoch, skip_reload=True) for name in self.settings.valid_splits}
-        if not distributed.is_main():
-            return
         first = found[self.settings.valid_splits[0]]
         if self.settings.metric not in first:
             raise ConfigError(
                 f"run.metric '{self.settings.metric}' is not among the metrics of split "
                 f"'{self.settings.valid_splits[0]}': {', '.join(sorted(first))}"
             )
+        if not distributed.is_main():
+            return
         value = float(first[self.settings.metric])
         best = self.store.best()
         if value == value and value > best.get("value", float("-inf")):  # NaN is never the best
@@ -394,7 +371,7 @@ class RunnerLSTP(RunnerBase):
         return {name: self.eval_epoch(name, cur_epoch, skip_reload=True) for name in splits}
 
     def _reload_best(self) -> None:
-        name = distributed.broadcast(self.store.best().get("checkpoint"))
+        name = distributed.on_main(lambda: self.store.best().get("checkpoint"))
         if name is None:  # nothing was validated: the weights at hand are the last ones
             return
         checkpoint.load_trained_state(
