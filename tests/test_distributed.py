@@ -53,13 +53,22 @@ def rows(folder: Path, kind: str) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """One launch, four runs: plain; with dropout; the same stopped in the second epoch, and resumed."""
+    """One launch, six runs: plain; with dropout; the same stopped in the second epoch, and resumed; two that fail."""
     folder = tmp_path_factory.mktemp("two_ranks")
     done = torchrun(
         {**PLAIN, **TWO_RANKS, **SPLITS, "output_dir": str(folder / "plain")},
         {**DROPOUT, **TWO_RANKS, "output_dir": str(folder / "unbroken")},
         {**DROPOUT, **TWO_RANKS, "output_dir": str(folder / "resumed"), "raise_at": 5},
         {**DROPOUT, **TWO_RANKS, "output_dir": str(folder / "resumed")},
+        {
+            **PLAIN,
+            "task": "video_qa",
+            "evaluate": True,
+            "test_splits": ["test"],
+            "lose": "q1",
+            "output_dir": str(folder / "lost"),
+        },
+        {**PLAIN, **TWO_RANKS, "output_dir": str(folder / "nan"), "nan_at": 4},
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
@@ -102,6 +111,15 @@ def test_resumed_on_two_ranks_to_the_bit(runs):
     assert not torch.equal(generators[0][0]["torch"], generators[0][1]["torch"]), "ranks draw differently"
     for rank in range(2):
         assert torch.equal(generators[0][rank]["torch"], generators[1][rank]["torch"])
+
+
+def test_an_error_reaches_every_rank(runs):
+    """Rank 0 alone joins the records and one rank alone sees the NaN; none may wait for the other."""
+    for rank in range(2):
+        assert "2 of 3 questions have a prediction" in (runs / "lost" / f"error_rank{rank}.txt").read_text()
+    errors = [(runs / "nan" / f"error_rank{rank}.txt").read_text() for rank in range(2)]
+    assert all("loss = nan" in error for error in errors)
+    assert [("on this rank" in error, "q4" in error) for error in errors].count((True, True)) == 1
 
 
 def test_a_killed_rank_ends_the_run_and_one_process_can_go_on(tmp_path, caplog):

@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from lavis_lstp import plugin
+from lavis_lstp.errors import LstpError
 
 plugin.before_lavis()
 
@@ -141,13 +142,17 @@ class Killed(Exception):
 
 def run(argv: list[str]) -> None:
     """One run. Before optimizer step N, `kill_at=N` dies of SIGKILL, `term_at=N` gets SIGTERM, `raise_at=N` raises;
-    `on_rank=R` lets that happen on one rank only."""
+    `on_rank=R` lets that happen on one rank only. `lose=ID` loses a question's record. An error of the user's is
+    written to `<output_dir>/error_rank<R>.txt`."""
     options = OmegaConf.to_container(OmegaConf.from_dotlist(argv))
     rank = int(os.environ.get("RANK", 0))
     here = rank == options.pop("on_rank", rank)
     at = {name: options.pop(name, None) for name in ("kill_at", "term_at", "raise_at")}
+    lost = options.pop("lose", None)
     runner = make_runner(Path(options.pop("output_dir")), **options)
-    plain_step = runner._train_step
+    plain_step, valid_step = runner._train_step, runner.task.valid_step
+    if lost:
+        runner.task.valid_step = lambda **batch: [r for r in valid_step(**batch) if r["question_id"] != lost]
 
     def step(*args):
         if runner.position.step == at["raise_at"]:
@@ -162,6 +167,8 @@ def run(argv: list[str]) -> None:
         runner.train()
     except Killed:
         return
+    except LstpError as error:
+        (runner.output_dir / f"error_rank{rank}.txt").write_text(f"{type(error).__name__}: {error}")
 
 
 def main(argv: list[str]) -> None:
