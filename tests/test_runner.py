@@ -191,6 +191,25 @@ def test_bf16_is_autocast_with_fp32_weights(tmp_path):
     assert {p.dtype for p in runner.bare_model.parameters()} == {torch.float32}
 
 
+def unreadable(runner, lost: set[int]) -> None:
+    """Let samples fail as a data set with `max_bad_fraction` does: the collater drops them, and gives None for none."""
+    data = runner.datasets["toy"]["train"]
+    plain = data.collater
+    data.collater = lambda items: plain(kept) if (kept := [i for i in items if i["index"] not in lost]) else None
+
+
+def test_a_batch_without_readable_samples_is_passed_over(tmp_path):
+    order = TrainOrder([20], batch_size=2, accumulate=2, seed=RUN["seed"])
+    runner = make_runner(tmp_path / "one", batch_size_train=2, accum_grad_iters=2, max_epoch=1)
+    unreadable(runner, set(list(order.steps(0))[1].batches[0]))
+    runner.train()
+    assert runner.position.step == order.steps_per_epoch
+    runner = make_runner(tmp_path / "all", batch_size_train=2, accum_grad_iters=2, max_epoch=1)
+    unreadable(runner, {i for batch in list(order.steps(0))[1].batches for i in batch})
+    with pytest.raises(TrainingError, match="no sample of optimizer step 2 could be read"):
+        runner.train()
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change(tmp_path):
     runner = make_runner(tmp_path, nan_at=4, noise=0.0)
     with pytest.raises(TrainingError, match=r"loss = nan on this rank at optimizer step \d+; .*\bq4\b"):

@@ -34,7 +34,7 @@ from lavis_lstp.runners.record import JsonLog, RunManifest, git_revision, parame
 from lavis_lstp.runners.schedule import build_schedule
 from lavis_lstp.runners.sigterm import StopRequest
 from lavis_lstp.runners.splits import evaluation_dataset, training_parts
-from lavis_lstp.runners.train_loop import StepLosses, StepWindow, epoch_bar, losses_of
+from lavis_lstp.runners.train_loop import StepLosses, StepWindow, TrainingError, epoch_bar, losses_of, show
 from lavis_lstp.tasks.base import plain
 
 log = logging.getLogger(__name__)
@@ -65,6 +65,7 @@ class RunnerLSTP(RunnerBase):
         self.json_log = JsonLog(self.output_dir / "log.jsonl", enabled=distributed.is_main())
         self.manifest: RunManifest | None = None  # of training
         self.stop_request = StopRequest()
+        self.spare_batch: dict[str, Any] | None = None
 
     # ---- what RunnerBase offers ---------------------------------------------------------------------------------
 
@@ -284,8 +285,8 @@ class RunnerLSTP(RunnerBase):
             return
         batches = self.train_batches([batch for plan in plans for batch in plan.batches], epoch)
         self.engine.train_mode()
-        window = StepWindow(self.json_log, self.settings.log_freq)
         with epoch_bar(epoch, plans, self.order.steps_per_epoch, main=distributed.is_main()) as bar:
+            window = StepWindow(self.json_log, self.settings.log_freq, say=bar.disable)
             for plan in plans:
                 if self._finished():
                     break
@@ -294,7 +295,7 @@ class RunnerLSTP(RunnerBase):
                 self.position.consumed += plan.size
                 at_end = self._finished() or self.position.consumed >= self.order.samples_per_epoch
                 window.add(self.position.step, epoch, losses, flush=at_end)
-                bar.update_with(losses)
+                show(bar, losses)
                 if losses.stop:
                     log.warning("SIGTERM: saving a checkpoint and leaving at step %d", self.position.step)
                     self.save_checkpoint()
@@ -312,7 +313,13 @@ class RunnerLSTP(RunnerBase):
             asked = time.perf_counter()
             samples = next(batches)
             waited += time.perf_counter() - asked
-            samples = to_device(samples, self.device)
+            if samples is None:  # none of its videos could be read; the data set has counted them
+                if distributed.world_size() == 1:
+                    continue
+                samples, count = self.spare_batch, 0  # the other ranks wait for a forward and a backward
+            if samples is None:
+                raise TrainingError(f"the first batch of this run has no readable sample: {plan.batches[micro]}")
+            samples = self.spare_batch = to_device(samples, self.device)
             ids.extend(map(str, samples.get("question_id", samples.get("instance_id", []))))
             samples.update(epoch=epoch, num_iters_per_epoch=self.order.steps_per_epoch, iters=index)
             weight = count * distributed.world_size() / plan.size
@@ -322,6 +329,8 @@ class RunnerLSTP(RunnerBase):
                 last=micro == len(plan.counts) - 1,
             )
             losses.add(found, count)
+        if not losses.sums:
+            raise TrainingError(f"no sample of optimizer step {self.position.step + 1} could be read: {plan.batches}")
         losses.reduce(self.engine.clip(), stop=self.stop_request.asked)
         losses.require_finite(self.position.step + 1, ids)
         self.engine.step()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -85,10 +84,15 @@ class StepLosses:
 
 
 class StepWindow:
-    """Means over the steps since the last line, for log.jsonl and, where there is no terminal, the log."""
+    """Means over the steps since the last line, for log.jsonl.
 
-    def __init__(self, json_log: JsonLog, every: int):
+    Args:
+        say: also as a line of the log, for where no bar shows them.
+    """
+
+    def __init__(self, json_log: JsonLog, every: int, *, say: bool = True):
         self.json_log = json_log
+        self.say = say
         self.every = every
         self.steps: list[StepLosses] = []
 
@@ -110,23 +114,18 @@ class StepWindow:
         self.steps.clear()
         self.json_log.write("train", step=step, epoch=epoch, **row)
         parts = ", ".join(f"{name} {value:.4f}" for name, value in means.items())
-        log.info("epoch %d step %d: %s, lr %.3g, %.1f samples/s", epoch, step, parts, row["lr"], row["samples_per_s"])
+        level = logging.INFO if self.say else logging.DEBUG
+        text = "epoch %d step %d: %s, lr %.3g, %.1f samples/s"
+        log.log(level, text, epoch, step, parts, row["lr"], row["samples_per_s"])
 
 
-class _Bar:
-    def __init__(self, bar: Any):
-        self.bar = bar
-
-    def update_with(self, losses: StepLosses) -> None:
-        if not self.bar.disable:
-            self.bar.set_postfix(loss=f"{losses.means['loss']:.4f}", lr=f"{losses.lr:.2e}", refresh=False)
-        self.bar.update()
-
-
-@contextmanager
-def epoch_bar(epoch: int, plans: Sequence[Any], steps_per_epoch: int, *, main: bool):
+def epoch_bar(epoch: int, plans: Sequence[Any], steps_per_epoch: int, *, main: bool) -> Any:
     """A progress bar over the optimizer steps of an epoch, standing where a resumed epoch stands."""
-    with progress(
-        total=steps_per_epoch, initial=steps_per_epoch - len(plans), title=f"epoch {epoch}", main=main
-    ) as bar:
-        yield _Bar(bar)
+    return progress(total=steps_per_epoch, initial=steps_per_epoch - len(plans), title=f"epoch {epoch}", main=main)
+
+
+def show(bar: Any, losses: StepLosses) -> None:
+    """One more step on the bar."""
+    if not bar.disable:
+        bar.set_postfix(loss=f"{losses.means['loss']:.4f}", lr=f"{losses.lr:.2e}", refresh=False)
+    bar.update()
