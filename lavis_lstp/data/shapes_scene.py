@@ -227,6 +227,7 @@ def sample_questions(rng: random.Random, scene: Scene) -> list[Question]:
 
 
 STILL_QUESTIONS = {
+    "both": ("what is it?", "what is in the picture?"),
     "colour": ("what colour is the shape?", "what colour is the shape that is not grey?"),
     "kind": ("which shape is it?", "which shape is not grey?"),
 }
@@ -236,11 +237,13 @@ def sample_still(rng: random.Random) -> tuple[tuple[Shape, ...], int, list[tuple
     """A picture for the base answerer: still grey shapes and, last, one coloured one as in a random event.
 
     Returns:
-        The shapes in drawing order, the texture's seed, and (question, answer, category) for each sort.
+        The shapes in drawing order, the texture's seed, and (question, answer, category) of two questions: one
+        for colour and kind ("red star"), one for either.
     """
     motion, colour, kind = rng.choice(MOTIONS), rng.choice(tuple(COLOURS)), rng.choice(KINDS)
     x, y, angle_deg = rng.choice(_sample_poses(rng, motion, rng.randint(*EVENT_FRAMES)))
     shape = Shape(kind, COLOURS[colour], x, y, rng.uniform(*RADIUS), angle_deg)
-    answers = {"colour": colour, "kind": kind}
-    asked = [(rng.choice(STILL_QUESTIONS[sort]), answers[sort], f"still-{sort}") for sort in answers]
+    answers = {"both": f"{colour} {kind}", "colour": colour, "kind": kind}
+    sorts = ("both", rng.choice(("colour", "kind")))
+    asked = [(rng.choice(STILL_QUESTIONS[sort]), answers[sort], f"still-{sort}") for sort in sorts]
     return (*_sample_distractors(rng), shape), rng.getrandbits(32), asked
