@@ -399,6 +399,11 @@ def test_evaluation_alone_writes_results_and_no_checkpoint(tmp_path):
     assert json.loads((tmp_path / "evaluate_manifest.json").read_text())["status"] == "finished"
 
 
+def test_evaluation_of_nothing_is_an_error(tmp_path):
+    with pytest.raises(ConfigError, match="nothing to evaluate: name splits in run.test_splits"):
+        make_runner(tmp_path, evaluate=True).evaluate()
+
+
 def test_output_dir_is_taken_as_it_is(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     runner = make_runner("here/run")

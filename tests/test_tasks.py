@@ -12,7 +12,7 @@ from lavis_lstp.errors import ConfigError, CoverageError
 from lavis_lstp.models.pseudo_span import pseudo_span
 from lavis_lstp.runners import RunnerLSTP
 from lavis_lstp.runners.evaluation import weights_digest
-from lavis_lstp.tasks import VideoInstructTask, VideoQATask
+from lavis_lstp.tasks import TemporalGroundingTask, VideoInstructTask, VideoQATask
 
 
 def evaluator(folder, task="video_qa", **options) -> RunnerLSTP:
@@ -249,7 +249,17 @@ def test_grounding_is_measured_where_there_is_a_gold_span(tmp_path):
         ious.append(inter / ((b - a) + (d - c) - inter))
     assert metrics["iou"] == metrics["agg_metrics"] == pytest.approx(sum(ious) / len(ious))
     assert metrics["recall_0.5"] == pytest.approx(sum(i >= 0.5 for i in ious) / len(ious))
-    assert metrics["num_questions"] == 20 and "pseudo_iou" not in metrics
+    assert metrics["num_questions"] == 20 and metrics["num_gold_spans"] == len(ious) < 20
+    assert "pseudo_iou" not in metrics
+
+
+def test_a_checkpoint_can_be_chosen_without_looking_at_gold_spans():
+    task = TemporalGroundingTask()
+    records = [{"question_id": "a", "span": [0, 4], "gold_span": [4, 8], "pseudo_span": [0, 4]}]
+    metrics = task.metrics(records)
+    assert (metrics["iou"], metrics["pseudo_iou"], metrics["agg_metrics"]) == (0.0, 1.0, 0.0)
+    with pytest.raises(ConfigError, match="nothing to measure"):
+        task.metrics([{"question_id": "a", "span": [0, 4]}])
 
 
 # ---- video_instruct -----------------------------------------------------------------------------------------------

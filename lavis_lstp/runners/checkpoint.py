@@ -198,6 +198,9 @@ def save_weights(state: Mapping[str, torch.Tensor], path: Path) -> None:
     """Tensors on the CPU, contiguous and without shared storage, as safetensors."""
     plain = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
     save_file(plain, str(path), metadata={"format": "pt", "made_by": "lavis_lstp"})
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)  # safetensors leaves 0600, which no colleague can read
 
 
 def load_weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -107,22 +107,28 @@ class RunnerLSTP(RunnerBase):
     def train(self) -> dict[str, Any]:
         """Train, validate, test; with `run.evaluate` only the latter two. Returns the metrics by split."""
         if self.evaluate_only:
-            with self._manifest("evaluate").running():
-                return {name: self.eval_epoch(name, "given", skip_reload=True) for name in self._eval_splits()}
+            return self._evaluate_alone(self._eval_splits(), "given", skip_reload=True)
         self.manifest = self._manifest("train")
-        with self.stop_request:
-            self._prepare_training()
-            with self.manifest.running():
-                while self.position.epoch < self.settings.max_epoch:
+        self._prepare_training()
+        with self.manifest.running():
+            while self.position.epoch < self.settings.max_epoch:
+                with self.stop_request:  # elsewhere SIGTERM just ends the process: what is on disk is complete
                     self.train_epoch(self.position.epoch)
-                    self._end_of_epoch()
-                    self.manifest.add(step=self.position.step)
-                return self._evaluate_splits(self.settings.test_splits, "best", skip_reload=False)
+                self._end_of_epoch()
+                self.manifest.add(step=self.position.step)
+            return self._evaluate_splits(self.settings.test_splits, "best", skip_reload=False)
 
     def evaluate(self, cur_epoch: int | str = "given", skip_reload: bool = True) -> dict[str, Any]:
         """Evaluate `test_splits` with the weights at hand, or with the best checkpoint's unless `skip_reload`."""
+        return self._evaluate_alone(self.settings.test_splits, cur_epoch, skip_reload=skip_reload)
+
+    def _evaluate_alone(self, splits: Sequence[str], cur_epoch: int | str, *, skip_reload: bool) -> dict[str, Any]:
+        if not splits:
+            raise ConfigError("nothing to evaluate: name splits in run.test_splits, for instance [test]")
+        for split in splits:
+            evaluation_dataset(self.datasets, split)  # before the first one is worked on
         with self._manifest("evaluate").running():
-            return self._evaluate_splits(self.settings.test_splits, cur_epoch, skip_reload=skip_reload)
+            return self._evaluate_splits(splits, cur_epoch, skip_reload=skip_reload)
 
     def _manifest(self, kind: str) -> RunManifest:
         name = "run_manifest.json" if kind == "train" else "evaluate_manifest.json"
@@ -374,7 +380,7 @@ class RunnerLSTP(RunnerBase):
 
     # ---- evaluation ---------------------------------------------------------------------------------------------
 
-    def _evaluate_splits(self, splits: Any, cur_epoch: int | str, *, skip_reload: bool) -> dict[str, Any]:
+    def _evaluate_splits(self, splits: Sequence[str], cur_epoch: int | str, *, skip_reload: bool) -> dict[str, Any]:
         if splits and not skip_reload:
             self._reload_best()
         return {name: self.eval_epoch(name, cur_epoch, skip_reload=True) for name in splits}

@@ -23,7 +23,6 @@ class StopRequest:
         self.asked = True
 
     def __enter__(self) -> StopRequest:
-        self.asked = False
         if threading.current_thread() is threading.main_thread():
             self.before = signal.signal(signal.SIGTERM, self._ask)
         return self

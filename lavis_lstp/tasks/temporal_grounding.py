@@ -46,7 +46,9 @@ class TemporalGroundingTask(LSTPTask):
                 spans = {name: record["span"] for name, record in scored.items()}
                 targets = {name: record[target] for name, record in scored.items()}
                 scores = evaluate_spans(spans, targets)
-                result.update({f"{prefix}{name}": value for name, value in scores.items()})
+                kept = {name: value for name, value in scores.items() if name.startswith(("iou", "recall"))}
+                result.update({f"{prefix}{name}": value for name, value in kept.items()})
+                result[f"num_{target}s"] = len(scored)
         if not result:
             raise ConfigError(f"task {self.name} has nothing to measure: no sample has a gold_span or a span")
         return {**result, "agg_metrics": result.get("iou", result.get("pseudo_iou"))}
