@@ -227,9 +227,7 @@ class Parameters:
 
     def __post_init__(self) -> None:
         if self.size < 32 or self.size % 2:
-            raise ConfigError(
-                f"Shapes-QA: size must be an even number of at least 32 pixels, got {self.size}"
-            )
+            raise ConfigError(f"Shapes-QA: size must be an even number of at least 32 pixels, got {self.size}")
         for name in ("train_videos", "val_videos", "test_videos", "train_images"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"Shapes-QA: {name} must not be negative, got {getattr(self, name)}")

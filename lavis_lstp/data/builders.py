@@ -1,0 +1,133 @@
+"""LAVIS dataset builders: a config section -> a data set for each split.
+
+`lstp_video_qa` takes anybody's videos and annotation files, `lstp_shapes` generates its own. Their YAML files in
+`configs/datasets` list every key with its default.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lavis.common.registry import registry
+from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
+from omegaconf import OmegaConf
+
+from lavis_lstp.data import shapes_qa
+from lavis_lstp.data.qa_dataset import VideoQADataset, read_annotation, read_spans
+from lavis_lstp.errors import AnnotationError, ConfigError
+
+logger = logging.getLogger(__name__)
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "datasets"
+SETTINGS = (
+    "num_frames",
+    "image_size",
+    "flow",
+    "flow_root",
+    "flow_size",
+    "backend",
+    "cache_videos",
+    "max_bad_fraction",
+)
+
+
+def local_path(path: str) -> Path:
+    """As given, relative to where the user stands; failing that, in LAVIS's cache_root."""
+    given = Path(path).expanduser()
+    if given.is_absolute() or given.exists():
+        return given
+    cached = Path(registry.get_path("cache_root") or "") / given
+    return cached if cached.exists() else given
+
+
+@registry.register_builder("lstp_video_qa")
+class VideoQABuilder(BaseDatasetBuilder):
+    """Questions about videos in files and folders; see `qa_dataset` for their form."""
+
+    train_dataset_cls = VideoQADataset
+    eval_dataset_cls = VideoQADataset
+    DATASET_CONFIG_DICT = {"default": str(CONFIGS / "lstp_video_qa.yaml")}
+
+    def build_datasets(self) -> dict[str, VideoQADataset]:
+        """{split: data set} for every split that `build_info.annotations` names.
+
+        Raises:
+            ConfigError, AnnotationError, VideoError: what is missing or wrong, and where.
+        """
+        return self.build()
+
+    def build(self) -> dict[str, VideoQADataset]:
+        self.build_processors()
+        config = OmegaConf.to_container(self.config, resolve=True)
+        info = config["build_info"]
+        annotations = {name: value for name, value in (info.get("annotations") or {}).items() if value}
+        if not annotations:
+            raise ConfigError(
+                "datasets.lstp_video_qa.build_info.annotations names no file; expected {train: {storage: FILE}, ...}"
+            )
+        folder = (info.get("videos") or {}).get("storage")
+        if not folder or not local_path(folder).is_dir():
+            raise AnnotationError(f"datasets.<name>.build_info.videos.storage: no such folder: {folder}")
+        return {
+            split: self._split(split, value["storage"], local_path(folder), config)
+            for split, value in annotations.items()
+        }
+
+    def _split(self, split: str, storage: str | list[str], folder: Path, config: Mapping[str, Any]) -> VideoQADataset:
+        paths = [storage] if isinstance(storage, str) else storage
+        annotation = [row for path in paths for row in read_annotation(local_path(path))]
+        settings = {name: config[name] for name in SETTINGS}
+        spans = self._spans(config["spans"], split, settings["num_frames"])
+        kind = "train" if split.startswith("train") else "eval"
+        dataset = VideoQADataset(
+            annotation,
+            folder,
+            **settings,
+            spans=spans,
+            vis_processor=self.vis_processors[kind] if config.get("vis_processor") else None,
+            text_processor=self.text_processors[kind] if config.get("text_processor") else None,
+        )
+        logger.info("%s: %d questions about %d videos", split, len(dataset), len({r["video_id"] for r in annotation}))
+        return dataset
+
+    @staticmethod
+    def _spans(spans: str | Mapping[str, str] | None, split: str, num_frames: int):
+        """`spans` is one file for the split train, or {split: file}."""
+        if not spans:
+            return None
+        files = {"train": spans} if isinstance(spans, str) else spans
+        return read_spans(local_path(files[split]), num_frames) if files.get(split) else None
+
+
+@registry.register_builder("lstp_shapes")
+class ShapesBuilder(VideoQABuilder):
+    """Shapes-QA, generated into `root` where it is not there yet (seconds)."""
+
+    DATASET_CONFIG_DICT = {"default": str(CONFIGS / "lstp_shapes.yaml")}
+
+    def build(self) -> dict[str, VideoQADataset]:
+        root = Path(self.config.root).expanduser()
+        parameters = OmegaConf.to_container(self.config.generate, resolve=True)
+        generate_once(root, parameters)
+        splits = (*shapes_qa.SPLITS, "train_images")
+        self.config.build_info = {
+            "annotations": {split: {"storage": str(root / f"{split}.json")} for split in splits},
+            "videos": {"storage": str(root)},
+        }
+        return super().build()
+
+
+def generate_once(root: Path, parameters: Mapping[str, int]) -> None:
+    """Shapes-QA in `root`; of several processes the first writes, the others wait."""
+    from lavis.common.dist_utils import is_dist_avail_and_initialized, is_main_process
+
+    if is_main_process():
+        logger.info("Shapes-QA in %s (generated if it is not there)", root)
+        shapes_qa.generate(root, **parameters)
+    if is_dist_avail_and_initialized():
+        import torch.distributed as dist
+
+        dist.barrier()

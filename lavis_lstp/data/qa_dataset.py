@@ -1,0 +1,325 @@
+"""Annotation file and folder of videos -> samples (`lavis_lstp.schema`), map-style.
+
+In: a JSON list or JSON lines, one entry per question:
+
+    {"question_id": str, "video_id": str, "video": "path below the video folder" (or "image": ...),
+     "question": str, "answer": str, "span_s": [start, end] (optional, gold, seconds), "category": str (optional)}
+
+Out: one sample per question, `collater` makes the batch. A picture is a sample of one frame. Tar shards will give the
+same samples. Everything that can be wrong with an annotation is said when it is read, not in the middle of an epoch;
+a video that cannot be decoded stops the run, or, up to `max_bad_fraction`, leaves the batch and is counted. It is never
+replaced by another one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from lavis_lstp.data.video import read_flow_file, read_frames
+from lavis_lstp.errors import AnnotationError, ConfigError, VideoError, unknown_name
+from lavis_lstp.schema import NO_SPAN, Span
+
+logger = logging.getLogger(__name__)
+
+FLOWS = ("none", "motion_vectors", "precomputed")
+SPANS_FORMAT = "lavis_lstp.spans"
+SPANS_VERSION = 1
+
+
+def read_annotation(path: str | Path) -> list[dict[str, Any]]:
+    """Entries of an annotation file, checked.
+
+    Raises:
+        AnnotationError: file, entry and key that are wrong.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise AnnotationError(f"{path}: no such annotation file (datasets.<name>.build_info.annotations)")
+    text = path.read_text(encoding="utf-8")
+    if text.lstrip()[:1] == "[":
+        rows = [(f"entry {i}", row) for i, row in enumerate(_parse(text, path, "file"))]
+    else:
+        lines = enumerate(text.splitlines(), start=1)
+        rows = [(f"line {n}", _parse(line, path, f"line {n}")) for n, line in lines if line.strip()]
+    seen: set[str] = set()
+    for place, row in rows:
+        _check_entry(row, f"{path}, {place}", seen)
+    return [row for _, row in rows]
+
+
+def _parse(text: str, path: Path, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise AnnotationError(f"{path}, {place}: not JSON ({error}); expected a list or JSON lines") from None
+
+
+def _check_entry(row: Any, place: str, seen: set[str]) -> None:
+    if not isinstance(row, dict):
+        raise AnnotationError(f"{place}: expected an object, got {type(row).__name__}")
+    if "question_id" in row:
+        place = f"{place} (question_id {row['question_id']!r})"
+    media = "image" if "image" in row else "video"
+    for key in ("question_id", media, "question", "answer"):
+        if key not in row:
+            raise AnnotationError(f"{place}: key '{key}' is missing; it has {', '.join(row) or 'none'}")
+    for key in ("question_id", "video_id", media, "question", "answer", "category"):
+        if key in row and not isinstance(row[key], str):
+            raise AnnotationError(f"{place}: '{key}' must be a string, got {type(row[key]).__name__} {row[key]!r}")
+    row.setdefault("video_id", Path(row[media]).stem)
+    span = row.get("span_s")
+    if span is not None:
+        numbers = isinstance(span, list) and len(span) == 2 and all(type(x) in (int, float) for x in span)
+        if not numbers or not 0 <= span[0] < span[1]:
+            raise AnnotationError(f"{place}: 'span_s' must be [start, end] in seconds with start < end, got {span!r}")
+    if row["question_id"] in seen:
+        raise AnnotationError(f"{place}: 'question_id' {row['question_id']!r} occurs twice; ids must be unique")
+    seen.add(row["question_id"])
+
+
+def read_spans(path: str | Path, num_frames: int) -> dict[str, Span]:
+    """Pseudo spans by question id, written by the task `pseudo_span`.
+
+    Raises:
+        AnnotationError: not such a file, or for another number of frames.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise AnnotationError(f"{path}: no such span file (datasets.<name>.spans); write it with run.task=pseudo_span")
+    content = _parse(path.read_text(encoding="utf-8"), path, "file")
+    header = content if isinstance(content, dict) else {}
+    if (header.get("format"), header.get("version")) != (SPANS_FORMAT, SPANS_VERSION):
+        raise AnnotationError(f"{path}: expected format {SPANS_FORMAT!r} version {SPANS_VERSION}")
+    if header.get("num_frames") != num_frames:
+        raise AnnotationError(
+            f"{path}: spans count {header.get('num_frames')} frames per video, "
+            f"datasets.<name>.num_frames is {num_frames}"
+        )
+    spans = {}
+    for name, row in header.get("spans", {}).items():
+        start, end = row["span"]
+        if not 0 <= start < end <= num_frames:
+            raise AnnotationError(f"{path}: question {name!r} has span [{start}, {end}) outside 0..{num_frames}")
+        spans[name] = Span(start, end)
+    return spans
+
+
+class VideoQADataset(Dataset):
+    """Questions about videos.
+
+    Args:
+        annotation: entries as `read_annotation` gives them.
+        root: folder that "video" and "image" paths are relative to; none leads out of it.
+        num_frames: T; uniform centres of the video, all frames of a shorter one.
+        image_size: side in px that frames are resized to (bilinear, aspect not kept); None = as stored.
+        flow: none, motion_vectors (read while decoding) or precomputed (`flow_root`/<video_id>.safetensors).
+        flow_size: side in px of motion vectors' field; None = that of the frames.
+        spans: pseudo spans by question id, or None.
+        backend: pyav or decord.
+        cache_videos: so many decoded videos are kept in memory, in each loader process.
+        max_bad_fraction: share of samples that may fail to decode before the run stops.
+        vis_processor, text_processor: LAVIS processors; the first makes `image`, [3,h,w], of the middle frame for
+            LAVIS's own models, the second changes the question.
+
+    Raises:
+        AnnotationError: a video is missing, a path leads out of `root`, or a question has no span.
+    """
+
+    def __init__(
+        self,
+        annotation: Sequence[Mapping[str, Any]],
+        root: str | Path,
+        *,
+        num_frames: int = 32,
+        image_size: int | None = None,
+        flow: str = "none",
+        flow_root: str | Path | None = None,
+        flow_size: int | None = None,
+        spans: Mapping[str, Span] | None = None,
+        backend: str = "pyav",
+        cache_videos: int = 0,
+        max_bad_fraction: float = 0.0,
+        vis_processor=None,
+        text_processor=None,
+    ):
+        if flow not in FLOWS:
+            raise ConfigError(unknown_name("flow of a data set", flow, FLOWS))
+        if flow == "precomputed" and not flow_root:
+            raise ConfigError("flow: precomputed needs flow_root, the folder written by `lavis-lstp flow`")
+        self.annotation = list(annotation)
+        self.root = Path(root)
+        self.num_frames = num_frames
+        self.image_size = image_size
+        self.flow = flow
+        self.flow_root = Path(flow_root) if flow_root else None
+        self.flow_size = flow_size
+        self.spans = spans
+        self.backend = backend
+        self.cache_videos = cache_videos
+        self.max_bad_fraction = max_bad_fraction
+        self.vis_processor = vis_processor
+        self.text_processor = text_processor
+        self.bad: Counter[str] = Counter()
+        self._decode = None
+        self._check_files()
+
+    def _check_files(self) -> None:
+        root = self.root.resolve()
+        paths: dict[str, str] = {}
+        for row in self.annotation:
+            paths.setdefault(row.get("image") or row["video"], row["question_id"])
+        missing = []
+        for name, question in paths.items():
+            path = root / name
+            if not path.resolve().is_relative_to(root):
+                raise AnnotationError(f"question {question!r}: path {name!r} leads out of {self.root}")
+            if not path.is_file():
+                missing.append((path, question))
+        if missing:
+            path, question = missing[0]
+            raise VideoError(
+                f"{path}: no such file, needed by question {question!r} and missing with {len(missing) - 1} others of "
+                f"{len(paths)}; check datasets.<name>.build_info.videos.storage"
+            )
+        if self.spans is not None:
+            without = [row["question_id"] for row in self.annotation if row["question_id"] not in self.spans]
+            if without:
+                raise AnnotationError(
+                    f"datasets.<name>.spans has no span for {len(without)} of {len(self.annotation)} questions, "
+                    f"first {without[0]!r}; label this split with run.task=pseudo_span"
+                )
+
+    def __len__(self) -> int:
+        return len(self.annotation)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_decode": None}  # a cache is of one process
+
+    def question_ids(self) -> list[str]:
+        return [row["question_id"] for row in self.annotation]
+
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that decides the samples, but the videos' content."""
+        settings = [self.num_frames, self.image_size, self.flow, self.flow_size, self.backend]
+        spans = {name: list(span) for name, span in (self.spans or {}).items()}
+        content = json.dumps([self.annotation, settings, spans], sort_keys=True, default=str)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    # ---- samples ----------------------------------------------------------------------------------------------
+
+    def __getitem__(self, index: int) -> dict[str, Any] | None:
+        """A sample without the batch axis; None for one that cannot be decoded, while those are few enough."""
+        row = self.annotation[index]
+        try:
+            frames, times, flow = self._media(row)
+        except VideoError as error:
+            self.bad[type(error).__name__] += 1
+            if sum(self.bad.values()) > self.max_bad_fraction * len(self):
+                limit = f"max_bad_fraction is {self.max_bad_fraction}"
+                raise VideoError(f"question {row['question_id']!r}: {error} ({limit})") from error
+            logger.warning("left out question %r: %s", row["question_id"], error)
+            return None
+        sample = {
+            "frames": frames,
+            "frame_times": times,
+            "text_input": self.text_processor(row["question"]) if self.text_processor else row["question"],
+            "text_output": row["answer"],
+            "answer": row["answer"],
+            "question_id": row["question_id"],
+            "instance_id": row["question_id"],
+            "video_id": row["video_id"],
+            "span": self._span(row),
+            "gold_span": self._gold_span(row, times),
+        }
+        if flow is not None:
+            sample["flow"] = flow
+        if self.vis_processor is not None:
+            middle = frames[len(frames) // 2].permute(1, 2, 0).numpy()
+            sample["image"] = self.vis_processor(Image.fromarray(middle))
+        return sample
+
+    def _media(self, row: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """frames uint8 [T,3,H,W], seconds float32 [T], flow float16 [T,2,h,w] or None."""
+        if "image" in row:
+            return self._read_image(self.root / row["image"]), torch.zeros(1), self._no_flow()
+        if self._decode is None:
+            self._decode = lru_cache(maxsize=self.cache_videos)(self._read) if self.cache_videos else self._read
+        frames, times, flow = self._decode(row["video"], row["video_id"])
+        return torch.from_numpy(frames), torch.from_numpy(times), None if flow is None else torch.from_numpy(flow)
+
+    def _read(self, name: str, video_id: str) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        codec = self.flow == "motion_vectors"
+        video = read_frames(
+            self.root / name,
+            num=self.num_frames,
+            size=self.image_size,
+            backend=self.backend,
+            motion_vectors=codec,
+            flow_size=self.flow_size if codec else None,
+        )
+        flow = video.flow.astype(np.float16) if codec else None
+        if self.flow == "precomputed":
+            flow = read_flow_file(self.flow_root / f"{video_id}.safetensors", len(video.frames))
+        return video.frames, video.times_s.astype(np.float32), flow
+
+    def _read_image(self, path: Path) -> torch.Tensor:
+        """uint8 [1,3,H,W]; pictures are resized as published: bicubic with antialias."""
+        try:
+            with Image.open(path) as picture:
+                picture = picture.convert("RGB")
+        except OSError as error:
+            raise VideoError(f"{path}: cannot be read as a picture ({error})") from error
+        if self.image_size:
+            picture = picture.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
+        return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].contiguous()
+
+    def _no_flow(self) -> torch.Tensor | None:
+        size = self.flow_size or self.image_size
+        return None if self.flow == "none" or size is None else torch.zeros(1, 2, size, size, dtype=torch.float16)
+
+    def _span(self, row: Mapping[str, Any]) -> torch.Tensor:
+        span = self.spans[row["question_id"]] if self.spans is not None else NO_SPAN
+        return torch.tensor(list(span), dtype=torch.long)
+
+    def _gold_span(self, row: Mapping[str, Any], times: torch.Tensor) -> torch.Tensor:
+        span = Span.from_seconds(*row["span_s"], times.tolist()) if row.get("span_s") else NO_SPAN
+        return torch.tensor(list(span), dtype=torch.long)
+
+    # ---- batches ----------------------------------------------------------------------------------------------
+
+    def collater(self, samples: Sequence[dict[str, Any] | None]) -> dict[str, Any] | None:
+        """Pads T with zeros and adds the batch axis; None when no sample is left."""
+        samples = [sample for sample in samples if sample is not None]
+        if not samples:
+            return None
+        length = max(len(sample["frames"]) for sample in samples)
+        batch: dict[str, Any] = {}
+        for key, first in samples[0].items():
+            values = [sample[key] for sample in samples]
+            if key in ("frames", "frame_times", "flow"):
+                batch[key] = torch.stack([_padded(value, length) for value in values])
+            elif torch.is_tensor(first):
+                batch[key] = torch.stack(values)
+            else:
+                batch[key] = values
+        counts = torch.tensor([len(sample["frames"]) for sample in samples])
+        batch["frame_mask"] = (torch.arange(length)[None] < counts[:, None]).long()
+        return batch
+
+
+def _padded(value: torch.Tensor, length: int) -> torch.Tensor:
+    if len(value) == length:
+        return value
+    return torch.cat([value, value.new_zeros(length - len(value), *value.shape[1:])])
