@@ -41,6 +41,13 @@ PROCESSOR_KEYS: dict[str, set | None] = {
     "text_processor.*": None,
 }
 
+OUR_DATASET_KEYS: dict[str, set | None] = {
+    "": {"type"},
+    "build_info.annotations": {"*"},  # split names are free
+    "build_info.annotations.*": {"storage"},
+    **PROCESSOR_KEYS,
+}
+
 LAVIS_DATASET_KEYS: dict[str, set | None] = {
     "": {"type", "data_type", "build_info", "vis_processor", "text_processor", "sample_ratio"}
     | {f"{modality}_processor" for modality in ("image", "video", "audio", "pc")},  # git main
@@ -79,7 +86,7 @@ def check_model(given: Mapping, defaults: Mapping, model_cls: type) -> None:
 
 def check_dataset(given: Mapping, defaults: Mapping, name: str, builder_cls: type) -> None:
     """Raise ConfigError for a key of `datasets.<name>` that neither the defaults nor the builder know."""
-    extra: dict[str, set | None] = {"": {"type"}, **PROCESSOR_KEYS}
+    extra = OUR_DATASET_KEYS
     if not is_ours(builder_cls):
         read = keys_read_by(builder_cls)
         if read is None:
@@ -131,20 +138,21 @@ def _check_mapping(
 
     Args:
         where: what the error calls this mapping, such as "datasets.lstp_shapes.build_info".
-        extra: keys legal beside the defaults, by dotted place below the section; None there means any.
+        extra: keys legal beside the defaults, by dotted place below the section; None there means that nothing
+            below is checked, "*" that any key is legal and its value is looked at.
         strict: the defaults name every legal key and show the kind of its value.
         place: this mapping's place in `extra`.
     """
     known = set(defaults) | (_extra_at(extra, place) or set())
     for key, value in given.items():
-        if key not in known:
+        if key not in known and "*" not in known:
             if strict or _nearest(str(key), known, TYPO):
                 raise ConfigError(_unknown_key(where, key, known))
             logger.warning("nothing reads the key '%s.%s'", where, key)
         inner = f"{place}.{key}".lstrip(".")
         default, legal = defaults.get(key), _extra_at(extra, inner)
         if strict:
-            _check_kind(f"{where}.{key}", value, _kind_of(default))
+            _check_kind(f"{where}.{key}", value, MAPPING if legal else _kind_of(default))
         if isinstance(value, Mapping) and legal is not None and (default or legal):
             below = default if isinstance(default, Mapping) else {}
             _check_mapping(value, below, f"{where}.{key}", extra, strict=strict, place=inner)

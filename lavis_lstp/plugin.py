@@ -52,11 +52,7 @@ def register() -> None:
     try:
         shims.apply_to_lavis()
         for name in REGISTERING:
-            try:
-                importlib.import_module(name)
-            except ModuleNotFoundError as error:  # until every part has landed
-                if not (error.name or "").startswith("lavis_lstp"):
-                    raise
+            importlib.import_module(name)
         _complete(lavis)
         _state["registered"] = True
     except Exception as error:

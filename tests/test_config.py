@@ -222,7 +222,11 @@ def test_files_that_cannot_be_read(write, capsys, tmp_path):
             "datasets.lstp_video_qa.build_info.video.storage=x",
             "did you mean 'datasets.lstp_video_qa.build_info.videos'?",
         ),
-        ("datasets.lstp_video_qa.build_info.annotations.tset.storage=x", "annotations.test'?"),
+        ("datasets.lstp_video_qa.build_info.annotations.test.storag=x", "annotations.test.storage'?"),
+        (
+            "datasets.lstp_video_qa.build_info.annotations.train=x.json",
+            "annotations.train must be a mapping, got 'x.json'",
+        ),
         ("datasets.lstp_video_qa.vis_processor.train.name=blip_image_trian", "did you mean 'blip_image_train'?"),
         ("datasets.lstp_video_qa.vis_processor.trian.name=blip_image_train", "vis_processor.train'?"),
         ("datasets.lstp_video_qa.vis_processor.train=blip_image_train", "must be a mapping with the key 'name'"),
