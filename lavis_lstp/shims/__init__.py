@@ -11,6 +11,7 @@ only, the libraries are imported by the shims that need them.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -32,7 +33,7 @@ BEFORE_LAVIS = (
     Shim(
         "transformers.modeling_utils.apply_chunking_to_forward, find_pruneable_heads_and_indices, prune_linear_layer",
         "imported by med.py, Qformer.py, nlvr_encoder.py; now in pytorch_utils, and the second nowhere since 5.0",
-        "transformers 4.48",
+        "transformers 4.56",
         names.add_modeling_utils_names,
     ),
     Shim(
@@ -85,19 +86,19 @@ AFTER_LAVIS = (
         "LAVIS PreTrainedModel copies: generate",
         "GenerationMixin is no longer inherited, caches are objects and not tuples, inputs that LAVIS has repeated for "
         "its beams would be repeated again",
-        "transformers 4.50",
+        "transformers 4.52",
         models.mend_generation,
     ),
     Shim(
         "lavis...modeling_opt.OPTForCausalLM: attention mask",
         "generate drops a mask of ones; LAVIS rebuilds it for the text alone, too short by the query embeddings",
-        "transformers 5.0",
+        "transformers 5.18",
         models.mend_opt_mask,
     ),
     Shim(
         "lavis...modeling_t5.T5ForConditionalGeneration",
         "LAVIS's copy of T5 differs from transformers' own by the argument `reduction` alone; the copy cannot generate",
-        "transformers 4.50",
+        "transformers 4.52",
         models.replace_t5,
     ),
     Shim(
@@ -117,7 +118,12 @@ def _run(rows: tuple[Shim, ...]) -> None:
 
 
 def apply() -> None:
-    """Put back what LAVIS imports and today's libraries no longer have. Call before LAVIS is imported."""
+    """Put back what LAVIS imports and today's libraries no longer have. Call before LAVIS is imported.
+
+    From here to `apply_to_lavis` imports are put off, see `lazy_imports`.
+    """
+    if "lavis.models" not in sys.modules:
+        lazy_imports.install()
     _run(BEFORE_LAVIS)
 
 
