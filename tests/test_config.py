@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lavis_lstp import launch
-from lavis_lstp.config import Config, find_config, options_to_dotlist
+from lavis_lstp.config import Config, find_config, options_to_dotlist, recipes
 from lavis_lstp.errors import ConfigError
 
 BASE = """
@@ -143,13 +143,11 @@ def test_keys_that_only_laviss_sources_know_are_accepted(write):
     assert cfg.model_cfg.max_txt_len == 16
 
 
-def test_recipes_are_found_from_any_folder(tmp_path, monkeypatch):
+def test_recipes_are_found_from_any_folder_and_hold_valid_keys_only(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    from lavis_lstp.config import recipes
-
-    if not recipes():
-        pytest.skip("no recipes in projects/lstp yet")
-    assert find_config(recipes()[0]).is_file()
+    assert "projects/lstp/tiny_ft.yaml" in recipes()
+    for recipe in recipes():
+        assert load(recipe).run_cfg.runner == "runner_lstp"
 
 
 # --- one line for everything that cannot be used --------------------------------------------------------------------
@@ -160,10 +158,6 @@ def test_missing_config_names_itself(write, capsys):
 
 
 def test_misspelt_recipe_names_the_nearest(capsys):
-    from lavis_lstp.config import recipes
-
-    if not recipes():
-        pytest.skip("no recipes in projects/lstp yet")
     misspelt = recipes()[0].replace(".yaml", "x.yaml")
     assert f"did you mean '{recipes()[0]}'" in error_line(capsys, misspelt)
 

@@ -1,0 +1,77 @@
+"""`lavis.train` and `lavis.evaluate` from outside, on generated data: alone and under torchrun, on the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CONFIG = """
+model: {arch: lstp_tiny, selector: {name: uniform}, flow: {name: none}, losses: [lm]}
+datasets:
+  lstp_shapes:
+    root: data
+    generate: {train_videos: 4, val_videos: 2, test_videos: 2, train_images: 4}
+    num_frames: 8
+    flow: none
+run:
+  task: video_instruct
+  runner: runner_lstp
+  output_dir: results
+  device: cpu
+  batch_size_train: 2
+  batch_size_eval: 2
+  init_lr: 1e-3
+  max_steps: 2
+  train_splits: [train]
+"""
+EVALUATE = ("run.task=video_qa", "run.test_splits=[test]", "model.checkpoint=results", "run.output_dir=answers")
+
+
+def python(*args: str, cwd: Path) -> subprocess.CompletedProcess:
+    env = {key: value for key, value in os.environ.items() if not key.startswith("PYTHONPATH")}
+    done = subprocess.run(
+        [sys.executable, *args],
+        cwd=cwd,
+        env={**env, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+    """A folder in which two gloo ranks have trained for two steps."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "run.yaml").write_text(CONFIG)
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "lavis.train")
+    return folder, python(*torchrun, "--cfg-path", "run.yaml", cwd=folder)
+
+
+def test_torchrun_trains_into_the_current_folder(trained):
+    folder, done = trained
+    rows = [json.loads(line) for line in (folder / "results" / "log.jsonl").read_text().splitlines()]
+    steps = {row["step"] for row in rows if "step" in row}
+    assert max(steps) == 2
+    assert "Traceback" not in done.stderr
+
+
+def test_only_rank_0_logs(trained):
+    _, done = trained
+    assert done.stderr.count("=====  Running Parameters    =====") == 1
+
+
+def test_evaluate_answers_every_question_of_the_split(trained):
+    folder, _ = trained
+    python("-m", "lavis.evaluate", "--cfg-path", "run.yaml", "--options", *EVALUATE, cwd=folder)
+    questions = json.loads((folder / "data" / "test.json").read_text())
+    (written,) = (folder / "answers").rglob("test_video_qa.jsonl")
+    answered = [json.loads(line)["question_id"] for line in written.read_text().splitlines()]
+    assert sorted(answered) == sorted(question["question_id"] for question in questions)
