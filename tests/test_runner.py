@@ -17,6 +17,7 @@ from lavis_lstp.runners.data_order import Batches, TrainOrder, eval_batches
 from lavis_lstp.runners.engine import TorchEngine, parameter_groups
 from lavis_lstp.runners.schedule import warmup_cosine
 from lavis_lstp.runners.settings import RunSettings
+from lavis_lstp.runners.splits import join, training_parts
 from lavis_lstp.runners.train_loop import TrainingError, losses_of
 
 
@@ -82,6 +83,20 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone(workers):
     assert torch.equal(again, whole[2])
     assert not torch.equal(other_epoch, whole[2])
     assert torch.equal(torch.get_rng_state(), before), "loading moves no global generator"
+
+
+def test_several_data_sets_are_one_and_pass_over_what_cannot_be_read():
+    data = {name: ToyData(3) for name in ("a", "b")}
+    parts = training_parts({name: {"train": part} for name, part in data.items()}, ["train"], {"a": 1, "b": 1})
+    joined = join(parts)
+    assert len(joined) == 6 and list(parts) == ["a", "b"]
+    assert joined.collater([joined[4], None])["question_id"] == ["q1"]
+    assert joined.collater([None, None]) is None
+    assert join({"a": data["a"]}) is data["a"]
+    assert list(training_parts({"a": {"train": 1 * [0], "more": [0]}}, ["train", "more"], None)) == [
+        "a.train",
+        "a.more",
+    ]
 
 
 def test_eval_batches_cover_without_padding():

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from lavis.common.registry import registry
-from lavis.datasets.datasets.base_dataset import ConcatDataset
 from lavis.runners.runner_base import RunnerBase
 
 from lavis_lstp.errors import ConfigError
@@ -33,7 +32,7 @@ from lavis_lstp.runners.randomness import derived_seed, rng_state, seed_everythi
 from lavis_lstp.runners.record import JsonLog, RunManifest, git_revision, parameter_table, versions
 from lavis_lstp.runners.schedule import build_schedule
 from lavis_lstp.runners.sigterm import StopRequest
-from lavis_lstp.runners.splits import evaluation_dataset, training_parts
+from lavis_lstp.runners.splits import evaluation_dataset, join, training_parts
 from lavis_lstp.runners.train_loop import StepLosses, StepWindow, TrainingError, epoch_bar, losses_of, show
 from lavis_lstp.tasks.base import plain
 
@@ -156,7 +155,7 @@ class RunnerLSTP(RunnerBase):
             world_size=distributed.world_size(),
             ratios=[ratios[name] for name in parts] if ratios else None,
         )
-        dataset = next(iter(parts.values())) if len(parts) == 1 else ConcatDataset(list(parts.values()))
+        dataset = join(parts)
         self.train_batches = Batches(
             dataset, seed=settings.seed, num_workers=settings.num_workers, pin_memory=self.device.type == "cuda"
         )

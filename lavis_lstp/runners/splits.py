@@ -7,12 +7,27 @@ those there are.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+from lavis.datasets.datasets.base_dataset import ConcatDataset
 from torch.utils.data import Dataset, IterableDataset
 
 from lavis_lstp.errors import ConfigError
 
 Datasets = Mapping[str, Mapping[str, Dataset]]
+
+
+class JoinedDataset(ConcatDataset):
+    """LAVIS's concatenation, for data sets that give None for a sample that cannot be read."""
+
+    def collater(self, samples: Sequence[dict[str, Any] | None]) -> dict[str, Any] | None:
+        readable = [sample for sample in samples if sample is not None]
+        return super().collater(readable) if readable else None
+
+
+def join(parts: Mapping[str, Dataset]) -> Dataset:
+    """One data set of all parts, in their order."""
+    return next(iter(parts.values())) if len(parts) == 1 else JoinedDataset(list(parts.values()))
 
 
 def training_parts(datasets: Datasets, wanted: Sequence[str], ratios: Mapping[str, float] | None) -> dict[str, Dataset]:
