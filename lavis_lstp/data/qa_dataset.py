@@ -233,7 +233,7 @@ class VideoQADataset(Dataset):
             return None
         sample = {
             "frames": frames,
-            "frame_times": times,
+            "frame_times": torch.from_numpy(times.astype(np.float32)),
             "text_input": self.text_processor(row["question"]) if self.text_processor else row["question"],
             "text_output": row["answer"],
             "answer": row["answer"],
@@ -250,14 +250,14 @@ class VideoQADataset(Dataset):
             sample["image"] = self.vis_processor(Image.fromarray(middle))
         return sample
 
-    def _media(self, row: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """frames uint8 [T,3,H,W], seconds float32 [T], flow float16 [T,2,h,w] or None."""
+    def _media(self, row: Mapping[str, Any]) -> tuple[torch.Tensor, np.ndarray, torch.Tensor | None]:
+        """frames uint8 [T,3,H,W], seconds float64 [T], flow float16 [T,2,h,w] or None."""
         if "image" in row:
-            return self._read_image(self.root / row["image"]), torch.zeros(1), self._no_flow()
+            return self._read_image(self.root / row["image"]), np.zeros(1), self._no_flow()
         if self._decode is None:
             self._decode = lru_cache(maxsize=self.cache_videos)(self._read) if self.cache_videos else self._read
         frames, times, flow = self._decode(row["video"], row["video_id"])
-        return torch.from_numpy(frames), torch.from_numpy(times), None if flow is None else torch.from_numpy(flow)
+        return torch.from_numpy(frames), times, None if flow is None else torch.from_numpy(flow)
 
     def _read(self, name: str, video_id: str) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         codec = self.flow == "motion_vectors"
@@ -272,7 +272,7 @@ class VideoQADataset(Dataset):
         flow = video.flow.astype(np.float16) if codec else None
         if self.flow == "precomputed":
             flow = read_flow_file(self.flow_root / f"{video_id}.safetensors", len(video.frames))
-        return video.frames, video.times_s.astype(np.float32), flow
+        return video.frames, video.times_s, flow
 
     def _read_image(self, path: Path) -> torch.Tensor:
         """uint8 [1,3,H,W]; pictures are resized as published: bicubic with antialias."""
@@ -293,8 +293,9 @@ class VideoQADataset(Dataset):
         span = self.spans[row["question_id"]] if self.spans is not None else NO_SPAN
         return torch.tensor(list(span), dtype=torch.long)
 
-    def _gold_span(self, row: Mapping[str, Any], times: torch.Tensor) -> torch.Tensor:
-        span = Span.from_seconds(*row["span_s"], times.tolist()) if row.get("span_s") else NO_SPAN
+    def _gold_span(self, row: Mapping[str, Any], times: np.ndarray) -> torch.Tensor:
+        # Not of float32 times: 1.8 s would become 1.79999995 and its frame fall out of a span that begins there.
+        span = Span.from_seconds(*row["span_s"], times.round(6).tolist()) if row.get("span_s") else NO_SPAN
         return torch.tensor(list(span), dtype=torch.long)
 
     # ---- batches ----------------------------------------------------------------------------------------------
