@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 from lavis_lstp.data import shapes_qa
 from lavis_lstp.data.qa_dataset import VideoQADataset, read_annotation, read_spans
-from lavis_lstp.errors import AnnotationError, ConfigError
+from lavis_lstp.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -70,14 +70,21 @@ class VideoQABuilder(BaseDatasetBuilder):
             )
         folder = (info.get("videos") or {}).get("storage")
         if not folder or not local_path(folder).is_dir():
-            raise AnnotationError(f"datasets.<name>.build_info.videos.storage: no such folder: {folder}")
+            raise ConfigError(f"datasets.<name>.build_info.videos.storage: no such folder: {folder}")
         return {
-            split: self._split(split, value["storage"], local_path(folder), config)
+            split: self._split(split, value.get("storage"), local_path(folder), config)
             for split, value in annotations.items()
         }
 
-    def _split(self, split: str, storage: str | list[str], folder: Path, config: Mapping[str, Any]) -> VideoQADataset:
+    def _split(
+        self, split: str, storage: str | list[str] | None, folder: Path, config: Mapping[str, Any]
+    ) -> VideoQADataset:
         paths = [storage] if isinstance(storage, str) else storage
+        if not isinstance(paths, list) or not paths or not all(isinstance(path, str) for path in paths):
+            raise ConfigError(
+                f"datasets.<name>.build_info.annotations.{split}.storage must be a file or a list of files, "
+                f"got {storage!r}"
+            )
         annotation = [row for path in paths for row in read_annotation(local_path(path))]
         settings = {name: config[name] for name in SETTINGS}
         spans = self._spans(config["spans"], split, settings["num_frames"])
@@ -121,13 +128,22 @@ class ShapesBuilder(VideoQABuilder):
 
 
 def generate_once(root: Path, parameters: Mapping[str, int]) -> None:
-    """Shapes-QA in `root`; of several processes the first writes, the others wait."""
+    """Shapes-QA in `root`; of several processes the first writes and the others wait, even if it fails.
+
+    Raises:
+        ConfigError: other parameters are there already, or the folder cannot be written.
+    """
+    import torch.distributed as dist
     from lavis.common.dist_utils import is_dist_avail_and_initialized, is_main_process
 
-    if is_main_process():
+    first, several = is_main_process(), is_dist_avail_and_initialized()
+    if several and not first:
+        dist.barrier()  # then it is complete, or meets the same error
+    try:
         logger.info("Shapes-QA in %s (generated if it is not there)", root)
         shapes_qa.generate(root, **parameters)
-    if is_dist_avail_and_initialized():
-        import torch.distributed as dist
-
-        dist.barrier()
+    except OSError as error:
+        raise ConfigError(f"datasets.lstp_shapes.root: cannot write to {root} ({error})") from error
+    finally:
+        if several and first:
+            dist.barrier()

@@ -47,7 +47,7 @@ def read_annotation(path: str | Path) -> list[dict[str, Any]]:
     path = Path(path)
     if not path.is_file():
         raise AnnotationError(f"{path}: no such annotation file (datasets.<name>.build_info.annotations)")
-    text = path.read_text(encoding="utf-8")
+    text = _read_text(path)
     if text.lstrip()[:1] == "[":
         rows = [(f"entry {i}", row) for i, row in enumerate(_parse(text, path, "file"))]
     else:
@@ -56,7 +56,16 @@ def read_annotation(path: str | Path) -> list[dict[str, Any]]:
     seen: set[str] = set()
     for place, row in rows:
         _check_entry(row, f"{path}, {place}", seen)
+    if not rows:
+        raise AnnotationError(f"{path}: holds no question")
     return [row for _, row in rows]
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise AnnotationError(f"{path}: cannot be read as UTF-8 text ({error})") from None
 
 
 def _parse(text: str, path: Path, place: str) -> Any:
@@ -98,7 +107,7 @@ def read_spans(path: str | Path, num_frames: int) -> dict[str, Span]:
     path = Path(path)
     if not path.is_file():
         raise AnnotationError(f"{path}: no such span file (datasets.<name>.spans); write it with run.task=pseudo_span")
-    content = _parse(path.read_text(encoding="utf-8"), path, "file")
+    content = _parse(_read_text(path), path, "file")
     header = content if isinstance(content, dict) else {}
     if (header.get("format"), header.get("version")) != (SPANS_FORMAT, SPANS_VERSION):
         raise AnnotationError(f"{path}: expected format {SPANS_FORMAT!r} version {SPANS_VERSION}")
@@ -107,12 +116,19 @@ def read_spans(path: str | Path, num_frames: int) -> dict[str, Span]:
             f"{path}: spans count {header.get('num_frames')} frames per video, "
             f"datasets.<name>.num_frames is {num_frames}"
         )
+    rows = header.get("spans")
+    if not isinstance(rows, dict):
+        raise AnnotationError(f"{path}: 'spans' must be an object by question id, got {type(rows).__name__}")
     spans = {}
-    for name, row in header.get("spans", {}).items():
-        start, end = row["span"]
-        if not 0 <= start < end <= num_frames:
-            raise AnnotationError(f"{path}: question {name!r} has span [{start}, {end}) outside 0..{num_frames}")
-        spans[name] = Span(start, end)
+    for name, row in rows.items():
+        span = row.get("span") if isinstance(row, dict) else None
+        whole = isinstance(span, list) and len(span) == 2 and all(type(edge) is int for edge in span)
+        if not whole or not 0 <= span[0] < span[1] <= num_frames:
+            raise AnnotationError(
+                f"{path}: question {name!r} must have span [start, end) in frames, "
+                f"0 <= start < end <= {num_frames}, got {span!r}"
+            )
+        spans[name] = Span(*span)
     return spans
 
 
@@ -134,7 +150,9 @@ class VideoQADataset(Dataset):
             LAVIS's own models, the second changes the question.
 
     Raises:
-        AnnotationError: a video is missing, a path leads out of `root`, or a question has no span.
+        ConfigError: a setting is out of range.
+        AnnotationError: a path leads out of `root`, an id occurs twice, or a question has no span.
+        VideoError: a file is missing.
     """
 
     def __init__(
@@ -154,10 +172,6 @@ class VideoQADataset(Dataset):
         vis_processor=None,
         text_processor=None,
     ):
-        if flow not in FLOWS:
-            raise ConfigError(unknown_name("flow of a data set", flow, FLOWS))
-        if flow == "precomputed" and not flow_root:
-            raise ConfigError("flow: precomputed needs flow_root, the folder written by `lavis-lstp flow`")
         self.annotation = list(annotation)
         self.root = Path(root)
         self.num_frames = num_frames
@@ -171,27 +185,32 @@ class VideoQADataset(Dataset):
         self.max_bad_fraction = max_bad_fraction
         self.vis_processor = vis_processor
         self.text_processor = text_processor
-        self.bad: Counter[str] = Counter()
+        self.bad: dict[str, str] = {}  # question id -> why it was left out, of this process
         self._decode = None
+        self._check_settings()
+        self._check_ids()
         self._check_files()
 
-    def _check_files(self) -> None:
-        root = self.root.resolve()
-        paths: dict[str, str] = {}
-        for row in self.annotation:
-            paths.setdefault(row.get("image") or row["video"], row["question_id"])
-        missing = []
-        for name, question in paths.items():
-            path = root / name
-            if not path.resolve().is_relative_to(root):
-                raise AnnotationError(f"question {question!r}: path {name!r} leads out of {self.root}")
-            if not path.is_file():
-                missing.append((path, question))
-        if missing:
-            path, question = missing[0]
-            raise VideoError(
-                f"{path}: no such file, needed by question {question!r} and missing with {len(missing) - 1} others of "
-                f"{len(paths)}; check datasets.<name>.build_info.videos.storage"
+    def _check_settings(self) -> None:
+        if self.flow not in FLOWS:
+            raise ConfigError(unknown_name("flow of a data set", self.flow, FLOWS))
+        if self.flow == "precomputed" and not self.flow_root:
+            raise ConfigError("flow: precomputed needs flow_root, the folder written by `lavis-lstp flow`")
+        for name, least in (("num_frames", 1), ("image_size", 1), ("flow_size", 1), ("cache_videos", 0)):
+            value = getattr(self, name)
+            optional = value is None and name.endswith("_size")
+            if not optional and (type(value) is not int or value < least):
+                raise ConfigError(f"datasets.<name>.{name} must be a whole number of at least {least}, got {value!r}")
+        share = self.max_bad_fraction
+        if type(share) not in (int, float) or not 0 <= share <= 1:
+            raise ConfigError(f"datasets.<name>.max_bad_fraction must lie in 0..1, got {share!r}")
+
+    def _check_ids(self) -> None:
+        ids = Counter(row["question_id"] for row in self.annotation)
+        if len(ids) < len(self.annotation):
+            name, times = ids.most_common(1)[0]
+            raise AnnotationError(
+                f"question_id {name!r} occurs {times} times in the files of a split; ids must be unique"
             )
         if self.spans is not None:
             without = [row["question_id"] for row in self.annotation if row["question_id"] not in self.spans]
@@ -200,6 +219,24 @@ class VideoQADataset(Dataset):
                     f"datasets.<name>.spans has no span for {len(without)} of {len(self.annotation)} questions, "
                     f"first {without[0]!r}; label this split with run.task=pseudo_span"
                 )
+
+    def _check_files(self) -> None:
+        paths: dict[str, str] = {}
+        for row in self.annotation:
+            paths.setdefault(row.get("image") or row["video"], row["question_id"])
+        missing = []
+        for name, question in paths.items():
+            # By the name alone: a folder may well hold links to where the videos are kept.
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise AnnotationError(f"question {question!r}: path {name!r} leads out of {self.root}")
+            if not (self.root / name).is_file():
+                missing.append((self.root / name, question))
+        if missing:
+            path, question = missing[0]
+            raise VideoError(
+                f"{path}: no such file, needed by question {question!r} and missing with {len(missing) - 1} others of "
+                f"{len(paths)}; check datasets.<name>.build_info.videos.storage"
+            )
 
     def __len__(self) -> int:
         return len(self.annotation)
@@ -225,12 +262,7 @@ class VideoQADataset(Dataset):
         try:
             frames, times, flow = self._media(row)
         except VideoError as error:
-            self.bad[type(error).__name__] += 1
-            if sum(self.bad.values()) > self.max_bad_fraction * len(self):
-                limit = f"max_bad_fraction is {self.max_bad_fraction}"
-                raise VideoError(f"question {row['question_id']!r}: {error} ({limit})") from error
-            logger.warning("left out question %r: %s", row["question_id"], error)
-            return None
+            return self._left_out(row["question_id"], error)
         sample = {
             "frames": frames,
             "frame_times": torch.from_numpy(times.astype(np.float32)),
@@ -250,10 +282,23 @@ class VideoQADataset(Dataset):
             sample["image"] = self.vis_processor(Image.fromarray(middle))
         return sample
 
+    def _left_out(self, question_id: str, error: VideoError) -> None:
+        """Counts a question once, however often it is asked for, and raises when there are too many of them."""
+        known = question_id in self.bad
+        self.bad[question_id] = str(error)
+        if len(self.bad) > self.max_bad_fraction * len(self):
+            raise VideoError(
+                f"question {question_id!r}: {error}; with it {len(self.bad)} of {len(self)} questions cannot be read, "
+                f"datasets.<name>.max_bad_fraction allows {self.max_bad_fraction:g}"
+            ) from error
+        if not known:
+            logger.warning("left out question %r (%d so far): %s", question_id, len(self.bad), error)
+
     def _media(self, row: Mapping[str, Any]) -> tuple[torch.Tensor, np.ndarray, torch.Tensor | None]:
         """frames uint8 [T,3,H,W], seconds float64 [T], flow float16 [T,2,h,w] or None."""
         if "image" in row:
-            return self._read_image(self.root / row["image"]), np.zeros(1), self._no_flow()
+            frames = self._read_image(self.root / row["image"])
+            return frames, np.zeros(1), self._no_flow(frames)
         if self._decode is None:
             self._decode = lru_cache(maxsize=self.cache_videos)(self._read) if self.cache_videos else self._read
         frames, times, flow = self._decode(row["video"], row["video_id"])
@@ -285,9 +330,12 @@ class VideoQADataset(Dataset):
             picture = picture.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].contiguous()
 
-    def _no_flow(self) -> torch.Tensor | None:
-        size = self.flow_size or self.image_size
-        return None if self.flow == "none" or size is None else torch.zeros(1, 2, size, size, dtype=torch.float16)
+    def _no_flow(self, frames: torch.Tensor) -> torch.Tensor | None:
+        """A picture does not move."""
+        if self.flow == "none":
+            return None
+        height, width = (self.flow_size, self.flow_size) if self.flow_size else frames.shape[-2:]
+        return torch.zeros(1, 2, height, width, dtype=torch.float16)
 
     def _span(self, row: Mapping[str, Any]) -> torch.Tensor:
         span = self.spans[row["question_id"]] if self.spans is not None else NO_SPAN

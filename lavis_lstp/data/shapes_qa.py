@@ -353,7 +353,7 @@ def generate(out: str | Path, *, workers: int = 2, **parameters: int) -> dict[st
         "chance": _chance(),
     }
     _write_json(out / "manifest.json", manifest)
-    (out / "incomplete.json").unlink()
+    (out / "incomplete.json").unlink(missing_ok=True)  # another process may have finished the same folder
     return manifest
 
 
