@@ -226,15 +226,16 @@ def sample_questions(rng: random.Random, scene: Scene) -> list[Question]:
     return questions
 
 
-STILL_QUESTIONS = {
-    "both": ("what is it?", "what is in the picture?"),
-    "colour": ("what colour is the shape?", "what colour is the shape that is not grey?"),
-    "kind": ("which shape is it?", "which shape is not grey?"),
-}
+STILL_PHRASES = ("is not grey", "is in the picture", *PHRASES.values())
+EMPTY_STILLS = 1 / 8  # share of pictures without a coloured shape
+NOTHING = "none"  # the answer to any question about such a picture
 
 
 def sample_still(rng: random.Random) -> tuple[tuple[Shape, ...], int, list[tuple[str, str, str]]]:
-    """A picture for the base answerer: still grey shapes and, last, one coloured one as in a random event.
+    """A picture for the base answerer: still grey shapes and, last, mostly, one coloured one as in a random event.
+
+    It is asked what the videos are asked, presuming that the coloured shape in sight is the one that is meant, as
+    people do when they ask about a picture. Nothing in it tells which motion or moment that was.
 
     Returns:
         The shapes in drawing order, the texture's seed, and (question, answer, category) of two questions: one
@@ -242,8 +243,13 @@ def sample_still(rng: random.Random) -> tuple[tuple[Shape, ...], int, list[tuple
     """
     motion, colour, kind = rng.choice(MOTIONS), rng.choice(tuple(COLOURS)), rng.choice(KINDS)
     x, y, angle_deg = rng.choice(_sample_poses(rng, motion, rng.randint(*EVENT_FRAMES)))
-    shape = Shape(kind, COLOURS[colour], x, y, rng.uniform(*RADIUS), angle_deg)
+    shapes = _sample_distractors(rng)
     answers = {"both": f"{colour} {kind}", "colour": colour, "kind": kind}
-    sorts = ("both", rng.choice(("colour", "kind")))
-    asked = [(rng.choice(STILL_QUESTIONS[sort]), answers[sort], f"still-{sort}") for sort in sorts]
-    return (*_sample_distractors(rng), shape), rng.getrandbits(32), asked
+    if rng.random() < EMPTY_STILLS:
+        answers = dict.fromkeys(answers, NOTHING)
+    else:
+        shapes = (*shapes, Shape(kind, COLOURS[colour], x, y, rng.uniform(*RADIUS), angle_deg))
+    sort, phrase = rng.choice(("colour", "kind")), rng.choice(STILL_PHRASES)
+    stem = "what colour is the shape that" if sort == "colour" else "which shape"
+    asked = [("what is it?", answers["both"], "still-both"), (f"{stem} {phrase}?", answers[sort], f"still-{sort}")]
+    return shapes, rng.getrandbits(32), asked

@@ -64,6 +64,8 @@ class LSTP(BaseModel):
     """
 
     PRETRAINED_MODEL_CONFIG_DICT: Mapping[str, str] = {}
+    OPEN_CONFIG_KEYS = frozenset({"backbone.config", "generation"})
+    """Sections of a config that go to transformers unchecked."""
 
     def __init__(
         self,
@@ -232,7 +234,7 @@ class LSTP(BaseModel):
         file = weights_file(url_or_filename)
         state_dict = load_state_dict_file(file)
         if not all(self._part_of(key) for key in state_dict):
-            state_dict = convert_published(state_dict)
+            state_dict = convert_published(state_dict, as_whole=True)
         return self.load_trained_state_dict(state_dict, source=str(url_or_filename))
 
     # ---- training ---------------------------------------------------------------------------------------------
