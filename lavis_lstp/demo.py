@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 MIN_GAIN = 0.20
 MIN_SHARE_OF_ORACLE = 0.90
 """What LSTP must reach: points above uniform, with intervals apart, and share of the oracle's accuracy."""
+FLOW = ("--flow", "dis", "--num-frames", "64", "--size", "64", "--flow-size", "32")
+"""How the model config `lstp_tiny` computes flow itself."""
 STAGES = ("flow", "sampler", "selection", "vision", "language")
 
 
@@ -46,12 +48,13 @@ class Row:
     answerer: str = "lstp"
 
 
+NO_FLOW = ("model.flow.name=none", "datasets.lstp_shapes.flow=none")
 ROWS = (
-    Row("uniform", "evenly spaced", ("model.selector.name=uniform",)),
-    Row("uniform_trained", "evenly spaced, trained on such", ("model.selector.name=uniform",), "uniform"),
-    Row("random", "random", ("model.selector.name=random",)),
+    Row("uniform", "evenly spaced", ("model.selector.name=uniform", *NO_FLOW)),
+    Row("uniform_trained", "evenly spaced, trained on such", ("model.selector.name=uniform", *NO_FLOW), "uniform"),
+    Row("random", "random", ("model.selector.name=random", *NO_FLOW)),
     Row("lstp", "LSTP (predicted span)", ("model.selector.name=lstp",)),
-    Row("oracle", "oracle (gold span)", ("model.selector.name=given", "model.selector.span_key=gold_span")),
+    Row("oracle", "oracle (gold span)", ("model.selector.name=given", "model.selector.span_key=gold_span", *NO_FLOW)),
 )
 
 
@@ -70,29 +73,35 @@ class Demo:
 
     def run(self) -> dict[str, Any]:
         """All steps; returns what `table.json` holds."""
-        spans = self.out / "spans_{split}.json"
-        self.step("base", "lavis.train", "tiny_base")
-        self.step(
-            "spans", "lavis.evaluate", "tiny_spans", f"model.checkpoint={self.out / 'base'}", f"run.spans_out={spans}"
-        )
-        both = {split: str(spans).replace("{split}", split) for split in ("train", "val")}
-        given = [f"datasets.lstp_shapes.spans.{split}={path}" for split, path in both.items()]
-        self.step("sampler", "lavis.train", "tiny_sampler", *given)
-        start = f"model.checkpoint=[{self.out / 'base'},{self.out / 'sampler'}]"
-        self.step("lstp", "lavis.train", "tiny_ft", start)
-        self.step("uniform", "lavis.train", "tiny_ft", start, "model.selector.name=uniform")
+        out = self.out
+        flow = "model.flow.name=precomputed", "datasets.lstp_shapes.flow=precomputed"
+        flow = *flow, f"datasets.lstp_shapes.flow_root={out / 'flow'}"
+        spans = [f"datasets.lstp_shapes.spans.{split}={out / f'spans_{split}.json'}" for split in ("train", "val")]
+        start = f"model.checkpoint=[{out / 'base'},{out / 'sampler'}]"
+        self.recipe("base", "lavis.train", "tiny_base")
+        self.step("flow", ["-m", "lavis_lstp", "flow", str(out / "shapes_qa" / "videos"), str(out / "flow"), *FLOW])
+        labels = f"run.spans_out={out / 'spans_{split}.json'}"
+        self.recipe("spans", "lavis.evaluate", "tiny_spans", f"model.checkpoint={out / 'base'}", labels)
+        self.recipe("sampler", "lavis.train", "tiny_sampler", *spans, *flow)
+        self.recipe("lstp", "lavis.train", "tiny_ft", start, *flow)
+        self.recipe("uniform", "lavis.train", "tiny_ft", start, "model.selector.name=uniform", *NO_FLOW)
         for row in ROWS:
-            parts = ",".join(str(self.out / name) for name in ("base", "sampler", row.answerer))
-            self.step(f"eval_{row.name}", "lavis.evaluate", "tiny_eval", f"model.checkpoint=[{parts}]", *row.options)
+            parts = ",".join(str(out / name) for name in ("base", "sampler", row.answerer))
+            options = f"model.checkpoint=[{parts}]", *flow, *row.options
+            self.recipe(f"eval_{row.name}", "lavis.evaluate", "tiny_eval", *options)
         return self.report()
 
-    def step(self, name: str, module: str, recipe: str, *options: str) -> None:
-        """Runs a recipe in `out/name`, unless its `done.json` says that these options have been run to the end."""
-        folder = self.out / name
-        command = ["-m", module, "--cfg-path", f"projects/lstp/{recipe}.yaml", "--options"]
-        command += [*self.options, *options, f"run.output_dir={folder}"]
+    def recipe(self, name: str, module: str, recipe: str, *options: str) -> None:
+        """A step that is `python -m lavis.train` or `lavis.evaluate` with a recipe, in the folder `out/name`."""
+        command = ["-m", module, "--cfg-path", f"projects/lstp/{recipe}.yaml", "--options", *self.options, *options]
+        command.append(f"run.output_dir={self.out / name}")
         if module == "lavis.train":
             command.append("run.resume_ckpt_path=auto")
+        self.step(name, command)
+
+    def step(self, name: str, command: list[str]) -> None:
+        """Runs a command, unless `done.json` in the step's folder says that it has been run to the end."""
+        folder = self.out / name
         done = folder / "done.json"
         if done.is_file() and (found := json.loads(done.read_text(encoding="utf-8")))["command"] == command:
             self.seconds[name] = found["seconds"]
@@ -100,14 +109,13 @@ class Demo:
             return
         logger.info("%s: python %s", name, " ".join(command))
         folder.mkdir(parents=True, exist_ok=True)
+        output = folder / "output.txt"
         started = time.perf_counter()
-        with open(folder / "output.txt", "w", encoding="utf-8") as log:
-            code = subprocess.run(
-                [sys.executable, *command], stdout=log, stderr=subprocess.STDOUT, check=False
-            ).returncode
-        if code:
-            tail = (folder / "output.txt").read_text(encoding="utf-8").splitlines()[-1:] or ["no output"]
-            raise LstpError(f"step {name} ended with status {code}: {tail[0]} (see {folder / 'output.txt'})")
+        with open(output, "w", encoding="utf-8") as log:
+            run = subprocess.run([sys.executable, *command], stdout=log, stderr=subprocess.STDOUT, check=False)
+        if run.returncode:
+            last = output.read_text(encoding="utf-8", errors="replace").splitlines()[-1:] or ["no output"]
+            raise LstpError(f"step {name} ended with status {run.returncode}: {last[0]} (see {output})")
         self.seconds[name] = time.perf_counter() - started
         write_json(done, {"command": command, "seconds": self.seconds[name]})
         logger.info("%s: %.0f s", name, self.seconds[name])
