@@ -15,10 +15,12 @@ from safetensors.numpy import save_file
 from torch.utils.data import DataLoader
 from video_files import audio_file, numbered_video, read_number
 
+from lavis_lstp import flow_files
 from lavis_lstp.data import qa_dataset, shapes_qa
 from lavis_lstp.data.qa_dataset import VideoQADataset, read_annotation, read_spans
 from lavis_lstp.data.video import read_frames, uniform_centres
-from lavis_lstp.errors import AnnotationError, ConfigError, VideoError
+from lavis_lstp.errors import AnnotationError, ConfigError, CoverageError, VideoError
+from lavis_lstp.metrics.coverage import join_by_id
 from lavis_lstp.schema import Span
 
 SHAPES = {"seed": 0, "train_videos": 2, "val_videos": 1, "test_videos": 3, "train_images": 3, "size": 64}
@@ -153,6 +155,18 @@ def test_gold_spans_are_exact_at_the_rate_of_the_demo(shapes):
         assert colour[start:end].min() > 40  # of 64 x 64 pixels
 
 
+def test_pictures_are_resized_as_published(videos, tmp_path):
+    """Bicubic, with antialias: one-pixel stripes become an even grey, where taking every tenth pixel keeps them."""
+    stripes = np.zeros((40, 40, 3), dtype=np.uint8)
+    stripes[:, ::2] = 255
+    Image.fromarray(stripes).save(tmp_path / "stripes.png")
+    row = {**entry(video=None), "image": "stripes.png"}
+    frames = VideoQADataset([row], tmp_path, image_size=4)[0]["frames"]
+    wanted = Image.fromarray(stripes).resize((4, 4), Image.Resampling.BICUBIC)
+    assert np.array_equal(frames[0].permute(1, 2, 0).numpy(), np.array(wanted))
+    assert (frames.int() - 127).abs().max() < 8
+
+
 def test_a_picture_is_a_sample_of_one_frame(videos):
     row = {**entry(video=None), "image": "still.png"}
     sample = VideoQADataset([row], videos, num_frames=8, image_size=16)[0]
@@ -198,6 +212,21 @@ def test_flow_of_the_codec_and_of_files(shapes, tmp_path):
         VideoQADataset(rows, shapes, num_frames=32, flow="precomputed", flow_root=tmp_path)[0]
     with pytest.raises(VideoError, match="no such flow file"):
         VideoQADataset(rows, shapes, num_frames=64, flow="precomputed", flow_root=tmp_path / "gone")[0]
+
+
+def test_flow_written_by_the_command_is_what_a_sample_holds(videos, tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([entry(0), entry(1, video="short.mp4")]))
+    source, out = str(tmp_path / "a.json"), str(tmp_path / "flow")
+    command = [source, out, "--videos", str(videos), "--flow", "motion_vectors", "--num-frames", "6", "--size", "32"]
+    assert flow_files.main(command) == 0
+    rows = read_annotation(source)
+    stored, read = (
+        VideoQADataset(rows, videos, num_frames=6, image_size=32, flow=kind, flow_root=out)
+        for kind in ("precomputed", "motion_vectors")
+    )
+    for i in range(2):
+        assert stored[i]["flow"].shape[0] == stored[i]["frames"].shape[0]
+        assert torch.equal(stored[i]["flow"], read[i]["flow"]), i
 
 
 def test_videos_are_decoded_once_while_the_cache_holds_them(videos, monkeypatch):
@@ -293,10 +322,19 @@ def test_workers_give_the_same_batches(videos):
         cache_videos=2,
     )
     dataset[0]
-    pickle.loads(pickle.dumps(dataset))  # a warm cache does not keep a data set from going to a spawned worker
+    copy = pickle.loads(pickle.dumps(dataset))  # a warm cache does not keep a data set from a spawned worker
+    assert torch.equal(copy[1]["frames"], dataset[1]["frames"])
     here, there = (list(DataLoader(dataset, batch_size=2, num_workers=n, collate_fn=dataset.collater)) for n in (0, 2))
     assert [b["question_id"] for b in here] == [b["question_id"] for b in there]
     assert all(torch.equal(a["frames"], b["frames"]) for a, b in zip(here, there, strict=True))
+
+
+def test_workers_count_what_they_leave_out_together(videos):
+    rows = [entry(0), *(entry(i, video="broken.mp4") for i in (1, 2, 3))]
+    dataset = VideoQADataset(rows, videos, num_frames=2, max_bad_fraction=0.5)
+    loader = DataLoader(dataset, batch_size=1, num_workers=2, collate_fn=dataset.collater)
+    with pytest.raises(VideoError, match="3 of 4 questions cannot be read"):  # no worker has seen more than two
+        list(loader)
 
 
 def test_fingerprint_tells_contents_and_settings_apart(videos):
@@ -355,6 +393,18 @@ def test_a_few_unreadable_ones_are_left_out_and_never_replaced(videos, caplog):
         dataset[5]
 
 
+def test_no_score_over_what_is_left(videos):
+    rows = [entry(0), entry(1), entry(2, video="broken.mp4")]
+    dataset = VideoQADataset(rows, videos, num_frames=2, max_bad_fraction=0.5)
+    batch = dataset.collater([dataset[i] for i in range(3)])
+    answered = dict.fromkeys(batch["question_id"], "grey")
+    expected = dict.fromkeys(dataset.question_ids(), "grey")
+    with pytest.raises(CoverageError, match=r"2 of 3 questions have a prediction; 1 ids \('q2'\) missing"):
+        join_by_id(answered, expected)
+    *_, report = join_by_id(answered, expected, allow_partial=True)
+    assert report["partial"] and report["coverage"] == pytest.approx(2 / 3)
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
@@ -395,17 +445,18 @@ def build():
 
 
 def test_builder_of_shapes_generates_what_is_missing(build, shapes, tmp_path):
-    found = build("lstp_shapes", root=str(tmp_path / "new"), generate=SHAPES)
+    sizes = {"num_frames": 64, "image_size": 64, "flow_size": 16}
+    found = build("lstp_shapes", root=str(tmp_path / "new"), generate=SHAPES, **sizes)
     assert {split: len(dataset) for split, dataset in found.items()} == {
         "train": 12,
         "val": 6,
         "test": 18,
         "train_images": 6,
     }
-    again = build("lstp_shapes", root=str(shapes), generate=SHAPES, num_frames=64, image_size=64)
+    again = build("lstp_shapes", root=str(shapes), generate=SHAPES, **sizes)
     assert again["test"].fingerprint() == found["test"].fingerprint()  # made elsewhere from the same seed
     batch = again["test"].collater([again["test"][0], again["train_images"][0]])
-    assert batch["frames"].shape == (2, 64, 3, 64, 64) and batch["flow"].shape == (2, 64, 2, 64, 64)
+    assert batch["frames"].shape == (2, 64, 3, 64, 64) and batch["flow"].shape == (2, 64, 2, 16, 16)
     with pytest.raises(ConfigError, match="seed: there 0, wanted 1"):
         build("lstp_shapes", root=str(shapes), generate={**SHAPES, "seed": 1})
     (tmp_path / "file").write_text("")
@@ -423,7 +474,7 @@ def test_builder_of_ones_own_videos(build, videos, tmp_path, monkeypatch):
 
     def own(annotations, folder="videos", **changes):
         info = {"annotations": annotations, "videos": {"storage": folder}}
-        return build("lstp_video_qa", build_info=info, num_frames=8, image_size=16, **changes)
+        return build("lstp_video_qa", build_info=info, **{"num_frames": 8, "image_size": 16, **changes})
 
     train = {"train": {"storage": ["a.json", "b.jsonl"]}, "unseen": {"storage": "b.jsonl"}}
     found = own(train)
@@ -434,15 +485,39 @@ def test_builder_of_ones_own_videos(build, videos, tmp_path, monkeypatch):
     processed = own(train, vis_processor={"train": {"name": "blip_image_eval", "image_size": 32}})
     assert processed["train"][0]["image"].shape == (3, 32, 32)
 
-    wrong = [
-        (own, ({},), ConfigError, "names no file"),
-        (own, ({"train": {"storage": 3}},), ConfigError, "annotations.train.storage must be a file"),
-        (own, ({"train": {}},), ConfigError, "names no file"),
-        (own, ({"train": {"storage": "gone.json"}},), AnnotationError, "gone.json: no such annotation file"),
-        (own, ({"train": {"storage": ["a.json", "double.json"]}},), AnnotationError, "'q0' occurs 2 times"),
-        (own, (train, "nowhere"), ConfigError, "no such folder: nowhere"),
-    ]
-    for call, arguments, kind, said in wrong:
+    def refused(kind, annotations, said, folder="videos", **changes):
         with pytest.raises(kind) as error:
-            call(*arguments)
+            own(annotations, folder, **changes)
         assert said in str(error.value) and "\n" not in str(error.value)
+        assert "<name>" not in str(error.value)
+
+    here = "datasets.lstp_video_qa"
+    refused(ConfigError, {}, f"{here}.build_info.annotations names no file")
+    refused(ConfigError, {"train": {"storage": 3}}, f"{here}.build_info.annotations.train.storage must be a file")
+    refused(ConfigError, {"train": {}}, "names no file")
+    refused(AnnotationError, {"train": {"storage": "gone.json"}}, "gone.json: no such annotation file")
+    refused(AnnotationError, {"train": {"storage": "gone.json"}}, f"({here}.build_info.annotations)")
+    refused(AnnotationError, {"train": {"storage": ["a.json", "double.json"]}}, "'q0' occurs 2 times")
+    refused(ConfigError, train, f"{here}.build_info.videos.storage: no such folder: nowhere", folder="nowhere")
+    refused(AnnotationError, train, f"{here}.spans has no span for 1 of 2 questions", spans=str(spans))
+    refused(AnnotationError, train, f"({here}.spans)", spans="gone.json")
+    refused(AnnotationError, train, f"{here}.num_frames is 4", spans=str(spans), num_frames=4)
+    refused(ConfigError, train, f"{here}.cache_videos must be", cache_videos=-1)
+    refused(ConfigError, train, f"unknown {here}.flow 'dis'", flow="dis")
+
+
+@pytest.mark.parametrize("train, evaluate", [("blip2_image_train", "blip_image_eval"), ("blip_image_train", None)])
+def test_laviss_own_processors_by_split(build, shapes, train, evaluate):
+    """A split whose kind has no processor gives no `image`."""
+    processors = {"train": {"name": train, "image_size": 32}}
+    if evaluate:
+        processors["eval"] = {"name": evaluate, "image_size": 48}
+    found = build("lstp_shapes", root=str(shapes), generate=SHAPES, num_frames=4, vis_processor=processors)
+    image = found["train"][0]["image"]
+    assert image.shape == (3, 32, 32) and image.dtype == torch.float32
+    assert found["train_images"][0]["image"].shape == (3, 32, 32)
+    sample = found["test"][0]
+    assert ("image" in sample) == bool(evaluate)
+    if evaluate:
+        assert sample["image"].shape == (3, 48, 48)
+        assert torch.equal(sample["image"], found["test"][0]["image"])

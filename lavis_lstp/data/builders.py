@@ -47,6 +47,7 @@ def local_path(path: str) -> Path:
 class VideoQABuilder(BaseDatasetBuilder):
     """Questions about videos in files and folders; see `qa_dataset` for their form."""
 
+    name = "lstp_video_qa"
     train_dataset_cls = VideoQADataset
     eval_dataset_cls = VideoQADataset
     DATASET_CONFIG_DICT = {"default": str(CONFIGS / "lstp_video_qa.yaml")}
@@ -59,18 +60,23 @@ class VideoQABuilder(BaseDatasetBuilder):
         """
         return self.build()
 
+    @property
+    def section(self) -> str:
+        """Of the configuration, for messages."""
+        return f"datasets.{self.name}"
+
     def build(self) -> dict[str, VideoQADataset]:
         self.build_processors()
         config = OmegaConf.to_container(self.config, resolve=True)
-        info = config["build_info"]
+        info = config["build_info"] or {}
         annotations = {name: value for name, value in (info.get("annotations") or {}).items() if value}
         if not annotations:
             raise ConfigError(
-                "datasets.lstp_video_qa.build_info.annotations names no file; expected {train: {storage: FILE}, ...}"
+                f"{self.section}.build_info.annotations names no file; expected {{train: {{storage: FILE}}, ...}}"
             )
         folder = (info.get("videos") or {}).get("storage")
         if not folder or not local_path(folder).is_dir():
-            raise ConfigError(f"datasets.<name>.build_info.videos.storage: no such folder: {folder}")
+            raise ConfigError(f"{self.section}.build_info.videos.storage: no such folder: {folder}")
         return {
             split: self._split(split, value.get("storage"), local_path(folder), config)
             for split, value in annotations.items()
@@ -82,10 +88,10 @@ class VideoQABuilder(BaseDatasetBuilder):
         paths = [storage] if isinstance(storage, str) else storage
         if not isinstance(paths, list) or not paths or not all(isinstance(path, str) for path in paths):
             raise ConfigError(
-                f"datasets.<name>.build_info.annotations.{split}.storage must be a file or a list of files, "
+                f"{self.section}.build_info.annotations.{split}.storage must be a file or a list of files, "
                 f"got {storage!r}"
             )
-        annotation = [row for path in paths for row in read_annotation(local_path(path))]
+        annotation = [row for path in paths for row in read_annotation(local_path(path), section=self.section)]
         settings = {name: config[name] for name in SETTINGS}
         spans = self._spans(config["spans"], split, settings["num_frames"])
         kind = "train" if split.startswith("train") else "eval"
@@ -94,25 +100,28 @@ class VideoQABuilder(BaseDatasetBuilder):
             folder,
             **settings,
             spans=spans,
-            vis_processor=self.vis_processors[kind] if config.get("vis_processor") else None,
-            text_processor=self.text_processors[kind] if config.get("text_processor") else None,
+            vis_processor=self.vis_processors[kind] if (config.get("vis_processor") or {}).get(kind) else None,
+            text_processor=self.text_processors[kind] if (config.get("text_processor") or {}).get(kind) else None,
+            section=self.section,
         )
         logger.info("%s: %d questions about %d videos", split, len(dataset), len({r["video_id"] for r in annotation}))
         return dataset
 
-    @staticmethod
-    def _spans(spans: str | Mapping[str, str] | None, split: str, num_frames: int):
+    def _spans(self, spans: str | Mapping[str, str] | None, split: str, num_frames: int):
         """`spans` is one file for the split train, or {split: file}."""
         if not spans:
             return None
         files = {"train": spans} if isinstance(spans, str) else spans
-        return read_spans(local_path(files[split]), num_frames) if files.get(split) else None
+        if not files.get(split):
+            return None
+        return read_spans(local_path(files[split]), num_frames, section=self.section)
 
 
 @registry.register_builder("lstp_shapes")
 class ShapesBuilder(VideoQABuilder):
     """Shapes-QA, generated into `root` where it is not there yet (seconds)."""
 
+    name = "lstp_shapes"
     DATASET_CONFIG_DICT = {"default": str(CONFIGS / "lstp_shapes.yaml")}
 
     def build(self) -> dict[str, VideoQADataset]:

@@ -36,17 +36,22 @@ logger = logging.getLogger(__name__)
 FLOWS = ("none", "motion_vectors", "precomputed")
 SPANS_FORMAT = "lavis_lstp.spans"
 SPANS_VERSION = 1
+SECTION = "datasets.<name>"
+"""Where in a configuration the settings of a data set lie; builders know the name."""
 
 
-def read_annotation(path: str | Path) -> list[dict[str, Any]]:
+def read_annotation(path: str | Path, *, section: str = SECTION) -> list[dict[str, Any]]:
     """Entries of an annotation file, checked.
+
+    Args:
+        section: of the configuration that names the file, for messages.
 
     Raises:
         AnnotationError: file, entry and key that are wrong.
     """
     path = Path(path)
     if not path.is_file():
-        raise AnnotationError(f"{path}: no such annotation file (datasets.<name>.build_info.annotations)")
+        raise AnnotationError(f"{path}: no such annotation file ({section}.build_info.annotations)")
     text = _read_text(path)
     if text.lstrip()[:1] == "[":
         rows = [(f"entry {i}", row) for i, row in enumerate(_parse(text, path, "file"))]
@@ -98,7 +103,7 @@ def _check_entry(row: Any, place: str, seen: set[str]) -> None:
     seen.add(row["question_id"])
 
 
-def read_spans(path: str | Path, num_frames: int) -> dict[str, Span]:
+def read_spans(path: str | Path, num_frames: int, *, section: str = SECTION) -> dict[str, Span]:
     """Pseudo spans by question id, written by the task `pseudo_span`.
 
     Raises:
@@ -106,15 +111,14 @@ def read_spans(path: str | Path, num_frames: int) -> dict[str, Span]:
     """
     path = Path(path)
     if not path.is_file():
-        raise AnnotationError(f"{path}: no such span file (datasets.<name>.spans); write it with run.task=pseudo_span")
+        raise AnnotationError(f"{path}: no such span file ({section}.spans); write it with run.task=pseudo_span")
     content = _parse(_read_text(path), path, "file")
     header = content if isinstance(content, dict) else {}
     if (header.get("format"), header.get("version")) != (SPANS_FORMAT, SPANS_VERSION):
         raise AnnotationError(f"{path}: expected format {SPANS_FORMAT!r} version {SPANS_VERSION}")
     if header.get("num_frames") != num_frames:
         raise AnnotationError(
-            f"{path}: spans count {header.get('num_frames')} frames per video, "
-            f"datasets.<name>.num_frames is {num_frames}"
+            f"{path}: spans count {header.get('num_frames')} frames per video, {section}.num_frames is {num_frames}"
         )
     rows = header.get("spans")
     if not isinstance(rows, dict):
@@ -148,6 +152,7 @@ class VideoQADataset(Dataset):
         max_bad_fraction: share of samples that may fail to decode before the run stops.
         vis_processor, text_processor: LAVIS processors; the first makes `image`, [3,h,w], of the middle frame for
             LAVIS's own models, the second changes the question.
+        section: of the configuration that these settings stand in, for messages.
 
     Raises:
         ConfigError: a setting is out of range.
@@ -171,6 +176,7 @@ class VideoQADataset(Dataset):
         max_bad_fraction: float = 0.0,
         vis_processor=None,
         text_processor=None,
+        section: str = SECTION,
     ):
         self.annotation = list(annotation)
         self.root = Path(root)
@@ -185,7 +191,9 @@ class VideoQADataset(Dataset):
         self.max_bad_fraction = max_bad_fraction
         self.vis_processor = vis_processor
         self.text_processor = text_processor
-        self.bad: dict[str, str] = {}  # question id -> why it was left out, of this process
+        self.section = section
+        # One flag a question, in memory that loader processes share: they stop together at max_bad_fraction.
+        self.left_out = torch.zeros(max(1, len(self.annotation)), dtype=torch.bool).share_memory_()
         self._decode = None
         self._check_settings()
         self._check_ids()
@@ -193,17 +201,19 @@ class VideoQADataset(Dataset):
 
     def _check_settings(self) -> None:
         if self.flow not in FLOWS:
-            raise ConfigError(unknown_name("flow of a data set", self.flow, FLOWS))
+            raise ConfigError(unknown_name(f"{self.section}.flow", self.flow, FLOWS))
         if self.flow == "precomputed" and not self.flow_root:
-            raise ConfigError("flow: precomputed needs flow_root, the folder written by `lavis-lstp flow`")
+            raise ConfigError(
+                f"{self.section}.flow: precomputed needs flow_root, the folder written by `lavis-lstp flow`"
+            )
         for name, least in (("num_frames", 1), ("image_size", 1), ("flow_size", 1), ("cache_videos", 0)):
             value = getattr(self, name)
             optional = value is None and name.endswith("_size")
             if not optional and (type(value) is not int or value < least):
-                raise ConfigError(f"datasets.<name>.{name} must be a whole number of at least {least}, got {value!r}")
+                raise ConfigError(f"{self.section}.{name} must be a whole number of at least {least}, got {value!r}")
         share = self.max_bad_fraction
         if type(share) not in (int, float) or not 0 <= share <= 1:
-            raise ConfigError(f"datasets.<name>.max_bad_fraction must lie in 0..1, got {share!r}")
+            raise ConfigError(f"{self.section}.max_bad_fraction must lie in 0..1, got {share!r}")
 
     def _check_ids(self) -> None:
         ids = Counter(row["question_id"] for row in self.annotation)
@@ -216,7 +226,7 @@ class VideoQADataset(Dataset):
             without = [row["question_id"] for row in self.annotation if row["question_id"] not in self.spans]
             if without:
                 raise AnnotationError(
-                    f"datasets.<name>.spans has no span for {len(without)} of {len(self.annotation)} questions, "
+                    f"{self.section}.spans has no span for {len(without)} of {len(self.annotation)} questions, "
                     f"first {without[0]!r}; label this split with run.task=pseudo_span"
                 )
 
@@ -235,7 +245,7 @@ class VideoQADataset(Dataset):
             path, question = missing[0]
             raise VideoError(
                 f"{path}: no such file, needed by question {question!r} and missing with {len(missing) - 1} others of "
-                f"{len(paths)}; check datasets.<name>.build_info.videos.storage"
+                f"{len(paths)}; check {self.section}.build_info.videos.storage"
             )
 
     def __len__(self) -> int:
@@ -262,7 +272,7 @@ class VideoQADataset(Dataset):
         try:
             frames, times, flow = self._media(row)
         except VideoError as error:
-            return self._left_out(row["question_id"], error)
+            return self._leave_out(index, error)
         sample = {
             "frames": frames,
             "frame_times": torch.from_numpy(times.astype(np.float32)),
@@ -282,17 +292,18 @@ class VideoQADataset(Dataset):
             sample["image"] = self.vis_processor(Image.fromarray(middle))
         return sample
 
-    def _left_out(self, question_id: str, error: VideoError) -> None:
+    def _leave_out(self, index: int, error: VideoError) -> None:
         """Counts a question once, however often it is asked for, and raises when there are too many of them."""
-        known = question_id in self.bad
-        self.bad[question_id] = str(error)
-        if len(self.bad) > self.max_bad_fraction * len(self):
+        known, question_id = bool(self.left_out[index]), self.annotation[index]["question_id"]
+        self.left_out[index] = True
+        count = int(self.left_out.sum())
+        if count > self.max_bad_fraction * len(self):
             raise VideoError(
-                f"question {question_id!r}: {error}; with it {len(self.bad)} of {len(self)} questions cannot be read, "
-                f"datasets.<name>.max_bad_fraction allows {self.max_bad_fraction:g}"
+                f"question {question_id!r}: {error}; with it {count} of {len(self)} questions cannot be read, "
+                f"{self.section}.max_bad_fraction allows {self.max_bad_fraction:g}"
             ) from error
         if not known:
-            logger.warning("left out question %r (%d so far): %s", question_id, len(self.bad), error)
+            logger.warning("left out question %r (%d so far): %s", question_id, count, error)
 
     def _media(self, row: Mapping[str, Any]) -> tuple[torch.Tensor, np.ndarray, torch.Tensor | None]:
         """frames uint8 [T,3,H,W], seconds float64 [T], flow float16 [T,2,h,w] or None."""
