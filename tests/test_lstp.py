@@ -15,6 +15,7 @@ from lavis_lstp.metrics.qa import token_recall
 from lavis_lstp.models.backbone import IGNORED, Backbone, _left_padded
 from lavis_lstp.models.frame_fusion import FrameFusion
 from lavis_lstp.models.lstp import CONFIGS, LSTP
+from lavis_lstp.models.parts import part_of
 
 T5 = {
     "model_type": "t5",
@@ -85,7 +86,7 @@ def test_loss_reaches_every_trained_part(family, language):
     losses = model.train()(batch())
     losses["loss"].backward()
     assert losses["loss"].item() == pytest.approx(losses["lm_loss"].item() + losses["span_loss"].item())
-    reached = {model._part_of(n) for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    reached = {part_of(n) for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert reached == {"sampler", "vision", "qformer", "query_tokens", "projection", "language_model"}
 
 

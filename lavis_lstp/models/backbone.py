@@ -131,16 +131,6 @@ class Backbone(nn.Module):
     def image_size(self) -> int:
         return self.model.config.vision_config.image_size
 
-    def parts(self) -> dict[str, list[nn.Parameter]]:
-        """Names for the config's `train` list -> parameters."""
-        return {
-            "vision": list(self.model.vision_model.parameters()),
-            "qformer": list(self.model.qformer.parameters()),
-            "query_tokens": [self.model.query_tokens],
-            "projection": list(self.model.language_projection.parameters()),
-            "language_model": list(self.model.language_model.parameters()),
-        }
-
     def project(self, tokens: Tensor) -> Tensor:
         return self.model.language_projection(tokens.to(self.model.language_projection.weight.dtype))
 
@@ -266,3 +256,46 @@ def _left_padded(inputs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """
     order = torch.argsort(mask, dim=1, stable=True)  # zeros first, order kept on both sides
     return inputs.gather(1, order[:, :, None].expand_as(inputs)), mask.gather(1, order)
+
+
+def build_backbone(
+    family: str,
+    *,
+    weights: str | None = None,
+    config: Mapping | None = None,
+    dtype: str = "float32",
+    seed: int = 0,
+    max_text_tokens: int = 128,
+) -> Backbone:
+    """From `weights` (hub id or folder), else with random ones of the sizes in `config`.
+
+    Raises:
+        WeightsError: neither is given, or the weights are missing.
+    """
+    if weights:
+        return Backbone.from_pretrained(weights, family=family, dtype=dtype, max_text_tokens=max_text_tokens)
+    if not config:
+        raise WeightsError(
+            "model.backbone.weights is empty: expected a hub id or a folder, "
+            "or model.backbone.config for random weights"
+        )
+    return Backbone.from_config_dict(config, family=family, seed=seed, max_text_tokens=max_text_tokens)
+
+
+def sampler_tokenizer(path: str | None, backbone: Backbone):
+    """The temporal sampler's tokenizer, BERT's: from `path`, else the Q-Former's own, else the built-in one.
+
+    Raises:
+        WeightsError: there is none at `path`.
+    """
+    if not path:
+        return backbone.qformer_tokenizer or tiny_tokenizer(bos=False)
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except OSError as error:
+        raise WeightsError(
+            f"no tokenizer at '{path}' (model.sampler.tokenizer): expected a hub id or a folder with "
+            "tokenizer files, such as bert-base-uncased"
+        ) from error

@@ -7,7 +7,6 @@ Source: LSTP, arXiv 2402.16050.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -19,30 +18,17 @@ from lavis.models.base_model import BaseModel
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from lavis_lstp.errors import ConfigError, WeightsError, unknown_name
+from lavis_lstp.errors import ConfigError, unknown_name
 from lavis_lstp.metrics.qa import token_recall
-from lavis_lstp.models.backbone import Backbone
+from lavis_lstp.models import parts
+from lavis_lstp.models.backbone import Backbone, build_backbone, sampler_tokenizer
 from lavis_lstp.models.flow import build_flow
 from lavis_lstp.models.frame_fusion import FrameFusion
 from lavis_lstp.models.frame_selector import build_selector, sample_generators
 from lavis_lstp.models.temporal_sampler import TemporalSampler, span_loss
-from lavis_lstp.models.tiny_tokenizer import tiny_tokenizer
-from lavis_lstp.models.weights import convert_published, load_state_dict_file, weights_file
-
-logger = logging.getLogger(__name__)
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "models"
 LOSSES = ("lm", "span")
-PART_PREFIX = {
-    "flow": "flow.",
-    "sampler": "sampler.",
-    "vision": "backbone.model.vision_model.",
-    "qformer": "backbone.model.qformer.",
-    "query_tokens": "backbone.model.query_tokens",
-    "projection": "backbone.model.language_projection.",
-    "language_model": "backbone.model.language_model.",
-}
-"""Name in the config's `train` list -> where the part lies in the state dict."""
 
 
 class LSTP(BaseModel):
@@ -57,7 +43,7 @@ class LSTP(BaseModel):
         sampler_tokenizer: turns the question into the sampler's token ids.
         sampler_mode: "fusion" or "multi_modal", which layers of the sampler run.
         prompt, answer_template, sampler_prompt: templates with {question} or {answer}.
-        train: parts that learn, of PART_PREFIX; everything else is frozen and stays in eval mode.
+        train: parts that learn, of `parts.PREFIXES`; everything else is frozen and stays in eval mode.
         losses: of LOSSES; "span" needs samples with a span, "lm" an answer.
         generation: default arguments of `generate`.
         seed: of the random frame selector in evaluation.
@@ -103,7 +89,7 @@ class LSTP(BaseModel):
             if loss not in LOSSES:
                 raise ConfigError(unknown_name("loss (model.losses)", loss, LOSSES))
         self.train_parts = tuple(train)
-        self._freeze()
+        parts.freeze_all_but(self, self.train_parts)
 
     # ---- building ---------------------------------------------------------------------------------------------
 
@@ -111,11 +97,11 @@ class LSTP(BaseModel):
     def from_config(cls, cfg) -> LSTP:
         """The only place that sees a config; `configs/models/lstp_tiny.yaml` lists and explains every key."""
         cfg = OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else dict(cfg)
-        backbone = _build_backbone(cfg["backbone"])
+        backbone = build_backbone(**cfg["backbone"])
         sampler_cfg = dict(cfg["sampler"])
         tokenizer_path = sampler_cfg.pop("tokenizer", None)
         sampler_mode = sampler_cfg.pop("mode", "fusion")
-        tokenizer = _sampler_tokenizer(tokenizer_path, backbone)
+        tokenizer = sampler_tokenizer(tokenizer_path, backbone)
         sampler_cfg["vocab_size"] = sampler_cfg.get("vocab_size") or len(tokenizer)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cfg["backbone"].get("seed") or 0)
@@ -152,90 +138,29 @@ class LSTP(BaseModel):
             raise ConfigError(unknown_name("model_type", model_type, cls.PRETRAINED_MODEL_CONFIG_DICT))
         return str(cls.PRETRAINED_MODEL_CONFIG_DICT[model_type])
 
-    def _freeze(self) -> None:
-        for name in self.train_parts:
-            if name not in PART_PREFIX:
-                raise ConfigError(unknown_name("part (model.train)", name, PART_PREFIX))
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_(self._part_of(name) in self.train_parts)
-
-    @staticmethod
-    def _part_of(name: str) -> str | None:
-        return next((part for part, prefix in PART_PREFIX.items() if name.startswith(prefix)), None)
+    # ---- parts --------------------------------------------------------------------------------------------------
 
     def train(self, mode: bool = True) -> LSTP:
-        """Frozen parts stay in eval mode: dropout or running statistics there would be noise without learning."""
+        """Frozen parts stay in eval mode."""
         super().train(mode)
-        for part, module in self._part_modules().items():
-            if part not in self.train_parts:
-                module.eval()
+        parts.set_frozen_to_eval(self, self.train_parts)
         return self
-
-    def _part_modules(self) -> dict[str, nn.Module]:
-        model = self.backbone.model
-        return {
-            "flow": self.flow,
-            "sampler": self.sampler,
-            "vision": model.vision_model,
-            "qformer": model.qformer,
-            "projection": model.language_projection,
-            "language_model": model.language_model,
-        }
 
     def trained_parts(self) -> dict[str, int]:
         """Part -> number of parameters that learn."""
-        counts = dict.fromkeys(self.train_parts, 0)
-        for name, parameter in self.named_parameters():
-            if parameter.requires_grad:
-                counts[self._part_of(name)] += parameter.numel()
-        return counts
-
-    # ---- checkpoints ------------------------------------------------------------------------------------------
+        return parts.count_learning(self, self.train_parts)
 
     def trainable_state_dict(self) -> dict[str, Tensor]:
         """Weights and buffers of the parts that learn; frozen parts are never written."""
-        return {k: v for k, v in self.state_dict().items() if self._part_of(k) in self.train_parts}
+        return {key: value for key, value in self.state_dict().items() if parts.part_of(key) in self.train_parts}
 
     def load_trained_state_dict(self, state_dict: Mapping[str, Tensor], source: str = "checkpoint") -> list[str]:
-        """Loads whole parts.
-
-        Returns:
-            The parts that were in `state_dict`; the others keep what they have.
-
-        Raises:
-            WeightsError: a key is not in the model, has another shape, or a part is there only in part.
-        """
-        own = self.state_dict()
-        unexpected = [key for key in state_dict if key not in own]
-        parts = {self._part_of(key) for key in state_dict} - {None}
-        missing = [key for key in own if self._part_of(key) in parts and key not in state_dict]
-        wrong = [key for key in state_dict if key in own and own[key].shape != state_dict[key].shape]
-        problems = [f"{len(missing)} missing ({missing[0]}, ...)"] if missing else []
-        problems += [f"{len(unexpected)} unknown to the model ({unexpected[0]}, ...)"] if unexpected else []
-        if wrong:
-            first = wrong[0]
-            shapes = f"{tuple(state_dict[first].shape)} in the file, {tuple(own[first].shape)} in the model"
-            problems.append(f"{len(wrong)} of another shape ({first}: {shapes})")
-        if problems:
-            raise WeightsError(
-                f"{source} does not fit the model: {'; '.join(problems)}; "
-                "use the model config it was trained with, or another checkpoint"
-            )
-        self.load_state_dict(dict(state_dict), strict=False)
-        logger.info("loaded %s from %s", ", ".join(sorted(parts)), source)
-        return sorted(parts)
+        """See `parts.load_parts`."""
+        return parts.load_parts(self, state_dict, source)
 
     def load_checkpoint(self, url_or_filename: str) -> list[str]:
-        """A run's folder, one of its checkpoints, a safetensors file, or a published checkpoint.
-
-        Raises:
-            WeightsError: nothing is there, it is not safe to read, or it does not fit.
-        """
-        file = weights_file(url_or_filename)
-        state_dict = load_state_dict_file(file)
-        if not all(self._part_of(key) for key in state_dict):
-            state_dict = convert_published(state_dict, as_whole=True)
-        return self.load_trained_state_dict(state_dict, source=str(url_or_filename))
+        """LAVIS's name for `parts.load_parts_file`."""
+        return parts.load_parts_file(self, url_or_filename)
 
     # ---- training ---------------------------------------------------------------------------------------------
 
@@ -482,42 +407,6 @@ class LSTP(BaseModel):
             for (b, t), answer in zip(chunk, answers, strict=True):
                 scores[b, t] = token_recall(samples["text_output"][b], answer)
         return scores
-
-
-def _build_backbone(cfg: Mapping) -> Backbone:
-    if cfg.get("weights"):
-        return Backbone.from_pretrained(
-            cfg["weights"],
-            family=cfg["family"],
-            dtype=cfg.get("dtype") or "float32",
-            max_text_tokens=cfg["max_text_tokens"],
-        )
-    if not cfg.get("config"):
-        raise WeightsError(
-            "model.backbone.weights is empty: expected a hub id or a folder, "
-            "or model.backbone.config for random weights"
-        )
-    return Backbone.from_config_dict(
-        cfg["config"],
-        family=cfg["family"],
-        seed=cfg.get("seed") or 0,
-        max_text_tokens=cfg["max_text_tokens"],
-    )
-
-
-def _sampler_tokenizer(path: str | None, backbone: Backbone):
-    """BERT's tokenizer: from `path`, else the Q-Former's own, else the built-in one of tiny models."""
-    if path:
-        from transformers import AutoTokenizer
-
-        try:
-            return AutoTokenizer.from_pretrained(path)
-        except OSError as error:
-            raise WeightsError(
-                f"no tokenizer at '{path}' (model.sampler.tokenizer): expected a hub id or a folder with "
-                "tokenizer files, such as bert-base-uncased"
-            ) from error
-    return backbone.qformer_tokenizer or tiny_tokenizer(bos=False)
 
 
 MODEL_TYPES = {"lstp_tiny": {"default": CONFIGS / "lstp_tiny.yaml"}}
