@@ -1,1 +1,1 @@
-"""Tools that write and check WebDataset shards for LAVIS; filled by a later issue."""
+"""Tools for WebDataset tar shards. Empty so far: this release reads files and folders."""
