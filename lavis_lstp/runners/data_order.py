@@ -14,14 +14,15 @@ collectives still match.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
-from lavis_lstp.errors import ConfigError
+from lavis_lstp.errors import ConfigError, LstpError
 from lavis_lstp.runners.randomness import derived_seed, host_generators_kept, seed_host
 
 
@@ -148,16 +149,30 @@ class SeededDataset(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, key: tuple[int, int]) -> Any:
-        return self.__getitems__([key])[0]
+        (sample,) = self.__getitems__([key])
+        if isinstance(sample, LstpError):
+            raise sample
+        return sample
 
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[Any]:
-        """A batch, as torch's loader asks for it; the generators are put back once, not after each sample."""
+        """A batch, as torch's loader asks for it; the generators are put back once, not after each sample.
+
+        An error of the user's is returned: raised in a worker process, it would arrive wrapped in a traceback's text.
+        """
         samples = []
         with host_generators_kept():
             for epoch, index in keys:
                 seed_host(derived_seed(self.seed, "sample", epoch, index))
-                samples.append(self.dataset[index])
+                try:
+                    samples.append(self.dataset[index])
+                except LstpError as error:
+                    return [error]
         return samples
+
+
+def _collate(collater: Callable[[list[Any]], Any], samples: list[Any]) -> Any:
+    """A batch, or the error that came instead of its samples."""
+    return samples[0] if isinstance(samples[0], LstpError) else collater(samples)
 
 
 class BatchKeys:
@@ -186,7 +201,7 @@ class Batches:
         self.loader = DataLoader(
             SeededDataset(dataset, seed),
             batch_sampler=self.keys,
-            collate_fn=getattr(dataset, "collater", None),
+            collate_fn=functools.partial(_collate, getattr(dataset, "collater", None) or default_collate),
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             pin_memory=pin_memory,
@@ -195,4 +210,10 @@ class Batches:
 
     def __call__(self, batches: Sequence[tuple[int, ...]], epoch: int = 0) -> Iterator[Any]:
         self.keys.epoch, self.keys.batches = epoch, batches
-        return iter(self.loader)
+        for batch in self.loader:
+            if isinstance(batch, LstpError):
+                try:
+                    raise batch
+                finally:  # a cycle of error and frame would have torch wait 5 s for each worker when it is collected
+                    del batch
+            yield batch
