@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lavis_lstp.errors import ConfigError, LstpError, WeightsError, unknown_name
+from lavis_lstp.models.weights import convert_published, load_state_dict_file, load_strict
 
 FLOW_NAMES = ("raft_large", "raft_small", "dis", "motion_vectors", "precomputed", "none")
 FLOW_PRESETS = ("none", "published_training", "published_inference")
@@ -276,40 +277,13 @@ def load_raft(net: nn.Module, name: str, weights: str | os.PathLike | None) -> N
             f"flow '{name}' needs its weights: download {url} (nothing is downloaded by itself), {where}, or set "
             "model.flow.weights to the file; flow 'dis' needs none"
         )
-    state = _read_tensors(path)
-    state = {key.removeprefix("module."): value for key, value in state.items()}
-    if any(key.startswith(("fnet.", "cnet.")) for key in state):
-        from lavis_lstp.models.weights import convert_published
-
-        state = convert_published(state)
-    wanted = net.state_dict()
-    missing, unexpected = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
-    shapes = [k for k in wanted.keys() & state.keys() if wanted[k].shape != state[k].shape]
-    if missing or unexpected or shapes:
-        parts = (("missing", missing), ("unexpected", unexpected), ("of another shape", sorted(shapes)))
-        found = "; ".join(f"{len(keys)} {what} (e.g. {keys[0]})" for what, keys in parts if keys)
-        raise WeightsError(f"{path}: does not hold the weights of {name}: {found}; expected the keys of {url}")
-    net.load_state_dict(state, strict=True)
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """Tensors by key from .safetensors or a pickle of tensors alone."""
-    import pickle
-
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
+    state = {key.removeprefix("module."): value for key, value in load_state_dict_file(path).items()}
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        line = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-        raise WeightsError(f"{path}: cannot be read as weights ({line})") from None
-    state = state.get("state_dict", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise WeightsError(f"{path}: expected a dictionary of tensors, got {type(state).__name__}")
-    return state
+        if any(key.startswith(("fnet.", "cnet.")) for key in state):
+            state = convert_published(state)
+        load_strict(net, state, what="its weights")
+    except WeightsError as error:
+        raise WeightsError(f"{path}: does not hold {name}: {error}; expected the keys of {url}") from None
 
 
 class DisFlow:
