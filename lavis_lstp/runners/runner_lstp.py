@@ -97,7 +97,10 @@ class RunnerLSTP(RunnerBase):
         """`run.output_dir` itself; no job id is added, so a resumed run finds its own checkpoints."""
         self.output_dir = self.settings.output_dir.expanduser().absolute()
         self.result_dir = self.output_dir / "result"
-        self.result_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            self.result_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"run.output_dir: cannot write to {self.output_dir} ({error.strerror})") from error
         for name, path in (("output_dir", self.output_dir), ("result_dir", self.result_dir)):
             registry.mapping["paths"][name] = str(path)  # register_path allows one run per process
 
