@@ -26,6 +26,10 @@ def before_lavis() -> None:
         raise _state["failure"]
     if _state["prepared"]:
         return
+    # Before decord, which LAVIS imports and whose bundled codec libraries otherwise replace those of PyAV in the whole
+    # process: opening an encoder of VP9 then fails with "Invalid argument".
+    import av  # noqa: F401
+
     from lavis_lstp import lazy_imports, shims
 
     shims.apply()
