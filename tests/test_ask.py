@@ -1,0 +1,91 @@
+"""`lavis-lstp ask` on made and real videos, and on files that are none."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from PIL import Image
+from safetensors.torch import save_file
+from video_files import numbered_video
+
+from lavis_lstp import ask, cli
+from lavis_lstp.files import write_json
+
+STAGES = {"decode", "flow", "sampler", "selection", "vision", "language"}
+
+
+def run(capsys, *words: str) -> tuple[int, str, str]:
+    code = cli.main(["ask", *words])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def check(result: dict, duration_s: float, picture) -> None:
+    start_s, end_s = result["span_s"]
+    assert 0 <= start_s < end_s <= duration_s + 0.1
+    times = result["frame_times_s"]
+    assert len(times) == 4 and times == sorted(times) and start_s <= times[0] and times[-1] < end_s
+    assert result["milliseconds"].keys() == STAGES and all(value >= 0 for value in result["milliseconds"].values())
+    with Image.open(picture) as image:
+        assert image.width > 600 and image.height > 300
+
+
+def test_any_video_gets_an_answer_a_span_and_a_picture(tmp_path, capsys):
+    video = numbered_video(tmp_path / "clip.mp4", 30)
+    picture = tmp_path / "why.png"
+    words = (str(video), "what colour is the shape?", "--num-frames", "12", "--picture", str(picture), "--json")
+    code, out, err = run(capsys, *words)
+    assert code == 0 and "random weights" in err
+    check(json.loads(out), 30 / 10, picture)
+    code, out, _ = run(capsys, *words[:-1], "--options", "model.selector.name=uniform")
+    assert code == 0 and "frames    " in out and str(picture) in out
+    assert "flow" not in out.split("time")[1]  # evenly spaced frames need neither flow nor sampler
+
+
+def test_a_runs_checkpoint_brings_its_config_and_the_weights_it_began_with(tmp_path):
+    untrained, trained = ask.build_model("lstp_tiny", None, None, ["model.train=[sampler]"])
+    assert not trained
+    first = tmp_path / "first.safetensors"
+    save_file({k: v + 1 for k, v in untrained.trainable_state_dict().items()}, first)
+    base, _ = ask.build_model("lstp_tiny", None, None, ["model.train=[projection]"])
+    folder = tmp_path / "run" / "checkpoints" / "last"
+    folder.mkdir(parents=True)
+    save_file({k: v + 2 for k, v in base.trainable_state_dict().items()}, folder / "model.safetensors")
+    model = {"arch": "lstp_tiny", "checkpoint": str(first), "flow": {"name": "precomputed"}, "fusion": "mean"}
+    write_json(folder / "manifest.json", {"config": {"model": model}})
+
+    model, trained = ask.build_model("unused", None, str(tmp_path / "run"), [])
+    assert trained and model.fusion.name == "mean" and model.flow.name == "dis"
+    own = model.state_dict()
+    for source, amount in ((untrained, 1), (base, 2)):
+        for key, value in source.trainable_state_dict().items():
+            assert own[key].equal(value + amount), key
+
+
+@pytest.mark.parametrize("flow", ["dis", "motion_vectors"])
+def test_real_footage(real_videos, tmp_path, capsys, flow):
+    for video in real_videos:
+        picture = tmp_path / f"{video.stem}.png"
+        words = ("--picture", str(picture), "--json", "--options", f"model.flow.name={flow}")
+        code, out, _ = run(capsys, str(video), "what is on the table?", *words)
+        assert code == 0
+        check(json.loads(out), 10.0, picture)
+
+
+def test_bad_input_is_one_line(tmp_path, capsys):
+    text = tmp_path / "text.mp4"
+    text.write_text("not a video")
+    missing = tmp_path / "missing.mp4"
+    for words, named in (
+        ((str(text), "what?"), "text.mp4"),
+        ((str(missing), "what?"), "missing.mp4"),
+        ((str(text), "what?", "--num-frames", "0"), "--num-frames"),
+        ((str(text), "what?", "--checkpoint", str(tmp_path / "no_run")), "no_run"),
+        ((str(text), "what?", "--model", "lstp_tinny"), "lstp_tiny"),
+        ((str(text), "what?", "--options", "run.seed=1"), "model."),
+    ):
+        code, out, err = run(capsys, *words)
+        lines = [line for line in err.splitlines() if not line.startswith("note: ")]
+        assert code == 2 and not out and len(lines) == 1 and lines[0].startswith("error: ") and named in lines[0], err
+    assert not list(tmp_path.glob("*.png"))
