@@ -432,3 +432,20 @@ def test_config_stub_has_what_lavis_config_has():
     for name in ("run_cfg", "model_cfg", "datasets_cfg"):
         assert isinstance(getattr(Config, name), property)
         assert getattr(ToyConfig({}), name) is not None
+
+
+def test_evaluation_of_a_checkpoint(tmp_path):
+    """`run.resume_ckpt_path` in an evaluation: the weights of that run, for models that have no checkpoint setting."""
+    trained = make_runner(tmp_path / "trained")
+    trained.train()
+    asked = {"evaluate": True, "test_splits": ["test"], "task": "video_qa"}
+    evaluated = make_runner(tmp_path / "answers", resume_ckpt_path=str(tmp_path / "trained"), **asked)
+    wanted = trained.bare_model.head[0].weight
+    assert not torch.equal(evaluated.bare_model.head[0].weight, wanted)
+    evaluated.evaluate()
+    assert torch.equal(evaluated.bare_model.head[0].weight, wanted)
+    again = make_runner(tmp_path / "trained", resume_ckpt_path="auto", **asked)
+    again.train()  # with run.evaluate it only evaluates
+    assert torch.equal(again.bare_model.head[0].weight, wanted)
+    with pytest.raises(WeightsError, match="no complete checkpoint in"):
+        make_runner(tmp_path / "empty", resume_ckpt_path="auto", **asked).evaluate()

@@ -105,14 +105,16 @@ def test_a_task_that_draws_repeats_and_leaves_training_alone(tmp_path):
     assert torch.equal(weights[0], weights[1]) and torch.equal(weights[0], weights[2])
 
 
-def test_models_that_only_generate_are_asked_with_a_prompt():
+def test_models_that_only_generate_are_asked_one_question_at_a_time():
     class Captioner(torch.nn.Module):
         def generate(self, samples, max_length=30):
-            return [f"{prompt}/{max_length}" for prompt in samples["prompt"]]
+            (image,) = samples["image"]  # LAVIS's OPT takes one prompt for all images of a batch
+            return [f"{samples['prompt']}/{image}/{max_length}"]
 
     task = VideoQATask({"max_len": 5, "prompt": "Question: {} Answer:"})
-    samples = {"question_id": ["a"], "text_input": ["who?"]}
-    assert task.valid_step(Captioner(), samples)[0]["prediction"] == "Question: who? Answer:/5"
+    samples = {"question_id": ["a", "b"], "text_input": ["who?", "what?"], "image": torch.tensor([7, 8]), "epoch": 0}
+    predictions = [record["prediction"] for record in task.valid_step(Captioner(), samples)]
+    assert predictions == ["Question: who? Answer:/7/5", "Question: what? Answer:/8/5"]
     with pytest.raises(ConfigError, match="needs a model with predict_answers or generate, got Linear"):
         task.valid_step(torch.nn.Linear(1, 1), samples)
 

@@ -31,6 +31,13 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def ensure_group(device: torch.device) -> None:
+    """A process group, of this process alone where there is none: LAVIS's contrastive losses ask for their rank."""
+    if dist.is_available() and not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
 def barrier() -> None:
     if world_size() > 1:
         dist.barrier()

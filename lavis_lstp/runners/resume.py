@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lavis_lstp.errors import ConfigError
+from lavis_lstp.errors import ConfigError, WeightsError
 from lavis_lstp.runners.checkpoint import CheckpointStore, find
 
 log = logging.getLogger(__name__)
@@ -60,6 +60,18 @@ def choose_source(store: CheckpointStore, wanted: str | None) -> Path | None:
             "continue it, or choose another run.output_dir"
         )
     return source
+
+
+def to_evaluate(store: CheckpointStore, wanted: str) -> Path:
+    """The checkpoint folder whose weights to evaluate: `wanted`, or the store's last one for "auto".
+
+    Raises:
+        WeightsError: there is no complete checkpoint.
+    """
+    found = store.latest() if wanted == "auto" else find(wanted)
+    if found is None:
+        raise WeightsError(f"run.resume_ckpt_path is auto, and there is no complete checkpoint in {store.folder}")
+    return found
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

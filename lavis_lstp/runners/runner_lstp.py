@@ -56,6 +56,10 @@ class RunnerLSTP(RunnerBase):
         self.settings = run_settings.RunSettings.from_config(cfg.run_cfg)
         self.plain_config = plain(cfg.config)
         super().__init__(cfg=cfg, task=task, model=model, datasets=datasets, job_id=job_id)
+        if hasattr(model, "maybe_autocast"):  # LAVIS's BLIP-2 family
+            distributed.ensure_group(self.device)
+            if self.device.type == "cpu":
+                model.float()  # its half-precision parts meet fp32 where there is no CUDA autocast
         self.bare_model = model.to(self.device)
         self.position = Position()
         self.saved_step = -1
@@ -129,6 +133,8 @@ class RunnerLSTP(RunnerBase):
             raise ConfigError("nothing to evaluate: name splits in run.test_splits, for instance [test]")
         for split in splits:
             evaluation_dataset(self.datasets, split)  # before the first one is worked on
+        if self.settings.resume_ckpt_path:
+            self._load(distributed.on_main(lambda: resume.to_evaluate(self.store, self.settings.resume_ckpt_path)))
         with self._manifest("evaluate").running():
             return self._evaluate_splits(splits, cur_epoch, skip_reload=skip_reload)
 
@@ -391,9 +397,10 @@ class RunnerLSTP(RunnerBase):
         name = distributed.on_main(lambda: self.store.best().get("checkpoint"))
         if name is None:  # nothing was validated: the weights at hand are the last ones
             return
-        checkpoint.load_trained_state(
-            self.bare_model, checkpoint.load_weights(self.store.folder / name), self.store.folder / name
-        )
+        self._load(self.store.folder / name)
+
+    def _load(self, folder: Path) -> None:
+        checkpoint.load_trained_state(self.bare_model, checkpoint.load_weights(folder), folder)
 
     def eval_epoch(self, split_name: str, cur_epoch: int | str, skip_reload: bool = False) -> dict[str, Any]:
         """Metrics of a split, the same on each rank, always in eval mode."""

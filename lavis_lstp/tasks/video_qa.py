@@ -65,8 +65,12 @@ class VideoQATask(LSTPTask):
         if hasattr(model, "generate"):
             names = {"max_len": "max_length", "min_len": "min_length"}
             template = self.run.get("prompt") or "{}"
-            asked = {**samples, "prompt": [template.format(question) for question in samples["text_input"]]}
-            return {"prediction": model.generate(asked, **{names.get(k, k): v for k, v in given.items()})}
+            kept = {names.get(name, name): value for name, value in given.items()}
+            answers = []
+            for row, question in enumerate(samples["text_input"]):  # LAVIS's OPT takes one prompt for the whole batch
+                asked = {name: value[row : row + 1] for name, value in samples.items() if _by_row(value)}
+                answers += model.generate({**asked, "prompt": template.format(question)}, **kept)
+            return {"prediction": answers}
         raise ConfigError(
             f"task {self.name} needs a model with predict_answers or generate, got {type(model).__name__}"
         )
@@ -105,6 +109,10 @@ class VideoInstructTask(VideoQATask):
             return super().metrics(records)
         loss = sum(record["loss"] for record in records) / max(1, len(records))
         return {"loss": loss, "agg_metrics": -loss}
+
+
+def _by_row(value: Any) -> bool:
+    return isinstance(value, list) or (torch.is_tensor(value) and value.ndim > 0)
 
 
 def _frames_of(predicted: Mapping[str, Any], samples: Mapping[str, Any], row: int) -> dict[str, Any]:
