@@ -237,7 +237,7 @@ def _draw_wheel(page: _Page, height: float, largest: float) -> None:
         "flow",
         WHEEL_IN + side / 2,
         (height + side) / 2 - 0.04,
-        f"rim: {largest:.1f} px",
+        f"rim {largest:.1f} px",
         fontsize=7,
         color=FAINT,
         ha="center",
@@ -282,10 +282,12 @@ def _draw_timeline(page: _Page, times, span, gold_span, chosen, start, end) -> N
 
 def _draw_chosen(page: _Page, frames, times, chosen, height: float, ratio: float) -> None:
     style = {"fontsize": 11, "color": FAINT, "ha": "right", "va": "center"}
-    page.text("chosen", LEFT_IN - 0.12, height / 2, "all that the\nlanguage\nmodel saw", **style)
+    page.text("chosen", LEFT_IN - 0.12, height / 2, "the model\nsaw only", **style)
     width = (page.strip_in - 0.15 * (len(chosen) - 1)) / len(chosen)
     for n, index in enumerate(chosen):
         left = LEFT_IN + n * (width + 0.15)
         _draw_picture(page.axes("chosen", left, width, height, 0.02), frames[index], True, ratio)
-        caption = f"{times[index]:.2f} s, frame {index}" if len(chosen) <= 8 else f"{times[index]:.1f} s"
+        caption = (
+            f"{times[index]:.2f} s (frame {index} of {len(frames)})" if len(chosen) <= 8 else f"{times[index]:.1f} s"
+        )
         page.text("chosen", left + width / 2, height + 0.08, caption, fontsize=9, ha="center")
