@@ -78,14 +78,14 @@ class Demo:
         flow = "model.flow.name=precomputed", "datasets.lstp_shapes.flow=precomputed"
         flow = *flow, f"datasets.lstp_shapes.flow_root={out / 'flow'}"
         spans = [f"datasets.lstp_shapes.spans.{split}={out / f'spans_{split}.json'}" for split in ("train", "val")]
-        start = f"model.checkpoint=[{out / 'base'},{out / 'sampler'}]"
+        start = f"model.checkpoint=[{out / 'base'},{out / 'sampler'}]", "run.test_splits=[]"  # tested below
         self.recipe("base", "lavis.train", "tiny_base")
         self.step("flow", ["-m", "lavis_lstp", "flow", str(out / "shapes_qa" / "videos"), str(out / "flow"), *FLOW])
         labels = f"run.spans_out={out / 'spans_{split}.json'}"
         self.recipe("spans", "lavis.evaluate", "tiny_spans", f"model.checkpoint={out / 'base'}", labels)
         self.recipe("sampler", "lavis.train", "tiny_sampler", *spans, *flow)
-        self.recipe("lstp", "lavis.train", "tiny_ft", start, *flow)
-        self.recipe("uniform", "lavis.train", "tiny_ft", start, "model.selector.name=uniform", *NO_FLOW)
+        self.recipe("lstp", "lavis.train", "tiny_ft", *start, *flow)
+        self.recipe("uniform", "lavis.train", "tiny_ft", *start, "model.selector.name=uniform", *NO_FLOW)
         for row in ROWS:
             parts = ",".join(str(out / name) for name in ("base", "sampler", row.answerer))
             options = f"model.checkpoint=[{parts}]", *flow, *row.options

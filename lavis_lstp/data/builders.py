@@ -128,7 +128,9 @@ class ShapesBuilder(VideoQABuilder):
         root = Path(self.config.root).expanduser()
         parameters = OmegaConf.to_container(self.config.generate, resolve=True)
         generate_once(root, parameters)
-        splits = (*shapes_qa.SPLITS, "train_images")
+        counts = {split: parameters.get(f"{split}_videos") for split in shapes_qa.SPLITS}
+        counts["train_images"] = parameters.get("train_images")
+        splits = [split for split, count in counts.items() if count != 0]
         self.config.build_info = {
             "annotations": {split: {"storage": str(root / f"{split}.json")} for split in splits},
             "videos": {"storage": str(root)},
