@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from lavis_lstp import evaluate, train
 from lavis_lstp.data import shapes_qa
@@ -64,7 +64,7 @@ def error(here, capfd):
         assert status == 2
         assert "Traceback" not in captured.err + captured.out
         (line,) = [line for line in captured.err.splitlines() if line.startswith("error: ")]
-        assert captured.err.rstrip().endswith(line), "nothing follows the error"
+        assert captured.err.rstrip().endswith(line.rstrip()), "nothing follows the error"
         return line
 
     return run
@@ -148,8 +148,32 @@ def test_a_checkpoint_that_is_nowhere(error, here):
 
 def test_backbone_weights_that_are_missing(error):
     line = error("shapes.yaml", "model.backbone.weights=models/instructblip-vicuna-7b")
-    for part in ("models/instructblip-vicuna-7b", "model.backbone.weights", "config.json", "hub id"):
+    for part in ("models/instructblip-vicuna-7b", "model.backbone.weights", "config.json", "hub id", "huggingface.co"):
         assert part in line
+    line = error("shapes.yaml", "model.sampler.tokenizer=data")
+    assert "no tokenizer at 'data' (model.sampler.tokenizer)" in line and "such as bert-base-uncased" in line
+
+
+def test_backbone_weights_that_are_not_whole(error, here):
+    from lavis.models import load_model
+
+    folder = here / "weights"
+    option = "model.backbone.weights=weights"
+    backbone = load_model("lstp_tiny").backbone
+    backbone.model.save_pretrained(folder)
+    assert "no instructblip weights at 'weights'" in error("shapes.yaml", option)  # nor tokenizers
+    backbone.tokenizer.save_pretrained(folder)
+    backbone.qformer_tokenizer.save_pretrained(folder / "qformer_tokenizer")
+    assert train.main(["--cfg-path", "shapes.yaml", "--options", option]) == 0
+    file = folder / "model.safetensors"
+    state, name = load_file(file), "language_projection.weight"
+    rest = {key: value for key, value in state.items() if key != name}
+    save_file(rest, file, metadata={"format": "pt"})
+    assert f"lacks 1 weights of instructblip, first {name}" in error("shapes.yaml", option)
+    save_file({**rest, name: state[name][:, :3].contiguous()}, file, metadata={"format": "pt"})
+    assert "no instructblip weights at 'weights'" in error("shapes.yaml", option)
+    file.write_bytes(file.read_bytes()[:1000])
+    assert "no instructblip weights at 'weights'" in error("shapes.yaml", option)
 
 
 def test_raft_weights_that_are_missing(error, here, monkeypatch):

@@ -19,6 +19,7 @@ from lavis_lstp.errors import ConfigError, WeightsError, unknown_name
 from lavis_lstp.models.tiny_tokenizer import tiny_tokenizer
 
 FAMILIES = ("instructblip", "blip2")
+HUB_IDS = {"instructblip": "Salesforce/instructblip-vicuna-7b", "blip2": "Salesforce/blip2-flan-t5-xl"}
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 IGNORED = -100
@@ -66,13 +67,14 @@ class Backbone(nn.Module):
         """From a hub id or a folder in the hub's layout (config, safetensors, tokenizer files).
 
         Raises:
-            WeightsError: files are missing; the line says which id or folder was looked for.
+            WeightsError: files or weights are missing, damaged or of other shapes; the line says which, and where from.
         """
+        from safetensors import SafetensorError
         from transformers import AutoTokenizer
 
         _, model_class = _classes(family)
         try:
-            model = model_class.from_pretrained(path, dtype=getattr(torch, dtype))
+            model, found = model_class.from_pretrained(path, dtype=getattr(torch, dtype), output_loading_info=True)
             tokenizer = AutoTokenizer.from_pretrained(path)
             qformer_tokenizer = None
             if family == "instructblip":
@@ -80,12 +82,18 @@ class Backbone(nn.Module):
                 where = {"pretrained_model_name_or_path": str(folder)} if folder.is_dir() else None
                 where = where or {"pretrained_model_name_or_path": path, "subfolder": "qformer_tokenizer"}
                 qformer_tokenizer = AutoTokenizer.from_pretrained(**where)
-        except OSError as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise WeightsError(
-                f"no {family} weights at '{path}' (model.backbone.weights): expected a hub id that is cached or can "
-                "be reached, or a folder with config.json, *.safetensors and tokenizer files; "
-                f"transformers says: {str(error).splitlines()[0]}"
+                f"no {family} weights at '{path}' (model.backbone.weights): expected a hub id that is cached or can be "
+                f"reached, such as {HUB_IDS[family]}, or a folder with its files (config.json, *.safetensors and "
+                "tokenizer files) downloaded from huggingface.co; "
+                f"transformers says: {str(error).strip().splitlines()[0]}"
             ) from error
+        if missing := sorted(found["missing_keys"]):
+            raise WeightsError(
+                f"'{path}' (model.backbone.weights) lacks {len(missing)} weights of {family}, first {missing[0]}; "
+                "is it of another model.backbone.family?"
+            )
         return cls(model, tokenizer, qformer_tokenizer, max_text_tokens=max_text_tokens)
 
     @classmethod
@@ -294,7 +302,7 @@ def sampler_tokenizer(path: str | None, backbone: Backbone):
 
     try:
         return AutoTokenizer.from_pretrained(path)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise WeightsError(
             f"no tokenizer at '{path}' (model.sampler.tokenizer): expected a hub id or a folder with "
             "tokenizer files, such as bert-base-uncased"
