@@ -82,7 +82,7 @@ class Backbone(nn.Module):
                 where = {"pretrained_model_name_or_path": str(folder)} if folder.is_dir() else None
                 where = where or {"pretrained_model_name_or_path": path, "subfolder": "qformer_tokenizer"}
                 qformer_tokenizer = AutoTokenizer.from_pretrained(**where)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
             raise WeightsError(
                 f"no {family} weights at '{path}' (model.backbone.weights): expected a hub id that is cached or can be "
                 f"reached, such as {HUB_IDS[family]}, or a folder with its files (config.json, *.safetensors and "
@@ -302,7 +302,7 @@ def sampler_tokenizer(path: str | None, backbone: Backbone):
 
     try:
         return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise WeightsError(
             f"no tokenizer at '{path}' (model.sampler.tokenizer): expected a hub id or a folder with "
             "tokenizer files, such as bert-base-uncased"
