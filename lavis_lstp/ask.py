@@ -13,11 +13,16 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lavis_lstp.errors import ConfigError, LstpError
+from lavis_lstp.errors import ConfigError, LstpError, WeightsError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 logger = logging.getLogger(__name__)
+
+PICTURE_SIDE = 320  # px, longer side of a frame in the picture
 
 
 def build_model(name: str, model_type: str | None, checkpoint: str | None, options: Sequence[str]):
@@ -28,36 +33,61 @@ def build_model(name: str, model_type: str | None, checkpoint: str | None, optio
             model is built as it was trained, the checkpoints that run began with included.
         options: `model.a.b=c` overrides.
     """
-    from lavis.common.registry import registry
-    from omegaconf import OmegaConf
-
     from lavis_lstp import register
-    from lavis_lstp.errors import unknown_name
-    from lavis_lstp.models.weights import weights_file
-    from lavis_lstp.plugin import default_model_type
 
     register()
-    config = None
+    from omegaconf import DictConfig, OmegaConf
+
+    from lavis_lstp.config import with_options
+    from lavis_lstp.config_keys import check_model
+    from lavis_lstp.models.lstp import LSTP
+    from lavis_lstp.plugin import resolve_model
+
+    recorded = _recorded_model(checkpoint) if checkpoint is not None else {}
+    model_class, model_type = resolve_model(recorded.get("arch", name), model_type or recorded.get("model_type"))
+    if not issubclass(model_class, LSTP):
+        raise ConfigError(f"`ask` is for LSTP models, '{recorded.get('arch', name)}' is {model_class.__name__}")
+    defaults = OmegaConf.load(model_class.default_config_path(model_type))
+    config = OmegaConf.merge(defaults, {"model": recorded})
     if checkpoint is not None:
-        manifest = weights_file(checkpoint).parent / "manifest.json"
-        if manifest.is_file():
-            config = json.loads(manifest.read_text(encoding="utf-8"))["config"]["model"]
-            name = config["arch"]
-    model_class = registry.get_model_class(name)
-    if model_class is None:
-        raise ConfigError(unknown_name("model", name, registry.list_models()))
-    default = OmegaConf.load(model_class.default_config_path(model_type or default_model_type(model_class)))
-    model = OmegaConf.merge(default.model, config or {})
-    if checkpoint is not None:
-        earlier = model.checkpoint or []
-        model.checkpoint = [*([earlier] if isinstance(earlier, str) else earlier), checkpoint]
-    if model.flow.name == "precomputed":  # nobody has computed this video's flow before
-        model.flow.name = "dis"
-    merged = OmegaConf.merge({"model": model}, OmegaConf.from_dotlist(list(options)))
-    if set(merged) != {"model"}:
-        raise ConfigError(f"--options of `ask` begin with 'model.', got {', '.join(options)}")
-    trained = bool(merged.model.checkpoint or merged.model.backbone.weights)
-    return model_class.from_config(merged.model).eval(), trained
+        earlier = config.model.checkpoint or []
+        config.model.checkpoint = [*([earlier] if isinstance(earlier, str) else earlier), checkpoint]
+    if config.model.flow.name == "precomputed":  # nobody has computed this video's flow before
+        config.model.flow.name = "dis"
+    config = with_options(config, options)
+    if set(config) != {"model"} or not isinstance(config.model, DictConfig):
+        raise ConfigError(f"--options of `ask` begin with 'model.', got {' '.join(options)}")
+    check_model(OmegaConf.to_container(config.model), OmegaConf.to_container(defaults.model), model_class)
+    trained = bool(config.model.checkpoint or config.model.backbone.weights)
+    model = model_class.from_config(config.model).eval()
+    if model.selector.needs_span:
+        raise ConfigError(
+            f"selector '{model.selector.name}' takes spans from a data set, and a video alone has none; "
+            "add --options model.selector.name=lstp"
+        )
+    return model, trained
+
+
+def _recorded_model(checkpoint: str) -> dict[str, Any]:
+    """The model section of the run that wrote the checkpoint; empty where the weights have no manifest beside them.
+
+    Raises:
+        WeightsError: no weights there, or a manifest that is damaged or not a run's.
+    """
+    from lavis_lstp.models.weights import weights_file
+
+    manifest = weights_file(checkpoint).parent / "manifest.json"
+    if not manifest.is_file():
+        return {}
+    try:
+        recorded = json.loads(manifest.read_text(encoding="utf-8"))["config"]["model"]
+        recorded["arch"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise WeightsError(
+            f"{manifest}: not the manifest of a run's checkpoint ({type(error).__name__}: {error}); "
+            "name the weights of a run, or move the file away and choose --model"
+        ) from error
+    return recorded
 
 
 def ask(model: Any, video: str | Path, question: str, *, num_frames: int = 64) -> dict[str, Any]:
@@ -112,6 +142,16 @@ def ask(model: Any, video: str | Path, question: str, *, num_frames: int = 64) -
     }
 
 
+def picture_frames(video: str | Path, num_frames: int) -> np.ndarray:
+    """uint8 [T,3,h,w]: the frames of `ask` once more in the video's own proportions, where the model sees squares."""
+    from lavis_lstp.data.video import probe, read_frames
+
+    info = probe(video)
+    scale = min(1.0, PICTURE_SIDE / max(info.height, info.width))
+    size = (max(1, round(info.height * scale)), max(1, round(info.width * scale)))
+    return read_frames(video, num=num_frames, size=size).frames
+
+
 def as_text(result: Mapping[str, Any]) -> str:
     start_s, end_s = result["span_s"]
     times = ", ".join(f"{t:.2f}" for t in result["frame_times_s"])
@@ -152,8 +192,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     evidence = result.pop("evidence")
     picture = args.picture or Path(f"{Path(args.video).stem}_lstp.png")
-    title = Path(args.video).name
-    explanation_picture(picture, question=args.question, prediction=result["prediction"], title=title, **evidence)
+    evidence["frames"] = picture_frames(args.video, args.num_frames)
+    texts = {"question": args.question, "prediction": result["prediction"], "title": Path(args.video).name}
+    try:
+        explanation_picture(picture, **texts, **evidence)
+    except OSError as error:
+        raise ConfigError(f"--picture {picture}: cannot be written ({error.strerror or error})") from error
     result["picture"] = str(picture)
     print(json.dumps(result, ensure_ascii=False) if args.json else as_text(result))
     return 0

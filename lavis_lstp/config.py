@@ -44,7 +44,7 @@ class Config(lavis_config.Config):
         self.args = args
         self.cfg_path = find_config(args.cfg_path)
         try:
-            self.config = _complete(_with_options(_load(self.cfg_path), args.options))
+            self.config = _complete(with_options(_load(self.cfg_path), args.options))
         except ConfigError as error:
             raise type(error)(f"{args.cfg_path}: {error}") from error
         registry.register("configuration", self)
@@ -109,7 +109,8 @@ def _load(path: Path) -> DictConfig:
     return config
 
 
-def _with_options(config: DictConfig, options: Sequence[str] | None) -> DictConfig:
+def with_options(config: DictConfig, options: Sequence[str] | None) -> DictConfig:
+    """`config` with `--options` laid over it."""
     try:
         return OmegaConf.merge(config, OmegaConf.from_dotlist(options_to_dotlist(options)))
     except (OmegaConfBaseException, yaml.YAMLError, TypeError) as error:

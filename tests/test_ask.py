@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import save_file
-from video_files import numbered_video
+from video_files import audio_file, numbered_video, write_video
 
 from lavis_lstp import ask, cli
+from lavis_lstp.errors import WeightsError
 from lavis_lstp.files import write_json
 
 STAGES = {"decode", "flow", "sampler", "selection", "vision", "language"}
@@ -77,9 +80,19 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     text = tmp_path / "text.mp4"
     text.write_text("not a video")
     missing = tmp_path / "missing.mp4"
+    audio = audio_file(tmp_path / "audio.mp4")
+    clip = str(numbered_video(tmp_path / "clip.mp4", 3))
     for words, named in (
         ((str(text), "what?"), "text.mp4"),
         ((str(missing), "what?"), "missing.mp4"),
+        ((str(audio), "what?"), "no video stream"),
+        ((clip, "what?", "--picture", str(tmp_path)), "--picture"),
+        ((clip, "what?", "--picture", str(text / "x.png")), "--picture"),
+        ((str(text), "what?", "--model", "blip2"), "LSTP"),
+        ((str(text), "what?", "--options", "model.selector.nam=uniform"), "model.selector.name"),
+        ((str(text), "what?", "--options", "model.slector.name=uniform"), "model.selector"),
+        ((str(text), "what?", "--options", "model=3"), "model."),
+        ((str(text), "what?", "--options", "model.selector.name=given"), "model.selector.name=lstp"),
         ((str(text), "what?", "--num-frames", "0"), "--num-frames"),
         ((str(text), "what?", "--checkpoint", str(tmp_path / "no_run")), "no_run"),
         ((str(text), "what?", "--model", "lstp_tinny"), "lstp_tiny"),
@@ -89,3 +102,18 @@ def test_bad_input_is_one_line(tmp_path, capsys):
         lines = [line for line in err.splitlines() if not line.startswith("note: ")]
         assert code == 2 and not out and len(lines) == 1 and lines[0].startswith("error: ") and named in lines[0], err
     assert not list(tmp_path.glob("*.png"))
+
+
+@pytest.mark.parametrize("content", ["{bad", "{}", "[]", '{"config": {"model": {}}}', '{"config": {"model": null}}'])
+def test_a_manifest_of_something_else_is_named(tmp_path, content):
+    save_file({"sampler.x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(WeightsError, match="manifest.json: not the manifest"):
+        ask.build_model("lstp_tiny", None, str(tmp_path), [])
+
+
+def test_the_picture_keeps_the_proportions_of_the_video(tmp_path):
+    video = numbered_video(tmp_path / "clip.mp4", 6)  # 160 x 96, smaller than PICTURE_SIDE
+    assert ask.picture_frames(video, 4).shape == (4, 3, 96, 160)
+    wide = write_video(tmp_path / "wide.mp4", [np.full((200, 800, 3), 90, np.uint8)] * 2)
+    assert ask.picture_frames(wide, 64).shape == (2, 3, 80, 320)
