@@ -87,7 +87,22 @@ def _recorded_model(checkpoint: str) -> dict[str, Any]:
             f"{manifest}: not the manifest of a run's checkpoint ({type(error).__name__}: {error}); "
             "name the weights of a run, or move the file away and choose --model"
         ) from error
-    return recorded
+    earlier = recorded.get("checkpoint") or []
+    earlier = [earlier] if isinstance(earlier, str) else earlier
+    return recorded | {"checkpoint": [_where_the_run_stood(manifest, path) for path in earlier]}
+
+
+def _where_the_run_stood(manifest: Path, path: str) -> str:
+    """A relative path in a run's config, looked for in the folders above the run before the current one.
+
+    The run was started in one of those, as a rule. Only there is it the run's own: another `output/demo/base` may lie
+    in the current folder.
+    """
+    if not Path(path).expanduser().is_absolute():
+        for folder in manifest.resolve().parents:
+            if (folder / path).exists():
+                return str(folder / path)
+    return path
 
 
 def ask(model: Any, video: str | Path, question: str, *, num_frames: int = 64) -> dict[str, Any]:

@@ -66,6 +66,24 @@ def test_a_runs_checkpoint_brings_its_config_and_the_weights_it_began_with(tmp_p
             assert own[key].equal(value + amount), key
 
 
+def test_earlier_weights_are_those_of_the_run_not_those_of_the_current_folder(tmp_path, monkeypatch):
+    sampler, _ = ask.build_model("lstp_tiny", None, None, ["model.train=[sampler]"])
+    projection, _ = ask.build_model("lstp_tiny", None, None, ["model.train=[projection]"])
+    for place, amount in (("there", 1), ("here", 5)):
+        base = tmp_path / place / "output" / "base"
+        base.mkdir(parents=True)
+        save_file({k: v + amount for k, v in sampler.trainable_state_dict().items()}, base / "model.safetensors")
+    run_folder = tmp_path / "there" / "output" / "lstp"
+    last = run_folder / "checkpoints" / "last"
+    last.mkdir(parents=True)
+    save_file(projection.trainable_state_dict(), last / "model.safetensors")
+    write_json(last / "manifest.json", {"config": {"model": {"arch": "lstp_tiny", "checkpoint": ["output/base"]}}})
+    monkeypatch.chdir(tmp_path / "here")
+    own = ask.build_model("lstp_tiny", None, str(run_folder), [])[0].state_dict()
+    for key, value in sampler.trainable_state_dict().items():
+        assert own[key].equal(value + 1), key
+
+
 @pytest.mark.parametrize("flow", ["dis", "motion_vectors"])
 def test_real_footage(real_videos, tmp_path, capsys, flow):
     for video in real_videos:
