@@ -226,12 +226,47 @@ def test_gold_spans_are_for_evaluation_only():
         model.eval().locate(samples)
 
 
-def test_span_loss_without_spans_is_an_error():
-    model = LSTP.from_config(model_config(losses=["span"], train=["sampler"]))
-    samples = batch()
+def test_missing_spans_cost_nothing_but_samples_must_say_so():
+    model = LSTP.from_config(model_config(losses=["span"], train=["sampler"])).train()
+    samples = {**batch(), "span": torch.full((3, 2), -1)}
+    loss = model(samples)["loss"]
+    loss.backward()
+    assert loss.item() == 0 and all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
     del samples["span"]
-    with pytest.raises(ConfigError, match="pseudo-span file"):
+    with pytest.raises(ConfigError, match="datasets.<name>.spans"):
         model(samples)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"train": ["sampler"], "losses": ["lm"]}, "'span' trains sampler of these; add"),
+        ({"train": ["sampler", "query_tokens"], "losses": ["lm"]}, "'span' trains sampler of these; add"),
+        ({"train": ["sampler"], "losses": ["lm", "span"]}, "'lm' trains nothing of these; remove"),
+        ({"train": ["projection"], "losses": ["lm", "span"]}, "'span' trains nothing of these; remove"),
+        ({"train": ["flow"]}, "unknown part"),
+        ({"prompt": "{frage}"}, "model.prompt must contain {question}"),
+        ({"sampler": {"mode": "both"}}, "unknown sampler mode 'both'"),
+        ({"backbone": {"dtype": "float23"}}, "float32"),
+        ({"backbone": {"family": "blip3"}}, "blip2"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_one_line(settings, named):
+    with pytest.raises(ConfigError) as error:
+        LSTP.from_config(model_config(**settings))
+    assert named in str(error.value) and "\n" not in str(error.value)
+
+
+def test_tied_weights_that_differ_are_not_loaded():
+    """transformers 5 ties T5's lm_head to its embedding whatever the config says; FLAN-T5's differ."""
+    model = LSTP.from_config(model_config("blip2", "t5"))
+    prefix = "backbone.model.language_model."
+    own = model.trainable_state_dict()
+    if own[f"{prefix}shared.weight"].data_ptr() != own[f"{prefix}lm_head.weight"].data_ptr():
+        pytest.skip("this transformers keeps the two apart")
+    differing = {**own, f"{prefix}lm_head.weight": own[f"{prefix}lm_head.weight"] + 1}
+    with pytest.raises(WeightsError, match="differ in the file but are one tensor"):
+        model.load_trained_state_dict(differing)
 
 
 @pytest.mark.parametrize(("key", "value", "hint"), [
@@ -256,9 +291,9 @@ def test_checkpoints_load_whole_parts_or_not_at_all(tmp_path, tiny):
     first = next(key for key in trained if "vision_model" in key)
     others = [key for key in trained if key != first]
     for broken, message in (
-        ({k: trained[k] for k in others}, "1 missing"),
-        ({**trained, "backbone.model.extra": torch.zeros(1)}, "unknown"),
-        ({**trained, first: torch.zeros(3)}, r"\(3,\) in the file"),
+        ({k: trained[k] for k in others}, "1 of .* keys missing"),
+        ({**trained, "backbone.model.extra": torch.zeros(1)}, "does not have"),
+        ({**trained, first: torch.zeros(3)}, r"\[3\] in the file"),
     ):
         before = copy.deepcopy(model.state_dict())
         with pytest.raises(WeightsError, match=message):
@@ -308,5 +343,8 @@ def test_lavis_names(tiny):
     assert model.generate(samples) == expected
     assert model.predict_answers(samples, num_beams=1, inference_method="generate") == expected
     assert model.generate(samples, max_length=1) == tiny.answer(samples, max_new_tokens=1)["prediction"] != expected
+    asked = model.answer(samples, prompt="Question: {} Answer:")["prompt"]
+    assert asked[0] == f"Question: {QUESTIONS[0]} Answer:"
+    assert model.predict_answers(samples, prompt="") == expected  # what LAVIS's task vqa passes
     with pytest.raises(ConfigError, match="rank"):
         model.predict_answers(samples, inference_method="rank")

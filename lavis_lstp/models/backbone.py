@@ -19,6 +19,7 @@ from lavis_lstp.errors import ConfigError, WeightsError, unknown_name
 from lavis_lstp.models.tiny_tokenizer import tiny_tokenizer
 
 FAMILIES = ("instructblip", "blip2")
+DTYPES = ("float32", "bfloat16", "float16")
 HUB_IDS = {"instructblip": "Salesforce/instructblip-vicuna-7b", "blip2": "Salesforce/blip2-flan-t5-xl"}
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -239,7 +240,7 @@ class Backbone(nn.Module):
             inputs_embeds=inputs,
             attention_mask=mask,
             pad_token_id=self._pad_id,
-            eos_token_id=self.tokenizer.eos_token_id,
+            eos_token_id=self._end_ids,
             **settings,
         )
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
@@ -247,6 +248,11 @@ class Backbone(nn.Module):
     @property
     def _pad_id(self) -> int:
         return self.tokenizer.pad_token_id
+
+    @property
+    def _end_ids(self) -> list[int]:
+        """Of an answer. Published LLaMA checkpoints end with 0 as well (SPEC 6), which no tokenizer of theirs emits."""
+        return [self.tokenizer.eos_token_id] + ([] if self.is_encoder_decoder else [0])
 
     def _with_prefix(self, prefix: Tensor, prefix_mask: Tensor, ids: Tensor, mask: Tensor):
         embedded = self.model.language_model.get_input_embeddings()(ids)
@@ -280,6 +286,8 @@ def build_backbone(
     Raises:
         WeightsError: neither is given, or the weights are missing.
     """
+    if dtype not in DTYPES:
+        raise ConfigError(unknown_name("dtype (model.backbone.dtype)", dtype, DTYPES))
     if weights:
         return Backbone.from_pretrained(weights, family=family, dtype=dtype, max_text_tokens=max_text_tokens)
     if not config:
@@ -287,7 +295,8 @@ def build_backbone(
             "model.backbone.weights is empty: expected a hub id or a folder, "
             "or model.backbone.config for random weights"
         )
-    return Backbone.from_config_dict(config, family=family, seed=seed, max_text_tokens=max_text_tokens)
+    backbone = Backbone.from_config_dict(config, family=family, seed=seed, max_text_tokens=max_text_tokens)
+    return backbone.to(getattr(torch, dtype))
 
 
 def sampler_tokenizer(path: str | None, backbone: Backbone):

@@ -85,11 +85,9 @@ class LSTP(BaseModel):
         self.losses = tuple(losses)
         self.generation = dict(generation or {})
         self.seed = seed
-        for loss in self.losses:
-            if loss not in LOSSES:
-                raise ConfigError(unknown_name("loss (model.losses)", loss, LOSSES))
         self.train_parts = tuple(train)
         parts.freeze_all_but(self, self.train_parts)
+        self._check()
 
     # ---- building ---------------------------------------------------------------------------------------------
 
@@ -138,6 +136,28 @@ class LSTP(BaseModel):
             raise ConfigError(unknown_name("model_type", model_type, cls.PRETRAINED_MODEL_CONFIG_DICT))
         return str(cls.PRETRAINED_MODEL_CONFIG_DICT[model_type])
 
+    def _check(self) -> None:
+        """Settings that would otherwise fail, or do nothing, in the middle of a run.
+
+        Raises:
+            ConfigError: one line on which and why.
+        """
+        for loss in self.losses:
+            if loss not in LOSSES:
+                raise ConfigError(unknown_name("loss (model.losses)", loss, LOSSES))
+        learning = set(self.train_parts)
+        for loss, trained_by_it in (("span", learning & {"sampler"}), ("lm", learning - {"sampler"})):
+            if learning and bool(trained_by_it) != (loss in self.losses):
+                parts_named = ", ".join(sorted(trained_by_it)) or "nothing"
+                raise ConfigError(
+                    f"model.losses {list(self.losses)} and model.train {list(self.train_parts)} do not go together: "
+                    f"the loss '{loss}' trains {parts_named} of these; {'add' if trained_by_it else 'remove'} it"
+                )
+        self.sampler.mode_layers(self.sampler_mode)
+        for key, field in (("prompt", "question"), ("sampler_prompt", "question"), ("answer_template", "answer")):
+            if f"{{{field}}}" not in getattr(self, key):
+                raise ConfigError(f"model.{key} must contain {{{field}}}, got {getattr(self, key)!r}")
+
     # ---- parts --------------------------------------------------------------------------------------------------
 
     def train(self, mode: bool = True) -> LSTP:
@@ -174,11 +194,8 @@ class LSTP(BaseModel):
         losses = {"lm_loss": zero, "span_loss": zero}
         logits = None
         if "span" in self.losses:
-            if "span" not in samples or bool((samples["span"] < 0).all()):
-                raise ConfigError(
-                    "the span loss (model.losses) found no span in the batch; "
-                    "give datasets.<name>.spans a pseudo-span file"
-                )
+            if "span" not in samples:
+                raise ConfigError("the span loss (model.losses) needs samples with 'span'; set datasets.<name>.spans")
             logits = self._logits(samples)
             mask = samples["frame_mask"].to(self.device)
             losses["span_loss"] = span_loss(
@@ -188,12 +205,14 @@ class LSTP(BaseModel):
             frame_index, _ = self._select(samples, logits)
             prompts = self.prompts(samples)
             prefix, prefix_mask = self._prefix(self._features(samples, frame_index), frame_index, prompts)
-            answers = [self.answer_template.format(answer=a) for a in samples["text_output"]]
+            answers = [self.answer_template.replace("{answer}", a) for a in samples["text_output"]]
             losses["lm_loss"] = self.backbone.lm_loss(prefix, prefix_mask, prompts, answers)
         return {"loss": losses["lm_loss"] + losses["span_loss"], **losses}
 
-    def prompts(self, samples: Mapping) -> list[str]:
-        return [self.prompt.format(question=q) for q in samples["text_input"]]
+    def prompts(self, samples: Mapping, template: str | None = None) -> list[str]:
+        """What the language model reads; `template` replaces the config's, with {question} or, as in LAVIS, {}."""
+        template = (template or self.prompt).replace("{}", "{question}")
+        return [template.replace("{question}", q) for q in samples["text_input"]]
 
     # ---- the path from frames to a prefix -----------------------------------------------------------------------
 
@@ -208,7 +227,7 @@ class LSTP(BaseModel):
 
     def _logits(self, samples: Mapping, flow: Tensor | None = None):
         flow = self._flow(samples) if flow is None else flow
-        texts = [self.sampler_prompt.format(question=q) for q in samples["text_input"]]
+        texts = [self.sampler_prompt.replace("{question}", q) for q in samples["text_input"]]
         tokens = self.sampler_tokenizer(
             texts,
             padding="longest",
@@ -294,15 +313,19 @@ class LSTP(BaseModel):
         return found
 
     @torch.no_grad()
-    def answer(self, samples: Mapping, **generation) -> dict:
+    def answer(self, samples: Mapping, prompt: str | None = None, **generation) -> dict:
         """Everything an answer is made of.
+
+        Args:
+            prompt: template to use instead of the config's.
+            generation: transformers' generation arguments, over those of the config.
 
         Returns:
             prediction, prompt (lists of B strings), span [B,2], frame_index [B,K], start_logits and end_logits
             where there are any, flow [B,T,2,S,S] where it was needed, and seconds by stage (of the whole batch).
         """
         seconds: dict[str, float] = {}
-        result: dict = {"prompt": self.prompts(samples), "seconds": seconds}
+        result: dict = {"prompt": self.prompts(samples, prompt), "seconds": seconds}
         logits = None
         if self.selector.needs_logits:
             with self._timed(seconds, "flow"):

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
-from lavis_lstp.errors import ConfigError, WeightsError, unknown_name
-from lavis_lstp.models.weights import convert_published, load_state_dict_file, weights_file
+from lavis_lstp.errors import ConfigError, unknown_name
+from lavis_lstp.models.weights import convert_published, load_state_dict_file, load_strict, weights_file
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +27,7 @@ PREFIXES = {
     "language_model": "backbone.model.language_model.",
 }
 """Part -> where it lies in the state dict."""
+CAN_LEARN = tuple(part for part in PREFIXES if part != "flow")  # RAFT's BatchNorm and weights are always frozen
 
 
 def part_of(key: str) -> str | None:
@@ -42,8 +43,8 @@ def freeze_all_but(model: nn.Module, learning: Iterable[str]) -> None:
     """
     learning = tuple(learning)
     for name in learning:
-        if name not in PREFIXES:
-            raise ConfigError(unknown_name("part (model.train)", name, PREFIXES))
+        if name not in CAN_LEARN:
+            raise ConfigError(unknown_name("part (model.train)", name, CAN_LEARN))
     for key, parameter in model.named_parameters():
         parameter.requires_grad_(part_of(key) in learning)
 
@@ -72,23 +73,9 @@ def load_parts(model: nn.Module, state_dict: Mapping[str, Tensor], source: str) 
     Raises:
         WeightsError: a key is not in the model, has another shape, or a part is there only in part.
     """
-    own = model.state_dict()
-    unexpected = [key for key in state_dict if key not in own]
     parts = {part_of(key) for key in state_dict} - {None}
-    missing = [key for key in own if part_of(key) in parts and key not in state_dict]
-    wrong = [key for key in state_dict if key in own and own[key].shape != state_dict[key].shape]
-    problems = [f"{len(missing)} missing ({missing[0]}, ...)"] if missing else []
-    problems += [f"{len(unexpected)} unknown to the model ({unexpected[0]}, ...)"] if unexpected else []
-    if wrong:
-        first = wrong[0]
-        shapes = f"{tuple(state_dict[first].shape)} in the file, {tuple(own[first].shape)} in the model"
-        problems.append(f"{len(wrong)} of another shape ({first}: {shapes})")
-    if problems:
-        raise WeightsError(
-            f"{source} does not fit the model: {'; '.join(problems)}; "
-            "use the model config it was trained with, or another checkpoint"
-        )
-    model.load_state_dict(dict(state_dict), strict=False)
+    others = [f"{prefix}*" for part, prefix in PREFIXES.items() if part not in parts]
+    load_strict(model, state_dict, allowed_missing=others, what=f"the weights of {source}")
     logger.info("loaded %s from %s", ", ".join(sorted(parts)), source)
     return sorted(parts)
 
