@@ -7,7 +7,9 @@ import json
 import pytest
 import torch
 from toy import ToyData, ToyModel, make_runner
+from video_files import numbered_video
 
+from lavis_lstp.data.qa_dataset import VideoQADataset
 from lavis_lstp.errors import ConfigError, CoverageError
 from lavis_lstp.models.pseudo_span import pseudo_span
 from lavis_lstp.runners import RunnerLSTP
@@ -186,6 +188,44 @@ def test_records_of_other_weights_or_settings_are_never_taken_over(tmp_path):
         seen = interrupt_after(runner, 99)
         runner.evaluate()
         assert len(seen) == 10
+
+
+class Describer(torch.nn.Module):
+    """Answers with the number of frames it was shown."""
+
+    def predict_answers(self, samples, **unused):
+        return [str(int(frames)) for frames in samples["frame_mask"].sum(1)]
+
+
+def test_a_video_that_was_repaired_is_asked_about_again(tmp_path):
+    """One of a batch's two samples cannot be read, and none of another batch: neither batch is done."""
+    for i in range(6):
+        numbered_video(tmp_path / f"{i}.mp4", 4, width=64, height=48)
+    whole = {i: (tmp_path / f"{i}.mp4").read_bytes() for i in (1, 4, 5)}
+    rows = [{"question_id": f"q{i}", "video_id": f"{i}", "video": f"{i}.mp4"} for i in range(6)]
+    rows = [{**row, "question": "how many?", "answer": "3"} for row in rows]
+
+    def evaluate(**options) -> tuple[dict, list]:
+        runner = evaluator(tmp_path / "run", **options)
+        runner.datasets = {"videos": {"test": VideoQADataset(rows, tmp_path, num_frames=3, max_bad_fraction=0.9)}}
+        runner.bare_model = Describer()
+        seen = interrupt_after(runner, 99)
+        try:
+            return runner.evaluate()["test"], seen
+        except CoverageError as error:
+            assert "3 of 6 questions have a prediction; 3 ids ('q1', 'q4', 'q5') missing" in str(error)
+            return {}, seen
+
+    for i in whole:
+        (tmp_path / f"{i}.mp4").write_bytes(b"not a video")
+    assert evaluate() == ({}, [["q0"], ["q2", "q3"]])
+    assert evaluate() == ({}, [["q0"]])
+    for i, content in whole.items():
+        (tmp_path / f"{i}.mp4").write_bytes(content)
+    metrics, seen = evaluate()
+    assert seen == [["q0", "q1"], ["q4", "q5"]]
+    assert metrics["coverage"] == metrics["exact_match"] == 1.0 and not metrics["partial"]
+    assert [r["question_id"] for r in result(tmp_path / "run", "test_video_qa.jsonl")] == [f"q{i}" for i in range(6)]
 
 
 def test_weights_digest_sees_frozen_trained_and_half_precision():

@@ -5,7 +5,8 @@ In: a task, a model and a data set. Out: the task's records in the order of the 
 The split is cut into fixed batches and rank r takes every world_size-th one: nothing is padded or done twice, and as
 no batch depends on the number of ranks, neither does any prediction. Each rank appends finished batches to a file
 of its own below `.parts`; a process that is killed finds them there. Their header is a digest of configuration,
-weights and data, so that no record of another checkpoint is ever taken over.
+weights and data, so that no record of another checkpoint is ever taken over. A batch that lacks a sample, because its
+video could not be read, is not finished: videos are no part of the digest, and this one may have been repaired.
 """
 
 from __future__ import annotations
@@ -48,24 +49,25 @@ class PartFiles:
 
     def __init__(self, folder: Path, key: str):
         self.folder = folder
-        self.header = {"format": "lavis_lstp.part", "version": 1, "key": key}
+        self.header = {"format": "lavis_lstp.part", "version": 2, "key": key}
         self.handle = None
 
     def begin(self) -> set[int]:
         """Collect what earlier attempts finished; a collective. Returns the numbers of those batches."""
         merged = self.folder / "merged.jsonl"
         if distributed.is_main():
-            finished = self._read()
+            whole = [row for row in self._read() if len(row["records"]) >= row["samples"]]
             shutil.rmtree(self.folder, ignore_errors=True)
-            write_jsonl(merged, [self.header, *({"batch": b, "records": r} for b, r in sorted(finished.items()))])
+            write_jsonl(merged, [self.header, *whole])
         distributed.barrier()
         done = {row["batch"] for row in read_jsonl(merged) if "batch" in row}
         self.handle = open(self.folder / f"rank{distributed.rank():05d}.jsonl", "w", encoding="utf-8")
         self._append(self.header)
         return done
 
-    def add(self, batch: int, records: Records) -> None:
-        self._append({"batch": batch, "records": records})
+    def add(self, batch: int, records: Records, samples: int) -> None:
+        """Keep the records of a batch; with fewer than `samples` of them, for this attempt alone."""
+        self._append({"batch": batch, "samples": samples, "records": records})
 
     def end(self) -> Records | None:
         """All records in the order of the batches, on rank 0; a collective."""
@@ -73,7 +75,7 @@ class PartFiles:
         distributed.barrier()
         if not distributed.is_main():
             return None
-        return [record for _, records in sorted(self._read().items()) for record in records]
+        return [record for row in self._read() for record in row["records"]]
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -82,13 +84,14 @@ class PartFiles:
         self.handle.write(json.dumps(row, ensure_ascii=False) + "\n")
         self.handle.flush()
 
-    def _read(self) -> dict[int, Records]:
-        finished: dict[int, Records] = {}
+    def _read(self) -> list[dict[str, Any]]:
+        """Rows of all files, one per batch, in the order of the batches."""
+        found: dict[int, dict[str, Any]] = {}
         for path in sorted(self.folder.glob("*.jsonl")):
             rows = read_jsonl(path)
             if next(rows, None) == self.header:
-                finished.update((row["batch"], row["records"]) for row in rows)
-        return finished
+                found.update((row["batch"], row) for row in rows)
+        return [row for _, row in sorted(found.items())]
 
 
 def evaluate_split(
@@ -189,7 +192,7 @@ def run_evaluation(
     bar = progress(total=len(todo), title=title, main=distributed.is_main())
     with bar, torch.no_grad():
         for number, samples in zip(todo, loader([batches[i] for i in todo]), strict=True):
-            parts.add(number, step(samples) if samples is not None else [])
+            parts.add(number, step(samples) if samples is not None else [], len(batches[number]))
             bar.update()
     return parts.end()
 
