@@ -47,7 +47,7 @@ def test_any_video_gets_an_answer_a_span_and_a_picture(tmp_path, capsys):
 
 
 def test_a_runs_checkpoint_brings_its_config_and_the_weights_it_began_with(tmp_path):
-    untrained, trained = ask.build_model("lstp_tiny", None, None, ["model.train=[sampler]"])
+    untrained, trained = ask.build_model("lstp_tiny", None, None, ["model.train=[sampler]", "model.losses=[span]"])
     assert not trained
     first = tmp_path / "first.safetensors"
     save_file({k: v + 1 for k, v in untrained.trainable_state_dict().items()}, first)
@@ -67,7 +67,7 @@ def test_a_runs_checkpoint_brings_its_config_and_the_weights_it_began_with(tmp_p
 
 
 def test_earlier_weights_are_those_of_the_run_not_those_of_the_current_folder(tmp_path, monkeypatch):
-    sampler, _ = ask.build_model("lstp_tiny", None, None, ["model.train=[sampler]"])
+    sampler, _ = ask.build_model("lstp_tiny", None, None, ["model.train=[sampler]", "model.losses=[span]"])
     projection, _ = ask.build_model("lstp_tiny", None, None, ["model.train=[projection]"])
     for place, amount in (("there", 1), ("here", 5)):
         base = tmp_path / place / "output" / "base"
