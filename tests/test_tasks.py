@@ -9,11 +9,12 @@ import torch
 from toy import ToyData, ToyModel, make_runner
 from video_files import numbered_video
 
-from lavis_lstp.data.qa_dataset import VideoQADataset
+from lavis_lstp.data.qa_dataset import VideoQADataset, read_spans
 from lavis_lstp.errors import ConfigError, CoverageError
 from lavis_lstp.models.pseudo_span import pseudo_span
 from lavis_lstp.runners import RunnerLSTP
 from lavis_lstp.runners.evaluation import weights_digest
+from lavis_lstp.schema import Span
 from lavis_lstp.tasks import TemporalGroundingTask, VideoInstructTask, VideoQATask
 
 
@@ -131,11 +132,18 @@ def test_less_than_full_coverage_is_refused_unless_allowed(tmp_path):
     drop_q1(runner)
     with pytest.raises(CoverageError, match=r"2 of 3 questions have a prediction; 1 ids \('q1'\) missing"):
         runner.evaluate()
-    assert not (tmp_path / "result" / "test_video_qa_metrics.json").exists()
+    metrics_file = tmp_path / "result" / "test_video_qa_metrics.json"
+    assert not metrics_file.exists()
     runner = evaluator(tmp_path, allow_partial=True)
     drop_q1(runner)
     metrics = runner.evaluate()["test"]
     assert metrics["partial"] is True and metrics["coverage"] == pytest.approx(2 / 3)
+    assert metrics_file.exists()
+    runner = evaluator(tmp_path)
+    drop_q1(runner)
+    with pytest.raises(CoverageError):
+        runner.evaluate()
+    assert not metrics_file.exists(), "metrics of other predictions"
 
 
 # ---- resuming an evaluation -----------------------------------------------------------------------------------------
@@ -256,6 +264,28 @@ def test_pseudo_spans_are_written_in_the_documented_form(tmp_path):
     assert frames == {5, 6}, "padded frames have no score"
     for entry in written["spans"].values():
         assert entry["span"] == list(pseudo_span(entry["scores"], False))
+
+
+class FrameScorer(torch.nn.Module):
+    def pseudo_scores(self, samples):
+        mask = samples["frame_mask"]
+        return mask * (torch.arange(mask.shape[1]) > 1)
+
+
+def test_spans_of_short_videos_are_read_by_the_data_set_they_label(tmp_path):
+    """Of 8 frames that are asked for, no video has more than 5."""
+    for i, frames in enumerate((5, 3, 4)):
+        numbered_video(tmp_path / f"{i}.mp4", frames, width=64, height=48)
+    rows = [{"question_id": f"q{i}", "video_id": f"{i}", "video": f"{i}.mp4"} for i in range(3)]
+    rows = [{**row, "question": "when?", "answer": "now"} for row in rows]
+    runner = evaluator(tmp_path, task="pseudo_span")
+    runner.datasets = {"videos": {"test": VideoQADataset(rows, tmp_path, num_frames=8)}}
+    runner.bare_model = FrameScorer()
+    runner.evaluate()
+    spans = read_spans(tmp_path / "spans_test.json", 8)
+    assert spans == {"q0": Span(2, 5), "q1": Span(2, 3), "q2": Span(2, 4)}
+    labelled = VideoQADataset(rows, tmp_path, num_frames=8, spans=spans)
+    assert [labelled[i]["span"].tolist() for i in range(3)] == [[2, 5], [2, 3], [2, 4]]
 
 
 def test_pseudo_spans_of_several_splits_need_several_files(tmp_path):

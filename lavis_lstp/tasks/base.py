@@ -16,6 +16,7 @@ import torch
 from lavis.tasks.base_task import BaseTask
 from torch.utils.data import Dataset
 
+from lavis_lstp.errors import ConfigError
 from lavis_lstp.files import write_json, write_jsonl
 from lavis_lstp.metrics.coverage import join_by_id
 
@@ -42,6 +43,17 @@ class LSTPTask(BaseTask):
     @classmethod
     def setup_task(cls, cfg: Any = None, **kwargs: Any) -> LSTPTask:
         return cls(plain(cfg.run_cfg) if cfg is not None else None)
+
+    def before_training(self, model: torch.nn.Module, dataset: Dataset, **kwargs: Any) -> None:
+        """Refuses a span loss over data that bring no span: each batch would cost time and teach nothing.
+
+        Raises:
+            ConfigError: none of the training data sets has spans.
+        """
+        parts = getattr(dataset, "datasets", [dataset])
+        known = [part for part in parts if hasattr(part, "spans")]
+        if "span" in getattr(model, "losses", ()) and known and all(part.spans is None for part in known):
+            raise ConfigError("model.losses has 'span', but no training data set has spans; set datasets.<name>.spans")
 
     def train_step(self, model: torch.nn.Module, samples: dict[str, Any]) -> dict[str, torch.Tensor]:
         """All losses the model gives; "loss" is the one to follow."""
@@ -78,14 +90,17 @@ class LSTPTask(BaseTask):
         stem = Path(result_dir) / f"{split_name}_{self.name}"
         timings = [{"question_id": r["question_id"], **r[TIMINGS]} for r in val_result if TIMINGS in r]
         records = [{key: value for key, value in r.items() if key != TIMINGS} for r in val_result]
+        metrics_file, timings_file = (stem.with_name(stem.name + end) for end in ("_metrics.json", "_timings.jsonl"))
+        for path in (metrics_file, timings_file):
+            path.unlink(missing_ok=True)  # of an earlier evaluation: they must not stand beside these predictions
         write_jsonl(stem.with_suffix(".jsonl"), records)
         if timings:
-            write_jsonl(stem.with_name(f"{stem.name}_timings.jsonl"), timings)
+            write_jsonl(timings_file, timings)
         expected = question_ids(dataset)
         pairs = [(record["question_id"], record) for record in records]
         *_, covered = join_by_id(pairs, [(name, None) for name in expected], allow_partial=allow_partial)
         metrics = {**self.metrics(records), **covered}
-        write_json(stem.with_name(f"{stem.name}_metrics.json"), metrics)
+        write_json(metrics_file, metrics)
         return metrics
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from lavis.common.registry import registry
 
+from lavis_lstp.data.qa_dataset import SPANS_FORMAT, SPANS_VERSION
 from lavis_lstp.errors import ConfigError
 from lavis_lstp.files import write_json
 from lavis_lstp.models.pseudo_span import pseudo_span
@@ -51,7 +52,6 @@ class PseudoSpanTask(LSTPTask):
             own = scores[row, : frames[row]].tolist()
             span = pseudo_span(own, self.subtract_min, smooth=self.smooth)
             record = {"question_id": question_id, "span": [span.start, span.end], "scores": [round(s, 4) for s in own]}
-            record["num_frames"] = samples["frame_mask"].shape[1]
             records.append(record)
         return records
 
@@ -73,13 +73,16 @@ class PseudoSpanTask(LSTPTask):
         template = self.spans_out or str(Path(kwargs["output_dir"]) / "spans_{split}.json")
         path = Path(template.replace("{split}", split_name)).expanduser()
         model = kwargs.get("model_config", {})
+        num_frames = getattr(kwargs["dataset"], "num_frames", None)  # the setting: every video may be shorter
+        if num_frames is None:
+            num_frames = max((len(record["scores"]) for record in val_result), default=0)
         write_json(
             path,
             {
-                "format": "lavis_lstp.spans",
-                "version": 1,
+                "format": SPANS_FORMAT,
+                "version": SPANS_VERSION,
                 "unit": "frames",
-                "num_frames": max((record["num_frames"] for record in val_result), default=0),
+                "num_frames": num_frames,
                 "made_by": {
                     "arch": model.get("arch"),
                     "checkpoint": model.get("checkpoint"),
