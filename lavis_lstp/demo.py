@@ -11,6 +11,7 @@ import argparse
 import json
 import logging
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -22,7 +23,7 @@ from typing import Any
 from lavis_lstp.data.qa_dataset import read_annotation
 from lavis_lstp.data.shapes_scene import FPS, NUM_FRAMES
 from lavis_lstp.data.video import uniform_centres
-from lavis_lstp.errors import LstpError
+from lavis_lstp.errors import ConfigError, LstpError
 from lavis_lstp.files import atomic_writer, read_jsonl, write_json
 from lavis_lstp.metrics.grounding import evaluate_spans
 from lavis_lstp.metrics.qa import accuracy_interval, exact_match
@@ -101,24 +102,32 @@ class Demo:
         self.step(name, command)
 
     def step(self, name: str, command: list[str]) -> None:
-        """Runs a command, unless `done.json` in the step's folder says that it has been run to the end."""
+        """Runs a command, unless `done.json` in the step's folder says that it has been run to the end.
+
+        Raises:
+            ConfigError: the folder holds the same step with other options, whose results must not pass for these.
+            LstpError: the command failed.
+        """
         folder = self.out / name
-        done = folder / "done.json"
-        if done.is_file() and (found := json.loads(done.read_text(encoding="utf-8")))["command"] == command:
-            self.seconds[name] = found["seconds"]
-            logger.info("%s: done before, in %.0f s", name, found["seconds"])
+        started, done, output = folder / "command.json", folder / "done.json", folder / "output.txt"
+        if started.is_file() and json.loads(started.read_text(encoding="utf-8")) != command:
+            raise ConfigError(
+                f"{folder} holds this step with other options; choose another --out, or remove {self.out}"
+            )
+        if done.is_file():
+            self.seconds[name] = json.loads(done.read_text(encoding="utf-8"))["seconds"]
+            logger.info("%s: done before, in %.0f s", name, self.seconds[name])
             return
         logger.info("%s: python %s", name, " ".join(command))
-        folder.mkdir(parents=True, exist_ok=True)
-        output = folder / "output.txt"
-        started = time.perf_counter()
+        write_json(started, command)
+        begin = time.perf_counter()
         with open(output, "w", encoding="utf-8") as log:
             run = subprocess.run([sys.executable, *command], stdout=log, stderr=subprocess.STDOUT, check=False)
         if run.returncode:
             last = output.read_text(encoding="utf-8", errors="replace").splitlines()[-1:] or ["no output"]
             raise LstpError(f"step {name} ended with status {run.returncode}: {last[0]} (see {output})")
-        self.seconds[name] = time.perf_counter() - started
-        write_json(done, {"command": command, "seconds": self.seconds[name]})
+        self.seconds[name] = time.perf_counter() - begin
+        write_json(done, {"seconds": self.seconds[name]})
         logger.info("%s: %.0f s", name, self.seconds[name])
 
     # ---- results ------------------------------------------------------------------------------------------------
@@ -132,6 +141,8 @@ class Demo:
             "verdict": verdict({row["name"]: row for row in rows}),
             "spans": self._label_quality(),
             "seconds_by_step": {name: round(value, 1) for name, value in self.seconds.items()},
+            # of the largest process, and only of those that this call started; Linux counts KiB
+            "peak_memory_mib": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024),
         }
         write_json(self.out / "table.json", result)
         with atomic_writer(self.out / "table.md") as file:
@@ -205,7 +216,8 @@ def table(result: dict[str, Any]) -> str:
         f"LSTP is {100 * check['gain_over_uniform']:.1f} points above evenly spaced frames "
         f"(wanted: {100 * MIN_GAIN:.0f}) and reaches {check['share_of_oracle']:.1%} of the oracle "
         f"(wanted: {MIN_SHARE_OF_ORACLE:.0%}): {'met' if check['met'] else 'NOT met'}.",
-        f"Pseudo spans of the training questions: IoU {result['spans']['iou']:.2f} with the gold spans.",
+        f"Pseudo spans of the training questions: IoU {result['spans']['iou']:.2f} with the gold spans. "
+        f"Largest process: {result['peak_memory_mib']} MiB.",
     ]
     return "\n".join(lines)
 

@@ -348,3 +348,16 @@ def test_lavis_names(tiny):
     assert model.predict_answers(samples, prompt="") == expected  # what LAVIS's task vqa passes
     with pytest.raises(ConfigError, match="rank"):
         model.predict_answers(samples, inference_method="rank")
+
+
+def test_training_a_span_loss_needs_a_data_set_with_spans():
+    from types import SimpleNamespace
+
+    from lavis_lstp.tasks.temporal_grounding import TemporalGroundingTask
+
+    model = LSTP.from_config(model_config(losses=["span"], train=["sampler"]))
+    without, some = SimpleNamespace(spans=None), SimpleNamespace(spans={})
+    task = TemporalGroundingTask()
+    task.before_training(model=model, dataset=SimpleNamespace(datasets=[without, some]))
+    with pytest.raises(ConfigError, match="no training data set has spans"):
+        task.before_training(model=model, dataset=SimpleNamespace(datasets=[without, without]))
