@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from toy import RUN, ToyConfig, ToyData, ToyModel, make_runner
 
 from lavis_lstp.errors import ConfigError, WeightsError
-from lavis_lstp.runners import checkpoint
+from lavis_lstp.runners import checkpoint, resume
 from lavis_lstp.runners.checkpoint import CheckpointError, CheckpointStore
 from lavis_lstp.runners.data_order import Batches, TrainOrder, eval_batches
 from lavis_lstp.runners.engine import TorchEngine, parameter_groups
@@ -322,6 +322,54 @@ def test_the_best_checkpoint_is_the_one_tested(tmp_path, monkeypatch):
         assert torch.equal(head_of(runner)[name], value)
 
 
+@pytest.mark.parametrize("metric,best", [("loss", 7), ("val_loss", 7), ("loss_free", 14), ("agg_metrics", 14)])
+def test_of_losses_the_lowest_is_the_best(tmp_path, monkeypatch, metric, best):
+    runner = make_runner(tmp_path, max_epoch=3, valid_splits=["val"], metric=metric)
+    values = iter([0.5, 2.0, 1.0])
+    monkeypatch.setattr(runner.task, "metrics", lambda records: {metric: next(values)})
+    runner.train()
+    assert runner.store.best()["checkpoint"] == f"step_{best:08d}"
+
+
+@pytest.mark.parametrize(
+    "metric,message",
+    [
+        ("cider", "run.metric 'cider' is not among the metrics of split 'val'"),
+        ("note", "run.metric 'note' is a str, no number of split 'val'"),
+        ("by_category", "run.metric 'by_category' is a dict, no number of split 'val'"),
+        ("partial", "run.metric 'partial' is a bool, no number of split 'val'"),
+        ("agg_metrics", "run.metric 'agg_metrics' is a NoneType, no number of split 'val'"),
+    ],
+)
+def test_a_metric_that_is_no_number_is_refused(tmp_path, monkeypatch, metric, message):
+    runner = make_runner(tmp_path, valid_splits=["val"], metric=metric)
+    found = {"iou": 0.5, "note": "none", "by_category": {"a": 1.0}, "agg_metrics": None}
+    monkeypatch.setattr(runner.task, "metrics", lambda records: found)
+    with pytest.raises(ConfigError, match=f"{message}; choose one of coverage, iou, num_extra"):
+        runner.train()
+
+
+@pytest.mark.parametrize("max_epoch", [2, 3])
+def test_another_metric_chooses_the_best_anew(tmp_path, monkeypatch, caplog, max_epoch):
+    """The second run is resumed at the end of the first one's last epoch, to train on or only to be tested."""
+    for metric, epochs, source in (("iou", 2, None), ("agg_metrics", max_epoch, "auto")):
+        runner = make_runner(tmp_path, valid_splits=["val"], max_epoch=epochs, metric=metric, resume_ckpt_path=source)
+        monkeypatch.setattr(runner.task, "metrics", lambda records: {"iou": 100.0, "agg_metrics": 1.0})
+        runner.train()
+    assert "run.metric is agg_metrics: forgetting the best checkpoint by iou" in caplog.text
+    expected = {"checkpoint": "step_00000014", "metric": "agg_metrics", "value": 1.0, "epoch": 1}
+    assert runner.store.best() == {**expected, "validated_step": 7 * max_epoch}
+    assert (tmp_path / "checkpoints" / "best").resolve().name == "step_00000014"
+
+
+def test_a_refused_resume_leaves_the_best_alone(tmp_path):
+    make_runner(tmp_path, valid_splits=["val"]).train()
+    before = (tmp_path / "checkpoints" / "best.json").read_bytes()
+    with pytest.raises(ConfigError, match="cannot continue from"):
+        make_runner(tmp_path, valid_splits=["val"], metric="loss", seed=8, resume_ckpt_path="auto").train()
+    assert (tmp_path / "checkpoints" / "best.json").read_bytes() == before
+
+
 def test_a_full_disk_leaves_the_old_checkpoint_alone(tmp_path, monkeypatch):
     runner = make_runner(tmp_path)
     real, calls = checkpoint.save_weights, []
@@ -449,3 +497,21 @@ def test_evaluation_of_a_checkpoint(tmp_path):
     assert torch.equal(again.bare_model.head[0].weight, wanted)
     with pytest.raises(WeightsError, match="no complete checkpoint in"):
         make_runner(tmp_path / "empty", resume_ckpt_path="auto", **asked).evaluate()
+
+
+def test_evaluation_of_a_run_takes_its_best_checkpoint_and_training_its_last(tmp_path, monkeypatch):
+    trained = make_runner(tmp_path / "run", valid_splits=["val"], metric="loss")
+    values = iter([1.0, 2.0])
+    monkeypatch.setattr(trained.task, "metrics", lambda records: {"loss": next(values)})
+    trained.train()
+    store = trained.store
+    for wanted in ("auto", str(tmp_path / "run"), str(store.folder / "best")):
+        assert resume.to_evaluate(store, wanted).name == "step_00000007", wanted
+    assert resume.to_evaluate(store, str(store.path(14))).name == "step_00000014"
+    for wanted in ("auto", str(tmp_path / "run")):
+        assert resume.choose_source(store, wanted).name == "step_00000014"
+    asked = {"evaluate": True, "test_splits": ["test"], "task": "video_qa", "resume_ckpt_path": str(tmp_path / "run")}
+    evaluated = make_runner(tmp_path / "answers", **asked)
+    evaluated.evaluate()
+    for name, value in load_file(str(store.path(7) / "model.safetensors")).items():
+        assert torch.equal(head_of(evaluated)[name], value)

@@ -125,6 +125,14 @@ class CheckpointStore:
             self.point("best", self.folder / record["checkpoint"])
         write_json(self.folder / "best.json", dict(record))
 
+    def forget_best(self, metric: str) -> None:
+        """Forget the best checkpoint, and what was validated, unless `metric` made it the best."""
+        best = self.best()
+        if best.get("metric", metric) != metric:
+            log.warning("run.metric is %s: forgetting the best checkpoint by %s", metric, best["metric"])
+            for name in ("best.json", "best"):
+                (self.folder / name).unlink(missing_ok=True)
+
     def prune(self, keep_last: int) -> None:
         """Delete all but the last `keep_last` complete checkpoints and the best one."""
         kept = {path.name for path in self.complete()[-keep_last:]} | {self.best().get("checkpoint")}
@@ -174,7 +182,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def find(path: str | os.PathLike) -> Path:
-    """The checkpoint folder meant by a path: the folder itself, `checkpoints/best`, or a run's output_dir.
+    """The checkpoint folder meant by a path: the folder itself, `checkpoints/best`, or the last one in a run's folder.
 
     Raises:
         WeightsError: there is none, or it is torn.

@@ -15,6 +15,8 @@ import functools
 import hashlib
 import json
 import logging
+import math
+import numbers
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,6 +28,7 @@ from torch import nn
 from torch.utils.data import ConcatDataset, Dataset
 
 import lavis_lstp
+from lavis_lstp.errors import ConfigError
 from lavis_lstp.files import read_jsonl, sha256_json, write_jsonl
 from lavis_lstp.runners import distributed, resume
 from lavis_lstp.runners.data_order import Batches, eval_batches
@@ -195,6 +198,32 @@ def run_evaluation(
             parts.add(number, step(samples) if samples is not None else [], len(batches[number]))
             bar.update()
     return parts.end()
+
+
+def metric_value(metrics: Mapping[str, Any], name: str, split: str) -> float:
+    """The number by which a checkpoint is compared with others.
+
+    Raises:
+        ConfigError: a split's metrics have no such number.
+    """
+    scalars = {key: value for key, value in metrics.items() if _is_scalar(value)}
+    if name not in scalars:
+        what = f"is a {type(metrics[name]).__name__}, no number" if name in metrics else "is not among the metrics"
+        raise ConfigError(f"run.metric '{name}' {what} of split '{split}'; choose one of {', '.join(sorted(scalars))}")
+    return float(scalars[name])
+
+
+def _is_scalar(value: Any) -> bool:
+    if torch.is_tensor(value):
+        return value.numel() == 1
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def is_better(name: str, value: float, before: float | None) -> bool:
+    """Higher is better, but lower for a metric whose name ends in "loss"; NaN is never better."""
+    if math.isnan(value) or before is None:
+        return not math.isnan(value)
+    return value < before if name.endswith("loss") else value > before
 
 
 def to_device(value: Any, device: torch.device) -> Any:

@@ -63,12 +63,20 @@ def choose_source(store: CheckpointStore, wanted: str | None) -> Path | None:
 
 
 def to_evaluate(store: CheckpointStore, wanted: str) -> Path:
-    """The checkpoint folder whose weights to evaluate: `wanted`, or the store's last one for "auto".
+    """The checkpoint folder whose weights to evaluate.
+
+    Args:
+        wanted: a checkpoint folder; or a run's folder, or "auto" for the store's, of which the best checkpoint is
+            taken, or the last one where none is known to be the best. `model.checkpoint` reads a run's folder alike.
 
     Raises:
         WeightsError: there is no complete checkpoint.
     """
-    found = store.latest() if wanted == "auto" else find(wanted)
+    run = store if wanted == "auto" else CheckpointStore(Path(wanted) / "checkpoints")
+    best = run.best().get("checkpoint")
+    if best:
+        return run.folder / best
+    found = run.latest() if wanted == "auto" else find(wanted)
     if found is None:
         raise WeightsError(f"run.resume_ckpt_path is auto, and there is no complete checkpoint in {store.folder}")
     return found

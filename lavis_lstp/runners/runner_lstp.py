@@ -27,7 +27,7 @@ from lavis_lstp.runners import checkpoint, distributed, resume
 from lavis_lstp.runners import settings as run_settings
 from lavis_lstp.runners.data_order import Batches, TrainOrder
 from lavis_lstp.runners.engine import TorchEngine
-from lavis_lstp.runners.evaluation import evaluate_split, fingerprint, to_device
+from lavis_lstp.runners.evaluation import evaluate_split, fingerprint, is_better, metric_value, to_device
 from lavis_lstp.runners.randomness import derived_seed, rng_state, seed_everything, set_rng_state
 from lavis_lstp.runners.record import JsonLog, RunManifest, git_revision, parameter_table, versions
 from lavis_lstp.runners.schedule import build_schedule
@@ -183,6 +183,8 @@ class RunnerLSTP(RunnerBase):
             self.store.clean(fresh=source is None)
         if source is not None:
             self._resume(source)
+        if distributed.is_main():
+            self.store.forget_best(settings.metric)
         self.json_log.rewind(self.position.step if source is not None else -1)
         log.info(
             "%d samples, %d optimizer steps per epoch of %d samples each, %d steps in all, starting at step %d",
@@ -369,20 +371,15 @@ class RunnerLSTP(RunnerBase):
     def _validate(self, epoch: int) -> None:
         """Evaluate the valid splits; the first one's `run.metric` decides whether this checkpoint is the best."""
         found = {name: self.eval_epoch(name, epoch, skip_reload=True) for name in self.settings.valid_splits}
-        first = found[self.settings.valid_splits[0]]
-        if self.settings.metric not in first:
-            raise ConfigError(
-                f"run.metric '{self.settings.metric}' is not among the metrics of split "
-                f"'{self.settings.valid_splits[0]}': {', '.join(sorted(first))}"
-            )
+        split, metric = self.settings.valid_splits[0], self.settings.metric
+        value = metric_value(found[split], metric, split)
         if not distributed.is_main():
             return
-        value = float(first[self.settings.metric])
         best = self.store.best()
-        if value == value and value > best.get("value", float("-inf")):  # NaN is never the best
+        if is_better(metric, value, best.get("value")):
             name = self.store.path(self.position.step).name
-            best = {"checkpoint": name, "metric": self.settings.metric, "value": value, "epoch": epoch}
-            log.info("best so far: %s, %s %.4f", name, self.settings.metric, value)
+            best = {"checkpoint": name, "metric": metric, "value": value, "epoch": epoch}
+            log.info("best so far: %s, %s %.4f", name, metric, value)
         self.store.record_best({**best, "validated_step": self.position.step})
         self.store.prune(self.settings.keep_last)
 

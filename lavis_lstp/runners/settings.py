@@ -24,7 +24,10 @@ RUN_KEYS: dict[str, str] = {
     "save_every_epochs": "save a checkpoint every so many epochs (default 1); the last epoch is always saved",
     "keep_last": "how many checkpoints to keep besides the best one (default 2)",
     "eval_every_epochs": "evaluate valid_splits every so many epochs (default 1); the last epoch always",
-    "metric": "which metric of the first valid split picks the best checkpoint (default agg_metrics, higher wins)",
+    "metric": "which metric of the first valid split picks the best checkpoint (default agg_metrics); higher wins, but "
+    "lower for a name that ends in 'loss'",
+    "resume_ckpt_path": "training: checkpoint to go on from, auto or a run's folder meaning the last complete one; "
+    "evaluation: weights to evaluate, auto or a run's folder meaning its best checkpoint, else its last",
     "allow_partial": "report metrics although some questions have no prediction (default false)",
     "find_unused_parameters": "tell DDP that some trained weights get no gradient in some steps (default false)",
     "use_dist_eval_sampler": "kept for LAVIS's configurations; evaluation is always divided, without padding",
