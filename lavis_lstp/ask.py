@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PICTURE_SIDE = 320  # px, longer side of a frame in the picture
+DEFAULT_FRAMES = 64  # T where no run says how many
 
 
 def build_model(name: str, model_type: str | None, checkpoint: str | None, options: Sequence[str]):
@@ -37,29 +38,32 @@ def build_model(name: str, model_type: str | None, checkpoint: str | None, optio
 
     register()
     from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
-    from lavis_lstp.config import with_options
-    from lavis_lstp.config_keys import check_model
+    from lavis_lstp.config import complete_model, with_options
     from lavis_lstp.models.lstp import LSTP
     from lavis_lstp.plugin import resolve_model
 
+    chosen = {"arch": name, **({"model_type": model_type} if model_type else {})}
     recorded = _recorded_model(checkpoint) if checkpoint is not None else {}
-    model_class, model_type = resolve_model(recorded.get("arch", name), model_type or recorded.get("model_type"))
-    if not issubclass(model_class, LSTP):
-        raise ConfigError(f"`ask` is for LSTP models, '{recorded.get('arch', name)}' is {model_class.__name__}")
-    defaults = OmegaConf.load(model_class.default_config_path(model_type))
-    config = OmegaConf.merge(defaults, {"model": recorded})
-    if checkpoint is not None:
-        earlier = config.model.checkpoint or []
-        config.model.checkpoint = [*([earlier] if isinstance(earlier, str) else earlier), checkpoint]
-    if config.model.flow.name == "precomputed":  # nobody has computed this video's flow before
-        config.model.flow.name = "dis"
-    config = with_options(config, options)
-    if set(config) != {"model"} or not isinstance(config.model, DictConfig):
+    given = with_options(OmegaConf.create({"model": {**chosen, **recorded}}), options)
+    if set(given) != {"model"} or not isinstance(given.model, DictConfig):
         raise ConfigError(f"--options of `ask` begin with 'model.', got {' '.join(options)}")
-    check_model(OmegaConf.to_container(config.model), OmegaConf.to_container(defaults.model), model_class)
-    trained = bool(config.model.checkpoint or config.model.backbone.weights)
-    model = model_class.from_config(config.model).eval()
+    model_class, _ = resolve_model(given.model.get("arch"), given.model.get("model_type"))
+    if not issubclass(model_class, LSTP):
+        raise ConfigError(f"`ask` is for LSTP models, '{given.model.arch}' is {model_class.__name__}")
+    try:
+        config = OmegaConf.create(OmegaConf.to_container(complete_model(given), resolve=True)).model
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"cannot apply --options {' '.join(options)}: {str(error).splitlines()[0]}") from error
+    if checkpoint is not None:
+        earlier = config.checkpoint or []
+        config.checkpoint = [*([earlier] if isinstance(earlier, str) else earlier), checkpoint]
+    if config.flow.name == "precomputed":
+        print("note: flow is computed with dis, as nobody has precomputed this video's", file=sys.stderr)
+        config.flow.name = "dis"
+    trained = bool(config.checkpoint or config.backbone.weights)
+    model = model_class.from_config(config).eval()
     if model.selector.needs_span:
         raise ConfigError(
             f"selector '{model.selector.name}' takes spans from a data set, and a video alone has none; "
@@ -68,8 +72,8 @@ def build_model(name: str, model_type: str | None, checkpoint: str | None, optio
     return model, trained
 
 
-def _recorded_model(checkpoint: str) -> dict[str, Any]:
-    """The model section of the run that wrote the checkpoint; empty where the weights have no manifest beside them.
+def _recorded_run(checkpoint: str) -> tuple[Path, dict[str, Any]]:
+    """The manifest beside a checkpoint's weights, and the config in it; empty where there is no manifest.
 
     Raises:
         WeightsError: no weights there, or a manifest that is damaged or not a run's.
@@ -78,18 +82,26 @@ def _recorded_model(checkpoint: str) -> dict[str, Any]:
 
     manifest = weights_file(checkpoint).parent / "manifest.json"
     if not manifest.is_file():
-        return {}
+        return manifest, {}
     try:
-        recorded = json.loads(manifest.read_text(encoding="utf-8"))["config"]["model"]
-        recorded["arch"]
+        config = json.loads(manifest.read_text(encoding="utf-8"))["config"]
+        config["model"]["arch"]
     except (ValueError, KeyError, TypeError) as error:
         raise WeightsError(
             f"{manifest}: not the manifest of a run's checkpoint ({type(error).__name__}: {error}); "
             "name the weights of a run, or move the file away and choose --model"
         ) from error
-    earlier = recorded.get("checkpoint") or []
+    return manifest, config
+
+
+def _recorded_model(checkpoint: str) -> dict[str, Any]:
+    """The model section of the run that wrote the checkpoint, with the checkpoints it began with where they lie."""
+    manifest, config = _recorded_run(checkpoint)
+    if not config:
+        return {}
+    earlier = config["model"].get("checkpoint") or []
     earlier = [earlier] if isinstance(earlier, str) else earlier
-    return recorded | {"checkpoint": [_where_the_run_stood(manifest, path) for path in earlier]}
+    return config["model"] | {"checkpoint": [_where_the_run_stood(manifest, path) for path in earlier]}
 
 
 def _where_the_run_stood(manifest: Path, path: str) -> str:
@@ -97,15 +109,32 @@ def _where_the_run_stood(manifest: Path, path: str) -> str:
 
     The run was started in one of those, as a rule. Only there is it the run's own: another `output/demo/base` may lie
     in the current folder.
+
+    Raises:
+        WeightsError: it is in none of them.
     """
-    if not Path(path).expanduser().is_absolute():
-        for folder in manifest.resolve().parents:
-            if (folder / path).exists():
-                return str(folder / path)
+    given = Path(path).expanduser()
+    for folder in () if given.is_absolute() else manifest.resolve().parents:
+        if (folder / given).exists():
+            return str(folder / given)
+    if not given.exists():
+        where = "" if given.is_absolute() else ", neither in the current folder nor in one above that run"
+        raise WeightsError(
+            f"the run of {manifest} began with the weights '{path}', which are gone{where}; "
+            "put them back there, or start `ask` in the folder where the run was started"
+        )
     return path
 
 
-def ask(model: Any, video: str | Path, question: str, *, num_frames: int = 64) -> dict[str, Any]:
+def recorded_frames(checkpoint: str | None) -> int:
+    """T of the run that wrote the checkpoint, the largest of its data sets; `DEFAULT_FRAMES` where nothing says."""
+    datasets = _recorded_run(checkpoint)[1].get("datasets") if checkpoint is not None else None
+    sections = datasets.values() if isinstance(datasets, Mapping) else ()
+    counts = [section.get("num_frames") for section in sections if isinstance(section, Mapping)]
+    return max((count for count in counts if isinstance(count, int) and count > 0), default=DEFAULT_FRAMES)
+
+
+def ask(model: Any, video: str | Path, question: str, *, num_frames: int = DEFAULT_FRAMES) -> dict[str, Any]:
     """Answers one question about one video file.
 
     Args:
@@ -186,12 +215,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--checkpoint", help="a run's folder, one of its checkpoints, or a weights file")
     parser.add_argument("--model", default="lstp_tiny", help="without a run's folder (default: lstp_tiny)")
     parser.add_argument("--model-type", help="default: the model's default type")
-    parser.add_argument("--num-frames", type=int, default=64, help="evenly spaced frames to read (default: 64)")
+    parser.add_argument("--num-frames", type=int, help="frames to read, evenly spaced (default: as the run; else 64)")
     parser.add_argument("--picture", type=Path, help="PNG to write (default: <video>_lstp.png in this folder)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--options", nargs="*", default=[], metavar="model.A=B", help="overrides of the model config")
     args = parser.parse_args(argv)
-    if args.num_frames < 1:
+    if args.num_frames is not None and args.num_frames < 1:
         raise ConfigError(f"--num-frames must be at least 1, got {args.num_frames}")
     if not Path(args.video).is_file():  # before the seconds that a model takes
         raise LstpError(f"{args.video}: no such video file")
@@ -201,13 +230,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             "the model has random weights, so its answer means nothing; train one (make demo), then --checkpoint RUN"
         )
         print(f"note: {message}", file=sys.stderr)
-    result = ask(model, args.video, args.question, num_frames=args.num_frames)
+    num_frames = args.num_frames or recorded_frames(args.checkpoint)
+    result = ask(model, args.video, args.question, num_frames=num_frames)
 
     from lavis_lstp.picture import explanation_picture
 
     evidence = result.pop("evidence")
     picture = args.picture or Path(f"{Path(args.video).stem}_lstp.png")
-    evidence["frames"] = picture_frames(args.video, args.num_frames)
+    evidence["frames"] = picture_frames(args.video, num_frames)
     texts = {"question": args.question, "prediction": result["prediction"], "title": Path(args.video).name}
     try:
         explanation_picture(picture, **texts, **evidence)

@@ -110,7 +110,11 @@ def _load(path: Path) -> DictConfig:
 
 
 def with_options(config: DictConfig, options: Sequence[str] | None) -> DictConfig:
-    """`config` with `--options` laid over it."""
+    """`config` with `--options` laid over it.
+
+    Raises:
+        ConfigError: an option that is not of the form A.B=C.
+    """
     try:
         return OmegaConf.merge(config, OmegaConf.from_dotlist(options_to_dotlist(options)))
     except (OmegaConfBaseException, yaml.YAMLError, TypeError) as error:
@@ -127,7 +131,7 @@ def _complete(user: DictConfig) -> DictConfig:
     try:
         config = OmegaConf.merge(
             _complete_run(user, plain["run"]),
-            _complete_model(user, plain["model"]),
+            complete_model(user),
             _complete_datasets(user, plain["datasets"]),
         )
         OmegaConf.to_container(config, resolve=True)
@@ -157,14 +161,20 @@ def _complete_run(user: DictConfig, given: Mapping) -> DictConfig:
     return run
 
 
-def _complete_model(user: DictConfig, given: Mapping) -> DictConfig:
+def complete_model(user: DictConfig) -> DictConfig:
+    """`user`'s section `model`, checked and laid over the YAML file of the type it names.
+
+    Raises:
+        ConfigError: no such model or type, or a key that nobody reads.
+    """
+    given = _plain(user.model)
     if not given.get("arch"):
         raise ConfigError(f"model.arch is missing; known: {', '.join(registry.list_models())}")
     model_cls, model_type = resolve_model(given["arch"], given.get("model_type"))
     defaults = _load_defaults(model_cls.default_config_path(model_type))
     check_model(given, _plain(defaults.get("model")), model_cls)
-    chosen = {"model": {"arch": given["arch"], "model_type": model_type}}
-    return OmegaConf.merge(defaults, {"model": user.model}, chosen)
+    chosen = {"arch": given["arch"], "model_type": model_type}
+    return OmegaConf.merge(defaults, {"model": user.model}, {"model": chosen})
 
 
 def _complete_datasets(user: DictConfig, given: Mapping) -> DictConfig:

@@ -75,13 +75,18 @@ def is_ours(cls: type) -> bool:
 def check_model(given: Mapping, defaults: Mapping, model_cls: type) -> None:
     """Raise ConfigError for a key of `model` that neither the defaults nor the class know."""
     extra: dict[str, set | None] = {"": set(MODEL_KEYS)}
-    extra.update(dict.fromkeys(getattr(model_cls, "OPEN_CONFIG_KEYS", ())))
+    open_keys = getattr(model_cls, "OPEN_CONFIG_KEYS", ())
+    extra.update(dict.fromkeys(open_keys))
     if not is_ours(model_cls):
         read = keys_read_by(model_cls)
         if read is None:
             return
         extra[""] |= read
     _check_mapping(given, defaults, "model", extra, strict=is_ours(model_cls))
+    if is_ours(model_cls):
+        for key, default in defaults.items():
+            if key in given and given[key] is None and isinstance(default, Mapping) and key not in open_keys:
+                raise ConfigError(f"model.{key} must be {MAPPING}, got null")
 
 
 def check_dataset(given: Mapping, defaults: Mapping, name: str, builder_cls: type) -> None:

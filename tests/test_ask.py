@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -84,6 +85,38 @@ def test_earlier_weights_are_those_of_the_run_not_those_of_the_current_folder(tm
         assert own[key].equal(value + 1), key
 
 
+def make_run(folder: Path, **model) -> Path:
+    """A run's folder with one checkpoint of the projection and its manifest."""
+    weights, _ = ask.build_model("lstp_tiny", None, None, ["model.train=[projection]"])
+    last = folder / "checkpoints" / "last"
+    last.mkdir(parents=True)
+    save_file(weights.trainable_state_dict(), last / "model.safetensors")
+    datasets = {"lstp_shapes": {"num_frames": 9}, "lstp_video_qa": {"num_frames": None}}
+    write_json(last / "manifest.json", {"config": {"model": {"arch": "lstp_tiny", **model}, "datasets": datasets}})
+    return folder
+
+
+@pytest.mark.parametrize("place", ["output/gone", "/nowhere/gone"])
+def test_earlier_weights_that_are_gone_are_named(tmp_path, place):
+    with pytest.raises(WeightsError, match=f"manifest.json began with the weights '{place}', which are gone"):
+        ask.build_model("lstp_tiny", None, str(make_run(tmp_path / "run", checkpoint=place)), [])
+
+
+def test_frames_are_as_many_as_the_run_used_and_replaced_flow_is_said(tmp_path, capsys, monkeypatch):
+    video = numbered_video(tmp_path / "clip.mp4", 30)
+    folder = make_run(tmp_path / "run", flow={"name": "precomputed"})
+    asked = []
+    real = ask.ask
+    monkeypatch.setattr(ask, "ask", lambda *a, **k: asked.append(k["num_frames"]) or real(*a, **k))
+    words = (str(video), "what?", "--picture", str(tmp_path / "why.png"))
+    code, _, err = run(capsys, *words, "--checkpoint", str(folder))
+    assert code == 0 and asked == [9] and "note: flow is computed with dis" in err
+    code, _, err = run(capsys, *words, "--checkpoint", str(folder), "--num-frames", "5")
+    assert code == 0 and asked == [9, 5]
+    code, _, err = run(capsys, *words)
+    assert code == 0 and asked == [9, 5, 64] and "computed with dis" not in err
+
+
 @pytest.mark.parametrize("flow", ["dis", "motion_vectors"])
 def test_real_footage(real_videos, tmp_path, capsys, flow):
     for video in real_videos:
@@ -109,7 +142,14 @@ def test_bad_input_is_one_line(tmp_path, capsys):
         ((str(text), "what?", "--model", "blip2"), "LSTP"),
         ((str(text), "what?", "--options", "model.selector.nam=uniform"), "model.selector.name"),
         ((str(text), "what?", "--options", "model.slector.name=uniform"), "model.selector"),
+        ((str(text), "what?", "--options", "model.promt=x"), "did you mean 'model.prompt'"),
         ((str(text), "what?", "--options", "model=3"), "model."),
+        ((str(text), "what?", "--options", "model"), "option 'model' has no value"),
+        ((str(text), "what?", "--options", "model.selector=lstp"), "model.selector must be a mapping"),
+        ((str(text), "what?", "--options", "model.flow=null"), "model.flow must be a mapping"),
+        ((str(text), "what?", "--options", "model.prompt=${nothing}"), "nothing"),
+        ((str(text), "what?", "--options", "model.arch=lstp_tinny"), "lstp_tiny"),
+        ((str(text), "what?", "--options", "model.model_type=huge"), "default"),
         ((str(text), "what?", "--options", "model.selector.name=given"), "model.selector.name=lstp"),
         ((str(text), "what?", "--num-frames", "0"), "--num-frames"),
         ((str(text), "what?", "--checkpoint", str(tmp_path / "no_run")), "no_run"),
