@@ -5,10 +5,10 @@ that will read it. Out: nothing, or a `ConfigError` that names the nearest valid
 misspelt key is silently without effect there.
 
 Classes of this package list every key in their default YAML, so the defaults are the whole truth: `null` accepts
-any value, `{}` any mapping, and so does a mapping named in the class's `OPEN_CONFIG_KEYS` (settings handed to another
-library, such as "backbone.config"). LAVIS's own classes read keys that no YAML lists; those are found in the classes'
-sources (`keys_read_by`). LAVIS's own files also hold keys that nothing reads, so there a key is an error where it
-comes close to a valid one, and otherwise a warning.
+any value, `{}` any mapping, and so does a mapping named in the class's `OPEN_CONFIG_KEYS`. Of these, "backbone.config"
+and "generation" go to transformers, whose classes then say which keys there are. LAVIS's own classes read keys that no
+YAML lists; those are found in the classes' sources (`keys_read_by`). LAVIS's own files also hold keys that nothing
+reads, so there a key is an error where it comes close to a valid one, and otherwise a warning.
 """
 
 from __future__ import annotations
@@ -23,13 +23,19 @@ import sys
 import textwrap
 from collections.abc import Iterable, Mapping
 
-from lavis_lstp.errors import ConfigError
+from lavis_lstp.errors import ConfigError, unknown_name
 from lavis_lstp.run_keys import ANY, BOOLEAN, INTEGER, LIST, MAPPING, NUMBER, RUN_KEYS, SET_AT_RUN_TIME, TEXT
 
 logger = logging.getLogger(__name__)
 
 MODEL_KEYS = frozenset({"arch", "model_type", "load_finetuned", "load_pretrained", "finetuned", "pretrained"})
 """What LAVIS's Config and BaseModel read for every model."""
+
+LEGACY = frozenset(
+    ("attn_implementation", "bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id", "rope_scaling")
+    + ("rope_theta", "tie_word_embeddings", "torch_dtype", "use_cache")
+)
+"""Keys that configurations of published models hold and not every transformers release lists."""
 
 TYPO = 0.75
 """Similarity (difflib) from which an unknown key is taken for a misspelt one: one letter in four."""
@@ -87,6 +93,55 @@ def check_model(given: Mapping, defaults: Mapping, model_cls: type) -> None:
         for key, default in defaults.items():
             if key in given and given[key] is None and isinstance(default, Mapping) and key not in open_keys:
                 raise ConfigError(f"model.{key} must be {MAPPING}, got null")
+        if "generation" in open_keys and given.get("generation"):
+            _check_generation(given["generation"])
+        if "backbone.config" in open_keys and (given.get("backbone") or {}).get("config"):
+            _check_backbone(given["backbone"], defaults["backbone"])
+
+
+def _check_generation(given: Mapping) -> None:
+    from transformers import GenerationConfig
+
+    _check_kind("model.generation", given, MAPPING)
+    _check_known("model.generation", given, GenerationConfig().to_dict())
+
+
+def _check_backbone(given: Mapping, defaults: Mapping) -> None:
+    """Raise ConfigError for a key of `model.backbone.config` that transformers' classes would swallow."""
+    from transformers import CONFIG_MAPPING
+
+    where, config = "model.backbone.config", given["config"]
+    _check_kind(where, config, MAPPING)
+    family = given.get("family") or defaults["family"]
+    if family not in ("blip2", "instructblip"):
+        return  # the error of the model says more
+    family_class = CONFIG_MAPPING[{"blip2": "blip-2"}.get(family, family)]
+    classes, listed = dict(family_class.sub_configs), defaults.get("config") or {}
+    for name in classes:
+        if name in config and not isinstance(config[name], Mapping):
+            raise ConfigError(f"{where}.{name} must be {MAPPING}, got {config[name]!r}")
+    texts = (config.get("text_config") or {}, listed.get("text_config") or {})
+    language = texts[0].get("model_type") or texts[1].get("model_type")
+    if language not in CONFIG_MAPPING:
+        raise ConfigError(unknown_name(f"model_type in {where}.text_config:", language, ("llama", "opt", "t5")))
+    classes["text_config"] = CONFIG_MAPPING[language]
+    parts = {name: {} for name in classes} | {"text_config": {"model_type": language}}
+    _check_known(where, config, _keys_of(family_class(**parts)))
+    for name, cls in classes.items():
+        # The defaults' keys are legal although they are another language model's: they lie under every file.
+        _check_known(f"{where}.{name}", config.get(name) or {}, _keys_of(cls()) | set(listed.get(name) or ()))
+
+
+def _keys_of(config: object) -> set[str]:
+    """Keys that a transformers configuration takes: its own, other names of them, and those of older releases."""
+    return {*config.to_dict(), *config.attribute_map, *inspect.signature(type(config).__init__).parameters, *LEGACY}
+
+
+def _check_known(where: str, given: Mapping, known: Iterable[str]) -> None:
+    known = {name for name in known if not name.startswith("_")} - {"self", "kwargs", "transformers_version"}
+    for key in given:
+        if key not in known:
+            raise ConfigError(_unknown_key(where, key, known))
 
 
 def check_dataset(given: Mapping, defaults: Mapping, name: str, builder_cls: type) -> None:

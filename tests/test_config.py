@@ -6,9 +6,12 @@ import types
 from pathlib import Path
 
 import pytest
+from lavis.common.registry import registry
+from omegaconf import OmegaConf
 
 from lavis_lstp import launch
 from lavis_lstp.config import Config, find_config, options_to_dotlist, recipes
+from lavis_lstp.config_keys import check_model
 from lavis_lstp.errors import ConfigError
 
 BASE = """
@@ -239,6 +242,59 @@ def test_files_that_cannot_be_read(write, capsys, tmp_path):
 )
 def test_names_and_keys_nobody_knows(write, capsys, option, said):
     assert said in error_line(capsys, write(), option)
+
+
+BACKBONE = "model.backbone.config"
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["vision_config.hiden_size=32"], f"did you mean '{BACKBONE}.vision_config.hidden_size'?"),
+        (["qformer_config.num_hidden_layer=1"], f"did you mean '{BACKBONE}.qformer_config.num_hidden_layers'?"),
+        (["text_config.num_heads=2"], f"'{BACKBONE}.text_config.num_heads'; did you mean"),  # T5's, and this is LLaMA
+        (["text_config.model_type=t5", "text_config.d_modell=8"], f"did you mean '{BACKBONE}.text_config.d_model'?"),
+        (["text_config.model_type=lama"], "unknown model_type in model.backbone.config.text_config: 'lama'"),
+        (["num_query_token=8"], f"did you mean '{BACKBONE}.num_query_tokens'?"),
+        (["vision_confg.hidden_size=32"], f"did you mean '{BACKBONE}.vision_config'?"),
+        (["vision_config=32"], "vision_config must be a mapping, got 32"),
+        (["vision_config=null"], "vision_config must be a mapping, got None"),
+        (["text_config=t5"], "text_config must be a mapping, got 't5'"),
+    ],
+)
+@pytest.mark.parametrize("family", ["instructblip", "blip2"])
+def test_misspelt_keys_of_transformers_configurations(write, capsys, family, options, said):
+    options = [f"model.backbone.family={family}", *(f"{BACKBONE}.{option}" for option in options)]
+    assert said in error_line(capsys, write(), *options)
+
+
+def test_misspelt_generation_settings(write, capsys):
+    line = error_line(capsys, write(), "model.generation.max_new_token=3")
+    assert "unknown key 'model.generation.max_new_token'; did you mean 'model.generation.max_new_tokens'?" in line
+    assert "model.generation must be a mapping, got 3" in error_line(capsys, write(), "model.generation=3")
+
+
+def test_keys_that_transformers_knows_are_accepted(write):
+    # intermediate_size is LLaMA's and in the defaults, so it lies in the manifest of every run
+    t5 = (
+        "model_type=t5",
+        "intermediate_size=64",
+        "d_model=64",
+        "num_heads=2",
+        "hidden_size=64",
+        "decoder_start_token_id=0",
+    )
+    load(write(), *(f"{BACKBONE}.text_config.{option}" for option in t5), "model.generation.top_p=0.9")
+    load(write(), f"{BACKBONE}.text_config.rope_theta=500.0", "model.generation=null")
+    cfg = load(write(), f"{BACKBONE}=null", "model.backbone.weights=some/folder")
+    assert cfg.model_cfg.backbone.config is None
+    model_cls = registry.get_model_class("lstp_tiny")
+    defaults = OmegaConf.to_container(OmegaConf.load(model_cls.default_config_path()).model)
+    check_model(defaults, defaults, model_cls)
+
+
+def test_sections_that_cannot_be_null(write, capsys):
+    assert "model.selector must be a mapping, got null" in error_line(capsys, write(), "model.selector=null")
 
 
 @pytest.mark.parametrize(
