@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lavis_lstp.errors import ConfigError, LstpError, WeightsError, unknown_name
+from lavis_lstp.models.backbone import IMAGE_MEAN, IMAGE_STD
 from lavis_lstp.models.weights import convert_published, load_state_dict_file, load_strict
 
 FLOW_NAMES = ("raft_large", "raft_small", "dis", "motion_vectors", "precomputed", "none")
@@ -36,9 +37,6 @@ RAFT_URLS = {
     "raft_small": "https://download.pytorch.org/models/raft_small_C_T_V2-01064c6d.pth",
 }
 UNINITIALISED = "checkpoint"
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def build_flow(
@@ -246,7 +244,7 @@ class RaftFlow:
         """uint8 [N,3,H,W] to what the network takes: [-1,1], or the published demo's input (SPEC 0)."""
         images = images.float()
         if self.published_input:
-            mean, std = images.new_tensor(CLIP_MEAN), images.new_tensor(CLIP_STD)
+            mean, std = images.new_tensor(IMAGE_MEAN), images.new_tensor(IMAGE_STD)
             images = (images / 255 - mean[:, None, None]) / std[:, None, None]
         return 2 * (images / 255) - 1
 
