@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from toy import make_runner
 
+from lavis_lstp.data import shapes_qa
 from lavis_lstp.errors import ConfigError, WeightsError
 from lavis_lstp.runners import RunnerLSTP, checkpoint
 
@@ -167,3 +169,73 @@ def test_a_path_resumes_into_another_folder(unbroken, tmp_path):
         make_runner(
             tmp_path / "new", resume_ckpt_path=str(unbroken / "checkpoints" / "step_00000008"), **OPTIONS
         ).train()
+
+
+# ---- LSTP itself, from the command line
+
+
+LSTP_STEPS, NUM_FRAMES = 12, 4
+
+
+@pytest.fixture(scope="module")
+def lstp_command(tmp_path_factory) -> list[str]:
+    """Trains the sampler on two videos' questions for 12 steps of two epochs, but for run.output_dir."""
+    root = tmp_path_factory.mktemp("lstp")
+    sizes = {"seed": 0, "train_videos": 2, "val_videos": 1, "test_videos": 0, "train_images": 0, "size": 32}
+    shapes_qa.generate(root / "data", workers=1, **sizes)
+    for split in ("train", "val"):
+        questions = json.loads((root / "data" / f"{split}.json").read_text())
+        spans = {row["question_id"]: {"span": [i % 3, i % 3 + 2]} for i, row in enumerate(questions)}
+        header = {"format": "lavis_lstp.spans", "version": 1, "unit": "frames", "num_frames": NUM_FRAMES}
+        (root / f"{split}.json").write_text(json.dumps({**header, "spans": spans}))
+    assert len(json.loads((root / "data" / "train.json").read_text())) == LSTP_STEPS
+    data = {"root": root / "data", "num_frames": NUM_FRAMES, "image_size": 32}
+    data.update({f"generate.{name}": value for name, value in sizes.items()})
+    data.update({f"spans.{split}": root / f"{split}.json" for split in ("train", "val")})
+    run = {"max_epoch": 2, "batch_size_train": 2, "save_every_steps": 1, "log_freq": 1, "resume_ckpt_path": "auto"}
+    return [
+        *(sys.executable, "-m", "lavis.train"),
+        *("--cfg-path", str(HERE.parent / "projects" / "lstp" / "tiny_sampler.yaml"), "--options"),
+        "model.sampler.dropout=0.3",
+        *(f"datasets.lstp_shapes.{name}={value}" for name, value in data.items()),
+        *(f"run.{name}={value}" for name, value in run.items()),
+    ]
+
+
+def start(command: list[str], folder: Path) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*command, f"run.output_dir={folder}"], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+
+
+def finish(process: subprocess.Popen) -> None:
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said.decode()[-3000:]
+
+
+def test_lstp_killed_at_a_random_moment_ends_with_the_weights_of_an_unbroken_run(lstp_command, tmp_path):
+    """The kill comes from outside, so it may also hit a checkpoint that is being written."""
+    unbroken = start(lstp_command, tmp_path / "unbroken")
+    killed = start(lstp_command, tmp_path / "killed")
+    at, deadline = random.SystemRandom().randrange(2, LSTP_STEPS - 4), time.monotonic() + 120
+    log = tmp_path / "killed" / "log.jsonl"
+    while killed.poll() is None and time.monotonic() < deadline:
+        if log.is_file() and log.read_text().count('"kind": "train"') >= at:
+            break
+        time.sleep(0.002)
+    time.sleep(random.SystemRandom().uniform(0, 0.05))
+    killed.kill()
+    _, said = killed.communicate(timeout=60)
+    finish(unbroken)
+    assert killed.returncode == -signal.SIGKILL, said.decode()[-3000:]
+    done = len(losses(tmp_path / "killed"))
+    assert at <= done < LSTP_STEPS
+
+    finish(start(lstp_command, tmp_path / "killed"))
+    manifest = json.loads((tmp_path / "killed" / "run_manifest.json").read_text())
+    assert "step_" in manifest["resumed_from"][0]
+    assert_equal_runs(tmp_path / "unbroken", tmp_path / "killed")
+    assert losses(tmp_path / "killed") == losses(tmp_path / "unbroken")
+    name = "checkpoints/last/model.safetensors"
+    assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "unbroken" / name).read_bytes()

@@ -205,7 +205,7 @@ def find(path: str | os.PathLike) -> Path:
 def save_weights(state: Mapping[str, torch.Tensor], path: Path) -> None:
     """Tensors on the CPU, contiguous and without shared storage, as safetensors."""
     plain = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
-    save_file(plain, str(path), metadata={"format": "pt", "made_by": "lavis_lstp"})
+    save_file(plain, str(path), metadata={"format": "pt"})  # of several entries the order would differ each time
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)  # safetensors leaves 0600, which no colleague can read
