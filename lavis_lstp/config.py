@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lavis_lstp.config_keys import check_dataset, check_model, check_roots, check_run, is_ours
 from lavis_lstp.errors import ConfigError, unknown_name
 from lavis_lstp.plugin import resolve_model
-from lavis_lstp.run_keys import RUN_KEYS, run_defaults
+from lavis_lstp.run_keys import run_defaults
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -143,22 +143,29 @@ def _complete(user: DictConfig) -> DictConfig:
 def _complete_run(user: DictConfig, given: Mapping) -> DictConfig:
     if not given.get("task"):
         raise ConfigError(f"run.task is missing; known: {', '.join(registry.list_tasks())}")
-    runner = given.get("runner") or RUN_KEYS["runner"][1]
-    runner_cls = _registered("runner", runner, registry.get_runner_class, registry.list_runners)
     task_cls = _registered("task", given["task"], registry.get_task_class, registry.list_tasks)
+    runner = given.get("runner") or _default_runner(task_cls, user.model.get("arch"))
+    runner_cls = _registered("runner", runner, registry.get_runner_class, registry.list_runners)
     # LAVIS's files carry keys of other tasks than the one they name, so those of all its tasks are legal.
     lavis_tasks = [cls for cls in map(registry.get_task_class, registry.list_tasks()) if not is_ours(cls)]
     check_run(given, [runner_cls, task_cls, *lavis_tasks])
     schedule = given.get("lr_sched")
     if schedule is not None:
         _registered("lr_sched", schedule, registry.get_lr_scheduler_class, registry.list_lr_schedulers)
-    defaults = run_defaults(own_runner=is_ours(runner_cls))
+    defaults = {**run_defaults(own_runner=is_ours(runner_cls)), "runner": runner}
     run = OmegaConf.merge({"run": defaults}, {"run": user.run})
     for key, default in defaults.items():  # a null in the file means "as if it were not there"
         if given.get(key) is None:
             run.run[key] = default
     run.run.output_dir = os.path.abspath(os.path.expanduser(run.run.output_dir))
     return run
+
+
+def _default_runner(task_cls: type, arch: str | None) -> str:
+    """LAVIS's default stays where all is LAVIS's own; a model or task of this package gets this package's runner."""
+    model_cls = registry.get_model_class(arch) if arch else None
+    ours = is_ours(task_cls) or (model_cls is not None and is_ours(model_cls))
+    return "runner_lstp" if ours else "runner_base"
 
 
 def complete_model(user: DictConfig) -> DictConfig:

@@ -8,6 +8,7 @@ writes, and an exit status: 0, or 2 after one line on stderr where the input is 
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import random
 import sys
@@ -16,6 +17,8 @@ from collections.abc import Sequence
 from datetime import timedelta
 
 from lavis_lstp.errors import ConfigError, LstpError
+
+log = logging.getLogger(__name__)
 
 RENDEZVOUS_TIMEOUT = timedelta(hours=2)
 """How long a process waits for the others, for instance while one of them reads a large checkpoint."""
@@ -74,6 +77,8 @@ def run(args: argparse.Namespace, evaluate_only: bool = False) -> None:
         task = tasks.setup_task(cfg)
         datasets = task.build_datasets(cfg)
         model = task.build_model(cfg)
+        if cfg.run_cfg.evaluate:
+            warn_of_random_weights(model, cfg)
         runner_cls = registry.get_runner_class(cfg.run_cfg.runner)
         runner = runner_cls(cfg=cfg, job_id=shared_job_id(), task=task, model=model, datasets=datasets)
         if evaluate_only:
@@ -82,6 +87,20 @@ def run(args: argparse.Namespace, evaluate_only: bool = False) -> None:
             runner.train()
     finally:
         destroy_processes()
+
+
+def warn_of_random_weights(model, cfg) -> None:
+    """One warning where a model of this package is evaluated and nothing in the configuration brings weights."""
+    from lavis_lstp.config_keys import is_ours
+
+    settings = cfg.model_cfg
+    weights = (settings.get("backbone") or {}).get("weights")
+    if is_ours(type(model)) and not (settings.get("checkpoint") or weights or cfg.run_cfg.get("resume_ckpt_path")):
+        log.warning(
+            "the weights of %s are random, so its answers mean nothing; set model.checkpoint to a run's folder or "
+            "model.backbone.weights",
+            settings.arch,
+        )
 
 
 def choose_device(run_cfg) -> None:

@@ -13,7 +13,7 @@ TEXT, LIST, MAPPING, ANY = "text", "a list", "a mapping", ""
 RUN_KEYS: dict[str, tuple[str, object, str]] = {
     # what runs
     "task": (TEXT, None, "task to run; the one key without which nothing can run"),
-    "runner": (TEXT, "runner_base", "runner class; runner_lstp for CPU, exact resume and honest checkpoints"),
+    "runner": (TEXT, None, "runner class; runner_lstp, with LAVIS's own models and tasks runner_base"),
     "evaluate": (BOOLEAN, False, "evaluate only; lavis.evaluate sets it"),
     "seed": (INTEGER, 42, "seed of every generator; the rank is added"),
     "output_dir": (TEXT, "output", "where results go; relative to the current folder"),

@@ -119,6 +119,22 @@ def test_laviss_runner_gets_the_values_it_has_no_default_for(write):
     assert "batch_size_train" not in load(write()).run_cfg  # ours has its own defaults
 
 
+@pytest.mark.parametrize(
+    "model, task, runner",
+    [
+        ("lstp_tiny", "video_qa", "runner_lstp"),
+        ("lstp_tiny", "captioning", "runner_lstp"),
+        ("blip2_t5", "video_qa", "runner_lstp"),
+        ("blip2_t5", "captioning", "runner_base"),
+    ],
+)
+@pytest.mark.parametrize("given", ["", "  runner: null\n"])
+def test_the_default_runner_is_ours_with_our_model_or_task(write, model, task, runner, given):
+    text = f"model: {{arch: {model}}}\ndatasets: {{lstp_video_qa: {{}}}}\nrun:\n  task: {task}\n{given}"
+    assert load(write(text)).run_cfg.runner == runner
+    assert load(write(text), "run.runner=runner_iter").run_cfg.runner == "runner_iter"
+
+
 def test_interpolations_are_resolved(write):
     cfg = load(write(), "run.seed=5", "model.selection_seed=${run.seed}")
     assert cfg.model_cfg.selection_seed == 5

@@ -7,8 +7,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from lavis.common.registry import registry
+from omegaconf import OmegaConf
+
+from lavis_lstp import launch
 
 CONFIG = """
 model: {arch: lstp_tiny, selector: {name: uniform}, flow: {name: none}, losses: [lm]}
@@ -70,8 +75,24 @@ def test_only_rank_0_logs(trained):
 
 def test_evaluate_answers_every_question_of_the_split(trained):
     folder, _ = trained
-    python("-m", "lavis.evaluate", "--cfg-path", "run.yaml", "--options", *EVALUATE, cwd=folder)
+    done = python("-m", "lavis.evaluate", "--cfg-path", "run.yaml", "--options", *EVALUATE, cwd=folder)
+    assert "random" not in done.stderr
     questions = json.loads((folder / "data" / "test.json").read_text())
     (written,) = (folder / "answers").rglob("test_video_qa.jsonl")
     answered = [json.loads(line)["question_id"] for line in written.read_text().splitlines()]
     assert sorted(answered) == sorted(question["question_id"] for question in questions)
+
+
+def test_evaluating_random_weights_is_said(caplog):
+    def warned(model, **settings) -> bool:
+        caplog.clear()
+        model_cfg = {"arch": "lstp_tiny", "checkpoint": None, "backbone": {"weights": None}}
+        run_cfg = {"resume_ckpt_path": settings.pop("resume_ckpt_path", None)}
+        cfg = SimpleNamespace(model_cfg=OmegaConf.create(model_cfg | settings), run_cfg=OmegaConf.create(run_cfg))
+        launch.warn_of_random_weights(model, cfg)
+        return "the weights of lstp_tiny are random" in caplog.text
+
+    ours = registry.get_model_class("lstp_tiny").__new__(registry.get_model_class("lstp_tiny"))
+    assert warned(ours)
+    assert not warned(ours, checkpoint="run") and not warned(ours, backbone={"weights": "folder"})
+    assert not warned(ours, resume_ckpt_path="auto") and not warned(object())
