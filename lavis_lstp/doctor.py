@@ -75,16 +75,37 @@ def examine() -> list[Finding]:
 def _system() -> list[Finding]:
     from lavis_lstp import __version__
 
-    disabled = os.environ.get("LAVIS_LSTP_DISABLE", "0") not in ("", "0")
-    hook = "off: LAVIS_LSTP_DISABLE is set" if disabled else "on: `import lavis` registers this package"
     return [
         Finding(
             "system", "python", sys.version_info >= (3, 10), f"{platform.python_version()} on {platform.platform()}"
         ),
         Finding("system", "lavis_lstp", True, f"{__version__} in {Path(__file__).parent}"),
-        Finding("system", "import hook", not disabled, hook),
+        _try("system", "import hook", _hook),
         _try("system", "temporary folder", _write_somewhere, required=True),
     ]
+
+
+def _hook() -> str:
+    """What makes a process that never mentions this package import it: `lavis_lstp.pth` in a site folder.
+
+    Raises:
+        RuntimeError: it is switched off, or not installed.
+    """
+    if os.environ.get("LAVIS_LSTP_DISABLE", "0") not in ("", "0"):
+        raise RuntimeError("off: LAVIS_LSTP_DISABLE is set")
+    for folder in _site_folders():
+        file = Path(folder, "lavis_lstp.pth")
+        if file.is_file() and "import lavis_lstp" in file.read_text(encoding="utf-8"):
+            return f"on: `import lavis` registers this package, by {file}"
+    raise RuntimeError(
+        "off: no folder of this environment has lavis_lstp.pth; install the package (pip install .), "
+        "or begin programs with `import lavis_lstp; lavis_lstp.register()`"
+    )
+
+
+def _site_folders() -> list[str]:
+    """Folders whose .pth files may have been read at start; `site.addsitedir` leaves what it read in `sys.path`."""
+    return [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
 
 
 def _packages() -> list[Finding]:
@@ -154,7 +175,7 @@ def _optional() -> list[Finding]:
     def deepspeed() -> str:
         if importlib.util.find_spec("deepspeed") is None:
             raise RuntimeError("not installed; pip install 'lavis_lstp[deepspeed]'")
-        return _version("deepspeed")
+        return f"{_version('deepspeed')}, found but not imported"  # its import looks for compilers and may take long
 
     def decord() -> str:
         return _import_version("decord", "eva-decord" if _on_arm_mac() else "decord")
@@ -167,12 +188,13 @@ def _optional() -> list[Finding]:
 
 def _raft_weights(size: str) -> str:
     import torch
-    import torchvision.models.optical_flow as optical_flow
 
-    url = getattr(optical_flow, f"Raft_{size}_Weights").DEFAULT.url
-    file = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
+    from lavis_lstp.models.flow import RAFT_URLS
+
+    url = RAFT_URLS[f"raft_{size.lower()}"]
+    file = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[-1])
     if not file.is_file():
-        raise RuntimeError(f"not downloaded; first use fetches {url} to {file}")
+        raise RuntimeError(f"nothing downloads them by itself; put {url} there as {file}")
     return str(file)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from lavis_lstp import Finder, _hook, plugin
+from lavis_lstp.errors import LstpError
 
 ROOT = Path(__file__).resolve().parent.parent
 INSTALL_LINE = "pip install --no-deps salesforce-lavis==1.0.2"
@@ -265,6 +266,49 @@ def test_doctor_fails_when_the_main_job_cannot_run(capsys, monkeypatch):
     assert doctor.main([]) == 1
     out = capsys.readouterr().out
     assert "BROKEN no-such-package" in out and "cannot run: no-such-package" in out
+
+
+def test_doctor_looks_for_the_hook_itself(monkeypatch, tmp_path):
+    from lavis_lstp import doctor
+
+    assert "lavis_lstp.pth" in doctor._hook()
+    monkeypatch.setenv("LAVIS_LSTP_DISABLE", "1")
+    assert "LAVIS_LSTP_DISABLE is set" in str(pytest.raises(RuntimeError, doctor._hook).value)
+    monkeypatch.delenv("LAVIS_LSTP_DISABLE")
+    site = tmp_path / "site-packages"
+    site.mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path), str(site)])
+    assert "no folder of this environment has lavis_lstp.pth" in str(pytest.raises(RuntimeError, doctor._hook).value)
+    (site / "lavis_lstp.pth").write_text("import lavis_lstp\n")
+    assert str(site) in doctor._hook()
+
+
+def test_doctor_says_where_raft_belongs_and_that_nothing_fetches_it(monkeypatch, tmp_path):
+    from lavis_lstp import doctor
+    from lavis_lstp.models.flow import RAFT_URLS, build_flow
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    for size in ("Large", "Small"):
+        name = f"raft_{size.lower()}"
+        said = str(pytest.raises(RuntimeError, doctor._raft_weights, size).value)
+        file = said.rsplit(" as ", 1)[1]
+        assert RAFT_URLS[name] in said and "nothing downloads" in said
+        assert file in str(pytest.raises(LstpError, build_flow, name).value)  # where the model looks
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        Path(file).write_bytes(b"")
+        assert doctor._raft_weights(size) == file
+
+
+def test_doctor_says_that_deepspeed_was_not_imported(monkeypatch):
+    from lavis_lstp import doctor
+
+    real = doctor.importlib.util.find_spec
+    for there, said in ((True, "not imported"), (False, "not installed")):
+        monkeypatch.setattr(
+            doctor.importlib.util, "find_spec", lambda n, *a, t=there: t or None if n == "deepspeed" else real(n, *a)
+        )
+        (found,) = (finding for finding in doctor._optional() if finding.name == "deepspeed")
+        assert found.usable is there and said in found.detail
 
 
 def test_list_and_unknown_commands(capsys):
