@@ -102,7 +102,8 @@ OUR_NEEDS = [
     "torch>=2.4",
     "torchvision>=0.19",
     "tqdm>=4.66",
-    "transformers>=4.57.6,<6",
+    # LAVIS's own models fail on 5.0.0; 5.1 to 5.3 are untested.
+    "transformers>=4.57.6,!=5.0.*,!=5.1.*,!=5.2.*,!=5.3.*,<6",
     # Both packages occupy the module `decord`; the first has no wheel for macOS on ARM.
     "decord>=0.6.0; sys_platform != 'darwin' or platform_machine != 'arm64'",
     "eva-decord>=0.6.1; sys_platform == 'darwin' and platform_machine == 'arm64'",
