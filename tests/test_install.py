@@ -148,6 +148,36 @@ def test_laviss_missing_modules_run(installed, module):
     assert "error: unknown config file 'none.yaml'" in done.stderr
 
 
+SMALL = [
+    *(
+        f"datasets.lstp_shapes.generate.{split}_videos={count}"
+        for split, count in (("train", 4), ("val", 1), ("test", 1))
+    ),
+    "datasets.lstp_shapes.generate.train_images=0",
+    "run.max_steps=1",
+]
+
+
+def test_the_wheel_trains_evaluates_and_loads_from_an_empty_folder(checkout, wheel, tmp_path):
+    environment = make_environment(tmp_path / "env", checkout)
+    pip_install(environment, wheel)
+    recipe = ("--cfg-path", "projects/lstp/tiny_ft.yaml", "--options", *SMALL)
+    trained = run(environment.python, "-m", "lavis.train", *recipe, cwd=environment.empty)
+    assert "Traceback" not in trained.stderr
+    output = environment.empty / "output" / "lstp" / "tiny_ft"
+    assert list(output.rglob("model.safetensors"))
+    evaluated = run(environment.python, "-m", "lavis.evaluate", *recipe, cwd=environment.empty)
+    assert "the weights of lstp_tiny are random" in evaluated.stderr + evaluated.stdout
+    assert (output / "evaluate_manifest.json").is_file()
+    loaded = environment.answers(
+        "import json, sys; from lavis.models import load_model, load_model_and_preprocess\n"
+        "a, (b, vis, text) = load_model('lstp_tiny'), load_model_and_preprocess('lstp_tiny')\n"
+        "print(json.dumps([type(a).__name__, type(b).__name__, sorted(vis), sys.modules['lavis_lstp'].__file__]))"
+    )
+    assert loaded[0] == loaded[1] and loaded[2] == ["eval", "train"]
+    assert Path(loaded[3]).is_relative_to(environment.folder)
+
+
 def test_uninstalling_leaves_nothing_behind(checkout, tmp_path, wheel):
     environment = make_environment(tmp_path / "env", checkout)
     for what in ((wheel,), ("--editable", checkout)):
