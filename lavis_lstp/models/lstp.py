@@ -51,7 +51,7 @@ class LSTP(BaseModel):
 
     PRETRAINED_MODEL_CONFIG_DICT: Mapping[str, str] = {}
     OPEN_CONFIG_KEYS = frozenset({"backbone.config", "generation"})
-    """Sections of a config that go to transformers unchecked."""
+    """Sections of a config that go to transformers, so their keys are those of its classes, not of our defaults."""
 
     def __init__(
         self,
