@@ -17,7 +17,7 @@ RUN_KEYS: dict[str, tuple[str, object, str]] = {
     "evaluate": (BOOLEAN, False, "evaluate only; lavis.evaluate sets it"),
     "seed": (INTEGER, 42, "seed of every generator; the rank is added"),
     "output_dir": (TEXT, "output", "where results go; relative to the current folder"),
-    "resume_ckpt_path": (TEXT, None, "run or checkpoint to go on from, or to evaluate; auto = this run's own (runner_lstp)"),
+    "resume_ckpt_path": (TEXT, None, "run or checkpoint to go on from or evaluate; auto = this run's (runner_lstp)"),
     "log_freq": (INTEGER, None, "steps between two log lines"),
     # data
     "train_splits": (LIST, None, "splits to train on"),

@@ -191,8 +191,8 @@ def test_a_checkpoint_of_another_shape_or_none_at_all(error, here):
     short = {key: value[..., :3].contiguous() for key, value in part.items()}
     first = min(part)
     files = {
-        "shape.safetensors": (short, "language_projection.bias: (3,) in the file, (64,) in the model"),
-        "torn.safetensors": ({first: part[first]}, "1 missing"),
+        "shape.safetensors": (short, "language_projection.bias' is [3] in the file, [64] in the model"),
+        "torn.safetensors": ({first: part[first]}, "keys missing: 'backbone.model.language_projection.weight'"),
         "other.safetensors": ({"encoder.weight": torch.zeros(1)}, "encoder.weight"),
     }
     for name, (content, said) in files.items():
