@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import random
 import sys
 import time
 from collections.abc import Sequence
@@ -71,7 +70,7 @@ def run(args: argparse.Namespace, evaluate_only: bool = False) -> None:
     choose_device(cfg.run_cfg)
     init_processes(cfg.run_cfg, args.local_rank)
     try:
-        seed_everything(cfg.run_cfg.seed + get_rank())
+        seed_processes(cfg.run_cfg.seed + get_rank())
         setup_logger()  # after the group exists: rank 0 logs, the others warn
         cfg.pretty_print()
         task = tasks.setup_task(cfg)
@@ -164,14 +163,13 @@ def destroy_processes() -> None:
         dist.destroy_process_group()
 
 
-def seed_everything(seed: int) -> None:
-    """Seed Python's, NumPy's and torch's generators, and ask cuDNN for repeatable kernels."""
-    import numpy as np
+def seed_processes(seed: int) -> None:
+    """Seed all generators, and ask cuDNN for repeatable kernels."""
     import torch
 
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    from lavis_lstp.runners.randomness import seed_everything
+
+    seed_everything(seed)
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
 
