@@ -1,0 +1,43 @@
+"""Names of the models and the YAML file behind each type.
+
+In: a registered name and a type. Out: the complete `model` section: `configs/models/lstp.yaml` has every key, any other
+file holds what differs and names with `extends` what it differs from.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from lavis_lstp.errors import ConfigError
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "models"
+BASE = CONFIGS / "lstp.yaml"
+
+MODEL_TYPES: dict[str, dict[str, Path]] = {
+    name: {kind: CONFIGS / f"{file}.yaml" for kind, file in types.items()}
+    for name, types in {
+        "lstp_tiny": {"default": "lstp_tiny"},
+    }.items()
+}
+"""Registered name -> type -> YAML. A new variant is a line here and a file there."""
+
+
+def load_variant(path: str | Path) -> DictConfig:
+    """The file's root, with `model` laid over what it extends and over `lstp.yaml`.
+
+    Raises:
+        ConfigError: a file is missing, which only a damaged installation can cause.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"the default configuration {path} is missing from the installation; install it again")
+    own = OmegaConf.load(path)
+    parent = own.pop("extends", None)
+    return OmegaConf.merge(load_variant(path.parent / parent), own) if parent else own
+
+
+def complete(model_cfg) -> dict:
+    """A `model` section, however short, with the default of every key it leaves out."""
+    return OmegaConf.to_container(OmegaConf.merge(load_variant(BASE).model, model_cfg), resolve=True)
