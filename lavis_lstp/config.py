@@ -178,7 +178,8 @@ def complete_model(user: DictConfig) -> DictConfig:
     if not given.get("arch"):
         raise ConfigError(f"model.arch is missing; known: {', '.join(registry.list_models())}")
     model_cls, model_type = resolve_model(given["arch"], given.get("model_type"))
-    defaults = _load_defaults(model_cls.default_config_path(model_type))
+    ours = getattr(model_cls, "default_config", None)
+    defaults = ours(model_type) if ours else _load_defaults(model_cls.default_config_path(model_type))
     check_model(given, _plain(defaults.get("model")), model_cls)
     chosen = {"arch": given["arch"], "model_type": model_type}
     return OmegaConf.merge(defaults, {"model": user.model}, {"model": chosen})

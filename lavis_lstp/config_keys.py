@@ -83,6 +83,7 @@ def check_model(given: Mapping, defaults: Mapping, model_cls: type) -> None:
     extra: dict[str, set | None] = {"": set(MODEL_KEYS)}
     open_keys = getattr(model_cls, "OPEN_CONFIG_KEYS", ())
     extra.update(dict.fromkeys(open_keys))
+    extra.update(getattr(model_cls, "OPTIONAL_SECTIONS", {}))
     if not is_ours(model_cls):
         read = keys_read_by(model_cls)
         if read is None:

@@ -305,7 +305,7 @@ def test_keys_that_transformers_knows_are_accepted(write):
     cfg = load(write(), f"{BACKBONE}=null", "model.backbone.weights=some/folder")
     assert cfg.model_cfg.backbone.config is None
     model_cls = registry.get_model_class("lstp_tiny")
-    defaults = OmegaConf.to_container(OmegaConf.load(model_cls.default_config_path()).model)
+    defaults = OmegaConf.to_container(model_cls.default_config().model)
     check_model(defaults, defaults, model_cls)
 
 

@@ -14,8 +14,9 @@ from lavis_lstp.errors import AnnotationError, ConfigError, WeightsError
 from lavis_lstp.metrics.qa import token_recall
 from lavis_lstp.models.backbone import IGNORED, Backbone, _left_padded
 from lavis_lstp.models.frame_fusion import FrameFusion
-from lavis_lstp.models.lstp import CONFIGS, LSTP
+from lavis_lstp.models.lstp import LSTP
 from lavis_lstp.models.parts import part_of
+from lavis_lstp.models.variants import CONFIGS, load_variant
 
 T5 = {
     "model_type": "t5",
@@ -35,7 +36,7 @@ ANSWERS = ["red", "star", "blue circle"]
 
 
 def model_config(family: str = "instructblip", language: str = "llama", **overrides) -> dict:
-    config = OmegaConf.to_container(OmegaConf.load(CONFIGS / "lstp_tiny.yaml").model)
+    config = OmegaConf.to_container(load_variant(CONFIGS / "lstp_tiny.yaml").model)
     config["backbone"]["family"] = family
     if language == "t5":
         config["backbone"]["config"]["text_config"] = dict(T5)
@@ -116,7 +117,7 @@ def test_lm_loss_is_the_mean_over_answer_tokens(family, language):
             one = row(samples, i)
             index, _ = model._select(one)
             prompt = model.prompts(one)
-            prefix, _ = model._prefix(model._features(one, index), index, prompt)
+            prefix, _ = model._prefix(one, index, prompt)
             answer = model.answer_template.format(answer=ANSWERS[i])
             prompt_ids = torch.tensor([backbone.tokenizer(prompt[0])["input_ids"]])
             answer_ids = torch.tensor([backbone.tokenizer(answer)["input_ids"]])

@@ -280,6 +280,7 @@ def build_backbone(
     dtype: str = "float32",
     seed: int = 0,
     max_text_tokens: int = 128,
+    **still_to_come,
 ) -> Backbone:
     """From `weights` (hub id or folder), else with random ones of the sizes in `config`.
 

@@ -148,7 +148,7 @@ def _gumbel(row: Row, num_selected: int) -> tuple[list[int], tuple[int, int]]:
     # published: arg max of softmax((logits + noise) / 0.5); neither softmax nor temperature moves an arg max
     candidates = []
     for _ in range(NUM_CANDIDATES):
-        noise = -torch.empty(2, row.num_frames).exponential_(generator=row.generator).log()
+        noise = -torch.empty(2, len(row.start_logits)).exponential_(generator=row.generator).log()
         noisy = torch.stack([row.start_logits, row.end_logits]) + noise
         candidates.append(tuple(noisy.argmax(dim=1).tolist()))
     return _published(row, candidates)
@@ -186,10 +186,12 @@ class FrameSelector:
     Attributes:
         needs_logits, needs_span, needs_generator: which arguments a call must bring.
         span_key: name in the sample of the span that "given" takes.
+        mask_padding: whether "argmax" and "gumbel" leave out the logits of padded flows.
     """
 
-    def __init__(self, name: str, num_selected: int, span_key: str, context: int):
+    def __init__(self, name: str, num_selected: int, span_key: str, context: int, mask_padding: bool):
         self.name = name
+        self.mask_padding = mask_padding
         self.num_selected = num_selected
         self.span_key = span_key
         self.context = context
@@ -231,7 +233,8 @@ class FrameSelector:
                 raise ValueError(f"selector '{self.name}' needs {argument}")
         starts = start_logits.detach().float().cpu() if self.needs_logits else None
         ends = end_logits.detach().float().cpu() if self.needs_logits else None
-        best = best_spans(starts, ends, frame_mask.cpu()).tolist() if self.needs_logits else None
+        has_frames = bool(frame_mask.any())
+        best = best_spans(starts, ends, frame_mask.cpu()).tolist() if self.needs_logits and has_frames else None
         given = span.tolist() if self.needs_span else None
         index, spans = [], []
         for b, count in enumerate(int(n) for n in frame_mask.sum(dim=1).tolist()):
@@ -241,10 +244,11 @@ class FrameSelector:
                 continue
             if given:
                 self._check_span(b, given[b], count)
+            seen = count if self.mask_padding else None
             row = Row(
                 num_frames=count,
-                start_logits=starts[b, :count] if self.needs_logits else None,
-                end_logits=ends[b, :count] if self.needs_logits else None,
+                start_logits=starts[b, :seen] if self.needs_logits else None,
+                end_logits=ends[b, :seen] if self.needs_logits else None,
                 best=self._widen(best[b], count) if best else None,
                 given=self._widen(given[b], count) if given else None,
                 generator=generators[b] if isinstance(generators, Sequence) else generators,
@@ -271,7 +275,12 @@ class FrameSelector:
 
 
 def build_selector(
-    name: str = "best_span", *, num_selected: int = 4, span_key: str = "span", context: int = 0
+    name: str = "best_span",
+    *,
+    num_selected: int = 4,
+    span_key: str = "span",
+    context: int = 0,
+    mask_padding: bool = True,
 ) -> FrameSelector:
     """A selector by its name in SELECTORS.
 
@@ -279,6 +288,8 @@ def build_selector(
         num_selected: K; the published configurations all have 4.
         span_key: for "given": "span" (pseudo spans) or "gold_span" (oracle).
         context: frames added on both sides of a best or given span.
+        mask_padding: False lets padded flows be drawn by "argmax" and "gumbel", as published; one that is drawn stands
+            for the whole video.
 
     Raises:
         ConfigError: unknown name or key, or a number below its least value.
@@ -290,7 +301,7 @@ def build_selector(
     for key, value, least in (("num_selected", num_selected, 1), ("context", context, 0)):
         if not isinstance(value, int) or value < least:
             raise ConfigError(f"model.selector.{key} is {value!r}; expected a whole number of at least {least}")
-    return FrameSelector(name, num_selected, span_key, context)
+    return FrameSelector(name, num_selected, span_key, context, mask_padding)
 
 
 def sample_generators(ids: Iterable[str], seed: int = 0) -> list[torch.Generator]:

@@ -10,24 +10,25 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 
 import torch
 from lavis.common.registry import registry
 from lavis.models.base_model import BaseModel
-from omegaconf import OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from lavis_lstp.errors import ConfigError, unknown_name
-from lavis_lstp.metrics.qa import token_recall
 from lavis_lstp.models import parts
 from lavis_lstp.models.backbone import Backbone, build_backbone, sampler_tokenizer
 from lavis_lstp.models.flow import build_flow
 from lavis_lstp.models.frame_fusion import FrameFusion
 from lavis_lstp.models.frame_selector import build_selector, sample_generators
-from lavis_lstp.models.temporal_sampler import TemporalSampler, span_loss
+from lavis_lstp.models.refinement import ROWS, Refinement, pseudo_scores
+from lavis_lstp.models.rows import blank_video, moves, several_ranks, take_rows
+from lavis_lstp.models.temporal_sampler import SamplerOutput, TemporalSampler, span_loss
+from lavis_lstp.models.variants import MODEL_TYPES, complete, load_variant
+from lavis_lstp.schema import NO_SPAN
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "models"
 LOSSES = ("lm", "span")
 
 
@@ -45,6 +46,9 @@ class LSTP(BaseModel):
         prompt, answer_template, sampler_prompt: templates with {question} or {answer}.
         train: parts that learn, of `parts.PREFIXES`; everything else is frozen and stays in eval mode.
         losses: of LOSSES; "span" needs samples with a span, "lm" an answer.
+        refinement: how pseudo spans are made in the training step; None = they come with the samples.
+        mask_padding: False lets padded flows compete in the span loss, as published.
+        sampler_max_tokens: questions are cut to this many tokens for the sampler.
         generation: default arguments of `generate`.
         seed: of the random frame selector in evaluation.
     """
@@ -52,6 +56,8 @@ class LSTP(BaseModel):
     PRETRAINED_MODEL_CONFIG_DICT: Mapping[str, str] = {}
     OPEN_CONFIG_KEYS = frozenset({"backbone.config", "generation"})
     """Sections of a config that go to transformers, so their keys are those of its classes, not of our defaults."""
+    OPTIONAL_SECTIONS: Mapping[str, set[str]] = {"lora": {"r", "alpha", "dropout", "targets"}}
+    """Sections that are null by default, and the keys they may have."""
 
     def __init__(
         self,
@@ -68,6 +74,9 @@ class LSTP(BaseModel):
         sampler_prompt: str = "{question}",
         train: Sequence[str] = ("qformer", "query_tokens", "projection"),
         losses: Sequence[str] = ("lm",),
+        refinement: Refinement | None = None,
+        mask_padding: bool = True,
+        sampler_max_tokens: int = 128,
         generation: Mapping | None = None,
         seed: int = 0,
     ):
@@ -83,51 +92,68 @@ class LSTP(BaseModel):
         self.answer_template = answer_template
         self.sampler_prompt = sampler_prompt
         self.losses = tuple(losses)
+        self.refinement = refinement
+        self.mask_padding = mask_padding
+        self.sampler_max_tokens = sampler_max_tokens
         self.generation = dict(generation or {})
         self.seed = seed
         self.train_parts = tuple(train)
-        parts.freeze_all_but(self, self.train_parts)
         self._check()
+        parts.freeze_all_but(self, self.train_parts)
+        self.sampler.freeze_unused_layers(self.sampler_mode)
+        parts.hold_learning_in_float32(self)
 
     # ---- building ---------------------------------------------------------------------------------------------
 
     @classmethod
     def from_config(cls, cfg) -> LSTP:
-        """The only place that sees a config; `configs/models/lstp_tiny.yaml` lists and explains every key."""
-        cfg = OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else dict(cfg)
-        backbone = build_backbone(**cfg["backbone"])
-        sampler_cfg = dict(cfg["sampler"])
-        tokenizer_path = sampler_cfg.pop("tokenizer", None)
-        sampler_mode = sampler_cfg.pop("mode", "fusion")
-        tokenizer = sampler_tokenizer(tokenizer_path, backbone)
-        sampler_cfg["vocab_size"] = sampler_cfg.get("vocab_size") or len(tokenizer)
+        """The only place that sees a config; `configs/models/lstp.yaml` lists and explains every key."""
+        cfg = complete(cfg)
+        backbone = build_backbone(**cfg["backbone"], lora=cfg["lora"])
+        sampler_cfg = cfg["sampler"]
+        tokenizer = sampler_tokenizer(sampler_cfg.pop("tokenizer"), backbone)
+        mode, bert, max_tokens = (sampler_cfg.pop(key) for key in ("mode", "weights", "max_text_tokens"))
+        sampler_cfg["vocab_size"] = sampler_cfg["vocab_size"] or len(tokenizer)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(cfg["backbone"].get("seed") or 0)
+            torch.manual_seed(cfg["backbone"]["seed"])
             sampler = TemporalSampler(**sampler_cfg)
+        if bert:
+            from lavis_lstp.models.weights import load_bert_into_sampler
+
+            load_bert_into_sampler(sampler, bert)
+        in_loop = dict(cfg["refinement"])
         model = cls(
             flow=build_flow(**cfg["flow"]),
             sampler=sampler,
-            selector=build_selector(**cfg["selector"]),
+            selector=build_selector(**cfg["selector"], mask_padding=cfg["mask_padding"]),
             backbone=backbone,
             fusion=FrameFusion(cfg["fusion"]),
             sampler_tokenizer=tokenizer,
-            sampler_mode=sampler_mode,
+            sampler_mode=mode,
+            sampler_max_tokens=max_tokens,
             prompt=cfg["prompt"],
             answer_template=cfg["answer_template"],
             sampler_prompt=cfg["sampler_prompt"],
             train=cfg["train"] or (),
             losses=cfg["losses"],
+            refinement=Refinement(**in_loop) if in_loop.pop("in_loop") else None,
+            mask_padding=cfg["mask_padding"],
             generation=cfg["generation"],
             seed=cfg["selection_seed"],
         )
-        checkpoints = cfg.get("checkpoint") or []
+        checkpoints = cfg["checkpoint"] or []
         for path in [checkpoints] if isinstance(checkpoints, str) else checkpoints:
             model.load_checkpoint(path)
         return model
 
     @classmethod
+    def from_pretrained(cls, model_type: str) -> LSTP:
+        """LAVIS's name for building a type of this model; where weights are looked for: `models/hub.py`."""
+        return cls.from_config(cls.default_config(model_type).model)
+
+    @classmethod
     def default_config_path(cls, model_type: str = "default") -> str:
-        """Absolute path of a type's YAML.
+        """Absolute path of a type's YAML, which holds what differs from the file it extends.
 
         Raises:
             ConfigError: the type is not known.
@@ -135,6 +161,11 @@ class LSTP(BaseModel):
         if model_type not in cls.PRETRAINED_MODEL_CONFIG_DICT:
             raise ConfigError(unknown_name("model_type", model_type, cls.PRETRAINED_MODEL_CONFIG_DICT))
         return str(cls.PRETRAINED_MODEL_CONFIG_DICT[model_type])
+
+    @classmethod
+    def default_config(cls, model_type: str = "default") -> DictConfig:
+        """A type's whole configuration, every key of it."""
+        return load_variant(cls.default_config_path(model_type))
 
     def _check(self) -> None:
         """Settings that would otherwise fail, or do nothing, in the middle of a run.
@@ -145,6 +176,8 @@ class LSTP(BaseModel):
         for loss in self.losses:
             if loss not in LOSSES:
                 raise ConfigError(unknown_name("loss (model.losses)", loss, LOSSES))
+        if self.refinement and "span" not in self.losses:
+            raise ConfigError("model.refinement.in_loop makes spans for the loss 'span'; add it to model.losses")
         learning = set(self.train_parts)
         for loss, trained_by_it in (("span", learning & {"sampler"}), ("lm", learning - {"sampler"})):
             if learning and bool(trained_by_it) != (loss in self.losses):
@@ -185,7 +218,7 @@ class LSTP(BaseModel):
     # ---- training ---------------------------------------------------------------------------------------------
 
     def forward(self, samples: Mapping) -> dict[str, Tensor]:
-        """Losses of a batch.
+        """Losses of a batch; videos, images and texts may be mixed.
 
         Returns:
             {"loss", "lm_loss", "span_loss"}: scalars; a loss that the config does not ask for is 0 and detached.
@@ -194,25 +227,45 @@ class LSTP(BaseModel):
         losses = {"lm_loss": zero, "span_loss": zero}
         logits = None
         if "span" in self.losses:
-            if "span" not in samples:
-                raise ConfigError("the span loss (model.losses) needs samples with 'span'; set datasets.<name>.spans")
             logits = self._logits(samples)
-            mask = samples["frame_mask"].to(self.device)
             losses["span_loss"] = span_loss(
-                logits.start_logits, logits.end_logits, samples["span"].to(self.device), mask
+                logits.start_logits,
+                logits.end_logits,
+                self._target_span(samples).to(self.device),
+                samples["frame_mask"].to(self.device),
+                mask_padding=self.mask_padding,
             )
         if "lm" in self.losses:
             frame_index, _ = self._select(samples, logits)
             prompts = self.prompts(samples)
-            prefix, prefix_mask = self._prefix(self._features(samples, frame_index), frame_index, prompts)
+            prefix, prefix_mask = self._prefix(samples, frame_index, prompts)
             answers = [self.answer_template.replace("{answer}", a) for a in samples["text_output"]]
             losses["lm_loss"] = self.backbone.lm_loss(prefix, prefix_mask, prompts, answers)
         return {"loss": losses["lm_loss"] + losses["span_loss"], **losses}
 
+    def _target_span(self, samples: Mapping) -> Tensor:
+        """The spans to learn, [B,2]: made here (self-refinement) or given; none for images and texts."""
+        if self.refinement:
+            span = self.refinement.spans(self, samples)
+        elif "span" in samples:
+            span = samples["span"]
+        else:
+            raise ConfigError(
+                "the span loss (model.losses) needs samples with 'span'; set datasets.<name>.spans, or "
+                "model.refinement.in_loop=true"
+            )
+        return span.where(moves(samples)[:, None].to(span.device), span.new_tensor(NO_SPAN))
+
     def prompts(self, samples: Mapping, template: str | None = None) -> list[str]:
-        """What the language model reads; `template` replaces the config's, with {question} or, as in LAVIS, {}."""
+        """What the language model reads: the data's own prompt where it has one (a conversation), else the template.
+
+        Args:
+            template: replaces the config's and the data's, with {question} or, as in LAVIS, {}.
+        """
+        given = samples.get("prompt") if template is None else None
         template = (template or self.prompt).replace("{}", "{question}")
-        return [template.replace("{question}", q) for q in samples["text_input"]]
+        made = [template.replace("{question}", q) for q in samples["text_input"]]
+        return [own or general for own, general in zip(given, made, strict=True)] if given else made
 
     # ---- the path from frames to a prefix -----------------------------------------------------------------------
 
@@ -225,14 +278,38 @@ class LSTP(BaseModel):
                 flow=samples["flow"].to(self.device) if "flow" in samples else None,
             )
 
-    def _logits(self, samples: Mapping, flow: Tensor | None = None):
+    def _logits(self, samples: Mapping, flow: Tensor | None = None) -> SamplerOutput:
+        """Start and end logits [B,T] of the videos; 0 for images and texts, which do not reach the sampler.
+
+        With several ranks a batch without a video runs the sampler on a blank one, times 0: each rank must run the
+        same modules in the same order, or those that exchange gradients or weights wait for ever.
+        """
+        is_video = moves(samples)
+        if is_video.all():
+            return self._video_logits(samples, flow)
+        rows = is_video.nonzero()[:, 0]
+        zeros = torch.zeros(samples["frame_mask"].shape, device=self.device)
+        if len(rows):
+            videos = take_rows(samples, rows)
+            found = self._video_logits(videos, None if flow is None else flow[rows.to(flow.device)])
+            rows = rows.to(self.device)
+            start, end = (zeros.index_copy(0, rows, x.float()) for x in (found.start_logits, found.end_logits))
+        elif several_ranks():
+            blank = self._video_logits(blank_video(samples))
+            nothing = 0 * (blank.start_logits.sum() + blank.end_logits.sum())
+            start, end = zeros + nothing, zeros + nothing
+        else:
+            start, end = zeros, zeros
+        return SamplerOutput(None, start, end)
+
+    def _video_logits(self, samples: Mapping, flow: Tensor | None = None) -> SamplerOutput:
         flow = self._flow(samples) if flow is None else flow
         texts = [self.sampler_prompt.replace("{question}", q) for q in samples["text_input"]]
         tokens = self.sampler_tokenizer(
             texts,
             padding="longest",
             truncation=True,
-            max_length=self.backbone.max_text_tokens,
+            max_length=self.sampler_max_tokens,
             return_tensors="pt",
             return_token_type_ids=False,
         ).to(self.device)
@@ -241,7 +318,7 @@ class LSTP(BaseModel):
         with grad:
             return self.sampler(flow, mask, tokens["input_ids"], tokens["attention_mask"], mode=self.sampler_mode)
 
-    def _select(self, samples: Mapping, logits=None) -> tuple[Tensor, Tensor]:
+    def _select(self, samples: Mapping, logits: SamplerOutput | None = None) -> tuple[Tensor, Tensor]:
         """K frame indices, -1 where a sample has none, and the span they come from."""
         if self.selector.needs_logits and logits is None:
             with torch.no_grad():
@@ -264,7 +341,9 @@ class LSTP(BaseModel):
             )
         if key not in samples:
             raise ConfigError(f"selector 'given' needs samples with '{key}'; set datasets.<name>.spans")
-        return samples[key].cpu()
+        span, count = samples[key].cpu(), samples["frame_mask"].sum(dim=1).cpu()
+        whole = torch.stack([torch.zeros_like(count), count], dim=1)
+        return span.where(moves(samples)[:, None], whole)
 
     def _generators(self, samples: Mapping) -> list[torch.Generator]:
         """One a row: in training from torch's global state, which checkpoints keep; in evaluation from the
@@ -274,25 +353,31 @@ class LSTP(BaseModel):
             return [torch.Generator().manual_seed(seed) for seed in seeds]
         return sample_generators(samples.get("question_id") or samples["text_input"], self.seed)
 
-    def _features(self, samples: Mapping, frame_index: Tensor) -> Tensor:
-        """Vision features [B,K,P,D] of the frames at `frame_index` [B,K]; -1 takes frame 0 and is masked later."""
-        frames = samples["frames"]
-        index = frame_index.clamp(min=0).to(frames.device)[:, :, None, None, None]
-        chosen = frames.gather(1, index.expand(-1, -1, *frames.shape[2:])).to(self.device)
-        features = self._image_features(chosen.flatten(0, 1))
-        return features.view(*frame_index.shape, *features.shape[1:])
+    def _prefix(self, samples: Mapping, frame_index: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """The frames at `frame_index` [B,K] -> visual prefix [B,S,D_llm] and its mask [B,S].
 
-    def _image_features(self, frames: Tensor) -> Tensor:
+        A frame that is chosen twice is looked at once; a batch of texts alone looks at one blank frame, whose
+        tokens are masked out, so that each rank runs the same modules.
+        """
+        frames = samples["frames"]
+        index = frame_index.cpu()
+        real = index >= 0
+        rows = torch.arange(len(index))[:, None].expand_as(index)
+        if real.any():
+            pairs, place = torch.unique(torch.stack([rows[real], index[real]], dim=1), dim=0, return_inverse=True)
+            chosen = frames[pairs[:, 0].to(frames.device), pairs[:, 1].to(frames.device)]
+            texts = [prompts[row] for row in pairs[:, 0].tolist()]
+        else:
+            chosen, place, texts = frames.new_zeros(1, *frames.shape[2:]), index.new_zeros(0), prompts[:1]
+        features = self.image_features(chosen.to(self.device))
+        tokens = self.backbone.frame_tokens(features, texts)  # [frames,Q,D]
+        where = torch.zeros_like(index).masked_scatter(real, place).to(tokens.device)
+        return self.fusion(tokens[where], real.long().to(tokens.device), self.backbone.project)
+
+    def image_features(self, frames: Tensor) -> Tensor:
+        """uint8 frames [M,3,H,W] -> [M,P,D], without gradient unless the vision tower learns."""
         with nullcontext() if "vision" in self.train_parts else torch.no_grad():
             return self.backbone.image_features(frames)
-
-    def _prefix(self, features: Tensor, frame_index: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """features [B,K,P,D] -> visual prefix [B,S,D_llm] and its mask [B,S]."""
-        batch, count = frame_index.shape
-        per_frame = [prompt for prompt in prompts for _ in range(count)]
-        tokens = self.backbone.frame_tokens(features.flatten(0, 1), per_frame)
-        mask = (frame_index >= 0).long().to(tokens.device)
-        return self.fusion(tokens.view(batch, count, *tokens.shape[1:]), mask, self.backbone.project)
 
     # ---- answers ----------------------------------------------------------------------------------------------
 
@@ -328,17 +413,17 @@ class LSTP(BaseModel):
         result: dict = {"prompt": self.prompts(samples, prompt), "seconds": seconds}
         logits = None
         if self.selector.needs_logits:
-            with self._timed(seconds, "flow"):
-                result["flow"] = self._flow(samples)
+            if moves(samples).any():
+                with self._timed(seconds, "flow"):
+                    result["flow"] = self._flow(samples)
             with self._timed(seconds, "sampler"):
-                logits = self._logits(samples, result["flow"])
+                logits = self._logits(samples, result.get("flow"))
                 result["start_logits"] = logits.start_logits.float().cpu()
                 result["end_logits"] = logits.end_logits.float().cpu()
         with self._timed(seconds, "selection"):
             result["frame_index"], result["span"] = self._select(samples, logits)
         with self._timed(seconds, "vision"):
-            features = self._features(samples, result["frame_index"])
-            prefix, mask = self._prefix(features, result["frame_index"], result["prompt"])
+            prefix, mask = self._prefix(samples, result["frame_index"], result["prompt"])
         with self._timed(seconds, "language"):
             settings = {**self.generation, **generation}
             result["prediction"] = self.backbone.generate(prefix, mask, result["prompt"], **settings)
@@ -399,41 +484,9 @@ class LSTP(BaseModel):
             raise ConfigError(f"inference_method '{inference_method}' is not supported by LSTP; use 'generate'")
         return self.generate(samples, num_beams=num_beams, max_length=max_len, min_length=min_len, **generation)
 
-    @torch.no_grad()
-    def pseudo_scores(self, samples: Mapping, rows: int = 512) -> Tensor:
-        """How well each frame alone answers the question: token recall, 0..1 (paper: temporal refinement).
-
-        Args:
-            samples: with text_output, the answers to compare with.
-            rows: frames answered at once; bounds memory.
-
-        Returns:
-            float32 [B,T]; padded frames score 0.
-        """
-        frames, mask = samples["frames"], samples["frame_mask"]
-        batch, count = mask.shape
-        prompts = self.prompts(samples)
-        videos = samples.get("video_id") or [str(i) for i in range(batch)]
-        unique = list(dict.fromkeys(videos))
-        features = {}  # of each video once, however many questions it has
-        for name in unique:
-            chunks = frames[videos.index(name)].to(self.device).split(rows)
-            features[name] = torch.cat([self._image_features(chunk) for chunk in chunks])
-        scores = torch.zeros(batch, count)
-        pairs = mask.nonzero().tolist()
-        for start in range(0, len(pairs), rows):
-            chunk = pairs[start : start + rows]
-            chosen = torch.stack([features[videos[b]][t] for b, t in chunk])[:, None]
-            texts = [prompts[b] for b, _ in chunk]
-            prefix, prefix_mask = self._prefix(chosen, torch.zeros(len(chunk), 1, dtype=torch.long), texts)
-            answers = self.backbone.generate(prefix, prefix_mask, texts, **self.generation)
-            for (b, t), answer in zip(chunk, answers, strict=True):
-                scores[b, t] = token_recall(samples["text_output"][b], answer)
-        return scores
-
-
-MODEL_TYPES = {"lstp_tiny": {"default": CONFIGS / "lstp_tiny.yaml"}}
-"""Registered name -> type -> YAML. A new variant is a line here and a file there."""
+    def pseudo_scores(self, samples: Mapping, rows: int = ROWS) -> Tensor:
+        """How well each frame alone answers the question, float32 [B,T] of 0..1; see `refinement.pseudo_scores`."""
+        return pseudo_scores(self, samples, self.generation, rows)
 
 
 def register_models(names: Iterable[str] = tuple(MODEL_TYPES)) -> None:

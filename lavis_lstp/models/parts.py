@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 
+import torch
 from torch import Tensor, nn
 
 from lavis_lstp.errors import ConfigError, unknown_name
@@ -47,6 +48,13 @@ def freeze_all_but(model: nn.Module, learning: Iterable[str]) -> None:
             raise ConfigError(unknown_name("part (model.train)", name, CAN_LEARN))
     for key, parameter in model.named_parameters():
         parameter.requires_grad_(part_of(key) in learning)
+
+
+def hold_learning_in_float32(model: nn.Module) -> None:
+    """Small steps are lost in the 8 bits of bfloat16's mantissa, so what learns is kept in full."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()
 
 
 def set_frozen_to_eval(model: nn.Module, learning: Iterable[str]) -> None:

@@ -267,6 +267,13 @@ class TemporalSampler(nn.Module):
         last = len(self.layers) if mode in ("fusion", "multi_modal") else self.fusion_layer
         return range(first, last)
 
+    def freeze_unused_layers(self, mode: str) -> None:
+        """Layers that `mode` does not run get no gradient, which DDP would otherwise wait for."""
+        used = self.mode_layers(mode)
+        for i, layer in enumerate(self.layers):
+            if i not in used:
+                layer.requires_grad_(False)
+
     def forward(
         self,
         flow: Tensor,
@@ -354,6 +361,8 @@ def boundary_loss(
         mask_padding: False gives the published loss, in which padded flows compete.
     """
     length = start_logits.shape[-1]
+    if length == 0:  # a batch of texts
+        return (start_logits.float().sum() + end_logits.float().sum()) / 2
     losses = []
     for logits, target in ((start_logits, start), (end_logits, end)):
         logits, target = logits.float(), target.clamp(0, length)

@@ -1,0 +1,114 @@
+"""Each frame alone answers the question; where it answers right is the pseudo span (paper: temporal refinement).
+
+In: the model and a batch with answers. Out: scores per frame, or spans to learn from. The offline step (task
+`pseudo_span`) and the step inside the training forward (self-refinement) share this file; both run in eval mode, where
+the published code labelled with dropout on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lavis_lstp.metrics.qa import token_recall
+from lavis_lstp.models.pseudo_span import pseudo_span
+from lavis_lstp.models.rows import moves, several_ranks
+from lavis_lstp.schema import NO_SPAN
+
+ROWS = 512
+"""Frames answered at once; bounds memory."""
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """How pseudo spans are made in the training step; see `pseudo_span`. Answers are greedy (published)."""
+
+    subtract_min: bool = True
+    smooth: int = 1
+    max_new_tokens: int = 127
+
+    def spans(self, model: nn.Module, samples: Mapping) -> Tensor:
+        """int64 [B,2], half-open; (-1, -1) for images and texts."""
+        greedy = {"max_new_tokens": self.max_new_tokens, "num_beams": 1, "do_sample": False}
+        with in_eval_mode(model):
+            scores = pseudo_scores(model, samples, greedy)
+        spans = []
+        for row, moving in enumerate(moves(samples).tolist()):
+            own = scores[row, : int(samples["frame_mask"][row].sum())].tolist()
+            spans.append(tuple(pseudo_span(own, self.subtract_min, smooth=self.smooth)) if moving else NO_SPAN)
+        return torch.tensor(spans, dtype=torch.long)
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode, and afterwards each as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@torch.no_grad()
+def pseudo_scores(model: nn.Module, samples: Mapping, generation: Mapping, rows: int = ROWS) -> Tensor:
+    """Token recall of each frame's own answer.
+
+    Args:
+        model: an LSTP.
+        samples: with text_output, the answers to compare with.
+        generation: transformers' generation arguments.
+        rows: frames answered at once.
+
+    Returns:
+        float32 [B,T] on the CPU, 0..1; padded frames, and those of images and texts, score 0.
+    """
+    frames, mask = samples["frames"], samples["frame_mask"].cpu()
+    prompts = model.prompts(samples)
+    scores = torch.zeros(mask.shape)
+    videos = [row for row, moving in enumerate(moves(samples).tolist()) if moving]
+    owner = _first_of_each_video(samples, videos)
+    features = {}
+    for row in set(owner.values()):  # each video once, however many questions it has
+        chunks = frames[row][: int(mask[row].sum())].to(model.device).split(rows)
+        features[row] = torch.cat([model.image_features(chunk) for chunk in chunks])
+    pairs = [(row, step) for row in videos for step in range(int(mask[row].sum()))]
+    for chunk in _chunks(pairs, rows, model.device):
+        if chunk:
+            chosen = torch.stack([features[owner[row]][step] for row, step in chunk])
+        else:  # the other ranks still answer
+            chosen = model.image_features(frames.new_zeros(1, *frames.shape[2:]).to(model.device))
+        texts = [prompts[row] for row, _ in chunk] or prompts[:1]
+        tokens = model.backbone.frame_tokens(chosen, texts)
+        one = torch.ones(len(texts), 1, dtype=torch.long, device=tokens.device)
+        prefix, prefix_mask = model.fusion(tokens[:, None], one, model.backbone.project)
+        answers = model.backbone.generate(prefix, prefix_mask, texts, **generation)
+        for (row, step), answer in zip(chunk, answers, strict=False):
+            scores[row, step] = token_recall(samples["text_output"][row], answer)
+    return scores
+
+
+def _first_of_each_video(samples: Mapping, rows: list[int]) -> dict[int, int]:
+    """Row -> the first row with the same video."""
+    names = samples.get("video_id")
+    if not names:
+        return {row: row for row in rows}
+    first: dict[str, int] = {}
+    return {row: first.setdefault(names[row], row) for row in rows}
+
+
+def _chunks(pairs: list, size: int, device: torch.device) -> Iterator[list]:
+    """`pairs` in pieces; with several ranks as many on each, empty ones at the end, so that none waits for ever."""
+    count = -(-len(pairs) // size)
+    if several_ranks():
+        most = torch.tensor([count], device=device)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        count = int(most)
+    for i in range(count):
+        yield pairs[i * size : (i + 1) * size]

@@ -1,0 +1,46 @@
+"""Rows of a batch: which are videos, a part of them, and a stand-in where there is none.
+
+In and out: samples (`lavis_lstp.schema`) with the batch axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def moves(samples: Mapping) -> Tensor:
+    """bool [B] on the CPU: two frames or more. Images and texts have no flow and no span."""
+    return samples["frame_mask"].sum(dim=1).cpu() > 1
+
+
+def several_ranks() -> bool:
+    """Whether other processes take part, who wait in collectives until this one runs the same modules."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def take_rows(samples: Mapping, rows: Tensor) -> dict:
+    """The rows at `rows`, int64 on the CPU, of everything that is by row; the rest stays as it is."""
+    count, picked = len(samples["text_input"]), rows.tolist()
+    taken = {}
+    for key, value in samples.items():
+        if torch.is_tensor(value) and value.ndim and len(value) == count:
+            taken[key] = value[rows.to(value.device)]
+        else:
+            taken[key] = [value[i] for i in picked] if isinstance(value, list) and len(value) == count else value
+    return taken
+
+
+def blank_video(samples: Mapping) -> dict:
+    """A batch of one video of two black frames, with the keys that the path to the sampler reads."""
+    blank = {
+        "frames": samples["frames"].new_zeros(1, 2, *samples["frames"].shape[2:]),
+        "frame_mask": samples["frame_mask"].new_ones(1, 2),
+        "text_input": samples["text_input"][:1],
+    }
+    if "flow" in samples:
+        blank["flow"] = samples["flow"].new_zeros(1, 2, *samples["flow"].shape[2:])
+    return blank
