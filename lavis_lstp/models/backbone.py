@@ -52,13 +52,21 @@ class Backbone(nn.Module):
         max_text_tokens: prompts and answers are cut to this many tokens (published: 128 for video data).
     """
 
+    PARTS: Mapping[str, tuple[str, ...]] = {
+        "vision": ("model.vision_model.",),
+        "qformer": ("model.qformer.",),
+        "query_tokens": ("model.query_tokens",),
+        "projection": ("model.language_projection.",),
+        "language_model": ("model.language_model.",),
+    }
+    """Part -> how the keys of its weights begin."""
+
     def __init__(self, model: nn.Module, tokenizer, qformer_tokenizer=None, *, max_text_tokens: int = 128):
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
         self.qformer_tokenizer = qformer_tokenizer
         self.max_text_tokens = max_text_tokens
-        self.is_encoder_decoder = not model.config.use_decoder_only_language_model
         mean, std = torch.tensor(IMAGE_MEAN), torch.tensor(IMAGE_STD)
         self.register_buffer("image_mean", mean.view(1, 3, 1, 1), persistent=False)
         self.register_buffer("image_std", std.view(1, 3, 1, 1), persistent=False)
@@ -132,16 +140,58 @@ class Backbone(nn.Module):
             max_text_tokens=max_text_tokens,
         )
 
+    # ---- the parts; all that differs in a subclass over other classes' models --------------------------------------
+
+    @property
+    def vision_model(self) -> nn.Module:
+        return self.model.vision_model
+
+    @property
+    def qformer(self) -> nn.Module:
+        return self.model.qformer
+
+    @property
+    def query_tokens(self) -> Tensor:
+        """[1,Q,D]"""
+        return self.model.query_tokens
+
+    @property
+    def projection(self) -> nn.Linear:
+        return self.model.language_projection
+
+    @property
+    def language_model(self) -> nn.Module:
+        return self.model.language_model
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """T5 is; LLaMA, which goes on from the prompt, is not."""
+        return self.language_model.config.is_encoder_decoder
+
     @property
     def num_query_tokens(self) -> int:
-        return self.model.query_tokens.shape[1]
+        return self.query_tokens.shape[1]
 
     @property
     def image_size(self) -> int:
+        """Side of the frames that the vision tower takes, in px."""
         return self.model.config.vision_config.image_size
 
-    def project(self, tokens: Tensor) -> Tensor:
-        return self.model.language_projection(tokens.to(self.model.language_projection.weight.dtype))
+    def _vision(self, pixels: Tensor) -> Tensor:
+        """Normalised frames [M,3,S,S] -> last hidden state, after its layer norm [M,P,D_vision]."""
+        return self.vision_model(pixel_values=pixels).last_hidden_state
+
+    def _qformer(self, queries: Tensor, features: Tensor, text: Mapping[str, Tensor]) -> Tensor:
+        """The Q-Former's last hidden state [M,Q or more,D].
+
+        Args:
+            queries: [M,Q,D]; features: [M,P,D_vision].
+            text: input_ids [M,S] and attention_mask [M,Q+S] where the Q-Former reads the prompt, else nothing.
+        """
+        ones = features.new_ones(features.shape[:2], dtype=torch.long)
+        return self.qformer(
+            query_embeds=queries, encoder_hidden_states=features, encoder_attention_mask=ones, **text
+        ).last_hidden_state
 
     # ---- vision -----------------------------------------------------------------------------------------------
 
@@ -158,7 +208,7 @@ class Backbone(nn.Module):
                 f"{frames.shape[-1]}x{frames.shape[-2]}; set datasets.<name>.image_size: {size}"
             )
         pixels = (frames.to(self.image_mean.dtype) / 255 - self.image_mean) / self.image_std
-        return self.model.vision_model(pixel_values=pixels).last_hidden_state
+        return self._vision(pixels)
 
     def frame_tokens(self, features: Tensor, prompts: list[str]) -> Tensor:
         """Q-Former output per frame.
@@ -171,12 +221,8 @@ class Backbone(nn.Module):
             [M,Q,D]: the outputs at the Q query positions.
         """
         count = features.shape[0]
-        queries = self.model.query_tokens.expand(count, -1, -1)
-        inputs = {
-            "query_embeds": queries,
-            "encoder_hidden_states": features,
-            "encoder_attention_mask": features.new_ones(features.shape[:2], dtype=torch.long),
-        }
+        queries = self.query_tokens.expand(count, -1, -1)
+        inputs = {}
         if self.qformer_tokenizer is not None:
             unique = list(dict.fromkeys(prompts))
             text = self._tokenize(self.qformer_tokenizer, unique, "right").to(features.device)
@@ -184,8 +230,11 @@ class Backbone(nn.Module):
             ones = text["attention_mask"].new_ones(count, queries.shape[1])
             inputs["input_ids"] = text["input_ids"][row]
             inputs["attention_mask"] = torch.cat([ones, text["attention_mask"][row]], dim=1)
-        output = self.model.qformer(**inputs)
-        return output.last_hidden_state[:, : queries.shape[1]]
+        return self._qformer(queries, features, inputs)[:, : queries.shape[1]]
+
+    def project(self, tokens: Tensor) -> Tensor:
+        """Tokens of the Q-Former [...,D] -> what the language model reads [...,D_llm]."""
+        return self.projection(tokens.to(self.projection.weight.dtype))
 
     # ---- language ---------------------------------------------------------------------------------------------
 
@@ -215,7 +264,7 @@ class Backbone(nn.Module):
             inputs, mask = self._with_prefix(prefix, prefix_mask, text["input_ids"], text["attention_mask"])
             target = self._tokenize(self.tokenizer, answers, "right").to(prefix.device)
             labels = target["input_ids"].masked_fill(target["attention_mask"] == 0, IGNORED)
-            return self.model.language_model(inputs_embeds=inputs, attention_mask=mask, labels=labels).loss
+            return self.language_model(inputs_embeds=inputs, attention_mask=mask, labels=labels).loss
         ids, labels = [], []
         for prompt, answer in zip(self._ids(prompts), self._ids(answers), strict=True):
             answer = answer[1:]  # its beginning-of-text mark; the prompt has one
@@ -226,7 +275,7 @@ class Backbone(nn.Module):
         labels = pad_sequence(labels, batch_first=True, padding_value=IGNORED).to(prefix.device)
         inputs, mask = self._with_prefix(prefix, prefix_mask, ids, real)
         labels = torch.cat([labels.new_full(prefix_mask.shape, IGNORED), labels], dim=1)
-        return self.model.language_model(inputs_embeds=inputs, attention_mask=mask, labels=labels).loss
+        return self.language_model(inputs_embeds=inputs, attention_mask=mask, labels=labels).loss
 
     @torch.no_grad()
     def generate(self, prefix: Tensor, prefix_mask: Tensor, prompts: list[str], **settings) -> list[str]:
@@ -236,7 +285,7 @@ class Backbone(nn.Module):
         if not self.is_encoder_decoder:
             inputs, mask = _left_padded(inputs, mask)
         # 5.x warns about, and 4.x obeys, ids of the text config that are wrong in published checkpoints
-        ids = self.model.language_model.generate(
+        ids = self.language_model.generate(
             inputs_embeds=inputs,
             attention_mask=mask,
             pad_token_id=self._pad_id,
@@ -255,7 +304,7 @@ class Backbone(nn.Module):
         return [self.tokenizer.eos_token_id] + ([] if self.is_encoder_decoder else [0])
 
     def _with_prefix(self, prefix: Tensor, prefix_mask: Tensor, ids: Tensor, mask: Tensor):
-        embedded = self.model.language_model.get_input_embeddings()(ids)
+        embedded = self.language_model.get_input_embeddings()(ids)
         return (
             torch.cat([prefix.to(embedded.dtype), embedded], dim=1),
             torch.cat([prefix_mask, mask], dim=1),

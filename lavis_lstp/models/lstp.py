@@ -205,7 +205,8 @@ class LSTP(BaseModel):
 
     def trainable_state_dict(self) -> dict[str, Tensor]:
         """Weights and buffers of the parts that learn; frozen parts are never written."""
-        return {key: value for key, value in self.state_dict().items() if parts.part_of(key) in self.train_parts}
+        prefixes, state = parts.prefixes_of(self), self.state_dict()
+        return {key: value for key, value in state.items() if parts.part_of(key, prefixes) in self.train_parts}
 
     def load_trained_state_dict(self, state_dict: Mapping[str, Tensor], source: str = "checkpoint") -> list[str]:
         """See `parts.load_parts`."""
