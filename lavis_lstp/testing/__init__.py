@@ -1,0 +1,1 @@
+"""Tools for trying the code without published weights; see `tiny_checkpoints`."""
