@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 
@@ -119,6 +120,20 @@ def test_accumulation_equals_a_big_batch_and_keeps_the_tail(tmp_path, length):
         torch.testing.assert_close(value, head_of(small)[name], rtol=1e-5, atol=1e-6)
     losses = [[row["loss"] for row in train_log(runner)] for runner in (big, small)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("optimizer,decayed", [("adamw", 1 - 0.01 * 0.5), ("adam", 1 - 0.01)])
+def test_adam_decays_through_the_gradient_and_adamw_beside_it(tmp_path, optimizer, decayed):
+    """One step without any gradient of the loss: AdamW takes lr * decay off a weight, Adam's first step is lr long."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    model.weight.data.fill_(1.0)
+    engine = TorchEngine(model, device=torch.device("cpu"), optimizer=optimizer, lr=0.01, weight_decay=0.5)
+    engine.accumulate(lambda m: {"loss": 0 * m(torch.ones(1, 1)).sum()}, weight=1.0, last=True)
+    engine.step()
+    assert float(model.weight.detach()) == pytest.approx(decayed, rel=1e-6)
+    runner = make_runner(tmp_path, optimizer=optimizer, max_steps=1)
+    runner.train()
+    assert type(runner.optimizer) is {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[optimizer]
 
 
 def test_clipping_bounds_the_gradient(tmp_path):
@@ -308,6 +323,7 @@ def test_old_checkpoints_go_and_the_best_stays(tmp_path, monkeypatch):
         "metric": "agg_metrics",
         "value": -1.0,
         "epoch": 1,
+        "worse_steps": [21, 28, 35],
         "validated_step": 35,
     }
 
@@ -329,6 +345,28 @@ def test_of_losses_the_lowest_is_the_best(tmp_path, monkeypatch, metric, best):
     monkeypatch.setattr(runner.task, "metrics", lambda records: {metric: next(values)})
     runner.train()
     assert runner.store.best()["checkpoint"] == f"step_{best:08d}"
+
+
+def test_a_run_that_improves_no_more_stops_early_and_stays_stopped(tmp_path, monkeypatch):
+    """Killed before the third validation and resumed, it stops where an unbroken one does; the best is tested."""
+    options = {"max_epoch": 9, "early_stop_epochs": 2, "valid_splits": ["val"], "test_splits": ["test"]}
+    values = {7: 1.0, 14: 3.0, 21: 2.0, 28: 3.0}
+
+    def resumed(values):
+        runner = make_runner(tmp_path, resume_ckpt_path="auto", **options)
+        monkeypatch.setattr(runner.task, "metrics", lambda records: {"agg_metrics": values[runner.position.step]})
+        return runner
+
+    with pytest.raises(KeyError):
+        resumed({7: 1.0, 14: 3.0}).train()
+    for _ in range(2):  # the second one finds a run that has stopped
+        runner = resumed(values)
+        runner.train()
+        assert runner.position.step == 28
+        assert runner.store.best()["worse_steps"] == [21, 28]
+        assert runner.store.best()["checkpoint"] == "step_00000014"
+    expected = load_file(str(runner.store.path(14) / "model.safetensors"))
+    assert all(torch.equal(head_of(runner)[name], value) for name, value in expected.items())
 
 
 @pytest.mark.parametrize(
@@ -358,7 +396,8 @@ def test_another_metric_chooses_the_best_anew(tmp_path, monkeypatch, caplog, max
         runner.train()
     assert "run.metric is agg_metrics: forgetting the best checkpoint by iou" in caplog.text
     expected = {"checkpoint": "step_00000014", "metric": "agg_metrics", "value": 1.0, "epoch": 1}
-    assert runner.store.best() == {**expected, "validated_step": 7 * max_epoch}
+    worse = [21] if max_epoch == 3 else []
+    assert runner.store.best() == {**expected, "worse_steps": worse, "validated_step": 7 * max_epoch}
     assert (tmp_path / "checkpoints" / "best").resolve().name == "step_00000014"
 
 
@@ -392,6 +431,24 @@ def test_a_full_disk_leaves_the_old_checkpoint_alone(tmp_path, monkeypatch):
     assert runner.store.latest() == runner.store.path(7)
 
 
+def test_a_checkpoint_every_so_many_minutes(tmp_path, monkeypatch):
+    """Each step takes a minute by the runner's clock; the end of an epoch, which is saved anyway, starts it anew."""
+    runner = make_runner(tmp_path, save_every_minutes=3, keep_last=99)
+    clock = itertools.count(0, 60)
+    now = [0]
+
+    def step(*args, real=runner._train_step):
+        now[0] = next(clock)
+        return real(*args)
+
+    monkeypatch.setattr(runner, "_train_step", step)
+    monkeypatch.setattr("lavis_lstp.runners.runner_lstp.time.monotonic", lambda: now[0])
+    runner.saved_at = 0
+    runner.train()
+    steps = [checkpoint.step_of(path) for path in runner.store.complete()]
+    assert steps == [4, 7, 10, 13, 14]
+
+
 def test_find_names_what_is_wrong(tmp_path):
     with pytest.raises(WeightsError, match="no checkpoint at"):
         checkpoint.find(tmp_path / "nothing")
@@ -415,6 +472,10 @@ def test_find_names_what_is_wrong(tmp_path):
         ({"init_lr": "fast"}, "run.init_lr must be a float"),
         ({"init_lr": 0}, "run.init_lr must be above 0 to train"),
         ({"max_grad_norm": -1}, "run.max_grad_norm must be above 0"),
+        ({"save_every_minutes": 0}, "run.save_every_minutes must be above 0 or null"),
+        ({"early_stop_epochs": 0, "valid_splits": ["val"]}, "run.early_stop_epochs must be at least 1 or null"),
+        ({"early_stop_epochs": 1}, "run.early_stop_epochs needs validations: set run.valid_splits"),
+        ({"optimizer": "adamm"}, "unknown run.optimizer 'adamm'; did you mean 'adam'"),
         ({"valid_splits": "val"}, "run.valid_splits must be a list of names"),
         ({"allow_partial": "no"}, "run.allow_partial must be a bool"),
         ({"device": "tpu"}, "run.device must be auto, cpu or cuda, got 'tpu'"),

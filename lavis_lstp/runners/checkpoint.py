@@ -112,7 +112,10 @@ class CheckpointStore:
         os.replace(partial, self.folder / name)
 
     def best(self) -> dict[str, Any]:
-        """Content of best.json: {checkpoint, metric, value, epoch, validated_step}; empty before any validation."""
+        """Content of best.json; empty before any validation.
+
+        Keys: checkpoint, metric, value, epoch, worse_steps (validated since without improvement), validated_step.
+        """
         path = self.folder / "best.json"
         best = json.loads(path.read_text()) if path.is_file() else {}
         if best.get("checkpoint") and what_is_torn(self.folder / best["checkpoint"]):

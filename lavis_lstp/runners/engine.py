@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lavis_lstp.errors import ConfigError, WeightsError
 from lavis_lstp.runners import checkpoint, distributed
+from lavis_lstp.runners.settings import OPTIMIZERS
 
 log = logging.getLogger(__name__)
 
@@ -26,10 +27,11 @@ OPTIMIZER = "optimizer.pt"
 
 
 class TorchEngine:
-    """AdamW on the weights that require a gradient, with clipping and accumulation.
+    """Adam or AdamW on the weights that require a gradient, with clipping and accumulation.
 
     Args:
         model: already on its device; wrapped in DDP where there is more than one process.
+        optimizer: name of one of `settings.OPTIMIZERS`.
         precision: "fp32", or "bf16" for autocast (weights and optimizer stay fp32).
         max_grad_norm: None leaves gradients as they are.
     """
@@ -39,6 +41,7 @@ class TorchEngine:
         model: nn.Module,
         *,
         device: torch.device,
+        optimizer: str = "adamw",
         precision: str = "fp32",
         lr: float,
         weight_decay: float = 0.05,
@@ -53,7 +56,7 @@ class TorchEngine:
         self.max_grad_norm = max_grad_norm
         self.names, groups = parameter_groups(model, weight_decay, lr_scale)
         self.parameters = [p for group in groups for p in group["params"]]
-        self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas)
+        self.optimizer = OPTIMIZERS[optimizer](groups, lr=lr, betas=betas)
         self.model: nn.Module = model
         if distributed.world_size() > 1:
             self.model = DistributedDataParallel(
@@ -145,7 +148,7 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 def parameter_groups(
     model: nn.Module, weight_decay: float, lr_scale: float = 1.0
 ) -> tuple[list[str], list[dict[str, Any]]]:
-    """Names and AdamW groups of the trained weights: vectors and scalars (biases, norms) do not decay.
+    """Names and optimizer groups of the trained weights: vectors and scalars (biases, norms) do not decay.
 
     A model class that groups its weights itself, as those of LAVIS's git main do, is asked.
 

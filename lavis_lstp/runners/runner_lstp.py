@@ -63,6 +63,7 @@ class RunnerLSTP(RunnerBase):
         self.bare_model = model.to(self.device)
         self.position = Position()
         self.saved_step = -1
+        self.saved_at = time.monotonic()
         self.engine: TorchEngine | None = None
         self.store = checkpoint.CheckpointStore(self.output_dir / "checkpoints")
         self.json_log = JsonLog(self.output_dir / "log.jsonl", enabled=distributed.is_main())
@@ -198,6 +199,7 @@ class RunnerLSTP(RunnerBase):
         return TorchEngine(
             self.bare_model,
             device=self.device,
+            optimizer=s.optimizer,
             precision=s.precision,
             lr=s.init_lr,
             weight_decay=s.weight_decay,
@@ -270,7 +272,7 @@ class RunnerLSTP(RunnerBase):
             raise checkpoint.CheckpointError(
                 f"cannot write checkpoint {self.store.path(step)}: {error}; earlier checkpoints are intact"
             ) from error
-        self.saved_step = step
+        self.saved_step, self.saved_at = step, time.monotonic()
         distributed.barrier()
 
     def _resume(self, source: Path) -> None:
@@ -317,7 +319,7 @@ class RunnerLSTP(RunnerBase):
                     self.save_checkpoint()
                     raise SystemExit(StopRequest.EXIT_STATUS)
                 every = self.settings.save_every_steps
-                if every and self.position.step % every == 0 and not at_end:
+                if (losses.save or every and self.position.step % every == 0) and not at_end:
                     self.save_checkpoint()
 
     def _train_step(self, epoch: int, plan: Any, batches: Iterator[Any]) -> StepLosses:
@@ -347,7 +349,9 @@ class RunnerLSTP(RunnerBase):
             losses.add(found, count)
         if not losses.sums:
             raise TrainingError(f"no sample of optimizer step {self.position.step + 1} could be read: {plan.batches}")
-        losses.reduce(self.engine.clip(), stop=self.stop_request.asked)
+        minutes = self.settings.save_every_minutes
+        save = minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes
+        losses.reduce(self.engine.clip(), stop=self.stop_request.asked, save=save)
         losses.require_finite(self.position.step + 1, ids)
         self.engine.step()
         losses.data_s, losses.step_s = waited, time.perf_counter() - started
@@ -365,6 +369,7 @@ class RunnerLSTP(RunnerBase):
             self.save_checkpoint()  # before validation, which may take long and decides only which one is the best
         if validates and distributed.on_main(lambda: self.store.best().get("validated_step")) != self.position.step:
             self._validate(epoch)
+        final = final or (s.early_stop_epochs is not None and distributed.on_main(self._improves_no_more))
         self.position.epoch = s.max_epoch if final else epoch + 1
         self.position.consumed = 0
 
@@ -375,13 +380,23 @@ class RunnerLSTP(RunnerBase):
         value = metric_value(found[split], metric, split)
         if not distributed.is_main():
             return
-        best = self.store.best()
+        best, step = self.store.best(), self.position.step
         if is_better(metric, value, best.get("value")):
-            name = self.store.path(self.position.step).name
-            best = {"checkpoint": name, "metric": metric, "value": value, "epoch": epoch}
+            name = self.store.path(step).name
+            best = {"checkpoint": name, "metric": metric, "value": value, "epoch": epoch, "worse_steps": []}
             log.info("best so far: %s, %s %.4f", name, metric, value)
-        self.store.record_best({**best, "validated_step": self.position.step})
+        else:  # steps, not a count: a run that is resumed from before one of them validates it again
+            best["worse_steps"] = sorted({*best.get("worse_steps", []), step})
+        self.store.record_best({**best, "validated_step": step})
         self.store.prune(self.settings.keep_last)
+
+    def _improves_no_more(self) -> bool:
+        """Whether the last `early_stop_epochs` validations found nothing better; read from disk, so also resumed."""
+        worse = [step for step in self.store.best().get("worse_steps", []) if step <= self.position.step]
+        if len(worse) < self.settings.early_stop_epochs:
+            return False
+        log.info("stopping: run.%s has not improved in the last %d validations", self.settings.metric, len(worse))
+        return True
 
     # ---- evaluation ---------------------------------------------------------------------------------------------
 

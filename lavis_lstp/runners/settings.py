@@ -13,17 +13,20 @@ from typing import Any
 
 import torch
 
-from lavis_lstp.errors import ConfigError
+from lavis_lstp.errors import ConfigError, unknown_name
 
 RUN_KEYS: dict[str, str] = {
     "precision": "fp32 (default) or bf16 autocast; LAVIS's `amp: true` means bf16 here",
     "max_grad_norm": "clip the gradient's global norm to this; null (default) leaves it",
+    "optimizer": "adamw (default) or adam, whose weight decay goes through the gradient; LAVIS has no such key",
     "max_steps": "stop after so many optimizer steps; null (default) runs max_epoch epochs",
     "warmup_ratio": "share of all optimizer steps spent warming up when warmup_steps is not given (default 0.05)",
     "save_every_steps": "also save a checkpoint every so many optimizer steps; 0 (default) does not",
+    "save_every_minutes": "also save a checkpoint when the last one is so many minutes old; null (default) does not",
     "save_every_epochs": "save a checkpoint every so many epochs (default 1); the last epoch is always saved",
     "keep_last": "how many checkpoints to keep besides the best one (default 2)",
     "eval_every_epochs": "evaluate valid_splits every so many epochs (default 1); the last epoch always",
+    "early_stop_epochs": "stop when run.metric has not improved for so many validations; null (default) does not",
     "metric": "which metric of the first valid split picks the best checkpoint (default agg_metrics); higher wins, but "
     "lower for a name that ends in 'loss'",
     "resume_ckpt_path": "training: checkpoint to go on from, auto or a run's folder meaning the last complete one; "
@@ -34,6 +37,10 @@ RUN_KEYS: dict[str, str] = {
     "train_dataset_ratios": "share of each data set in an epoch: {name: number}",
 }
 """Run keys that `runner_lstp` reads beyond LAVIS's own, with their meaning."""
+
+
+OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
+"""`run.optimizer`; both keep the same two moments, and differ in how weights decay."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +64,16 @@ class RunSettings:
     warmup_ratio: float = 0.05
     lr_decay_rate: float | None = None
     lr_layer_decay: float = 1.0
+    optimizer: str = "adamw"
     weight_decay: float = 0.05
     beta2: float = 0.999
     log_freq: int = 50
     save_every_steps: int = 0
+    save_every_minutes: float | None = None
     save_every_epochs: int = 1
     keep_last: int = 2
     eval_every_epochs: int = 1
+    early_stop_epochs: int | None = None
     metric: str = "agg_metrics"
     allow_partial: bool = False
     find_unused_parameters: bool = False
@@ -100,10 +110,16 @@ class RunSettings:
         for name in ("save_every_epochs", "eval_every_epochs", "save_every_steps", "num_workers"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"run.{name} must not be negative, got {getattr(self, name)}")
-        if self.max_steps is not None and self.max_steps < 1:
-            raise ConfigError(f"run.max_steps must be at least 1 or null, got {self.max_steps}")
-        if self.max_grad_norm is not None and self.max_grad_norm <= 0:
-            raise ConfigError(f"run.max_grad_norm must be above 0 or null, got {self.max_grad_norm}")
+        for name in ("max_steps", "early_stop_epochs"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ConfigError(f"run.{name} must be at least 1 or null, got {getattr(self, name)}")
+        for name in ("max_grad_norm", "save_every_minutes"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ConfigError(f"run.{name} must be above 0 or null, got {getattr(self, name)}")
+        if self.optimizer not in OPTIMIZERS:
+            raise ConfigError(unknown_name("run.optimizer", self.optimizer, OPTIMIZERS))
+        if self.early_stop_epochs is not None and not (self.valid_splits and self.eval_every_epochs):
+            raise ConfigError("run.early_stop_epochs needs validations: set run.valid_splits and run.eval_every_epochs")
         if not self.evaluate and self.init_lr <= 0:
             raise ConfigError(f"run.init_lr must be above 0 to train, got {self.init_lr}")
 

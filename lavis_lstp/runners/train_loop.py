@@ -47,6 +47,7 @@ class StepLosses:
         self.data_s = 0.0
         self.step_s = 0.0
         self.stop = False
+        self.save = False
 
     def add(self, losses: Mapping[str, torch.Tensor], count: int) -> None:
         """Add a micro-batch of which `count` samples count; an idle rank's 0 must not turn a NaN into one."""
@@ -54,16 +55,17 @@ class StepLosses:
             term = loss.float() * count if count else torch.zeros_like(loss, dtype=torch.float32)
             self.sums[name] = self.sums[name] + term if name in self.sums else term
 
-    def reduce(self, grad_norm: torch.Tensor, *, stop: bool) -> None:
-        """Sum over the ranks, and agree whether to stop; the same names must come on each rank."""
+    def reduce(self, grad_norm: torch.Tensor, *, stop: bool, save: bool) -> None:
+        """Sum over the ranks, and agree whether to stop or save; the same names must come on each rank."""
         names = sorted(self.sums)
         device = grad_norm.device
         own = torch.stack([self.sums[name].to(device) for name in names])
-        flag = torch.tensor([float(stop)], device=device)
-        total = distributed.sum_over_ranks(torch.cat([own, flag]))
+        flags = torch.tensor([float(stop), float(save)], device=device)
+        total = distributed.sum_over_ranks(torch.cat([own, flags]))
         numbers = torch.cat([total, grad_norm.float().reshape(1), own[names.index("loss")].reshape(1)]).tolist()
         self.means = {name: value / self.samples for name, value in zip(names, numbers, strict=False)}
-        self.stop, self.grad_norm, self.own_loss = numbers[-3] > 0, numbers[-2], numbers[-1]
+        self.stop, self.save = numbers[-4] > 0, numbers[-3] > 0
+        self.grad_norm, self.own_loss = numbers[-2:]
 
     def require_finite(self, step: int, ids: Sequence[str]) -> None:
         """Raise before the optimizer sees what would destroy the weights.
