@@ -1,13 +1,15 @@
 """Weight files -> state dicts of this package, safely and strictly.
 
-In: a file or folder, or a state dict with the published names. Out: tensors under our names, every key accounted
-for: used, dropped by name, or an error. Published LSTP checkpoints hold `model.` (the transformers model),
-`temporal_encoder.` and `of_extractor.` (RAFT); ours hold `backbone.model.`, `sampler.` and `flow.model.`.
+In: a file, folder or name on the hub, or a state dict with published names. Out: tensors under our names, every key
+accounted for: used, dropped by name, or an error. Published LSTP checkpoints hold `model.` (the transformers model),
+`temporal_encoder.` and `of_extractor.` (RAFT); ours hold `backbone.model.`, `sampler.` and `flow.model.`. The tables
+of names are in `published_names`.
 """
 
 from __future__ import annotations
 
 import fnmatch
+import json
 import logging
 import pickle
 import re
@@ -21,84 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from lavis_lstp.errors import WeightsError
+from lavis_lstp.models.hub import local_path, where_to_put
+from lavis_lstp.models.published_names import ALONE, KINDS, NOT_IN_BERT, Drop, kind_of, rename, today
 
 logger = logging.getLogger(__name__)
-
-Rules = tuple[tuple[str, str | None], ...]
-"""(regular expression for the start of a key, what replaces it); first match counts, None drops the key."""
-
-BACKBONE_RULES: Rules = (
-    (r"temporal_projection\.", None),  # in every published state dict, used nowhere
-    (r"(.*\.)?(position_ids|rotary_emb\.inv_freq)$", None),  # constants that transformers < 4.31 saved
-    (r"(query_tokens$|vision_model\.|qformer\.|language_model\.|language_projection\.)", r"model.\1"),
-)
-"""transformers' InstructBLIP or BLIP-2 -> Backbone."""
-
-_LAYER = r"encoder\.layer\.(\d+)\."
-SAMPLER_RULES: Rules = (
-    (r"(temporal_)?embeddings\.position_ids$", None),  # 0, 1, 2, ...
-    (r"embeddings\.position_embeddings\.", None),  # exists, used nowhere
-    (r"embeddings\.word_embeddings\.", "text_embedding.word."),
-    (r"embeddings\.token_type_embeddings\.", "text_embedding.token_type."),
-    (r"embeddings\.LayerNorm\.", "text_embedding.norm."),
-    (r"temporal_embeddings\.(bos|eos)$", r"flow_embedding.\1"),
-    (r"temporal_embeddings\.projection\.", "flow_embedding.patch."),
-    (r"temporal_embeddings\.fc\.", "flow_embedding.pool."),
-    (r"temporal_embeddings\.frame_pos_embed\.", "flow_embedding.position."),
-    (r"temporal_embeddings\.ln\.", "flow_embedding.norm."),
-    (r"encoder\.embed_positions\.weight$", "flow_rotary"),
-    (r"encoder\.c_embed_positions\.weight$", "text_rotary"),
-    (_LAYER + r"attention\.self\.(query|key|value)\.", r"layers.\1.self_attention.\2."),
-    (_LAYER + r"attention\.output\.dense\.", r"layers.\1.self_attention.output."),
-    (_LAYER + r"attention\.output\.LayerNorm\.", r"layers.\1.self_attention.norm."),
-    (_LAYER + r"crossattention\.self\.(query|key|value)\.", r"layers.\1.cross_attention.\2."),
-    (_LAYER + r"crossattention\.output\.dense\.", r"layers.\1.cross_attention.output."),
-    (_LAYER + r"crossattention\.output\.LayerNorm\.", r"layers.\1.cross_attention.norm."),
-    (_LAYER + r"intermediate\.dense\.", r"layers.\1.feed_forward.up."),
-    (_LAYER + r"output\.dense\.", r"layers.\1.feed_forward.down."),
-    (_LAYER + r"output\.LayerNorm\.", r"layers.\1.feed_forward.norm."),
-    (r"mrc_head\.", "head."),
-)
-"""Published temporal encoder (RopeBertModel) -> TemporalSampler."""
-
-
-def _encoder_rules(old: str, new: str) -> Rules:
-    return (
-        (rf"{old}\.layer\d+\.\d+\.norm3\.", None),  # the same module as downsample.1
-        (rf"{old}\.conv1\.", f"{new}.convnormrelu.0."),
-        (rf"{old}\.norm1\.", f"{new}.convnormrelu.1."),
-        (rf"{old}\.conv2\.", f"{new}.conv."),
-        (rf"{old}\.(layer\d+\.\d+)\.conv(\d)\.", rf"{new}.\1.convnormrelu\2.0."),
-        (rf"{old}\.(layer\d+\.\d+)\.norm(\d)\.", rf"{new}.\1.convnormrelu\2.1."),
-        (rf"{old}\.(layer\d+\.\d+)\.downsample\.", rf"{new}.\1.downsample."),
-    )
-
-
-RAFT_RULES: Rules = (
-    *_encoder_rules("fnet", "feature_encoder"),
-    *_encoder_rules("cnet", "context_encoder"),
-    (r"update_block\.encoder\.convc(\d)\.", r"update_block.motion_encoder.convcorr\1.0."),
-    (r"update_block\.encoder\.convf(\d)\.", r"update_block.motion_encoder.convflow\1.0."),
-    (r"update_block\.encoder\.conv\.", "update_block.motion_encoder.conv.0."),
-    (r"update_block\.gru\.conv([zrq])(\d)\.", r"update_block.recurrent_block.convgru\2.conv\1."),
-    (r"update_block\.flow_head\.", "update_block.flow_head."),
-    (r"update_block\.mask\.0\.", "mask_predictor.convrelu.0."),
-    (r"update_block\.mask\.2\.", "mask_predictor.conv."),
-)
-"""princeton-vl RAFT, "basic" -> torchvision raft_large: 179 keys -> 169."""
-
-PARTS: dict[str, tuple[str, Rules, str]] = {
-    "backbone": ("model.", BACKBONE_RULES, "backbone."),
-    "sampler": ("temporal_encoder.", SAMPLER_RULES, "sampler."),
-    "flow": ("of_extractor.", RAFT_RULES, "flow.model."),
-}
-"""Part -> prefix in a published whole-model checkpoint, rules behind it, prefix in `LSTP`."""
-
-_ALONE = {
-    "sampler": re.compile(r"(embeddings|temporal_embeddings|encoder|mrc_head)\."),
-    "flow": re.compile(r"(fnet|cnet|update_block)\."),
-}
-"""How the keys of a part's own file begin."""
 
 
 @dataclass
@@ -106,14 +34,19 @@ class Conversion:
     """What became of a published state dict.
 
     Attributes:
+        kind: the entry of `published_names.KINDS` it was read as.
         state_dict: under our names.
-        dropped: published keys that were left out by name.
+        dropped: published keys that were left out by name -> why.
         alone: "sampler" or "flow" where the file held that part alone, None for a whole model.
     """
 
+    kind: str
     state_dict: dict[str, Any] = field(default_factory=dict)
-    dropped: list[str] = field(default_factory=list)
-    alone: str | None = None
+    dropped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def alone(self) -> str | None:
+        return ALONE.get(self.kind)
 
 
 def convert_published(state_dict: Mapping[str, Any], *, as_whole: bool = False) -> dict[str, Any]:
@@ -125,66 +58,101 @@ def convert_published(state_dict: Mapping[str, Any], *, as_whole: bool = False) 
             those that `TemporalSampler` or torchvision's `raft_large` load.
 
     Raises:
-        WeightsError: a key that is neither known nor dropped by name.
+        WeightsError: a key that is neither known nor dropped by name, or weights of another kind.
     """
     conversion = convert_published_with_report(state_dict, as_whole=as_whole)
+    if conversion.kind == "bert":
+        raise WeightsError("these are BERT's weights, of which a sampler can start: set model.sampler.weights to them")
     if conversion.dropped:
-        shown = ", ".join(conversion.dropped[:4]) + (", ..." if len(conversion.dropped) > 4 else "")
+        shown = ", ".join(list(conversion.dropped)[:4]) + (", ..." if len(conversion.dropped) > 4 else "")
         logger.info("dropped %d published keys that are used nowhere: %s", len(conversion.dropped), shown)
     return conversion.state_dict
 
 
-def convert_published_with_report(state_dict: Mapping[str, Any], *, as_whole: bool = False) -> Conversion:
-    """`convert_published`, and what was dropped."""
-    items = [(key.removeprefix("module."), value) for key, value in _unwrap(state_dict).items()]
-    result = Conversion(alone=_lone_part(key for key, _ in items))
-    parts = {result.alone: ("", PARTS[result.alone][1], "")} if result.alone else PARTS
-    if result.alone and as_whole:
-        parts = {result.alone: ("", *PARTS[result.alone][1:])}
+def convert_published_with_report(
+    state_dict: Mapping[str, Any], *, as_whole: bool = False, kind: str | None = None
+) -> Conversion:
+    """`convert_published` for every kind of file, and what was dropped.
+
+    Args:
+        kind: of `published_names.KINDS`; None = recognised by the keys.
+
+    Raises:
+        WeightsError: a key that is neither known nor dropped by name.
+    """
+    state_dict = _unwrap(state_dict)
+    bare = [key.removeprefix("module.") for key in state_dict]
+    result = Conversion(kind or kind_of(bare) or "lstp")
+    parts = KINDS[result.kind]
+    if len(parts) == 1 and not as_whole:
+        parts = {part: (old, rules, "") for part, (old, rules, _) in parts.items()}
     unexplained = []
-    for key, value in items:
-        new = _rename(key, parts)
-        if new is _UNKNOWN:
+    for key, value in state_dict.items():
+        key = today(key, result.kind)
+        new = rename(key, parts)
+        if new is None:
             unexplained.append(key)
-        elif new is None:
-            result.dropped.append(key)
+        elif isinstance(new, Drop):
+            result.dropped[key] = str(new)
         elif new in result.state_dict:
             raise WeightsError(f"published weights: two keys give '{new}', one is '{key}'; the file is damaged")
         else:
             result.state_dict[new] = value
-    if unexplained or not items:
-        prefixes = ", ".join(f"'{prefix}'" for prefix, _, _ in PARTS.values())
+    if unexplained or not state_dict:
+        prefixes = ", ".join(f"'{prefix}'" for prefix, _, _ in KINDS["lstp"].values())
         raise WeightsError(
-            f"published weights: {_some(unexplained) if items else 'no key'} unknown; expected a whole LSTP checkpoint "
-            f"(keys that begin with {prefixes}), its temporal encoder alone, or princeton RAFT ('fnet.', 'cnet.', "
-            "'update_block.') alone"
+            f"published weights: {_some(unexplained) if state_dict else 'no key'} unknown; expected a whole LSTP "
+            f"checkpoint (keys that begin with {prefixes}), its temporal encoder alone, princeton RAFT ('fnet.', "
+            "'cnet.', 'update_block.') alone, BERT, or LAVIS's BLIP-2 or InstructBLIP ('Qformer.')"
         )
+    _fuse_vision_bias(result.state_dict)
+    _name_base_layers(result.state_dict)
     return result
 
 
-_UNKNOWN = "?"
+def _fuse_vision_bias(state_dict: dict[str, Any]) -> None:
+    """EVA-CLIP's biases of queries and values -> transformers' one bias of the fused layer; keys have none."""
+    for key in [key for key in state_dict if key.endswith(".self_attn.q_bias")]:
+        stem = key.removesuffix("q_bias")
+        if f"{stem}v_bias" in state_dict:
+            query, value = state_dict.pop(key), state_dict.pop(f"{stem}v_bias")
+            state_dict[f"{stem}qkv.bias"] = torch.cat([query, torch.zeros_like(query), value])
 
 
-def _rename(key: str, parts: Mapping[str, tuple[str, Rules, str]]) -> str | None:
-    """The key's new name, None where it is dropped, `_UNKNOWN` where no rule fits."""
-    for old_prefix, rules, new_prefix in parts.values():
-        if not key.startswith(old_prefix):
-            continue
-        rest = key[len(old_prefix) :]
-        for pattern, replacement in rules:
-            if match := re.match(pattern, rest):
-                if replacement is None:
-                    return None
-                return new_prefix + match.expand(replacement) + rest[match.end() :]
-    return _UNKNOWN
+def _name_base_layers(state_dict: dict[str, Any]) -> None:
+    """The layer below a LoRA adapter is `<layer>.base_layer` since peft 0.6 and was `<layer>` before."""
+    adapted = {key.partition(".lora_A.")[0] for key in state_dict if ".lora_A." in key}
+    for layer in adapted:
+        for name in ("weight", "bias"):
+            if f"{layer}.{name}" in state_dict:
+                state_dict[f"{layer}.base_layer.{name}"] = state_dict.pop(f"{layer}.{name}")
 
 
-def _lone_part(keys: Iterable[str]) -> str | None:
-    keys = list(keys)
-    whole = tuple(prefix for prefix, _, _ in PARTS.values())
-    if any(key.startswith(whole) for key in keys):
-        return None
-    return next((part for part, begin in _ALONE.items() if any(begin.match(key) for key in keys)), None)
+def load_bert_into_sampler(sampler: nn.Module, path: str) -> list[str]:
+    """Starts a fresh sampler from BERT: embeddings, self-attention and feed-forward layers.
+
+    Args:
+        path: hub id (bert-base-uncased), a folder or file of BERT, or what `lavis-lstp convert` made of one.
+
+    Returns:
+        The sampler's keys that BERT has not, which keep the values they have.
+
+    Raises:
+        WeightsError: there is no BERT, or it is of another size.
+    """
+    state_dict = load_state_dict_file(_bert_file(path))
+    if all(key.startswith("sampler.") for key in state_dict):
+        state_dict = {key.removeprefix("sampler."): value for key, value in state_dict.items()}
+    else:
+        state_dict = convert_published_with_report(state_dict, kind="bert").state_dict
+    what = f"the weights of '{path}' (model.sampler.weights)"
+    return load_strict(sampler, state_dict, allowed_missing=NOT_IN_BERT, what=what)
+
+
+def _bert_file(name: str) -> Path:
+    if local_path(name) is not None:
+        return weights_file(name)
+    return _hub_file(name, CHECKPOINT_FILES[0], f"no BERT at '{name}' (model.sampler.weights)")
 
 
 def _unwrap(loaded: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -203,26 +171,65 @@ def _some(names: list[str], count: int = 3) -> str:
 # ---- files ----------------------------------------------------------------------------------------------------
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
-CHECKPOINT_FILES = ("model.safetensors", "pytorch_model.bin")
+INDEX = ".index.json"
+"""Ending of the file that says which shard of several holds which key."""
+CHECKPOINT_FILES = (
+    "model.safetensors",
+    f"model.safetensors{INDEX}",
+    "pytorch_model.bin",
+    f"pytorch_model.bin{INDEX}",
+)
 """Weights in a checkpoint folder, in the order looked for."""
 RUN_CHECKPOINTS = ("checkpoints/best", "checkpoints/last", "best", "last")
 """Checkpoint folders in a run's folder, in the order looked for."""
 
 
+def checkpoint_source(name: str | Path) -> Path:
+    """The file or folder that `name` stands for: on this machine, or `owner/repository/file` on the hub.
+
+    A file of the hub comes from its cache, else over the network unless offline mode (HF_HUB_OFFLINE) is on.
+
+    Raises:
+        WeightsError: it is neither; the line says what to download, what converts it and where to put it.
+    """
+    if (found := local_path(str(name))) is not None:
+        return found
+    parts = str(name).split("/")
+    if len(parts) >= 3 and parts[-1].endswith(SUFFIXES) and re.match(r"\w", str(name)) and not Path(parts[0]).exists():
+        return _hub_file("/".join(parts[:2]), "/".join(parts[2:]), f"no weights at '{name}'")
+    raise WeightsError(
+        f"no weights at '{name}': expected a run's folder, one of its checkpoint folders, a file "
+        f"({', '.join(SUFFIXES)}), or a file of the hub as owner/repository/file"
+    )
+
+
+def _hub_file(repository: str, file: str, problem: str) -> Path:
+    """A file of the hub: its place in the cache, where it is put unless it lies there."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(hf_hub_download(repository, file))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        name = f"{repository}/{file}"
+        raise WeightsError(
+            f"{problem}: neither on this machine nor in the hub's cache, and the hub does not give it "
+            f"({str(error).strip().splitlines()[0]}); download {file} from https://huggingface.co/{repository} and "
+            f"{where_to_put(name)}; `lavis-lstp convert {file} FOLDER` makes a small folder of it that serves as well"
+        ) from error
+
+
 def weights_file(path: str | Path) -> Path:
     """The weights that a path stands for: a file, a checkpoint folder, or a run's folder (its best, else its last).
+
+    A name that is no path is looked for as `checkpoint_source` does.
 
     Raises:
         WeightsError: nothing is there.
     """
-    path = Path(path).expanduser()
+    path = checkpoint_source(path)
     if path.is_file():
         return path
-    if not path.is_dir():
-        raise WeightsError(
-            f"no weights at '{path}': expected a run's folder, one of its checkpoint folders, or a file "
-            f"({', '.join(SUFFIXES)})"
-        )
     for folder in (path, *(path / name for name in RUN_CHECKPOINTS)):
         for name in CHECKPOINT_FILES:
             if (folder / name).is_file():
@@ -234,7 +241,8 @@ def weights_file(path: str | Path) -> Path:
 
 
 def load_state_dict_file(path: str | Path) -> dict[str, Tensor]:
-    """Reads a state dict without running code from the file: safetensors, or a pickle of nothing but tensors.
+    """Reads a state dict without running code from the file: safetensors, or a pickle of nothing but tensors; or the
+    index of several of them.
 
     A checkpoint with the state dict under "state_dict" or "model" is unwrapped. Tensors are on the CPU and, where
     the format allows, mapped from the file rather than read.
@@ -245,6 +253,8 @@ def load_state_dict_file(path: str | Path) -> dict[str, Tensor]:
     path = Path(path).expanduser()
     if not path.is_file():
         raise WeightsError(f"no weights file '{path}'")
+    if path.name.endswith(INDEX):
+        return _load_shards(path)
     loaded = _load_safetensors(path) if path.suffix == ".safetensors" else _load_torch(path)
     state_dict = _unwrap(loaded) if isinstance(loaded, Mapping) else {}
     strangers = [str(key) for key, value in state_dict.items() if not isinstance(value, Tensor)]
@@ -254,6 +264,21 @@ def load_state_dict_file(path: str | Path) -> dict[str, Tensor]:
             f"'{path}' is no state dict: {what}; expected name -> tensor, or that under 'state_dict' or 'model'"
         )
     return dict(state_dict)
+
+
+def _load_shards(index: Path) -> dict[str, Tensor]:
+    """The shards named in an index of transformers, as one state dict."""
+    try:
+        place = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = {key: index.parent / Path(name).name for key, name in place.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsError(f"'{index}' is damaged or no index of shards: {type(error).__name__} {error}") from error
+    state_dict = {}
+    for shard in sorted(set(shards.values())):
+        state_dict.update(load_state_dict_file(shard))
+    if missing := [key for key in shards if key not in state_dict]:
+        raise WeightsError(f"'{index}' names {len(missing)} keys that its shards have not: {_some(missing)}")
+    return state_dict
 
 
 def _load_safetensors(path: Path) -> dict[str, Tensor]:
