@@ -68,10 +68,14 @@ def find_config(path: str | os.PathLike) -> Path:
 
 def recipes() -> list[str]:
     """The configurations that `--cfg-path` finds without a checkout, such as projects/lstp/tiny_ft.yaml."""
-    found = set()
-    for root in (PACKAGE, PACKAGE.parent):
-        found |= {str(file.relative_to(root)) for file in (root / "projects").glob("lstp/**/*.yaml")}
-    return sorted(found)
+    chains = project_files("lstp/chains/*.yaml")
+    return [name for name in project_files("lstp/**/*.yaml") if name not in chains]
+
+
+def project_files(pattern: str) -> list[str]:
+    """Files of `projects/` in the package or its checkout, as a user names them."""
+    roots = (PACKAGE, PACKAGE.parent)
+    return sorted({str(file.relative_to(root)) for root in roots for file in (root / "projects").glob(pattern)})
 
 
 def options_to_dotlist(options: Sequence[str] | None) -> list[str]:

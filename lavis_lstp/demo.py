@@ -1,8 +1,8 @@
 """`lavis-lstp demo`: from nothing to a trained and measured LSTP, in the order of the paper.
 
-In: a folder to work in. Out, in it: Shapes-QA, one run per step, `table.md`, `table.json` and `explanation.png`. Each
-step is the command a user would type, `python -m lavis.train --cfg-path projects/lstp/tiny_*.yaml`; a step that is
-complete is not run again, an interrupted one goes on from its last checkpoint.
+In: a folder to work in. Out, in it: Shapes-QA, one run per step, `table.md`, `table.json` and `explanation.png`. The
+steps are those of projects/lstp/chains/tiny.yaml, then LSTP again on evenly spaced frames, and the evaluations; `chain`
+runs them, so an interrupted demo goes on where it was.
 """
 
 from __future__ import annotations
@@ -16,26 +16,24 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lavis_lstp.chain import Chain, Step, check_options, find_chain, read_chain
 from lavis_lstp.data.qa_dataset import read_annotation
 from lavis_lstp.data.shapes_scene import FPS, NUM_FRAMES
 from lavis_lstp.data.video import uniform_centres
-from lavis_lstp.errors import ConfigError, LstpError
 from lavis_lstp.files import atomic_writer, read_jsonl, write_json
 from lavis_lstp.metrics.grounding import evaluate_spans
 from lavis_lstp.metrics.qa import accuracy_interval, exact_match
 from lavis_lstp.schema import Span
 
-logger = logging.getLogger(__name__)
-
 MIN_GAIN = 0.20
 MIN_SHARE_OF_ORACLE = 0.90
 """What LSTP must reach: points above uniform, with intervals apart, and share of the oracle's accuracy."""
-FLOW = ("--flow", "dis", "--num-frames", "64", "--size", "64", "--flow-size", "32")
-"""How the model config `lstp_tiny` computes flow itself."""
+CHAIN = "projects/lstp/chains/tiny.yaml"
+"""The steps up to a trained LSTP."""
 STAGES = ("flow", "sampler", "selection", "vision", "language")
 
 
@@ -70,65 +68,21 @@ class Demo:
 
     def __init__(self, out: Path, options: Sequence[str] = ()):
         self.out = out
-        self.options = [f"datasets.lstp_shapes.root={out / 'shapes_qa'}", *options]
-        self.seconds: dict[str, float] = {}
+        self.steps = read_chain(find_chain(CHAIN))
+        check_options(options, self.steps)
+        self.chain = Chain(out, options)
 
     def run(self) -> dict[str, Any]:
         """All steps; returns what `table.json` holds."""
-        out = self.out
-        flow = "model.flow.name=precomputed", "datasets.lstp_shapes.flow=precomputed"
-        flow = *flow, f"datasets.lstp_shapes.flow_root={out / 'flow'}"
-        spans = [f"datasets.lstp_shapes.spans.{split}={out / f'spans_{split}.json'}" for split in ("train", "val")]
-        start = f"model.checkpoint=[{out / 'base'},{out / 'sampler'}]", "run.test_splits=[]"  # tested below
-        self.recipe("base", "lavis.train", "tiny_base")
-        self.step("flow", ["-m", "lavis_lstp", "flow", str(out / "shapes_qa" / "videos"), str(out / "flow"), *FLOW])
-        labels = f"run.spans_out={out / 'spans_{split}.json'}"
-        self.recipe("spans", "lavis.evaluate", "tiny_spans", f"model.checkpoint={out / 'base'}", labels)
-        self.recipe("sampler", "lavis.train", "tiny_sampler", *spans, *flow)
-        self.recipe("lstp", "lavis.train", "tiny_ft", *start, *flow)
-        self.recipe("uniform", "lavis.train", "tiny_ft", *start, "model.selector.name=uniform", *NO_FLOW)
+        self.chain.run(self.steps)
+        lstp = self.steps[-1]
+        without_sampler = "model.selector.name=uniform", *NO_FLOW
+        self.chain.run([replace(lstp, name="uniform", options=(*lstp.options, *without_sampler))])
         for row in ROWS:
-            parts = ",".join(str(out / name) for name in ("base", "sampler", row.answerer))
-            options = f"model.checkpoint=[{parts}]", *flow, *row.options
-            self.recipe(f"eval_{row.name}", "lavis.evaluate", "tiny_eval", *options)
+            parts = ",".join(f"{{out}}/{name}" for name in ("base", "sampler", row.answerer))
+            options = *lstp.options, f"model.checkpoint=[{parts}]", "run.test_splits=[test]", *row.options
+            self.chain.run([Step(f"eval_{row.name}", "evaluate", "projects/lstp/tiny_eval.yaml", options=options)])
         return self.report()
-
-    def recipe(self, name: str, module: str, recipe: str, *options: str) -> None:
-        """A step that is `python -m lavis.train` or `lavis.evaluate` with a recipe, in the folder `out/name`."""
-        command = ["-m", module, "--cfg-path", f"projects/lstp/{recipe}.yaml", "--options", *self.options, *options]
-        command.append(f"run.output_dir={self.out / name}")
-        if module == "lavis.train":
-            command.append("run.resume_ckpt_path=auto")
-        self.step(name, command)
-
-    def step(self, name: str, command: list[str]) -> None:
-        """Runs a command, unless `done.json` in the step's folder says that it has been run to the end.
-
-        Raises:
-            ConfigError: the folder holds the same step with other options, whose results must not pass for these.
-            LstpError: the command failed.
-        """
-        folder = self.out / name
-        started, done, output = folder / "command.json", folder / "done.json", folder / "output.txt"
-        if started.is_file() and json.loads(started.read_text(encoding="utf-8")) != command:
-            raise ConfigError(
-                f"{folder} holds this step with other options; choose another --out, or remove {self.out}"
-            )
-        if done.is_file():
-            self.seconds[name] = json.loads(done.read_text(encoding="utf-8"))["seconds"]
-            logger.info("%s: done before, in %.0f s", name, self.seconds[name])
-            return
-        logger.info("%s: python %s", name, " ".join(command))
-        write_json(started, command)
-        begin = time.perf_counter()
-        with open(output, "w", encoding="utf-8") as log:
-            run = subprocess.run([sys.executable, *command], stdout=log, stderr=subprocess.STDOUT, check=False)
-        if run.returncode:
-            last = output.read_text(encoding="utf-8", errors="replace").splitlines()[-1:] or ["no output"]
-            raise LstpError(f"step {name} ended with status {run.returncode}: {last[0]} (see {output})")
-        self.seconds[name] = time.perf_counter() - begin
-        write_json(done, {"seconds": self.seconds[name]})
-        logger.info("%s: %.0f s", name, self.seconds[name])
 
     # ---- results ------------------------------------------------------------------------------------------------
 
@@ -140,7 +94,7 @@ class Demo:
             "rows": rows,
             "verdict": verdict({row["name"]: row for row in rows}),
             "spans": self._label_quality(),
-            "seconds_by_step": {name: round(value, 1) for name, value in self.seconds.items()},
+            "seconds_by_step": {name: round(value, 1) for name, value in self.chain.seconds.items()},
             # of the largest process, and only of those that this call started; Linux counts KiB
             "peak_memory_mib": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024),
         }

@@ -7,7 +7,6 @@ import json
 import pytest
 
 from lavis_lstp import demo
-from lavis_lstp.errors import ConfigError, LstpError
 from lavis_lstp.metrics.qa import accuracy_interval
 
 
@@ -51,24 +50,30 @@ def test_table_says_when_the_claim_is_not_met():
         assert "1.0 + 1.0 + 1.0 + 1.0 + 1.0 = 5.0" in text
 
 
-def test_a_finished_step_is_not_run_again_and_a_failed_one_is(tmp_path):
-    runs = tmp_path / "runs"
-    work = demo.Demo(tmp_path)
-    command = ["-c", f"open({str(runs)!r}, 'a').write('x')"]
-    work.step("one", command)
-    work.step("one", command)
-    assert runs.read_text() == "x"
-    failing = ["-c", "import sys; print('what went wrong'); sys.exit(3)"]
-    for _ in range(2):
-        with pytest.raises(LstpError, match="step two ended with status 3: what went wrong") as error:
-            work.step("two", failing)
-        assert "\n" not in str(error.value)
+def test_each_row_of_the_table_is_evaluated_with_its_own_frames_and_answerer(tmp_path):
+    ran = []
+    work = demo.Demo(tmp_path, ["run.max_epoch=1"])
+    work.chain.step = lambda name, command, launch: ran.append((name, command))
+    work.report = dict
+    work.run()
+    commands = dict(ran)
+    evaluations = [f"eval_{row.name}" for row in demo.ROWS]
+    assert list(commands) == ["base", "flow", "spans", "sampler", "lstp", "uniform", *evaluations]
 
+    def last(name: str, key: str) -> str:
+        return [word.partition("=")[2] for word in commands[name] if word.startswith(f"{key}=")][-1]
 
-def test_results_of_other_options_do_not_pass_for_these(tmp_path):
-    demo.Demo(tmp_path).step("one", ["-c", "pass"])
-    with pytest.raises(ConfigError, match="other options"):
-        demo.Demo(tmp_path).step("one", ["-c", "0"])
+    parts = {name: last(name, "model.checkpoint").strip("[]").split(",") for name in ("lstp", "uniform", *evaluations)}
+    for name in evaluations:
+        answerer = "uniform" if name == "eval_uniform_trained" else "lstp"
+        assert parts[name] == [str(tmp_path / part) for part in ("base", "sampler", answerer)]
+        assert last(name, "run.test_splits") == "[test]"
+    assert parts["lstp"] == parts["uniform"] == [str(tmp_path / "base"), str(tmp_path / "sampler")]
+    flows = {name: last(name, "model.flow.name") for name in evaluations}
+    assert flows.pop("eval_lstp") == "dis" and set(flows.values()) == {"none"}
+    assert last("eval_oracle", "model.selector.span_key") == "gold_span"
+    assert last("uniform", "model.selector.name") == last("eval_uniform_trained", "model.selector.name") == "uniform"
+    assert all("run.max_epoch=1" in command for name, command in commands.items() if name != "flow")
 
 
 @pytest.mark.slow
