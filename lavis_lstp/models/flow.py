@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from lavis_lstp.errors import ConfigError, LstpError, WeightsError, unknown_name
 from lavis_lstp.models.backbone import IMAGE_MEAN, IMAGE_STD
+from lavis_lstp.models.hub import local_path, where_to_put
 from lavis_lstp.models.weights import convert_published, load_state_dict_file, load_strict
 
 FLOW_NAMES = ("raft_large", "raft_small", "dis", "motion_vectors", "precomputed", "none")
@@ -268,9 +269,13 @@ def load_raft(net: nn.Module, name: str, weights: str | os.PathLike | None) -> N
         WeightsError: no such file, not weights, or of another network.
     """
     url = RAFT_URLS[name]
-    path = Path(weights) if weights is not None else Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
+    path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
+    if weights is not None:
+        path = local_path(weights) or Path(weights)
     if not path.is_file():
-        where = f"put it there as {path}" if weights is None else f"got weights: {path}, where there is no file"
+        where = f"put it there as {path}"
+        if weights is not None:
+            where = f"got weights: {path}, where there is no file; {where_to_put(str(weights))}"
         raise WeightsError(
             f"flow '{name}' needs its weights: download {url} (nothing is downloaded by itself), {where}, or set "
             "model.flow.weights to the file; flow 'dis' needs none"

@@ -24,6 +24,8 @@ def local_path(name: str) -> Path | None:
 
 def where_to_put(name: str) -> str:
     """The places where `name` is looked for, for an error message."""
+    if Path(name).expanduser().is_absolute():
+        return "name a path that exists"
     below = os.environ.get(ENVIRONMENT)
     place = str(Path(below).expanduser() / name) if below else f"${ENVIRONMENT}/{name} (set {ENVIRONMENT} to a folder)"
     return f"put it at {place}, or name its path"

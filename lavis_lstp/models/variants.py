@@ -19,6 +19,18 @@ MODEL_TYPES: dict[str, dict[str, Path]] = {
     name: {kind: CONFIGS / f"{file}.yaml" for kind, file in types.items()}
     for name, types in {
         "lstp_tiny": {"default": "lstp_tiny"},
+        "lstp_vicuna7b": {
+            "default": "lstp_7b",
+            "pretrained": "lstp_7b",
+            "base": "lstp_vicuna7b",
+            "lora": "lstp_vicuna7b_lora",
+        },
+        "lstp_flant5xl": {"default": "lstp_flant5xl", "base": "lstp_flant5xl", "lora": "lstp_flant5xl_lora"},
+        "lstp_instruct_flant5xl": {
+            "default": "lstp_instruct_flant5xl",
+            "base": "lstp_instruct_flant5xl",
+            "lora": "lstp_instruct_flant5xl_lora",
+        },
     }.items()
 }
 """Registered name -> type -> YAML. A new variant is a line here and a file there."""
