@@ -18,11 +18,12 @@ from setuptools.command.editable_wheel import editable_wheel
 
 HERE = Path(__file__).resolve().parent
 PTH = "lavis_lstp.pth"
+RECIPE_SUFFIXES = {".yaml", ".json", ".sbatch", ".md"}
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "lavis_lstp" / "__init__.py").read_text(encoding="utf-8"))[1]
 
 
 class BuildWithPlugin(build_py):
-    """Adds `lavis_lstp.pth` to the root of a wheel, and projects/**/*.yaml as lavis_lstp/projects/**."""
+    """Adds `lavis_lstp.pth` to the root of a wheel, and the files of projects/ as lavis_lstp/projects/**."""
 
     def run(self):
         super().run()
@@ -37,8 +38,10 @@ class BuildWithPlugin(build_py):
         return {**super().get_output_mapping(), **self._extra_files()}
 
     def _extra_files(self):
-        recipes = sorted(path.relative_to(HERE) for path in (HERE / "projects").rglob("*.yaml"))
-        files = {str(Path(self.build_lib, "lavis_lstp", path)): str(path) for path in recipes}
+        found = (path for path in (HERE / "projects").rglob("*") if path.suffix in RECIPE_SUFFIXES)
+        files = {}
+        for path in sorted(path.relative_to(HERE) for path in found):
+            files[str(Path(self.build_lib, "lavis_lstp", path))] = str(path)
         if not self.editable_mode:
             files[str(Path(self.build_lib, PTH))] = PTH
         return files
@@ -127,6 +130,7 @@ setup(
         "lavis_lstp.runners",
         "lavis_lstp.shims",
         "lavis_lstp.tasks",
+        "lavis_lstp.testing",
         "webdataset_tools",
     ],
     package_data={"lavis_lstp": ["configs/**/*.yaml"]},
