@@ -1,24 +1,23 @@
 """Tiny weights in the layout of the published ones: `python -m lavis_lstp.testing.tiny_checkpoints OUT`.
 
-Out: folders shaped like the hub's (config.json with its odd ids, safetensors in one file or in shards, tokenizers of
-the published classes) and files like those of LSTP, RAFT and BERT, with seeded random numbers. Names, ids and file
-kinds are the published ones, only sizes are small, so that what runs on them runs on the 7B weights by the same code
-path. Good for tests and for debugging a config on a laptop.
+Out: folders shaped like the hub's and files like those of LSTP, RAFT, BERT and LAVIS, under the names that the model
+configs look for, so that `LAVIS_LSTP_WEIGHTS=OUT` takes the place of the hub. Names, ids and kinds of files are the
+published ones, only sizes are small (RAFT's are not): what runs on them runs on the 7B weights by the same code path.
+Good for tests, and for debugging a config on a laptop.
 
-Every number is drawn from (seed, name of the weight): the same bytes in every run and under every transformers version.
+The numbers are seeded noise. LSTP's checkpoints hold the tiny Vicuna backbone's own frozen weights and other numbers
+for what the published recipe trains.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import math
+import io
 import os
 import shutil
 import sys
-import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,279 +26,209 @@ from torch import Tensor
 
 from lavis_lstp.errors import ConfigError, LstpError, unknown_name
 from lavis_lstp.files import write_json
-from lavis_lstp.models.backbone import DTYPES, IMAGE_MEAN, IMAGE_STD
-from lavis_lstp.testing.tiny_tokenizers import (
-    Files,
-    bert_files,
-    bert_vocabulary,
-    llama_files,
-    t5_files,
-    vocabulary_size,
+from lavis_lstp.models.backbone import DTYPES
+from lavis_lstp.testing.published_layout import bert_shapes, lavis_shapes, raft_shapes, sampler_shapes
+from lavis_lstp.testing.tiny_backbones import (
+    BACKBONES,
+    Sizes,
+    backbone_config,
+    backbone_weights,
+    random_weights,
+    write_backbone,
+    write_files,
+    write_safetensors,
 )
+from lavis_lstp.testing.tiny_tokenizers import bert_files, bert_vocabulary
 
 MARKER = "tiny_checkpoints.json"
 """What a folder was written with; only a folder that has it is written to again."""
+DEFAULT = Sizes()
+LORA_RANK = 8
+LORA_TARGETS = {"llama": ("q_proj", "v_proj"), "t5": ("q", "v")}
+TRAINED = ("qformer.", "query_tokens", "language_projection.")
+"""What the published image and video recipe trains of the backbone."""
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """What is small. Widths differ from each other, so that no two weights fit by accident."""
-
-    image_size: int = 28
-    patch_size: int = 14
-    layers: int = 2
-    heads: int = 4
-    vision_width: int = 48
-    qformer_width: int = 32
-    text_width: int = 64
-    queries: int = 4
+# ---- BERT, RAFT -----------------------------------------------------------------------------------------------
 
 
-# ---- numbers --------------------------------------------------------------------------------------------------
-
-
-def random_weight(name: str, shape: Sequence[int], seed: int) -> Tensor:
-    """float32 numbers that depend on seed and name alone: around 1 for norms, else about 1/sqrt(inputs) wide."""
-    generator = torch.Generator().manual_seed((seed << 32) + zlib.crc32(name.encode()))
-    values = torch.randn(tuple(shape), generator=generator)
-    if name.endswith("running_var") or ("norm" in name.lower() and name.endswith("weight") and len(shape) == 1):
-        return 1 + 0.1 * values.clamp(-3, 3)
-    if len(shape) < 2:
-        return 0.05 * values
-    return values / math.sqrt(math.prod(shape[1:]))
-
-
-def random_weights(shapes: Mapping[str, Sequence[int]], seed: int) -> dict[str, Tensor]:
-    return {name: random_weight(name, shape, seed) for name, shape in shapes.items()}
-
-
-# ---- backbones ------------------------------------------------------------------------------------------------
-
-
-def _llama_config(sizes: Sizes, vocab_size: int) -> dict[str, Any]:
-    """The ids are wrong in the published file too (SPEC 6): the tokenizer's are pad = vocab_size - 1 and eos = 2."""
-    return {
-        "architectures": ["LLaMAForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": vocab_size,
-        "hidden_size": sizes.text_width,
-        "intermediate_size": 2 * sizes.text_width - 8,
-        "num_hidden_layers": sizes.layers,
-        "num_attention_heads": sizes.heads,
-        "num_key_value_heads": sizes.heads,
-        "max_position_embeddings": 2048,
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": False,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "pad_token_id": -1,
-    }
-
-
-def _t5_config(sizes: Sizes, vocab_size: int) -> dict[str, Any]:
-    """FLAN-T5: gated feed-forward, an output matrix of its own, more rows than the tokenizer has ids."""
-    return {
-        "architectures": ["T5ForConditionalGeneration"],
-        "model_type": "t5",
-        "vocab_size": -(-(vocab_size + 1) // 32) * 32,
-        "d_model": sizes.text_width,
-        "d_kv": sizes.text_width // sizes.heads,
-        "d_ff": 2 * sizes.text_width - 8,
-        "num_layers": sizes.layers,
-        "num_decoder_layers": sizes.layers,
-        "num_heads": sizes.heads,
-        "feed_forward_proj": "gated-gelu",
-        "dense_act_fn": "gelu",
-        "is_gated_act": True,
-        "is_encoder_decoder": True,
-        "relative_attention_num_buckets": 32,
-        "relative_attention_max_distance": 128,
-        "dropout_rate": 0.1,
-        "layer_norm_epsilon": 1e-6,
-        "tie_word_embeddings": False,
-        "bos_token_id": 1,
-        "eos_token_id": 1,
-        "pad_token_id": 0,
-        "decoder_start_token_id": 0,
-    }
-
-
-def _backbone_config(family: str, text_config: dict[str, Any], sizes: Sizes, dtype: str) -> dict[str, Any]:
-    qformer = {
-        "vocab_size": len(bert_vocabulary()) + (family == "instructblip"),  # and [DEC]
-        "hidden_size": sizes.qformer_width,
-        "intermediate_size": 2 * sizes.qformer_width + 8,
-        "num_hidden_layers": sizes.layers,
-        "num_attention_heads": sizes.heads,
-        "encoder_hidden_size": sizes.vision_width,
-        "cross_attention_frequency": 2,
-        "max_position_embeddings": 512,
-        "layer_norm_eps": 1e-12,
-    }
-    vision = {
-        "hidden_size": sizes.vision_width,
-        "intermediate_size": 2 * sizes.vision_width + 8,
-        "num_hidden_layers": sizes.layers,
-        "num_attention_heads": sizes.heads,
-        "image_size": sizes.image_size,
-        "patch_size": sizes.patch_size,
-        "qkv_bias": True,
+def write_bert(folder: Path, *, sizes: Sizes, seed: int, dtype: str) -> None:
+    """google-bert/bert-base-uncased: of the sampler's sizes, so that a sampler can start from it."""
+    width, vocab_size = sizes.sampler_width, len(bert_vocabulary())
+    config = {
+        "architectures": ["BertForMaskedLM"],
+        "model_type": "bert",
+        "attention_probs_dropout_prob": 0.1,
+        "gradient_checkpointing": False,
         "hidden_act": "gelu",
-        "layer_norm_eps": 1e-6,
-    }
-    kind = {"instructblip": "InstructBlip", "blip2": "Blip2"}[family]
-    names = {"instructblip": "instructblip", "blip2": "blip_2"}
-    return {
-        "architectures": [f"{kind}ForConditionalGeneration"],
-        "model_type": {"instructblip": "instructblip", "blip2": "blip-2"}[family],
-        "image_token_index": None,
-        "initializer_factor": 1.0,
+        "hidden_dropout_prob": 0.1,
+        "hidden_size": width,
         "initializer_range": 0.02,
-        "is_encoder_decoder": text_config["model_type"] == "t5",
-        "num_query_tokens": sizes.queries,
-        "qformer_config": {"model_type": f"{names[family]}_qformer", **qformer},
-        "text_config": text_config,
-        "tie_word_embeddings": False,
-        "torch_dtype": dtype,
-        "use_decoder_only_language_model": text_config["model_type"] != "t5",
-        "vision_config": {"model_type": f"{names[family]}_vision_model", **vision},
+        "intermediate_size": sizes.inner(width),
+        "layer_norm_eps": 1e-12,
+        "max_position_embeddings": sizes.positions,
+        "num_attention_heads": sizes.heads,
+        "num_hidden_layers": sizes.sampler_layers,
+        "pad_token_id": 0,
+        "position_embedding_type": "absolute",
+        "type_vocab_size": 2,
+        "use_cache": True,
+        "vocab_size": vocab_size,
     }
+    write_json(folder / "config.json", config)
+    shapes = bert_shapes(
+        width=width,
+        layers=sizes.sampler_layers,
+        inner=sizes.inner(width),
+        vocab_size=vocab_size,
+        positions=sizes.positions,
+    )
+    write_safetensors(folder, random_weights(shapes, seed), dtype)
+    write_files(folder, bert_files())
 
 
-def backbone_shapes(config: Mapping[str, Any]) -> dict[str, list[int]]:
-    """Names and shapes of the weights of a backbone, as transformers' class for the config has them."""
-    import transformers
-
-    kind = config["architectures"][0].removesuffix("ForConditionalGeneration")
-    with torch.device("meta"):
-        model = getattr(transformers, f"{kind}ForConditionalGeneration")(
-            getattr(transformers, f"{kind}Config").from_dict(json.loads(json.dumps(config)))
-        )
-    return {name: list(value.shape) for name, value in model.state_dict().items()}
-
-
-def backbone_weights(config: Mapping[str, Any], seed: int) -> dict[str, Tensor]:
-    """Weights of a backbone under all names of its state dict; T5's three names of its embeddings are one tensor."""
-    weights = random_weights(backbone_shapes(config), seed)
-    shared = weights.get("language_model.shared.weight")
-    for stack in ("encoder", "decoder"):
-        if shared is not None:
-            weights[f"language_model.{stack}.embed_tokens.weight"] = shared
+def raft_weights(seed: int) -> dict[str, Tensor]:
+    """Of real size, under princeton-vl's names without `module.`; `norm3` is `downsample.1` under another name."""
+    weights = random_weights(raft_shapes(), seed)
+    for name in weights:
+        if ".norm3." in name:
+            weights[name] = weights[name.replace(".norm3.", ".downsample.1.")]
     return weights
 
 
-def _preprocessor(family: str, image_size: int) -> dict[str, Any]:
-    return {
-        "do_convert_rgb": True,
-        "do_normalize": True,
-        "do_rescale": True,
-        "do_resize": True,
-        "image_mean": list(IMAGE_MEAN),
-        "image_processor_type": "BlipImageProcessor",
-        "image_std": list(IMAGE_STD),
-        "processor_class": {"instructblip": "InstructBlipProcessor", "blip2": "Blip2Processor"}[family],
-        "resample": 3,
-        "rescale_factor": 1 / 255,
-        "size": {"height": image_size, "width": image_size},
-    }
+def write_raft(path: Path, *, sizes: Sizes, seed: int, dtype: str) -> None:
+    """raft-things.pth: 21 MB, keys that begin with `module.`, float32 whatever `dtype`."""
+    _save(path, {f"module.{name}": value for name, value in raft_weights(seed).items()})
 
 
-def _write_backbone(
-    folder: Path,
-    family: str,
-    text_config: Callable[[Sizes, int], dict[str, Any]],
-    tokenizer: Files,
-    *,
-    shards: int,
-    sizes: Sizes,
-    seed: int,
-    dtype: str,
-) -> None:
-    config = _backbone_config(family, text_config(sizes, vocabulary_size(tokenizer)), sizes, dtype)
-    ids = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
-    ids = {name: config["text_config"][name] for name in ids if name in config["text_config"]}
-    write_json(folder / "config.json", config)
-    write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
-    write_json(folder / "preprocessor_config.json", _preprocessor(family, sizes.image_size))
-    weights = backbone_weights(config, seed)
-    weights = {name: value for name, value in weights.items() if not name.endswith("coder.embed_tokens.weight")}
-    _write_safetensors(folder, weights, dtype, shards)
-    _write_files(folder, tokenizer)
-    if family == "instructblip":
-        _write_files(folder / "qformer_tokenizer", bert_files(qformer=True))
+# ---- LSTP -----------------------------------------------------------------------------------------------------
 
 
-def write_instructblip_vicuna(folder: Path, *, sizes: Sizes = Sizes(), seed: int = 0, dtype: str = "float32") -> None:
-    """Salesforce/instructblip-vicuna-7b: InstructBLIP over LLaMA, in three shards."""
-    settings = {"shards": 3, "sizes": sizes, "seed": seed, "dtype": dtype}
-    _write_backbone(folder, "instructblip", _llama_config, llama_files(), **settings)
+def lstp_state_dict(
+    *, backbone: str = "instructblip-vicuna-7b", sizes: Sizes = DEFAULT, seed: int = 0, lora: bool = False
+) -> dict[str, Tensor]:
+    """A whole published checkpoint: `model.`, `temporal_encoder.` and `of_extractor.`.
+
+    Args:
+        backbone: a name of BACKBONES.
+        lora: with adapters on the language model, named as peft 0.4 did (today's peft says `q_proj.base_layer.weight`
+            where that said `q_proj.weight`).
+    """
+    config = backbone_config(backbone, sizes)
+    model = backbone_weights(config, seed)
+    trained = {name: value.shape for name, value in model.items() if name.startswith(TRAINED)}
+    model.update(random_weights(trained, seed + 1))
+    unused = {f"temporal_projection.{end}": model[f"language_projection.{end}"].shape for end in ("weight", "bias")}
+    model.update(random_weights(unused, seed))
+    if lora:
+        model = _with_adapters(model, LORA_TARGETS[config["text_config"]["model_type"]], seed)
+    sampler = sampler_shapes(
+        width=sizes.sampler_width,
+        layers=sizes.sampler_layers,
+        heads=sizes.heads,
+        inner=sizes.inner(sizes.sampler_width),
+        vocab_size=len(bert_vocabulary()),
+        positions=sizes.positions,
+        fusion_layer=sizes.fusion_layer,
+        flow_size=sizes.flow_size,
+    )
+    parts = {"model.": model, "temporal_encoder.": random_weights(sampler, seed), "of_extractor.": raft_weights(seed)}
+    return {prefix + name: value for prefix, part in parts.items() for name, value in part.items()}
 
 
-def write_instructblip_t5(folder: Path, *, sizes: Sizes = Sizes(), seed: int = 0, dtype: str = "float32") -> None:
-    """Salesforce/instructblip-flan-t5-xl: InstructBLIP over T5, in two shards."""
-    settings = {"shards": 2, "sizes": sizes, "seed": seed, "dtype": dtype}
-    _write_backbone(folder, "instructblip", _t5_config, t5_files(truncation_side="left"), **settings)
+def _with_adapters(model: dict[str, Tensor], targets: Iterable[str], seed: int) -> dict[str, Tensor]:
+    language_model, result = "language_model.", {}
+    for name, value in model.items():
+        if not name.startswith(language_model):
+            result[name] = value
+            continue
+        name = f"{language_model}base_model.model.{name.removeprefix(language_model)}"
+        result[name] = value
+        layer = name.removesuffix(".weight")
+        if layer.rsplit(".", 1)[-1] in targets:
+            size_out, size_in = value.shape
+            down, up = f"{layer}.lora_A.default.weight", f"{layer}.lora_B.default.weight"
+            adapter = random_weights({down: [LORA_RANK, size_in], up: [size_out, LORA_RANK]}, seed)
+            result.update({down: adapter[down], up: 0.1 * adapter[up]})
+    return result
 
 
-def write_blip2_t5(folder: Path, *, sizes: Sizes = Sizes(), seed: int = 0, dtype: str = "float32") -> None:
-    """Salesforce/blip2-flan-t5-xl: BLIP-2 over T5, in one file; its Q-Former reads no text."""
-    settings = {"shards": 1, "sizes": sizes, "seed": seed, "dtype": dtype}
-    _write_backbone(folder, "blip2", _t5_config, t5_files(), **settings)
+def write_lstp(path: Path, *, sizes: Sizes, seed: int, dtype: str, kind: str = "bare") -> None:
+    """ColorfulAI/LSTP-Chat/LSTP-7B.ckpt, float32 whatever `dtype`.
+
+    `kind` lightning: a training checkpoint, the same keys behind `module.` under "state_dict"; lora: with adapters.
+    """
+    state_dict = lstp_state_dict(sizes=sizes, seed=seed, lora=kind == "lora")
+    if kind == "lightning":
+        wrapped = {f"module.{name}": value for name, value in state_dict.items()}
+        state_dict = {"epoch": 2, "global_step": 100, "pytorch-lightning_version": "2.1.0", "state_dict": wrapped}
+    _save(path, state_dict)
 
 
-# ---- files ----------------------------------------------------------------------------------------------------
+# ---- LAVIS ----------------------------------------------------------------------------------------------------
 
 
-def _write_files(folder: Path, files: Files) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
+def write_lavis(path: Path, *, sizes: Sizes, seed: int, dtype: str, projection: str) -> None:
+    """A checkpoint of LAVIS's runner: BLIP-2 over T5 (`t5_proj`) or InstructBLIP over Vicuna (`llm_proj`)."""
+    shapes = lavis_shapes(
+        vision_width=sizes.vision_width,
+        vision_layers=sizes.layers,
+        vision_inner=sizes.inner(sizes.vision_width),
+        patch_size=sizes.patch_size,
+        patches=(sizes.image_size // sizes.patch_size) ** 2,
+        width=sizes.qformer_width,
+        layers=sizes.layers,
+        inner=sizes.inner(sizes.qformer_width),
+        positions=sizes.positions,
+        queries=sizes.queries,
+        projection=projection,
+        text_width=sizes.text_width,
+        vocab_size=len(bert_vocabulary()) + 1 if projection == "llm_proj" else None,
+    )
+    _save(path, {"model": random_weights(shapes, seed)})
 
 
-def _write_safetensors(folder: Path, weights: Mapping[str, Tensor], dtype: str, shards: int = 1) -> None:
-    """`model.safetensors`, or that many shards of about equal size with their index."""
-    from safetensors.torch import save_file
-
-    weights = {name: value.to(getattr(torch, dtype)).contiguous() for name, value in weights.items()}
-    if shards == 1:
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        return
-    total = sum(value.nbytes for value in weights.values())
-    parts: list[dict[str, Tensor]] = [{} for _ in range(shards)]
-    place, index = 0, {}
-    for name, value in weights.items():
-        part = min(place * shards // total, shards - 1)
-        parts[part][name] = value
-        index[name] = f"model-{part + 1:05}-of-{shards:05}.safetensors"
-        place += value.nbytes
-    for part, file in zip(parts, dict.fromkeys(index.values()), strict=True):
-        save_file(part, folder / file, metadata={"format": "pt"})
-    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
+# ---- everything -----------------------------------------------------------------------------------------------
 
 
-WRITERS: dict[str, Callable[..., None]] = {
-    "instructblip-vicuna-7b": write_instructblip_vicuna,
-    "instructblip-flan-t5-xl": write_instructblip_t5,
-    "blip2-flan-t5-xl": write_blip2_t5,
+def _save(path: Path, value: dict[str, Any]) -> None:
+    buffer = io.BytesIO()  # torch would put a file's name into the file
+    torch.save(value, buffer)
+    path.write_bytes(buffer.getvalue())
+
+
+WRITERS: dict[str, tuple[str, Callable[..., None]]] = {
+    **{name: (published.hub_id, partial(write_backbone, name=name)) for name, published in BACKBONES.items()},
+    "bert-base-uncased": ("google-bert/bert-base-uncased", write_bert),
+    "raft-things": ("raft-things.pth", write_raft),
+    "lstp-7b": ("ColorfulAI/LSTP-Chat/LSTP-7B.ckpt", write_lstp),
+    "lstp-7b-lightning": ("ColorfulAI/LSTP-Chat/LSTP-7B-lightning.ckpt", partial(write_lstp, kind="lightning")),
+    "lstp-7b-lora": ("ColorfulAI/LSTP-Chat/LSTP-7B-lora.ckpt", partial(write_lstp, kind="lora")),
+    "lavis-blip2-t5": ("lavis/blip2_pretrained_flant5xl.pth", partial(write_lavis, projection="t5_proj")),
+    "lavis-instructblip-vicuna": (
+        "lavis/instruct_blip_vicuna7b_trimmed.pth",
+        partial(write_lavis, projection="llm_proj"),
+    ),
 }
+"""Name -> where below OUT, and what writes it."""
 
 
 def write_all(
     out: str | os.PathLike,
     *,
     only: Iterable[str] | None = None,
-    sizes: Sizes = Sizes(),
+    sizes: Sizes = DEFAULT,
     seed: int = 0,
     dtype: str = "float32",
 ) -> dict[str, Path]:
-    """Writes everything, or what `only` names, under `out`; each folder and file is complete or absent.
+    """Writes everything, or the names in `only`, below `out`; each folder and file is complete or absent.
 
     Returns:
         name -> path.
 
     Raises:
-        ConfigError: an unknown name, or `out` holds something that this function did not write.
+        ConfigError: an unknown name or dtype, an image size that no whole patches fill, or `out` holds something that
+            this function did not write.
     """
     out = Path(out)
     names = list(WRITERS) if only is None else list(only)
@@ -308,30 +237,56 @@ def write_all(
             raise ConfigError(unknown_name("tiny checkpoint", name, WRITERS))
     if dtype not in DTYPES:
         raise ConfigError(unknown_name("dtype", dtype, DTYPES))
+    if sizes.image_size < sizes.patch_size or sizes.image_size % sizes.patch_size:
+        raise ConfigError(f"expected an image size that is a multiple of {sizes.patch_size}, got {sizes.image_size}")
     if out.exists() and not out.is_dir():
         raise ConfigError(f"'{out}' is a file; expected a folder to write tiny checkpoints to")
     if out.is_dir() and any(out.iterdir()) and not (out / MARKER).is_file():
         raise ConfigError(
-            f"'{out}' is not empty and has no {MARKER}: expected a new folder or one of tiny checkpoints; nothing "
-            "was written"
+            f"'{out}' is not empty and has no {MARKER}: expected a new folder or one that has tiny checkpoints; "
+            "nothing was written"
         )
     write_json(out / MARKER, {"written_by": "lavis_lstp.testing.tiny_checkpoints"})
-    return {name: _replace(out / name, WRITERS[name], sizes=sizes, seed=seed, dtype=dtype) for name in names}
+    written = {}
+    for name in names:
+        place, write = WRITERS[name]
+        written[name] = _replace(out / place, partial(write, sizes=sizes, seed=seed, dtype=dtype))
+    return written
 
 
-def _replace(path: Path, write: Callable[..., None], **settings) -> Path:
-    """Lets `write` make a folder or file beside `path` and puts it in its place."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def _replace(path: Path, write: Callable[[Path], None]) -> Path:
+    """Lets `write` make a folder or file beside `path`, then puts it in its place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial_path = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        write(partial, **settings)
+        write(partial_path)
         if path.is_dir():
             shutil.rmtree(path)
-        os.replace(partial, path)
+        os.replace(partial_path, path)
     finally:
-        if partial.is_dir():
-            shutil.rmtree(partial)
-        partial.unlink(missing_ok=True)
+        if partial_path.is_dir():
+            shutil.rmtree(partial_path)
+        partial_path.unlink(missing_ok=True)
     return path
+
+
+def size_options(sizes: Sizes = DEFAULT) -> list[str]:
+    """The `--options` by which a full-size config takes these weights: sizes that no config.json brings."""
+    sampler = {
+        "hidden_size": sizes.sampler_width,
+        "text_width": sizes.sampler_width,
+        "num_layers": sizes.sampler_layers,
+        "num_heads": sizes.heads,
+        "intermediate_size": sizes.inner(sizes.sampler_width),
+        "vocab_size": len(bert_vocabulary()),
+        "max_positions": sizes.positions,
+        "fusion_layer": sizes.fusion_layer,
+        "flow_size": sizes.flow_size,
+    }
+    return [
+        *(f"model.sampler.{key}={value}" for key, value in sampler.items()),
+        f"model.flow.flow_size={sizes.flow_size}",
+    ]
 
 
 # ---- command line ---------------------------------------------------------------------------------------------
@@ -345,9 +300,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("out", type=Path, metavar="OUT", help="new folder, or one that this command wrote")
     parser.add_argument("--only", nargs="+", metavar="NAME", help=f"some of {', '.join(WRITERS)}")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", default="float32", help=", ".join(DTYPES))
-    parser.add_argument("--image-size", type=int, default=Sizes.image_size, help="px, a multiple of 14")
-    parser.add_argument("--queries", type=int, default=Sizes.queries, help="query tokens; published: 32")
+    parser.add_argument("--dtype", default="float32", help=f"of the folders: {', '.join(DTYPES)}")
+    parser.add_argument("--image-size", type=int, default=DEFAULT.image_size, help="px, a multiple of 14")
+    parser.add_argument("--queries", type=int, default=DEFAULT.queries, help="query tokens; published: 32")
     args = parser.parse_args(argv)
     sizes = Sizes(image_size=args.image_size, queries=args.queries)
     try:
@@ -358,7 +313,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for path in written.values():
         files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
         print(f"{path}  {sum(file.stat().st_size for file in files) / 1e6:.1f} MB")
-    print(f"use a folder by the option model.backbone.weights={args.out / 'instructblip-vicuna-7b'}")
+    print(f"use them: LAVIS_LSTP_WEIGHTS={args.out}, with --options {' '.join(size_options(sizes))}")
+    print(f"or one alone, such as model.backbone.weights={args.out / BACKBONES['instructblip-vicuna-7b'].hub_id}")
     return 0
 
 
