@@ -8,38 +8,31 @@ with image placeholders changed between transformers releases. Checkpoints are t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from lavis_lstp.errors import ConfigError, WeightsError, unknown_name
+from lavis_lstp.models.backbone_loading import (
+    DTYPES,
+    checkpoint_gradients,
+    dtype_of,
+    from_sizes,
+    load_published,
+    untie_as_in,
+)
+from lavis_lstp.models.hub import local_path, where_to_put
+from lavis_lstp.models.lora import add_lora, matched, merge_lora
 from lavis_lstp.models.tiny_tokenizer import tiny_tokenizer
 
-FAMILIES = ("instructblip", "blip2")
-DTYPES = ("float32", "bfloat16", "float16")
-HUB_IDS = {"instructblip": "Salesforce/instructblip-vicuna-7b", "blip2": "Salesforce/blip2-flan-t5-xl"}
+SOURCES = ("hub", "lavis")
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 IGNORED = -100
 """Label of a position that takes no part in the loss."""
-
-
-def _classes(family: str):
-    if family not in FAMILIES:
-        raise ConfigError(unknown_name("backbone family", family, FAMILIES))
-    from transformers import (
-        Blip2Config,
-        Blip2ForConditionalGeneration,
-        InstructBlipConfig,
-        InstructBlipForConditionalGeneration,
-    )
-
-    if family == "instructblip":
-        return InstructBlipConfig, InstructBlipForConditionalGeneration
-    return Blip2Config, Blip2ForConditionalGeneration
 
 
 class Backbone(nn.Module):
@@ -67,78 +60,16 @@ class Backbone(nn.Module):
         self.tokenizer = tokenizer
         self.qformer_tokenizer = qformer_tokenizer
         self.max_text_tokens = max_text_tokens
-        mean, std = torch.tensor(IMAGE_MEAN), torch.tensor(IMAGE_STD)
-        self.register_buffer("image_mean", mean.view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("image_std", std.view(1, 3, 1, 1), persistent=False)
 
     @classmethod
-    def from_pretrained(cls, path: str, *, family: str, dtype: str = "float32", max_text_tokens: int = 128) -> Backbone:
-        """From a hub id or a folder in the hub's layout (config, safetensors, tokenizer files).
-
-        Raises:
-            WeightsError: files or weights are missing, damaged or of other shapes; the line says which, and where from.
-        """
-        from safetensors import SafetensorError
-        from transformers import AutoTokenizer
-
-        _, model_class = _classes(family)
-        try:
-            model, found = model_class.from_pretrained(path, dtype=getattr(torch, dtype), output_loading_info=True)
-            tokenizer = AutoTokenizer.from_pretrained(path)
-            qformer_tokenizer = None
-            if family == "instructblip":
-                folder = Path(path) / "qformer_tokenizer"
-                where = {"pretrained_model_name_or_path": str(folder)} if folder.is_dir() else None
-                where = where or {"pretrained_model_name_or_path": path, "subfolder": "qformer_tokenizer"}
-                qformer_tokenizer = AutoTokenizer.from_pretrained(**where)
-        except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-            raise WeightsError(
-                f"no {family} weights at '{path}' (model.backbone.weights): expected a hub id that is cached or can be "
-                f"reached, such as {HUB_IDS[family]}, or a folder with its files (config.json, *.safetensors and "
-                "tokenizer files) downloaded from huggingface.co; "
-                f"transformers says: {str(error).strip().splitlines()[0]}"
-            ) from error
-        if missing := sorted(found["missing_keys"]):
-            raise WeightsError(
-                f"'{path}' (model.backbone.weights) lacks {len(missing)} weights of {family}, first {missing[0]}; "
-                "is it of another model.backbone.family?"
-            )
-        return cls(model, tokenizer, qformer_tokenizer, max_text_tokens=max_text_tokens)
+    def from_pretrained(cls, path: str, *, family: str, max_text_tokens: int = 128, **settings) -> Backbone:
+        """Published weights; `settings` as for `backbone_loading.load_published`."""
+        return cls(*load_published(path, family=family, **settings), max_text_tokens=max_text_tokens)
 
     @classmethod
-    def from_config_dict(cls, config: Mapping, *, family: str, seed: int = 0, max_text_tokens: int = 128) -> Backbone:
-        """With random weights drawn from `seed`, and the built-in tokenizer: for tests and models trained from nothing.
-
-        Args:
-            config: what the family's transformers config class takes (vision_config, qformer_config, text_config,
-                num_query_tokens). Vocabulary sizes and special ids are filled in.
-        """
-        config_class, model_class = _classes(family)
-        parts = {key: dict(value) if isinstance(value, Mapping) else value for key, value in dict(config).items()}
-        is_t5 = parts["text_config"].get("model_type") == "t5"
-        tokenizer = tiny_tokenizer(bos=not is_t5, eos=is_t5)
-        ids = {
-            "vocab_size": len(tokenizer),
-            "pad_token_id": tokenizer.pad_token_id,
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-        }
-        if is_t5:
-            ids["decoder_start_token_id"] = tokenizer.pad_token_id
-        parts["text_config"] = {**parts["text_config"], **ids}
-        parts["qformer_config"] = {**parts["qformer_config"], "vocab_size": len(tokenizer)}
-        parts["qformer_config"]["encoder_hidden_size"] = parts["vision_config"]["hidden_size"]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = model_class(config_class(**parts))
-            # transformers leaves the query tokens at zero, from which identical queries never part
-            nn.init.trunc_normal_(model.query_tokens, std=0.02)
-        return cls(
-            model,
-            tokenizer,
-            tiny_tokenizer(bos=False) if family == "instructblip" else None,
-            max_text_tokens=max_text_tokens,
-        )
+    def from_config_dict(cls, config: Mapping, *, family: str, max_text_tokens: int = 128, **settings) -> Backbone:
+        """Random weights; `settings` as for `backbone_loading.from_sizes`."""
+        return cls(*from_sizes(config, family=family, **settings), max_text_tokens=max_text_tokens)
 
     # ---- the parts; all that differs in a subclass over other classes' models --------------------------------------
 
@@ -207,8 +138,8 @@ class Backbone(nn.Module):
                 f"the vision tower takes frames of {size}x{size} px, the data set gives "
                 f"{frames.shape[-1]}x{frames.shape[-2]}; set datasets.<name>.image_size: {size}"
             )
-        pixels = (frames.to(self.image_mean.dtype) / 255 - self.image_mean) / self.image_std
-        return self._vision(pixels)
+        mean, std = (torch.tensor(x, device=frames.device)[:, None, None] for x in (IMAGE_MEAN, IMAGE_STD))
+        return self._vision(((frames.float() / 255 - mean) / std).to(dtype_of(self.vision_model)))
 
     def frame_tokens(self, features: Tensor, prompts: list[str]) -> Tensor:
         """Q-Former output per frame.
@@ -221,7 +152,8 @@ class Backbone(nn.Module):
             [M,Q,D]: the outputs at the Q query positions.
         """
         count = features.shape[0]
-        queries = self.query_tokens.expand(count, -1, -1)
+        dtype = dtype_of(self.qformer)
+        features, queries = features.to(dtype), self.query_tokens.to(dtype).expand(count, -1, -1)
         inputs = {}
         if self.qformer_tokenizer is not None:
             unique = list(dict.fromkeys(prompts))
@@ -255,16 +187,22 @@ class Backbone(nn.Module):
     def lm_loss(self, prefix: Tensor, prefix_mask: Tensor, prompts: list[str], answers: list[str]) -> Tensor:
         """Cross entropy of the answers' tokens, averaged over all answer tokens of the batch (published behaviour).
 
+        Computed in float32 whatever the weights are. Where no answer has a token it is 0, and still part of the graph.
+
         Args:
-            prefix: visual prefix [B,P,D_llm]; prefix_mask: [B,P].
+            prefix: visual prefix [B,P,D_llm]; prefix_mask: [B,P], all 0 in a row without frames.
             prompts, answers: B strings each; the answer carries its own end mark where the family needs one.
         """
         if self.is_encoder_decoder:
             text = self._tokenize(self.tokenizer, prompts, "right").to(prefix.device)
-            inputs, mask = self._with_prefix(prefix, prefix_mask, text["input_ids"], text["attention_mask"])
+            inputs, mask, _ = self._with_prefix(prefix, prefix_mask, text["input_ids"], text["attention_mask"])
             target = self._tokenize(self.tokenizer, answers, "right").to(prefix.device)
             labels = target["input_ids"].masked_fill(target["attention_mask"] == 0, IGNORED)
-            return self.language_model(inputs_embeds=inputs, attention_mask=mask, labels=labels).loss
+            begun = self.language_model.prepare_decoder_input_ids_from_labels(labels=labels)
+            logits = self.language_model(
+                inputs_embeds=inputs, attention_mask=mask, decoder_input_ids=begun, use_cache=False
+            ).logits
+            return _token_loss(logits, labels)
         ids, labels = [], []
         for prompt, answer in zip(self._ids(prompts), self._ids(answers), strict=True):
             answer = answer[1:]  # its beginning-of-text mark; the prompt has one
@@ -273,25 +211,26 @@ class Backbone(nn.Module):
         real = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True).to(prefix.device)
         ids = pad_sequence(ids, batch_first=True, padding_value=self._pad_id).to(prefix.device)
         labels = pad_sequence(labels, batch_first=True, padding_value=IGNORED).to(prefix.device)
-        inputs, mask = self._with_prefix(prefix, prefix_mask, ids, real)
-        labels = torch.cat([labels.new_full(prefix_mask.shape, IGNORED), labels], dim=1)
-        return self.language_model(inputs_embeds=inputs, attention_mask=mask, labels=labels).loss
+        inputs, mask, labels = self._with_prefix(prefix, prefix_mask, ids, real, labels)
+        logits = self.language_model(inputs_embeds=inputs, attention_mask=mask, use_cache=False).logits
+        return _token_loss(logits[:, :-1], labels[:, 1:])
 
     @torch.no_grad()
     def generate(self, prefix: Tensor, prefix_mask: Tensor, prompts: list[str], **settings) -> list[str]:
         """Answers, one string a row; `settings` are transformers' generation arguments (max_new_tokens, ...)."""
         text = self._tokenize(self.tokenizer, prompts, "right").to(prefix.device)
-        inputs, mask = self._with_prefix(prefix, prefix_mask, text["input_ids"], text["attention_mask"])
+        inputs, mask, _ = self._with_prefix(prefix, prefix_mask, text["input_ids"], text["attention_mask"])
         if not self.is_encoder_decoder:
             inputs, mask = _left_padded(inputs, mask)
-        # 5.x warns about, and 4.x obeys, ids of the text config that are wrong in published checkpoints
-        ids = self.language_model.generate(
-            inputs_embeds=inputs,
-            attention_mask=mask,
-            pad_token_id=self._pad_id,
-            eos_token_id=self._end_ids,
-            **settings,
-        )
+        with torch.compiler.set_stance("force_eager"):  # lengths change with each token: nothing would be reused
+            # 5.x warns about, and 4.x obeys, ids of the text config that are wrong in published checkpoints
+            ids = self.language_model.generate(
+                inputs_embeds=inputs,
+                attention_mask=mask,
+                pad_token_id=self._pad_id,
+                eos_token_id=self._end_ids,
+                **settings,
+            )
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
     @property
@@ -303,12 +242,89 @@ class Backbone(nn.Module):
         """Of an answer. Published LLaMA checkpoints end with 0 as well (SPEC 6), which no tokenizer of theirs emits."""
         return [self.tokenizer.eos_token_id] + ([] if self.is_encoder_decoder else [0])
 
-    def _with_prefix(self, prefix: Tensor, prefix_mask: Tensor, ids: Tensor, mask: Tensor):
+    def _with_prefix(
+        self, prefix: Tensor, prefix_mask: Tensor, ids: Tensor, mask: Tensor, labels: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Prefix and text as one, with what is real in front and the padding behind.
+
+        So a row is what it would be alone: positions count from its first real token, and no row begins with padding,
+        which in a decoder attends to nothing.
+
+        Args:
+            ids, mask: text [B,S]; labels: of the text, IGNORED where there is none.
+
+        Returns:
+            inputs [B,P+S,D_llm], mask [B,P+S] and labels [B,P+S], or None where none are given.
+        """
         embedded = self.language_model.get_input_embeddings()(ids)
-        return (
-            torch.cat([prefix.to(embedded.dtype), embedded], dim=1),
-            torch.cat([prefix_mask, mask], dim=1),
-        )
+        inputs = torch.cat([prefix.to(embedded.dtype), embedded], dim=1)
+        mask = torch.cat([prefix_mask, mask], dim=1)
+        order = torch.argsort(mask, dim=1, stable=True, descending=True)
+        inputs, mask = _reordered(inputs, order), mask.gather(1, order)
+        if labels is not None:
+            labels = torch.cat([labels.new_full(prefix_mask.shape, IGNORED), labels], dim=1).gather(1, order)
+        return inputs, mask, labels
+
+    # ---- adapters, memory, speed ------------------------------------------------------------------------------
+
+    def add_lora(self, **settings) -> None:
+        """Puts adapters on the language model; arguments as for `lora.add_lora`."""
+        self._set_language_model(add_lora(self.language_model, **settings))
+
+    def merge_lora(self) -> None:
+        """Makes adapters part of the language model's weights; without any it changes nothing."""
+        self._set_language_model(merge_lora(self.language_model))
+
+    def _set_language_model(self, language_model: nn.Module) -> None:
+        (prefix,) = self.PARTS["language_model"]
+        parent, _, name = prefix.rstrip(".").rpartition(".")
+        setattr(self.get_submodule(parent), name, language_model)
+
+    def matched(self, state_dict: Mapping[str, Tensor], source: str, before: str = "") -> dict[str, Tensor]:
+        """A state dict under the names of this backbone, and the backbone ready for it.
+
+        Names differ with and without adapters; input and output embeddings are untied where they differ.
+
+        Args:
+            source: what is being loaded, for messages.
+            before: how the keys of this backbone begin in `state_dict`.
+
+        Raises:
+            WeightsError: adapters that the model has no place for.
+        """
+        prefixes = [before + prefix for prefix in self.PARTS["language_model"]]
+        state_dict = matched(state_dict, [before + key for key in self.state_dict()], prefixes, source)
+        inner = {key.removeprefix(before): value for key, value in state_dict.items() if key.startswith(before)}
+        untie_as_in(self, inner, self.language_model)
+        return state_dict
+
+    def layers(self) -> Iterator[nn.Module]:
+        """The repeated layers of vision tower, Q-Former and language model, which do nearly all of the work."""
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        return (module for module in self.modules() if isinstance(module, GradientCheckpointingLayer))
+
+    def checkpoint_gradients(self) -> None:
+        """Less memory for more time: layers compute their activations again in the backward pass."""
+        checkpoint_gradients(self.layers())
+
+    def compile_layers(self) -> None:
+        """torch.compile, layer by layer and in place; names in the state dict stay. Answers are made without it:
+        their length changes with each token."""
+        for layer in self.layers():
+            layer.compile()
+
+
+def _token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross entropy over labels [B,S] that are not IGNORED; logits [B,S,V] of any float type."""
+    counted = labels != IGNORED
+    total = cross_entropy(logits[counted].float(), labels[counted], reduction="sum")
+    return total / counted.sum().clamp(min=1)
+
+
+def _reordered(inputs: Tensor, order: Tensor) -> Tensor:
+    """inputs [B,S,D] with the positions of each row in the order [B,S]."""
+    return inputs.gather(1, order[:, :, None].expand_as(inputs))
 
 
 def _left_padded(inputs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -318,35 +334,82 @@ def _left_padded(inputs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     row (a sample with fewer frames than others) goes to the front as well.
     """
     order = torch.argsort(mask, dim=1, stable=True)  # zeros first, order kept on both sides
-    return inputs.gather(1, order[:, :, None].expand_as(inputs)), mask.gather(1, order)
+    return _reordered(inputs, order), mask.gather(1, order)
 
 
 def build_backbone(
-    family: str,
+    family: str | None = None,
     *,
     weights: str | None = None,
     config: Mapping | None = None,
     dtype: str = "float32",
     seed: int = 0,
     max_text_tokens: int = 128,
-    **still_to_come,
+    attention: str | None = None,
+    quantization: str | None = None,
+    gradient_checkpointing: bool = False,
+    compile: bool = False,
+    lora: Mapping | None = None,
+    source: str = "hub",
+    arch: str | None = None,
+    model_type: str | None = None,
 ) -> Backbone:
     """From `weights` (hub id or folder), else with random ones of the sizes in `config`.
 
+    Args:
+        source: "hub" as above, or "lavis": a model of LAVIS's registry, see `build_lavis_backbone`.
+        attention: transformers' attention implementation; None = its own choice.
+        quantization: 8bit or 4bit, of the language model.
+        lora: arguments of `lora.add_lora`; None = no adapters.
+
     Raises:
         WeightsError: neither is given, or the weights are missing.
+        ConfigError: a setting is not known, or this machine cannot follow it.
     """
     if dtype not in DTYPES:
         raise ConfigError(unknown_name("dtype (model.backbone.dtype)", dtype, DTYPES))
+    if source not in SOURCES:
+        raise ConfigError(unknown_name("source (model.backbone.source)", source, SOURCES))
+    if source == "lavis":
+        from lavis_lstp.models.lavis_backbone import build_lavis_backbone
+
+        if attention or quantization:
+            raise ConfigError("model.backbone.attention and quantization do not go with source lavis; set them to null")
+        backbone = build_lavis_backbone(
+            arch,
+            model_type,
+            weights=weights,
+            config=config,
+            dtype=dtype,
+            seed=seed,
+            max_text_tokens=max_text_tokens,
+        )
+    else:
+        loaded = _from_hub(family, weights, config, dtype, seed, attention, quantization)
+        backbone = Backbone(*loaded, max_text_tokens=max_text_tokens)
+    if lora:
+        backbone.add_lora(**lora, seed=seed)
+    if gradient_checkpointing:
+        backbone.checkpoint_gradients()
+    if compile:
+        backbone.compile_layers()
+    return backbone
+
+
+def _from_hub(family, weights, config, dtype, seed, attention, quantization):
+    """transformers' model and its tokenizers; arguments of `build_backbone`."""
     if weights:
-        return Backbone.from_pretrained(weights, family=family, dtype=dtype, max_text_tokens=max_text_tokens)
+        return load_published(weights, family=family, dtype=dtype, attention=attention, quantization=quantization)
     if not config:
         raise WeightsError(
             "model.backbone.weights is empty: expected a hub id or a folder, "
             "or model.backbone.config for random weights"
         )
-    backbone = Backbone.from_config_dict(config, family=family, seed=seed, max_text_tokens=max_text_tokens)
-    return backbone.to(getattr(torch, dtype))
+    if quantization:
+        raise ConfigError("model.backbone.quantization needs model.backbone.weights; random ones are not quantised")
+    loaded = from_sizes(config, family=family, seed=seed, attention=attention)
+    loaded.model.to(getattr(torch, dtype))
+    return loaded
 
 
 def sampler_tokenizer(path: str | None, backbone: Backbone):
@@ -360,9 +423,9 @@ def sampler_tokenizer(path: str | None, backbone: Backbone):
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(str(local_path(path) or path))
     except (OSError, ValueError, ImportError) as error:
         raise WeightsError(
             f"no tokenizer at '{path}' (model.sampler.tokenizer): expected a hub id or a folder with "
-            "tokenizer files, such as bert-base-uncased"
+            f"tokenizer files, such as bert-base-uncased; {where_to_put(path)}"
         ) from error

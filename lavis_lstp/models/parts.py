@@ -15,13 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from lavis_lstp.errors import ConfigError, unknown_name
+from lavis_lstp.models import lora
 from lavis_lstp.models.backbone import Backbone
 from lavis_lstp.models.weights import convert_published, load_state_dict_file, load_strict, weights_file
 
 logger = logging.getLogger(__name__)
-
-LORA_MARK = ".lora_"
-"""In the key of an adapter's weight."""
 
 
 def _with_own_parts(of_backbone: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
@@ -43,7 +41,7 @@ def prefixes_of(model: nn.Module) -> dict[str, tuple[str, ...]]:
 def part_of(key: str, prefixes: Mapping[str, tuple[str, ...]] = PREFIXES) -> str | None:
     """The part that a parameter or buffer belongs to."""
     part = next((part for part, begins in prefixes.items() if key.startswith(begins)), None)
-    return "lora" if part == "language_model" and LORA_MARK in key else part
+    return "lora" if part == "language_model" and lora.MARK in key else part
 
 
 def freeze_all_but(model: nn.Module, learning: Iterable[str]) -> None:
@@ -97,7 +95,9 @@ def count_learning(model: nn.Module, learning: Iterable[str]) -> dict[str, int]:
 
 
 def load_parts(model: nn.Module, state_dict: Mapping[str, Tensor], source: str) -> list[str]:
-    """Loads whole parts; the others keep what they have. Changes nothing where it raises.
+    """Loads whole parts; the others keep what they have. Changes no weight where it raises.
+
+    Weights of the language model may have the names of a model with adapters or of one without.
 
     Returns:
         The parts that were in `state_dict`.
@@ -106,6 +106,7 @@ def load_parts(model: nn.Module, state_dict: Mapping[str, Tensor], source: str) 
         WeightsError: a key is not in the model, has another shape, or a part is there only in part.
     """
     prefixes = prefixes_of(model)
+    state_dict = model.backbone.matched(state_dict, source, before="backbone.")
     parts = {part_of(key, prefixes) for key in state_dict} - {None}
     others = [key for key in model.state_dict() if part_of(key, prefixes) not in parts]
     load_strict(model, state_dict, allowed_missing=others, what=f"the weights of {source}")
