@@ -1,8 +1,8 @@
 """One training step and one answer at full size, with random weights: python benchmarks/full_size.py [--out FILE]
 
 Needs no download: the sizes are those of the published weights (`models/published_sizes.py`), the values are random. By
-default the recipe `vicuna_ft` on a CUDA device, in bf16 with gradient checkpointing. Prints JSON: parameters, seconds and
-peak memory of building, of a step (the second of two) and of an answer. `--model lstp_tiny --device cpu` tries the
+default the recipe `vicuna_ft` on a CUDA device, in bf16 with gradient checkpointing. Prints JSON: parameters, seconds
+and peak memory of building, of a step (the second of two) and of an answer. `--model lstp_tiny --device cpu` tries the
 script itself.
 """
 
