@@ -31,6 +31,7 @@ from lavis_lstp.models.tiny_tokenizer import tiny_tokenizer
 SOURCES = ("hub", "lavis")
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+SOURCES = ("hub", "lavis")
 IGNORED = -100
 """Label of a position that takes no part in the loss."""
 
@@ -338,8 +339,11 @@ def _left_padded(inputs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def build_backbone(
-    family: str | None = None,
+    family: str = "instructblip",
     *,
+    source: str = "hub",
+    arch: str | None = None,
+    model_type: str | None = None,
     weights: str | None = None,
     config: Mapping | None = None,
     dtype: str = "float32",
@@ -350,14 +354,11 @@ def build_backbone(
     gradient_checkpointing: bool = False,
     compile: bool = False,
     lora: Mapping | None = None,
-    source: str = "hub",
-    arch: str | None = None,
-    model_type: str | None = None,
 ) -> Backbone:
     """From `weights` (hub id or folder), else with random ones of the sizes in `config`.
 
     Args:
-        source: "hub" as above, or "lavis": a model of LAVIS's registry, see `build_lavis_backbone`.
+        source: hub, or lavis for one of LAVIS's own models, named by `arch` and `model_type`.
         attention: transformers' attention implementation; None = its own choice.
         quantization: 8bit or 4bit, of the language model.
         lora: arguments of `lora.add_lora`; None = no adapters.
@@ -366,27 +367,22 @@ def build_backbone(
         WeightsError: neither is given, or the weights are missing.
         ConfigError: a setting is not known, or this machine cannot follow it.
     """
-    if dtype not in DTYPES:
-        raise ConfigError(unknown_name("dtype (model.backbone.dtype)", dtype, DTYPES))
     if source not in SOURCES:
         raise ConfigError(unknown_name("source (model.backbone.source)", source, SOURCES))
-    if source == "lavis":
+    if dtype not in DTYPES:
+        raise ConfigError(unknown_name("dtype (model.backbone.dtype)", dtype, DTYPES))
+    common = {"weights": weights, "config": config, "dtype": dtype, "seed": seed, "max_text_tokens": max_text_tokens}
+    if source == "hub":
+        backbone = _hub_backbone(family, attention=attention, quantization=quantization, **common)
+    else:
         from lavis_lstp.models.lavis_backbone import build_lavis_backbone
 
-        if attention or quantization:
-            raise ConfigError("model.backbone.attention and quantization do not go with source lavis; set them to null")
-        backbone = build_lavis_backbone(
-            arch,
-            model_type,
-            weights=weights,
-            config=config,
-            dtype=dtype,
-            seed=seed,
-            max_text_tokens=max_text_tokens,
-        )
-    else:
-        loaded = _from_hub(family, weights, config, dtype, seed, attention, quantization)
-        backbone = Backbone(*loaded, max_text_tokens=max_text_tokens)
+        for key, value in (("attention", attention), ("quantization", quantization)):
+            if value:
+                raise ConfigError(
+                    f"model.backbone.{key} is for source hub; LAVIS's own models have one way, set it to null"
+                )
+        backbone = build_lavis_backbone(arch, model_type, **common)
     if lora:
         backbone.add_lora(**lora, seed=seed)
     if gradient_checkpointing:
@@ -396,20 +392,19 @@ def build_backbone(
     return backbone
 
 
-def _from_hub(family, weights, config, dtype, seed, attention, quantization):
-    """transformers' model and its tokenizers; arguments of `build_backbone`."""
+def _hub_backbone(
+    family: str, *, weights: str | None, config: Mapping | None, quantization: str | None, seed: int, **settings
+) -> Backbone:
     if weights:
-        return load_published(weights, family=family, dtype=dtype, attention=attention, quantization=quantization)
+        return Backbone.from_pretrained(weights, family=family, quantization=quantization, **settings)
+    if quantization:
+        raise ConfigError("model.backbone.quantization needs model.backbone.weights; random ones are not quantised")
     if not config:
         raise WeightsError(
             "model.backbone.weights is empty: expected a hub id or a folder, "
             "or model.backbone.config for random weights"
         )
-    if quantization:
-        raise ConfigError("model.backbone.quantization needs model.backbone.weights; random ones are not quantised")
-    loaded = from_sizes(config, family=family, seed=seed, attention=attention)
-    loaded.model.to(getattr(torch, dtype))
-    return loaded
+    return Backbone.from_config_dict(config, family=family, seed=seed, **settings)
 
 
 def sampler_tokenizer(path: str | None, backbone: Backbone):
