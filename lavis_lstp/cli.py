@@ -17,6 +17,7 @@ from lavis_lstp.errors import LstpError
 COMMANDS = {
     "ask": ("lavis_lstp.ask:main", "ask a question about a video file"),
     "chain": ("lavis_lstp.chain:main", "run the steps of a chain file, from where the last call stopped"),
+    "convert": ("lavis_lstp.convert:main", "turn published weights into a small folder for model.checkpoint"),
     "demo": ("lavis_lstp.demo:main", "generate data, train, evaluate and print the table"),
     "doctor": ("lavis_lstp.doctor:main", "say what works on this machine, and why the rest does not"),
     "flow": ("lavis_lstp.flow_files:main", "compute optical flow once, for `flow: precomputed`"),

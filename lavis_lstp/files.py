@@ -1,4 +1,4 @@
-"""Files that are either complete or absent.
+"""Files and folders that are either complete or absent.
 
 Text, JSON and JSON lines go in; a file under its final name comes out only when all of it is on disk: written under
 a temporary name beside it, flushed, then renamed. A process killed at any moment leaves the old file or the new one.
@@ -10,9 +10,12 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
+
+from lavis_lstp.errors import ConfigError
 
 
 @contextlib.contextmanager
@@ -29,6 +32,34 @@ def atomic_writer(path: str | os.PathLike) -> Iterator[TextIO]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def complete_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """An empty folder that is named `path` when the block ends, and vanishes when it raises.
+
+    Raises:
+        ConfigError: `path` is a file, or a folder with something in it.
+    """
+    path = Path(path).expanduser()
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise ConfigError(f"'{path}' exists already; expected the name of a new folder")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        mask = os.umask(0)
+        os.umask(mask)
+        for file in partial.rglob("*"):
+            if file.is_file():
+                file.chmod(0o666 & ~mask)  # safetensors leaves 0600, which no colleague can read
+                with open(file, "rb") as handle:
+                    os.fsync(handle.fileno())
+        if path.is_dir():
+            path.rmdir()
+        os.replace(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_json(path: str | os.PathLike, value: Any, *, indent: int | None = 2) -> None:

@@ -37,12 +37,14 @@ class Conversion:
         kind: the entry of `published_names.KINDS` it was read as.
         state_dict: under our names.
         dropped: published keys that were left out by name -> why.
+        joined: keys of `state_dict` that were made of several -> of how many.
         alone: "sampler" or "flow" where the file held that part alone, None for a whole model.
     """
 
     kind: str
     state_dict: dict[str, Any] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
+    joined: dict[str, int] = field(default_factory=dict)
 
     @property
     def alone(self) -> str | None:
@@ -105,27 +107,20 @@ def convert_published_with_report(
             f"checkpoint (keys that begin with {prefixes}), its temporal encoder alone, princeton RAFT ('fnet.', "
             "'cnet.', 'update_block.') alone, BERT, or LAVIS's BLIP-2 or InstructBLIP ('Qformer.')"
         )
-    _fuse_vision_bias(result.state_dict)
-    _name_base_layers(result.state_dict)
+    result.joined = _fuse_vision_bias(result.state_dict)
     return result
 
 
-def _fuse_vision_bias(state_dict: dict[str, Any]) -> None:
+def _fuse_vision_bias(state_dict: dict[str, Any]) -> dict[str, int]:
     """EVA-CLIP's biases of queries and values -> transformers' one bias of the fused layer; keys have none."""
+    joined = {}
     for key in [key for key in state_dict if key.endswith(".self_attn.q_bias")]:
         stem = key.removesuffix("q_bias")
         if f"{stem}v_bias" in state_dict:
             query, value = state_dict.pop(key), state_dict.pop(f"{stem}v_bias")
             state_dict[f"{stem}qkv.bias"] = torch.cat([query, torch.zeros_like(query), value])
-
-
-def _name_base_layers(state_dict: dict[str, Any]) -> None:
-    """The layer below a LoRA adapter is `<layer>.base_layer` since peft 0.6 and was `<layer>` before."""
-    adapted = {key.partition(".lora_A.")[0] for key in state_dict if ".lora_A." in key}
-    for layer in adapted:
-        for name in ("weight", "bias"):
-            if f"{layer}.{name}" in state_dict:
-                state_dict[f"{layer}.base_layer.{name}"] = state_dict.pop(f"{layer}.{name}")
+            joined[f"{stem}qkv.bias"] = 2
+    return joined
 
 
 def load_bert_into_sampler(sampler: nn.Module, path: str) -> list[str]:
