@@ -66,7 +66,7 @@ def random_weight(name: str, shape: Sequence[int], seed: int) -> Tensor:
     """float32 that depends on seed and name alone: near 1 for norms, else about 1/sqrt(inputs) wide; counters int64."""
     if name.endswith(INTEGERS):
         return torch.arange(math.prod(shape)).reshape(tuple(shape))
-    generator = torch.Generator().manual_seed((seed << 32) + zlib.crc32(name.encode()))
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
     values = torch.randn(tuple(shape), generator=generator)
     if name.endswith("running_var") or (_NORM.search(name) and len(shape) == 1):
         return 1 + 0.1 * values.clamp(-3, 3)

@@ -227,8 +227,8 @@ def write_all(
         name -> path.
 
     Raises:
-        ConfigError: an unknown name or dtype, an image size that no whole patches fill, or `out` holds something that
-            this function did not write.
+        ConfigError: an unknown name or dtype, sizes no model can have, or `out` holds something that this function did
+            not write.
     """
     out = Path(out)
     names = list(WRITERS) if only is None else list(only)
@@ -239,6 +239,8 @@ def write_all(
         raise ConfigError(unknown_name("dtype", dtype, DTYPES))
     if sizes.image_size < sizes.patch_size or sizes.image_size % sizes.patch_size:
         raise ConfigError(f"expected an image size that is a multiple of {sizes.patch_size}, got {sizes.image_size}")
+    if sizes.queries < 1:
+        raise ConfigError(f"expected at least 1 query token, got {sizes.queries}")
     if out.exists() and not out.is_dir():
         raise ConfigError(f"'{out}' is a file; expected a folder to write tiny checkpoints to")
     if out.is_dir() and any(out.iterdir()) and not (out / MARKER).is_file():
