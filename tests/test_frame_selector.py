@@ -8,6 +8,7 @@ from conftest import GOLDEN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lavis_lstp.data.video import sample_indices
 from lavis_lstp.errors import AnnotationError, ConfigError
 from lavis_lstp.models.frame_selector import (
     SELECTORS,
@@ -215,3 +216,46 @@ def test_bad_settings(arguments, message):
 def test_missing_arguments(name, needed):
     with pytest.raises(ValueError, match=f"'{name}' needs {needed}"):
         build_selector(name)(mask_of(4))
+
+
+def test_few_frames_are_kept_where_asked():
+    mask = torch.ones(2, 8, dtype=torch.long)
+    span = torch.tensor([[2, 4], [1, 8]])
+    kept = build_selector("given", few_frames="keep")(mask, span=span)
+    assert kept.frame_index.tolist() == [[2, 3, -1, -1], [1, 2, 4, 6]]
+    assert kept.span.tolist() == span.tolist()
+    doubled = build_selector("given")(mask, span=span)
+    assert doubled.frame_index.tolist() == [[2, 2, 3, 3], [1, 2, 4, 6]]
+
+
+@given(st.integers(2, 200), st.integers(1, 40), st.data())
+def test_the_grid_is_that_of_the_published_evaluation(num_flows, grid, data):
+    """Candidates in flows -> frames of the grid by float32 division -> K of them -> places among all frames."""
+    start, end = data.draw(st.integers(0, num_flows - 1)), data.draw(st.integers(0, num_flows - 1))
+    places = sample_indices(grid, num_flows)
+    peaks = torch.zeros(2, 1, num_flows)
+    peaks[0, 0, start], peaks[1, 0, end] = 1.0, 1.0
+    mask = torch.ones(1, num_flows, dtype=torch.long)
+    for mapping in ("ends", "ratio"):
+        found = build_selector("argmax", grid=grid, mapping=mapping)(mask, *peaks).frame_index[0].tolist()
+        s, e = (0, num_flows - 1) if start == end == 0 else (start, end)
+        x = torch.tensor([s, e], dtype=torch.float32)
+        on_grid = x * (grid - 1) / (num_flows - 1) if mapping == "ends" else x / num_flows * grid
+        first, last = (int(value) for value in on_grid)
+        inside = list(range(first, last)) or list(range(grid))
+        assert found == [places[inside[i]] for i in sample_indices(4, len(inside))]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "lstp", "grid": 32}, "belong to argmax and gumbel"),
+        ({"name": "uniform", "mapping": "ratio"}, "belong to argmax and gumbel"),
+        ({"name": "argmax", "mapping": "ration"}, "did you mean 'ratio'"),
+        ({"name": "argmax", "grid": 0}, "whole number of at least 1"),
+        ({"few_frames": "drop"}, "unknown model.selector.few_frames 'drop'"),
+    ],
+)
+def test_bad_published_settings(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        build_selector(**arguments)

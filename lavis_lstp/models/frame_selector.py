@@ -21,6 +21,7 @@ from lavis_lstp.errors import AnnotationError, ConfigError, unknown_name
 NUM_CANDIDATES = 2
 """Published: spans drawn per sample."""
 SPAN_KEYS = ("span", "gold_span")
+FEW_FRAMES = ("double", "keep")
 
 
 def spread(frames: Sequence[int], num_selected: int) -> list[int]:
@@ -31,7 +32,9 @@ def spread(frames: Sequence[int], num_selected: int) -> list[int]:
     return [frames[i] for i in uniform_centres(num_selected, len(frames))]
 
 
-def candidate_frames(candidates: Iterable[tuple[int, int]], num_frames: int, num_flows: int) -> list[int]:
+def candidate_frames(
+    candidates: Iterable[tuple[int, int]], num_frames: int, num_flows: int, mapping: str = "ends"
+) -> list[int]:
     """Frames inside any candidate, sorted; all N frames where there is none. See `select_frames`."""
     frames: set[int] = set()
     for start, end in candidates:
@@ -39,12 +42,16 @@ def candidate_frames(candidates: Iterable[tuple[int, int]], num_frames: int, num
         if start >= num_flows or end >= num_flows or start == end == 0:
             start, end = 0, num_flows - 1
         if num_flows > 1:  # else the published code divides by zero; here one flow says nothing, all frames count
-            frames.update(range(*(_frame_of(flow, num_frames, num_flows) for flow in (start, end))))
+            frames.update(range(*(MAPPINGS[mapping](flow, num_frames, num_flows) for flow in (start, end))))
     return sorted(frames) or list(range(num_frames))
 
 
-def _frame_of(flow: int, num_frames: int, num_flows: int) -> int:
-    return int(np.float32(flow * (num_frames - 1)) / np.float32(num_flows - 1))
+MAPPINGS: dict[str, Callable[[int, int, int], int]] = {
+    "ends": lambda x, n, v: int(np.float32(x * (n - 1)) / np.float32(v - 1)),
+    "ratio": lambda x, n, v: int(np.float32(x) / np.float32(v) * np.float32(n)),
+}
+"""Flow x of V -> frame of N, in float32. Published evaluation: ends for BLIP-2 (and self-refinement), ratio for
+InstructBLIP, whose candidates therefore reach the last frame but one of N = V."""
 
 
 def select_frames(
@@ -116,6 +123,8 @@ class Row(NamedTuple):
     best: tuple[int, int] | None
     given: tuple[int, int] | None
     generator: torch.Generator | None
+    grid: int | None = None
+    mapping: str = "ends"
 
 
 Rule = Callable[[Row, int], tuple[list[int], tuple[int, int]]]
@@ -155,7 +164,8 @@ def _gumbel(row: Row, num_selected: int) -> tuple[list[int], tuple[int, int]]:
 
 
 def _published(row: Row, candidates: list[tuple[int, int]]) -> tuple[list[int], tuple[int, int]]:
-    frames = candidate_frames(candidates, row.num_frames, row.num_frames)
+    grid = spread(range(row.num_frames), row.grid) if row.grid else range(row.num_frames)
+    frames = [grid[i] for i in candidate_frames(candidates, len(grid), row.num_frames, row.mapping)]
     return frames, (frames[0], frames[-1] + 1)
 
 
@@ -186,15 +196,29 @@ class FrameSelector:
     Attributes:
         needs_logits, needs_span, needs_generator: which arguments a call must bring.
         span_key: name in the sample of the span that "given" takes.
-        mask_padding: whether "argmax" and "gumbel" leave out the logits of padded flows.
+        Others: see `build_selector`.
     """
 
-    def __init__(self, name: str, num_selected: int, span_key: str, context: int, mask_padding: bool):
+    def __init__(
+        self,
+        name: str,
+        *,
+        num_selected: int,
+        span_key: str,
+        context: int,
+        few_frames: str,
+        grid: int | None,
+        mapping: str,
+        mask_padding: bool,
+    ):
         self.name = name
-        self.mask_padding = mask_padding
         self.num_selected = num_selected
         self.span_key = span_key
         self.context = context
+        self.few_frames = few_frames
+        self.grid = grid
+        self.mapping = mapping
+        self.mask_padding = mask_padding
         self.rule, self.needs_logits, self.needs_span, self.needs_generator = SELECTORS[name]
 
     def __repr__(self) -> str:
@@ -252,9 +276,13 @@ class FrameSelector:
                 best=self._widen(best[b], count) if best else None,
                 given=self._widen(given[b], count) if given else None,
                 generator=generators[b] if isinstance(generators, Sequence) else generators,
+                grid=self.grid,
+                mapping=self.mapping,
             )
             frames, found = self.rule(row, self.num_selected)
-            index.append(spread(frames, self.num_selected))
+            missing = self.num_selected - len(frames)
+            keeps = self.few_frames == "keep" and missing > 0
+            index.append([*frames, *[-1] * missing] if keeps else spread(frames, self.num_selected))
             spans.append(found)
         device = frame_mask.device
         return Selection(
@@ -280,6 +308,9 @@ def build_selector(
     num_selected: int = 4,
     span_key: str = "span",
     context: int = 0,
+    few_frames: str = "double",
+    grid: int | None = None,
+    mapping: str = "ends",
     mask_padding: bool = True,
 ) -> FrameSelector:
     """A selector by its name in SELECTORS.
@@ -288,7 +319,12 @@ def build_selector(
         num_selected: K; the published configurations all have 4.
         span_key: for "given": "span" (pseudo spans) or "gold_span" (oracle).
         context: frames added on both sides of a best or given span.
-        mask_padding: False lets padded flows be drawn by "argmax" and "gumbel", as published; one that is drawn stands
+        few_frames: of a span with fewer than K frames: "double" them until there are enough (published evaluation),
+            or "keep" them, with -1 behind (published image and video training).
+        grid: argmax and gumbel choose among so many evenly spaced frames (32 in the published evaluation, whatever
+            the number of flows); null = all.
+        mapping: argmax and gumbel: one of MAPPINGS.
+        mask_padding: False lets padded flows be drawn by argmax and gumbel, as published; one that is drawn stands
             for the whole video.
 
     Raises:
@@ -296,12 +332,28 @@ def build_selector(
     """
     if name not in SELECTORS:
         raise ConfigError(unknown_name("selector (model.selector.name)", name, SELECTORS))
-    if span_key not in SPAN_KEYS:
-        raise ConfigError(unknown_name("model.selector.span_key", span_key, SPAN_KEYS))
-    for key, value, least in (("num_selected", num_selected, 1), ("context", context, 0)):
-        if not isinstance(value, int) or value < least:
+    for key, value, known in (
+        ("span_key", span_key, SPAN_KEYS),
+        ("few_frames", few_frames, FEW_FRAMES),
+        ("mapping", mapping, MAPPINGS),
+    ):
+        if value not in known:
+            raise ConfigError(unknown_name(f"model.selector.{key}", value, known))
+    for key, value, least in (("num_selected", num_selected, 1), ("context", context, 0), ("grid", grid, 1)):
+        if (value is not None or key != "grid") and (not isinstance(value, int) or value < least):
             raise ConfigError(f"model.selector.{key} is {value!r}; expected a whole number of at least {least}")
-    return FrameSelector(name, num_selected, span_key, context, mask_padding)
+    if (grid or mapping != "ends") and SELECTORS[name].rule not in (_argmax, _gumbel):
+        raise ConfigError(f"model.selector.grid and mapping belong to argmax and gumbel, the selector is '{name}'")
+    return FrameSelector(
+        name,
+        num_selected=num_selected,
+        span_key=span_key,
+        context=context,
+        few_frames=few_frames,
+        grid=grid,
+        mapping=mapping,
+        mask_padding=mask_padding,
+    )
 
 
 def sample_generators(ids: Iterable[str], seed: int = 0) -> list[torch.Generator]:
