@@ -21,13 +21,12 @@ from typing import Any
 
 import numpy as np
 
-from lavis_lstp.data.video import BACKENDS, FLOW_FILE_VERSION, read_frames
+from lavis_lstp.data.video import BACKENDS, FLOW_FILE_VERSION, VIDEO_ENDINGS, read_frames
 from lavis_lstp.errors import AnnotationError, ConfigError, LstpError, VideoError
 from lavis_lstp.files import sha256_file
 
 logger = logging.getLogger(__name__)
 
-VIDEO_ENDINGS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v")
 EXTRACTORS = ("dis", "raft_large", "raft_small", "motion_vectors")
 
 

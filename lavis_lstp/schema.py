@@ -5,14 +5,17 @@ Axis letters used in every shape comment of this package:
     B batch      T frames decoded per video (N in the paper)   K frames shown to the language model
     L flow fields (= T)    Q query tokens per frame    S text tokens    D features    C, H, W image axes
 
-A *sample* is a dict. A dataset item holds it without the batch axis; the collater adds it.
+A *sample* is a dict. A dataset item holds it without the batch axis; the collater adds it. An image is a sample of one
+frame, a text one of none: [0,3,H,W], and its frame_mask is all 0. Every data set of this package gives every key but
+flow, whatever the sample is.
 
     frames       uint8 [B,T,3,H,W]  RGB, 0..255, not normalised (models normalise, so flow sees pixels)
     frame_mask   int64 [B,T]        1 = real frame, 0 = padding
     frame_times  float32 [B,T]      seconds from the start of the video, 0 where padded
     flow         float32 [B,T,2,h,w]  only where the data set brings it: (u, v) in px per frame, x right, y down
-    text_input   list of B str      the question
-    text_output  list of B str      the answer to learn or to be compared with
+    text_input   list of B str      the question alone
+    prompt       list of B str      the whole prompt where the data bring one (a conversation), '' = the model makes it
+    text_output  list of B str      the answer to learn or to be compared with, without an end mark
     span         int64 [B,2]        half-open frame span to learn from (a pseudo span), (-1, -1) = none
     gold_span    int64 [B,2]        for evaluation alone, (-1, -1) = unknown; no training code reads it
     question_id, video_id, instance_id    list of B str
@@ -48,6 +51,19 @@ class Span:
 
     def to_inclusive(self) -> tuple[int, int]:
         return self.start, self.end - 1
+
+    @classmethod
+    def from_fractions(cls, start: float, end: float, length: int) -> Span:
+        """The published form for videos of any length: first and last frame as shares, 0..1, of the last frame's index.
+
+        Rounded down as published. Round trip for the 32 frames of the published files, and for any length where
+        i / (length - 1) * (length - 1) is i in float64.
+        """
+        return cls.from_inclusive(int(start * (length - 1)), int(end * (length - 1)))
+
+    def to_fractions(self, length: int) -> tuple[float, float]:
+        last = max(1, length - 1)
+        return self.start / last, (self.end - 1) / last
 
     @classmethod
     def from_seconds(cls, start_s: float, end_s: float, frame_times: Sequence[float]) -> Span:

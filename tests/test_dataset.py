@@ -19,7 +19,8 @@ from video_files import audio_file, numbered_video, read_number
 
 from lavis_lstp import flow_files
 from lavis_lstp.data import qa_dataset, shapes_qa
-from lavis_lstp.data.qa_dataset import VideoQADataset, read_annotation, read_spans
+from lavis_lstp.data.qa_dataset import VideoQADataset, read_annotation
+from lavis_lstp.data.spans import read_spans
 from lavis_lstp.data.video import read_frames, uniform_centres
 from lavis_lstp.errors import AnnotationError, ConfigError, CoverageError, VideoError
 from lavis_lstp.metrics.coverage import join_by_id

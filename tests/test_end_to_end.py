@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from lavis_lstp import evaluate, train
-from lavis_lstp.data.qa_dataset import read_spans
+from lavis_lstp.data.spans import read_spans
 from lavis_lstp.files import read_jsonl
 from lavis_lstp.models.weights import load_state_dict_file
 

@@ -9,11 +9,12 @@ import torch
 from toy import ToyData, ToyModel, make_runner
 from video_files import numbered_video
 
-from lavis_lstp.data.qa_dataset import VideoQADataset, read_spans
+from lavis_lstp.data.qa_dataset import VideoQADataset
+from lavis_lstp.data.spans import read_spans
 from lavis_lstp.errors import ConfigError, CoverageError
 from lavis_lstp.models.pseudo_span import pseudo_span
 from lavis_lstp.runners import RunnerLSTP
-from lavis_lstp.runners.evaluation import weights_digest
+from lavis_lstp.runners.engine import weights_digest
 from lavis_lstp.schema import Span
 from lavis_lstp.tasks import TemporalGroundingTask, VideoInstructTask, VideoQATask
 

@@ -1,7 +1,8 @@
 """LAVIS dataset builders: a config section -> a data set for each split.
 
-`lstp_video_qa` takes anybody's videos and annotation files, `lstp_shapes` generates its own. Their YAML files in
-`configs/datasets` list every key with its default.
+`lstp_video_qa` takes anybody's videos and annotation files, `lstp_{image,video,text}_instruct` the instruction data of
+LLaVA and Video-ChatGPT, one kind each, and `lstp_shapes` generates its own. Their YAML files in `configs/datasets` list
+every key with its default.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
 from omegaconf import OmegaConf
 
 from lavis_lstp.data import shapes_qa
-from lavis_lstp.data.qa_dataset import VideoQADataset, read_annotation, read_spans
+from lavis_lstp.data.annotation import read_annotation
+from lavis_lstp.data.instruct import read_instructions
+from lavis_lstp.data.qa_dataset import VideoQADataset
+from lavis_lstp.data.spans import read_spans
 from lavis_lstp.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -24,6 +28,8 @@ logger = logging.getLogger(__name__)
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "datasets"
 SETTINGS = (
     "num_frames",
+    "fps",
+    "short_videos",
     "image_size",
     "flow",
     "flow_root",
@@ -48,6 +54,7 @@ class VideoQABuilder(BaseDatasetBuilder):
     """Questions about videos in files and folders; see `qa_dataset` for their form."""
 
     name = "lstp_video_qa"
+    media = "videos"  # the section of build_info that names their folder
     train_dataset_cls = VideoQADataset
     eval_dataset_cls = VideoQADataset
     DATASET_CONFIG_DICT = {"default": str(CONFIGS / "lstp_video_qa.yaml")}
@@ -74,13 +81,17 @@ class VideoQABuilder(BaseDatasetBuilder):
             raise ConfigError(
                 f"{self.section}.build_info.annotations names no file; expected {{train: {{storage: FILE}}, ...}}"
             )
-        folder = (info.get("videos") or {}).get("storage")
+        folder = self._folder(info)
+        return {split: self._split(split, value.get("storage"), folder, config) for split, value in annotations.items()}
+
+    def _folder(self, info: Mapping[str, Any]) -> Path:
+        folder = (info.get(self.media) or {}).get("storage")
         if not folder or not local_path(folder).is_dir():
-            raise ConfigError(f"{self.section}.build_info.videos.storage: no such folder: {folder}")
-        return {
-            split: self._split(split, value.get("storage"), local_path(folder), config)
-            for split, value in annotations.items()
-        }
+            raise ConfigError(f"{self.section}.build_info.{self.media}.storage: no such folder: {folder}")
+        return local_path(folder)
+
+    def _annotation(self, paths: list[Path], folder: Path, config: Mapping[str, Any]) -> list[dict[str, Any]]:
+        return [row for path in paths for row in read_annotation(path, section=self.section)]
 
     def _split(
         self, split: str, storage: str | list[str] | None, folder: Path, config: Mapping[str, Any]
@@ -91,15 +102,14 @@ class VideoQABuilder(BaseDatasetBuilder):
                 f"{self.section}.build_info.annotations.{split}.storage must be a file or a list of files, "
                 f"got {storage!r}"
             )
-        annotation = [row for path in paths for row in read_annotation(local_path(path), section=self.section)]
-        settings = {name: config[name] for name in SETTINGS}
-        spans = self._spans(config["spans"], split, settings["num_frames"])
+        annotation = self._annotation([local_path(path) for path in paths], folder, config)
+        settings = {name: config[name] for name in SETTINGS if name in config}
         kind = "train" if split.startswith("train") else "eval"
         dataset = VideoQADataset(
             annotation,
             folder,
             **settings,
-            spans=spans,
+            spans=self._spans(split, config),
             vis_processor=self.vis_processors[kind] if (config.get("vis_processor") or {}).get(kind) else None,
             text_processor=self.text_processors[kind] if (config.get("text_processor") or {}).get(kind) else None,
             section=self.section,
@@ -107,14 +117,47 @@ class VideoQABuilder(BaseDatasetBuilder):
         logger.info("%s: %d questions about %d videos", split, len(dataset), len({r["video_id"] for r in annotation}))
         return dataset
 
-    def _spans(self, spans: str | Mapping[str, str] | None, split: str, num_frames: int):
+    def _spans(self, split: str, config: Mapping[str, Any]):
         """`spans` is one file for the split train, or {split: file}."""
-        if not spans:
-            return None
-        files = {"train": spans} if isinstance(spans, str) else spans
+        spans = config.get("spans")
+        files = {"train": spans} if isinstance(spans, str) else spans or {}
         if not files.get(split):
             return None
-        return read_spans(local_path(files[split]), num_frames, section=self.section)
+        frames = {name: config[name] for name in ("num_frames", "fps", "short_videos")}
+        return read_spans(local_path(files[split]), form=config["spans_form"], section=self.section, **frames)
+
+
+class InstructBuilder(VideoQABuilder):
+    """Instruction data of one kind; see `instruct` for the forms of their files."""
+
+    kind = ""
+
+    def _annotation(self, paths: list[Path], folder: Path, config: Mapping[str, Any]) -> list[dict[str, Any]]:
+        if config.get("text_processor"):
+            raise ConfigError(f"{self.section}.text_processor: a conversation's prompt is made as published; remove it")
+        form = config.get("form", "conversations")
+        return read_instructions(paths, kind=self.kind, form=form, root=folder, section=self.section)
+
+
+@registry.register_builder("lstp_video_instruct")
+class VideoInstructBuilder(InstructBuilder):
+    name, kind, media = "lstp_video_instruct", "video", "videos"
+    DATASET_CONFIG_DICT = {"default": str(CONFIGS / "lstp_video_instruct.yaml")}
+
+
+@registry.register_builder("lstp_image_instruct")
+class ImageInstructBuilder(InstructBuilder):
+    name, kind, media = "lstp_image_instruct", "image", "images"
+    DATASET_CONFIG_DICT = {"default": str(CONFIGS / "lstp_image_instruct.yaml")}
+
+
+@registry.register_builder("lstp_text_instruct")
+class TextInstructBuilder(InstructBuilder):
+    name, kind = "lstp_text_instruct", "text"
+    DATASET_CONFIG_DICT = {"default": str(CONFIGS / "lstp_text_instruct.yaml")}
+
+    def _folder(self, info: Mapping[str, Any]) -> Path:
+        return Path()  # a text has no file
 
 
 @registry.register_builder("lstp_shapes")

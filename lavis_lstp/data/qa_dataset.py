@@ -5,10 +5,10 @@ In: a JSON list or JSON lines, one entry per question:
     {"question_id": str, "video_id": str, "video": "path below the video folder" (or "image": ...),
      "question": str, "answer": str, "span_s": [start, end] (optional, gold, seconds), "category": str (optional)}
 
-Out: one sample per question, `collater` makes the batch. A picture is a sample of one frame. Tar shards will give the
-same samples. Everything that can be wrong with an annotation is said when it is read, not in the middle of an epoch;
-a video that cannot be decoded stops the run, or, up to `max_bad_fraction`, leaves the batch and is counted. It is never
-replaced by another one.
+Out: one sample per question, `collater` makes the batch. A picture is a sample of one frame, and an entry with neither
+video nor image (`instruct` makes such) one without frames. Tar shards will give the same samples. Everything that can
+be wrong with an annotation is said when it is read, not in the middle of an epoch; a video that cannot be decoded stops
+the run, or, up to `max_bad_fraction`, leaves the batch and is counted. It is never replaced by another one.
 """
 
 from __future__ import annotations
@@ -27,136 +27,44 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from lavis_lstp.data.video import read_flow_file, read_frames
+from lavis_lstp.data.annotation import SECTION, read_annotation
+from lavis_lstp.data.spans import Spans
+from lavis_lstp.data.video import SHORT_VIDEOS, read_flow_file, read_frames
 from lavis_lstp.errors import AnnotationError, ConfigError, VideoError, unknown_name
 from lavis_lstp.schema import NO_SPAN, Span
 
-logger = logging.getLogger(__name__)
+__all__ = ["VideoQADataset", "read_annotation"]
 
 FLOWS = ("none", "motion_vectors", "precomputed")
-SPANS_FORMAT = "lavis_lstp.spans"
-SPANS_VERSION = 1
-SECTION = "datasets.<name>"
-"""Where in a configuration the settings of a data set lie; builders know the name."""
 
-
-def read_annotation(path: str | Path, *, section: str = SECTION) -> list[dict[str, Any]]:
-    """Entries of an annotation file, checked.
-
-    Args:
-        section: of the configuration that names the file, for messages.
-
-    Raises:
-        AnnotationError: file, entry and key that are wrong.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise AnnotationError(f"{path}: no such annotation file ({section}.build_info.annotations)")
-    text = _read_text(path)
-    if text.lstrip()[:1] == "[":
-        rows = [(f"entry {i}", row) for i, row in enumerate(_parse(text, path, "file"))]
-    else:
-        lines = enumerate(text.splitlines(), start=1)
-        rows = [(f"line {n}", _parse(line, path, f"line {n}")) for n, line in lines if line.strip()]
-    seen: set[str] = set()
-    for place, row in rows:
-        _check_entry(row, f"{path}, {place}", seen)
-    if not rows:
-        raise AnnotationError(f"{path}: holds no question")
-    return [row for _, row in rows]
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise AnnotationError(f"{path}: cannot be read as UTF-8 text ({error})") from None
-
-
-def _parse(text: str, path: Path, place: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise AnnotationError(f"{path}, {place}: not JSON ({error}); expected a list or JSON lines") from None
-
-
-def _check_entry(row: Any, place: str, seen: set[str]) -> None:
-    if not isinstance(row, dict):
-        raise AnnotationError(f"{place}: expected an object, got {type(row).__name__}")
-    if "question_id" in row:
-        place = f"{place} (question_id {row['question_id']!r})"
-    media = "image" if "image" in row else "video"
-    for key in ("question_id", media, "question", "answer"):
-        if key not in row:
-            raise AnnotationError(f"{place}: key '{key}' is missing; it has {', '.join(row) or 'none'}")
-    for key in ("question_id", "video_id", media, "question", "answer", "category"):
-        if key in row and not isinstance(row[key], str):
-            raise AnnotationError(f"{place}: '{key}' must be a string, got {type(row[key]).__name__} {row[key]!r}")
-    row.setdefault("video_id", Path(row[media]).stem)
-    span = row.get("span_s")
-    if span is not None:
-        numbers = isinstance(span, list) and len(span) == 2 and all(type(x) in (int, float) for x in span)
-        if not numbers or not 0 <= span[0] < span[1]:
-            raise AnnotationError(f"{place}: 'span_s' must be [start, end] in seconds with start < end, got {span!r}")
-    if row["question_id"] in seen:
-        raise AnnotationError(f"{place}: 'question_id' {row['question_id']!r} occurs twice; ids must be unique")
-    seen.add(row["question_id"])
-
-
-def read_spans(path: str | Path, num_frames: int, *, section: str = SECTION) -> dict[str, Span]:
-    """Pseudo spans by question id, written by the task `pseudo_span`.
-
-    Raises:
-        AnnotationError: not such a file, or for another number of frames.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise AnnotationError(f"{path}: no such span file ({section}.spans); write it with run.task=pseudo_span")
-    content = _parse(_read_text(path), path, "file")
-    header = content if isinstance(content, dict) else {}
-    if (header.get("format"), header.get("version")) != (SPANS_FORMAT, SPANS_VERSION):
-        raise AnnotationError(f"{path}: expected format {SPANS_FORMAT!r} version {SPANS_VERSION}")
-    if header.get("num_frames") != num_frames:
-        raise AnnotationError(
-            f"{path}: spans count {header.get('num_frames')} frames per video, {section}.num_frames is {num_frames}"
-        )
-    rows = header.get("spans")
-    if not isinstance(rows, dict):
-        raise AnnotationError(f"{path}: 'spans' must be an object by question id, got {type(rows).__name__}")
-    spans = {}
-    for name, row in rows.items():
-        span = row.get("span") if isinstance(row, dict) else None
-        whole = isinstance(span, list) and len(span) == 2 and all(type(edge) is int for edge in span)
-        if not whole or not 0 <= span[0] < span[1] <= num_frames:
-            raise AnnotationError(
-                f"{path}: question {name!r} must have span [start, end) in frames, "
-                f"0 <= start < end <= {num_frames}, got {span!r}"
-            )
-        spans[name] = Span(*span)
-    return spans
+logger = logging.getLogger(__name__)
 
 
 class VideoQADataset(Dataset):
-    """Questions about videos.
+    """Questions about videos, images and texts.
 
     Args:
-        annotation: entries as `read_annotation` gives them.
+        annotation: entries as `read_annotation` gives them, or without "video" and "image"; "prompt" is the whole
+            prompt where there is one.
         root: folder that "video" and "image" paths are relative to; none leads out of it.
         num_frames: T; uniform centres of the video, all frames of a shorter one.
+        fps: frames a second to read where these are at most num_frames; None = num_frames of any video.
+        short_videos: keep, or double: repeat the frames of a shorter video to num_frames; see `read_frames`.
         image_size: side in px that frames are resized to (bilinear, aspect not kept); None = as stored.
         flow: none, motion_vectors (read while decoding) or precomputed (`flow_root`/<video_id>.safetensors).
-        flow_size: side in px of motion vectors' field; None = that of the frames.
-        spans: pseudo spans by question id, or None.
+        flow_size: side in px of motion vectors' field, and of the still flow of images and texts; None = that of the
+            frames.
+        spans: pseudo spans by question id, or None; see `data.spans`.
         backend: pyav or decord.
         cache_videos: so many decoded videos are kept in memory, in each loader process.
         max_bad_fraction: share of samples that may fail to decode before the run stops.
         vis_processor, text_processor: LAVIS processors; the first makes `image`, [3,h,w], of the middle frame for
-            LAVIS's own models, the second changes the question.
+            LAVIS's own models, the second changes the question (not a prompt).
         section: of the configuration that these settings stand in, for messages.
 
     Raises:
-        ConfigError: a setting is out of range.
-        AnnotationError: a path leads out of `root`, an id occurs twice, or a question has no span.
+        ConfigError: a setting is out of range, or settings do not go together.
+        AnnotationError: a path leads out of `root`, an id occurs twice, or a question about a video has no span.
         VideoError: a file is missing.
     """
 
@@ -166,11 +74,13 @@ class VideoQADataset(Dataset):
         root: str | Path,
         *,
         num_frames: int = 32,
+        fps: float | None = None,
+        short_videos: str = "keep",
         image_size: int | None = None,
         flow: str = "none",
         flow_root: str | Path | None = None,
         flow_size: int | None = None,
-        spans: Mapping[str, Span] | None = None,
+        spans: Spans | None = None,
         backend: str = "pyav",
         cache_videos: int = 0,
         max_bad_fraction: float = 0.0,
@@ -181,6 +91,8 @@ class VideoQADataset(Dataset):
         self.annotation = list(annotation)
         self.root = Path(root)
         self.num_frames = num_frames
+        self.fps = fps
+        self.short_videos = short_videos
         self.image_size = image_size
         self.flow = flow
         self.flow_root = Path(flow_root) if flow_root else None
@@ -194,17 +106,28 @@ class VideoQADataset(Dataset):
         self.section = section
         # One flag a question, in memory that loader processes share: they stop together at max_bad_fraction.
         self.left_out = torch.zeros(max(1, len(self.annotation)), dtype=torch.bool).share_memory_()
+        self.kinds = {_kind(row) for row in self.annotation}
         self._decode = None
         self._check_settings()
+        self._check_kinds()
         self._check_ids()
         self._check_files()
 
     def _check_settings(self) -> None:
         if self.flow not in FLOWS:
             raise ConfigError(unknown_name(f"{self.section}.flow", self.flow, FLOWS))
-        if self.flow == "precomputed" and not self.flow_root:
+        if self.short_videos not in SHORT_VIDEOS:
+            raise ConfigError(unknown_name(f"{self.section}.short_videos", self.short_videos, SHORT_VIDEOS))
+        if self.fps is not None and (type(self.fps) not in (int, float) or not self.fps > 0):
+            raise ConfigError(f"{self.section}.fps must be a number greater than 0 or null, got {self.fps!r}")
+        if self.flow == "precomputed" and self.fps is not None:
             raise ConfigError(
-                f"{self.section}.flow: precomputed needs flow_root, the folder written by `lavis-lstp flow`"
+                f"{self.section}.fps does not go with flow: precomputed; `lavis-lstp flow` reads num_frames frames"
+            )
+        if self.flow != "none" and self.short_videos == "double":
+            raise ConfigError(
+                f"{self.section}.short_videos: double does not go with flow: {self.flow}; the model can compute it "
+                "(flow: none), or keep short videos"
             )
         for name, least in (("num_frames", 1), ("image_size", 1), ("flow_size", 1), ("cache_videos", 0)):
             value = getattr(self, name)
@@ -215,6 +138,21 @@ class VideoQADataset(Dataset):
         if type(share) not in (int, float) or not 0 <= share <= 1:
             raise ConfigError(f"{self.section}.max_bad_fraction must lie in 0..1, got {share!r}")
 
+    def _check_kinds(self) -> None:
+        """What only videos, or only images and texts, need."""
+        if self.flow == "precomputed" and "video" in self.kinds and not self.flow_root:
+            raise ConfigError(
+                f"{self.section}.flow: precomputed needs flow_root, the folder written by `lavis-lstp flow`"
+            )
+        if self.flow == "precomputed" and self.kinds - {"video"} and not self.flow_size:
+            raise ConfigError(
+                f"{self.section}.flow: precomputed needs flow_size, the side of the stored fields, for images and texts"
+            )
+        if "text" in self.kinds and not self.image_size:
+            raise ConfigError(f"{self.section}.image_size is needed for texts: that of the data they are mixed with")
+        if "text" in self.kinds and self.vis_processor is not None:
+            raise ConfigError(f"{self.section}.vis_processor: a text has no picture to process")
+
     def _check_ids(self) -> None:
         ids = Counter(row["question_id"] for row in self.annotation)
         if len(ids) < len(self.annotation):
@@ -223,17 +161,19 @@ class VideoQADataset(Dataset):
                 f"question_id {name!r} occurs {times} times in the files of a split; ids must be unique"
             )
         if self.spans is not None:
-            without = [row["question_id"] for row in self.annotation if row["question_id"] not in self.spans]
+            videos = [row["question_id"] for row in self.annotation if _kind(row) == "video"]
+            without = [name for name in videos if name not in self.spans]
             if without:
                 raise AnnotationError(
-                    f"{self.section}.spans has no span for {len(without)} of {len(self.annotation)} questions, "
+                    f"{self.section}.spans has no span for {len(without)} of {len(videos)} questions, "
                     f"first {without[0]!r}; label this split with run.task=pseudo_span"
                 )
 
     def _check_files(self) -> None:
         paths: dict[str, str] = {}
         for row in self.annotation:
-            paths.setdefault(row.get("image") or row["video"], row["question_id"])
+            if _kind(row) != "text":
+                paths.setdefault(row[_kind(row)], row["question_id"])
         missing = []
         for name, question in paths.items():
             # By the name alone: a folder may well hold links to where the videos are kept.
@@ -245,7 +185,7 @@ class VideoQADataset(Dataset):
             path, question = missing[0]
             raise VideoError(
                 f"{path}: no such file, needed by question {question!r} and missing with {len(missing) - 1} others of "
-                f"{len(paths)}; check {self.section}.build_info.videos.storage"
+                f"{len(paths)}; check the folder in {self.section}.build_info"
             )
 
     def __len__(self) -> int:
@@ -260,9 +200,21 @@ class VideoQADataset(Dataset):
     def fingerprint(self) -> str:
         """SHA-256 of everything that decides the samples, but the videos' content."""
         settings = [self.num_frames, self.image_size, self.flow, self.flow_size, self.backend]
-        spans = {name: list(span) for name, span in (self.spans or {}).items()}
+        if self.fps is not None or self.short_videos != "keep":
+            settings += [self.fps, self.short_videos]
+        spans = {name: span and list(span) for name, span in (self.spans or {}).items()}
         content = json.dumps([self.annotation, settings, spans], sort_keys=True, default=str)
         return hashlib.sha256(content.encode()).hexdigest()
+
+    def batch_settings(self) -> dict[str, Any]:
+        """What data sets whose samples come into the same batches must have in common, by the name of the setting."""
+        settings: dict[str, Any] = {"image_size": self.image_size, "flow": "none" if self.flow == "none" else "given"}
+        if self.flow == "motion_vectors" or self.flow_size:
+            settings["flow_size"] = self.flow_size or self.image_size
+        if "video" in self.kinds:
+            settings["num_frames"] = self.num_frames
+        settings["vis_processor"] = "none" if self.vis_processor is None else "given"
+        return settings
 
     # ---- samples ----------------------------------------------------------------------------------------------
 
@@ -277,12 +229,13 @@ class VideoQADataset(Dataset):
             "frames": frames,
             "frame_times": torch.from_numpy(times.astype(np.float32)),
             "text_input": self.text_processor(row["question"]) if self.text_processor else row["question"],
+            "prompt": row.get("prompt", ""),
             "text_output": row["answer"],
             "answer": row["answer"],
             "question_id": row["question_id"],
             "instance_id": row["question_id"],
             "video_id": row["video_id"],
-            "span": self._span(row),
+            "span": self._span(row, len(frames)),
             "gold_span": self._gold_span(row, times),
         }
         if flow is not None:
@@ -307,9 +260,11 @@ class VideoQADataset(Dataset):
 
     def _media(self, row: Mapping[str, Any]) -> tuple[torch.Tensor, np.ndarray, torch.Tensor | None]:
         """frames uint8 [T,3,H,W], seconds float64 [T], flow float16 [T,2,h,w] or None."""
-        if "image" in row:
-            frames = self._read_image(self.root / row["image"])
-            return frames, np.zeros(1), self._no_flow(frames)
+        kind = _kind(row)
+        if kind != "video":
+            nothing = (0, 3, self.image_size, self.image_size)
+            frames = self._read_image(self.root / row["image"]) if kind == "image" else torch.zeros(nothing).byte()
+            return frames, np.zeros(len(frames)), self._no_flow(frames)
         if self._decode is None:
             self._decode = lru_cache(maxsize=self.cache_videos)(self._read) if self.cache_videos else self._read
         frames, times, flow = self._decode(row["video"], row["video_id"])
@@ -320,6 +275,8 @@ class VideoQADataset(Dataset):
         video = read_frames(
             self.root / name,
             num=self.num_frames,
+            fps=self.fps,
+            short_videos=self.short_videos,
             size=self.image_size,
             backend=self.backend,
             motion_vectors=codec,
@@ -342,15 +299,22 @@ class VideoQADataset(Dataset):
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].contiguous()
 
     def _no_flow(self, frames: torch.Tensor) -> torch.Tensor | None:
-        """A picture does not move."""
+        """Pictures and texts do not move."""
         if self.flow == "none":
             return None
         height, width = (self.flow_size, self.flow_size) if self.flow_size else frames.shape[-2:]
-        return torch.zeros(1, 2, height, width, dtype=torch.float16)
+        return torch.zeros(len(frames), 2, height, width, dtype=torch.float16)
 
-    def _span(self, row: Mapping[str, Any]) -> torch.Tensor:
-        span = self.spans[row["question_id"]] if self.spans is not None else NO_SPAN
-        return torch.tensor(list(span), dtype=torch.long)
+    def _span(self, row: Mapping[str, Any], num_frames: int) -> torch.Tensor:
+        span = self.spans[row["question_id"]] if self.spans is not None and _kind(row) == "video" else None
+        if span is not None and not isinstance(span, Span):
+            span = Span.from_fractions(*span, num_frames)
+        if span is not None and span.end > num_frames:
+            raise AnnotationError(
+                f"{self.section}.spans: question {row['question_id']!r} has the span {list(span)}, its video gives "
+                f"{num_frames} frames; label this split again with run.task=pseudo_span"
+            )
+        return torch.tensor(list(span or NO_SPAN), dtype=torch.long)
 
     def _gold_span(self, row: Mapping[str, Any], times: np.ndarray) -> torch.Tensor:
         # Not of float32 times: 1.8 s would become 1.79999995 and its frame fall out of a span that begins there.
@@ -364,19 +328,31 @@ class VideoQADataset(Dataset):
         samples = [sample for sample in samples if sample is not None]
         if not samples:
             return None
-        length = max(len(sample["frames"]) for sample in samples)
+        length = max(1, *(len(sample["frames"]) for sample in samples))
         batch: dict[str, Any] = {}
         for key, first in samples[0].items():
             values = [sample[key] for sample in samples]
             if key in ("frames", "frame_times", "flow"):
-                batch[key] = torch.stack([_padded(value, length) for value in values])
-            elif torch.is_tensor(first):
-                batch[key] = torch.stack(values)
-            else:
-                batch[key] = values
+                values = [_padded(value, length) for value in values]
+            batch[key] = self._stacked(key, values, samples) if torch.is_tensor(first) else values
         counts = torch.tensor([len(sample["frames"]) for sample in samples])
         batch["frame_mask"] = (torch.arange(length)[None] < counts[:, None]).long()
         return batch
+
+    def _stacked(self, key: str, values: list[torch.Tensor], samples: Sequence[dict[str, Any]]) -> torch.Tensor:
+        for value, sample in zip(values, samples, strict=True):
+            if value.shape != values[0].shape:
+                ids, shapes = (samples[0]["question_id"], sample["question_id"]), (values[0].shape, value.shape)
+                raise ConfigError(
+                    f"'{key}' of question {ids[0]!r} is {list(shapes[0])}, of {ids[1]!r} {list(shapes[1])}: they "
+                    f"cannot share a batch; set {'flow_size' if key == 'flow' else 'image_size'} in {self.section}"
+                )
+        return torch.stack(values)
+
+
+def _kind(row: Mapping[str, Any]) -> str:
+    """video, image or text."""
+    return "image" if "image" in row else "video" if "video" in row else "text"
 
 
 def _padded(value: torch.Tensor, length: int) -> torch.Tensor:

@@ -15,6 +15,7 @@ needs the FFmpeg of the system, which the other two bring along.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,9 +43,11 @@ from lavis_lstp.data.video_index import (
 from lavis_lstp.errors import ConfigError, VideoError, unknown_name
 
 __all__ = ["VideoFrames", "VideoInfo", "probe", "read_flow_file", "read_frames", "resize_frames"]
-__all__ += ["sample_indices", "uniform_centres", "BACKENDS", "FLOW_FILE_VERSION"]
+__all__ += ["sample_indices", "uniform_centres", "BACKENDS", "FLOW_FILE_VERSION", "SHORT_VIDEOS", "VIDEO_ENDINGS"]
 
 BACKENDS = ("pyav", "decord")
+SHORT_VIDEOS = ("keep", "double")
+VIDEO_ENDINGS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v")
 FLOW_FILE_VERSION = 1
 
 
@@ -198,14 +201,24 @@ def _at_times(index: VideoIndex, times_s: Sequence[float]) -> list[int]:
     return [int(i) - 1 for i in at]
 
 
-def _choose(index: VideoIndex, indices, times_s, num) -> list[int]:
+def _spread(index: VideoIndex, num: int, fps: float | None, short_videos: str) -> list[int]:
+    """At most `num` frames, or exactly that many where short videos are doubled; see `read_frames`."""
+    _refuse_incomplete(index)
+    chosen = list(range(index.num_frames))
+    if fps is not None and fps < index.num_frames / index.duration_s:
+        at_fps = _at_times(index, np.arange(max(1, math.ceil(index.duration_s * fps - 1e-6))) / fps)
+        chosen = sorted(set(at_fps)) if len(set(at_fps)) <= num else chosen
+    spread = sample_indices if short_videos == "double" else uniform_centres
+    return [chosen[i] for i in spread(num, len(chosen))]
+
+
+def _choose(index: VideoIndex, indices, times_s, num, fps, short_videos) -> list[int]:
     if sum(x is not None for x in (indices, times_s, num)) != 1:
         raise TypeError("give exactly one of indices, times_s and num")
     if times_s is not None:
         return _at_times(index, list(times_s))
     if num is not None:
-        _refuse_incomplete(index)
-        return uniform_centres(num, index.num_frames)
+        return _spread(index, num, fps, short_videos)
     chosen = [int(i) for i in indices]
     for i in chosen:
         if not 0 <= i < index.num_frames:
@@ -220,6 +233,8 @@ def read_frames(
     indices: Sequence[int] | None = None,
     times_s: Sequence[float] | None = None,
     num: int | None = None,
+    fps: float | None = None,
+    short_videos: str = "keep",
     size: int | Sequence[int] | None = None,
     backend: str = "pyav",
     motion_vectors: bool = False,
@@ -235,6 +250,10 @@ def read_frames(
         source: path, bytes, or seekable binary file.
         indices: frame numbers from 0, in any order, repeats allowed.
         times_s: seconds since the first frame; the frame on screen then.
+        fps: with `num`: the frames on screen at 0, 1/fps, 2/fps, ... seconds, each once, where these are at most `num`;
+            otherwise, and where the video has no more frames a second than that, `num` uniform centres of all frames.
+        short_videos: with `num`: "keep" gives fewer frames where there are fewer; "double" repeats them in order to
+            exactly `num`, as published training did (`sample_indices`).
         size: S, or (height, width); None keeps the video's own.
         motion_vectors: also give `flow` from the codec's motion vectors. Everything between the first and the last
             chosen frame is decoded then.
@@ -244,25 +263,30 @@ def read_frames(
 
     Raises:
         VideoError: nothing there, not a video, no such frame, or one that is damaged.
-        ConfigError: unknown backend, or motion vectors from decord.
+        ConfigError: unknown backend or treatment of short videos, motion vectors from decord, or fps not positive.
     """
     if backend not in BACKENDS:
         raise ConfigError(unknown_name("video backend", backend, BACKENDS))
+    if short_videos not in SHORT_VIDEOS:
+        raise ConfigError(unknown_name("short_videos", short_videos, SHORT_VIDEOS))
+    if fps is not None and not fps > 0:
+        raise ConfigError(f"fps must be greater than 0, got {fps!r}")
     if motion_vectors and backend != "pyav":
         raise ConfigError(f"motion vectors need backend 'pyav', got '{backend}'")
     name = source_name(source, name)
     index = video_index(source, name)
+    asked = (indices, times_s, num, fps, short_videos)
     try:
-        return _read(source, index, indices, times_s, num, size, backend, motion_vectors, flow_size, threads)
+        return _read(source, index, asked, size, backend, motion_vectors, flow_size, threads)
     except IndexMismatch:
         kept = ("name", "codec", "container", "missing", "time_base")
         facts = {key: getattr(index, key) for key in kept}
         index = count_frames(source, name, None, facts)
-        return _read(source, index, indices, times_s, num, size, backend, motion_vectors, flow_size, threads)
+        return _read(source, index, asked, size, backend, motion_vectors, flow_size, threads)
 
 
-def _read(source, index, indices, times_s, num, size, backend, motion_vectors, flow_size, threads) -> VideoFrames:
-    chosen = _choose(index, indices, times_s, num)
+def _read(source, index, asked, size, backend, motion_vectors, flow_size, threads) -> VideoFrames:
+    chosen = _choose(index, *asked)
     if not chosen:
         raise VideoError(f"{index.name}: no frames were asked for")
     wanted = sorted(set(chosen))

@@ -171,8 +171,13 @@ class SeededDataset(Dataset):
 
 
 def _collate(collater: Callable[[list[Any]], Any], samples: list[Any]) -> Any:
-    """A batch, or the error that came instead of its samples."""
-    return samples[0] if isinstance(samples[0], LstpError) else collater(samples)
+    """A batch, or the error that came instead of its samples or of it."""
+    if isinstance(samples[0], LstpError):
+        return samples[0]
+    try:
+        return collater(samples)
+    except LstpError as error:
+        return error
 
 
 class BatchKeys:

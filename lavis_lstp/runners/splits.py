@@ -6,6 +6,7 @@ those there are.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,16 +19,57 @@ Datasets = Mapping[str, Mapping[str, Dataset]]
 
 
 class JoinedDataset(ConcatDataset):
-    """LAVIS's concatenation, for data sets that give None for a sample that cannot be read."""
+    """LAVIS's concatenation, for data sets that give None for a sample that cannot be read.
+
+    LAVIS's leaves out of a batch what some of its samples do not have; here that is an error.
+
+    Args:
+        parts: data sets by name, in their order.
+
+    Raises:
+        ConfigError: samples of two of them cannot share a batch.
+    """
+
+    def __init__(self, parts: Mapping[str, Dataset]):
+        super().__init__(list(parts.values()))
+        self.parts = dict(parts)
+        self._check_settings()
+
+    def _check_settings(self) -> None:
+        known = [(name, part.batch_settings()) for name, part in self.parts.items() if hasattr(part, "batch_settings")]
+        for (one, first), (other, second) in itertools.combinations(known, 2):
+            for key in first.keys() & second.keys():
+                if first[key] != second[key]:
+                    raise ConfigError(
+                        f"data sets '{one}' and '{other}' are mixed in one batch, but {key} is {first[key]} in one and "
+                        f"{second[key]} in the other; set datasets.{one}.{key} and datasets.{other}.{key} alike"
+                    )
 
     def collater(self, samples: Sequence[dict[str, Any] | None]) -> dict[str, Any] | None:
+        """A batch, None when no sample is left.
+
+        Raises:
+            ConfigError: samples have different keys.
+        """
         readable = [sample for sample in samples if sample is not None]
+        if any(sample.keys() != readable[0].keys() for sample in readable):
+            raise ConfigError(self._different_keys())
         return super().collater(readable) if readable else None
+
+    def _different_keys(self) -> str:
+        """Which data sets differ in which key, told by a first sample of each."""
+        readable = {name: (part[i] for i in range(len(part))) for name, part in self.parts.items()}
+        firsts = {name: next(filter(None, samples), {}) for name, samples in readable.items()}
+        for (one, first), (other, second) in itertools.combinations(firsts.items(), 2):
+            for key in sorted(first.keys() ^ second.keys()):
+                has, lacks = (one, other) if key in first else (other, one)
+                return f"samples of data set '{has}' have '{key}', those of '{lacks}' do not: they cannot share a batch"
+        return f"samples within one of the data sets {', '.join(self.parts)} have different keys; they cannot be mixed"
 
 
 def join(parts: Mapping[str, Dataset]) -> Dataset:
     """One data set of all parts, in their order."""
-    return next(iter(parts.values())) if len(parts) == 1 else JoinedDataset(list(parts.values()))
+    return next(iter(parts.values())) if len(parts) == 1 else JoinedDataset(parts)
 
 
 def training_parts(datasets: Datasets, wanted: Sequence[str], ratios: Mapping[str, float] | None) -> dict[str, Dataset]:

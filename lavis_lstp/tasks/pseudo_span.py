@@ -1,9 +1,9 @@
 """`run.task: pseudo_span` with `run.evaluate: true`: label questions with the frames that answer them.
 
 In: samples with the answer; a model with `pseudo_scores(samples) -> float [B,T]`, how well each frame alone answers.
-Out: one file per split in the form that `datasets.<name>.spans` reads. It is an offline step in eval mode, and like any
-evaluation it goes on where it was killed. (Source: paper, temporal refinement; the published code labels inside the
-training forward, in train mode.)
+Out: one file per split in the form that `datasets.<name>.spans` reads. What does not move (an image, a text, a video of
+one frame) has the span null there. It is an offline step in eval mode, and like any evaluation it goes on where it was
+killed. (Source: paper, temporal refinement; the published code labels inside the training forward, in train mode.)
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from lavis.common.registry import registry
 
-from lavis_lstp.data.qa_dataset import SPANS_FORMAT, SPANS_VERSION
+from lavis_lstp.data.spans import SPANS_FORMAT, SPANS_VERSION
 from lavis_lstp.errors import ConfigError
 from lavis_lstp.files import write_json
 from lavis_lstp.models.pseudo_span import pseudo_span
+from lavis_lstp.models.rows import moves
 from lavis_lstp.tasks.base import LSTPTask, sample_ids
 
 
@@ -48,19 +49,20 @@ class PseudoSpanTask(LSTPTask):
         scores = model.pseudo_scores(samples).float().cpu()  # [B,T]
         frames = samples["frame_mask"].sum(1).tolist()  # real ones, of each sample
         records = []
-        for row, question_id in enumerate(sample_ids(samples)):
-            own = scores[row, : frames[row]].tolist()
-            span = pseudo_span(own, self.subtract_min, smooth=self.smooth)
-            record = {"question_id": question_id, "span": [span.start, span.end], "scores": [round(s, 4) for s in own]}
-            records.append(record)
+        for row, (question_id, moving) in enumerate(zip(sample_ids(samples), moves(samples).tolist(), strict=True)):
+            own = scores[row, : frames[row]].tolist() if moving else []
+            span = list(pseudo_span(own, self.subtract_min, smooth=self.smooth)) if moving else None
+            records.append({"question_id": question_id, "span": span, "scores": [round(s, 4) for s in own]})
         return records
 
     def metrics(self, records: list[dict[str, Any]]) -> dict[str, Any]:
-        answered = [max(record["scores"], default=0.0) > 0 for record in records]
-        length = [record["span"][1] - record["span"][0] for record in records]
-        count = max(1, len(records))
+        labelled = [record for record in records if record["span"] is not None]
+        answered = [max(record["scores"], default=0.0) > 0 for record in labelled]
+        length = [record["span"][1] - record["span"][0] for record in labelled]
+        count = max(1, len(labelled))
         return {
-            "labelled": len(records),
+            "labelled": len(labelled),
+            "without_span": len(records) - len(labelled),
             "answered_by_some_frame": sum(answered) / count,
             "mean_span_frames": sum(length) / count,
             "agg_metrics": sum(answered) / count,
@@ -73,7 +75,8 @@ class PseudoSpanTask(LSTPTask):
         template = self.spans_out or str(Path(kwargs["output_dir"]) / "spans_{split}.json")
         path = Path(template.replace("{split}", split_name)).expanduser()
         model = kwargs.get("model_config", {})
-        num_frames = getattr(kwargs["dataset"], "num_frames", None)  # the setting: every video may be shorter
+        dataset = kwargs["dataset"]
+        num_frames = getattr(dataset, "num_frames", None)  # the setting: every video may be shorter
         if num_frames is None:
             num_frames = max((len(record["scores"]) for record in val_result), default=0)
         write_json(
@@ -83,6 +86,8 @@ class PseudoSpanTask(LSTPTask):
                 "version": SPANS_VERSION,
                 "unit": "frames",
                 "num_frames": num_frames,
+                "fps": getattr(dataset, "fps", None),
+                "short_videos": getattr(dataset, "short_videos", "keep"),
                 "made_by": {
                     "arch": model.get("arch"),
                     "checkpoint": model.get("checkpoint"),

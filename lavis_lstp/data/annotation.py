@@ -1,0 +1,103 @@
+"""Annotation files -> checked entries, or one line that names file, entry and key.
+
+The form of this package's own files is told in `qa_dataset`; others' are read by `instruct` into the same entries.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lavis_lstp.errors import AnnotationError
+
+SECTION = "datasets.<name>"
+"""Where in a configuration the settings of a data set lie; builders know the name."""
+
+
+def read_annotation(path: str | Path, *, section: str = SECTION) -> list[dict[str, Any]]:
+    """Entries of an annotation file, checked.
+
+    Args:
+        section: of the configuration that names the file, for messages.
+
+    Raises:
+        AnnotationError: file, entry and key that are wrong.
+    """
+    path = Path(path)
+    rows = parse_rows(read_text(path, section=section), path)
+    seen: set[str] = set()
+    for place, row in rows:
+        _check_entry(row, place, seen)
+    return [row for _, row in rows]
+
+
+def parse_rows(text: str, path: Path) -> list[tuple[str, Any]]:
+    """(place, row) of each row of a JSON list or of JSON lines; `place` names file and row, for messages.
+
+    Raises:
+        AnnotationError: not JSON, or nothing.
+    """
+    if text.lstrip()[:1] == "[":
+        rows = [(f"{path}, entry {i}", row) for i, row in enumerate(parse(text, path, "file"))]
+    else:
+        lines = enumerate(text.splitlines(), start=1)
+        rows = [(f"{path}, line {n}", parse(line, path, f"line {n}")) for n, line in lines if line.strip()]
+    if not rows:
+        raise AnnotationError(f"{path}: holds no question")
+    return rows
+
+
+def read_text(path: Path, *, section: str = SECTION) -> str:
+    """The file's text.
+
+    Raises:
+        AnnotationError: there is no such file, or it is not UTF-8.
+    """
+    if not path.is_file():
+        raise AnnotationError(f"{path}: no such annotation file ({section}.build_info.annotations)")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise AnnotationError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+
+
+def parse(text: str, path: Path, place: str) -> Any:
+    """JSON of a file or a line of it.
+
+    Raises:
+        AnnotationError: it is none.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise AnnotationError(f"{path}, {place}: not JSON ({error}); expected a list or JSON lines") from None
+
+
+def check_object(row: Any, place: str, required: tuple[str, ...], texts: tuple[str, ...] = ()) -> None:
+    """Raises AnnotationError where a row is no object, lacks a required key, or has something else than a text."""
+    if not isinstance(row, dict):
+        raise AnnotationError(f"{place}: expected an object, got {type(row).__name__}")
+    for key in required:
+        if key not in row:
+            raise AnnotationError(f"{place}: key '{key}' is missing; it has {', '.join(row) or 'none'}")
+    for key in texts:
+        if key in row and not isinstance(row[key], str):
+            raise AnnotationError(f"{place}: '{key}' must be a string, got {type(row[key]).__name__} {row[key]!r}")
+
+
+def _check_entry(row: Any, place: str, seen: set[str]) -> None:
+    if isinstance(row, dict) and "question_id" in row:
+        place = f"{place} (question_id {row['question_id']!r})"
+    media = "image" if isinstance(row, dict) and "image" in row else "video"
+    texts = ("question_id", "video_id", media, "question", "answer", "category")
+    check_object(row, place, ("question_id", media, "question", "answer"), texts)
+    row.setdefault("video_id", Path(row[media]).stem)
+    span = row.get("span_s")
+    if span is not None:
+        numbers = isinstance(span, list) and len(span) == 2 and all(type(x) in (int, float) for x in span)
+        if not numbers or not 0 <= span[0] < span[1]:
+            raise AnnotationError(f"{place}: 'span_s' must be [start, end] in seconds with start < end, got {span!r}")
+    if row["question_id"] in seen:
+        raise AnnotationError(f"{place}: 'question_id' {row['question_id']!r} occurs twice; ids must be unique")
+    seen.add(row["question_id"])

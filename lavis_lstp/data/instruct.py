@@ -1,0 +1,152 @@
+"""Instruction data of others -> entries for `VideoQADataset`: Video-LLaVA's layout, and the published video-only form.
+
+Two forms, named by `datasets.<name>.form` and never guessed:
+
+    conversations   [{"id", "image" | "video" | "model", "conversations": [{"from": "human" | "gpt", "value"}, ...]}]:
+                    LLaVA's; a row with neither image nor video (it may have "model") is a text
+    questions       {id: {"q", "a", "video_id"}}: all videos; the file is <video_id> with the ending of a video
+
+A data set takes rows of one kind (image, video or text) and leaves others of the same file to the data sets of those
+kinds, so that `run.train_dataset_ratios` is the ratio of kinds. Ids repeat in LLaVA's files, and spans and predictions
+go by id: the second row of an id is called `<id>#2`, the third `<id>#3`, in the order of the files.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lavis_lstp.data.annotation import SECTION, check_object, parse, parse_rows, read_text
+from lavis_lstp.data.prompts import conversation_prompt, ends_with_user, question_prompt
+from lavis_lstp.data.video import VIDEO_ENDINGS
+from lavis_lstp.errors import AnnotationError, ConfigError, unknown_name
+
+logger = logging.getLogger(__name__)
+
+FORMS = ("conversations", "questions")
+
+
+def read_instructions(
+    paths: Sequence[Path], *, kind: str, form: str = "conversations", root: Path | None = None, section: str = SECTION
+) -> list[dict[str, Any]]:
+    """Entries of one kind out of annotation files, with unique ids.
+
+    Args:
+        kind: image, video or text.
+        form: of FORMS.
+        root: folder of the videos, where the form "questions" looks for a name's ending.
+
+    Returns:
+        question_id, video_id, image or video (a text has neither), question, prompt and answer of each.
+
+    Raises:
+        ConfigError: the form is not known.
+        AnnotationError: file, row and key that are wrong, or no row of this kind.
+    """
+    if form not in FORMS:
+        raise ConfigError(unknown_name(f"{section}.form", form, FORMS))
+    if form == "questions" and kind != "video":
+        raise ConfigError(f"{section}.form: 'questions' is a form of videos alone")
+    entries, others = [], 0
+    for path in paths:
+        if form == "questions":
+            entries += _read_questions(path, root or Path(), section)
+        else:
+            rows = _read_conversations(path, kind, section)
+            entries += [row for row in rows if row is not None]
+            others += sum(row is None for row in rows)
+    files = ", ".join(map(str, paths))
+    if not entries:
+        raise AnnotationError(f"{files}: no row of the kind '{kind}' among {others} ({section})")
+    if others:
+        logger.info("%s: %d rows of the kind %s, %d others", files, len(entries), kind, others)
+    _make_unique(entries)
+    return entries
+
+
+def _read_conversations(path: Path, kind: str, section: str) -> list[dict[str, Any] | None]:
+    """An entry for each row, None for one of another kind."""
+    entries, learn_user = [], 0
+    for place, row in parse_rows(_text_of_form(path, "conversations", section), path):
+        if isinstance(row, dict) and "id" in row:
+            place = f"{place} (id {row['id']!r})"
+        check_object(row, place, ("id", "conversations"), ("image", "video", "model"))
+        media = [key for key in ("image", "video", "model") if key in row]
+        if len(media) > 1:
+            raise AnnotationError(f"{place}: has {' and '.join(media)}; expected one, or none of them for a text")
+        if kind != (media[0] if media and media[0] != "model" else "text"):
+            entries.append(None)
+            continue
+        if not isinstance(row["conversations"], list):
+            raise AnnotationError(f"{place}: 'conversations' must be a list, got {type(row['conversations']).__name__}")
+        try:
+            prompt = conversation_prompt(row["conversations"])
+        except AnnotationError as error:
+            raise AnnotationError(f"{place}: {error}") from None
+        learn_user += ends_with_user(row["conversations"])
+        found = {kind: row[kind], "video_id": Path(row[kind]).stem} if kind != "text" else {"video_id": ""}
+        texts = {"question": prompt.question, "prompt": prompt.prompt, "answer": prompt.answer}
+        entries.append({"question_id": _id(row["id"], place), **found, **texts})
+    if learn_user:
+        logger.warning("%s: %d conversations end with the user's turn, which is learnt, as published", path, learn_user)
+    return entries
+
+
+def _read_questions(path: Path, root: Path, section: str) -> list[dict[str, Any]]:
+    content = parse(_text_of_form(path, "questions", section), path, "file")
+    if not isinstance(content, dict) or not content:
+        raise AnnotationError(f"{path}: holds no question")
+    entries, files = [], {}
+    for name, row in content.items():
+        check_object(row, f"{path}, id {name!r}", ("q", "a", "video_id"), ("q", "a", "video_id"))
+        video_id = row["video_id"]
+        if video_id not in files:
+            files[video_id] = _video_file(root, video_id)
+        texts = {"question": row["q"], "prompt": question_prompt(row["q"]), "answer": row["a"]}
+        entries.append({"question_id": name, "video_id": video_id, "video": files[video_id], **texts})
+    return entries
+
+
+def _video_file(root: Path, video_id: str) -> str:
+    """The file of a video below `root`; with the first ending where there is none, which is then missed by name."""
+    names = [video_id + ending for ending in VIDEO_ENDINGS]
+    return next((name for name in names if (root / name).is_file()), names[0])
+
+
+def _text_of_form(path: Path, form: str, section: str) -> str:
+    """The file's text, refused in one clear line where it is of the other form."""
+    text = read_text(path, section=section)
+    found = "conversations" if text.lstrip()[:1] == "[" else form
+    if text.lstrip()[:1] == "{":  # one object by id, or JSON lines, whose first line is a row
+        try:
+            first = json.JSONDecoder().raw_decode(text.lstrip())[0]
+            found = "questions" if first and all(isinstance(row, dict) for row in first.values()) else "conversations"
+        except json.JSONDecodeError:
+            pass  # which its reader says, with the place
+    if found != form:
+        shape = "an object by id" if found == "questions" else "rows of conversations"
+        raise AnnotationError(f"{path}: holds {shape}, not the form '{form}'; set {section}.form: {found}")
+    return text
+
+
+def _id(value: Any, place: str) -> str:
+    """Ids are texts in most files and whole numbers in others."""
+    if type(value) not in (str, int):
+        raise AnnotationError(f"{place}: 'id' must be a string or a whole number, got {type(value).__name__}")
+    return str(value)
+
+
+def _make_unique(entries: list[dict[str, Any]]) -> None:
+    """The n-th entry of an id becomes `<id>#n`, or the next number that is free."""
+    taken, repeats = {entry["question_id"] for entry in entries}, {}
+    for entry in entries:
+        name = entry["question_id"]
+        repeats[name] = count = repeats.get(name, 0) + 1
+        if count > 1:
+            while f"{name}#{count}" in taken:
+                count += 1
+            entry["question_id"], repeats[name] = f"{name}#{count}", count
+            taken.add(entry["question_id"])
