@@ -33,7 +33,7 @@ INVENTORY = json.loads((GOLDEN / "key_inventory.json").read_text())
 def tiny(tmp_path_factory) -> Path:
     """Tiny checkpoints under the published names."""
     root = tmp_path_factory.mktemp("tiny")
-    names = ("instructblip-vicuna-7b", "bert-base-uncased", "raft-things", "lstp-7b", "lstp-7b-lightning")
+    names = ("instructblip-vicuna-7b", "bert-base-uncased", "raft-sintel", "lstp-7b", "lstp-7b-lightning")
     write_all(root, only=[*names, "lstp-7b-lora", "lavis-blip2-t5", "lavis-instructblip-vicuna"])
     return root
 
@@ -123,9 +123,9 @@ def test_float16_that_overflows(tmp_path):
 def test_what_the_folder_says_of_itself(tiny, tmp_path):
     from lavis_lstp.files import sha256_file
 
-    report, _ = converted(tiny / "raft-things.pth", tmp_path / "out")
+    report, _ = converted(tiny / "raft-sintel.pth", tmp_path / "out")
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert manifest["source"]["files"]["raft-things.pth"]["sha256"] == sha256_file(tiny / "raft-things.pth")
+    assert manifest["source"]["files"]["raft-sintel.pth"]["sha256"] == sha256_file(tiny / "raft-sintel.pth")
     assert manifest["report"]["renamed"] == report.renamed == {"flow": 169}
     assert manifest["report"]["dropped"] == {"norm3, the same module as downsample.1": 10}
     for name, facts in manifest["files"].items():
@@ -419,11 +419,11 @@ def test_unexplained_and_missing_keys_are_errors(tiny, tmp_path, change, message
 )
 def test_settings(tiny, tmp_path, settings, error, message):
     with pytest.raises(error, match=message):
-        convert(str(tiny / "raft-things.pth"), tmp_path / "out", **settings)
+        convert(str(tiny / "raft-sintel.pth"), tmp_path / "out", **settings)
 
 
 def test_our_own_format_needs_no_conversion(tiny, tmp_path):
-    convert(str(tiny / "raft-things.pth"), tmp_path / "out")
+    convert(str(tiny / "raft-sintel.pth"), tmp_path / "out")
     with pytest.raises(WeightsError, match="has this package's names already; set model.checkpoint to it"):
         convert(str(tmp_path / "out"), tmp_path / "again")
 

@@ -258,10 +258,10 @@ def test_bert_is_transformers(written):
 
 def test_raft_is_the_golden_one_and_gives_flow(written):
     golden = json.loads((GOLDEN / "raft.json").read_text())["shapes"]
-    stored = load(written["raft-things"])
+    stored = load(written["raft-sintel"])
     assert {key: list(value.shape) for key, value in stored.items()} == {f"module.{k}": v for k, v in golden.items()}
     assert torch.equal(stored["module.cnet.layer2.0.norm3.weight"], stored["module.cnet.layer2.0.downsample.1.weight"])
-    flow = build_flow("raft_large", weights=written["raft-things"], iterations=2)
+    flow = build_flow("raft_large", weights=written["raft-sintel"], iterations=2)
     frames = torch.randint(0, 256, (1, 3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     field = flow(frames)
     assert field.isfinite().all() and 0 < field.abs().max() < 1000

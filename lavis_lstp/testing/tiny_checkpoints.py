@@ -97,7 +97,7 @@ def raft_weights(seed: int) -> dict[str, Tensor]:
 
 
 def write_raft(path: Path, *, sizes: Sizes, seed: int, dtype: str) -> None:
-    """raft-things.pth: 21 MB, keys that begin with `module.`, float32 whatever `dtype`."""
+    """raft-sintel.pth: 21 MB, keys that begin with `module.`, float32 whatever `dtype`."""
     _save(path, {f"module.{name}": value for name, value in raft_weights(seed).items()})
 
 
@@ -200,7 +200,7 @@ def _save(path: Path, value: dict[str, Any]) -> None:
 WRITERS: dict[str, tuple[str, Callable[..., None]]] = {
     **{name: (published.hub_id, partial(write_backbone, name=name)) for name, published in BACKBONES.items()},
     "bert-base-uncased": ("google-bert/bert-base-uncased", write_bert),
-    "raft-things": ("raft-things.pth", write_raft),
+    "raft-sintel": ("raft-sintel.pth", write_raft),
     "lstp-7b": ("ColorfulAI/LSTP-Chat/LSTP-7B.ckpt", write_lstp),
     "lstp-7b-lightning": ("ColorfulAI/LSTP-Chat/LSTP-7B-lightning.ckpt", partial(write_lstp, kind="lightning")),
     "lstp-7b-lora": ("ColorfulAI/LSTP-Chat/LSTP-7B-lora.ckpt", partial(write_lstp, kind="lora")),
