@@ -199,6 +199,62 @@ def write_opt(folder: Path) -> None:
     w.save(folder, config)
 
 
+def write_vicuna(folder: Path) -> None:
+    """A Vicuna as LAVIS's git main takes it: LLaMA's own tokenizer, without the tokens that InstructBLIP adds."""
+    from lavis_lstp.testing.tiny_tokenizers import llama_files, vocabulary_size
+
+    folder.mkdir(parents=True, exist_ok=True)
+    files = llama_files()
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer.model").write_bytes(files["tokenizer.model"])
+    (folder / "special_tokens_map.json").write_text(json.dumps(special))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, **special})
+    )
+    fast = json.loads(files["tokenizer.json"])
+    fast["added_tokens"] = [token for token in fast["added_tokens"] if token["content"] != "[PAD]"]
+    begin = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+    fast["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [begin, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [begin, {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(fast))
+
+    w, size = _Weights(SEED + 4), vocabulary_size(files) - 1  # [PAD] is LAVIS's to add
+    w.add("model.embed_tokens.weight", size, WIDTH)
+    w.add("lm_head.weight", size, WIDTH)
+    w.add("model.norm.weight", WIDTH, around=1.0, scale=0.1)
+    for i in range(LAYERS):
+        layer = f"model.layers.{i}"
+        for part in "qkvo":
+            w.linear(f"{layer}.self_attn.{part}_proj", WIDTH, WIDTH, bias=False)
+        w.linear(f"{layer}.mlp.gate_proj", 2 * WIDTH, WIDTH, bias=False)
+        w.linear(f"{layer}.mlp.up_proj", 2 * WIDTH, WIDTH, bias=False)
+        w.linear(f"{layer}.mlp.down_proj", WIDTH, 2 * WIDTH, bias=False)
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            w.add(f"{layer}.{norm}.weight", WIDTH, around=1.0, scale=0.1)
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": size,
+        "hidden_size": WIDTH,
+        "intermediate_size": 2 * WIDTH,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": HEADS,
+        "max_position_embeddings": 256,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    w.save(folder, config)
+
+
 def write_hub(root: Path) -> Path:
     """Everything that `build` needs, under `root`; returns `root`."""
     root = Path(root)
@@ -250,6 +306,8 @@ def config(name: str, root: Path, **overrides) -> dict:
         "blip2": {},
         "blip2_t5": {"t5_model": str(root / "tiny-flan-t5")},
         "blip2_opt": {"opt_model": str(root / "tiny-opt"), "prompt": "a picture of"},
+        "blip2_t5_instruct": {"t5_model": str(root / "tiny-flan-t5")},
+        "blip2_vicuna_instruct": {"llm_model": str(root / "tiny-vicuna")},
     }
     return {**common, **blip2, **language_models[name], **overrides}
 
@@ -272,12 +330,12 @@ def _fill_what_no_checkpoint_holds(model: torch.nn.Module, name: str) -> None:
     pattern = {
         "blip2": r"^(query_tokens|vision_proj|text_proj|itm_head)|crossattention",  # _query layers are copies
         "blip_caption": "",
-    }.get(name, r"^(query_tokens|t5_proj|opt_proj)|crossattention|(intermediate|output)_query")
+    }.get(name, r"^(query_tokens|t5_proj|opt_proj|llm_proj)|crossattention|(intermediate|output)_query")
     for key, parameter in model.named_parameters():
         if re.search(pattern, key) and "norm" not in key.lower():
             generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
             parameter.data.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
-    if name == "blip2":  # the embedding of [DEC], which LAVIS adds to the vocabulary
+    if name == "blip2" or name.endswith("instruct"):  # the embedding of [DEC], which LAVIS adds to the vocabulary
         model.Qformer.get_input_embeddings().weight.data[-1] = torch.linspace(-0.4, 0.4, WIDTH)
 
 
