@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -333,6 +334,31 @@ def test_a_checkpoint_can_be_chosen_without_looking_at_gold_spans():
     assert (metrics["iou"], metrics["pseudo_iou"], metrics["agg_metrics"]) == (0.0, 1.0, 0.0)
     with pytest.raises(ConfigError, match="nothing to measure"):
         task.metrics([{"question_id": "a", "span": [0, 4]}])
+
+
+def test_spans_found_are_written_for_training_to_read(tmp_path):
+    runner = evaluator(tmp_path, task="temporal_grounding", spans_out=str(tmp_path / "found_{split}.json"))
+    data = runner.datasets["toy"]["test"]
+    data.num_frames = 6
+    metrics = runner.evaluate()["test"]
+    assert metrics["spans_file"] == str(tmp_path / "found_test.json")
+    spans = read_spans(tmp_path / "found_test.json", 6)
+    records = result(tmp_path, "test_temporal_grounding.jsonl")
+    assert {name: list(span) for name, span in spans.items()} == {r["question_id"]: r["span"] for r in records}
+    written = json.loads((tmp_path / "found_test.json").read_text())
+    assert written["made_by"]["task"] == "temporal_grounding" and len(spans) == len(records) > 0
+
+
+def test_locating_needs_no_spans_to_compare_with_and_leaves_out_what_has_no_frames(tmp_path):
+    task = TemporalGroundingTask({"spans_out": str(tmp_path / "found.json")})
+    records = [{"question_id": "a", "span": [1, 4]}, {"question_id": "text", "span": [-1, -1]}]
+    assert task.metrics(records)["located"] == 2
+    data = [{"question_id": name} for name in ("a", "text")]
+    dataset = SimpleNamespace(question_ids=["a", "text"], num_frames=8, annotation=data)
+    task.after_evaluation(records, "test", 0, dataset=dataset, result_dir=tmp_path)
+    assert read_spans(tmp_path / "found.json", 8) == {"a": Span(1, 4), "text": None}
+    with pytest.raises(ConfigError, match=r"must contain \{split\}"):
+        TemporalGroundingTask({"spans_out": "found.json", "test_splits": ["train", "val"]})
 
 
 # ---- video_instruct -----------------------------------------------------------------------------------------------

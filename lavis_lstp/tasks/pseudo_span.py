@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from lavis.common.registry import registry
+from torch.utils.data import Dataset
 
 from lavis_lstp.data.spans import SPANS_FORMAT, SPANS_VERSION
 from lavis_lstp.errors import ConfigError
@@ -36,12 +37,7 @@ class PseudoSpanTask(LSTPTask):
         super().__init__(run)
         self.subtract_min = bool(self.run.get("subtract_min", True))
         self.smooth = int(self.run.get("smooth") or 1)
-        self.spans_out = self.run.get("spans_out")
-        splits = self.run.get("test_splits") or []
-        if self.spans_out and len(splits) > 1 and "{split}" not in self.spans_out:
-            raise ConfigError(
-                f"run.spans_out must contain {{split}} to label {len(splits)} splits, got {self.spans_out}"
-            )
+        self.spans_out = spans_template(self.run)
 
     def valid_step(self, model: torch.nn.Module, samples: dict[str, Any]) -> list[dict[str, Any]]:
         if not hasattr(model, "pseudo_scores"):
@@ -73,29 +69,53 @@ class PseudoSpanTask(LSTPTask):
     ) -> dict[str, Any]:
         metrics = super().after_evaluation(val_result, split_name, epoch, **kwargs)
         template = self.spans_out or str(Path(kwargs["output_dir"]) / "spans_{split}.json")
-        path = Path(template.replace("{split}", split_name)).expanduser()
-        model = kwargs.get("model_config", {})
-        dataset = kwargs["dataset"]
-        num_frames = getattr(dataset, "num_frames", None)  # the setting: every video may be shorter
-        if num_frames is None:
-            num_frames = max((len(record["scores"]) for record in val_result), default=0)
-        write_json(
-            path,
-            {
-                "format": SPANS_FORMAT,
-                "version": SPANS_VERSION,
-                "unit": "frames",
-                "num_frames": num_frames,
-                "fps": getattr(dataset, "fps", None),
-                "short_videos": getattr(dataset, "short_videos", "keep"),
-                "made_by": {
-                    "arch": model.get("arch"),
-                    "checkpoint": model.get("checkpoint"),
-                    "subtract_min": self.subtract_min,
-                    "smooth": self.smooth,
-                },
-                "spans": {r["question_id"]: {"span": r["span"], "scores": r["scores"]} for r in val_result},
-            },
-            indent=None,
-        )
-        return {**metrics, "spans_file": str(path)}
+        made_by = {"subtract_min": self.subtract_min, "smooth": self.smooth}
+        return {**metrics, "spans_file": str(save_spans(template, split_name, val_result, made_by, **kwargs))}
+
+
+def spans_template(run: Mapping[str, Any]) -> str | None:
+    """`run.spans_out`.
+
+    Raises:
+        ConfigError: several splits would be written to one file.
+    """
+    splits, template = run.get("test_splits") or [], run.get("spans_out")
+    if template and len(splits) > 1 and "{split}" not in template:
+        raise ConfigError(f"run.spans_out must contain {{split}} to label {len(splits)} splits, got {template}")
+    return template
+
+
+def save_spans(
+    template: str,
+    split_name: str,
+    records: list[dict[str, Any]],
+    made_by: Mapping[str, Any],
+    *,
+    dataset: Dataset,
+    model_config: Mapping[str, Any] | None = None,
+    **unused: Any,
+) -> Path:
+    """Write a span file of a split's records, each with question_id, span or None, and maybe scores.
+
+    Args:
+        template: the file's path; {split} is replaced.
+        made_by: noted in the file, with the model and its checkpoint.
+    """
+    path = Path(template.replace("{split}", split_name)).expanduser()
+    model = model_config or {}
+    num_frames = getattr(dataset, "num_frames", None)  # the setting: every video may be shorter
+    if num_frames is None:
+        num_frames = max((len(record.get("scores", ())) for record in records), default=0)
+    kept = ("span", "scores")
+    content = {
+        "format": SPANS_FORMAT,
+        "version": SPANS_VERSION,
+        "unit": "frames",
+        "num_frames": num_frames,
+        "fps": getattr(dataset, "fps", None),
+        "short_videos": getattr(dataset, "short_videos", "keep"),
+        "made_by": {"arch": model.get("arch"), "checkpoint": model.get("checkpoint"), **made_by},
+        "spans": {r["question_id"]: {key: r[key] for key in kept if key in r} for r in records},
+    }
+    write_json(path, content, indent=None)
+    return path

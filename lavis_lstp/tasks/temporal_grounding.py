@@ -3,11 +3,14 @@
 In: samples with `span` (a pseudo span, to learn from) and, for evaluation alone, `gold_span`; a model with
 `locate(samples) -> {"span": int64 [B,2] half-open}`. Out: one record per question, IoU, R@0.3 and R@0.5 against
 the gold spans, and the same against the pseudo spans as `pseudo_iou`, ...: `run.metric: pseudo_iou` chooses a
-checkpoint without looking at a gold span.
+checkpoint without looking at a gold span. With `run.spans_out` the spans found are also written in the form that
+`datasets.<name>.spans` reads, also of data that have no spans to compare with: the published image and video recipes
+learn from frames of such spans.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,11 +19,17 @@ from lavis.common.registry import registry
 from lavis_lstp.errors import ConfigError
 from lavis_lstp.metrics.grounding import evaluate_spans
 from lavis_lstp.tasks.base import LSTPTask, sample_ids
+from lavis_lstp.tasks.pseudo_span import save_spans, spans_template
 
 
 @registry.register_task("temporal_grounding")
 class TemporalGroundingTask(LSTPTask):
     name = "temporal_grounding"
+    RUN_KEYS = {"spans_out": "file to write the spans found to; {split} is replaced (default: none)"}
+
+    def __init__(self, run: Mapping[str, Any] | None = None):
+        super().__init__(run)
+        self.spans_out = spans_template(self.run)
 
     def valid_step(self, model: torch.nn.Module, samples: dict[str, Any]) -> list[dict[str, Any]]:
         if not hasattr(model, "locate"):
@@ -49,6 +58,18 @@ class TemporalGroundingTask(LSTPTask):
                 kept = {name: value for name, value in scores.items() if name.startswith(("iou", "recall"))}
                 result.update({f"{prefix}{name}": value for name, value in kept.items()})
                 result[f"num_{target}s"] = len(scored)
+        if not result and self.spans_out:
+            return {"located": len(records), "agg_metrics": 0.0}
         if not result:
             raise ConfigError(f"task {self.name} has nothing to measure: no sample has a gold_span or a span")
         return {**result, "agg_metrics": result.get("iou", result.get("pseudo_iou"))}
+
+    def after_evaluation(
+        self, val_result: list[dict[str, Any]], split_name: str, epoch: int | str, **kwargs: Any
+    ) -> dict[str, Any]:
+        metrics = super().after_evaluation(val_result, split_name, epoch, **kwargs)
+        if not self.spans_out:
+            return metrics
+        found = [{**r, "span": r["span"] if r["span"][0] < r["span"][1] else None} for r in val_result]
+        path = save_spans(self.spans_out, split_name, found, {"task": self.name}, **kwargs)
+        return {**metrics, "spans_file": str(path)}
