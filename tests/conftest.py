@@ -29,3 +29,21 @@ def real_videos() -> list[Path]:
     if not clips:
         pytest.skip(f"no real footage in {folder}; set LAVIS_LSTP_TEST_VIDEOS to a folder with .mp4 files")
     return clips
+
+
+@pytest.fixture(scope="session")
+def build():
+    """(name, changes to the defaults) -> {split: data set}."""
+    import lavis_lstp
+
+    lavis_lstp.register()
+    from lavis.common.registry import registry
+    from lavis.datasets.builders.base_dataset_builder import load_dataset_config
+    from omegaconf import OmegaConf
+
+    def build(name: str, **changes):
+        builder = registry.get_builder_class(name)
+        config = OmegaConf.merge(load_dataset_config(builder.default_config_path()), changes)
+        return builder(config).build_datasets()
+
+    return build

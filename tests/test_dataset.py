@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import GOLDEN
 from PIL import Image
 from safetensors.numpy import save_file
 from torch.utils.data import DataLoader
@@ -21,7 +22,7 @@ from lavis_lstp import flow_files
 from lavis_lstp.data import qa_dataset, shapes_qa
 from lavis_lstp.data.qa_dataset import VideoQADataset, read_annotation
 from lavis_lstp.data.spans import read_spans
-from lavis_lstp.data.video import read_frames, uniform_centres
+from lavis_lstp.data.video import read_frames, sample_indices, uniform_centres
 from lavis_lstp.errors import AnnotationError, ConfigError, CoverageError, VideoError
 from lavis_lstp.metrics.coverage import join_by_id
 from lavis_lstp.runners.data_order import Batches
@@ -255,6 +256,74 @@ def test_videos_are_decoded_once_while_the_cache_holds_them(videos, monkeypatch)
     assert len(calls) == 4
 
 
+# ---------------------------------------------------------------- which frames
+
+# long.mp4 has 30 frames at 25 a second, short.mp4 five.
+CHOICES = [
+    ("long.mp4", {"num_frames": 8, "fps": 5}, [0, 5, 10, 15, 20, 25]),
+    ("long.mp4", {"num_frames": 6, "fps": 5}, [0, 5, 10, 15, 20, 25]),
+    ("long.mp4", {"num_frames": 5, "fps": 5}, uniform_centres(5, 30)),  # more than fit
+    ("long.mp4", {"num_frames": 40, "fps": 10}, [0, 2, 5, 7, 10, 12, 15, 17, 20, 22, 25, 27]),
+    ("long.mp4", {"num_frames": 40, "fps": 100}, list(range(30))),  # no more than there are, each once
+    ("long.mp4", {"num_frames": 8, "fps": 100}, uniform_centres(8, 30)),
+    ("long.mp4", {"num_frames": 8, "fps": 0.1}, [0]),
+    ("long.mp4", {"num_frames": 8, "short_videos": "double"}, uniform_centres(8, 30)),
+    ("short.mp4", {"num_frames": 8}, [0, 1, 2, 3, 4]),
+    ("short.mp4", {"num_frames": 8, "short_videos": "double"}, [0, 0, 1, 1, 2, 3, 3, 4]),
+    ("short.mp4", {"num_frames": 5, "short_videos": "double"}, [0, 1, 2, 3, 4]),
+    ("long.mp4", {"num_frames": 4, "fps": 2.5, "short_videos": "double"}, [0, 0, 10, 20]),
+]
+
+
+@pytest.mark.parametrize(("video", "settings", "expected"), CHOICES)
+def test_frames_by_rate_and_of_short_videos(videos, video, settings, expected):
+    sample = VideoQADataset([entry(video=video)], videos, **settings)[0]
+    assert [read_number(frame.numpy()) for frame in sample["frames"]] == expected
+    torch.testing.assert_close(sample["frame_times"], torch.tensor(expected) / 25)
+
+
+def test_doubled_frames_are_the_published_ones(videos):
+    sample = VideoQADataset([entry(video="short.mp4")], videos, short_videos="double")[0]
+    assert [read_number(frame.numpy()) for frame in sample["frames"]] == sample_indices(32, 5)
+
+
+def test_frames_by_rate_bring_their_flow(videos):
+    flow = VideoQADataset([entry()], videos, num_frames=8, fps=5, image_size=16, flow="motion_vectors")[0]["flow"]
+    assert flow.shape == (6, 2, 16, 16)
+
+
+# ---------------------------------------------------------------- texts
+
+
+def test_a_text_is_a_sample_without_frames(videos):
+    row = entry(0, video=None, video_id="", prompt="USER: hello ASSISTANT: ")
+    sample = VideoQADataset([row], videos, image_size=16, flow="motion_vectors", flow_size=8, spans={})[0]
+    assert sample["frames"].shape == (0, 3, 16, 16) and sample["frames"].dtype == torch.uint8
+    assert sample["frame_times"].shape == (0,) and sample["flow"].shape == (0, 2, 8, 8)
+    assert sample["span"].tolist() == sample["gold_span"].tolist() == [-1, -1]
+    assert (sample["prompt"], sample["text_input"]) == ("USER: hello ASSISTANT: ", "what is 0?")
+
+
+def test_every_kind_gives_the_same_keys(videos):
+    rows = [entry(0), {**entry(1, video=None), "image": "still.png"}, entry(2, video=None, video_id="")]
+    for flow in ("none", "motion_vectors"):
+        dataset = VideoQADataset(rows, videos, num_frames=4, image_size=16, flow=flow)
+        video, image, text = (dataset[i] for i in range(3))
+        assert list(video) == list(image) == list(text) and ("flow" in video) == (flow != "none")
+        assert [sample["prompt"] for sample in (video, image, text)] == [""] * 3
+        batch = dataset.collater([text, image, video])
+        assert batch["frame_mask"].tolist() == [[0, 0, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]]
+        assert not batch["frames"][0].any()
+        alone = dataset.collater([text])
+        assert alone["frames"].shape == (1, 1, 3, 16, 16) and alone["frame_mask"].tolist() == [[0]]
+
+
+def test_samples_of_different_sizes_are_named(videos):
+    dataset = VideoQADataset([entry(0), {**entry(1, video=None), "image": "still.png"}], videos, num_frames=2)
+    with pytest.raises(ConfigError, match=r"'frames' of question 'q0' is \[2, 3, 96, 160\], of 'q1' .*image_size"):
+        dataset.collater([dataset[0], dataset[1]])
+
+
 # ---------------------------------------------------------------- pseudo spans
 
 
@@ -289,6 +358,9 @@ def test_spans_reach_the_sample(videos, tmp_path):
         ({"spans": {"q0": {"span": [2, 9]}}}, "'q0' must have span"),
         ({"spans": {"q0": {"span": [0.2, 0.5]}}}, "'q0' must have span"),
         ({"spans": {"q0": [2, 5]}}, "'q0' must have span"),
+        ({"spans": {"q0": {}}}, "'q0' must have span"),
+        ({"fps": 2}, "spans were made with fps 2, datasets.<name>.fps is None"),
+        ({"short_videos": "double"}, "spans were made with short_videos double, datasets.<name>.short_videos is keep"),
         ({"spans": [1]}, "'spans' must be an object"),
     ],
 )
@@ -297,6 +369,74 @@ def test_what_is_wrong_with_a_span_file(tmp_path, changes, said):
     with pytest.raises(AnnotationError) as error:
         read_spans(path, 8)
     assert str(path) in str(error.value) and said in str(error.value)
+
+
+def test_what_does_not_move_has_no_span(videos, tmp_path):
+    spans = read_spans(spans_file(tmp_path / "s.json", spans={"q0": {"span": None, "scores": []}}), 8)
+    rows = [entry(0), {**entry(1, video=None), "image": "still.png"}]
+    dataset = VideoQADataset(rows, videos, num_frames=8, spans=spans)  # a picture needs no entry
+    assert [dataset[i]["span"].tolist() for i in range(2)] == [[-1, -1], [-1, -1]]
+    assert dataset.fingerprint() != VideoQADataset(rows, videos, num_frames=8).fingerprint()
+
+
+def test_a_span_beyond_the_video_is_refused(videos):
+    dataset = VideoQADataset([entry(video="short.mp4")], videos, num_frames=8, spans={"q0": Span(2, 7)})
+    with pytest.raises(AnnotationError, match=r"'q0' has the span \[2, 7\], its video gives 5 frames"):
+        dataset[0]
+
+
+def test_published_spans_equal_published(videos, tmp_path):
+    """The recorded pairs of start and end, for 32 frames; the one whose start is behind its end is refused."""
+    cases = json.loads((GOLDEN / "prompts.json").read_text())["iv"]
+    cases = [(case["pseudo_label"], case["out"]) for case in cases if "pseudo_label" in case]
+    path = tmp_path / "pseudo_label.json"
+    for label, out in cases:
+        path.write_text(json.dumps({"q0": label}))
+        if label[0] > label[1]:
+            with pytest.raises(AnnotationError, match=r"'q0' must have \[first, last\], numbers of 0..1"):
+                read_spans(path, 32, form="fractions")
+            continue
+        spans = read_spans(path, 32, form="fractions")
+        sample = VideoQADataset([entry(video="short.mp4")], videos, short_videos="double", spans=spans)[0]
+        assert Span(*sample["span"].tolist()).to_inclusive() == (out["start"], out["end"])
+    assert len(cases) == 4
+
+
+def test_published_spans_go_there_and_back(tmp_path):
+    every = [Span(a, b) for a in range(32) for b in range(a + 1, 33)]
+    path = tmp_path / "pseudo_label.json"
+    path.write_text(json.dumps({str(i): span.to_inclusive() for i, span in enumerate(every)}))
+    indices = read_spans(path, 32, form="indices")
+    path.write_text(json.dumps({str(i): span.to_fractions(32) for i, span in enumerate(every)}))
+    fractions = read_spans(path, 32, form="fractions")
+    assert indices == fractions and len(indices) == 528
+    assert [Span.from_fractions(*indices[str(i)], 32) for i in range(528)] == every
+    for length in (1, 2, 5, 20):
+        spans = [Span(a, b) for a in range(length) for b in range(a + 1, length + 1)]
+        assert [Span.from_fractions(*span.to_fractions(length), length) for span in spans] == spans
+
+
+@pytest.mark.parametrize(
+    ("content", "form", "said"),
+    [
+        ({"q0": [0.25, 0.75]}, "indices", "whole numbers of 0..31 as datasets.<name>.spans_form 'indices' says"),
+        ({"q0": [7, 23]}, "fractions", "numbers of 0..1 as datasets.<name>.spans_form 'fractions' says, got [7, 23]"),
+        ({"q0": [0, 32]}, "indices", "whole numbers of 0..31"),
+        ({"q0": [5, 4]}, "indices", "whole numbers of 0..31"),
+        ({"q0": [0, True]}, "indices", "whole numbers of 0..31"),
+        ({"q0": {"span": [0, 1]}}, "indices", "must have [first, last]"),
+        ([[0, 1]], "fractions", "expected {question id: [first, last]}, got list"),
+        ({"format": "lavis_lstp.spans", "version": 1}, "indices", "is of the form 'lavis_lstp'"),
+        ({"q0": [0, 1]}, "lavis_lstp", "files of the published code need datasets.<name>.spans_form"),
+        ({"q0": [0, 1]}, "fraction", "unknown datasets.<name>.spans_form 'fraction'; did you mean 'fractions'?"),
+    ],
+)
+def test_forms_of_span_files_are_never_guessed(tmp_path, content, form, said):
+    path = tmp_path / "pseudo_label.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises((AnnotationError, ConfigError)) as error:
+        read_spans(path, 32, form=form)
+    assert said in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_missing_span_file_says_how_to_make_it(tmp_path):
@@ -360,10 +500,12 @@ def test_fingerprint_tells_contents_and_settings_apart(videos):
         made([entry(0), entry(1)]),
         made(num_frames=5),
         made(image_size=8),
+        made(fps=2),
+        made(short_videos="double"),
         made(flow="motion_vectors"),
         made(spans={"q0": Span(0, 1)}),
     ]
-    assert len({made(), *others}) == 7
+    assert len({made(), *others}) == 9
 
 
 # ---------------------------------------------------------------- what can be wrong with the videos
@@ -428,33 +570,23 @@ def test_no_score_over_what_is_left(videos):
         ({"image_size": 0}, "image_size"),
         ({"cache_videos": -1}, "cache_videos"),
         ({"max_bad_fraction": 2}, "max_bad_fraction must lie in 0..1"),
+        ({"fps": 0}, "fps must be a number greater than 0 or null, got 0"),
+        ({"fps": "2"}, "fps must be a number greater than 0 or null, got '2'"),
+        ({"fps": 2, "flow": "precomputed", "flow_root": "x"}, "fps does not go with flow: precomputed"),
+        ({"short_videos": "doubled"}, "unknown datasets.<name>.short_videos 'doubled'; did you mean 'double'?"),
+        ({"short_videos": "double", "flow": "motion_vectors"}, "does not go with flow: motion_vectors"),
+        ({"flow": "precomputed", "flow_root": "x", "image_size": 16}, "precomputed needs flow_size"),
+        ({}, "image_size is needed for texts"),
+        ({"image_size": 16, "vis_processor": str}, "vis_processor: a text has no picture"),
     ],
 )
 def test_settings_out_of_range(videos, settings, said):
     with pytest.raises(ConfigError) as error:
-        VideoQADataset([entry(0)], videos, **settings)
+        VideoQADataset([entry(0), entry(1, video=None, video_id="")], videos, **settings)
     assert said in str(error.value)
 
 
 # ---------------------------------------------------------------- builders
-
-
-@pytest.fixture(scope="module")
-def build():
-    """(name, changes to the defaults) -> {split: data set}."""
-    import lavis_lstp
-
-    lavis_lstp.register()
-    from lavis.common.registry import registry
-    from lavis.datasets.builders.base_dataset_builder import load_dataset_config
-    from omegaconf import OmegaConf
-
-    def build(name: str, **changes):
-        builder = registry.get_builder_class(name)
-        config = OmegaConf.merge(load_dataset_config(builder.default_config_path()), changes)
-        return builder(config).build_datasets()
-
-    return build
 
 
 def test_builder_of_shapes_generates_what_is_missing(build, shapes, tmp_path):

@@ -123,7 +123,8 @@ def _text_of_form(path: Path, form: str, section: str) -> str:
     if text.lstrip()[:1] == "{":  # one object by id, or JSON lines, whose first line is a row
         try:
             first = json.JSONDecoder().raw_decode(text.lstrip())[0]
-            found = "questions" if first and all(isinstance(row, dict) for row in first.values()) else "conversations"
+            found = "questions" if any(isinstance(row, dict) for row in first.values()) else "conversations"
+            found = found if first else form
         except json.JSONDecodeError:
             pass  # which its reader says, with the place
     if found != form:

@@ -58,8 +58,9 @@ class JoinedDataset(ConcatDataset):
 
     def _different_keys(self) -> str:
         """Which data sets differ in which key, told by a first sample of each."""
-        readable = {name: (part[i] for i in range(len(part))) for name, part in self.parts.items()}
-        firsts = {name: next(filter(None, samples), {}) for name, samples in readable.items()}
+        firsts = {
+            name: next(filter(None, map(part.__getitem__, range(len(part)))), {}) for name, part in self.parts.items()
+        }
         for (one, first), (other, second) in itertools.combinations(firsts.items(), 2):
             for key in sorted(first.keys() ^ second.keys()):
                 has, lacks = (one, other) if key in first else (other, one)
