@@ -244,24 +244,29 @@ def load_trained_state(model: torch.nn.Module, state: Mapping[str, torch.Tensor]
             shape differs; the line names the first few of each.
     """
     expected = trained_state(model)
+    check_trained_state({name: tensor.shape for name, tensor in expected.items()}, state, source)
+    with torch.no_grad():
+        for name, tensor in expected.items():
+            tensor.copy_(state[name])
+    log.info("loaded %d trained tensors from %s", len(expected), source)
+
+
+def check_trained_state(expected: Mapping[str, torch.Size], state: Mapping[str, torch.Tensor], source: object) -> None:
+    """Compare names and shapes; raises as `load_trained_state` does."""
     problems = [
         *_some("missing", sorted(expected.keys() - state.keys())),
         *_some("unexpected", sorted(state.keys() - expected.keys())),
         *_some(
             "wrong shape",
             [
-                f"{name} {tuple(state[name].shape)} for {tuple(expected[name].shape)}"
+                f"{name} {tuple(state[name].shape)} for {tuple(expected[name])}"
                 for name in sorted(expected.keys() & state.keys())
-                if expected[name].shape != state[name].shape
+                if expected[name] != state[name].shape
             ],
         ),
     ]
     if problems:
         raise WeightsError(f"trained weights in {source} do not fit the model: {'; '.join(problems)}")
-    with torch.no_grad():
-        for name, tensor in expected.items():
-            tensor.copy_(state[name])
-    log.info("loaded %d trained tensors from %s", len(expected), source)
 
 
 def _some(kind: str, names: Iterable[str], limit: int = 3) -> list[str]:

@@ -7,8 +7,9 @@ replaces this file and shares the rest: data order, checkpoints, evaluation, log
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,32 @@ log = logging.getLogger(__name__)
 OPTIMIZER = "optimizer.pt"
 
 
-class TorchEngine:
+class WholeModel:
+    """A model as evaluation needs it, all of it in each process.
+
+    Attributes:
+        model: as it is trained, wrapped where an engine wraps it.
+        in_step: in evaluation, too, each rank must make as many steps as the others.
+    """
+
+    optimizer: Any = None
+    in_step = False
+
+    def __init__(self, model: nn.Module):
+        self.bare_model = self.model = model
+
+    def apply(self, compute: Callable[[nn.Module], Any]) -> Any:
+        """What `compute` makes of the model, with all weights within its reach."""
+        return compute(self.bare_model)
+
+    def weights_digest(self) -> str:
+        return weights_digest(self.bare_model)
+
+    def load_trained_state(self, state: Mapping[str, torch.Tensor], source: object) -> None:
+        checkpoint.load_trained_state(self.bare_model, state, source)
+
+
+class TorchEngine(WholeModel):
     """Adam or AdamW on the weights that require a gradient, with clipping and accumulation.
 
     Args:
@@ -50,20 +76,24 @@ class TorchEngine:
         max_grad_norm: float | None = None,
         find_unused_parameters: bool = False,
     ):
-        self.bare_model = model
+        super().__init__(model)
         self.device = device
         self.precision = precision
         self.max_grad_norm = max_grad_norm
         self.names, groups = parameter_groups(model, weight_decay, lr_scale)
         self.parameters = [p for group in groups for p in group["params"]]
         self.optimizer = OPTIMIZERS[optimizer](groups, lr=lr, betas=betas)
-        self.model: nn.Module = model
         if distributed.world_size() > 1:
             self.model = DistributedDataParallel(
                 model,
                 device_ids=[device.index] if device.type == "cuda" else None,
                 find_unused_parameters=find_unused_parameters,
             )
+
+    @property
+    def needs_every_batch(self) -> bool:
+        """Whether a micro-batch that cannot be read needs another in its place, which does not count."""
+        return distributed.world_size() > 1
 
     def train_mode(self) -> None:
         self.model.train()
@@ -98,7 +128,10 @@ class TorchEngine:
         return {name: loss.detach() for name, loss in losses.items()}
 
     def clip(self) -> torch.Tensor:
-        """Clip, and give the global norm before clipping (0-dim, on the device: reading it is the caller's choice)."""
+        """Clip, and give the global norm before clipping (0-dim, on the device: reading it is the caller's choice).
+
+        An engine that cannot part this from the update makes it here, unless the norm is not finite.
+        """
         limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
         return torch.nn.utils.clip_grad_norm_(self.parameters, limit)
 
@@ -114,20 +147,25 @@ class TorchEngine:
         """Trained weights, whole; a collective for engines that shard them."""
         return checkpoint.trained_state(self.bare_model)
 
-    def load_trained_state(self, state: Mapping[str, torch.Tensor], source: object) -> None:
-        checkpoint.load_trained_state(self.bare_model, state, source)
+    def snapshot(self) -> dict[str, Any] | None:
+        """What this rank has to write of the engine's own into a checkpoint; a collective for engines that shard."""
+        return {"names": self.names, "optimizer": self.optimizer.state_dict()} if distributed.is_main() else None
 
-    def save(self, folder: Path) -> None:
-        """Write what is the engine's own into a checkpoint folder. Called on every rank."""
-        if distributed.is_main():
-            torch.save({"names": self.names, "optimizer": self.optimizer.state_dict()}, folder / OPTIMIZER)
+    def save(self, snapshot: Any, folder: Path) -> None:
+        """Write it, without waiting for another rank. Called on every rank."""
+        if snapshot is not None:
+            torch.save(snapshot, folder / OPTIMIZER)
 
     def load(self, folder: Path) -> None:
         """Read it back.
 
         Raises:
-            WeightsError: the optimizer belongs to other weights.
+            WeightsError: the optimizer belongs to other weights, or to another runner.
         """
+        if not (folder / OPTIMIZER).is_file():
+            raise WeightsError(
+                f"no {OPTIMIZER} in {folder}: another runner saved it; resume with the run.runner it was saved with"
+            )
         saved: dict[str, Any] = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
         if saved["names"] != self.names:
             differing = sorted(set(map(str, saved["names"])) ^ set(map(str, self.names)))[:3]
@@ -173,3 +211,20 @@ def parameter_groups(
         if part
     ]
     return [*decayed, *plain], groups
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Digest of a model's state; see `digest_of`."""
+    return digest_of(model.state_dict(), {name for name, p in model.named_parameters() if p.requires_grad})
+
+
+def digest_of(state: Mapping[str, torch.Tensor], trained: Container[str], *, sample: int = 65536) -> str:
+    """Digest of a state dict: `trained` tensors whole, of each other one at most about `sample` numbers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        flat = tensor.detach().flatten()
+        if name not in trained:
+            flat = flat[:: max(1, len(flat) // sample)]
+        digest.update(flat.contiguous().view(torch.uint8).cpu().numpy().tobytes())
+    return digest.hexdigest()

@@ -12,7 +12,6 @@ video could not be read, is not finished: videos are no part of the digest, and 
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import logging
 import math
@@ -24,15 +23,14 @@ from typing import Any
 
 import torch
 from lavis.tasks.base_task import BaseTask
-from torch import nn
 from torch.utils.data import ConcatDataset, Dataset
 
 import lavis_lstp
-from lavis_lstp.errors import ConfigError
+from lavis_lstp.errors import ConfigError, CoverageError
 from lavis_lstp.files import read_jsonl, sha256_json, write_jsonl
 from lavis_lstp.runners import distributed, resume
 from lavis_lstp.runners.data_order import Batches, eval_batches
-from lavis_lstp.runners.engine import autocast
+from lavis_lstp.runners.engine import WholeModel, autocast
 from lavis_lstp.runners.randomness import borrowed
 from lavis_lstp.runners.record import progress
 from lavis_lstp.tasks.base import LSTPTask
@@ -99,7 +97,7 @@ class PartFiles:
 
 def evaluate_split(
     task: BaseTask,
-    model: nn.Module,
+    engine: WholeModel,
     dataset: Dataset,
     *,
     split: str,
@@ -122,12 +120,12 @@ def evaluate_split(
     Returns:
         The metrics, the same on each rank.
     """
-    model.eval()
-    task.before_evaluation(model=model, dataset=dataset)
+    engine.model.eval()
+    task.before_evaluation(model=engine.bare_model, dataset=dataset)
     name = config["run"].get("task", type(task).__name__)
     key = {
         "config": resume.important(config),
-        "weights": weights_digest(model),
+        "weights": engine.weights_digest(),
         "data": fingerprint(dataset),
         "lavis_lstp": lavis_lstp.__version__,
     }
@@ -136,7 +134,8 @@ def evaluate_split(
 
     def step(samples: Any) -> Records:
         with autocast(device, precision):
-            return task.valid_step(model=model, samples=to_device(samples, device))
+            batch = to_device(samples, device)
+            return engine.apply(lambda model: task.valid_step(model=model, samples=batch))
 
     with borrowed(seed):
         records = run_evaluation(
@@ -147,6 +146,7 @@ def evaluate_split(
             num_workers=num_workers,
             seed=seed,
             pin_memory=device.type == "cuda",
+            in_step=engine.in_step,
             title=f"evaluating {split}",
         )
     finish = functools.partial(task.after_evaluation, val_result=records or [], split_name=split, epoch=epoch)
@@ -176,12 +176,15 @@ def run_evaluation(
     num_workers: int,
     seed: int,
     pin_memory: bool = False,
+    in_step: bool = False,
     title: str = "evaluation",
 ) -> Records | None:
     """Apply `step` to every batch that `parts` does not hold yet; a collective.
 
     Args:
         step: from a collated batch to one plain dict per sample.
+        in_step: every rank makes as many steps as the others, on batches that do not count where its own are done:
+            an engine that holds a part of the weights on each rank needs all of them in each step.
 
     Returns:
         All records on rank 0, None elsewhere.
@@ -191,11 +194,22 @@ def run_evaluation(
     if done and distributed.is_main():
         log.info("%s: %d of %d batches were done by an earlier attempt", title, len(done), len(batches))
     todo = [i for i in range(distributed.rank(), len(batches), distributed.world_size()) if i not in done]
+    own = len(todo)
+    if in_step:
+        todo += (todo[-1:] or [0]) * (max(distributed.gather(own)) - own)
     loader = Batches(dataset, seed=seed, num_workers=min(num_workers, len(todo)), pin_memory=pin_memory)
     bar = progress(total=len(todo), title=title, main=distributed.is_main())
+    spare = None
     with bar, torch.no_grad():
-        for number, samples in zip(todo, loader([batches[i] for i in todo]), strict=True):
-            parts.add(number, step(samples) if samples is not None else [], len(batches[number]))
+        for turn, (number, samples) in enumerate(zip(todo, loader([batches[i] for i in todo]), strict=True)):
+            readable, counts = samples is not None, turn < own
+            if in_step:  # the other ranks wait for this one's part of the weights
+                samples = spare = samples if readable else spare
+                if samples is None:
+                    raise CoverageError(f"{title}: no sample of a rank's first batch can be read: {batches[number]}")
+            records = step(samples) if readable or in_step else []
+            if counts:
+                parts.add(number, records if readable else [], len(batches[number]))
             bar.update()
     return parts.end()
 
@@ -245,16 +259,3 @@ def fingerprint(dataset: Dataset) -> str:
         return sha256_json([fingerprint(part) for part in dataset.datasets])
     annotation = getattr(dataset, "annotation", None)
     return sha256_json([type(dataset).__name__, len(dataset), annotation])
-
-
-def weights_digest(model: nn.Module, *, sample: int = 65536) -> str:
-    """Digest of a model's state: trained tensors whole, of each frozen one at most about `sample` numbers."""
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        flat = tensor.detach().flatten()
-        if name not in trained:
-            flat = flat[:: max(1, len(flat) // sample)]
-        digest.update(flat.contiguous().view(torch.uint8).cpu().numpy().tobytes())
-    return digest.hexdigest()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,14 @@ from typing import Any
 import torch
 from lavis.common.registry import registry
 from lavis.runners.runner_base import RunnerBase
+from safetensors import SafetensorError
 
 from lavis_lstp.errors import ConfigError
 from lavis_lstp.files import sha256_json
 from lavis_lstp.runners import checkpoint, distributed, resume
 from lavis_lstp.runners import settings as run_settings
 from lavis_lstp.runners.data_order import Batches, TrainOrder
-from lavis_lstp.runners.engine import TorchEngine
+from lavis_lstp.runners.engine import TorchEngine, WholeModel
 from lavis_lstp.runners.evaluation import evaluate_split, fingerprint, is_better, metric_value, to_device
 from lavis_lstp.runners.randomness import derived_seed, rng_state, seed_everything, set_rng_state
 from lavis_lstp.runners.record import JsonLog, RunManifest, git_revision, parameter_table, versions
@@ -53,8 +54,8 @@ class RunnerLSTP(RunnerBase):
     RUN_KEYS = run_settings.RUN_KEYS
 
     def __init__(self, cfg: Any, task: Any, model: Any, datasets: Mapping[str, Any], job_id: str | None = None):
-        self.settings = run_settings.RunSettings.from_config(cfg.run_cfg)
         self.plain_config = plain(cfg.config)
+        self.settings = self.read_settings()
         super().__init__(cfg=cfg, task=task, model=model, datasets=datasets, job_id=job_id)
         if hasattr(model, "maybe_autocast"):  # LAVIS's BLIP-2 family
             distributed.ensure_group(self.device)
@@ -64,12 +65,15 @@ class RunnerLSTP(RunnerBase):
         self.position = Position()
         self.saved_step = -1
         self.saved_at = time.monotonic()
-        self.engine: TorchEngine | None = None
+        self.training_engine: TorchEngine | None = None
         self.store = checkpoint.CheckpointStore(self.output_dir / "checkpoints")
         self.json_log = JsonLog(self.output_dir / "log.jsonl", enabled=distributed.is_main())
         self.manifest: RunManifest | None = None  # of training
         self.stop_request = StopRequest()
         self.spare_batch: dict[str, Any] | None = None
+
+    def read_settings(self) -> run_settings.RunSettings:
+        return run_settings.RunSettings.from_config(self.plain_config["run"])
 
     # ---- what RunnerBase offers ---------------------------------------------------------------------------------
 
@@ -82,13 +86,18 @@ class RunnerLSTP(RunnerBase):
         return distributed.world_size() > 1
 
     @property
+    def engine(self) -> WholeModel:
+        """What weights are changed, loaded and evaluated by; before training has begun, the bare model."""
+        return self.training_engine or WholeModel(self.bare_model)
+
+    @property
     def model(self) -> torch.nn.Module:
         """The model as it is trained: wrapped for several processes once training has begun."""
-        return self.engine.model if self.engine is not None else self.bare_model
+        return self.engine.model
 
     @property
     def optimizer(self) -> Any:
-        return self.engine.optimizer if self.engine is not None else None
+        return self.engine.optimizer
 
     @property
     def scaler(self) -> None:
@@ -173,7 +182,7 @@ class RunnerLSTP(RunnerBase):
         self.manifest.add(data={"train": self.train_fingerprint}, samples_per_epoch=self.order.samples_per_epoch)
         if hasattr(self.task, "before_training"):  # LAVIS's git main
             self.task.before_training(model=self.bare_model, dataset=dataset)
-        self.engine = self.build_engine()
+        self.training_engine = self.build_engine()
         self.total_steps = self.order.steps_per_epoch * settings.max_epoch
         if settings.max_steps is not None:
             self.total_steps = min(self.total_steps, settings.max_steps)
@@ -194,7 +203,7 @@ class RunnerLSTP(RunnerBase):
         )
 
     def build_engine(self) -> TorchEngine:
-        """The one thing another runner replaces."""
+        """What another runner replaces, beside `read_settings`."""
         s = self.settings
         return TorchEngine(
             self.bare_model,
@@ -245,40 +254,47 @@ class RunnerLSTP(RunnerBase):
             CheckpointError: it cannot be written. Older checkpoints are untouched.
         """
         step, started = self.position.step, time.perf_counter()
-        weights = self.engine.trained_state()
+        weights, shard = self.engine.trained_state(), self.engine.snapshot()
         generators = distributed.gather(rng_state())
-        try:
-            if distributed.is_main():
-                self.store.begin(step)
-            distributed.barrier()
-            folder = self.store.temporary(step)
-            if distributed.is_main():
+        main, folder = distributed.is_main(), self.store.temporary(step)
+
+        def write() -> None:
+            if main:
                 checkpoint.save_weights(weights, folder / checkpoint.WEIGHTS)
                 torch.save({"position": asdict(self.position), "generators": generators}, folder / "trainer.pt")
-            self.engine.save(folder)
-            distributed.barrier()
-            if distributed.is_main():
-                facts = {
-                    **self._facts(),
-                    **asdict(self.position),
-                    "versions": versions(),
-                    "git_revision": git_revision(),
-                }
-                saved = self.store.commit(step, facts)
-                self.store.prune(self.settings.keep_last)
-                log.info("saved %s in %.1f s", saved, time.perf_counter() - started)
-        except (OSError, RuntimeError) as error:  # torch.save and safetensors report a full disk as RuntimeError
-            self.store.abandon(step)
-            raise checkpoint.CheckpointError(
-                f"cannot write checkpoint {self.store.path(step)}: {error}; earlier checkpoints are intact"
-            ) from error
+            self.engine.save(shard, folder)
+
+        def commit() -> None:
+            where = {**asdict(self.position), "versions": versions(), "git_revision": git_revision()}
+            saved = self.store.commit(step, {**self._facts(), **where})
+            self.store.prune(self.settings.keep_last)
+            log.info("saved %s in %.1f s", saved, time.perf_counter() - started)
+
+        for part, here in ((lambda: self.store.begin(step), main), (write, True), (commit, main)):
+            self._written(step, part if here else None)
         self.saved_step, self.saved_at = step, time.monotonic()
-        distributed.barrier()
+
+    def _written(self, step: int, write: Callable[[], Any] | None) -> None:
+        """Let this rank write its part of a checkpoint; where one rank cannot, all stop; a collective."""
+        problem = None
+        try:
+            if write is not None:
+                write()
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch.save calls a full disk a RuntimeError
+            problem = error
+        said = distributed.gather(problem and str(problem))
+        if any(said):
+            if distributed.is_main():
+                self.store.abandon(step)
+            what = "; ".join(dict.fromkeys(filter(None, said)))
+            raise checkpoint.CheckpointError(
+                f"cannot write checkpoint {self.store.path(step)}: {what}; earlier checkpoints are intact"
+            ) from problem
 
     def _resume(self, source: Path) -> None:
         manifest = checkpoint.read_manifest(source)
         resume.check(manifest, self._facts(), source)
-        self.engine.load_trained_state(checkpoint.load_weights(source), source)
+        self._load(source)
         self.engine.load(source)
         trainer = torch.load(source / "trainer.pt", map_location="cpu", weights_only=True)
         self.position = Position(**trainer["position"])
@@ -332,7 +348,7 @@ class RunnerLSTP(RunnerBase):
             samples = next(batches)
             waited += time.perf_counter() - asked
             if samples is None:  # none of its videos could be read; the data set has counted them
-                if distributed.world_size() == 1:
+                if not self.engine.needs_every_batch:
                     continue
                 samples, count = self.spare_batch, 0  # the other ranks wait for a forward and a backward
             if samples is None:
@@ -347,7 +363,7 @@ class RunnerLSTP(RunnerBase):
                 last=micro == len(plan.counts) - 1,
             )
             losses.add(found, count)
-        if not losses.sums:
+        if not losses.counted and distributed.world_size() == 1:
             raise TrainingError(f"no sample of optimizer step {self.position.step + 1} could be read: {plan.batches}")
         minutes = self.settings.save_every_minutes
         save = minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes
@@ -412,7 +428,7 @@ class RunnerLSTP(RunnerBase):
         self._load(self.store.folder / name)
 
     def _load(self, folder: Path) -> None:
-        checkpoint.load_trained_state(self.bare_model, checkpoint.load_weights(folder), folder)
+        self.engine.load_trained_state(checkpoint.load_weights(folder), folder)
 
     def eval_epoch(self, split_name: str, cur_epoch: int | str, skip_reload: bool = False) -> dict[str, Any]:
         """Metrics of a split, the same on each rank, always in eval mode."""
@@ -421,7 +437,7 @@ class RunnerLSTP(RunnerBase):
         started, s = time.perf_counter(), self.settings
         metrics = evaluate_split(
             self.task,
-            self.bare_model,
+            self.engine,
             evaluation_dataset(self.datasets, split_name),
             split=split_name,
             epoch=cur_epoch,

@@ -40,6 +40,7 @@ class StepLosses:
     def __init__(self, *, lr: float, samples: int):
         self.lr = lr
         self.samples = samples
+        self.counted = 0
         self.sums: dict[str, torch.Tensor] = {}
         self.means: dict[str, float] = {}
         self.own_loss = 0.0
@@ -51,6 +52,7 @@ class StepLosses:
 
     def add(self, losses: Mapping[str, torch.Tensor], count: int) -> None:
         """Add a micro-batch of which `count` samples count; an idle rank's 0 must not turn a NaN into one."""
+        self.counted += count
         for name, loss in losses.items():
             term = loss.float() * count if count else torch.zeros_like(loss, dtype=torch.float32)
             self.sums[name] = self.sums[name] + term if name in self.sums else term

@@ -1,0 +1,51 @@
+"""`run.runner: runner_deepspeed`: RunnerLSTP with DeepSpeed's ZeRO in place of plain PyTorch.
+
+In: what RunnerLSTP takes, and `run.deepspeed`. Out: the same files; a checkpoint's optimizer is one file per process.
+"""
+
+from __future__ import annotations
+
+from lavis.common.registry import registry
+
+from lavis_lstp.errors import ConfigError
+from lavis_lstp.runners import deepspeed_config, distributed
+from lavis_lstp.runners.deepspeed_engine import DeepSpeedEngine, import_deepspeed
+from lavis_lstp.runners.runner_lstp import RunnerLSTP
+from lavis_lstp.runners.settings import RunSettings
+
+
+@registry.register_runner("runner_deepspeed")
+class RunnerDeepSpeed(RunnerLSTP):
+    RUN_KEYS = {
+        "deepspeed": "DeepSpeed's configuration: a JSON file, such as projects/lstp/deepspeed/zero2.json, or a mapping"
+    }
+
+    def read_settings(self) -> RunSettings:
+        """Run settings and DeepSpeed's, each with what only the other says."""
+        run = self.plain_config["run"]
+        if run.get("deepspeed") is None:
+            raise ConfigError(
+                "run.runner=runner_deepspeed needs run.deepspeed, for instance projects/lstp/deepspeed/zero2.json"
+            )
+        given = deepspeed_config.load(run["deepspeed"])
+        settings = deepspeed_config.settings_with(run, given)
+        if not settings.evaluate:
+            import_deepspeed(settings.torch_device())
+            self.deepspeed = deepspeed_config.complete(given, settings, distributed.world_size())
+        run["deepspeed"] = given  # not the file's name: a checkpoint says what was in it
+        return settings
+
+    def build_engine(self) -> DeepSpeedEngine:
+        s = self.settings
+        return DeepSpeedEngine(
+            self.bare_model,
+            self.deepspeed,
+            device=self.device,
+            optimizer=s.optimizer,
+            precision=s.precision,
+            lr=s.init_lr,
+            weight_decay=s.weight_decay,
+            lr_scale=s.lr_layer_decay,
+            betas=(0.9, s.beta2),
+            max_grad_norm=s.max_grad_norm,
+        )
