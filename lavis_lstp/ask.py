@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 PICTURE_SIDE = 320  # px, longer side of a frame in the picture
 DEFAULT_FRAMES = 64  # T where no run says how many
+CONVERTED = "lavis-lstp convert"
+"""What a manifest that `lavis-lstp convert` wrote says of its writer."""
 
 
 def build_model(name: str, model_type: str | None, checkpoint: str | None, options: Sequence[str]):
@@ -34,31 +36,9 @@ def build_model(name: str, model_type: str | None, checkpoint: str | None, optio
             model is built as it was trained, the checkpoints that run began with included.
         options: `model.a.b=c` overrides.
     """
-    from lavis_lstp import register
-
-    register()
-    from omegaconf import DictConfig, OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    from lavis_lstp.config import complete_model, with_options
-    from lavis_lstp.models.lstp import LSTP
-    from lavis_lstp.plugin import resolve_model
-
     chosen = {"arch": name, **({"model_type": model_type} if model_type else {})}
-    recorded = _recorded_model(checkpoint) if checkpoint is not None else {}
-    given = with_options(OmegaConf.create({"model": {**chosen, **recorded}}), options)
-    if set(given) != {"model"} or not isinstance(given.model, DictConfig):
-        raise ConfigError(f"--options of `ask` begin with 'model.', got {' '.join(options)}")
-    model_class, _ = resolve_model(given.model.get("arch"), given.model.get("model_type"))
-    if not issubclass(model_class, LSTP):
-        raise ConfigError(f"`ask` is for LSTP models, '{given.model.arch}' is {model_class.__name__}")
-    try:
-        config = OmegaConf.create(OmegaConf.to_container(complete_model(given), resolve=True)).model
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"cannot apply --options {' '.join(options)}: {str(error).splitlines()[0]}") from error
-    if checkpoint is not None:
-        earlier = config.checkpoint or []
-        config.checkpoint = [*([earlier] if isinstance(earlier, str) else earlier), checkpoint]
+    recorded = recorded_model(checkpoint) if checkpoint is not None else {}
+    model_class, config = model_config({**chosen, **recorded}, [] if checkpoint is None else [checkpoint], options)
     if config.flow.name == "precomputed":
         print("note: flow is computed with dis, as nobody has precomputed this video's", file=sys.stderr)
         config.flow.name = "dis"
@@ -70,6 +50,42 @@ def build_model(name: str, model_type: str | None, checkpoint: str | None, optio
             "add --options model.selector.name=lstp"
         )
     return model, trained
+
+
+def model_config(section: Mapping[str, Any], checkpoints: Sequence[str], options: Sequence[str]):
+    """The class and the complete config of a model.
+
+    Args:
+        section: `model` of a config, however short.
+        checkpoints: loaded after those that `section` names.
+
+    Raises:
+        ConfigError: not a model of LSTP, or an option that nobody reads.
+    """
+    from lavis_lstp import register
+
+    register()
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from lavis_lstp.config import complete_model, with_options
+    from lavis_lstp.models.lstp import LSTP
+    from lavis_lstp.plugin import resolve_model
+
+    given = with_options(OmegaConf.create({"model": dict(section)}), options)
+    if set(given) != {"model"} or not isinstance(given.model, DictConfig):
+        raise ConfigError(f"--options of this command begin with 'model.', got {' '.join(options)}")
+    model_class, _ = resolve_model(given.model.get("arch"), given.model.get("model_type"))
+    if not issubclass(model_class, LSTP):
+        raise ConfigError(f"this command is for LSTP models, '{given.model.arch}' is {model_class.__name__}")
+    try:
+        config = OmegaConf.create(OmegaConf.to_container(complete_model(given), resolve=True)).model
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"cannot apply --options {' '.join(options)}: {str(error).splitlines()[0]}") from error
+    if checkpoints:
+        earlier = config.checkpoint or []
+        config.checkpoint = [*([earlier] if isinstance(earlier, str) else earlier), *checkpoints]
+    return model_class, config
 
 
 def _recorded_run(checkpoint: str) -> tuple[Path, dict[str, Any]]:
@@ -84,7 +100,10 @@ def _recorded_run(checkpoint: str) -> tuple[Path, dict[str, Any]]:
     if not manifest.is_file():
         return manifest, {}
     try:
-        config = json.loads(manifest.read_text(encoding="utf-8"))["config"]
+        recorded = json.loads(manifest.read_text(encoding="utf-8"))
+        config = recorded["config"]
+        if recorded.get("written_by") == CONVERTED and "arch" not in config["model"]:
+            return manifest, {}  # RAFT or a sampler alone: of any model
         config["model"]["arch"]
     except (ValueError, KeyError, TypeError) as error:
         raise WeightsError(
@@ -94,7 +113,7 @@ def _recorded_run(checkpoint: str) -> tuple[Path, dict[str, Any]]:
     return manifest, config
 
 
-def _recorded_model(checkpoint: str) -> dict[str, Any]:
+def recorded_model(checkpoint: str) -> dict[str, Any]:
     """The model section of the run that wrote the checkpoint, with the checkpoints it began with where they lie."""
     manifest, config = _recorded_run(checkpoint)
     if not config:

@@ -91,8 +91,9 @@ def check_model(given: Mapping, defaults: Mapping, model_cls: type) -> None:
         extra[""] |= read
     _check_mapping(given, defaults, "model", extra, strict=is_ours(model_cls))
     if is_ours(model_cls):
+        optional = {*open_keys, *getattr(model_cls, "OPTIONAL_SECTIONS", {})}
         for key, default in defaults.items():
-            if key in given and given[key] is None and isinstance(default, Mapping) and key not in open_keys:
+            if key in given and given[key] is None and isinstance(default, Mapping) and key not in optional:
                 raise ConfigError(f"model.{key} must be {MAPPING}, got null")
         if "generation" in open_keys and given.get("generation"):
             _check_generation(given["generation"])

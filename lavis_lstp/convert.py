@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from lavis_lstp import __version__
+from lavis_lstp.ask import CONVERTED
 from lavis_lstp.errors import ConfigError, WeightsError, unknown_name
 from lavis_lstp.files import complete_folder, sha256_file, write_json
 from lavis_lstp.models.parts import part_of
@@ -128,7 +129,7 @@ def convert(
         write_json(
             folder / "manifest.json",
             {
-                "written_by": "lavis-lstp convert",
+                "written_by": CONVERTED,
                 "source": _source_facts(file),
                 "dtype": dtype,
                 "report": asdict(report),
@@ -290,9 +291,7 @@ def _config_text(config: Mapping[str, Any], report: Report) -> str:
         f"# The folder is a value of {key}.",
     ]
     if report.kind == "lstp":
-        head.append(
-            "# mode, fusion, flow_preset: the published evaluation's; video-only recipes had fusion concat."
-        )
+        head.append("# mode, fusion, flow_preset: the published evaluation's; video-only recipes had fusion concat.")
     if "lora" in config:
         head.append("# r and targets are the checkpoint's; alpha and dropout show in no weight: the published ones.")
     return "\n".join(head) + "\n" + yaml.safe_dump({"model": dict(config)}, sort_keys=False)
