@@ -114,7 +114,8 @@ class VideoQABuilder(BaseDatasetBuilder):
             text_processor=self.text_processors[kind] if (config.get("text_processor") or {}).get(kind) else None,
             section=self.section,
         )
-        logger.info("%s: %d questions about %d videos", split, len(dataset), len({r["video_id"] for r in annotation}))
+        files = {row.get("image") or row.get("video") for row in annotation} - {None}
+        logger.info("%s: %d questions about %d files", split, len(dataset), len(files))
         return dataset
 
     def _spans(self, split: str, config: Mapping[str, Any]):
