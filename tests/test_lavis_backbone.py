@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from lavis_lstp.errors import ConfigError, WeightsError
 from lavis_lstp.models.backbone import IMAGE_MEAN, IMAGE_STD
-from lavis_lstp.models.lavis_backbone import ARCHS
+from lavis_lstp.models.lavis_backbone import ARCHS, begin_as_told
 from lavis_lstp.models.lstp import LSTP
 from lavis_lstp.models.parts import part_of, prefixes_of
 from lavis_lstp.models.variants import CONFIGS, load_variant
@@ -96,7 +96,10 @@ def lavis_model(root, arch: str):
     """LAVIS's own way to the same model."""
     model_class = registry.get_model_class(arch)
     config = OmegaConf.load(model_class.default_config_path(TYPES[arch])).model
-    return model_class.from_config(OmegaConf.merge(config, overrides(root, arch))).float().eval()
+    model = model_class.from_config(OmegaConf.merge(config, overrides(root, arch))).float().eval()
+    if arch == "blip2_vicuna_instruct":
+        begin_as_told(model.llm_tokenizer)  # as it is without help where transformers is older than 5
+    return model
 
 
 def batch(lengths=(1, 1), seed: int = 0) -> dict:
@@ -168,6 +171,16 @@ def test_greedy_answer_to_one_frame_is_that_of_lavis(hub, arch):
     assert len(set(expected)) == 3, "every picture and question should get words of its own"
 
 
+@pytest.mark.skipif(not registry.get_model_class("blip2_vicuna_instruct"), reason="needs LAVIS's git main")
+def test_texts_begin_as_instructblip_was_trained(hub):
+    """LAVIS makes </s> the begin mark; [PAD] is the last id; 0 ends an answer, too."""
+    backbone = build(hub, "blip2_vicuna_instruct").backbone
+    tokenizer, embeddings = backbone.tokenizer, backbone.language_model.get_input_embeddings()
+    assert tokenizer("what is red ?").input_ids[0] == tokenizer.bos_token_id == tokenizer.eos_token_id == 2
+    assert tokenizer.pad_token_id == len(tokenizer) - 1 == len(embeddings.weight) - 1
+    assert backbone._end_ids == [2, 0] and backbone.qformer_tokenizer is backbone.model.tokenizer
+
+
 def test_pictures_and_prompts_matter(hub):
     model, samples = build(hub).eval(), batch()
     with torch.no_grad():
@@ -216,6 +229,47 @@ def test_two_steps_change_and_save_what_is_trained_and_nothing_else(hub, arch, t
     for key, value in model.state_dict().items():
         assert torch.equal(fresh.state_dict()[key], value), key
     assert load_file(tmp_path / "model.safetensors").keys() == saved.keys()
+
+
+@pytest.mark.parametrize("arch", INSTALLED)
+def test_lora_on_its_language_model(hub, arch, tmp_path):
+    lora = {"r": 2, "alpha": 4, "dropout": 0.0, "targets": None}
+    plain, model, samples = build(hub, arch).eval(), build(hub, arch, lora=lora, train=["lora"]), batch((8, 5))
+    with torch.no_grad():
+        assert model.eval()(samples)["loss"].item() == pytest.approx(plain(samples)["loss"].item(), abs=1e-6)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model.train()(samples)["loss"].backward()
+        optimizer.step()
+    saved = model.trainable_state_dict()
+    assert saved and all(".lora_" in key for key in saved)
+    save_file(saved, tmp_path / "lora.safetensors")
+    fresh = build(hub, arch, lora=lora, train=["lora"], checkpoint=str(tmp_path / "lora.safetensors")).eval()
+    with torch.no_grad():
+        loss = model.eval()(samples)["loss"].item()
+        assert fresh(samples)["loss"].item() == loss != plain(samples)["loss"].item()
+    answers = model.generate(samples)
+    model.backbone.merge_lora()
+    assert model.generate(samples) == answers
+
+
+@pytest.mark.parametrize("arch", INSTALLED)
+def test_gradient_checkpointing_changes_nothing(hub, arch):
+    results = []
+    for on in (False, True):
+        model = build(hub, arch, train=[*TRAIN, "vision"], backbone={"gradient_checkpointing": on}).eval()  # no dropout
+        loss = model(batch((8, 5)))["loss"]
+        loss.backward()
+        results.append((loss, {key: p.grad for key, p in model.named_parameters() if p.grad is not None}))
+        stages = (model.backbone.vision_model, model.backbone.qformer, model.backbone.language_model)
+        for stage in stages:  # two layers each, and T5 has two stacks
+            inside = {id(module) for module in stage.modules()}
+            assert sum(id(layer) in inside for layer in model.backbone.layers()) in (2, 4)
+    (loss, gradients), (again, repeated) = results
+    assert loss.item() == again.item() and gradients.keys() == repeated.keys()
+    for key, value in gradients.items():
+        torch.testing.assert_close(repeated[key], value, msg=key)
 
 
 def test_what_lavis_froze_can_learn(hub):
@@ -269,6 +323,7 @@ def test_unknown_names(hub):
     wrong = {**overrides(hub, "blip2_t5"), "num_query_tokens": 4}
     assert "did you mean 'num_query_token'" in failing(hub, backbone={"config": wrong})
     assert "known: hub, lavis" in failing(hub, backbone={"source": "huggingface"})
+    assert "model.backbone.attention" in failing(hub, backbone={"attention": "sdpa"})
 
 
 @pytest.mark.skipif(bool(registry.get_model_class("blip2_t5_instruct")), reason="the installed LAVIS has every model")

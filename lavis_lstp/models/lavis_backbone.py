@@ -55,6 +55,7 @@ class LavisBackbone(Backbone):
         }
         # LAVIS 1.0.2's copy of OPT; git main has transformers' own
         self._behind_queries = "query_embeds" in inspect.signature(self.language_model.forward).parameters
+        begin_as_told(self.tokenizer)
         for module in model.modules():  # LAVIS puts a `train` without effect into a vision tower that it freezes
             vars(module).pop("train", None)
 
@@ -114,6 +115,14 @@ def _layers(module: nn.Module) -> Iterator[nn.Module]:
     """What the outermost lists of modules hold: LAVIS's classes have no base class in common."""
     for child in module.children():
         yield from child if isinstance(child, nn.ModuleList | nn.Sequential) else _layers(child)
+
+
+def begin_as_told(tokenizer) -> None:
+    """Lets texts begin with the tokenizer's begin mark. LAVIS gives Vicuna's tokenizer another one than its files have,
+    by which InstructBLIP was trained; transformers 5 takes note and goes on with the old one."""
+    begin = tokenizer("").input_ids[:1]
+    if begin and tokenizer.bos_token is not None and begin != [tokenizer.bos_token_id]:
+        tokenizer.add_bos_token = True  # the setter brings the begin mark up to date
 
 
 # ---- building -----------------------------------------------------------------------------------------------------
