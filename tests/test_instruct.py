@@ -336,3 +336,6 @@ def test_only_what_moves_gets_a_pseudo_span(built, tmp_path):
     assert built("video", spans=str(tmp_path / "spans.json"))[0]["span"].tolist() == [2, 8]
     with pytest.raises(AnnotationError, match="made with short_videos keep, .*short_videos is double"):
         built("video", spans=str(tmp_path / "spans.json"), short_videos="double")
+    options["dataset"] = built("video", short_videos="double", fps=9)
+    task.after_evaluation([records[1]], "train", 0, **options)
+    assert read_spans(tmp_path / "spans.json", 8, short_videos="double", fps=9) == {"clip-0": Span(2, 8)}
