@@ -24,7 +24,7 @@ from lavis_lstp.models.backbone_loading import (
     load_published,
     untie_as_in,
 )
-from lavis_lstp.models.hub import local_path, where_to_put
+from lavis_lstp.models.hub import where_from, where_to_put
 from lavis_lstp.models.lora import add_lora, matched, merge_lora
 from lavis_lstp.models.tiny_tokenizer import tiny_tokenizer
 
@@ -309,11 +309,10 @@ class Backbone(nn.Module):
         """Less memory for more time: layers compute their activations again in the backward pass."""
         checkpoint_gradients(self.layers())
 
-    def compile_layers(self) -> None:
-        """torch.compile, layer by layer and in place; names in the state dict stay. Answers are made without it:
-        their length changes with each token."""
+    def compile_layers(self, **settings) -> None:
+        """torch.compile, layer by layer and in place; names in the state dict stay. Answers are made without it."""
         for layer in self.layers():
-            layer.compile()
+            layer.compile(**settings)
 
 
 def _token_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -418,7 +417,7 @@ def sampler_tokenizer(path: str | None, backbone: Backbone):
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(local_path(path) or path))
+        return AutoTokenizer.from_pretrained(**where_from(path))
     except (OSError, ValueError, ImportError) as error:
         raise WeightsError(
             f"no tokenizer at '{path}' (model.sampler.tokenizer): expected a hub id or a folder with "

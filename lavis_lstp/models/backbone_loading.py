@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lavis_lstp.errors import ConfigError, WeightsError, unknown_name
-from lavis_lstp.models.hub import local_path, where_to_put
+from lavis_lstp.models.hub import where_from, where_to_put
 from lavis_lstp.models.tiny_tokenizer import tiny_tokenizer
 
 FAMILIES = ("instructblip", "blip2")
@@ -72,20 +72,19 @@ def load_published(
     from transformers import AutoTokenizer
 
     _, model_class = model_classes(family)
-    settings = {"attn_implementation": checked_attention(attention)} if attention else {}
+    attention = checked_attention(attention)
+    settings = {"attn_implementation": attention} if attention else {}
     if quantization:
         settings["quantization_config"] = quantization_config(quantization, dtype)
-    path = str(local_path(name) or name)
+    where = where_from(name)
     try:
-        # the configuration first: the least that says whether the files can be had
-        model_class.config_class.from_pretrained(path)
         model, found = model_class.from_pretrained(
-            path, dtype=getattr(torch, dtype), output_loading_info=True, **settings
+            **where, dtype=getattr(torch, dtype), output_loading_info=True, **settings
         )
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(**where)
         qformer_tokenizer = None
         if family == "instructblip":
-            qformer_tokenizer = AutoTokenizer.from_pretrained(path, subfolder="qformer_tokenizer")
+            qformer_tokenizer = AutoTokenizer.from_pretrained(**where, subfolder="qformer_tokenizer")
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise WeightsError(
             f"no {family} weights at '{name}' (model.backbone.weights): expected a hub id that is cached or can be "
@@ -99,21 +98,29 @@ def load_published(
             "is it of another model.backbone.family?"
         )
     say_whether_tied(model.language_model)
+    for generation in (model.generation_config, model.language_model.generation_config):
+        if (generation.pad_token_id or 0) < 0:  # published LLaMA configurations say -1, and 4.57 then refuses to save
+            generation.pad_token_id = tokenizer.pad_token_id
     return Loaded(model, tokenizer, qformer_tokenizer)
 
 
-def checked_attention(name: str) -> str:
-    """Raises:
-    ConfigError: the name is not known, or its package is not installed.
+def checked_attention(name: str | None) -> str | None:
+    """What to ask transformers for.
+
+    "sdpa" is its own choice wherever a part has it; asked for by name, 4.57 refuses models of which one part has not
+    (its Q-Formers and T5).
+
+    Raises:
+        ConfigError: the name is not known, or its package is not installed.
     """
-    if name not in ATTENTIONS:
+    if name is not None and name not in ATTENTIONS:
         raise ConfigError(unknown_name("attention (model.backbone.attention)", name, ATTENTIONS))
     if name == "flash_attention_2" and not importlib.util.find_spec("flash_attn"):
         raise ConfigError(
             "model.backbone.attention flash_attention_2 needs the package flash-attn, which is not installed; "
             "pip install flash-attn, or use sdpa"
         )
-    return name
+    return None if name == "sdpa" else name
 
 
 def quantization_config(kind: str, dtype: str):
@@ -181,8 +188,8 @@ def from_sizes(
         nn.init.trunc_normal_(model.query_tokens, std=0.02)
         if not tied:
             untie(model.language_model)
-    if attention:
-        model.set_attn_implementation(checked_attention(attention))
+    if attention := checked_attention(attention):
+        model.set_attn_implementation(attention)
     model.to(getattr(torch, dtype))
     return Loaded(model, tokenizer, tiny_tokenizer(bos=False) if family == "instructblip" else None)
 

@@ -6,7 +6,11 @@ environment variable LAVIS_LSTP_WEIGHTS names, and else the hub (its cache first
 
 from __future__ import annotations
 
+import functools
 import os
+import socket
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 ENVIRONMENT = "LAVIS_LSTP_WEIGHTS"
@@ -29,3 +33,28 @@ def where_to_put(name: str) -> str:
     below = os.environ.get(ENVIRONMENT)
     place = str(Path(below).expanduser() / name) if below else f"${ENVIRONMENT}/{name} (set {ENVIRONMENT} to a folder)"
     return f"put it at {place}, or name its path"
+
+
+def where_from(name: str) -> dict:
+    """Arguments for transformers' `from_pretrained`: a folder of this machine, or a hub id, from the hub's cache alone
+    where the hub cannot be reached, because it would be asked again and again, 25 s for each file."""
+    if path := local_path(name):
+        return {"pretrained_model_name_or_path": str(path)}
+    return {"pretrained_model_name_or_path": name, "local_files_only": not _hub_answers()}
+
+
+@functools.lru_cache(maxsize=1)
+def _hub_answers(timeout_s: float = 5.0) -> bool:
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=timeout_s)
+    except urllib.error.HTTPError:
+        return True
+    except TimeoutError:
+        return False
+    except urllib.error.URLError as error:  # a certificate that only this library does not know is no reason to give up
+        return not isinstance(error.reason, ConnectionError | socket.gaierror | TimeoutError)
+    return True
