@@ -180,7 +180,7 @@ def _convert_file(
         report.absent = [part for part in expected if part not in present]
     counted = (*report.renamed.values(), *report.dropped.values(), *(f["keys"] for f in report.left_out.values()))
     assert sum(counted) == report.read, (counted, report.read)
-    config = _model_section(found.kind, found.state_dict, report)
+    config = _model_section(found.kind, source, found.state_dict, report)
     return {key: _cast(key, tensor, dtype) for key, tensor in kept.items()}, config, report
 
 
@@ -223,11 +223,13 @@ def _source_facts(file: Path) -> dict[str, Any]:
 # ---- the config that goes with it -----------------------------------------------------------------------------
 
 
-def _model_section(kind: str, state_dict: Mapping[str, Tensor], report: Report) -> dict[str, Any]:
+def _model_section(
+    kind: str, source: Mapping[str, Tensor], state_dict: Mapping[str, Tensor], report: Report
+) -> dict[str, Any]:
     """The keys of a model config that the source decides; for LSTP those of its published evaluation as well."""
     section: dict[str, Any] = {}
     present = {part_of(key) for key in state_dict}
-    if arch := _arch(state_dict):
+    if arch := _arch(source, state_dict):
         adapters = _lora(state_dict)
         section["arch"] = arch
         section["model_type"] = "lora" if adapters else "base"
@@ -247,13 +249,20 @@ def _model_section(kind: str, state_dict: Mapping[str, Tensor], report: Report) 
     return section
 
 
-def _arch(state_dict: Mapping[str, Tensor]) -> str | None:
-    """The model for a checkpoint's Q-Former and language model, or the projection into it; None for parts alone."""
+def _arch(source: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> str | None:
+    """The model for a checkpoint's Q-Former and language model; None for parts alone and for other language models.
+
+    Args:
+        source: under the published names: those of LAVIS's projections say the language model, which may be left out.
+        state_dict: the same under ours.
+    """
     begin = r"backbone\.model\.language_model\.(base_model\.model\.)?"
     language = None
-    if any(re.match(begin + r"model\.layers\.", key) for key in state_dict):
+    if any(re.match(begin + r"model\.layers\.", key) or key.startswith("llm_proj.") for key in (*source, *state_dict)):
         language = "llama"
-    elif any(re.match(begin + r"(encoder|decoder)\.block\.", key) for key in state_dict):
+    elif any(
+        re.match(begin + r"encoder\.block\.", key) or key.startswith("t5_proj.") for key in (*source, *state_dict)
+    ):
         language = "t5"
     family = None
     if "backbone.model.qformer.layernorm.weight" in state_dict:
@@ -261,8 +270,8 @@ def _arch(state_dict: Mapping[str, Tensor]) -> str | None:
     elif "backbone.model.qformer.embeddings.layernorm.weight" in state_dict:
         family = "instructblip"
     width = state_dict.get("backbone.model.language_projection.weight")
-    if language is None and width is not None:  # a file without language model, as LAVIS writes them
-        language = {4096: "llama", 2048: "t5"}.get(width.shape[0])
+    if width is not None and len(width) > {"llama": 4096, "t5": 2048}.get(language, 0):
+        return None  # Vicuna-13B, FLAN-T5-XXL
     return ARCHS.get((family, language))
 
 

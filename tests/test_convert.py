@@ -23,7 +23,7 @@ from lavis_lstp.models.published_names import NOT_IN_BERT
 from lavis_lstp.models.sizes import missing_keys, sampler_sizes
 from lavis_lstp.models.temporal_sampler import TemporalSampler
 from lavis_lstp.models.weights import convert_published, load_bert_into_sampler, load_state_dict_file, weights_file
-from lavis_lstp.testing.tiny_checkpoints import write_all
+from lavis_lstp.testing.tiny_checkpoints import lstp_state_dict, write_all
 
 LSTP = "ColorfulAI/LSTP-Chat/"
 INVENTORY = json.loads((GOLDEN / "key_inventory.json").read_text())
@@ -93,10 +93,24 @@ def test_lora_settings_are_read_off_the_weights(tiny, tmp_path):
     assert section["lora"] == {"r": 8, "alpha": 32, "dropout": 0.1, "targets": ["q_proj", "v_proj"]}
 
 
-def test_keep_writes_frozen_parts(tiny, tmp_path):
-    report, got = converted(tiny / LSTP / "LSTP-7B.ckpt", tmp_path / "out", keep=["language_model"])
-    assert set(report.left_out) == {"vision"} and report.renamed["language_model"] > 10 and adds_up(report)
-    assert any(part_of(key) == "language_model" for key in got)
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("backbone", ["instructblip-vicuna-7b", "blip2-flan-t5-xl"])
+def test_keep_writes_frozen_parts(tmp_path, backbone, lora):
+    """Over another base model the checkpoint makes the published one; T5's one tensor of three names included."""
+    from lavis_lstp.ask import model_config, recorded_model
+
+    published = lstp_state_dict(backbone=backbone, lora=lora)
+    torch.save(published, tmp_path / "x.ckpt")
+    (base,) = write_all(tmp_path / "hub", only=[backbone], seed=5).values()
+    report, got = converted(tmp_path / "x.ckpt", tmp_path / "out", keep=["language_model", "vision"])
+    assert not report.left_out and report.renamed["language_model"] > 10 and adds_up(report)
+    options = [f"model.backbone.weights={base}", "model.backbone.dtype=float32", "model.sampler.tokenizer=null"]
+    model_class, config = model_config(recorded_model(str(tmp_path / "out")), [str(tmp_path / "out")], options)
+    own = model_class.from_config(config).state_dict()
+    whole = convert_published(published, as_whole=True)
+    plain = {key.replace(".base_layer.", "."): value for key, value in own.items()}
+    assert plain.keys() == whole.keys()
+    assert all(torch.equal(plain[key], value) for key, value in whole.items())
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -256,8 +270,8 @@ def test_bert_of_another_size(tiny):
 @pytest.mark.parametrize(
     ("file", "kind", "arch"),
     [
-        ("blip2_pretrained_flant5xl.pth", "lavis_blip2", None),  # tiny: the projection's width says no language model
-        ("instruct_blip_vicuna7b_trimmed.pth", "lavis_instruct", None),
+        ("blip2_pretrained_flant5xl.pth", "lavis_blip2", "lstp_flant5xl"),
+        ("instruct_blip_vicuna7b_trimmed.pth", "lavis_instruct", "lstp_vicuna7b"),
     ],
 )
 def test_lavis_files(tiny, tmp_path, file, kind, arch):
@@ -265,7 +279,9 @@ def test_lavis_files(tiny, tmp_path, file, kind, arch):
     assert report.kind == kind and adds_up(report) and set(report.left_out) == {"vision"}
     assert {part_of(key) for key in got} == {"qformer", "query_tokens", "projection"}
     assert report.absent == ["sampler", "flow"]
-    assert yaml.safe_load((tmp_path / "out" / "config.yaml").read_text()) == {"model": {}}
+    section = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())["model"]
+    learnt = ["qformer", "query_tokens", "projection"]
+    assert section == {"arch": arch, "model_type": "base", "train": learnt}
     report, got = converted(tiny / "lavis" / file, tmp_path / "all", keep=["vision"])
     assert adds_up(report) and not report.left_out and any(key.endswith("self_attn.qkv.bias") for key in got)
 
@@ -364,6 +380,14 @@ def test_lavis_and_transformers_agree(lavis_model, tmp_path, name):
         assert torch.equal(got["backbone.model.language_projection.weight"], model.t5_proj.weight)
 
 
+def test_a_language_model_that_no_config_has(tiny, tmp_path):
+    state = load_state_dict_file(tiny / "lavis" / "blip2_pretrained_flant5xl.pth")
+    state |= {"t5_proj.weight": torch.zeros(4096, state["t5_proj.weight"].shape[1]), "t5_proj.bias": torch.zeros(4096)}
+    torch.save({"model": state}, tmp_path / "xxl.pth")
+    convert(str(tmp_path / "xxl.pth"), tmp_path / "out")
+    assert yaml.safe_load((tmp_path / "out" / "config.yaml").read_text()) == {"model": {}}
+
+
 def test_first_stage_of_blip2(lavis_model, tmp_path):
     """Its heads and what reads text are dropped by name: BLIP-2's second stage has neither."""
     torch.save({"model": lavis_model("blip2").state_dict()}, tmp_path / "x.pth")
@@ -434,14 +458,21 @@ def test_our_own_format_needs_no_conversion(tiny, tmp_path):
 def test_hub_files(tiny, tmp_path, monkeypatch):
     """By a name of the hub: below LAVIS_LSTP_WEIGHTS, in the hub's cache, or one line that says what to do."""
     import huggingface_hub.constants
+    import huggingface_hub.file_download  # its package gives the name to a function
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LAVIS_LSTP_WEIGHTS", str(tiny))
     assert weights_file(f"{LSTP}LSTP-7B.ckpt") == tiny / LSTP / "LSTP-7B.ckpt"
     monkeypatch.delenv("LAVIS_LSTP_WEIGHTS")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    sys.modules["huggingface_hub.file_download"].HF_HUB_CACHE = str(tmp_path / "cache")
+    cache = tmp_path / "cache"
+    for module in (huggingface_hub.constants, sys.modules["huggingface_hub.file_download"]):
+        monkeypatch.setattr(module, "HF_HUB_CACHE", str(cache), raising=False)
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", True, raising=False)
+    snapshot = cache / "models--a--b" / "snapshots" / "0123"
+    for file, content in ((snapshot / "c.ckpt", "x"), (snapshot.parent.parent / "refs" / "main", "0123")):
+        file.parent.mkdir(parents=True)
+        file.write_text(content)
+    assert weights_file("a/b/c.ckpt") == snapshot / "c.ckpt"
     with pytest.raises(WeightsError) as error:
         weights_file(f"{LSTP}LSTP-7B.ckpt")
     line = str(error.value)

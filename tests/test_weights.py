@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lavis_lstp.errors import WeightsError
+from lavis_lstp.models.lora import add_lora, matched
 from lavis_lstp.models.temporal_sampler import TemporalSampler
 from lavis_lstp.models.weights import (
     convert_published,
@@ -123,6 +124,29 @@ def test_full_size_layout_is_ours_in_key_and_shape(name, raft):
     assert report.alone is None
     assert len(report.dropped) == len(published) - len(got) == 14
     assert {"model.temporal_projection.weight", "model.temporal_projection.bias"} <= set(report.dropped)
+
+
+@pytest.mark.parametrize("layout", ["peft 0.4", "peft today"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_full_size_layout_with_lora(name, layout):
+    """With the published adapters on the real classes: what either peft wrote is what our model has, key and shape."""
+    begin = "model.language_model."
+    published = {}
+    for key, shape in LAYOUTS[name].items():
+        renamed = key.replace(begin, f"{begin}base_model.model.") if key.startswith(begin) else key
+        layer = renamed.removesuffix(".weight")
+        if key.startswith(begin) and layer.rpartition(".")[2] in ("q_proj", "v_proj", "q", "v"):
+            published[f"{layer}.lora_A.default.weight"] = [8, shape[1]]
+            published[f"{layer}.lora_B.default.weight"] = [shape[0], 8]
+            renamed = renamed if layout == "peft 0.4" else f"{layer}.base_layer.weight"
+        published[renamed] = shape
+    module = full_size(name)
+    with torch.device("meta"):
+        module.language_model = add_lora(module.language_model)
+    wanted = {f"backbone.model.{key}": shape for key, shape in shapes(module).items()}
+    got = matched(convert_published(meta(published)), wanted, ["backbone.model.language_model."], "the file")
+    assert {key: list(value.shape) for key, value in got.items()} == wanted
+    assert sum(".lora_" in key for key in got) == (128 if "Vicuna" in name else 288)
 
 
 def test_lightning_checkpoint_lora_and_constants(sampler_keys):
