@@ -19,17 +19,15 @@ from torch import Tensor, nn
 
 from lavis_lstp.errors import ConfigError, unknown_name
 from lavis_lstp.models import parts
-from lavis_lstp.models.backbone import Backbone, build_backbone, sampler_tokenizer
-from lavis_lstp.models.flow import build_flow
+from lavis_lstp.models.backbone import Backbone
+from lavis_lstp.models.building import build_parts, check_settings
 from lavis_lstp.models.frame_fusion import FrameFusion
-from lavis_lstp.models.frame_selector import build_selector, sample_generators
+from lavis_lstp.models.frame_selector import sample_generators
 from lavis_lstp.models.refinement import ROWS, Refinement, pseudo_scores
 from lavis_lstp.models.rows import blank_video, moves, several_ranks, take_rows
 from lavis_lstp.models.temporal_sampler import SamplerOutput, TemporalSampler, span_loss
 from lavis_lstp.models.variants import MODEL_TYPES, complete, load_variant
 from lavis_lstp.schema import NO_SPAN
-
-LOSSES = ("lm", "span")
 
 
 class LSTP(BaseModel):
@@ -45,7 +43,7 @@ class LSTP(BaseModel):
         sampler_mode: "fusion" or "multi_modal", which layers of the sampler run.
         prompt, answer_template, sampler_prompt: templates with {question} or {answer}.
         train: parts that learn, of `parts.PREFIXES`; everything else is frozen and stays in eval mode.
-        losses: of LOSSES; "span" needs samples with a span, "lm" an answer.
+        losses: of "lm" and "span"; "span" needs samples with a span, "lm" an answer.
         refinement: how pseudo spans are made in the training step; None = they come with the samples.
         mask_padding: False lets padded flows compete in the span loss, as published.
         sampler_max_tokens: questions are cut to this many tokens for the sampler.
@@ -98,7 +96,7 @@ class LSTP(BaseModel):
         self.generation = dict(generation or {})
         self.seed = seed
         self.train_parts = tuple(train)
-        self._check()
+        check_settings(self)
         parts.freeze_all_but(self, self.train_parts)
         self.sampler.freeze_unused_layers(self.sampler_mode)
         parts.hold_learning_in_float32(self)
@@ -107,40 +105,9 @@ class LSTP(BaseModel):
 
     @classmethod
     def from_config(cls, cfg) -> LSTP:
-        """The only place that sees a config; `configs/models/lstp.yaml` lists and explains every key."""
+        """From a `model` section; `configs/models/lstp.yaml` lists and explains every key."""
         cfg = complete(cfg)
-        backbone = build_backbone(**cfg["backbone"], lora=cfg["lora"])
-        sampler_cfg = cfg["sampler"]
-        tokenizer = sampler_tokenizer(sampler_cfg.pop("tokenizer"), backbone)
-        mode, bert, max_tokens = (sampler_cfg.pop(key) for key in ("mode", "weights", "max_text_tokens"))
-        sampler_cfg["vocab_size"] = sampler_cfg["vocab_size"] or len(tokenizer)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(cfg["backbone"]["seed"])
-            sampler = TemporalSampler(**sampler_cfg)
-        if bert:
-            from lavis_lstp.models.weights import load_bert_into_sampler
-
-            load_bert_into_sampler(sampler, bert)
-        in_loop = dict(cfg["refinement"])
-        model = cls(
-            flow=build_flow(**cfg["flow"]),
-            sampler=sampler,
-            selector=build_selector(**cfg["selector"], mask_padding=cfg["mask_padding"]),
-            backbone=backbone,
-            fusion=FrameFusion(cfg["fusion"]),
-            sampler_tokenizer=tokenizer,
-            sampler_mode=mode,
-            sampler_max_tokens=max_tokens,
-            prompt=cfg["prompt"],
-            answer_template=cfg["answer_template"],
-            sampler_prompt=cfg["sampler_prompt"],
-            train=cfg["train"] or (),
-            losses=cfg["losses"],
-            refinement=Refinement(**in_loop) if in_loop.pop("in_loop") else None,
-            mask_padding=cfg["mask_padding"],
-            generation=cfg["generation"],
-            seed=cfg["selection_seed"],
-        )
+        model = cls(**build_parts(cfg))
         checkpoints = cfg["checkpoint"] or []
         for path in [checkpoints] if isinstance(checkpoints, str) else checkpoints:
             model.load_checkpoint(path)
@@ -166,30 +133,6 @@ class LSTP(BaseModel):
     def default_config(cls, model_type: str = "default") -> DictConfig:
         """A type's whole configuration, every key of it."""
         return load_variant(cls.default_config_path(model_type))
-
-    def _check(self) -> None:
-        """Settings that would otherwise fail, or do nothing, in the middle of a run.
-
-        Raises:
-            ConfigError: one line on which and why.
-        """
-        for loss in self.losses:
-            if loss not in LOSSES:
-                raise ConfigError(unknown_name("loss (model.losses)", loss, LOSSES))
-        if self.refinement and "span" not in self.losses:
-            raise ConfigError("model.refinement.in_loop makes spans for the loss 'span'; add it to model.losses")
-        learning = set(self.train_parts)
-        for loss, trained_by_it in (("span", learning & {"sampler"}), ("lm", learning - {"sampler"})):
-            if learning and bool(trained_by_it) != (loss in self.losses):
-                parts_named = ", ".join(sorted(trained_by_it)) or "nothing"
-                raise ConfigError(
-                    f"model.losses {list(self.losses)} and model.train {list(self.train_parts)} do not go together: "
-                    f"the loss '{loss}' trains {parts_named} of these; {'add' if trained_by_it else 'remove'} it"
-                )
-        self.sampler.mode_layers(self.sampler_mode)
-        for key, field in (("prompt", "question"), ("sampler_prompt", "question"), ("answer_template", "answer")):
-            if f"{{{field}}}" not in getattr(self, key):
-                raise ConfigError(f"model.{key} must contain {{{field}}}, got {getattr(self, key)!r}")
 
     # ---- parts --------------------------------------------------------------------------------------------------
 

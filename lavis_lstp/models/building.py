@@ -1,0 +1,90 @@
+"""A `model` section -> the parts that `LSTP` is made of, and the settings that do not go together.
+
+In: a complete section (`variants.complete`). Out: keyword arguments of `LSTP`. No other code sees a model's config; the
+parts take flat arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from lavis_lstp.errors import ConfigError, unknown_name
+from lavis_lstp.models.backbone import build_backbone, sampler_tokenizer
+from lavis_lstp.models.flow import build_flow
+from lavis_lstp.models.frame_fusion import FrameFusion
+from lavis_lstp.models.frame_selector import build_selector
+from lavis_lstp.models.refinement import Refinement
+from lavis_lstp.models.temporal_sampler import TemporalSampler
+from lavis_lstp.models.weights import load_bert_into_sampler
+
+LOSSES = ("lm", "span")
+
+
+def build_parts(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of `LSTP`.
+
+    Raises:
+        ConfigError, WeightsError: a setting is wrong, or weights are missing or do not fit; one line on which.
+    """
+    backbone = build_backbone(**cfg["backbone"], lora=cfg["lora"])
+    tokenizer = sampler_tokenizer(cfg["sampler"]["tokenizer"], backbone)
+    refinement = {key: value for key, value in cfg["refinement"].items() if key != "in_loop"}
+    return {
+        "flow": build_flow(**cfg["flow"]),
+        "sampler": _sampler(cfg["sampler"], len(tokenizer), cfg["backbone"]["seed"]),
+        "selector": build_selector(**cfg["selector"], mask_padding=cfg["mask_padding"]),
+        "backbone": backbone,
+        "fusion": FrameFusion(cfg["fusion"]),
+        "sampler_tokenizer": tokenizer,
+        "sampler_mode": cfg["sampler"]["mode"],
+        "sampler_max_tokens": cfg["sampler"]["max_text_tokens"],
+        "prompt": cfg["prompt"],
+        "answer_template": cfg["answer_template"],
+        "sampler_prompt": cfg["sampler_prompt"],
+        "train": cfg["train"] or (),
+        "losses": cfg["losses"],
+        "refinement": Refinement(**refinement) if cfg["refinement"]["in_loop"] else None,
+        "mask_padding": cfg["mask_padding"],
+        "generation": cfg["generation"],
+        "seed": cfg["selection_seed"],
+    }
+
+
+def _sampler(cfg: Mapping[str, Any], vocab_size: int, seed: int) -> TemporalSampler:
+    sizes = {key: value for key, value in cfg.items() if key not in ("tokenizer", "mode", "weights", "max_text_tokens")}
+    sizes["vocab_size"] = sizes["vocab_size"] or vocab_size
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        sampler = TemporalSampler(**sizes)
+    if cfg["weights"]:
+        load_bert_into_sampler(sampler, cfg["weights"])
+    return sampler
+
+
+def check_settings(model: nn.Module) -> None:
+    """Settings of an `LSTP` that would otherwise fail, or do nothing, in the middle of a run.
+
+    Raises:
+        ConfigError: one line on which and why.
+    """
+    for loss in model.losses:
+        if loss not in LOSSES:
+            raise ConfigError(unknown_name("loss (model.losses)", loss, LOSSES))
+    if model.refinement and "span" not in model.losses:
+        raise ConfigError("model.refinement.in_loop makes spans for the loss 'span'; add it to model.losses")
+    learning = set(model.train_parts)
+    for loss, trained_by_it in (("span", learning & {"sampler"}), ("lm", learning - {"sampler"})):
+        if learning and bool(trained_by_it) != (loss in model.losses):
+            parts_named = ", ".join(sorted(trained_by_it)) or "nothing"
+            raise ConfigError(
+                f"model.losses {list(model.losses)} and model.train {list(model.train_parts)} do not go together: "
+                f"the loss '{loss}' trains {parts_named} of these; {'add' if trained_by_it else 'remove'} it"
+            )
+    model.sampler.mode_layers(model.sampler_mode)
+    for key, field in (("prompt", "question"), ("sampler_prompt", "question"), ("answer_template", "answer")):
+        if f"{{{field}}}" not in getattr(model, key):
+            raise ConfigError(f"model.{key} must contain {{{field}}}, got {getattr(model, key)!r}")
