@@ -1,5 +1,6 @@
 """Weights: every published key accounted for, nothing executed, nothing loaded by half."""
 
+import copy
 import json
 import pickle
 from pathlib import Path
@@ -11,7 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lavis_lstp.errors import WeightsError
+from lavis_lstp.models.backbone_loading import model_classes
 from lavis_lstp.models.lora import add_lora, matched
+from lavis_lstp.models.published_sizes import PUBLISHED_SIZES
 from lavis_lstp.models.temporal_sampler import TemporalSampler
 from lavis_lstp.models.weights import (
     convert_published,
@@ -93,21 +96,13 @@ def test_sampler_alone(sampler_keys, prefix):
 
 
 def full_size(name: str) -> nn.Module:
-    """The transformers model of a published layout, on the meta device."""
-    import transformers
-
-    if "Vicuna" in name:
-        text = {"model_type": "llama", "vocab_size": 32001, "hidden_size": 4096, "intermediate_size": 11008}
-        text |= {"num_hidden_layers": 32, "num_attention_heads": 32}
-    else:
-        text = {"model_type": "t5", "vocab_size": 32128, "d_model": 2048, "d_kv": 64, "d_ff": 5120, "num_heads": 32}
-        text |= {"num_layers": 24, "num_decoder_layers": 24, "feed_forward_proj": "gated-gelu"}
-    family = "InstructBlip" if "InstructBLIP" in name else "Blip2"
-    config = getattr(transformers, f"{family}Config")(
-        vision_config={}, qformer_config={"vocab_size": 30523}, text_config=text, num_query_tokens=32
-    )
+    """The transformers model of a published layout, on the meta device, at the sizes this package says it has."""
+    blip2, vicuna = "BLIP-2" in name, "Vicuna" in name
+    hub_id = "blip2-flan-t5-xl" if blip2 else f"instructblip-{'vicuna-7b' if vicuna else 'flan-t5-xl'}"
+    config_class, model_class = model_classes("blip2" if blip2 else "instructblip")
+    config = config_class(**copy.deepcopy(PUBLISHED_SIZES[f"Salesforce/{hub_id}"]))
     with torch.device("meta"):
-        return getattr(transformers, f"{family}ForConditionalGeneration")(config)
+        return model_class(config)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lavis_lstp.errors import WeightsError
-from lavis_lstp.models.hub import local_path, where_to_put
+from lavis_lstp.models.hub import local_path, where_from, where_to_put
 from lavis_lstp.models.published_names import ALONE, KINDS, NOT_IN_BERT, Drop, kind_of, rename, today
 
 logger = logging.getLogger(__name__)
@@ -204,7 +204,8 @@ def _hub_file(repository: str, file: str, problem: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return Path(hf_hub_download(repository, file))
+        offline = where_from(repository).get("local_files_only", False)
+        return Path(hf_hub_download(repository, file, local_files_only=offline))
     except (OSError, ValueError, HfHubHTTPError) as error:
         name = f"{repository}/{file}"
         raise WeightsError(
