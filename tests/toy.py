@@ -126,14 +126,14 @@ def make_runner(output_dir, *, length=20, dropout=0.1, noise=0.1, nan_at=None, e
     """A runner over the toy; keyword arguments override RUN."""
     from lavis.common.registry import registry
 
-    from lavis_lstp import tasks  # noqa: F401
-    from lavis_lstp.runners import RunnerLSTP
+    from lavis_lstp import runners, tasks  # noqa: F401
 
     config = ToyConfig({**RUN, "output_dir": str(output_dir), **run}, {"dropout": dropout})
     task = registry.get_task_class(config.run_cfg.task).setup_task(cfg=config)
     data = {"train": ToyData(length, noise=noise, nan_at=nan_at), "val": ToyData(eval_length), "test": ToyData(3)}
     model = ToyModel(dropout)
-    return (cls or RunnerLSTP)(cfg=config, task=task, model=model, datasets={"toy": data}, job_id="job")
+    cls = cls or registry.get_runner_class(config.run_cfg.get("runner", "runner_lstp"))
+    return cls(cfg=config, task=task, model=model, datasets={"toy": data}, job_id="job")
 
 
 class Killed(Exception):
@@ -142,13 +142,13 @@ class Killed(Exception):
 
 def run(argv: list[str]) -> None:
     """One run. Before optimizer step N, `kill_at=N` dies of SIGKILL, `term_at=N` gets SIGTERM, `raise_at=N` raises;
-    `on_rank=R` lets that happen on one rank only. `lose=ID` loses a question's record. An error of the user's is
-    written to `<output_dir>/error_rank<R>.txt`."""
+    `on_rank=R` lets that happen on one rank only. `lose=ID` loses a question's record, `full_disk=N` lets the save at
+    step N fail. An error of the user's is written to `<output_dir>/error_rank<R>.txt`."""
     options = OmegaConf.to_container(OmegaConf.from_dotlist(argv))
     rank = int(os.environ.get("RANK", 0))
     here = rank == options.pop("on_rank", rank)
     at = {name: options.pop(name, None) for name in ("kill_at", "term_at", "raise_at")}
-    lost = options.pop("lose", None)
+    lost, full_disk = options.pop("lose", None), options.pop("full_disk", None)
     runner = make_runner(Path(options.pop("output_dir")), **options)
     plain_step, valid_step = runner._train_step, runner.task.valid_step
     if lost:
@@ -162,7 +162,16 @@ def run(argv: list[str]) -> None:
                 os.kill(os.getpid(), number)
         return plain_step(*args)
 
-    runner._train_step = step
+    def save(*args):
+        raise OSError(28, "No space left on device")
+
+    def build_engine(real=runner.build_engine):
+        engine = real()
+        plain_save = engine.save
+        engine.save = lambda *args: (save if here and runner.position.step == full_disk else plain_save)(*args)
+        return engine
+
+    runner._train_step, runner.build_engine = step, build_engine
     try:
         runner.train()
     except Killed:

@@ -221,7 +221,8 @@ def _check_keys(whole: Mapping[str, Any]) -> None:
     except ValidationError as error:
         first = error.errors()[0]
         *section, key = map(str, first["loc"])
-        place = ".".join(["run.deepspeed", *_sections(whole, error.title, section)])
+        tops = [name for name, value in whole.items() if _holds(value, [*section, key])]
+        place = ".".join(["run.deepspeed", *tops[:1], *section])  # the class knows its own name only
         if first["type"] == "extra_forbidden":
             raise ConfigError(_unknown_key(place, key, _fields(error.title, section))) from None
         raise ConfigError(f"{place}.{key}: {first['msg']}, got {first['input']!r}") from None
@@ -259,7 +260,5 @@ def _fields(title: str, section: list[str]) -> set[str]:
     return set(fields) | {field.alias for field in fields.values() if field.alias}
 
 
-def _sections(whole: Mapping[str, Any], title: str, section: list[str]) -> list[str]:
-    """Where in the configuration a class of DeepSpeed's reads from: it knows only its own name."""
-    top = [name for name, value in whole.items() if isinstance(value, Mapping) and set(value) & _fields(title, [])]
-    return [top[0] if len(top) == 1 else title, *section]
+def _holds(value: Any, path: list[str]) -> bool:
+    return not path or (isinstance(value, Mapping) and path[0] in value and _holds(value[path[0]], path[1:]))

@@ -1,0 +1,158 @@
+"""Several processes of a run, started in milliseconds, for tests that need many of them.
+
+LAVIS, transformers and DeepSpeed take ten seconds to import. A server imports them once and forks the processes of each
+job: `Ranks().run(2, "toy", {...})` gives their exit statuses. As with torchrun, the death of one ends the others; one
+that waits for ever is ended too, and that is told apart. As a script, it is that server.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+HUNG = "hung"
+
+
+class Ranks:
+    """The server, from the test's side."""
+
+    def __init__(self):
+        env = {**os.environ, "PYTHONPATH": f"{HERE.parent}:{HERE}", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.server = subprocess.Popen([sys.executable, __file__], env=env, **pipes)
+
+    def run(self, world_size: int, job: str, options: dict, *, timeout_s: float = 60) -> list:
+        """Exit statuses by rank, negative for a signal; `HUNG` for one that had to be ended.
+
+        Args:
+            job: name of a function in this module that is given `options`.
+        """
+        row = {"world_size": world_size, "job": job, "options": options, "timeout_s": timeout_s}
+        self.server.stdin.write(json.dumps(row) + "\n")
+        self.server.stdin.flush()
+        answer = self.server.stdout.readline()
+        assert answer, "the server of tests/ranks.py ended"
+        return json.loads(answer)
+
+    def close(self) -> None:
+        self.server.stdin.close()
+        self.server.wait(timeout=30)
+
+
+# ---- jobs -------------------------------------------------------------------------------------------------------
+
+
+def toy(options: dict) -> None:
+    """One run of tests/toy.py, or with a list several, one after the other."""
+    import toy as toy_module
+
+    for group in options if isinstance(options, list) else [options]:
+        toy_module.run([f"{key}={json.dumps(value)}" for key, value in group.items()])
+
+
+def lavis_run(options: dict) -> None:
+    """Runs of a configuration file, as the launcher does them but for the process group: {"cfg", "runs": [options]}."""
+    import lavis.tasks as tasks
+    from lavis.common.registry import registry
+
+    from lavis_lstp import launch
+    from lavis_lstp.config import Config
+
+    for words in options["runs"]:
+        config = Config(launch.parse_args(["--cfg-path", options["cfg"], "--options", *words], "test"))
+        launch.seed_processes(config.run_cfg.seed)
+        task = tasks.setup_task(config)
+        data, model = task.build_datasets(config), task.build_model(config)
+        runner_cls = registry.get_runner_class(config.run_cfg.runner)
+        runner_cls(cfg=config, task=task, model=model, datasets=data, job_id="job").train()
+
+
+# ---- the server -------------------------------------------------------------------------------------------------
+
+
+def child(row: dict, rank: int, store: str) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(row["world_size"]))
+    status = 0
+    try:
+        if row["world_size"] > 1:
+            torch.distributed.init_process_group(
+                "gloo", init_method=f"file://{store}", rank=rank, world_size=row["world_size"]
+            )
+        globals()[row["job"]](row["options"])
+    except SystemExit as error:
+        status = error.code
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    finally:
+        sys.stderr.flush()
+        os._exit(status)  # nothing of the server's may be cleaned up
+
+
+def serve(row: dict) -> list:
+    with tempfile.TemporaryDirectory() as folder:
+        pids = []
+        for rank in range(row["world_size"]):
+            pid = os.fork()
+            if pid == 0:
+                sys.stdin.close()
+                os.dup2(2, 1)
+                child(row, rank, f"{folder}/store")
+            pids.append(pid)
+        return wait(pids, row["timeout_s"])
+
+
+def wait(pids: list[int], timeout_s: float) -> list:
+    statuses, deadline = dict.fromkeys(pids), time.monotonic() + timeout_s
+    while None in statuses.values():
+        for pid in [pid for pid, status in statuses.items() if status is None]:
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                statuses[pid] = os.waitstatus_to_exitcode(status)
+        left = [pid for pid, status in statuses.items() if status is None]
+        failed = any(status for status in statuses.values())
+        if failed:  # as torchrun: some time to notice, then the end
+            deadline = min(deadline, time.monotonic() + 2)
+        if left and time.monotonic() > deadline:
+            for pid in left:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                statuses[pid] = -signal.SIGKILL if failed else HUNG
+        time.sleep(0.01)
+    return list(statuses.values())
+
+
+def main() -> None:
+    import torch
+    import toy  # noqa: F401
+
+    from lavis_lstp import register
+    from lavis_lstp.runners.deepspeed_engine import import_deepspeed
+
+    register()
+    import_deepspeed(torch.device("cpu"))
+    import deepspeed.runtime.superoffload.superoffload_stage3
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401, 3 s of a first engine
+    import pandas  # noqa: F401
+
+    gc.freeze()  # DeepSpeed collects garbage when it makes an engine: 0.4 s over all that is imported
+    for line in sys.stdin:
+        answer = serve(json.loads(line))
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
