@@ -15,6 +15,7 @@ from lavis_lstp.models.frame_selector import (
     best_spans,
     build_selector,
     candidate_frames,
+    published_grid,
     sample_generators,
     select_frames,
     spread,
@@ -232,7 +233,7 @@ def test_few_frames_are_kept_where_asked():
 def test_the_grid_is_that_of_the_published_evaluation(num_flows, grid, data):
     """Candidates in flows -> frames of the grid by float32 division -> K of them -> places among all frames."""
     start, end = data.draw(st.integers(0, num_flows - 1)), data.draw(st.integers(0, num_flows - 1))
-    places = sample_indices(grid, num_flows)
+    places = published_grid(num_flows, grid)
     peaks = torch.zeros(2, 1, num_flows)
     peaks[0, 0, start], peaks[1, 0, end] = 1.0, 1.0
     mask = torch.ones(1, num_flows, dtype=torch.long)
@@ -244,6 +245,14 @@ def test_the_grid_is_that_of_the_published_evaluation(num_flows, grid, data):
         first, last = (int(value) for value in on_grid)
         inside = list(range(first, last)) or list(range(grid))
         assert found == [places[inside[i]] for i in sample_indices(4, len(inside))]
+
+
+def test_the_grid_takes_the_second_frame_of_each_interval():
+    assert published_grid(64, 32) == list(range(1, 64, 2))
+    assert published_grid(32, 32) == list(range(32))
+    assert published_grid(16, 32) == [i // 2 for i in range(32)]
+    assert published_grid(3, 4) == [0, 1, 2, 2]  # 0 0 1 1 2 2 in intervals that begin at 0, 1, 3, 4
+    assert published_grid(100, 32)[:5] == [1, 4, 7, 10, 13] and published_grid(100, 32)[-1] == 97
 
 
 @pytest.mark.parametrize(

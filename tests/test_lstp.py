@@ -361,3 +361,15 @@ def test_training_a_span_loss_needs_a_data_set_with_spans():
     task.before_training(model=model, dataset=SimpleNamespace(datasets=[without, some]))
     with pytest.raises(ConfigError, match="no training data set has spans"):
         task.before_training(model=model, dataset=SimpleNamespace(datasets=[without, without]))
+
+
+def test_raft_in_a_checkpoint_is_left_out_where_the_flow_is_given(tiny, tmp_path, caplog):
+    state = {key: value + 1 for key, value in tiny.state_dict().items() if "language_projection" in key}
+    save_file({**state, "flow.model.fnet.weight": torch.zeros(2)}, tmp_path / "whole.safetensors")
+    model = LSTP.from_config(model_config(flow={"name": "precomputed"}))
+    with caplog.at_level("INFO"):
+        assert model.load_checkpoint(str(tmp_path / "whole.safetensors")) == ["projection"]
+    assert "left out 1 weights of RAFT, the model's flow is 'precomputed'" in caplog.text
+    with_raft = LSTP.from_config(model_config(flow={"name": "raft_small", "weights": "checkpoint"}))
+    with pytest.raises(WeightsError, match="flow.model"):
+        with_raft.load_checkpoint(str(tmp_path / "whole.safetensors"))

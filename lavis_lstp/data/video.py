@@ -102,38 +102,31 @@ def sample_indices(num: int, length: int) -> list[int]:
 
 @lru_cache(maxsize=32)
 def _taps(source: int, target: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Neighbours and float32 weights of bilinear resampling along one axis, half-pixel centres."""
-    scale = np.float64(np.float32(source) / np.float32(target))
-    centre = (scale * (np.arange(target) + 0.5) - 0.5).astype(np.float32).clip(0)
+    """Neighbours and weights (float32, held as float64) of bilinear resampling along one axis, half-pixel centres."""
+    scale, half = np.float32(source) / np.float32(target), np.float32(0.5)
+    centre = (scale * (np.arange(target, dtype=np.float32) + half) - half).clip(0)
     low = np.minimum(centre.astype(np.int64), source - 1)
     high = np.minimum(low + 1, source - 1)
     weight = (centre - low.astype(np.float32)).clip(0, 1)
-    return low, high, np.float32(1) - weight, weight
+    return low, high, (np.float32(1) - weight).astype(np.float64), weight.astype(np.float64)
 
 
 def _resize_picture(picture: np.ndarray, height: int, width: int) -> np.ndarray:
     """uint8 [H,W,3] to [height,width,3], truncated.
 
-    Bit-equal to torch's `interpolate(float, mode="bilinear", align_corners=False)` on CPUs with fused
-    multiply-add: the order of its four additions matters, because flat areas sit on whole numbers and
-    truncation drops 1 for an error of 1e-6. float64 sums rounded to float32 are what that instruction does.
+    Bit-equal to torch's `interpolate(float, mode="bilinear", align_corners=False)` of a clip [3,T,H,W] with T > 3, the
+    published layout, on CPUs with fused multiply-add: rows first, then columns. Which sum comes first matters, because
+    flat areas sit on whole numbers and truncation drops 1 for an error of 1e-6. A float64 sum rounded to float32 is
+    what that instruction does.
     """
     if picture.shape[:2] == (height, width):
         return picture
     top, bottom, w_top, w_bottom = _taps(picture.shape[0], height)
     left, right, w_left, w_right = _taps(picture.shape[1], width)
-    rows = (picture.take(top, axis=0), picture.take(bottom, axis=0))
-    total = None
-    for row, col, w_row, w_col in (
-        (0, right, w_top, w_right),
-        (0, left, w_top, w_left),
-        (1, left, w_bottom, w_left),
-        (1, right, w_bottom, w_right),
-    ):
-        weight = (w_row[:, None] * w_col[None, :])[:, :, None].astype(np.float64)
-        term = rows[row].take(col, axis=1) * weight
-        total = (term if total is None else term + total).astype(np.float32)
-    return total.astype(np.uint8)
+    far = (picture.take(right, axis=1) * w_right[:, None]).astype(np.float32)
+    rows = (picture.take(left, axis=1) * w_left[:, None] + far).astype(np.float32).astype(np.float64)
+    far = (rows.take(bottom, axis=0) * w_bottom[:, None, None]).astype(np.float32)
+    return (rows.take(top, axis=0) * w_top[:, None, None] + far).astype(np.float32).astype(np.uint8)
 
 
 def _height_width(size: int | Sequence[int]) -> tuple[int, int]:

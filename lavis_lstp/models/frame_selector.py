@@ -32,6 +32,20 @@ def spread(frames: Sequence[int], num_selected: int) -> list[int]:
     return [frames[i] for i in uniform_centres(num_selected, len(frames))]
 
 
+def published_grid(num_frames: int, size: int) -> list[int]:
+    """The frames that the published evaluation chooses among: not interval centres, but the second of each interval.
+
+    Fewer than `size` are doubled, as in `spread`; exactly `size` are all taken.
+    """
+    frames = list(range(num_frames))
+    while len(frames) < size:
+        frames = [frame for frame in frames for _ in range(2)]
+    if len(frames) == size:
+        return frames
+    edges = np.linspace(0, len(frames), size + 1).astype(int)[:-1]
+    return [frames[edge + 1] for edge in edges]
+
+
 def candidate_frames(
     candidates: Iterable[tuple[int, int]], num_frames: int, num_flows: int, mapping: str = "ends"
 ) -> list[int]:
@@ -164,7 +178,7 @@ def _gumbel(row: Row, num_selected: int) -> tuple[list[int], tuple[int, int]]:
 
 
 def _published(row: Row, candidates: list[tuple[int, int]]) -> tuple[list[int], tuple[int, int]]:
-    grid = spread(range(row.num_frames), row.grid) if row.grid else range(row.num_frames)
+    grid = published_grid(row.num_frames, row.grid) if row.grid else range(row.num_frames)
     frames = [grid[i] for i in candidate_frames(candidates, len(grid), row.num_frames, row.mapping)]
     return frames, (frames[0], frames[-1] + 1)
 

@@ -124,4 +124,9 @@ def load_parts_file(model: nn.Module, path: str) -> list[str]:
     prefixes = prefixes_of(model)
     if not all(part_of(key, prefixes) for key in state_dict):
         state_dict = convert_published(state_dict, as_whole=True)
+    if getattr(model.flow, "model", None) is None:
+        raft = [key for key in state_dict if part_of(key, prefixes) == "flow"]
+        if raft:
+            logger.info("%s: left out %d weights of RAFT, the model's flow is '%s'", path, len(raft), model.flow.name)
+        state_dict = {key: value for key, value in state_dict.items() if key not in set(raft)}
     return load_parts(model, state_dict, source=str(path))
