@@ -27,6 +27,21 @@ class VideoError(LstpError, RuntimeError):
     """A video is missing, unreadable or does not hold the frames asked for."""
 
 
+class ShardError(LstpError, RuntimeError):
+    """A tar shard, its index or its manifest is missing, damaged, or not of the documented form.
+
+    Attributes:
+        cause: a few words that are the same for all errors of one kind, to count by.
+    """
+
+    def __init__(self, message: str, cause: str = "other"):
+        super().__init__(message)
+        self.cause = cause
+
+    def __reduce__(self):
+        return type(self), (str(self), self.cause)
+
+
 class WeightsError(LstpError, RuntimeError):
     """Model weights are missing, of the wrong shape, or not safe to read."""
 

@@ -1,0 +1,74 @@
+"""`python -m webdataset_tools VERB ...`: a table of verbs, each a module with HELP, add_arguments, run and show.
+
+Exit status: 0; 1 where the verb found what it looks for (`verify`: something wrong); 2, after one line on stderr, where
+the input is at fault.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from lavis_lstp.errors import LstpError
+from webdataset_tools.engine import ENGINES
+
+VERBS = ("pack",)
+
+
+def build_parser(verb: str) -> argparse.ArgumentParser:
+    module = _module(verb)
+    about = (module.__doc__ or "").split("\n\n", 1)
+    parser = argparse.ArgumentParser(
+        prog=f"python -m webdataset_tools {verb}",
+        description="\n\n".join(about).replace(f"`{verb}`: ", "", 1),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(parser)
+    common = parser.add_argument_group("how it runs")
+    common.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) // 2), help="processes")
+    common.add_argument("--engine", choices=ENGINES, default="local", help="local processes, or a Ray cluster")
+    common.add_argument("--ray-address", default="auto", help="of the cluster; default: auto")
+    common.add_argument("--json", action="store_true", help="print the report as JSON")
+    return parser
+
+
+def _module(verb: str):
+    return importlib.import_module(f"webdataset_tools.{'index_verb' if verb == 'index' else verb}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help") or argv[0] not in VERBS:
+        return _table(argv)
+    verb = argv[0]
+    module = _module(verb)
+    parser = build_parser(verb)
+    args = parser.parse_args(argv[1:])
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        report = module.run(args)
+    except LstpError as error:
+        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        return 2
+    print(json.dumps(report, indent=2, ensure_ascii=False) if args.json else module.show(report, args))
+    return 1 if report.get("failed") else 0
+
+
+def _table(argv: Sequence[str]) -> int:
+    lines = [f"  {verb:<10}{_module(verb).HELP}" for verb in VERBS]
+    text = "usage: python -m webdataset_tools VERB ...\n\nTar shards of questions about videos, images and texts.\n\n"
+    text += "\n".join(lines) + "\n\n`python -m webdataset_tools VERB --help` explains one."
+    wrong = bool(argv) and argv[0] not in ("-h", "--help")
+    if wrong:
+        text = f"error: unknown verb '{argv[0]}'; known: {', '.join(VERBS)}"
+    print(text, file=sys.stderr if wrong or not argv else sys.stdout)
+    return 2 if wrong or not argv else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

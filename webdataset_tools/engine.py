@@ -1,0 +1,89 @@
+"""Runs one job a shard: in this process, in processes of this machine, or on a Ray cluster; the result is the same.
+
+A job is a module-level function and one picklable argument. It writes complete files or none and finds out itself what
+is done already, so it may run twice: after a kill, or when a node of the cluster is lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from typing import Any
+
+from lavis_lstp.errors import ConfigError, ShardError
+
+ENGINES = ("local", "ray")
+
+
+def run_jobs(
+    function: Callable[[Any], Any],
+    jobs: Sequence[Any],
+    *,
+    engine: str = "local",
+    workers: int = 1,
+    address: str = "auto",
+    desc: str = "",
+) -> list[Any]:
+    """Results in the order of the jobs; the first error of a job ends the run.
+
+    Args:
+        workers: processes of this machine; 1 = none but this. Ray decides itself.
+        address: of the Ray cluster.
+        desc: in front of the progress bar.
+    """
+    from tqdm import tqdm
+
+    results: dict[int, Any] = {}
+    if engine == "ray":
+        running = _ray(function, jobs, address)
+    elif workers > 1 and len(jobs) > 1:
+        running = _processes(function, jobs, min(workers, len(jobs)))
+    else:
+        running = ((number, function(job)) for number, job in enumerate(jobs))
+    with tqdm(total=len(jobs), desc=desc, unit="shard", disable=None) as bar:
+        for number, result in running:
+            results[number] = result
+            bar.update()
+    return [results[number] for number in range(len(jobs))]
+
+
+def _processes(function: Callable, jobs: Sequence[Any], workers: int) -> Iterator[tuple[int, Any]]:
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        futures = {pool.submit(function, job): number for number, job in enumerate(jobs)}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BrokenProcessPool:
+            raise ShardError(
+                "a worker process was killed (out of memory?); run the command again to continue, with fewer --workers",
+                "killed",
+            ) from None
+        finally:
+            for future in futures:
+                future.cancel()
+
+
+def _ray(function: Callable, jobs: Sequence[Any], address: str) -> Iterator[tuple[int, Any]]:
+    try:
+        import ray
+    except ImportError:
+        raise ConfigError("--engine ray needs Ray; pip install ray") from None
+    if not ray.is_initialized():
+        try:
+            ray.init(address=address, log_to_driver=False)
+        except ConnectionError as error:
+            raise ConfigError(
+                f"--engine ray: no cluster at '{address}' ({error}); start one with `ray start`"
+            ) from None
+    # A lost node's jobs run again elsewhere, however often nodes are lost; errors of the job itself come at once.
+    remote = ray.remote(max_retries=-1)(function)
+    waiting = {remote.remote(job): number for number, job in enumerate(jobs)}
+    while waiting:
+        done, _ = ray.wait(list(waiting), num_returns=1)
+        number = waiting.pop(done[0])
+        try:
+            yield number, ray.get(done[0])
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None

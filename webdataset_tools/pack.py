@@ -1,0 +1,341 @@
+"""`pack`: annotation files and media -> shards, their indexes and a manifest.
+
+In: what `sources` reads. Out: OUT-000000.tar, OUT-000000.index, ..., OUT.manifest.json last; with --skip-bad also
+OUT.quarantine.jsonl. The same input gives the same bytes, with any number of workers, on any engine, in one go or after
+kills: which sample goes to which shard is decided before anything is written, from the annotations and the files'
+sizes, and a shard is there when its index is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lavis_lstp.data.video import probe, read_frames
+from lavis_lstp.errors import ConfigError, ShardError, VideoError
+from lavis_lstp.files import sha256_file, sha256_json, write_jsonl
+from webdataset_tools import index
+from webdataset_tools.engine import run_jobs
+from webdataset_tools.format import SAMPLE_FORMAT, VERSION, StoredFrames, check_sample, dump_frames, dump_json
+from webdataset_tools.sources import FORMS, Unit, member_of, units
+from webdataset_tools.storage import beside
+from webdataset_tools.tar import ShardWriter
+
+HELP = "write shards from annotation files and their videos, images and texts"
+ENCODINGS = ("jpeg", "webp")
+QUARANTINE_SUFFIX = ".quarantine.jsonl"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides a shard's bytes beside its input.
+
+    Attributes:
+        frames: so many of each video are stored as pictures, in place of the video; 0 = the video itself.
+        fps, short_videos, size: as the data set's keys of those names choose and resize frames (size: image_size).
+        encoding, quality: of those pictures.
+    """
+
+    frames: int = 0
+    fps: float | None = None
+    short_videos: str = "keep"
+    size: int = 224
+    encoding: str = "jpeg"
+    quality: int = 95
+
+
+@dataclass(frozen=True)
+class Job:
+    """One shard to write."""
+
+    path: str
+    root: str
+    units: tuple[Unit, ...]
+    settings: Settings
+    skip_bad: bool
+    overwrite: bool
+    plan: str
+
+
+def plan_shards(sizes: Sequence[int], *, max_size: int, max_count: int | None, min_shards: int) -> list[range]:
+    """Which samples go to which shard, in order.
+
+    >>> plan_shards([4, 4, 4], max_size=8, max_count=None, min_shards=1)
+    [range(0, 2), range(2, 3)]
+
+    Args:
+        sizes: bytes of each sample.
+        max_size: a shard is closed before it would grow past this; a sample greater than it gets its own.
+    """
+    count = len(sizes)
+    if min_shards > count:
+        raise ConfigError(f"--min-shards {min_shards}: there are only {count} samples, and a shard holds at least one")
+    shards = []
+    for part in range(min_shards):
+        start, stop = part * count // min_shards, (part + 1) * count // min_shards
+        size = 0
+        for number in range(start, stop):
+            full = size + sizes[number] > max_size or (max_count and number - start >= max_count)
+            if number > start and full:
+                shards.append(range(start, number))
+                start, size = number, 0
+            size += sizes[number]
+        shards.append(range(start, stop))
+    return shards
+
+
+def pack_shard(job: Job) -> dict[str, Any]:
+    """Writes one shard and its index, unless they are there; returns its line of the manifest and what was left out.
+
+    Raises:
+        ConfigError: the shard is there and was packed from something else.
+        VideoError: a file cannot be decoded, and bad ones are not skipped.
+    """
+    path = Path(job.path)
+    found = _finished(path, job)
+    if found is None:
+        bad: list[dict[str, str]] = []
+        entries = []
+        with ShardWriter(path) as shard:
+            for unit in job.units:
+                try:
+                    value = add_unit(shard, unit, Path(job.root), job.settings)
+                except VideoError as error:
+                    if not job.skip_bad:
+                        raise
+                    bad.append({"shard": path.name, "key": unit.key, "cause": "undecodable", "error": str(error)})
+                    continue
+                key, members = shard.samples[-1]
+                entries.append(index.sample_of(key, {m.name.partition(".")[2]: m for m in members}, value))
+        found = index.build(entries, shard.bytes, job.plan)
+        found.facts["left_out"] = json.dumps(bad)
+        index.write(found, path)
+    return {**index.shard_entry(path.name, found), "left_out": json.loads(found.facts["left_out"])}
+
+
+def _finished(path: Path, job: Job) -> index.ShardIndex | None:
+    place = Path(beside(str(path), index.INDEX_SUFFIX))
+    if job.overwrite or not path.is_file() or not place.is_file():
+        return None
+    found = index.parse(place.read_bytes(), str(place))
+    if found.facts["plan"] != job.plan:
+        raise ConfigError(
+            f"{path}: was packed from another input or with other settings; name another output or add --overwrite"
+        )
+    return found if path.stat().st_size == found.bytes else None
+
+
+def add_unit(shard: ShardWriter, unit: Unit, root: Path, settings: Settings) -> dict[str, Any]:
+    """Writes one sample; returns its json."""
+    value: dict[str, Any] = {"format": SAMPLE_FORMAT, "version": VERSION, "kind": unit.kind, "video_id": unit.video_id}
+    value["questions"] = [dict(row) for row in unit.questions]
+    path = root / unit.source
+    if unit.kind == "video":
+        info = probe(path)
+        facts = {name: getattr(info, name) for name in ("fps", "duration_s", "num_frames", "width", "height", "codec")}
+        value |= facts | {"duration_s": round(info.duration_s, 6)}
+    elif unit.kind == "image":
+        value |= _image_facts(path)
+    if unit.kind != "text":
+        value |= {"source": unit.source, "bytes": path.stat().st_size}
+    if unit.kind == "video" and settings.frames:
+        stored = dump_frames(encode_frames(path, settings))
+        value["sha256"] = sha256_file(path)
+        shard.append(unit.key, "frames", stored)
+    elif unit.kind != "text":
+        value["sha256"] = shard.append(unit.key, member_of(unit.source), path).sha256.hex()
+    check_sample(value, f"{path}", unit.key)
+    shard.append(unit.key, "json", dump_json(value))
+    return value
+
+
+def _image_facts(path: Path) -> dict[str, int]:
+    from PIL import Image
+
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            return {"width": picture.width, "height": picture.height}
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise VideoError(f"{path}: cannot be read as a picture ({error})") from None
+
+
+def encode_frames(path: Path, settings: Settings) -> StoredFrames:
+    """The frames that a data set with these settings reads, as JPEG or WebP."""
+    from PIL import Image
+
+    chosen = {"fps": settings.fps, "short_videos": settings.short_videos}
+    video = read_frames(path, num=settings.frames, size=settings.size, **chosen)
+    pictures = []
+    for frame in video.frames:
+        raw = io.BytesIO()
+        Image.fromarray(frame.transpose(1, 2, 0)).save(raw, settings.encoding, quality=settings.quality)
+        pictures.append(raw.getvalue())
+    about = {"num_frames": settings.frames, **chosen, "size": settings.size}
+    about |= {"encoding": settings.encoding, "quality": settings.quality}
+    return StoredFrames(pictures, video.times_s, {name: str(value) for name, value in about.items()})
+
+
+def expected_bytes(unit: Unit, root: Path, settings: Settings) -> int:
+    """About what a sample takes, known before it is made; for stored frames a guess of 0.3 bytes a pixel."""
+    text = len(dump_json([dict(row) for row in unit.questions])) + 2048
+    if unit.kind == "video" and settings.frames:
+        return text + int(settings.frames * settings.size**2 * 0.3)
+    return text + ((root / unit.source).stat().st_size if unit.kind != "text" else 0)
+
+
+def pack(
+    found: Sequence[Unit],
+    out: str,
+    root: Path,
+    *,
+    settings: Settings = Settings(),
+    max_size: int = 1 << 30,
+    max_count: int | None = None,
+    min_shards: int = 1,
+    shuffle: int | None = None,
+    skip_bad: bool = False,
+    overwrite: bool = False,
+    engine: str = "local",
+    workers: int = 1,
+    address: str = "auto",
+) -> dict[str, Any]:
+    """Writes a set of shards, or what is missing of it; returns the manifest.
+
+    Args:
+        out: path and name of the set, without number and ending.
+        shuffle: seed by which samples are put into another order first; None keeps the order of the files.
+    """
+    found = list(found)
+    if shuffle is not None:
+        random.Random(f"pack {shuffle}").shuffle(found)
+    sizes = [expected_bytes(unit, root, settings) for unit in found]
+    parts = plan_shards(sizes, max_size=max_size, max_count=max_count, min_shards=min_shards)
+    paths = [f"{out}-{number:06d}.tar" for number in range(len(parts))]
+    _check_others(out, paths, overwrite)
+    jobs = []
+    for path, part in zip(paths, parts, strict=True):
+        chosen = tuple(found[number] for number in part)
+        plan = sha256_json([VERSION, asdict(settings), skip_bad, [sizes[n] for n in part], [list(u) for u in chosen]])
+        jobs.append(Job(path, str(root), chosen, settings, skip_bad, overwrite, plan))
+    entries = run_jobs(pack_shard, jobs, engine=engine, workers=workers, address=address, desc="pack")
+    bad = [row for entry in entries for row in entry.pop("left_out")]
+    if not sum(entry["samples"] for entry in entries):
+        raise ShardError(
+            f"{out}: none of {len(found)} samples could be packed; first: {bad[0]['error']}", "undecodable"
+        )
+    quarantine = Path(out + QUARANTINE_SUFFIX)
+    if bad:
+        write_jsonl(quarantine, bad)
+    else:
+        quarantine.unlink(missing_ok=True)
+    for partial in Path(out).parent.glob(f".{Path(out).name}-*.tmp"):
+        partial.unlink(missing_ok=True)  # of runs that were killed; nothing is being written now
+    about = {"settings": asdict(settings), "left_out": len(bad)}
+    return index.write_manifest(paths[0], entries, about)[1]
+
+
+def _check_others(out: str, paths: Sequence[str], overwrite: bool) -> None:
+    """Shards of this name that this run will not write: of another set."""
+    name = Path(out).name
+    there = {path for path in Path(out).parent.glob(f"{name}-*.tar") if path.stem[len(name) + 1 :].isdigit()}
+    others = sorted(there - {Path(path) for path in paths})
+    if others and not overwrite:
+        raise ConfigError(f"{others[0]}: is of another set of this name; name another output or add --overwrite")
+    for path in others:
+        Path(beside(str(path), index.INDEX_SUFFIX)).unlink(missing_ok=True)
+        path.unlink()
+
+
+# ---------------------------------------------------------------- command line
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "500MB", "1GB", "64KiB" or a plain number.
+
+    >>> parse_size("1GB"), parse_size("2KiB")
+    (1000000000, 2048)
+    """
+    units_of = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "b": 1, "": 1}
+    number = text.strip().rstrip("KMGTkmgtiIbB")
+    unit = text.strip()[len(number) :].lower()
+    try:
+        size = int(float(number) * units_of[unit])
+    except (ValueError, KeyError):
+        raise argparse.ArgumentTypeError(f"expected a size like 1GB or 500MB, got {text!r}") from None
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"expected a size greater than 0, got {text!r}")
+    return size
+
+
+def positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "examples:\n"
+        "  python -m webdataset_tools pack shards/train --from annotation train.json --root videos\n"
+        "  python -m webdataset_tools pack shards/val --from shapes ~/shapes_qa --split val --max-count 100\n"
+        "  python -m webdataset_tools pack shards/iv --from video-llava iv_tune.json nlp_tune.json --root data\n"
+        "  python -m webdataset_tools pack shards/msvd --from qa test_q.json --answers test_a.json --root MSVD\n\n"
+        "A run that was killed continues when called again, and ends with the same bytes."
+    )
+    parser.add_argument("out", help="path and name of the set: shards/train gives shards/train-000000.tar, ...")
+    parser.add_argument("files", nargs="+", type=Path, help="annotation files; with --from shapes the folder")
+    parser.add_argument("--from", dest="form", choices=FORMS, default="annotation", help="default: annotation")
+    parser.add_argument("--root", type=Path, help="folder of the media; default: that of the first file")
+    parser.add_argument("--split", default="train", help="of --from shapes; default: train")
+    parser.add_argument("--answers", type=Path, help="answer file of --from qa")
+    parser.add_argument("--max-size", type=parse_size, default="1GB", help="of a shard; default: 1GB")
+    parser.add_argument("--max-count", type=positive, help="samples in a shard; default: as many as fit")
+    parser.add_argument("--min-shards", type=positive, default=1, help="at least so many shards, e.g. ranks x workers")
+    parser.add_argument("--shuffle", type=int, metavar="SEED", help="put samples into another order first")
+    parser.add_argument("--frames", type=int, default=0, metavar="N", help="store N frames instead of each video")
+    parser.add_argument("--fps", type=float, help="as datasets.<name>.fps, for --frames")
+    parser.add_argument("--short-videos", choices=("keep", "double"), default="keep", help="for --frames")
+    parser.add_argument("--size", type=positive, default=224, help="px, side of stored frames; default: 224")
+    parser.add_argument("--encoding", choices=ENCODINGS, default="jpeg", help="of stored frames; default: jpeg")
+    parser.add_argument("--quality", type=positive, default=95, help="of stored frames, 1..100; default: 95")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out what cannot be decoded, and list it")
+    parser.add_argument("--overwrite", action="store_true", help="replace a set of other input or settings")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    root = args.root or (args.files[0].parent if args.form != "shapes" else args.files[0])
+    found = units(args.form, args.files, root=root, split=args.split, answers=args.answers)
+    settings = Settings(args.frames, args.fps, args.short_videos, args.size, args.encoding, args.quality)
+    return pack(
+        found,
+        args.out,
+        root,
+        settings=settings,
+        max_size=args.max_size,
+        max_count=args.max_count,
+        min_shards=args.min_shards,
+        shuffle=args.shuffle,
+        skip_bad=args.skip_bad,
+        overwrite=args.overwrite,
+        engine=args.engine,
+        workers=args.workers,
+        address=args.ray_address,
+    )
+
+
+def show(report: dict[str, Any], args: argparse.Namespace) -> str:
+    totals = report["totals"]
+    text = (
+        f"{args.out}: {len(report['shards'])} shards, {totals['samples']} samples, {totals['questions']} questions, "
+        f"{totals['bytes'] / 1e6:.1f} MB"
+    )
+    if report["left_out"]:
+        text += f"; {report['left_out']} left out, see {args.out}{QUARANTINE_SUFFIX}"
+    return text

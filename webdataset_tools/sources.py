@@ -1,0 +1,155 @@
+"""What is packed: annotation files of four forms -> media with their questions, in the order of the files.
+
+    annotation   this package's form, a JSON list or JSON lines (`lavis_lstp.data.qa_dataset`), videos and images
+    shapes       a folder written by `python -m lavis_lstp.data.shapes_qa`, with the split to take
+    video-llava  Video-LLaVA's layout: rows of conversations about images, videos and nothing (text)
+    qa           a benchmark's question file and answer file, joined by question_id, never by position
+
+Errors are those of the readers that training itself uses, so what packs is what trains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lavis_lstp.data.annotation import check_object, parse_rows, read_annotation, read_text
+from lavis_lstp.data.instruct import read_instructions
+from lavis_lstp.data.video import VIDEO_ENDINGS
+from lavis_lstp.errors import AnnotationError, ConfigError, VideoError
+from webdataset_tools.format import IMAGE_MEMBERS, VIDEO_MEMBERS, media_key, media_path
+
+FORMS = ("annotation", "shapes", "video-llava", "qa")
+
+
+class Unit(NamedTuple):
+    """One sample to be: a medium and the questions about it. `source` is "" for a text."""
+
+    key: str
+    kind: str
+    video_id: str
+    source: str
+    questions: tuple[Mapping[str, Any], ...]
+
+
+def units(
+    form: str, files: Sequence[Path], *, root: Path, split: str = "train", answers: Path | None = None
+) -> list[Unit]:
+    """Media and questions of annotation files.
+
+    Args:
+        form: of FORMS.
+        files: annotation files; for `shapes` the folder.
+        root: folder that the files' paths are relative to.
+        split: of `shapes`.
+        answers: the answer file of `qa`.
+
+    Raises:
+        AnnotationError, VideoError, ConfigError: what is wrong or missing, and where.
+    """
+    if form == "shapes":
+        if len(files) != 1 or not (files[0] / f"{split}.json").is_file():
+            raise ConfigError(f"{files[0]}: holds no {split}.json; expected a folder of lavis_lstp.data.shapes_qa")
+        files, root, form = [files[0] / f"{split}.json"], files[0], "annotation"
+    if form == "annotation":
+        rows = [row for path in files for row in read_annotation(path, section="pack")]
+    elif form == "video-llava":
+        rows = [row for kind in ("image", "video", "text") for row in _instructions(files, kind)]
+    else:
+        if len(files) != 1 or answers is None:
+            raise ConfigError("--from qa takes one question file and --answers FILE")
+        rows = _benchmark(files[0], answers, root)
+    return _grouped(rows, root)
+
+
+def _instructions(files: Sequence[Path], kind: str) -> list[dict[str, Any]]:
+    """Entries of one kind, with the conversation itself in place of the prompt made of it."""
+    raw = []
+    for path in files:
+        for place, row in parse_rows(read_text(path, section="pack"), path):
+            check_object(row, place, ("id", "conversations"))
+            if kind == next((name for name in ("image", "video") if name in row), "text"):
+                raw.append(row)
+    if not raw:
+        return []
+    entries = read_instructions(list(files), kind=kind, section="pack")
+    assert len(entries) == len(raw)
+    for entry, row in zip(entries, raw, strict=True):
+        for key in ("question", "prompt", "answer"):
+            entry.pop(key)
+        entry["conversations"] = row["conversations"]
+    return entries
+
+
+def _benchmark(questions: Path, answers: Path, root: Path) -> list[dict[str, Any]]:
+    """[{video_name, question, question_id}] and [{answer, question_id}], joined by id."""
+    given: dict[str, Any] = {}
+    for place, row in parse_rows(read_text(answers, section="pack"), answers):
+        check_object(row, place, ("question_id", "answer"), ("answer",))
+        if given.setdefault(str(row["question_id"]), row) is not row:
+            raise AnnotationError(f"{place}: question_id {row['question_id']!r} occurs twice")
+    found, files = [], {}
+    for place, row in parse_rows(read_text(questions, section="pack"), questions):
+        check_object(row, place, ("video_name", "question", "question_id"), ("video_name", "question"))
+        name, question_id = row["video_name"], str(row["question_id"])
+        if question_id not in given:
+            raise AnnotationError(f"{place}: question_id {question_id!r} has no answer in {answers}")
+        if name not in files:
+            files[name] = _video_of(root, name)
+        entry = {"question_id": question_id, "video_id": name, "video": files[name], "question": row["question"]}
+        kind = given[question_id].get("type")
+        entry["answer"] = given[question_id]["answer"]
+        found.append(entry if kind is None else {**entry, "category": str(kind)})
+    ids = [row["question_id"] for row in found]
+    if len(set(ids)) < len(ids):
+        raise AnnotationError(f"{questions}: a question_id occurs twice")
+    return found
+
+
+def _video_of(root: Path, name: str) -> str:
+    """ActivityNet's files have "v_" in front of what its question files call them."""
+    stem = media_path(name)
+    for candidate in (stem, *(f"{prefix}{stem}{ending}" for prefix in ("", "v_") for ending in VIDEO_ENDINGS)):
+        if (root / candidate).is_file():
+            return candidate
+    raise VideoError(f"{root / stem}: no such video with an ending of {', '.join(VIDEO_ENDINGS)}, also not with 'v_'")
+
+
+def _grouped(rows: Sequence[Mapping[str, Any]], root: Path) -> list[Unit]:
+    """One unit a medium, in the order of its first question; questions keep theirs."""
+    media: dict[str, tuple[str, str, str, list[Mapping[str, Any]]]] = {}
+    seen: set[tuple[str, str]] = set()
+    for row in rows:
+        kind = next((name for name in ("image", "video") if name in row), "text")
+        if (kind, row["question_id"]) in seen:
+            raise AnnotationError(f"question_id {row['question_id']!r} occurs twice; a set has each once in a kind")
+        seen.add((kind, row["question_id"]))
+        source = media_path(row[kind]) if kind != "text" else ""
+        key = media_key(kind, source or row["question_id"])
+        question = {name: value for name, value in row.items() if name not in ("image", "video", "video_id")}
+        video_id = row["video_id"]
+        unit = media.setdefault(key, (kind, video_id, source, []))
+        if unit[:2] != (kind, video_id):
+            raise AnnotationError(
+                f"{source}: is a {unit[0]} '{unit[1]}' in one question, a {kind} '{video_id}' in another"
+            )
+        unit[3].append(question)
+    for kind, _, source, _ in media.values():
+        _check_file(kind, source, root)
+    return [Unit(key, *unit[:3], tuple(unit[3])) for key, unit in media.items()]
+
+
+def _check_file(kind: str, source: str, root: Path) -> None:
+    if kind == "text":
+        return
+    if not (root / source).is_file():
+        raise VideoError(f"{root / source}: no such file; --root is the folder that paths are relative to")
+    known = VIDEO_MEMBERS if kind == "video" else IMAGE_MEMBERS
+    if member_of(source) not in known:
+        raise ConfigError(f"{root / source}: unknown ending of a {kind}; known: {', '.join(known)}")
+
+
+def member_of(source: str) -> str:
+    """The member that a medium becomes."""
+    return source.rpartition(".")[2].lower()

@@ -1,0 +1,328 @@
+"""Where shards lie: local paths, http(s) addresses, `pipe:` commands, and whatever fsspec opens (s3://, gs://, hf://).
+
+In: a storage as configurations write it, "set-{000000..000123}.tar" or a list of those. Out: the shards' locations, a
+stream of a whole one, or the bytes at an offset of one. A `ShardError` has the cause to count by: not found, refused,
+connection, short read.
+
+What can pass is tried again, with waits that double: a connection that breaks or stalls, a server's error, too many
+requests. What cannot (404, 403, a missing file) is not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import io
+import itertools
+import logging
+import os
+import random
+import re
+import subprocess
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from lavis_lstp.errors import ConfigError, ShardError
+
+logger = logging.getLogger(__name__)
+
+MOST_SHARDS = 1_000_000
+PASSING = (408, 425, 429, 500, 502, 503, 504)
+
+
+@dataclass(frozen=True)
+class Retry:
+    """How often and how patiently remote reads are tried.
+
+    Attributes:
+        attempts: in all, so 1 = never again.
+        wait_s: before the second; doubles each time, plus up to as much again by chance.
+        timeout_s: without a byte, after which a connection counts as broken.
+    """
+
+    attempts: int = 6
+    wait_s: float = 0.5
+    timeout_s: float = 30.0
+
+
+def expand(storage: str | Sequence[str]) -> list[str]:
+    """Locations of all shards, in order.
+
+    >>> expand("a-{000..002}.tar")
+    ['a-000.tar', 'a-001.tar', 'a-002.tar']
+
+    Raises:
+        ConfigError: nothing, something that is no text, braces that cannot be read, or a shard named twice.
+    """
+    from braceexpand import UnbalancedBracesError, braceexpand
+
+    patterns = [storage] if isinstance(storage, (str, os.PathLike)) else storage
+    if not isinstance(patterns, Sequence) or not patterns:
+        raise ConfigError(f"expected a shard storage like 'train-{{000000..000123}}.tar', got {storage!r}")
+    shards: list[str] = []
+    for pattern in patterns:
+        if not isinstance(pattern, (str, os.PathLike)) or not os.fspath(pattern):
+            raise ConfigError(f"expected a shard storage like 'train-{{000000..000123}}.tar', got {pattern!r}")
+        pattern = os.fspath(pattern)
+        many = [abs(int(b) - int(a)) + 1 for a, b in re.findall(r"\{(\d+)\.\.(\d+)\}", pattern)]
+        if any(count > MOST_SHARDS for count in many):
+            raise ConfigError(f"{pattern!r} names more than {MOST_SHARDS} shards")
+        try:
+            shards += itertools.islice(braceexpand(pattern), MOST_SHARDS)
+        except UnbalancedBracesError:
+            raise ConfigError(f"{pattern!r}: braces that do not close") from None
+    if len(set(shards)) < len(shards):
+        twice = next(shard for n, shard in enumerate(shards) if shard in shards[:n])
+        raise ConfigError(f"{twice!r} is named twice in {storage!r}; each of its samples would count twice")
+    return shards
+
+
+def scheme(location: str) -> str:
+    """file, pipe, http (for https, too) or fsspec."""
+    if location.startswith("pipe:"):
+        return "pipe"
+    found = re.match(r"([a-zA-Z][a-zA-Z0-9+.-]+)://", location)
+    if not found:
+        return "file"
+    return {"http": "http", "https": "http", "file": "file"}.get(found[1].lower(), "fsspec")
+
+
+def is_remote(location: str) -> bool:
+    return scheme(location) != "file"
+
+
+def can_seek(location: str) -> bool:
+    """Whether bytes at an offset can be had without all before."""
+    return scheme(location) != "pipe"
+
+
+def local_path(location: str) -> Path:
+    path = urllib.parse.unquote(location[7:]) if location.startswith("file://") else location
+    return Path(path).expanduser()
+
+
+def beside(location: str, suffix: str) -> str:
+    """The name of a shard's companion: `a/x-000000.tar` and ".index" give `a/x-000000.index`."""
+    return re.sub(r"\.tar(?=$|\?)", suffix, location) if ".tar" in location else location + suffix
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read_at(location: str, offset: int, size: int, retry: Retry = Retry()) -> bytes:
+    """Exactly `size` bytes from `offset` on.
+
+    Raises:
+        ShardError: they are not there, or cannot be had after all attempts.
+    """
+    if size == 0:
+        return b""
+    kind = scheme(location)
+    if kind == "pipe":
+        raise ShardError(f"{location}: a pipe has no offsets; it can only be streamed", "pipe")
+    if kind == "file":
+        data = _local(location, lambda file: _pread(file, offset, size))
+    elif kind == "http":
+        data = _again(location, retry, lambda: _http_range(location, offset, size, retry.timeout_s))
+    else:
+        data = _again(location, retry, lambda: _fsspec(location).cat_file(_strip(location), offset, offset + size))
+    if len(data) != size:
+        raise ShardError(f"{location}: {len(data)} of {size} bytes at offset {offset}; truncated", "truncated")
+    return data
+
+
+def read_all(location: str, retry: Retry = Retry()) -> bytes:
+    """A whole small file, such as an index."""
+    kind = scheme(location)
+    if kind == "file":
+        return _local(location, lambda file: file.read())
+    if kind == "http":
+        return _again(location, retry, lambda: _http_get(location, retry.timeout_s))
+    if kind == "pipe":
+        with open_stream(location, retry) as stream:
+            return stream.read()
+    return _again(location, retry, lambda: _fsspec(location).cat_file(_strip(location)))
+
+
+@contextlib.contextmanager
+def open_stream(location: str, retry: Retry = Retry()) -> Iterator[BinaryIO]:
+    """A shard from its beginning. A remote one goes on where its connection broke."""
+    kind = scheme(location)
+    if kind == "file":
+        file = _local(location, None)
+        with file:
+            yield file
+    elif kind == "pipe":
+        yield from _pipe(location)
+    elif kind == "http":
+        with contextlib.closing(_HttpStream(location, retry)) as raw:
+            yield io.BufferedReader(raw, 1 << 20)
+    else:
+        with _again(location, retry, lambda: _fsspec(location).open(_strip(location), "rb")) as file:
+            yield file
+
+
+def _pread(file: BinaryIO, offset: int, size: int) -> bytes:
+    file.seek(offset)
+    return file.read(size)
+
+
+def _local(location: str, use: Callable[[BinaryIO], bytes] | None) -> Any:
+    """What `use` makes of the open file, or that file."""
+    path = local_path(location)
+    try:
+        file = open(path, "rb")
+        if use is None:
+            return file
+        with file:
+            return use(file)
+    except FileNotFoundError:
+        raise ShardError(f"{path}: no such file", "not found") from None
+    except OSError as error:
+        raise ShardError(f"{path}: cannot be read ({error.strerror or error})", "refused") from None
+
+
+def _pipe(location: str) -> Iterator[BinaryIO]:
+    command = location[len("pipe:") :]
+    process = subprocess.Popen(["/bin/sh", "-c", command], stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
+    whole = False
+    try:
+        yield process.stdout
+        whole = not process.stdout.read(1 << 20).strip(b"\0")  # what follows a tar's end is zeros
+    finally:
+        process.stdout.close()
+        status = process.wait()
+    if status and whole:
+        raise ShardError(f"{location}: the command failed with status {status}", "pipe")
+
+
+def _again(location: str, retry: Retry, attempt: Callable[[], Any]) -> Any:
+    """What an attempt gives; repeated where that can help."""
+    for number in range(1, retry.attempts + 1):
+        try:
+            return attempt()
+        except FileNotFoundError:
+            raise ShardError(f"{location}: no such file (404)", "not found") from None
+        except urllib.error.HTTPError as error:
+            error.close()
+            if error.code in (404, 410):
+                raise ShardError(f"{location}: no such file ({error.code})", "not found") from None
+            if error.code not in PASSING:
+                raise ShardError(f"{location}: refused ({error.code} {error.reason})", "refused") from None
+            said = f"{error.code} {error.reason}"
+        except (OSError, http.client.HTTPException) as error:  # urllib's URLError is an OSError; so is a timeout
+            said = str(getattr(error, "reason", None) or error) or type(error).__name__
+        if number < retry.attempts:
+            pause_s = retry.wait_s * 2 ** (number - 1) * (1 + random.random())
+            logger.info("%s: %s; attempt %d of %d in %.1f s", location, said, number + 1, retry.attempts, pause_s)
+            time.sleep(pause_s)
+    raise ShardError(f"{location}: {said}, {retry.attempts} times", "connection")
+
+
+def _request(location: str, headers: dict[str, str]) -> urllib.request.Request:
+    return urllib.request.Request(location, headers={"User-Agent": "lavis_lstp", **headers})
+
+
+def _http_get(location: str, timeout_s: float) -> bytes:
+    with urllib.request.urlopen(_request(location, {}), timeout=timeout_s) as response:
+        data = response.read()
+        stated = response.headers.get("Content-Length")
+    if stated is not None and len(data) != int(stated):
+        raise http.client.IncompleteRead(data)
+    return data
+
+
+def _http_range(location: str, offset: int, size: int, timeout_s: float) -> bytes:
+    """The range; fewer bytes only where the file ends before."""
+    headers = {"Range": f"bytes={offset}-{offset + size - 1}"}
+    try:
+        with urllib.request.urlopen(_request(location, headers), timeout=timeout_s) as response:
+            if response.status != 206:
+                raise ShardError(
+                    f"{location}: the server answers range requests with {response.status}; expected 206. Copy the "
+                    "shards to this machine, or serve them by a server that knows ranges",
+                    "refused",
+                )
+            data, stated = response.read(), response.headers.get("Content-Range", "")
+    except urllib.error.HTTPError as error:
+        if error.code != 416:
+            raise
+        error.close()
+        return b""
+    found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", stated.strip())
+    if not found or int(found[1]) != offset:
+        raise ShardError(f"{location}: asked for bytes from {offset} on, got {stated!r}", "refused")
+    if len(data) != int(found[2]) - offset + 1:
+        raise http.client.IncompleteRead(data, size - len(data))
+    return data
+
+
+class _HttpStream(io.RawIOBase):
+    """A file over HTTP that reconnects at the byte it has reached."""
+
+    def __init__(self, location: str, retry: Retry):
+        self.location, self.retry, self.at = location, retry, 0
+        self._response: Any = None
+        self._length: int | None = None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        data = _again(self.location, self.retry, lambda: self._read(len(buffer)))
+        buffer[: len(data)] = data
+        self.at += len(data)
+        return len(data)
+
+    def _read(self, size: int) -> bytes:
+        try:
+            if self._response is None:
+                self._connect()
+            data = self._response.read(size)
+            if not data and self._length is not None and self.at < self._length:
+                raise http.client.IncompleteRead(b"", self._length - self.at)
+            return data
+        except (OSError, http.client.HTTPException):
+            self._disconnect()
+            raise
+
+    def _connect(self) -> None:
+        headers = {"Range": f"bytes={self.at}-"} if self.at else {}
+        self._response = urllib.request.urlopen(_request(self.location, headers), timeout=self.retry.timeout_s)
+        if self.at and self._response.status != 206:
+            raise ShardError(f"{self.location}: broke at byte {self.at}, and the server knows no ranges", "connection")
+        stated = self._response.headers.get("Content-Length")
+        if not self.at and stated is not None:
+            self._length = int(stated)
+
+    def _disconnect(self) -> None:
+        if self._response is not None:
+            self._response.close()
+            self._response = None
+
+    def close(self) -> None:
+        self._disconnect()
+        super().close()
+
+
+def _fsspec(location: str) -> Any:
+    try:
+        import fsspec
+    except ImportError:
+        raise ConfigError(f"{location}: needs fsspec; pip install fsspec") from None
+    try:
+        return fsspec.core.url_to_fs(location)[0]
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"{location}: fsspec cannot open it ({error})") from None
+
+
+def _strip(location: str) -> str:
+    import fsspec
+
+    return fsspec.core.url_to_fs(location)[1]
