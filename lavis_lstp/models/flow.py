@@ -146,7 +146,8 @@ class FlowExtractor(nn.Module):
         elif self.name == "none":
             field = torch.zeros(batch, length, 2, *(self.flow_size or frames.shape[-2:]), device=frames.device)
         else:
-            field = self._between(frames, mask)
+            with torch.autocast(frames.device.type, enabled=False):  # as `lavis-lstp flow` computes it, in any run
+                field = self._between(frames, mask)
         field = resize_flow(repeat_last(field, mask), self.flow_size or field.shape[-2:])
         return radius_normalised(field) if self.normalise else field
 

@@ -48,8 +48,10 @@ class LSTPTask(BaseTask):
         """Refuses a span loss over data that bring no span: each batch would cost time and teach nothing.
 
         Raises:
-            ConfigError: none of the training data sets has spans.
+            ConfigError: none of the training data sets has spans, and the model makes none itself (self-refinement).
         """
+        if getattr(model, "refinement", None):
+            return
         parts = getattr(dataset, "datasets", [dataset])
         known = [part for part in parts if hasattr(part, "spans")]
         if "span" in getattr(model, "losses", ()) and known and all(part.spans is None for part in known):
