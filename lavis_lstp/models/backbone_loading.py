@@ -81,7 +81,7 @@ def load_published(
         model, found = model_class.from_pretrained(
             **where, dtype=getattr(torch, dtype), output_loading_info=True, **settings
         )
-        tokenizer = AutoTokenizer.from_pretrained(**where)
+        tokenizer = as_published(AutoTokenizer.from_pretrained(**where))
         qformer_tokenizer = None
         if family == "instructblip":
             qformer_tokenizer = AutoTokenizer.from_pretrained(**where, subfolder="qformer_tokenizer")
@@ -102,6 +102,20 @@ def load_published(
         if (generation.pad_token_id or 0) < 0:  # published LLaMA configurations say -1, and 4.57 then refuses to save
             generation.pad_token_id = tokenizer.pad_token_id
     return Loaded(model, tokenizer, qformer_tokenizer)
+
+
+def as_published(tokenizer):
+    """Lets a LLaMA tokenizer put a blank before every stretch of text between special tokens, in place.
+
+    So did transformers up to 4.x, and the published weights have learned it. 5.x does so once, at the start of a text
+    without a blank of its own, and gives the "</s>USER" of a conversation's second turn other ids.
+    """
+    if type(tokenizer).__name__ == "LlamaTokenizer" and tokenizer.is_fast:
+        from tokenizers.normalizers import Prepend, Replace, Sequence
+
+        tokenizer.backend_tokenizer.pre_tokenizer = None
+        tokenizer.backend_tokenizer.normalizer = Sequence([Prepend("▁"), Replace(" ", "▁")])
+    return tokenizer
 
 
 def checked_attention(name: str | None) -> str | None:
