@@ -124,6 +124,9 @@ def test_a_t5_from_sizes_has_two_embeddings_where_its_config_says_so():
 @pytest.mark.parametrize("name", FOLDERS)
 def test_generation_and_labels_with_published_special_ids(folders, name):
     """LLaMA's text config says pad -1, eos 1, bos 0 and image_token_index null; the tokenizer is right."""
+    config = json.loads((folders[name] / "config.json").read_text())
+    assert config["image_token_index"] is None
+    assert name != LLAMA or [config["text_config"][f"{k}_token_id"] for k in ("pad", "eos", "bos")] == [-1, 1, 0]
     backbone = build(folders, name)
     prefix, mask = torch.randn(2, 3, backbone.projection.out_features), torch.ones(2, 3, dtype=torch.long)
     answers = backbone.generate(prefix, mask, PROMPTS, max_new_tokens=3)
@@ -366,7 +369,14 @@ def test_a_copy_of_a_checkpointed_backbone_computes_with_its_own_weights(folders
 
 def test_compiled_layers_change_nothing(folders):
     """Traced by the compiler's front end and run as traced; the slow test runs what the compiler makes of it."""
-    check_compiled(folders, LLAMA, backend="aot_eager")
+    plain, traced = torch._dynamo.lookup_backend("aot_eager"), []
+
+    def backend(graph, inputs):
+        traced.append(torch.is_grad_enabled())
+        return plain(graph, inputs)
+
+    check_compiled(folders, LLAMA, backend=backend)
+    assert traced and all(traced)  # and not for answers, whose length changes with each token
 
 
 @pytest.mark.slow
@@ -413,6 +423,8 @@ def test_bfloat16_is_near_float32(folders, name, autocast):
         assert loss.item() == pytest.approx(wanted, rel=0.01), learning
         loss.backward()
         assert all(grad.isfinite().all() for grad in gradients(backbone).values())
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        assert loss_of(build(folders, name)).item() == pytest.approx(wanted, rel=0.01)
 
 
 def test_frames_are_normalised_in_float32(folders, monkeypatch):

@@ -50,8 +50,9 @@ def test_fresh_adapters_change_nothing_and_lie_where_published(family, language)
     assert all(re.fullmatch(pattern, key) for key in trained)
     layers = {key.split(".lora_")[0].rpartition(".")[2] for key in trained}
     assert layers == ({"q_proj", "v_proj"} if language == "llama" else {"q", "v"})
+    torch.manual_seed(123)  # they are drawn from backbone.seed alone
     again = build(family, language).trainable_state_dict()
-    assert all(torch.equal(value, again[key]) for key, value in trained.items())  # drawn from backbone.seed
+    assert all(torch.equal(value, again[key]) for key, value in trained.items())
 
 
 @pytest.mark.parametrize(("family", "language"), LANGUAGES)
