@@ -181,6 +181,11 @@ def test_texts_begin_as_instructblip_was_trained(hub):
     assert backbone._end_ids == [2, 0] and backbone.qformer_tokenizer is backbone.model.tokenizer
 
 
+def test_an_opt_ends_with_a_line_break(hub):
+    backbone = build(hub, "blip2_opt").backbone
+    assert backbone.tokenizer.decode(backbone._end_ids) == "\n"
+
+
 def test_pictures_and_prompts_matter(hub):
     model, samples = build(hub).eval(), batch()
     with torch.no_grad():
