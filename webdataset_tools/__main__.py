@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from lavis_lstp.errors import LstpError
 from webdataset_tools.engine import ENGINES
 
-VERBS = ("pack",)
+VERBS = ("pack", "verify", "extract")
 
 
 def build_parser(verb: str) -> argparse.ArgumentParser:
@@ -38,7 +38,7 @@ def build_parser(verb: str) -> argparse.ArgumentParser:
 
 
 def _module(verb: str):
-    return importlib.import_module(f"webdataset_tools.{'index_verb' if verb == 'index' else verb}")
+    return importlib.import_module(f"webdataset_tools.{verb}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

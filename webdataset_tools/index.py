@@ -23,7 +23,7 @@ import numpy as np
 from lavis_lstp.errors import ShardError
 from lavis_lstp.files import write_json
 from webdataset_tools.format import JSON_LIMIT, VERSION, check_sample, parse_json, sorted_header
-from webdataset_tools.storage import Retry, beside, open_stream, read_all, read_at
+from webdataset_tools.storage import RETRY, Retry, beside, open_stream, read_all, read_at
 from webdataset_tools.tar import Member, TarScan, samples
 
 INDEX_FORMAT = "lavis_lstp.shard_index"
@@ -199,7 +199,7 @@ def sample_of(key: str, members: Mapping[str, Member], value: Mapping[str, Any] 
     return Sample(key, tuple(members.items()), ids, kind, float(value.get("duration_s", 0.0)))
 
 
-def scan(location: str, retry: Retry = Retry()) -> ShardIndex:  # noqa: B008
+def scan(location: str, retry: Retry = RETRY) -> ShardIndex:
     """The index of a shard that has none: reads all of it.
 
     Raises:
@@ -261,7 +261,7 @@ def write_manifest(first_shard: str | os.PathLike, entries: Iterable[Mapping[str
     return path, content
 
 
-def read_manifest(location: str, retry: Retry = Retry()) -> dict[str, Any]:  # noqa: B008
+def read_manifest(location: str, retry: Retry = RETRY) -> dict[str, Any]:
     """Raises ShardError where there is none (cause "not found"), or it is not of this version."""
     value = parse_json(read_all(location, retry), location)
     if (value.get("format"), value.get("version")) != (MANIFEST_FORMAT, VERSION):
@@ -281,7 +281,7 @@ class ShardSet:
         check: compare what is read with its SHA-256.
     """
 
-    def __init__(self, shards: Sequence[str], *, retry: Retry = Retry(), check: bool = True):  # noqa: B008
+    def __init__(self, shards: Sequence[str], *, retry: Retry = RETRY, check: bool = True):
         self.shards = list(shards)
         self.retry = retry
         self.check = check

@@ -51,6 +51,9 @@ class Retry:
     timeout_s: float = 30.0
 
 
+RETRY = Retry()
+
+
 def expand(storage: str | Sequence[str]) -> list[str]:
     """Locations of all shards, in order.
 
@@ -115,7 +118,7 @@ def beside(location: str, suffix: str) -> str:
 # ---------------------------------------------------------------- reading
 
 
-def read_at(location: str, offset: int, size: int, retry: Retry = Retry()) -> bytes:
+def read_at(location: str, offset: int, size: int, retry: Retry = RETRY) -> bytes:
     """Exactly `size` bytes from `offset` on.
 
     Raises:
@@ -137,7 +140,7 @@ def read_at(location: str, offset: int, size: int, retry: Retry = Retry()) -> by
     return data
 
 
-def read_all(location: str, retry: Retry = Retry()) -> bytes:
+def read_all(location: str, retry: Retry = RETRY) -> bytes:
     """A whole small file, such as an index."""
     kind = scheme(location)
     if kind == "file":
@@ -151,7 +154,7 @@ def read_all(location: str, retry: Retry = Retry()) -> bytes:
 
 
 @contextlib.contextmanager
-def open_stream(location: str, retry: Retry = Retry()) -> Iterator[BinaryIO]:
+def open_stream(location: str, retry: Retry = RETRY) -> Iterator[BinaryIO]:
     """A shard from its beginning. A remote one goes on where its connection broke."""
     kind = scheme(location)
     if kind == "file":
