@@ -246,6 +246,8 @@ def _model_section(
         section["flow"] = {"flow_preset": "published_inference"}
     if "flow" in present:
         section["flow"] = {"name": "raft_large", "weights": "checkpoint", **section.get("flow", {})}
+    if flow_size := section.get("sampler", {}).get("flow_size"):
+        section.setdefault("flow", {})["flow_size"] = flow_size
     return section
 
 

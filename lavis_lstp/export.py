@@ -1,9 +1,10 @@
 """`lavis-lstp export CHECKPOINT... OUT`: a model of ours -> a folder that plain transformers loads.
 
 In: what `model.checkpoint` takes, one or several. Out: OUT/ is an InstructBLIP or BLIP-2 of transformers (config,
-safetensors, tokenizers, image processor) with LoRA merged into the language model, and OUT/sampler/ the temporal
-sampler, which transformers has not: its weights under our names, its tokenizer, and in config.json the model section.
-The way back is `backbone.weights: OUT`, `checkpoint: OUT/sampler` and `sampler.tokenizer: OUT/sampler`.
+safetensors, tokenizers, image processor) with LoRA merged into the language model, and OUT/sampler/ what transformers
+has not: the temporal sampler, and RAFT where the model has weights of it, under our names, the sampler's tokenizer, and
+in manifest.json the model section, as a checkpoint of a run has it. The way back is `checkpoint: OUT/sampler` with
+`backbone.weights: OUT` and `sampler.tokenizer: OUT/sampler`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 
 from lavis_lstp.errors import ConfigError, unknown_name
 from lavis_lstp.files import complete_folder, write_json
+from lavis_lstp.models.flow import UNINITIALISED
 from lavis_lstp.models.hub import local_path
 
 if TYPE_CHECKING:
@@ -83,19 +85,22 @@ def export(
             )
         config.backbone.dtype = dtype or config.backbone.dtype
         config.backbone.merge_with({"quantization": None, "compile": False, "gradient_checkpointing": False})
-        if config.flow.name.startswith("raft") and config.flow.weights is None:
-            config.flow.weights = "checkpoint"  # flow is not exported, so that nobody has to download RAFT for it
+        found = _own_parts_in(config.checkpoint)
+        has_flow = config.flow.name.startswith("raft") and (
+            "flow" in found or config.flow.weights not in (None, UNINITIALISED)
+        )
+        if not has_flow and config.flow.name.startswith("raft"):
+            config.flow.weights = UNINITIALISED  # nobody has to download RAFT for an export without it
         model = model_class.from_config(config).eval()
         merged = config.lora is not None
         _save_backbone(model.backbone, folder, config.backbone)
-        _save_sampler(model, config, folder / "sampler")
-    fresh = "" if _has_sampler(config.checkpoint) else "; no checkpoint holds one, so it is as untrained as it was"
+        _save_sampler(model, config, folder / "sampler", has_flow)
+    fresh = "" if "sampler" in found else "; no checkpoint holds one, so it is as untrained as it was"
     return [
         f"{out}: {type(model.backbone.model).__name__} in {config.backbone.dtype}{', LoRA merged' if merged else ''}",
-        f"{out}/sampler: the temporal sampler{fresh}",
-        f"to load them here: model.backbone.weights={out} model.checkpoint={out}/sampler "
-        f"model.sampler.tokenizer={out}/sampler"
-        f"{' model.model_type=base' if merged else ''}",
+        f"{out}/sampler: the temporal sampler{' and RAFT' if has_flow else ''}{fresh}",
+        f"to use it here: lavis-lstp ask VIDEO QUESTION --checkpoint {out}/sampler --options "
+        f"model.backbone.weights={out} model.sampler.tokenizer={out}/sampler",
     ]
 
 
@@ -110,12 +115,14 @@ def _section_of(recipe: str) -> dict[str, Any]:
     return section
 
 
-def _has_sampler(checkpoints: Sequence[str] | str | None) -> bool:
+def _own_parts_in(checkpoints: Sequence[str] | str | None) -> set[str]:
+    """Which of sampler and flow the checkpoints hold."""
     from lavis_lstp.models.weights import load_state_dict_file, weights_file
 
+    begins = {"sampler": ("sampler.", "temporal_encoder."), "flow": ("flow.", "of_extractor.", "fnet.")}
     paths = [checkpoints] if isinstance(checkpoints, str) else checkpoints or []
-    begins = ("sampler.", "temporal_encoder.", "module.temporal_encoder.")
-    return any(key.startswith(begins) for path in paths for key in load_state_dict_file(weights_file(path)))
+    keys = [key.removeprefix("module.") for path in paths for key in load_state_dict_file(weights_file(path))]
+    return {part for part, begin in begins.items() if any(key.startswith(begin) for key in keys)}
 
 
 def _save_backbone(backbone: Backbone, folder: Path, config: Any) -> None:
@@ -185,26 +192,26 @@ def _image_processor(backbone: Backbone, processor: str) -> dict[str, Any]:
     }
 
 
-def _save_sampler(model: Any, config: Any, folder: Path) -> None:
+def _save_sampler(model: Any, config: Any, folder: Path, has_flow: bool) -> None:
     from omegaconf import OmegaConf
     from safetensors.torch import save_file
 
     folder.mkdir()
-    state = {f"sampler.{key}": value.contiguous() for key, value in model.sampler.state_dict().items()}
+    parts = ("sampler.", "flow.") if has_flow else ("sampler.",)
+    state = {key: value.contiguous() for key, value in model.state_dict().items() if key.startswith(parts)}
     save_file(state, str(folder / "model.safetensors"), metadata={"format": "pt"})
     if config.sampler.tokenizer:
         _save_tokenizer(model.sampler_tokenizer, folder, config.sampler.tokenizer)
     else:
         _save_tokenizer(model.sampler_tokenizer, folder, config.backbone.weights, "qformer_tokenizer")
     section = OmegaConf.to_container(config)
-    for key in ("checkpoint", "lora"):
-        section[key] = None
-    if section["model_type"] == "lora":
+    if section["model_type"] == "lora":  # its adapters are merged
         section["model_type"] = "base"
-    section["train"] = [part for part in section["train"] or [] if part != "lora"]
+    section |= {"checkpoint": None, "lora": None, "train": [part for part in section["train"] or [] if part != "lora"]}
     section["sampler"] |= {"weights": None, "tokenizer": None}
     section["backbone"] |= {"weights": None, "config": None}
-    write_json(folder / "config.json", {"model": section})
+    section["flow"]["weights"] = UNINITIALISED if has_flow else None
+    write_json(folder / "manifest.json", {"written_by": "lavis-lstp export", "config": {"model": section}})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

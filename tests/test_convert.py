@@ -83,6 +83,7 @@ def test_the_folder_is_a_value_of_model_checkpoint(tiny, tmp_path):
     published = convert_published(load_state_dict_file(tiny / LSTP / "LSTP-7B.ckpt"), as_whole=True)
     assert ours.keys() >= published.keys()
     assert all(torch.equal(ours[key], value) for key, value in published.items())
+    assert section.model.flow.flow_size == section.model.sampler.flow_size == 32
     assert section.model.sampler.mode == "multi_modal" and section.model.fusion == "mean"
 
 

@@ -98,11 +98,11 @@ def test_the_way_back(exported, name, lora):
     fp32 = ["model.backbone.dtype=float32"]
     original = build(ask.recorded_model(str(converted)), [str(converted)], fp32)
     original.backbone.merge_lora()
-    section = json.loads((out / "sampler" / "config.json").read_text())["model"]
+    section = ask.recorded_model(str(out / "sampler"))
     assert section["lora"] is None and section["model_type"] == "base" and section["sampler"]["mode"] == "multi_modal"
     section["backbone"]["weights"], section["sampler"]["tokenizer"] = str(out), str(out / "sampler")
-    again = build({**section, "flow": {"name": "none"}}, [str(out / "sampler")], fp32)
-    for part in ("backbone", "sampler"):
+    again = build(section, [str(out / "sampler")], fp32)
+    for part in ("backbone", "sampler", "flow"):
         mine, theirs = getattr(original, part).state_dict(), getattr(again, part).state_dict()
         assert mine.keys() == theirs.keys()
         assert all(torch.equal(mine[key], theirs[key]) for key in mine)
@@ -225,13 +225,14 @@ def test_bfloat16(exported, tmp_path):
 def test_a_sampler_that_nobody_trained_is_said_to_be_fresh(exported, hub, tmp_path, capsys):
     _, converted, _ = exported("lstp_vicuna7b", False)
     state = load_file(converted / "model.safetensors")
-    save_file({k: v for k, v in state.items() if not k.startswith("sampler.")}, tmp_path / "x.safetensors")
+    save_file({k: v for k, v in state.items() if not k.startswith(("sampler.", "flow."))}, tmp_path / "x.safetensors")
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text((converted / "config.yaml").read_text())
     assert cli.main(["export", str(tmp_path / "x.safetensors"), str(tmp_path / "out"), "--cfg-path", str(recipe)]) == 0
-    assert "no checkpoint holds one, so it is as untrained" in capsys.readouterr().out
+    assert "sampler: the temporal sampler; no checkpoint holds one, so it is as untrained" in capsys.readouterr().out
+    assert not any(key.startswith("flow.") for key in load_file(tmp_path / "out" / "sampler" / "model.safetensors"))
     assert cli.main(["export", str(converted), str(tmp_path / "again")]) == 0
-    assert "untrained" not in capsys.readouterr().out
+    assert "sampler: the temporal sampler and RAFT\n" in capsys.readouterr().out
 
 
 def test_what_cannot_be_exported(exported, tmp_path, capsys):
