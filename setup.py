@@ -99,6 +99,7 @@ OUR_NEEDS = [
     "opencv-python-headless>=4.9",
     "peft>=0.17",
     "pillow>=10",
+    "protobuf>=4",  # transformers reads hub folders that have tokenizer.model alone with it
     "pyyaml>=6",
     "safetensors>=0.4.3",
     "tokenizers>=0.22",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,18 @@ def test_t5_tokenizer(written, name, side):
     config = json.loads((written[name] / "config.json").read_text())["text_config"]
     assert config["vocab_size"] > len(tokenizer)
     assert (config["pad_token_id"], config["eos_token_id"], config["decoder_start_token_id"]) == (0, 1, 0)
+
+
+@pytest.mark.parametrize("name", ["instructblip-vicuna-7b", "instructblip-flan-t5-xl"])
+def test_the_sentencepiece_model_alone_is_enough(written, tmp_path, name):
+    """Some folders of the hub have no tokenizer.json; transformers converts the model then, which needs protobuf."""
+    from transformers import AutoTokenizer
+
+    folder = shutil.copytree(written[name], tmp_path / name)
+    (folder / "tokenizer.json").unlink()
+    texts = ["USER: <video>\nwhat is it? ASSISTANT: ", "the red star", ""]
+    alone, whole = (AutoTokenizer.from_pretrained(str(place))(texts)["input_ids"] for place in (folder, written[name]))
+    assert alone == whole
 
 
 def test_bert_tokenizers(written):
