@@ -60,7 +60,10 @@ def toy(options: dict) -> None:
 
 
 def lavis_run(options: dict) -> None:
-    """Runs of a configuration file, as the launcher does them but for the process group: {"cfg", "runs": [options]}."""
+    """Runs of a configuration file, as the launcher does them but for the process group: {"cfg", "runs": [options]}.
+
+    `kill_at` ends rank 1 before that optimizer step.
+    """
     import lavis.tasks as tasks
     from lavis.common.registry import registry
 
@@ -73,7 +76,53 @@ def lavis_run(options: dict) -> None:
         task = tasks.setup_task(config)
         data, model = task.build_datasets(config), task.build_model(config)
         runner_cls = registry.get_runner_class(config.run_cfg.runner)
-        runner_cls(cfg=config, task=task, model=model, datasets=data, job_id="job").train()
+        runner = runner_cls(cfg=config, task=task, model=model, datasets=data, job_id="job")
+        plain_step = runner._train_step
+
+        def step(*args, runner=runner, plain_step=plain_step):
+            if runner.position.step == options.get("kill_at") and os.environ["RANK"] == "1":
+                os.kill(os.getpid(), signal.SIGKILL)
+            return plain_step(*args)
+
+        runner._train_step = step
+        runner.train()
+
+
+def draws(options: dict) -> None:
+    """Steps and answers in which each rank has drawn another kind of batch; losses and answers go to a file.
+
+    Args:
+        options: family, language, stage, config (overrides of the model's), output.
+    """
+    import torch
+    from test_lstp import model_config
+    from test_mixed_batches import ALL_PARTS, mixed
+
+    from lavis_lstp.models.lstp import LSTP
+    from lavis_lstp.runners import deepspeed_config, distributed
+    from lavis_lstp.runners.deepspeed_engine import DeepSpeedEngine
+    from lavis_lstp.runners.settings import RunSettings
+
+    rank = distributed.rank()
+    given = {"zero_optimization": {"stage": options["stage"], "stage3_param_persistence_threshold": 0}}
+    settings = RunSettings.from_config({"output_dir": "x", "init_lr": 1e-3, "max_grad_norm": 1.0})
+    config = deepspeed_config.complete(given, settings, distributed.world_size())
+    overrides = {"train": ALL_PARTS, "losses": ["lm", "span"], **options.get("config", {})}
+    model = LSTP.from_config(model_config(options["family"], options["language"], **overrides))
+    engine = DeepSpeedEngine(model, config, device=torch.device("cpu"), lr=1e-3, max_grad_norm=1.0)
+    text, image, video, all_kinds = (0, 0), (1, 1), (8, 2), (8, 1, 0, 2)
+    kinds = [(text, video), (video, text), (image, text), (text, text), (video, image), (all_kinds, text)]
+    found = []
+    engine.train_mode()
+    for pair in kinds:
+        losses = engine.accumulate(lambda m, pair=pair: m(mixed(pair[rank])), weight=1.0, last=True)
+        found.append([float(losses["lm_loss"]), float(losses["span_loss"]), float(engine.clip())])
+    engine.model.eval()
+    with torch.no_grad():
+        lengths = {"max_new_tokens": 2 if rank else 6, "num_beams": 2}  # one rank's answers end sooner
+        for pair in kinds:
+            found.append(engine.apply(lambda m, pair=pair: m.answer(mixed(pair[rank]), **lengths)["prediction"]))
+    Path(f"{options['output']}.{rank}").write_text(json.dumps(found))
 
 
 # ---- the server -------------------------------------------------------------------------------------------------

@@ -297,7 +297,8 @@ class TemporalSampler(nn.Module):
         """
         layers = self.mode_layers(mode)
         self._check(flow, input_ids)
-        flow = flow.to(self.flow_embedding.pool.weight.dtype)
+        # ZeRO-3 would bring a weight named here for this module, and take it away before the one that uses it is done
+        flow = flow.to(next(self.flow_embedding.parameters()).dtype)
         x, mask = self.flow_embedding(flow, flow_mask)
         bias = (1.0 - mask.to(x.dtype))[:, None, None] * _SELF_MASK
         text = text_bias = None

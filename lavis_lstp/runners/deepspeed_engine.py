@@ -65,13 +65,88 @@ class Door(nn.Module):
         return compute(self.model)
 
 
-class DeepSpeedEngine(WholeModel):
-    """Adam or AdamW under ZeRO.
+class DividedModel(WholeModel):
+    """A model in DeepSpeed's hands: at stage 3 each process holds a part of every weight. Without an optimizer, so for
+    evaluation alone.
 
     Args:
         model: on its device, the same in each process or about to be: DeepSpeed broadcasts rank 0's.
         config: complete, of `deepspeed_config.complete`.
-        optimizer, precision, lr, weight_decay, lr_scale, betas, max_grad_norm: as for `TorchEngine`.
+        precision: "fp32" or "bf16", as in the configuration.
+        optimizer: on the model's weights.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Mapping[str, Any],
+        *,
+        device: torch.device,
+        precision: str = "fp32",
+        optimizer: torch.optim.Optimizer | None = None,
+    ):
+        super().__init__(model)
+        deepspeed = import_deepspeed(device)
+        self.device = device
+        self.precision = precision
+        self.optimizer = optimizer
+        self.trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        self.stage = config["zero_optimization"].get("stage", 0)
+        distributed.ensure_group(device)
+        os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
+        deepspeed.init_distributed(auto_mpi_discovery=False, dist_init_required=False)
+        self.deepspeed, *_ = deepspeed.initialize(model=Door(model), optimizer=optimizer, config=dict(config))
+        self.model = self.deepspeed
+        self.in_step = self.stage == 3 and distributed.world_size() > 1
+        if self.in_step:
+            generate_in_step(model)
+
+    def apply(self, compute: Callable[[nn.Module], Any]) -> Any:
+        def inside(model: nn.Module) -> Any:
+            with autocast(self.device, self.precision):
+                return compute(model)
+
+        return self.deepspeed(inside)
+
+    @contextlib.contextmanager
+    def _whole(self, parameter: torch.Tensor | None, *, change: bool = False) -> Iterator[None]:
+        """One weight in one piece; with `change`, what rank 0 makes of it is what all will have."""
+        if not hasattr(parameter, "ds_id"):
+            yield
+            return
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0 if change else None):
+            yield
+
+    def load_trained_state(self, state: Mapping[str, torch.Tensor], source: object) -> None:
+        """See `checkpoint.load_trained_state`."""
+        parameters = dict(self.bare_model.named_parameters(remove_duplicate=False))
+        expected = checkpoint.trained_state(self.bare_model)
+        shapes = {name: getattr(parameters.get(name), "ds_shape", t.shape) for name, t in expected.items()}
+        checkpoint.check_trained_state(shapes, state, source)
+        with torch.no_grad():
+            for name, tensor in expected.items():
+                parameter = parameters.get(name)
+                with self._whole(parameter, change=True):
+                    if parameter is None or not hasattr(parameter, "ds_id") or distributed.is_main():
+                        (tensor if parameter is None else parameter.data).copy_(state[name])
+        log.info("loaded %d trained tensors from %s", len(expected), source)
+
+    def weights_digest(self) -> str:
+        """At stage 3 of what each rank holds, in their order: the whole is nowhere."""
+        if self.stage < 3:
+            return super().weights_digest()
+        state = {name: getattr(p, "ds_tensor", p) for name, p in self.bare_model.named_parameters()}
+        state.update(self.bare_model.named_buffers())
+        return sha256_json(distributed.gather(digest_of(state, self.trained)))
+
+
+class DeepSpeedEngine(DividedModel):
+    """Adam or AdamW under ZeRO.
+
+    Args:
+        optimizer, lr, weight_decay, lr_scale, betas, max_grad_norm: as for `TorchEngine`.
     """
 
     needs_every_batch = True
@@ -82,43 +157,31 @@ class DeepSpeedEngine(WholeModel):
         config: Mapping[str, Any],
         *,
         device: torch.device,
-        optimizer: str = "adamw",
         precision: str = "fp32",
+        optimizer: str = "adamw",
         lr: float,
         weight_decay: float = 0.05,
         lr_scale: float = 1.0,
         betas: tuple[float, float] = (0.9, 0.999),
         max_grad_norm: float | None = None,
     ):
-        super().__init__(model)
-        deepspeed = import_deepspeed(device)
-        self.device = device
-        self.precision = precision
-        self.max_grad_norm = max_grad_norm
+        import_deepspeed(device)
         _, groups = parameter_groups(model, weight_decay, lr_scale)
-        self.parameters = [p for group in groups for p in group["params"]]
-        self.names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+        names = {id(p): name for name, p in model.named_parameters()}
+        self.parameters = {names[id(p)]: p for group in groups for p in group["params"]}
+        self.max_grad_norm = max_grad_norm
         zero = {**config["zero_optimization"]}
-        self.stage = zero.get("stage", 0)
-        trained = sum(p.numel() for p in self.parameters)
+        trained = sum(p.numel() for p in self.parameters.values())
         for key in ("reduce_bucket_size", "allgather_bucket_size"):
             zero.setdefault(key, min(BUCKET, trained + trained % 2))  # DeepSpeed wants an even number
-        own_clipping = self.stage == 0 and precision == "fp32"  # where DeepSpeed clips, but tells no norm
-        config = {**config, "zero_optimization": zero, **({"gradient_clipping": 0.0} if own_clipping else {})}
-        offloaded = (zero.get("offload_optimizer") or {}).get("device") == "cpu"
-        self.optimizer = _optimizer(optimizer, groups, lr, betas, on_host=offloaded and device.type == "cuda")
-        distributed.ensure_group(device)
-        os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
-        deepspeed.init_distributed(auto_mpi_discovery=False, dist_init_required=False)
-        self.deepspeed, *_ = deepspeed.initialize(model=Door(model), optimizer=self.optimizer, config=config)
-        self.model = self.deepspeed
-        self.own_clipping = own_clipping
+        config = {**config, "zero_optimization": zero}
+        self.own_clipping = zero.get("stage", 0) == 0 and precision == "fp32"  # there DeepSpeed tells no norm
+        if self.own_clipping:
+            config["gradient_clipping"] = 0.0
+        on_host = device.type == "cuda" and (zero.get("offload_optimizer") or {}).get("device") == "cpu"
+        made = make_optimizer(optimizer, groups, lr, betas, on_host=on_host)
+        super().__init__(model, config, device=device, precision=precision, optimizer=made)
         self.state = OptimizerState(self.deepspeed, self.stage)
-        self.in_step = self.stage == 3 and distributed.world_size() > 1
-        if self.in_step:
-            generate_in_step(model)
-
-    # ---- training -----------------------------------------------------------------------------------------------
 
     def train_mode(self) -> None:
         self.model.train()
@@ -132,18 +195,11 @@ class DeepSpeedEngine(WholeModel):
         self.deepspeed.backward(losses["loss"] * weight, scale_wrt_gas=False)
         return {name: loss.detach() for name, loss in losses.items()}
 
-    def apply(self, compute: Callable[[nn.Module], Any]) -> Any:
-        def inside(model: nn.Module) -> Any:
-            with autocast(self.device, self.precision):
-                return compute(model)
-
-        return self.deepspeed(inside)
-
     def clip(self) -> torch.Tensor:
         """The gradient's global norm; where it is finite, DeepSpeed has also clipped and made the update."""
         if self.own_clipping:
             limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
-            norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
+            norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit)
             if torch.isfinite(norm):
                 self.deepspeed.step()
             return norm
@@ -156,19 +212,6 @@ class DeepSpeedEngine(WholeModel):
     @property
     def lr(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"])
-
-    # ---- weights ------------------------------------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def _whole(self, parameter: torch.Tensor | None, *, change: bool = False) -> Iterator[None]:
-        """One weight in one piece; with `change`, what rank 0 makes of it is what all will have."""
-        if not hasattr(parameter, "ds_id"):
-            yield
-            return
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0 if change else None):
-            yield
 
     def trained_state(self) -> dict[str, torch.Tensor]:
         """Trained weights on rank 0, one collected after the other; a collective. Elsewhere nothing."""
@@ -183,34 +226,14 @@ class DeepSpeedEngine(WholeModel):
         return whole
 
     def load_trained_state(self, state: Mapping[str, torch.Tensor], source: object) -> None:
-        """See `checkpoint.load_trained_state`; the optimizer's own copies of the weights follow."""
-        parameters = dict(self.bare_model.named_parameters(remove_duplicate=False))
-        expected = checkpoint.trained_state(self.bare_model)
-        shapes = {name: getattr(parameters.get(name), "ds_shape", t.shape) for name, t in expected.items()}
-        checkpoint.check_trained_state(shapes, state, source)
-        with torch.no_grad():
-            for name, tensor in expected.items():
-                parameter = parameters.get(name)
-                with self._whole(parameter, change=True):
-                    if parameter is None or not hasattr(parameter, "ds_id") or distributed.is_main():
-                        (tensor if parameter is None else parameter.data).copy_(state[name])
-                if id(parameter) in self.names:
-                    self.state.set(parameter, None, state[name].flatten().float())
-        log.info("loaded %d trained tensors from %s", len(expected), source)
-
-    def weights_digest(self) -> str:
-        """At stage 3 of what each rank holds, in their order: the whole is nowhere."""
-        if self.stage < 3:
-            return super().weights_digest()
-        state = {name: getattr(p, "ds_tensor", p) for name, p in self.bare_model.named_parameters()}
-        state.update(self.bare_model.named_buffers())
-        return sha256_json(distributed.gather(digest_of(state, set(self.names.values()))))
-
-    # ---- checkpoints --------------------------------------------------------------------------------------------
+        """Weights, and the optimizer's own copies of them."""
+        super().load_trained_state(state, source)
+        for name, parameter in self.parameters.items():
+            self.state.set(parameter, None, state[name].flatten().float())
 
     def snapshot(self) -> dict[str, Any]:
         """This rank's share of the optimizer's state; a collective."""
-        return self.state.share({name: p for p in self.parameters for name in [self.names[id(p)]]}, self.precision)
+        return self.state.share(self.parameters, self.precision)
 
     def save(self, snapshot: dict[str, Any], folder: Path) -> None:
         """Write it as one file of safetensors."""
@@ -222,10 +245,10 @@ class DeepSpeedEngine(WholeModel):
         Raises:
             WeightsError: the files are another runner's, or belong to other weights.
         """
-        self.state.read(folder, {self.names[id(p)]: p for p in self.parameters}, self.precision)
+        self.state.read(folder, self.parameters, self.precision)
 
 
-def _optimizer(
+def make_optimizer(
     name: str, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], *, on_host: bool
 ) -> torch.optim.Optimizer:
     """torch's class, or DeepSpeed's compiled one where the states lie in host memory beside a GPU."""

@@ -9,7 +9,7 @@ from lavis.common.registry import registry
 
 from lavis_lstp.errors import ConfigError
 from lavis_lstp.runners import deepspeed_config, distributed
-from lavis_lstp.runners.deepspeed_engine import DeepSpeedEngine, import_deepspeed
+from lavis_lstp.runners.deepspeed_engine import DeepSpeedEngine, DividedModel, import_deepspeed
 from lavis_lstp.runners.runner_lstp import RunnerLSTP
 from lavis_lstp.runners.settings import RunSettings
 
@@ -29,11 +29,18 @@ class RunnerDeepSpeed(RunnerLSTP):
             )
         given = deepspeed_config.load(run["deepspeed"])
         settings = deepspeed_config.settings_with(run, given)
-        if not settings.evaluate:
+        stage = (given.get("zero_optimization") or {}).get("stage", 0)
+        self.divided = stage == 3 and distributed.world_size() > 1
+        if not settings.evaluate or self.divided:  # a checkpoint's weights can be evaluated without DeepSpeed
             import_deepspeed(settings.torch_device())
             self.deepspeed = deepspeed_config.complete(given, settings, distributed.world_size())
         run["deepspeed"] = given  # not the file's name: a checkpoint says what was in it
         return settings
+
+    def build_evaluation_engine(self) -> DividedModel | None:
+        if not self.divided:
+            return None
+        return DividedModel(self.bare_model, self.deepspeed, device=self.device, precision=self.settings.precision)
 
     def build_engine(self) -> DeepSpeedEngine:
         s = self.settings
@@ -41,8 +48,8 @@ class RunnerDeepSpeed(RunnerLSTP):
             self.bare_model,
             self.deepspeed,
             device=self.device,
-            optimizer=s.optimizer,
             precision=s.precision,
+            optimizer=s.optimizer,
             lr=s.init_lr,
             weight_decay=s.weight_decay,
             lr_scale=s.lr_layer_decay,

@@ -65,7 +65,7 @@ class RunnerLSTP(RunnerBase):
         self.position = Position()
         self.saved_step = -1
         self.saved_at = time.monotonic()
-        self.training_engine: TorchEngine | None = None
+        self.built_engine: WholeModel | None = None
         self.store = checkpoint.CheckpointStore(self.output_dir / "checkpoints")
         self.json_log = JsonLog(self.output_dir / "log.jsonl", enabled=distributed.is_main())
         self.manifest: RunManifest | None = None  # of training
@@ -87,8 +87,8 @@ class RunnerLSTP(RunnerBase):
 
     @property
     def engine(self) -> WholeModel:
-        """What weights are changed, loaded and evaluated by; before training has begun, the bare model."""
-        return self.training_engine or WholeModel(self.bare_model)
+        """What changes, loads and evaluates the weights; before one is built, the bare model."""
+        return self.built_engine or WholeModel(self.bare_model)
 
     @property
     def model(self) -> torch.nn.Module:
@@ -143,6 +143,7 @@ class RunnerLSTP(RunnerBase):
             raise ConfigError("nothing to evaluate: name splits in run.test_splits, for instance [test]")
         for split in splits:
             evaluation_dataset(self.datasets, split)  # before the first one is worked on
+        self.built_engine = self.built_engine or self.build_evaluation_engine()
         if self.settings.resume_ckpt_path:
             self._load(distributed.on_main(lambda: resume.to_evaluate(self.store, self.settings.resume_ckpt_path)))
         with self._manifest("evaluate").running():
@@ -182,7 +183,7 @@ class RunnerLSTP(RunnerBase):
         self.manifest.add(data={"train": self.train_fingerprint}, samples_per_epoch=self.order.samples_per_epoch)
         if hasattr(self.task, "before_training"):  # LAVIS's git main
             self.task.before_training(model=self.bare_model, dataset=dataset)
-        self.training_engine = self.build_engine()
+        self.built_engine = self.build_engine()
         self.total_steps = self.order.steps_per_epoch * settings.max_epoch
         if settings.max_steps is not None:
             self.total_steps = min(self.total_steps, settings.max_steps)
@@ -203,7 +204,7 @@ class RunnerLSTP(RunnerBase):
         )
 
     def build_engine(self) -> TorchEngine:
-        """What another runner replaces, beside `read_settings`."""
+        """What another runner replaces, beside `read_settings` and `build_evaluation_engine`."""
         s = self.settings
         return TorchEngine(
             self.bare_model,
@@ -217,6 +218,9 @@ class RunnerLSTP(RunnerBase):
             max_grad_norm=s.max_grad_norm,
             find_unused_parameters=s.find_unused_parameters,
         )
+
+    def build_evaluation_engine(self) -> WholeModel | None:
+        """What evaluates where nothing is trained; None is the bare model in each process."""
 
     def _build_schedule(self) -> Any:
         s = self.settings
