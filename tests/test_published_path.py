@@ -17,9 +17,12 @@ from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from lavis_lstp.data.instruct import read_instructions
+from lavis_lstp.data.spans import read_spans
 from lavis_lstp.data.video import resize_frames
 from lavis_lstp.models.backbone import IMAGE_MEAN, IMAGE_STD
 from lavis_lstp.models.lstp import LSTP
+from lavis_lstp.schema import Span
 
 GOLDEN = Path(__file__).parent / "golden_published"
 BASE, CASES, KEYS = (json.loads((GOLDEN / f"{name}.json").read_text()) for name in ("models", "cases", "keys"))
@@ -208,6 +211,23 @@ def test_texts_get_the_published_ids(folders, layout):
     assert model.backbone._ids(texts) == CASES["texts"]["ids"][layout]
     own = model.sampler_tokenizer(texts, truncation=True, max_length=model.sampler_max_tokens)
     assert own["input_ids"] == CASES["texts"]["sampler_ids"]
+
+
+def test_published_data_become_the_same_prompts_answers_and_spans(tmp_path):
+    (tmp_path / "train.json").write_text(json.dumps(CASES["rows"]["conversations"]))
+    (tmp_path / "pseudo_label.json").write_text(json.dumps(CASES["rows"]["fractions"]))
+    spans = read_spans(tmp_path / "pseudo_label.json", 32, form="fractions")
+    seen = {}
+    for kind in ("image", "video", "text"):
+        for row in read_instructions([tmp_path / "train.json"], kind=kind):
+            seen[row["question_id"]] = (kind, row["prompt"], row["answer"])
+    for name, (kind, prompt, answer) in seen.items():
+        case = CASES[f"{'ivt' if kind == 'text' else 'iv'}.instructblip-vicuna.{name}"]
+        assert ([prompt], [answer + "</s>"]) == (case["prompts"], case["answers"])
+        if kind == "video":
+            start, end = case["spans"][0]
+            assert tuple(Span.from_fractions(*spans[name], 32)) == (start, end + 1)
+    assert sorted(seen) == ["empty", "img", "long", "short", "text"]
 
 
 # ---- evaluation ---------------------------------------------------------------------------------------------------
