@@ -137,6 +137,9 @@ def init_processes(run_cfg, local_rank: int | None = None) -> None:
     elif int(env.get("SLURM_NTASKS", 1)) > 1 and "MASTER_ADDR" in env:
         rank, world_size = int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"])
         run_cfg.gpu = int(env.get("SLURM_LOCALID", 0))
+        env.update(
+            RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(run_cfg.gpu)
+        )  # runners and DeepSpeed look
     else:
         run_cfg.rank, run_cfg.world_size, run_cfg.gpu, run_cfg.distributed = 0, 1, 0, False
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -66,6 +67,46 @@ def test_torchrun_trains_into_the_current_folder(trained):
     steps = {row["step"] for row in rows if "step" in row}
     assert max(steps) == 2
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("launcher", ["alone", "torchrun", "deepspeed", "slurm"])
+def test_deepspeed_by_every_launcher(trained, tmp_path, launcher):
+    """Stage 3 of ZeRO in one process without a launcher, and in two by each of them; no compiler is asked for."""
+    folder, _ = trained
+    deepspeed = "run.deepspeed=projects/lstp/deepspeed/zero3.json"
+    words = [
+        "--cfg-path",
+        "run.yaml",
+        "--options",
+        "run.runner=runner_deepspeed",
+        deepspeed,
+        f"run.output_dir={tmp_path}",
+    ]
+    module = ("-m", "lavis.train", *words)
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHONPATH", "SLURM_", "RANK"))}
+    env.update(OMP_NUM_THREADS="1", CC="/nowhere/cc", CXX="/nowhere/c++", TORCH_EXTENSIONS_DIR=str(tmp_path / "built"))
+    commands = [[sys.executable, *module]]
+    if launcher == "torchrun":
+        commands = [[sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *module]]
+    if launcher == "deepspeed":
+        program = "from deepspeed.launcher.runner import main; main()"
+        commands = [[sys.executable, "-c", program, "--num_gpus=2", "--module", "lavis.train", *words]]
+        env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
+    envs = [env]
+    if launcher == "slurm":
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            meet = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "SLURM_NTASKS": "2"}
+        commands *= 2
+        envs = [{**env, **meet, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(2)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    running = [subprocess.Popen(c, cwd=folder, env=e, **pipes) for c, e in zip(commands, envs, strict=True)]
+    said = [process.communicate(timeout=120)[0] for process in running]
+    assert [process.returncode for process in running] == [0] * len(running), "\n".join(said)[-4000:]
+    manifest = json.loads((tmp_path / "run_manifest.json").read_text())
+    assert manifest["status"] == "finished" and manifest["world_size"] == (1 if launcher == "alone" else 2)
+    assert (tmp_path / "checkpoints" / "last" / "model.safetensors").is_file()
+    assert not (tmp_path / "built").exists(), "nothing was compiled"
 
 
 def test_only_rank_0_logs(trained):

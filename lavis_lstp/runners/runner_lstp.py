@@ -183,12 +183,12 @@ class RunnerLSTP(RunnerBase):
         self.manifest.add(data={"train": self.train_fingerprint}, samples_per_epoch=self.order.samples_per_epoch)
         if hasattr(self.task, "before_training"):  # LAVIS's git main
             self.task.before_training(model=self.bare_model, dataset=dataset)
+        log.info("%s", parameter_table(self.bare_model))  # an engine may divide the weights among the processes
         self.built_engine = self.build_engine()
         self.total_steps = self.order.steps_per_epoch * settings.max_epoch
         if settings.max_steps is not None:
             self.total_steps = min(self.total_steps, settings.max_steps)
         self.schedule = self._build_schedule()
-        log.info("%s", parameter_table(self.bare_model))
         seed_everything(derived_seed(settings.seed, "rank", distributed.rank()))
         if distributed.is_main():
             self.store.clean(fresh=source is None)
