@@ -28,7 +28,6 @@ from lavis_lstp.models.hub import where_from, where_to_put
 from lavis_lstp.models.lora import add_lora, matched, merge_lora
 from lavis_lstp.models.tiny_tokenizer import tiny_tokenizer
 
-SOURCES = ("hub", "lavis")
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 SOURCES = ("hub", "lavis")
@@ -240,8 +239,13 @@ class Backbone(nn.Module):
 
     @property
     def _end_ids(self) -> list[int]:
-        """Of an answer. Published LLaMA checkpoints end with 0 as well (SPEC 6), which no tokenizer of theirs emits."""
-        return [self.tokenizer.eos_token_id] + ([] if self.is_encoder_decoder else [0])
+        """Of an answer. With published LLaMA checkpoints 0 is an end as well, and so is the end of their text config,
+        1, which is not their tokenizer's, 2."""
+        ids = [self.tokenizer.eos_token_id]
+        if not self.is_encoder_decoder:
+            configured = self.language_model.config.eos_token_id
+            ids += [0] + ([configured] if isinstance(configured, int) else [])
+        return list(dict.fromkeys(ids))
 
     def _with_prefix(
         self, prefix: Tensor, prefix_mask: Tensor, ids: Tensor, mask: Tensor, labels: Tensor | None = None
