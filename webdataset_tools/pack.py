@@ -98,7 +98,7 @@ def pack_shard(job: Job) -> dict[str, Any]:
         VideoError: a file cannot be decoded, and bad ones are not skipped.
     """
     path = Path(job.path)
-    found = _finished(path, job)
+    found = finished(path, job.plan, job.overwrite)
     if found is None:
         bad: list[dict[str, str]] = []
         entries = []
@@ -119,12 +119,17 @@ def pack_shard(job: Job) -> dict[str, Any]:
     return {**index.shard_entry(path.name, found), "left_out": json.loads(found.facts["left_out"])}
 
 
-def _finished(path: Path, job: Job) -> index.ShardIndex | None:
+def finished(path: Path, plan: str, overwrite: bool) -> index.ShardIndex | None:
+    """The index of a shard that is there already and was made by this plan; None where there is work to do.
+
+    Raises:
+        ConfigError: it was made by another plan.
+    """
     place = Path(beside(str(path), index.INDEX_SUFFIX))
-    if job.overwrite or not path.is_file() or not place.is_file():
+    if overwrite or not path.is_file() or not place.is_file():
         return None
     found = index.parse(place.read_bytes(), str(place))
-    if found.facts["plan"] != job.plan:
+    if found.facts["plan"] != plan:
         raise ConfigError(
             f"{path}: was packed from another input or with other settings; name another output or add --overwrite"
         )
@@ -218,7 +223,7 @@ def pack(
     sizes = [expected_bytes(unit, root, settings) for unit in found]
     parts = plan_shards(sizes, max_size=max_size, max_count=max_count, min_shards=min_shards)
     paths = [f"{out}-{number:06d}.tar" for number in range(len(parts))]
-    _check_others(out, paths, overwrite)
+    check_others(out, paths, overwrite)
     jobs = []
     for path, part in zip(paths, parts, strict=True):
         chosen = tuple(found[number] for number in part)
@@ -227,9 +232,14 @@ def pack(
     entries = run_jobs(pack_shard, jobs, engine=engine, workers=workers, address=address, desc="pack")
     bad = [row for entry in entries for row in entry.pop("left_out")]
     if not sum(entry["samples"] for entry in entries):
-        raise ShardError(
-            f"{out}: none of {len(found)} samples could be packed; first: {bad[0]['error']}", "undecodable"
-        )
+        raise ShardError(f"{out}: none of {len(found)} samples can be decoded; first: {bad[0]['error']}", "undecodable")
+    return finish(out, paths, entries, bad, {"settings": asdict(settings)})
+
+
+def finish(
+    out: str, paths: Sequence[str], entries: Sequence[dict[str, Any]], bad: Sequence[dict[str, str]], about: dict
+) -> dict[str, Any]:
+    """Writes what comes after all shards: the quarantine list, and the manifest last."""
     quarantine = Path(out + QUARANTINE_SUFFIX)
     if bad:
         write_jsonl(quarantine, bad)
@@ -237,11 +247,10 @@ def pack(
         quarantine.unlink(missing_ok=True)
     for partial in Path(out).parent.glob(f".{Path(out).name}-*.tmp"):
         partial.unlink(missing_ok=True)  # of runs that were killed; nothing is being written now
-    about = {"settings": asdict(settings), "left_out": len(bad)}
-    return index.write_manifest(paths[0], entries, about)[1]
+    return index.write_manifest(paths[0], entries, {**about, "left_out": len(bad)})[1]
 
 
-def _check_others(out: str, paths: Sequence[str], overwrite: bool) -> None:
+def check_others(out: str, paths: Sequence[str], overwrite: bool) -> None:
     """Shards of this name that this run will not write: of another set."""
     name = Path(out).name
     there = {path for path in Path(out).parent.glob(f"{name}-*.tar") if path.stem[len(name) + 1 :].isdigit()}
@@ -295,10 +304,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--root", type=Path, help="folder of the media; default: that of the first file")
     parser.add_argument("--split", default="train", help="of --from shapes; default: train")
     parser.add_argument("--answers", type=Path, help="answer file of --from qa")
-    parser.add_argument("--max-size", type=parse_size, default="1GB", help="of a shard; default: 1GB")
-    parser.add_argument("--max-count", type=positive, help="samples in a shard; default: as many as fit")
-    parser.add_argument("--min-shards", type=positive, default=1, help="at least so many shards, e.g. ranks x workers")
-    parser.add_argument("--shuffle", type=int, metavar="SEED", help="put samples into another order first")
+    add_size_arguments(parser)
     parser.add_argument("--frames", type=int, default=0, metavar="N", help="store N frames instead of each video")
     parser.add_argument("--fps", type=float, help="as datasets.<name>.fps, for --frames")
     parser.add_argument("--short-videos", choices=("keep", "double"), default="keep", help="for --frames")
@@ -306,6 +312,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--encoding", choices=ENCODINGS, default="jpeg", help="of stored frames; default: jpeg")
     parser.add_argument("--quality", type=positive, default=95, help="of stored frames, 1..100; default: 95")
     parser.add_argument("--skip-bad", action="store_true", help="leave out what cannot be decoded, and list it")
+
+
+def add_size_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--max-size", type=parse_size, default="1GB", help="of a shard; default: 1GB")
+    parser.add_argument("--max-count", type=positive, help="samples in a shard; default: as many as fit")
+    parser.add_argument("--min-shards", type=positive, default=1, help="at least so many shards, e.g. ranks x workers")
+    parser.add_argument("--shuffle", type=int, metavar="SEED", help="put samples into another order first")
     parser.add_argument("--overwrite", action="store_true", help="replace a set of other input or settings")
 
 

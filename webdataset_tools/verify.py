@@ -53,7 +53,7 @@ def check_shard(job: Job) -> dict[str, Any]:
     """What is in a shard and what is wrong with it.
 
     Returns: "problems", a list of {shard, key, cause, error} (key "" for the shard itself), "samples", a list of
-        [key, kind, digest of the content, question ids] of the samples that are sound.
+        [key, kind, digest of the content, question ids, members] of the samples that are sound.
     """
     checker = _Checker(job)
     return checker.run()
@@ -120,7 +120,8 @@ class _Checker:
         try:
             if reason is not None:
                 raise reason
-            self.sound.append([key, *check_content(key, content, f"{self.job.location}, {key}", self.job.decode)])
+            facts = check_content(key, content, f"{self.job.location}, {key}", self.job.decode)
+            self.sound.append([key, *facts, list(members.values())])
         except LstpError as error:
             self.problem(key, getattr(error, "cause", "undecodable"), str(error))
 
@@ -130,8 +131,11 @@ class _Checker:
         for sample in found.samples():
             members = dict(sample.members)
             if sample.key in self.seen:
-                if self.seen[sample.key] != members and not any(row["key"] == sample.key for row in self.problems):
-                    self.problem(sample.key, "index", f"{name}, {sample.key}: is not what the index says")
+                mine = self.seen[sample.key]
+                if mine != members and not any(row["key"] == sample.key for row in self.problems):
+                    places = [{part: m[:3] for part, m in side.items()} for side in (mine, members)]
+                    cause = "hash" if places[0] == places[1] else "index"  # bytes have changed, or the index is another
+                    self.problem(sample.key, cause, f"{name}, {sample.key}: is not what the index says")
                 continue
             if whole:
                 self.problem(sample.key, "index", f"{name}: {sample.key!r} is in the index, not in the tar")
@@ -235,17 +239,10 @@ def verify(
 
     Returns: failed, shards, samples, questions, causes (cause -> count), problems, notes.
     """
-    jobs = [Job(location, decode, retry) for location in shards]
-    results = run_jobs(check_shard, jobs, engine=engine, workers=workers, address=address, desc="verify")
-    problems = [row for result in results for row in result["problems"]]
-    sound = [(result["shard"], *row) for result in results for row in result["samples"]]
-    problems += _duplicates(sound)
-    if against:
-        others = [Job(location, 0, retry) for location in against]
-        results = run_jobs(check_shard, others, engine=engine, workers=workers, address=address, desc="against")
-        problems += _leaks(sound, [(result["shard"], *row) for result in results for row in result["samples"]])
-    problems += _manifests(shards, retry, {row["shard"] for row in problems})
-    same = Counter(digest for _, _, kind, digest, _ in sound if kind in ("video", "image"))
+    problems, sound = examine(
+        shards, against, decode=decode, retry=retry, engine=engine, workers=workers, address=address
+    )
+    same = Counter(digest for _, _, kind, digest, *_ in sound if kind in ("video", "image"))
     twice = sum(count - 1 for count in same.values() if count > 1)
     return {
         "failed": bool(problems),
@@ -258,10 +255,25 @@ def verify(
     }
 
 
+def examine(
+    shards: Sequence[str], against: Sequence[str], *, decode: int, retry: Retry = RETRY, **how: Any
+) -> tuple[list[dict[str, str]], list[tuple]]:
+    """Everything wrong with a set, and (shard, key, kind, digest, question ids, members) of each sound sample."""
+    results = run_jobs(check_shard, [Job(location, decode, retry) for location in shards], desc="verify", **how)
+    problems = [row for result in results for row in result["problems"]]
+    sound = [(result["shard"], *row) for result in results for row in result["samples"]]
+    problems += _duplicates(sound)
+    if against:
+        results = run_jobs(check_shard, [Job(location, 0, retry) for location in against], desc="against", **how)
+        problems += _leaks(sound, [(result["shard"], *row) for result in results for row in result["samples"]])
+    problems += _manifests(shards, retry, {row["shard"] for row in problems})
+    return problems, sound
+
+
 def _duplicates(sound: Sequence[tuple]) -> Iterator[dict[str, str]]:
     keys: dict[str, str] = {}
     ids: dict[tuple[str, str], str] = {}
-    for shard, key, kind, _, questions in sound:
+    for shard, key, kind, _, questions, _ in sound:
         if keys.setdefault(key, shard) != shard:
             yield _row(shard, key, "duplicate key", f"{shard}: key {key!r} is also in {keys[key]}")
             continue
@@ -272,8 +284,8 @@ def _duplicates(sound: Sequence[tuple]) -> Iterator[dict[str, str]]:
 
 
 def _leaks(sound: Sequence[tuple], others: Sequence[tuple]) -> Iterator[dict[str, str]]:
-    elsewhere = {(kind, digest): f"{shard}, {key}" for shard, key, kind, digest, _ in others if digest}
-    for shard, key, kind, digest, _ in sound:
+    elsewhere = {(kind, digest): f"{shard}, {key}" for shard, key, kind, digest, *_ in others if digest}
+    for shard, key, kind, digest, *_ in sound:
         if (kind, digest) in elsewhere:
             yield _row(shard, key, "leak", f"{shard}: the {kind} of {key!r} is also in {elsewhere[kind, digest]}")
 

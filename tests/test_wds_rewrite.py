@@ -1,0 +1,154 @@
+"""`reshard` keeps every byte of every sample; `repair` keeps what is sound, mends what it can and lists the rest."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_wds_verify import causes, media, only, packed, rewritten  # noqa: F401 (a fixture)
+
+from lavis_lstp.errors import ShardError
+from webdataset_tools import index
+from webdataset_tools.__main__ import main
+from webdataset_tools.format import dump_flow
+from webdataset_tools.repair import repair
+from webdataset_tools.tar import ShardWriter
+from webdataset_tools.verify import verify
+
+
+def contents(shards) -> dict[str, dict[str, bytes]]:
+    found = index.ShardSet(sorted(map(str, shards)))
+    samples = [(n, k, one) for n in range(len(found.shards)) for k, one in enumerate(found.index(n).samples())]
+    return {one.key: found.read(n, k, dict(one.members)) for n, k, one in samples}
+
+
+def quarantined(out: Path) -> list[tuple[str, str]]:
+    lines = (out.parent / f"{out.name}.quarantine.jsonl").read_text().splitlines()
+    return [(row["key"], row["cause"]) for row in map(json.loads, lines)]
+
+
+# ---------------------------------------------------------------- reshard
+
+
+def test_resharding_there_and_back_gives_the_same_bytes(media, tmp_path):  # noqa: F811
+    shards = packed(media, tmp_path / "a", max_count=2)
+    arguments = ["reshard", *shards, "--workers", "1", "--max-count"]
+    assert main([*arguments, "3", "--out", str(tmp_path / "b/x")]) == 0
+    moved = sorted(map(str, (tmp_path / "b").glob("*.tar")))
+    assert [len(index.scan(shard).keys()) for shard in moved] == [3, 1]
+    assert contents(moved) == contents(shards) and list(contents(moved)) == list(contents(shards))
+    assert causes(moved) == {}
+    assert main(["reshard", *moved, "--workers", "1", "--max-count", "2", "--out", str(tmp_path / "c/x")]) == 0
+    for shard in shards:
+        assert Path(shard).read_bytes() == (tmp_path / "c" / Path(shard).name).read_bytes()
+    assert main([*arguments, "1", "--out", str(tmp_path / "d/x"), "--shuffle", "3"]) == 0
+    shuffled = contents((tmp_path / "d").glob("*.tar"))
+    assert shuffled == contents(shards) and list(shuffled) != list(contents(shards))
+
+
+def parallel(shards, out: Path) -> list[str]:
+    """A set with a flow field for each sample."""
+    paths = []
+    for number, location in enumerate(shards):
+        path, samples = out / f"flow-{number:06d}.tar", []
+        with ShardWriter(path) as shard:
+            for n, key in enumerate(index.scan(location).keys()):
+                placed = shard.add(key, {"flow": dump_flow(np.full((2, 2, 2, 2), n + 1.0), {})})
+                samples.append(index.sample_of(key, placed, None))
+        index.write(index.build(samples, path.stat().st_size), path)
+        paths.append(str(path))
+    return paths
+
+
+def test_a_parallel_set_is_joined_and_dropped(media, tmp_path, capsys):  # noqa: F811
+    shards = packed(media, tmp_path / "a", max_count=2)
+    flow = parallel(shards, tmp_path / "f")
+    assert main(["reshard", *shards, "--join", *flow, "--out", str(tmp_path / "b/x"), "--workers", "1"]) == 0
+    (one,) = map(str, (tmp_path / "b").glob("*.tar"))
+    assert [set(members) for members in contents([one]).values()] == [{"mp4", "flow", "json"}] * 3 + [
+        {"png", "flow", "json"}
+    ]
+    assert main(["reshard", one, "--drop", "flow", "--out", str(tmp_path / "c/x"), "--workers", "1"]) == 0
+    assert contents((tmp_path / "c").glob("*.tar")) == contents(shards)
+    assert main(["reshard", *shards, "--join", *flow[::-1], "--out", str(tmp_path / "d/x")]) == 2
+    assert main(["reshard", one, "--join", *flow, "--out", str(tmp_path / "d/x")]) == 2
+    said = capsys.readouterr().err
+    assert "the same samples in the same order" in said and "a member twice" in said
+
+
+def test_changed_bytes_are_not_copied(media, tmp_path):  # noqa: F811
+    (shard,) = packed(media, tmp_path)
+    place = index.ShardSet([shard]).index(0).members(1)["mp4"]
+    raw = bytearray(Path(shard).read_bytes())
+    raw[place.offset] ^= 1
+    Path(shard).write_bytes(raw)
+    assert main(["reshard", shard, "--out", str(tmp_path / "b/x"), "--workers", "1"]) == 2
+    assert not list((tmp_path / "b").iterdir())
+
+
+# ---------------------------------------------------------------- repair
+
+
+def test_a_truncated_shard_gives_what_is_before_the_cut(media, tmp_path):  # noqa: F811
+    shards = packed(media, tmp_path / "a", max_count=2)
+    before = contents(shards)
+    place = index.ShardSet(shards).index(0).members(1)["mp4"]
+    Path(shards[0]).write_bytes(Path(shards[0]).read_bytes()[: place.offset + 7])
+    report = repair(shards, str(tmp_path / "b/x"), decode=4)
+    mended = sorted(map(str, (tmp_path / "b").glob("*.tar")))
+    assert causes(mended) == {} and report["totals"]["samples"] == 3
+    assert contents(mended) == {key: value for key, value in before.items() if key != "v1%2Emp4"}
+    assert sorted(quarantined(tmp_path / "b/x")) == [("", "truncated"), ("v1%2Emp4", "truncated")]
+
+
+def test_a_damaged_video_is_fetched_again(media, tmp_path):  # noqa: F811
+    shards = packed(media, tmp_path / "a", max_count=2)
+    before = contents(shards)
+    found = index.ShardSet(shards).index(0)
+    raw = bytearray(Path(shards[0]).read_bytes())
+    raw[found.members(0)["mp4"].offset + 99] ^= 1
+    raw[found.members(1)["json"].offset + 5] ^= 1
+    Path(shards[0]).write_bytes(raw)
+    report = repair(shards, str(tmp_path / "b/x"), root=media, decode=0)
+    mended = sorted(map(str, (tmp_path / "b").glob("*.tar")))
+    assert report["made_by"]["fetched"] == 1 and causes(mended) == {}
+    assert contents(mended) == {key: value for key, value in before.items() if key != "v1%2Emp4"}
+    assert [key for key, _ in quarantined(tmp_path / "b/x")] == ["v1%2Emp4"]
+
+
+def test_a_file_that_has_changed_is_not_fetched(media, tmp_path):  # noqa: F811
+    (shard,) = packed(media, tmp_path / "a")
+    rewritten(Path(shard), only("v0%2Emp4", mp4=b"damaged"))
+    (tmp_path / "v0.mp4").write_bytes(b"another")
+    repair([shard], str(tmp_path / "b/x"), root=tmp_path, decode=0)
+    assert quarantined(tmp_path / "b/x") == [("v0%2Emp4", "hash")]
+
+
+def test_duplicates_and_leaks_go_and_one_of_each_stays(media, tmp_path):  # noqa: F811
+    shards = packed(media, tmp_path / "a") + packed(media, tmp_path / "c")
+    val = packed(media, tmp_path / "val", "val.json")
+    report = repair(shards, str(tmp_path / "b/x"), against=val, decode=0)
+    mended = sorted(map(str, (tmp_path / "b").glob("*.tar")))
+    assert report["totals"]["samples"] == 3 and causes(mended, against=val) == {}
+    listed = quarantined(tmp_path / "b/x")
+    assert listed.count(("v1%2Emp4", "leak")) == 2 and sum(cause == "duplicate key" for _, cause in listed) == 3
+
+
+def test_a_lost_index_and_manifest_are_made_again(media, tmp_path):  # noqa: F811
+    (shard,) = packed(media, tmp_path / "a")
+    (tmp_path / "a/x-000000.index").unlink()
+    (tmp_path / "a/x.manifest.json").unlink()
+    repair([shard], str(tmp_path / "b/x"), decode=0)
+    assert (tmp_path / "b/x-000000.tar").read_bytes() == Path(shard).read_bytes()
+    assert not verify([str(tmp_path / "b/x-000000.tar")], decode=0)["failed"]
+
+
+def test_nothing_sound_is_an_error(media, tmp_path, capsys):  # noqa: F811
+    (shard,) = packed(media, tmp_path / "a")
+    Path(shard).write_bytes(b"")
+    with pytest.raises(ShardError, match="nothing of this set is sound"):
+        repair([shard], str(tmp_path / "b/x"), decode=0)
+    assert main(["repair", shard, "--out", str(tmp_path / "b/x"), "--workers", "1"]) == 2
+    assert "empty (0 bytes)" in capsys.readouterr().err

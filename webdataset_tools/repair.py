@@ -1,0 +1,122 @@
+"""`repair`: a new set without what `verify` finds wrong, and a list of what was left out.
+
+Samples that are sound are copied, shard by shard. One whose medium is damaged and whose JSON is not is packed again
+from --root, if the file there has the SHA-256 that the JSON says. Everything else goes to OUT.quarantine.jsonl, with
+shard, key, cause and error; the damaged set is not touched.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lavis_lstp.errors import ShardError
+from lavis_lstp.files import sha256_file
+from webdataset_tools import index
+from webdataset_tools.format import check_sample, parse_json
+from webdataset_tools.rewrite import Kept, about, left_out, read_member, rewrite
+from webdataset_tools.sources import Unit
+from webdataset_tools.storage import beside, expand, read_all
+from webdataset_tools.verify import examine
+
+HELP = "a new set without, or with mended, samples that verify names"
+OF_THE_SET = ("no index", "no manifest", "index", "manifest", "missing shard")
+"""Causes that a new index and a new manifest mend."""
+
+
+def repair(
+    shards: Sequence[str],
+    out: str,
+    *,
+    against: Sequence[str] = (),
+    root: Path | None = None,
+    decode: int = 8,
+    overwrite: bool = False,
+    **how: Any,
+) -> dict[str, Any]:
+    """Writes the sound part of a set as the set `out`; returns its manifest.
+
+    Raises:
+        ShardError: nothing of it is sound.
+    """
+    problems, sound = examine(shards, against, decode=decode, **how)
+    named: dict[tuple[str, str], dict[str, str]] = {}
+    for row in problems:
+        if row["key"] and row["cause"] not in (*OF_THE_SET, "duplicate key"):
+            named.setdefault((row["shard"], row["key"]), row)
+    bad = [row for row in problems if not row["key"] and row["cause"] not in OF_THE_SET]
+    new: dict[str, list[Kept | Unit]] = {shard: [] for shard in shards}
+    taken: set[str] = set()
+    for shard, key, _, _, _, members in sound:
+        if key in taken:
+            bad.append(left_out(shard, key, "duplicate key", f"{shard}: key {key!r} was there before"))
+        elif (shard, key) not in named:
+            taken.add(key)
+            new[shard].append(Kept(key, tuple((shard, member) for member in members)))
+    for (shard, key), row in named.items():
+        unit = _again(shard, key, root) if row["cause"] not in ("leak", "duplicate question") else None
+        if unit is None or key in taken:
+            bad.append(row)
+        else:
+            taken.add(key)
+            new[shard].append(unit)
+    kept = [items for items in new.values() if items]
+    if not kept:
+        raise ShardError(f"{shards[0]}: nothing of this set is sound; the first cause: {problems[0]['error']}", "empty")
+    facts = about("repair", fetched=sum(isinstance(item, Unit) for items in kept for item in items))
+    return rewrite(kept, out, about=facts, bad=bad, root=str(root or ""), overwrite=overwrite, **how)
+
+
+def _again(shard: str, key: str, root: Path | None) -> Unit | None:
+    """The sample as `pack` would have it, where its JSON is whole and its medium lies below `root`."""
+    if root is None:
+        return None
+    try:
+        found = index.parse(read_all(beside(shard, index.INDEX_SUFFIX)), shard)
+        member = found.members(found.keys().index(key))["json"]
+        value = parse_json(read_member(shard, member), key)
+        check_sample(value, key, key)
+    except (ShardError, ValueError, KeyError):
+        return None
+    if value["kind"] == "text":
+        return None  # what was wrong lies in the JSON itself
+    path = root / value["source"]
+    if not path.is_file() or sha256_file(path) != value["sha256"]:
+        return None
+    return Unit(key, value["kind"], value["video_id"], value["source"], tuple(value["questions"]))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "example: python -m webdataset_tools repair 'train-{000000..000123}.tar' --out new/train --root videos"
+    )
+    parser.add_argument("shards", nargs="+", help="paths or addresses of shards, braces allowed")
+    parser.add_argument("--out", required=True, help="path and name of the new set")
+    parser.add_argument("--root", type=Path, help="folder of the media, to pack damaged samples again from")
+    parser.add_argument(
+        "--against", nargs="+", default=(), help="shards of other splits: what is also there is dropped"
+    )
+    parser.add_argument("--decode", type=int, default=8, help="frames decoded of each video; 0 = decode nothing")
+    parser.add_argument("--overwrite", action="store_true", help="replace a set of other input")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    return repair(
+        expand(args.shards),
+        args.out,
+        against=expand(args.against) if args.against else (),
+        root=args.root,
+        decode=args.decode,
+        overwrite=args.overwrite,
+        engine=args.engine,
+        workers=args.workers,
+        address=args.ray_address,
+    )
+
+
+def show(report: dict[str, Any], args: argparse.Namespace) -> str:
+    fetched = report["made_by"]["fetched"]
+    text = f"{args.out}: {report['totals']['samples']} samples, {fetched} of them packed again"
+    return text + (f"; {report['left_out']} causes in {args.out}.quarantine.jsonl" if report["left_out"] else "")
