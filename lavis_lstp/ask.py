@@ -132,17 +132,20 @@ def _where_the_run_stood(manifest: Path, path: str) -> str:
     Raises:
         WeightsError: it is in none of them.
     """
+    from lavis_lstp.models.weights import checkpoint_source
+
     given = Path(path).expanduser()
     for folder in () if given.is_absolute() else manifest.resolve().parents:
         if (folder / given).exists():
             return str(folder / given)
-    if not given.exists():
+    try:
+        return str(checkpoint_source(path))  # below the current folder, among the user's weights, or on the hub
+    except WeightsError as error:
         where = "" if given.is_absolute() else ", neither in the current folder nor in one above that run"
         raise WeightsError(
             f"the run of {manifest} began with the weights '{path}', which are gone{where}; "
-            "put them back there, or start `ask` in the folder where the run was started"
-        )
-    return path
+            f"put them back there, or start `ask` in the folder where the run was started ({error})"
+        ) from error
 
 
 def recorded_frames(checkpoint: str | None) -> int:

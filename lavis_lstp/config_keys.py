@@ -89,7 +89,8 @@ def check_model(given: Mapping, defaults: Mapping, model_cls: type) -> None:
         if read is None:
             return
         extra[""] |= read
-    _check_mapping(given, defaults, "model", extra, strict=is_ours(model_cls))
+    several = {"checkpoint": None} if is_ours(model_cls) else {}  # one or a list of them, whatever a type's own is
+    _check_mapping(given, {**defaults, **several}, "model", extra, strict=is_ours(model_cls))
     if is_ours(model_cls):
         optional = {*open_keys, *getattr(model_cls, "OPTIONAL_SECTIONS", {})}
         for key, default in defaults.items():

@@ -102,6 +102,18 @@ def test_earlier_weights_that_are_gone_are_named(tmp_path, place):
         ask.build_model("lstp_tiny", None, str(make_run(tmp_path / "run", checkpoint=place)), [])
 
 
+def test_earlier_weights_may_be_a_file_of_the_hub_that_lies_elsewhere(tmp_path, monkeypatch):
+    """As the published checkpoint, which a fine-tuned run begins with."""
+    source = make_run(tmp_path / "first") / "checkpoints" / "last" / "model.safetensors"
+    place = tmp_path / "weights" / "owner" / "repository" / "first.safetensors"
+    place.parent.mkdir(parents=True)
+    source.rename(place)
+    run = make_run(tmp_path / "run", checkpoint="owner/repository/first.safetensors")
+    monkeypatch.setenv("LAVIS_LSTP_WEIGHTS", str(tmp_path / "weights"))
+    assert ask.recorded_model(str(run))["checkpoint"] == [str(place)]
+    assert ask.build_model("lstp_tiny", None, str(run), [])[1]
+
+
 def test_frames_are_as_many_as_the_run_used_and_replaced_flow_is_said(tmp_path, capsys, monkeypatch):
     video = numbered_video(tmp_path / "clip.mp4", 30)
     folder = make_run(tmp_path / "run", flow={"name": "precomputed"})

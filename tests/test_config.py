@@ -341,3 +341,9 @@ def test_cuda_without_a_device(write, capsys):
 def test_job_ids_tell_runs_apart():
     """LAVIS's changes every ten minutes, so that runs overwrite each other."""
     assert len(launch.shared_job_id()) == len("20261122134500")
+
+
+def test_a_list_of_checkpoints_replaces_the_one_a_type_comes_with(write):
+    chosen = ["model.arch=lstp_vicuna7b", "model.model_type=pretrained"]
+    assert load(write(), *chosen).model_cfg.checkpoint == "ColorfulAI/LSTP-Chat/LSTP-7B.ckpt"
+    assert list(load(write(), *chosen, "model.checkpoint=[sampler,run]").model_cfg.checkpoint) == ["sampler", "run"]
