@@ -18,7 +18,7 @@ from setuptools.command.editable_wheel import editable_wheel
 
 HERE = Path(__file__).resolve().parent
 PTH = "lavis_lstp.pth"
-RECIPE_SUFFIXES = {".yaml", ".json", ".sbatch", ".md"}
+RECIPE_SUFFIXES = {".yaml", ".json", ".sbatch", ".md", ".py"}
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "lavis_lstp" / "__init__.py").read_text(encoding="utf-8"))[1]
 
 
@@ -102,6 +102,7 @@ OUR_NEEDS = [
     "protobuf>=4",  # transformers reads hub folders that have tokenizer.model alone with it
     "pyyaml>=6",
     "safetensors>=0.4.3",
+    "simplemma>=2.0",
     "tokenizers>=0.22",
     "torch>=2.4",
     "torchvision>=0.19",
@@ -126,6 +127,7 @@ setup(
     packages=[
         "lavis_lstp",
         "lavis_lstp.data",
+        "lavis_lstp.judging",
         "lavis_lstp.metrics",
         "lavis_lstp.models",
         "lavis_lstp.runners",
@@ -137,8 +139,18 @@ setup(
     package_data={"lavis_lstp": ["configs/**/*.yaml"]},
     install_requires=LAVIS_NEEDS + OUR_NEEDS,
     extras_require={
-        "test": ["hypothesis>=6.100", "psutil>=5.9", "pytest>=8", "pytest-xdist>=3.5", "ruff>=0.6", "setuptools>=70.1"],
+        "test": [
+            "deepspeed>=0.17",
+            "hypothesis>=6.100",
+            "openai>=3",
+            "psutil>=5.9",
+            "pytest>=8",
+            "pytest-xdist>=3.5",
+            "ruff>=0.6",
+            "setuptools>=70.1",
+        ],
         "deepspeed": ["deepspeed>=0.17"],
+        "judge": ["openai>=3"],
     },
     entry_points={"console_scripts": ["lavis-lstp = lavis_lstp.cli:main"]},
     cmdclass={"build_py": BuildWithPlugin, "editable_wheel": EditableWithPlugin},

@@ -1,8 +1,8 @@
 """Every recipe of projects/lstp, run on tiny weights and data that lie where the recipe looks for them.
 
-The folder is laid out as projects/lstp/README.md says, by the program printed there, so a recipe is given sizes and
-nothing else. Two optimizer steps with a stop between them, then an evaluation; each recipe reads what the ones before
-it wrote. All in this process, and one of each kind as a command.
+The folder is laid out as projects/lstp/README.md says, so a recipe is given sizes and nothing else. Two optimizer steps
+with a stop between them, then an evaluation; each recipe reads what the ones before it wrote. All in this process, and
+one of each kind as a command.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -32,11 +33,12 @@ from lavis_lstp.testing.tiny_instruct import write_instruct
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = ROOT / "projects" / "lstp"
 NUM_FRAMES = 8
+SPLITS = ("train", "val", "test")
 ORDER = (
     *("spans_flant5xl", "spans_vicuna7b", "sampler_flant5xl", "sampler_vicuna7b", "locate_flant5xl", "locate_vicuna7b"),
     *("sf_flant5xl", "sf_vicuna7b", "sf_instruct_flant5xl"),
     *("video_flant5xl", "video_instruct_flant5xl", "video_vicuna7b"),
-    *("flant5xl_ft", "vicuna_ft", "flant5xl_lora", "vicuna_lora"),
+    *("flant5xl_ft", "vicuna_ft", "flant5xl_lora", "vicuna_lora", "own_videos"),
 )
 TRAINS = [name for name in ORDER if not name.startswith(("spans", "locate"))]
 
@@ -48,10 +50,23 @@ def recipe(name: str) -> dict:
 def sizes(name: str) -> list[str]:
     """What makes a full-size recipe tiny: no name of anything, no path."""
     data = [f"datasets.{key}.image_size={Sizes().image_size}" for key in recipe(name)["datasets"]]
-    data += [f"datasets.lstp_video_instruct.num_frames={NUM_FRAMES}"]
-    few = ["model.generation.max_new_tokens=2", "model.refinement.max_new_tokens=2", "run.log_freq=1"]
-    run = ["run.device=cpu", "run.batch_size_train=3", "run.batch_size_eval=2", "run.num_workers=0", "run.max_epoch=2"]
+    data += [f"datasets.{key}.num_frames={NUM_FRAMES}" for key in recipe(name)["datasets"] if "video" in key]
+    few = ["model.generation.max_new_tokens=2", "model.refinement.max_new_tokens=2", "model.flow.iterations=1"]
+    run = [
+        "run.log_freq=1",
+        "run.device=cpu",
+        "run.batch_size_train=3",
+        "run.batch_size_eval=2",
+        "run.num_workers=0",
+        "run.max_epoch=2",
+    ]
     return [*size_options(), *data, *few, *run]
+
+
+def python(*words: str, status: int = 0) -> str:
+    run = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=600, check=False)
+    assert run.returncode == status, run.stderr[-3000:]
+    return run.stdout + run.stderr
 
 
 def call(name: str, *options: str) -> int:
@@ -64,22 +79,20 @@ def call(name: str, *options: str) -> int:
 def work(tmp_path_factory) -> Path:
     """The folder to stand in: inputs as the README says, made of tiny data; weights below `weights`."""
     root = tmp_path_factory.mktemp("recipes")
-    raw = write_instruct(root / "inputs" / "ivinstruct", num_frames=NUM_FRAMES)
-    (root / "inputs/ivinstruct/annotations").mkdir()
-    for name in ("train", "val"):
-        raw[name].rename(root / "inputs/ivinstruct/annotations" / f"{name}.json")
-    program = re.search(r"```python\n(.*?)```", (PROJECT / "README.md").read_text(), re.S)[1]
-    subprocess.run([sys.executable, "-c", program], cwd=root, check=True)
-    names = [
-        "instructblip-vicuna-7b",
-        "instructblip-flan-t5-xl",
-        "blip2-flan-t5-xl",
-        "bert-base-uncased",
-        "raft-sintel",
-    ]
-    write_all(root / "weights", only=names)
     before, environment = os.getcwd(), os.environ.get("LAVIS_LSTP_WEIGHTS")
     os.chdir(root)
+    raw = write_instruct(root / "inputs" / "ivinstruct", num_frames=NUM_FRAMES)
+    annotations = root / "inputs/ivinstruct/annotations"
+    annotations.mkdir()
+    files = [str(raw[name].rename(annotations / f"{name}.json")) for name in ("train", "val")]
+    python(str(PROJECT / "split_video_llava.py"), *files)
+    (root / "inputs/videoinstruct/video").symlink_to("../ivinstruct/videochatgpt_tune")
+    (root / "inputs/own").mkdir()
+    for split in SPLITS:
+        shutil.copy(raw["eval"], root / "inputs/own" / f"{split}.json")
+    (root / "inputs/own/videos").symlink_to("../ivinstruct")
+    backbones = ["instructblip-vicuna-7b", "instructblip-flan-t5-xl", "blip2-flan-t5-xl"]
+    write_all(root / "weights", only=[*backbones, "bert-base-uncased", "raft-sintel", "lstp-7b"])
     os.environ["LAVIS_LSTP_WEIGHTS"] = str(root / "weights")
     yield root
     os.chdir(before)
@@ -135,6 +148,7 @@ PARTS = {
     "video": {*LEARNT},
     "ft": {*LEARNT},
     "lora": {*LEARNT, "language_model"},
+    "own": {*LEARNT},
 }
 """Of SPEC 8: what each kind of recipe trains, as the first name of its weights."""
 
@@ -183,6 +197,29 @@ def test_the_trained_model_answers_about_videos_that_have_no_spans(done):
     assert 0 <= start < end <= NUM_FRAMES and set(row["frame_index"]) <= {-1, *range(start, end)}
 
 
+def test_the_model_trained_on_own_videos_answers_a_question(done, capsys):
+    video, checkpoint = "inputs/own/videos/videochatgpt_tune/clip-5.mp4", "output/lstp/own_videos"
+    assert cli.main(["ask", video, "Which colour has the shape?", "--checkpoint", checkpoint, "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert isinstance(answer["prediction"], str) and 0 <= answer["span_s"][0] < answer["span_s"][1]
+
+
+def test_a_video_is_never_in_two_splits(work):
+    for data, key in (("ivinstruct", "video"), ("videoinstruct", "video_id")):
+        content = [json.loads(Path(f"inputs/{data}/{split}.json").read_text()) for split in SPLITS]
+        rows = [list(own.values()) if isinstance(own, dict) else own for own in content]
+        videos = [{row[key] for row in own if key in row} for own in rows]
+        assert [len(own) for own in videos] == [4, 1, 1] and len(set.union(*videos)) == 6
+    (name, first), *_ = content[0].items()
+    assert first == {"q": "What appears in the video?", "a": first["a"], "video_id": name.rpartition("_")[0]}
+
+
+def test_a_row_that_is_no_conversation_is_named(work):
+    Path("wrong.json").write_text('[{"id": 1, "video": "v.mp4"}]')
+    said = python(str(PROJECT / "split_video_llava.py"), "wrong.json", status=1)
+    assert said.splitlines()[-1].startswith("error: wrong.json, entry 0: key 'conversations' is missing")
+
+
 # ---- what they reproduce
 
 PUBLISHED = {
@@ -203,10 +240,10 @@ PUBLISHED = {
 
 
 def test_every_recipe_that_trains_has_its_published_row():
-    assert set(PUBLISHED) == set(TRAINS)
+    assert set(PUBLISHED) == set(TRAINS) - {"own_videos"}
 
 
-@pytest.mark.parametrize("name", TRAINS)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_settings_are_the_published_ones(work, name):
     samples, precision, epochs, optimizer = PUBLISHED[name]
     whole = config(name)
@@ -305,7 +342,9 @@ def read_by(section) -> set[str]:
     """Every path and hub id in a configuration."""
     values = section.values() if isinstance(section, dict) else section if isinstance(section, list) else ()
     inner = set().union(*(read_by(value) for value in values)) if values else set()
-    is_name = isinstance(section, str) and re.fullmatch(r"(inputs|output|Salesforce|google-bert)/\S+", section)
+    is_name = isinstance(section, str) and re.fullmatch(
+        r"(inputs|output|Salesforce|google-bert|ColorfulAI)/\S+", section
+    )
     return {section} if is_name else inner
 
 
@@ -319,7 +358,7 @@ def test_the_header_names_every_input_and_what_makes_it(work, name):
     for path, how in named.items():
         words = shlex.split(how)
         if words[:2] == ["hf", "download"]:
-            assert words[2] == path and path in needed
+            assert "/".join(words[2:]) == path and path in needed
         elif how.startswith("projects/lstp/README.md"):
             assert path.startswith("inputs/")
         elif words[0] == "lavis-lstp":
@@ -334,12 +373,6 @@ def test_the_header_names_every_input_and_what_makes_it(work, name):
 
 
 # ---- as commands
-
-
-def python(*words: str, status: int = 0) -> str:
-    run = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=600, check=False)
-    assert run.returncode == status, run.stderr[-3000:]
-    return run.stdout
 
 
 def test_a_recipe_as_a_command(done):
