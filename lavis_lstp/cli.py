@@ -22,6 +22,7 @@ COMMANDS = {
     "doctor": ("lavis_lstp.doctor:main", "say what works on this machine, and why the rest does not"),
     "export": ("lavis_lstp.export:main", "write a folder that plain transformers loads, LoRA merged"),
     "flow": ("lavis_lstp.flow_files:main", "compute optical flow once, for `flow: precomputed`"),
+    "judge": ("lavis_lstp.judging.judge:main", "say which answers are right: rules, a language model, or a record"),
     "list": ("lavis_lstp.cli:list_names", "list models, datasets, tasks, runners or recipes"),
 }
 

@@ -1,0 +1,129 @@
+"""Files that are judged or hold verdicts: JSON lines or a JSON list, one object per question, joined by question_id.
+
+In: a predictions file, perhaps the answers in a file of their own, verdict files. Out: dicts by question_id. A row that
+cannot be read is an error with its line, never a row less.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lavis_lstp.errors import AnnotationError, CoverageError
+from lavis_lstp.judging.verdict import JUDGED, Case, Verdict
+from lavis_lstp.metrics.coverage import join_by_id
+
+Row = dict[str, Any]
+
+
+def read_rows(path: str | os.PathLike) -> list[tuple[str, Row]]:
+    """(where it stands, object) of each entry.
+
+    Raises:
+        AnnotationError: no such file, or a line that is not a complete JSON object.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise AnnotationError(f"{path}: cannot be read ({error})") from None
+    entries: list[tuple[str, Any]] = []
+    if text.lstrip().startswith("["):
+        entries = [(f"{path}: entry {n}", entry) for n, entry in enumerate(_json(text, str(path)))]
+    else:
+        lines = text.split("\n")  # not splitlines: a JSON string may hold U+2028
+        entries = [(f"{path}: line {n}", _json(line, f"{path}: line {n}")) for n, line in enumerate(lines, 1) if line]
+    for where, entry in entries:
+        if not isinstance(entry, dict):
+            raise AnnotationError(f"{where}: expected an object, got {type(entry).__name__}")
+    if not entries:
+        raise AnnotationError(f"{path}: holds no row")
+    return entries
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise AnnotationError(f"{where}: no complete JSON ({error}); was its writer stopped? let it finish") from None
+
+
+def by_question_id(path: str | os.PathLike) -> dict[str, Row]:
+    """Rows by their question_id.
+
+    Raises:
+        AnnotationError: a row without one.
+        CoverageError: two rows with the same one.
+    """
+    found: dict[str, Row] = {}
+    for where, row in read_rows(path):
+        if not isinstance(row.get("question_id"), str | int):
+            raise AnnotationError(f"{where}: expected a question_id, got {row.get('question_id')!r}")
+        key = str(row["question_id"])
+        if key in found:
+            raise CoverageError(f"{where}: question_id '{key}' has more than one row; ids must be unique")
+        found[key] = row
+    return found
+
+
+def read_predictions(
+    predictions: str | os.PathLike, answers: str | os.PathLike | None = None, *, allow_partial: bool = False
+) -> tuple[dict[str, Row], dict[str, Any]]:
+    """Rows with question, answer and prediction by question_id, and the coverage.
+
+    Args:
+        answers: file with question_id, answer and perhaps question, where the predictions bring none; it also says
+            which questions there are.
+        allow_partial: go on with questions that have a prediction where others have none.
+
+    Raises:
+        AnnotationError: a row lacks one of the three.
+        CoverageError: predictions and answers are not one to one, and not `allow_partial`.
+    """
+    predicted = by_question_id(predictions)
+    golds: Mapping[str, Row] = by_question_id(answers) if answers is not None else predicted
+    ids, *_, coverage = join_by_id(predicted, golds, allow_partial=allow_partial)
+    rows = {}
+    for key in ids:
+        row = {**golds[key], **{name: value for name, value in predicted[key].items() if value is not None}}
+        for name in Case._fields:
+            if not isinstance(row.get(name), str) or (name == "answer" and not row[name].strip()):
+                raise AnnotationError(
+                    f"{predictions}: question_id '{key}' has no {name} to judge by (a text), got {row.get(name)!r}; "
+                    "questions and answers may also come from a file of their own, --answers"
+                )
+            if answers is not None and name != "prediction" and row[name] != golds[key].get(name, row[name]):
+                raise AnnotationError(
+                    f"question_id '{key}' has another {name} in {predictions} ({row[name]!r}) than in {answers} "
+                    f"({golds[key][name]!r}); these files do not belong together"
+                )
+        rows[key] = row
+    return rows, coverage
+
+
+def case_of(row: Row) -> Case:
+    return Case(*(row[name] for name in Case._fields))
+
+
+def verdict_row(question_id: str, row: Row, verdict: Verdict) -> Row:
+    """A line of a verdict file."""
+    kept = {name: row[name] for name in ("video_id", *Case._fields) if row.get(name) is not None}
+    return {"question_id": question_id, **kept, **verdict_fields(verdict)}
+
+
+def verdict_fields(verdict: Verdict) -> Row:
+    fields: Row = {"status": verdict.status}
+    if verdict.status == JUDGED:
+        fields.update(pred="yes" if verdict.correct else "no", score=verdict.score)
+    if verdict.rule:
+        fields["rule"] = verdict.rule
+    return {**fields, "judge": verdict.judge, **({"note": dict(sorted(verdict.note.items()))} if verdict.note else {})}
+
+
+def named(ids: Iterable[str], count: int = 5) -> str:
+    ids = list(ids)
+    shown = ", ".join(repr(key) for key in ids[:count]) + (", ..." if len(ids) > count else "")
+    return f"{len(ids)} ({shown})" if ids else "0"
