@@ -10,7 +10,7 @@ in the loss.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,11 +27,13 @@ _BERT_EPS = 1e-12
 _SELF_MASK = -10000.0
 
 
-@dataclass
-class SamplerOutput:
-    """hidden_states [B,L+2,H] (bos, flows, eos or padding); start_logits, end_logits [B,L], padded flows included."""
+class SamplerOutput(NamedTuple):
+    """hidden_states [B,L+2,H] (bos, flows, eos or padding); start_logits, end_logits [B,L], padded flows included.
 
-    hidden_states: Tensor
+    A tuple, because the hooks of ZeRO-3 look for tensors in tuples and dicts alone.
+    """
+
+    hidden_states: Tensor | None
     start_logits: Tensor
     end_logits: Tensor
 
