@@ -16,7 +16,9 @@ from lavis_lstp.errors import LstpError
 
 COMMANDS = {
     "ask": ("lavis_lstp.ask:main", "ask a question about a video file"),
+    "calibrate": ("lavis_lstp.judging.calibrate:main", "say how far two judges of the same answers agree"),
     "chain": ("lavis_lstp.chain:main", "run the steps of a chain file, from where the last call stopped"),
+    "compare": ("lavis_lstp.judging.compare:main", "test whether one model answers better than another"),
     "convert": ("lavis_lstp.convert:main", "turn published weights into a small folder for model.checkpoint"),
     "demo": ("lavis_lstp.demo:main", "generate data, train, evaluate and print the table"),
     "doctor": ("lavis_lstp.doctor:main", "say what works on this machine, and why the rest does not"),

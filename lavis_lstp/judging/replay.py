@@ -32,7 +32,7 @@ class Replay:
         for where, row in read_rows(path):
             verdict = read_verdict(where, row)
             judges.add(verdict.judge)
-            if verdict.status in OPEN or not (only is None or only in verdict.judge or _is_rules(verdict.judge)):
+            if verdict.status in OPEN or not (only is None or only in verdict.judge or is_rules(verdict.judge)):
                 continue
             case = _case(where, row)
             known = self._verdicts.setdefault(case, verdict)
@@ -77,7 +77,7 @@ def _case(where: str, row: Row) -> Case:
     return case_of(row)
 
 
-def _is_rules(judge: str) -> bool:
+def is_rules(judge: str) -> bool:
     return judge.split(" ")[0] == "rules"
 
 

@@ -110,7 +110,7 @@ def case_of(row: Row) -> Case:
 
 def verdict_row(question_id: str, row: Row, verdict: Verdict) -> Row:
     """A line of a verdict file."""
-    kept = {name: row[name] for name in ("video_id", *Case._fields) if row.get(name) is not None}
+    kept = {name: row[name] for name in ("video_id", "category", *Case._fields) if row.get(name) is not None}
     return {"question_id": question_id, **kept, **verdict_fields(verdict)}
 
 
