@@ -15,7 +15,11 @@ flow, whatever the sample is.
     flow         float32 [B,T,2,h,w]  only where the data set brings it: (u, v) in px per frame, x right, y down
     text_input   list of B str      the question alone
     prompt       list of B str      the whole prompt where the data bring one (a conversation), '' = the model makes it
-    text_output  list of B str      the answer to learn or to be compared with, without an end mark
+    options      list of B lists of str   what to choose from, [] = the answer is open
+    category     list of B str      kind of question, '' = unknown
+    media        list of B str      equal where frames and flow are the same, '' = a text
+    text_output  list of B str      the answer to learn or to be compared with, without an end mark; '' where it is not known
+    answer       list of B str      the same, None where it is not known
     span         int64 [B,2]        half-open frame span to learn from (a pseudo span), (-1, -1) = none
     gold_span    int64 [B,2]        for evaluation alone, (-1, -1) = unknown; no training code reads it
     question_id, video_id, instance_id    list of B str

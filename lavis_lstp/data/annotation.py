@@ -86,6 +86,23 @@ def check_object(row: Any, place: str, required: tuple[str, ...], texts: tuple[s
             raise AnnotationError(f"{place}: '{key}' must be a string, got {type(row[key]).__name__} {row[key]!r}")
 
 
+def check_seconds(span: Any, key: str, place: str) -> None:
+    """Raises AnnotationError for what is neither null nor [start, end]."""
+    if span is None:
+        return
+    numbers = isinstance(span, list) and len(span) == 2 and all(type(x) in (int, float) for x in span)
+    if not numbers or not 0 <= span[0] < span[1]:
+        raise AnnotationError(f"{place}: '{key}' must be [start, end] in seconds with start < end, got {span!r}")
+
+
+def check_options(options: Any, answer: str | None, place: str) -> None:
+    """Raises AnnotationError for options that cannot be told apart by what they say, or lack the answer."""
+    if not isinstance(options, list) or len(options) < 2 or not all(isinstance(o, str) and o for o in options):
+        raise AnnotationError(f"{place}: 'options' must be two texts or more, got {options!r}")
+    if answer is not None and answer not in options:
+        raise AnnotationError(f"{place}: the answer {answer!r} is none of the options {options!r}")
+
+
 def _check_entry(row: Any, place: str, seen: set[str]) -> None:
     if isinstance(row, dict) and "question_id" in row:
         place = f"{place} (question_id {row['question_id']!r})"
@@ -93,11 +110,10 @@ def _check_entry(row: Any, place: str, seen: set[str]) -> None:
     texts = ("question_id", "video_id", media, "question", "answer", "category")
     check_object(row, place, ("question_id", media, "question", "answer"), texts)
     row.setdefault("video_id", Path(row[media]).stem)
-    span = row.get("span_s")
-    if span is not None:
-        numbers = isinstance(span, list) and len(span) == 2 and all(type(x) in (int, float) for x in span)
-        if not numbers or not 0 <= span[0] < span[1]:
-            raise AnnotationError(f"{place}: 'span_s' must be [start, end] in seconds with start < end, got {span!r}")
+    for key in ("span_s", "clip_s"):
+        check_seconds(row.get(key), key, place)
+    if row.get("options") is not None:
+        check_options(row["options"], row["answer"], place)
     if row["question_id"] in seen:
         raise AnnotationError(f"{place}: 'question_id' {row['question_id']!r} occurs twice; ids must be unique")
     seen.add(row["question_id"])

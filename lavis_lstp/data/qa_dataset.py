@@ -3,7 +3,8 @@
 In: a JSON list or JSON lines, one entry per question:
 
     {"question_id": str, "video_id": str, "video": "path below the video folder" (or "image": ...),
-     "question": str, "answer": str, "span_s": [start, end] (optional, gold, seconds), "category": str (optional)}
+     "question": str, "answer": str, "span_s": [start, end] (optional, gold, seconds), "category": str (optional),
+     "options": [str, ...] (optional, the answer is one of them), "clip_s": [start, end] (optional, seconds: this part)}
 
 Out: one sample per question, `collater` makes the batch. A picture is a sample of one frame, and an entry with neither
 video nor image (`instruct` makes such) one without frames. Tar shards will give the same samples. Everything that can
@@ -56,8 +57,8 @@ class VideoQADataset(Dataset):
             frames.
         spans: pseudo spans by question id, or None; see `data.spans`.
         backend: pyav or decord.
-        cache_videos: so many decoded videos are kept in memory, in each loader process.
-        max_bad_fraction: share of samples that may fail to decode before the run stops.
+        cache_videos: so many decoded videos are kept in memory, in each loader process; at least one always is.
+        max_bad_fraction: share of samples that may fail to decode, or have no file, before the run stops.
         vis_processor, text_processor: LAVIS processors; the first makes `image`, [3,h,w], of the middle frame for
             LAVIS's own models, the second changes the question (not a prompt).
         section: of the configuration that these settings stand in, for messages.
@@ -110,6 +111,7 @@ class VideoQADataset(Dataset):
         self._decode = None
         self._check_settings()
         self._check_kinds()
+        self._check_clips()
         self._check_ids()
         self._check_files()
 
@@ -153,6 +155,13 @@ class VideoQADataset(Dataset):
         if "text" in self.kinds and self.vis_processor is not None:
             raise ConfigError(f"{self.section}.vis_processor: a text has no picture to process")
 
+    def _check_clips(self) -> None:
+        if self.flow == "precomputed" and any(row.get("clip_s") for row in self.annotation):
+            raise ConfigError(
+                f"{self.section}.flow: precomputed is of whole videos, and questions here are about parts of videos "
+                "(clip_s); use motion_vectors, or none and let the model compute it"
+            )
+
     def _check_ids(self) -> None:
         ids = Counter(row["question_id"] for row in self.annotation)
         if len(ids) < len(self.annotation):
@@ -179,9 +188,15 @@ class VideoQADataset(Dataset):
             # By the name alone: a folder may well hold links to where the videos are kept.
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 raise AnnotationError(f"question {question!r}: path {name!r} leads out of {self.root}")
-            if not (self.root / name).is_file():
+            if not (self.root / name).exists():  # a folder of pictures is a video, too
                 missing.append((self.root / name, question))
-        if missing:
+        lost = {path for path, _ in missing}
+        open_questions = sum(self.root / row.get(_kind(row), "") in lost for row in self.annotation)
+        if missing and open_questions <= self.max_bad_fraction * len(self.annotation):
+            names = ", ".join(str(path) for path, _ in missing[:5]) + ", ..." * (len(missing) > 5)
+            what = f"{len(missing)} of {len(paths)} files are missing"
+            logger.warning("%s, %d questions about them stay open: %s", what, open_questions, names)
+        elif missing:
             path, question = missing[0]
             raise VideoError(
                 f"{path}: no such file, needed by question {question!r} and missing with {len(missing) - 1} others of "
@@ -196,6 +211,14 @@ class VideoQADataset(Dataset):
 
     def question_ids(self) -> list[str]:
         return [row["question_id"] for row in self.annotation]
+
+    def eval_groups(self) -> list[list[int]]:
+        """Questions about the same frames, which are then decoded once; the short ones of a group come first."""
+        groups: dict[str, list[int]] = {}
+        for index, row in enumerate(self.annotation):
+            groups.setdefault(_media_name(row) or f"text {index}", []).append(index)
+        length = [len(row["question"]) + sum(map(len, row.get("options") or ())) for row in self.annotation]
+        return [sorted(group, key=lambda index: (length[index], index)) for group in groups.values()]
 
     def fingerprint(self) -> str:
         """SHA-256 of everything that decides the samples, but the videos' content."""
@@ -230,7 +253,10 @@ class VideoQADataset(Dataset):
             "frame_times": torch.from_numpy(times.astype(np.float32)),
             "text_input": self.text_processor(row["question"]) if self.text_processor else row["question"],
             "prompt": row.get("prompt", ""),
-            "text_output": row["answer"],
+            "options": row.get("options") or [],
+            "category": row.get("category") or "",
+            "media": _media_name(row),
+            "text_output": row["answer"] or "",
             "answer": row["answer"],
             "question_id": row["question_id"],
             "instance_id": row["question_id"],
@@ -265,18 +291,21 @@ class VideoQADataset(Dataset):
             nothing = (0, 3, self.image_size, self.image_size)
             frames = self._read_image(self.root / row["image"]) if kind == "image" else torch.zeros(nothing).byte()
             return frames, np.zeros(len(frames)), self._no_flow(frames)
-        if self._decode is None:
-            self._decode = lru_cache(maxsize=self.cache_videos)(self._read) if self.cache_videos else self._read
-        frames, times, flow = self._decode(row["video"], row["video_id"])
+        if self._decode is None:  # the last video is kept always: questions about it may come one after the other
+            self._decode = lru_cache(maxsize=max(1, self.cache_videos))(self._read)
+        frames, times, flow = self._decode(row["video"], row["video_id"], tuple(row.get("clip_s") or ()) or None)
         return torch.from_numpy(frames), times, None if flow is None else torch.from_numpy(flow)
 
-    def _read(self, name: str, video_id: str) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    def _read(
+        self, name: str, video_id: str, clip_s: tuple[float, float] | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         codec = self.flow == "motion_vectors"
         video = read_frames(
             self.root / name,
             num=self.num_frames,
             fps=self.fps,
             short_videos=self.short_videos,
+            between_s=clip_s,
             size=self.image_size,
             backend=self.backend,
             motion_vectors=codec,
@@ -353,6 +382,12 @@ class VideoQADataset(Dataset):
 def _kind(row: Mapping[str, Any]) -> str:
     """video, image or text."""
     return "image" if "image" in row else "video" if "video" in row else "text"
+
+
+def _media_name(row: Mapping[str, Any]) -> str:
+    """Of the frames a question is about: equal where they are the same; '' for a text."""
+    kind, clip = _kind(row), row.get("clip_s")
+    return "" if kind == "text" else f"{row[kind]} {clip[0]:g} to {clip[1]:g} s" if clip else row[kind]
 
 
 def _padded(value: torch.Tensor, length: int) -> torch.Tensor:

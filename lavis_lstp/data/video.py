@@ -20,9 +20,11 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 
+from lavis_lstp.data.picture_folder import folder_index, pictures_in, read_pictures
 from lavis_lstp.data.video_decode import (
     DecodeCount,
     IndexMismatch,
@@ -41,6 +43,7 @@ from lavis_lstp.data.video_index import (
     video_index,
 )
 from lavis_lstp.errors import ConfigError, VideoError, unknown_name
+from lavis_lstp.schema import Span
 
 __all__ = ["VideoFrames", "VideoInfo", "probe", "read_flow_file", "read_frames", "resize_frames"]
 __all__ += ["sample_indices", "uniform_centres", "BACKENDS", "FLOW_FILE_VERSION", "SHORT_VIDEOS", "VIDEO_ENDINGS"]
@@ -194,24 +197,34 @@ def _at_times(index: VideoIndex, times_s: Sequence[float]) -> list[int]:
     return [int(i) - 1 for i in at]
 
 
-def _spread(index: VideoIndex, num: int, fps: float | None, short_videos: str) -> list[int]:
+def _spread(
+    index: VideoIndex, num: int, fps: float | None, short_videos: str, between_s: Sequence[float] | None
+) -> list[int]:
     """At most `num` frames, or exactly that many where short videos are doubled; see `read_frames`."""
     _refuse_incomplete(index)
-    chosen = list(range(index.num_frames))
+    chosen = frames_between(index.times_s, between_s)
     if fps is not None and fps < index.num_frames / index.duration_s:
-        at_fps = _at_times(index, np.arange(max(1, math.ceil(index.duration_s * fps - 1e-6))) / fps)
-        chosen = sorted(set(at_fps)) if len(set(at_fps)) <= num else chosen
+        at_fps = set(_at_times(index, np.arange(max(1, math.ceil(index.duration_s * fps - 1e-6))) / fps)) & set(chosen)
+        chosen = sorted(at_fps) if 0 < len(at_fps) <= num else chosen
     spread = sample_indices if short_videos == "double" else uniform_centres
     return [chosen[i] for i in spread(num, len(chosen))]
 
 
-def _choose(index: VideoIndex, indices, times_s, num, fps, short_videos) -> list[int]:
+def frames_between(times_s: Sequence[float], between_s: Sequence[float] | None) -> list[int]:
+    """Frames whose time lies in [start, end) seconds; the nearest to the middle where none does; None = all frames."""
+    if between_s is None:
+        return list(range(len(times_s)))
+    span = Span.from_seconds(*between_s, np.asarray(times_s).round(6).tolist())
+    return list(range(*span))
+
+
+def _choose(index: VideoIndex, indices, times_s, num, fps, short_videos, between_s) -> list[int]:
     if sum(x is not None for x in (indices, times_s, num)) != 1:
         raise TypeError("give exactly one of indices, times_s and num")
     if times_s is not None:
         return _at_times(index, list(times_s))
     if num is not None:
-        return _spread(index, num, fps, short_videos)
+        return _spread(index, num, fps, short_videos, between_s)
     chosen = [int(i) for i in indices]
     for i in chosen:
         if not 0 <= i < index.num_frames:
@@ -228,6 +241,7 @@ def read_frames(
     num: int | None = None,
     fps: float | None = None,
     short_videos: str = "keep",
+    between_s: Sequence[float] | None = None,
     size: int | Sequence[int] | None = None,
     backend: str = "pyav",
     motion_vectors: bool = False,
@@ -240,13 +254,14 @@ def read_frames(
     One picture is held in full size at a time; with `size` each is resized as it is decoded (SPEC 5).
 
     Args:
-        source: path, bytes, or seekable binary file.
+        source: path, bytes, or seekable binary file; or, with `num`, a folder of pictures (`picture_folder`).
         indices: frame numbers from 0, in any order, repeats allowed.
         times_s: seconds since the first frame; the frame on screen then.
         fps: with `num`: the frames on screen at 0, 1/fps, 2/fps, ... seconds, each once, where these are at most `num`;
             otherwise, and where the video has no more frames a second than that, `num` uniform centres of all frames.
         short_videos: with `num`: "keep" gives fewer frames where there are fewer; "double" repeats them in order to
             exactly `num`, as published training did (`sample_indices`).
+        between_s: with `num`: choose among the frames of [start, end) seconds, not of the whole video.
         size: S, or (height, width); None keeps the video's own.
         motion_vectors: also give `flow` from the codec's motion vectors. Everything between the first and the last
             chosen frame is decoded then.
@@ -258,6 +273,8 @@ def read_frames(
         VideoError: nothing there, not a video, no such frame, or one that is damaged.
         ConfigError: unknown backend or treatment of short videos, motion vectors from decord, or fps not positive.
     """
+    if isinstance(source, (str, os.PathLike)) and os.path.isdir(source):
+        return _read_folder(Path(source), num, fps, short_videos, between_s, size, motion_vectors)
     if backend not in BACKENDS:
         raise ConfigError(unknown_name("video backend", backend, BACKENDS))
     if short_videos not in SHORT_VIDEOS:
@@ -268,7 +285,7 @@ def read_frames(
         raise ConfigError(f"motion vectors need backend 'pyav', got '{backend}'")
     name = source_name(source, name)
     index = video_index(source, name)
-    asked = (indices, times_s, num, fps, short_videos)
+    asked = (indices, times_s, num, fps, short_videos, between_s)
     try:
         return _read(source, index, asked, size, backend, motion_vectors, flow_size, threads)
     except IndexMismatch:
@@ -276,6 +293,18 @@ def read_frames(
         facts = {key: getattr(index, key) for key in kept}
         index = count_frames(source, name, None, facts)
         return _read(source, index, asked, size, backend, motion_vectors, flow_size, threads)
+
+
+def _read_folder(folder: Path, num, fps, short_videos, between_s, size, motion_vectors) -> VideoFrames:
+    """`num` frames of a folder of pictures."""
+    if motion_vectors:
+        raise ConfigError(f"{folder}: pictures have no motion vectors; use flow none and let the model compute it")
+    paths = pictures_in(folder)
+    index = folder_index(folder, len(paths))
+    chosen = _choose(index, None, None, num, fps, short_videos, between_s)
+    frames = read_pictures([paths[i] for i in chosen], None if size is None else _height_width(size), _resize_picture)
+    info = VideoInfo(len(paths), index.fps, index.duration_s, frames.shape[3], frames.shape[2], 0, index.codec)
+    return VideoFrames(frames, index.times_s[chosen], chosen, info)
 
 
 def _read(source, index, asked, size, backend, motion_vectors, flow_size, threads) -> VideoFrames:
