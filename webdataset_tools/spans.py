@@ -51,10 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     path = Path(args.spans)
     content = parse(read_text(path, section="--spans"), path, "file")
-    if not isinstance(content, dict) or (content.get("format"), content.get("version")) != (
-        SPANS_FORMAT,
-        SPANS_VERSION,
-    ):
+    header = content if isinstance(content, dict) else {}
+    if (header.get("format"), header.get("version")) != (SPANS_FORMAT, SPANS_VERSION):
         raise AnnotationError(f"{path}: expected format {SPANS_FORMAT!r} version {SPANS_VERSION}")
     header = {name: value for name, value in header.items() if name != "spans"}
     frames = {"fps": header.get("fps"), "short_videos": header.get("short_videos", "keep")}
