@@ -20,6 +20,18 @@ SRUN = """#!/bin/bash
 echo "srun $*" >> calls
 exec "$@"
 """
+TWO_TASKS = """#!/bin/bash
+export SLURM_NTASKS=2
+for i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i "$@" & tasks="${tasks-} $!"; done
+trap 'kill -TERM $tasks' TERM
+worst=0
+for task in $tasks; do
+    while kill -0 "$task" 2>/dev/null; do wait "$task"; status=$?; done
+    [ "$status" -gt "$worst" ] && worst=$status
+done
+exit "$worst"
+"""
+"""srun as Slurm's: it passes signals on to its tasks, and ends with their highest status."""
 SCONTROL = """#!/bin/bash
 echo "scontrol $*" >> calls
 case "$1" in show) printf 'node3\\nnode4\\n' ;; requeue) exit "${REQUEUE_STATUS:-0}" ;; esac
@@ -140,11 +152,13 @@ def test_evaluations_and_chains_run_too_and_anything_else_is_an_error(work):
 
 @pytest.mark.slow
 def test_training_goes_on_after_a_stop(work):
-    """The same with the real program, on the CPU: the second call ends what the first began."""
+    """The same with the real program, two tasks on the CPU: the second call ends what the first began."""
+    (work / "bin" / "srun").write_text(TWO_TASKS)
+    (work / "bin" / "scontrol").write_text(SCONTROL.replace("node3", "localhost"))
     (work / "bin" / "python").write_text(f'#!/bin/bash\nexec {sys.executable} "$@"\n')
     sizes = {"train_videos": 4, "val_videos": 0, "test_videos": 1, "train_images": 0}
     options = [f"datasets.lstp_shapes.generate.{name}={value}" for name, value in sizes.items()]
-    steps_in_all = 80
+    steps_in_all = 40
     options += ["run.test_splits=[]", "run.max_epoch=500", f"run.max_steps={steps_in_all}", "run.batch_size_train=2"]
     options += ["run.log_freq=1", "run.output_dir=out"]
     command = ("lavis.train", "--cfg-path", "projects/lstp/tiny_ft.yaml", "--options", *options)
@@ -154,14 +168,14 @@ def test_training_goes_on_after_a_stop(work):
         rows = read_jsonl(log) if log.exists() else ()
         return [row["step"] for row in rows if row["kind"] == "train"]
 
-    job = submit(work, *command)
+    job = submit(work, *command, SLURM_CPUS_PER_TASK="1")
     wait_for(lambda: len(steps()) > 2 or job.poll() is not None)
     job.send_signal(signal.SIGTERM)
     assert job.wait(timeout=60) == 143, job.stdout.read()
     assert calls(work)[-1] == "scontrol requeue 20007"
     before = len(steps())
     assert 2 < before < steps_in_all
-    job = submit(work, *command)
+    job = submit(work, *command, SLURM_CPUS_PER_TASK="1")
     assert job.wait(timeout=300) == 0, job.stdout.read()
     assert steps() == list(range(1, steps_in_all + 1))  # none twice, none left out
 
