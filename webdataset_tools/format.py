@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lavis_lstp.errors import ShardError
+from lavis_lstp.data.annotation import check_options, check_seconds
+from lavis_lstp.errors import AnnotationError, ShardError
 
 SAMPLE_FORMAT = "lavis_lstp.shard_sample"
 FRAMES_FORMAT = "lavis_lstp.frames"
@@ -170,9 +171,12 @@ def check_sample(value: Mapping[str, Any], place: str, key: str | None = None) -
 def _check_question(row: Any, place: str) -> None:
     if not isinstance(row, dict):
         raise ShardError(f"{place}: expected an object, got {type(row).__name__}", "schema")
-    texts = ("question_id",) if "conversations" in row else ("question_id", "question", "answer")
-    for name in texts:
-        if not isinstance(row.get(name), str):
+    if not isinstance(row.get("question_id"), str):
+        raise ShardError(f"{place}: 'question_id' must be a string, got {row.get('question_id')!r}", "schema")
+    place = f"{place} ({row['question_id']!r})"
+    for name in () if "conversations" in row else ("question", "answer"):
+        hidden = name == "answer" and name in row and row[name] is None  # a test set's
+        if not isinstance(row.get(name), str) and not hidden:
             raise ShardError(f"{place}: '{name}' must be a string, got {row.get(name)!r}", "schema")
     for name in ("prompt", "category"):
         if not isinstance(row.get(name, ""), str):
@@ -180,11 +184,13 @@ def _check_question(row: Any, place: str) -> None:
     turns = row.get("conversations", [])
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise ShardError(f"{place}: 'conversations' must be a list of {{from, value}}", "schema")
-    span = row.get("span_s")
-    if span is not None:
-        numbers = isinstance(span, list) and len(span) == 2 and all(type(x) in (int, float) for x in span)
-        if not numbers or not 0 <= span[0] < span[1]:
-            raise ShardError(f"{place}: 'span_s' must be [start, end] with start < end, got {span!r}", "schema")
+    try:
+        for name in ("span_s", "clip_s"):
+            check_seconds(row.get(name), name, place)
+        if row.get("options"):
+            check_options(row["options"], row.get("answer"), place)
+    except AnnotationError as error:
+        raise ShardError(str(error), "schema") from None
 
 
 # ---------------------------------------------------------------- frames and flow

@@ -7,7 +7,7 @@ In: a JSON list or JSON lines, one entry per question:
      "options": [str, ...] (optional, the answer is one of them), "clip_s": [start, end] (optional, seconds: this part)}
 
 Out: one sample per question, `collater` makes the batch. A picture is a sample of one frame, and an entry with neither
-video nor image (`instruct` makes such) one without frames. Tar shards will give the same samples. Everything that can
+video nor image (`instruct` makes such) one without frames. `shards` gives the same samples of tars. Everything that can
 be wrong with an annotation is said when it is read, not in the middle of an epoch; a video that cannot be decoded stops
 the run, or, up to `max_bad_fraction`, leaves the batch and is counted. It is never replaced by another one.
 """
@@ -15,8 +15,8 @@ the run, or, up to `max_bad_fraction`, leaves the batch and is counted. It is ne
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -29,16 +29,17 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from lavis_lstp.data.annotation import SECTION, read_annotation
+from lavis_lstp.data.folder import FolderQuestions, kind_of
+from lavis_lstp.data.left_out import LeftOut
+from lavis_lstp.data.shards import ShardQuestions, unpack_frames
 from lavis_lstp.data.spans import Spans
-from lavis_lstp.data.video import SHORT_VIDEOS, read_flow_file, read_frames
-from lavis_lstp.errors import AnnotationError, ConfigError, VideoError, unknown_name
+from lavis_lstp.data.video import SHORT_VIDEOS, read_frames
+from lavis_lstp.errors import AnnotationError, ConfigError, ShardError, VideoError, unknown_name
 from lavis_lstp.schema import NO_SPAN, Span
 
 __all__ = ["VideoQADataset", "read_annotation"]
 
 FLOWS = ("none", "motion_vectors", "precomputed")
-
-logger = logging.getLogger(__name__)
 
 
 class VideoQADataset(Dataset):
@@ -46,8 +47,8 @@ class VideoQADataset(Dataset):
 
     Args:
         annotation: entries as `read_annotation` gives them, or without "video" and "image"; "prompt" is the whole
-            prompt where there is one.
-        root: folder that "video" and "image" paths are relative to; none leads out of it.
+            prompt where there is one. Or the questions of shards.
+        root: folder that "video" and "image" paths are relative to; none leads out of it. None for shards.
         num_frames: T; uniform centres of the video, all frames of a shorter one.
         fps: frames a second to read where these are at most num_frames; None = num_frames of any video.
         short_videos: keep, or double: repeat the frames of a shorter video to num_frames; see `read_frames`.
@@ -59,6 +60,7 @@ class VideoQADataset(Dataset):
         backend: pyav or decord.
         cache_videos: so many decoded videos are kept in memory, in each loader process; at least one always is.
         max_bad_fraction: share of samples that may fail to decode, or have no file, before the run stops.
+        quarantine: file that a line of JSON is appended to for each sample that fails; None = the log alone.
         vis_processor, text_processor: LAVIS processors; the first makes `image`, [3,h,w], of the middle frame for
             LAVIS's own models, the second changes the question (not a prompt).
         section: of the configuration that these settings stand in, for messages.
@@ -71,8 +73,8 @@ class VideoQADataset(Dataset):
 
     def __init__(
         self,
-        annotation: Sequence[Mapping[str, Any]],
-        root: str | Path,
+        annotation: Sequence[Mapping[str, Any]] | ShardQuestions,
+        root: str | Path | None = None,
         *,
         num_frames: int = 32,
         fps: float | None = None,
@@ -85,18 +87,19 @@ class VideoQADataset(Dataset):
         backend: str = "pyav",
         cache_videos: int = 0,
         max_bad_fraction: float = 0.0,
+        quarantine: str | Path | None = None,
         vis_processor=None,
         text_processor=None,
         section: str = SECTION,
     ):
-        self.annotation = list(annotation)
-        self.root = Path(root)
+        in_shards = isinstance(annotation, ShardQuestions)
+        folder = {"flow_root": flow_root, "section": section}
+        self.annotation = annotation if in_shards else FolderQuestions(annotation, root, **folder)
         self.num_frames = num_frames
         self.fps = fps
         self.short_videos = short_videos
         self.image_size = image_size
         self.flow = flow
-        self.flow_root = Path(flow_root) if flow_root else None
         self.flow_size = flow_size
         self.spans = spans
         self.backend = backend
@@ -105,15 +108,13 @@ class VideoQADataset(Dataset):
         self.vis_processor = vis_processor
         self.text_processor = text_processor
         self.section = section
-        # One flag a question, in memory that loader processes share: they stop together at max_bad_fraction.
-        self.left_out = torch.zeros(max(1, len(self.annotation)), dtype=torch.bool).share_memory_()
-        self.kinds = {_kind(row) for row in self.annotation}
+        self.kinds = self.annotation.kinds
         self._decode = None
         self._check_settings()
-        self._check_kinds()
-        self._check_clips()
+        self._check_kinds(bool(flow_root) or in_shards)
         self._check_ids()
-        self._check_files()
+        self.annotation.check_files(max_bad_fraction)
+        self.left_out = LeftOut(len(self), max_bad_fraction, quarantine, section)
 
     def _check_settings(self) -> None:
         if self.flow not in FLOWS:
@@ -140,9 +141,9 @@ class VideoQADataset(Dataset):
         if type(share) not in (int, float) or not 0 <= share <= 1:
             raise ConfigError(f"{self.section}.max_bad_fraction must lie in 0..1, got {share!r}")
 
-    def _check_kinds(self) -> None:
+    def _check_kinds(self, has_flow: bool) -> None:
         """What only videos, or only images and texts, need."""
-        if self.flow == "precomputed" and "video" in self.kinds and not self.flow_root:
+        if self.flow == "precomputed" and "video" in self.kinds and not has_flow:
             raise ConfigError(
                 f"{self.section}.flow: precomputed needs flow_root, the folder written by `lavis-lstp flow`"
             )
@@ -155,53 +156,27 @@ class VideoQADataset(Dataset):
         if "text" in self.kinds and self.vis_processor is not None:
             raise ConfigError(f"{self.section}.vis_processor: a text has no picture to process")
 
-    def _check_clips(self) -> None:
-        if self.flow == "precomputed" and any(row.get("clip_s") for row in self.annotation):
+        if self.flow == "precomputed" and self.annotation.has_clips:
             raise ConfigError(
                 f"{self.section}.flow: precomputed is of whole videos, and questions here are about parts of videos "
                 "(clip_s); use motion_vectors, or none and let the model compute it"
             )
 
     def _check_ids(self) -> None:
-        ids = Counter(row["question_id"] for row in self.annotation)
+        ids = Counter(self.annotation.question_ids())
         if len(ids) < len(self.annotation):
             name, times = ids.most_common(1)[0]
             raise AnnotationError(
                 f"question_id {name!r} occurs {times} times in the files of a split; ids must be unique"
             )
         if self.spans is not None:
-            videos = [row["question_id"] for row in self.annotation if _kind(row) == "video"]
+            videos = self.annotation.video_question_ids()
             without = [name for name in videos if name not in self.spans]
             if without:
                 raise AnnotationError(
                     f"{self.section}.spans has no span for {len(without)} of {len(videos)} questions, "
                     f"first {without[0]!r}; label this split with run.task=pseudo_span"
                 )
-
-    def _check_files(self) -> None:
-        paths: dict[str, str] = {}
-        for row in self.annotation:
-            if _kind(row) != "text":
-                paths.setdefault(row[_kind(row)], row["question_id"])
-        missing = []
-        for name, question in paths.items():
-            # By the name alone: a folder may well hold links to where the videos are kept.
-            if Path(name).is_absolute() or ".." in Path(name).parts:
-                raise AnnotationError(f"question {question!r}: path {name!r} leads out of {self.root}")
-            if not (self.root / name).exists():  # a folder of pictures is a video, too
-                missing.append((self.root / name, question))
-        lost = {path for path, _ in missing}
-        open_questions = sum(self.root / row.get(_kind(row), "") in lost for row in self.annotation)
-        if missing and open_questions <= self.max_bad_fraction * len(self.annotation):
-            names = ", ".join(str(path) for path, _ in missing[:5]) + ", ..." * (len(missing) > 5)
-            what = f"{len(missing)} of {len(paths)} files are missing"
-            logger.warning("%s, %d questions about them stay open: %s", what, open_questions, names)
-        elif missing:
-            path, question = missing[0]
-            raise VideoError(
-                f"{path}: no such file, needed by question {question!r} and missing with {len(missing) - 1} others of "
-                f"{len(paths)}; check the folder in {self.section}.build_info"
-            )
 
     def __len__(self) -> int:
         return len(self.annotation)
@@ -210,14 +185,15 @@ class VideoQADataset(Dataset):
         return {**self.__dict__, "_decode": None}  # a cache is of one process
 
     def question_ids(self) -> list[str]:
-        return [row["question_id"] for row in self.annotation]
+        return self.annotation.question_ids()
 
     def eval_groups(self) -> list[list[int]]:
         """Questions about the same frames, which are then decoded once; the short ones of a group come first."""
         groups: dict[str, list[int]] = {}
+        length = []
         for index, row in enumerate(self.annotation):
             groups.setdefault(_media_name(row) or f"text {index}", []).append(index)
-        length = [len(row["question"]) + sum(map(len, row.get("options") or ())) for row in self.annotation]
+            length.append(len(row["question"]) + sum(map(len, row.get("options") or ())))
         return [sorted(group, key=lambda index: (length[index], index)) for group in groups.values()]
 
     def fingerprint(self) -> str:
@@ -226,7 +202,7 @@ class VideoQADataset(Dataset):
         if self.fps is not None or self.short_videos != "keep":
             settings += [self.fps, self.short_videos]
         spans = {name: span and list(span) for name, span in (self.spans or {}).items()}
-        content = json.dumps([self.annotation, settings, spans], sort_keys=True, default=str)
+        content = json.dumps([self.annotation.identity(), settings, spans], sort_keys=True, default=str)
         return hashlib.sha256(content.encode()).hexdigest()
 
     def batch_settings(self) -> dict[str, Any]:
@@ -243,11 +219,12 @@ class VideoQADataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any] | None:
         """A sample without the batch axis; None for one that cannot be decoded, while those are few enough."""
-        row = self.annotation[index]
         try:
+            row = self.annotation[index]
             frames, times, flow = self._media(row)
-        except VideoError as error:
-            return self._leave_out(index, error)
+        except (VideoError, ShardError) as error:
+            self.left_out.add(index, self.annotation.question_id(index), self.annotation.where(index), error)
+            return None
         sample = {
             "frames": frames,
             "frame_times": torch.from_numpy(times.astype(np.float32)),
@@ -271,58 +248,46 @@ class VideoQADataset(Dataset):
             sample["image"] = self.vis_processor(Image.fromarray(middle))
         return sample
 
-    def _leave_out(self, index: int, error: VideoError) -> None:
-        """Counts a question once, however often it is asked for, and raises when there are too many of them."""
-        known, question_id = bool(self.left_out[index]), self.annotation[index]["question_id"]
-        self.left_out[index] = True
-        count = int(self.left_out.sum())
-        if count > self.max_bad_fraction * len(self):
-            raise VideoError(
-                f"question {question_id!r}: {error}; with it {count} of {len(self)} questions cannot be read, "
-                f"{self.section}.max_bad_fraction allows {self.max_bad_fraction:g}"
-            ) from error
-        if not known:
-            logger.warning("left out question %r (%d so far): %s", question_id, count, error)
-
     def _media(self, row: Mapping[str, Any]) -> tuple[torch.Tensor, np.ndarray, torch.Tensor | None]:
         """frames uint8 [T,3,H,W], seconds float64 [T], flow float16 [T,2,h,w] or None."""
-        kind = _kind(row)
+        kind, place = kind_of(row), self.annotation.place(row)
         if kind != "video":
             nothing = (0, 3, self.image_size, self.image_size)
-            frames = self._read_image(self.root / row["image"]) if kind == "image" else torch.zeros(nothing).byte()
+            frames = self._read_image(place) if kind == "image" else torch.zeros(nothing).byte()
             return frames, np.zeros(len(frames)), self._no_flow(frames)
         if self._decode is None:  # the last video is kept always: questions about it may come one after the other
             self._decode = lru_cache(maxsize=max(1, self.cache_videos))(self._read)
-        frames, times, flow = self._decode(row["video"], row["video_id"], tuple(row.get("clip_s") or ()) or None)
+        frames, times, flow = self._decode(place, tuple(row.get("clip_s") or ()) or None)
         return torch.from_numpy(frames), times, None if flow is None else torch.from_numpy(flow)
 
     def _read(
-        self, name: str, video_id: str, clip_s: tuple[float, float] | None = None
+        self, place: Any, clip_s: tuple[float, float] | None = None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        codec = self.flow == "motion_vectors"
-        video = read_frames(
-            self.root / name,
-            num=self.num_frames,
-            fps=self.fps,
-            short_videos=self.short_videos,
-            between_s=clip_s,
-            size=self.image_size,
-            backend=self.backend,
-            motion_vectors=codec,
-            flow_size=self.flow_size if codec else None,
-        )
-        flow = video.flow.astype(np.float16) if codec else None
+        codec, flow = self.flow == "motion_vectors", None
+        chosen = {"num": self.num_frames, "fps": self.fps, "short_videos": self.short_videos, "size": self.image_size}
+        stored = self.annotation.frames(place)
+        if stored is not None:
+            if codec or clip_s:
+                what = "flow: motion_vectors needs" if codec else "questions about a part of a video (clip_s) need"
+                raise ConfigError(f"{self.annotation.name(place)}: {self.section}: {what} the video, not stored frames")
+            frames, times_s = unpack_frames(stored, self.annotation.name(place), self.section, **chosen), stored.times_s
+        else:
+            source, name = self.annotation.medium(place)
+            codec_flow = {"motion_vectors": codec, "flow_size": self.flow_size if codec else None}
+            video = read_frames(source, between_s=clip_s, backend=self.backend, name=name, **chosen, **codec_flow)
+            frames, times_s, flow = video.frames, video.times_s, video.flow.astype(np.float16) if codec else None
         if self.flow == "precomputed":
-            flow = read_flow_file(self.flow_root / f"{video_id}.safetensors", len(video.frames))
-        return video.frames, video.times_s, flow
+            flow = self.annotation.flow(place, len(frames))
+        return frames, times_s, flow
 
-    def _read_image(self, path: Path) -> torch.Tensor:
+    def _read_image(self, place: Any) -> torch.Tensor:
         """uint8 [1,3,H,W]; pictures are resized as published: bicubic with antialias."""
+        source, name = self.annotation.medium(place)
         try:
-            with Image.open(path) as picture:
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
                 picture = picture.convert("RGB")
         except OSError as error:
-            raise VideoError(f"{path}: cannot be read as a picture ({error})") from error
+            raise VideoError(f"{name}: cannot be read as a picture ({error})") from error
         if self.image_size:
             picture = picture.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].contiguous()
@@ -335,7 +300,7 @@ class VideoQADataset(Dataset):
         return torch.zeros(len(frames), 2, height, width, dtype=torch.float16)
 
     def _span(self, row: Mapping[str, Any], num_frames: int) -> torch.Tensor:
-        span = self.spans[row["question_id"]] if self.spans is not None and _kind(row) == "video" else None
+        span = self.spans[row["question_id"]] if self.spans is not None and kind_of(row) == "video" else None
         if span is not None and not isinstance(span, Span):
             span = Span.from_fractions(*span, num_frames)
         if span is not None and span.end > num_frames:
@@ -379,14 +344,9 @@ class VideoQADataset(Dataset):
         return torch.stack(values)
 
 
-def _kind(row: Mapping[str, Any]) -> str:
-    """video, image or text."""
-    return "image" if "image" in row else "video" if "video" in row else "text"
-
-
 def _media_name(row: Mapping[str, Any]) -> str:
     """Of the frames a question is about: equal where they are the same; '' for a text."""
-    kind, clip = _kind(row), row.get("clip_s")
+    kind, clip = kind_of(row), row.get("clip_s")
     return "" if kind == "text" else f"{row[kind]} {clip[0]:g} to {clip[1]:g} s" if clip else row[kind]
 
 

@@ -1,0 +1,138 @@
+"""Questions of annotation files and media in a folder, for `VideoQADataset`; `shards` is the same for tar shards.
+
+In: entries as `annotation.read_annotation` gives them, and the folder that their paths are relative to. Out: entries by
+number, and where each medium lies. What is wrong with an annotation is said when it is read, not in the middle of an
+epoch.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lavis_lstp.data.annotation import SECTION
+from lavis_lstp.data.video import read_flow_file
+from lavis_lstp.errors import AnnotationError, VideoError
+
+logger = logging.getLogger(__name__)
+
+Place = tuple[str, str]
+"""(path below the folder, video id)."""
+
+
+def kind_of(row: Mapping[str, Any]) -> str:
+    """video, image or text."""
+    return "image" if "image" in row else "video" if "video" in row else "text"
+
+
+class FolderQuestions(Sequence):
+    """Questions about files.
+
+    Args:
+        annotation: entries.
+        root: folder that "video" and "image" paths are relative to; none leads out of it.
+        flow_root: folder written by `lavis-lstp flow`.
+        section: of the configuration, for messages.
+    """
+
+    blocks: Sequence[int] = ()  # files lie anywhere
+
+    def __init__(
+        self,
+        annotation: Sequence[Mapping[str, Any]],
+        root: str | Path,
+        *,
+        flow_root: str | Path | None = None,
+        section: str = SECTION,
+    ):
+        self._rows = list(annotation)
+        self.root = Path(root)
+        self.flow_root = Path(flow_root) if flow_root else None
+        self.section = section
+        self.kinds = {kind_of(row) for row in self._rows}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        return self._rows[index]
+
+    def question_id(self, index: int) -> str:
+        return self._rows[index]["question_id"]
+
+    def question_ids(self) -> list[str]:
+        return [row["question_id"] for row in self._rows]
+
+    def video_question_ids(self) -> list[str]:
+        return [row["question_id"] for row in self._rows if kind_of(row) == "video"]
+
+    def identity(self) -> Any:
+        """What decides the questions, as plain containers."""
+        return self._rows
+
+    def where(self, index: int) -> dict[str, str]:
+        """For the quarantine list."""
+        row = self._rows[index]
+        return {"file": row.get(kind_of(row), "")}
+
+    @property
+    def has_clips(self) -> bool:
+        """Whether a question is about a part of its video."""
+        return any(row.get("clip_s") for row in self._rows)
+
+    def check_files(self, max_bad_fraction: float = 0.0) -> None:
+        """Says which files are missing.
+
+        Args:
+            max_bad_fraction: share of questions that may be about missing files.
+
+        Raises:
+            AnnotationError: a path leads out of the folder.
+            VideoError: more files are missing than that.
+        """
+        paths: dict[str, str] = {}
+        for row in self._rows:
+            if kind_of(row) != "text":
+                paths.setdefault(row[kind_of(row)], row["question_id"])
+        missing = []
+        for name, question in paths.items():
+            # By the name alone: a folder may well hold links to where the videos are kept.
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise AnnotationError(f"question {question!r}: path {name!r} leads out of {self.root}")
+            if not (self.root / name).exists():  # a folder of pictures is a video, too
+                missing.append((self.root / name, question))
+        lost = {path for path, _ in missing}
+        open_questions = sum(self.root / row.get(kind_of(row), "") in lost for row in self._rows)
+        if missing and open_questions <= max_bad_fraction * len(self):
+            names = ", ".join(str(path) for path, _ in missing[:5]) + ", ..." * (len(missing) > 5)
+            what = f"{len(missing)} of {len(paths)} files are missing"
+            logger.warning("%s, %d questions about them stay open: %s", what, open_questions, names)
+        elif missing:
+            path, question = missing[0]
+            raise VideoError(
+                f"{path}: no such file, needed by question {question!r} and missing with {len(missing) - 1} others of "
+                f"{len(paths)}; check the folder in {self.section}.build_info"
+            )
+
+    # ---- media ------------------------------------------------------------------------------------------------
+
+    def place(self, row: Mapping[str, Any]) -> Place:
+        """What a decoded video is kept under."""
+        return row.get(kind_of(row), ""), row["video_id"]
+
+    def medium(self, place: Place) -> tuple[Path, str]:
+        """Where a video or picture lies, and what messages call it."""
+        path = self.root / place[0]
+        return path, str(path)
+
+    def frames(self, place: Place) -> None:
+        """A folder holds videos, not frames of them."""
+        return None
+
+    def flow(self, place: Place, num_frames: int) -> np.ndarray:
+        """float16 [T,2,h,w] in px of its own grid."""
+        return read_flow_file(self.flow_root / f"{place[1]}.safetensors", num_frames)

@@ -1,0 +1,315 @@
+"""Questions and media in tar shards (docs/data_format.md), for `VideoQADataset`: any of them by its number.
+
+In: locations of shards: paths, http(s) addresses, what fsspec opens, `pipe:` commands. Out: entries as annotation files
+hold them, and the bytes of their media. With an index beside each shard, question n is one read at an offset, so shards
+are map-style data: order, exactly-once and resume are those of `runners.data_order`, for any number of ranks and
+workers. What has no index is scanned when the run starts; a pipe, which has no offsets, is first copied to a folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import os
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lavis_lstp.data.annotation import SECTION
+from lavis_lstp.data.prompts import conversation_prompt
+from lavis_lstp.errors import AnnotationError, ConfigError, ShardError
+from webdataset_tools.format import MEDIA_MEMBERS, StoredFrames, check_sample, parse_flow, parse_frames, parse_json
+from webdataset_tools.index import ShardSet
+from webdataset_tools.storage import RETRY, Retry, expand, open_stream, scheme
+
+logger = logging.getLogger(__name__)
+
+KEPT = 8
+"""Samples whose bytes a loader process keeps: the questions of one are often asked one after the other."""
+
+Place = tuple[int, int]
+"""(shard, sample): where a medium lies."""
+
+
+def is_shards(storage: object) -> bool:
+    """Whether a configuration's `storage` names shards and not an annotation file."""
+    first = storage[0] if isinstance(storage, (list, tuple)) and storage else storage
+    return isinstance(first, str) and (first.startswith("pipe:") or first.partition("?")[0].endswith(".tar"))
+
+
+class ShardQuestions(Sequence):
+    """Questions of a set of shards.
+
+    Args:
+        storage: locations, braces allowed.
+        kind: video, image or text: take these alone and leave others to other data sets; None = all.
+        flow: locations of a parallel set with the samples' flow, where it is not in the shards themselves.
+        cache: folder that pipes are copied to.
+        check: compare what is read with its SHA-256.
+        section: of the configuration, for messages.
+
+    Raises:
+        ConfigError, ShardError, AnnotationError: what is missing, damaged or does not go together, and where.
+    """
+
+    def __init__(
+        self,
+        storage: str | Sequence[str],
+        *,
+        kind: str | None = None,
+        flow: str | Sequence[str] | None = None,
+        cache: str | Path | None = None,
+        retry: Retry = RETRY,
+        check: bool = True,
+        section: str = SECTION,
+    ):
+        self.section = section
+        self._set = ShardSet(_seekable(expand(storage), cache, retry, section), retry=retry, check=check)
+        self._flow = ShardSet(expand(flow), retry=retry, check=check) if flow else None
+        self.kinds = {kind} if kind else self._set.kinds()
+        self._numbers, self.blocks = self._choose(kind)
+        if not len(self):
+            raise AnnotationError(f"{section}: no question of the kind '{kind}' in {storage}")
+        if self._flow is not None:
+            self._check_parallel()
+        self._kept: OrderedDict[Place, dict[str, bytes]] = OrderedDict()
+
+    def _choose(self, kind: str | None) -> tuple[np.ndarray | None, list[int]]:
+        """Numbers of the questions of a kind, None for all, and where each shard's end among them."""
+        if kind is None or self._set.kinds() == {kind}:
+            return None, list(self._set.ends)
+        numbers, blocks, before = [], [], 0
+        for shard in range(len(self._set.shards)):
+            row = before
+            for sample in self._set.index(shard).samples():
+                if sample.kind == kind:
+                    numbers += range(row, row + len(sample.question_ids))
+                row += len(sample.question_ids)
+            before = row
+            blocks.append(len(numbers))
+        return np.array(numbers, dtype=np.int64), blocks
+
+    def _check_parallel(self) -> None:
+        mine, theirs = self._set, self._flow
+        if len(mine.shards) != len(theirs.shards):
+            raise ConfigError(
+                f"{self.section}.shards.flow: {len(theirs.shards)} shards of flow for {len(mine.shards)} of media"
+            )
+        for shard, (one, other) in enumerate(zip(mine.entries, theirs.entries, strict=True)):
+            if one["samples"] != other["samples"] or mine.index(shard).keys() != theirs.index(shard).keys():
+                raise ConfigError(
+                    f"{self.section}.shards.flow: {theirs.shards[shard]} does not hold the samples of "
+                    f"{mine.shards[shard]} in their order; make it again with `python -m webdataset_tools flow`"
+                )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": OrderedDict()}  # of one process
+
+    # ---- entries ----------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self._set) if self._numbers is None else len(self._numbers)
+
+    def _number(self, index: int) -> int:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return index if self._numbers is None else int(self._numbers[index])
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """An entry as `read_annotation` gives them, and "place"."""
+        shard, sample, which = self._set.locate(self._number(index))
+        return self._entry((shard, sample), which, self.content((shard, sample)).get("json", b""))
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """All entries; of each sample only the JSON is read."""
+        last, raw = None, b""
+        for index in range(len(self)):
+            shard, sample, which = self._set.locate(self._number(index))
+            if (shard, sample) != last:
+                last, raw = (shard, sample), self._set.read(shard, sample, ("json",)).get("json", b"")
+            yield self._entry((shard, sample), which, raw)
+
+    def _entry(self, place: Place, which: int, raw: bytes) -> dict[str, Any]:
+        (shard, sample), place = place, self.name(place)
+        value = parse_json(raw, f"{place}.json")
+        check_sample(value, f"{place}.json", self._set.index(shard).key(sample))
+        row = value["questions"][which]
+        entry = {"question_id": row["question_id"], "video_id": value["video_id"], "place": (shard, sample)}
+        if value["kind"] != "text":
+            entry[value["kind"]] = value["source"]
+        if "conversations" not in row:
+            return {**row, **entry}
+        try:
+            prompt = conversation_prompt(row["conversations"])
+        except AnnotationError as error:
+            raise ShardError(f"{place}, question {row['question_id']!r}: {error}", "schema") from None
+        return entry | {"question": prompt.question, "prompt": prompt.prompt, "answer": prompt.answer}
+
+    def question_id(self, index: int) -> str:
+        """Without reading the sample, which may not be readable."""
+        shard, sample, which = self._set.locate(self._number(index))
+        return self._set.index(shard).sample(sample).question_ids[which]
+
+    def question_ids(self) -> list[str]:
+        ids = self._set.question_ids()
+        return ids if self._numbers is None else [ids[number] for number in self._numbers.tolist()]
+
+    def video_question_ids(self) -> list[str]:
+        samples = (one for n in range(len(self._set.shards)) for one in self._set.index(n).samples())
+        return [name for sample in samples if sample.kind == "video" for name in sample.question_ids]
+
+    def where(self, index: int) -> dict[str, str]:
+        """Shard and key of a question, for the quarantine list."""
+        shard, sample, _ = self._set.locate(self._number(index))
+        return {"shard": self._set.shards[shard], "key": self._set.index(shard).key(sample)}
+
+    def identity(self) -> str:
+        """Of all content, whatever the shards are called."""
+        flow = self._flow.digest() if self._flow is not None else ""
+        chosen = "" if self._numbers is None else hashlib.sha256(self._numbers.tobytes()).hexdigest()
+        return f"{self._set.digest()} {flow} {chosen}"
+
+    has_clips = False  # a question that has one says so when it is read
+
+    def check_files(self, max_bad_fraction: float = 0.0) -> None:
+        """Nothing to look for: what the indexes name is there or found missing when it is read."""
+
+    # ---- media ------------------------------------------------------------------------------------------------
+
+    def name(self, place: Place) -> str:
+        return f"{self._set.shards[place[0]]}, {self._set.index(place[0]).key(place[1])}"
+
+    def content(self, place: Place) -> dict[str, bytes]:
+        """The members that training reads: not the video where there are frames of it. One read."""
+        if place not in self._kept:
+            names = set(self._set.index(place[0]).members(place[1]))
+            wanted = names - set(MEDIA_MEMBERS) if "frames" in names else names
+            found = self._set.read(*place, tuple(wanted))
+            if self._flow is not None:
+                found |= self._flow.read(*place, ("flow",))
+            self._kept[place] = found
+            while len(self._kept) > KEPT:
+                self._kept.popitem(last=False)
+        return self._kept[place]
+
+    def place(self, row: Mapping[str, Any]) -> Place:
+        """What a decoded video is kept under."""
+        return row["place"]
+
+    def medium(self, place: Place) -> tuple[bytes, str]:
+        """The bytes of a video or picture, and what messages call it."""
+        content = self.content(place)
+        for name in content:
+            if name in MEDIA_MEMBERS:
+                return content[name], f"{self.name(place)}.{name}"
+        raise ShardError(f"{self.name(place)}: has no medium, only {', '.join(content)}", "missing member")
+
+    def frames(self, place: Place) -> StoredFrames | None:
+        """Frames in place of the video, None where there is the video."""
+        raw = self.content(place).get("frames")
+        return None if raw is None else parse_frames(raw, f"{self.name(place)}.frames")
+
+    def flow(self, place: Place, num_frames: int) -> np.ndarray:
+        """float16 [T,2,h,w] in px of its own grid.
+
+        Raises:
+            ShardError: there is none, or it is for other frames.
+        """
+        raw = self.content(place).get("flow")
+        if raw is None:
+            raise ShardError(
+                f"{self.name(place)}: has no flow; make it with `python -m webdataset_tools flow`", "missing member"
+            )
+        flow, about = parse_flow(raw, f"{self.name(place)}.flow")
+        if len(flow) != num_frames:
+            raise ShardError(
+                f"{self.name(place)}.flow: {len(flow)} fields (made with num_frames {about.get('num_frames')}), "
+                f"expected {num_frames}; make it again with `python -m webdataset_tools flow`",
+                "flow",
+            )
+        return flow.astype(np.float16)
+
+
+def unpack_frames(
+    stored: StoredFrames, name: str, section: str, *, num: int, fps: float | None, short_videos: str, size: int | None
+) -> np.ndarray:
+    """uint8 [T,3,H,W] of stored frames.
+
+    Raises:
+        ConfigError: they are not the ones that these settings of a data set choose.
+        ShardError: one of them cannot be decoded.
+    """
+    from PIL import Image
+
+    wanted = {"num_frames": num, "fps": fps, "short_videos": short_videos, "size": size}
+    for key, value in wanted.items():
+        found, setting = stored.settings.get(key), "image_size" if key == "size" else key
+        if found != str(value):
+            raise ConfigError(
+                f"{name}: its frames were stored with {setting} {found}, {section}.{setting} is {value}; set it alike, "
+                "or pack again"
+            )
+    frames = np.empty((len(stored.pictures), 3, size, size), dtype=np.uint8)
+    for number, raw in enumerate(stored.pictures):
+        try:
+            with Image.open(io.BytesIO(raw)) as picture:
+                frames[number] = np.asarray(picture.convert("RGB")).transpose(2, 0, 1)
+        except (OSError, ValueError) as error:
+            raise ShardError(f"{name}.frames: frame {number} cannot be decoded ({error})", "frames") from None
+    return frames
+
+
+def _seekable(shards: Sequence[str], cache: str | Path | None, retry: Retry, section: str) -> list[str]:
+    """The same, with pipes as files in `cache`, copied there by the first process."""
+    pipes = [shard for shard in shards if scheme(shard) == "pipe"]
+    if not pipes:
+        return list(shards)
+    if cache is None:
+        raise ConfigError(
+            f"{section}.shards.cache is needed for {pipes[0]!r}: a pipe cannot be read at an offset, so it is copied "
+            "to that folder, once"
+        )
+    copies = {
+        shard: Path(cache).expanduser() / f"{hashlib.sha256(shard.encode()).hexdigest()[:24]}.tar" for shard in pipes
+    }
+    _first_process_alone(lambda: [_copy(shard, path, retry) for shard, path in copies.items()])
+    return [str(copies.get(shard, shard)) for shard in shards]
+
+
+def _copy(shard: str, path: Path, retry: Retry) -> None:
+    from webdataset_tools import index
+
+    if path.is_file():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    logger.info("copying %s to %s", shard, path)
+    try:
+        with open(partial, "wb") as file, open_stream(shard, retry) as stream:
+            while block := stream.read(1 << 20):
+                file.write(block)
+        found = index.scan(str(partial), retry)  # a copy that broke off is not kept
+        os.replace(partial, path)
+        index.write(found, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _first_process_alone(work) -> None:
+    """Runs `work` in the main process while the others wait; they fail, too, where it does."""
+    import torch.distributed as dist
+
+    several = dist.is_available() and dist.is_initialized()
+    if several and dist.get_rank():
+        dist.barrier()
+        work()
+        return
+    try:
+        work()
+    finally:
+        if several:
+            dist.barrier()
