@@ -201,7 +201,8 @@ def _complete_datasets(user: DictConfig, given: Mapping) -> DictConfig:
         kind = section.get("type") or "default"
         if kind not in builder.DATASET_CONFIG_DICT:
             raise ConfigError(unknown_name(f"type of dataset {name}", kind, builder.DATASET_CONFIG_DICT))
-        found = _load_defaults(builder.default_config_path(type=kind)).datasets
+        ours = getattr(builder, "default_config", None)
+        found = (ours(kind) if ours else _load_defaults(builder.default_config_path(type=kind))).datasets
         # LAVIS's builders may share a file whose only root carries the name of another builder.
         defaults = found.get(name) if name in found else found[next(iter(found))]
         check_dataset(section, _plain(defaults), name, builder)

@@ -51,6 +51,8 @@ OUR_DATASET_KEYS: dict[str, set | None] = {
     "": {"type"},
     "build_info.annotations": {"*"},  # split names are free
     "build_info.annotations.*": {"storage"},
+    "build_info.answers": {"*"},
+    "build_info.answers.*": {"storage"},
     **PROCESSOR_KEYS,
 }
 
@@ -215,7 +217,8 @@ def _check_mapping(
         inner = f"{place}.{key}".lstrip(".")
         default, legal = defaults.get(key), _extra_at(extra, inner)
         if strict:
-            _check_kind(f"{where}.{key}", value, MAPPING if legal else _kind_of(default))
+            kind = ANY if key == "storage" else _kind_of(default)  # a file or a list, as builders say themselves
+            _check_kind(f"{where}.{key}", value, MAPPING if legal else kind)
         if isinstance(value, Mapping) and legal is not None and (default or legal):
             below = default if isinstance(default, Mapping) else {}
             _check_mapping(value, below, f"{where}.{key}", extra, strict=strict, place=inner)

@@ -18,8 +18,8 @@ flow, whatever the sample is.
     options      list of B lists of str   what to choose from, [] = the answer is open
     category     list of B str      kind of question, '' = unknown
     media        list of B str      equal where frames and flow are the same, '' = a text
-    text_output  list of B str      the answer to learn or to be compared with, without an end mark; '' where it is not known
-    answer       list of B str      the same, None where it is not known
+    text_output  list of B str      the answer to learn or to be compared with, without an end mark, '' = unknown
+    answer       list of B str      the same, None = unknown
     span         int64 [B,2]        half-open frame span to learn from (a pseudo span), (-1, -1) = none
     gold_span    int64 [B,2]        for evaluation alone, (-1, -1) = unknown; no training code reads it
     question_id, video_id, instance_id    list of B str

@@ -1,8 +1,8 @@
 """LAVIS dataset builders: a config section -> a data set for each split.
 
 `lstp_video_qa` takes anybody's videos and annotation files, `lstp_{image,video,text}_instruct` the instruction data of
-LLaVA and Video-ChatGPT, one kind each, and `lstp_shapes` generates its own. Their YAML files in `configs/datasets` list
-every key with its default.
+LLaVA and Video-ChatGPT, one kind each, `lstp_shapes` generates its own, and those of `data.benchmarks` read the files
+of their authors. Their YAML files in `configs/datasets` list every key with its default.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from omegaconf import OmegaConf
 
 from lavis_lstp.data import shapes_qa
 from lavis_lstp.data.annotation import read_annotation
+from lavis_lstp.data.benchmarks import BENCHMARKS, read_benchmark
 from lavis_lstp.data.instruct import read_instructions
 from lavis_lstp.data.qa_dataset import VideoQADataset
 from lavis_lstp.data.spans import read_spans
-from lavis_lstp.errors import ConfigError
+from lavis_lstp.errors import ConfigError, unknown_name
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +91,9 @@ class VideoQABuilder(BaseDatasetBuilder):
             raise ConfigError(f"{self.section}.build_info.{self.media}.storage: no such folder: {folder}")
         return local_path(folder)
 
-    def _annotation(self, paths: list[Path], folder: Path, config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def _annotation(
+        self, split: str, paths: list[Path], folder: Path, config: Mapping[str, Any]
+    ) -> list[dict[str, Any]]:
         return [row for path in paths for row in read_annotation(path, section=self.section)]
 
     def _split(
@@ -102,7 +105,7 @@ class VideoQABuilder(BaseDatasetBuilder):
                 f"{self.section}.build_info.annotations.{split}.storage must be a file or a list of files, "
                 f"got {storage!r}"
             )
-        annotation = self._annotation([local_path(path) for path in paths], folder, config)
+        annotation = self._annotation(split, [local_path(path) for path in paths], folder, config)
         settings = {name: config[name] for name in SETTINGS if name in config}
         kind = "train" if split.startswith("train") else "eval"
         dataset = VideoQADataset(
@@ -133,7 +136,9 @@ class InstructBuilder(VideoQABuilder):
 
     kind = ""
 
-    def _annotation(self, paths: list[Path], folder: Path, config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def _annotation(
+        self, split: str, paths: list[Path], folder: Path, config: Mapping[str, Any]
+    ) -> list[dict[str, Any]]:
         if config.get("text_processor"):
             raise ConfigError(f"{self.section}.text_processor: a conversation's prompt is made as published; remove it")
         form = config.get("form", "conversations")
@@ -159,6 +164,54 @@ class TextInstructBuilder(InstructBuilder):
 
     def _folder(self, info: Mapping[str, Any]) -> Path:
         return Path()  # a text has no file
+
+
+class BenchmarkBuilder(VideoQABuilder):
+    """A benchmark of `BENCHMARKS`; its file in configs/datasets holds what differs from lstp_video_qa.yaml."""
+
+    def __init__(self, cfg=None):
+        super().__init__(self.default_config().datasets[self.name] if cfg is None else cfg)
+
+    @classmethod
+    def default_config(cls, kind: str = "default"):
+        """The data set's YAML, every key of it."""
+        path = Path(cls.default_config_path(kind))
+        own = OmegaConf.load(path)
+        base = OmegaConf.load(path.parent / own.extends).datasets
+        section = OmegaConf.merge(base[next(iter(base))], own.datasets[cls.name])
+        return OmegaConf.create({"datasets": {cls.name: section}})
+
+    def _annotation(
+        self, split: str, paths: list[Path], folder: Path, config: Mapping[str, Any]
+    ) -> list[dict[str, Any]]:
+        info = config["build_info"]
+        answers, names = info.get("answers") or {}, info["videos"].get("names")
+        for known in answers:
+            if known not in info["annotations"]:
+                where = f"split ({self.section}.build_info.answers)"
+                raise ConfigError(unknown_name(where, known, info["annotations"]))
+        storage = (answers.get(split) or {}).get("storage")
+        return read_benchmark(
+            self.name,
+            paths,
+            folder,
+            split=split,
+            form=config.get("form"),
+            answers=local_path(storage) if storage else None,
+            video_names=local_path(names) if names else None,
+            section=self.section,
+        )
+
+
+for _name in BENCHMARKS:
+    _path = str(CONFIGS / f"{_name}.yaml")
+    registry.register_builder(_name)(
+        type(
+            _name,
+            (BenchmarkBuilder,),
+            {"name": _name, "DATASET_CONFIG_DICT": {"default": _path}, "__module__": __name__},
+        )
+    )
 
 
 @registry.register_builder("lstp_shapes")

@@ -78,7 +78,7 @@ def write_instruct(out: str | Path, num_frames: int = 8, short_videos: str = "ke
     spread = sample_indices if short_videos == "double" else uniform_centres
     for folder in ("llava_image_tune", "videochatgpt_tune"):
         (out / folder).mkdir(parents=True, exist_ok=True)
-    clips = [_clip(number) for number in range(COUNT)]
+    clips = [make_clip(number) for number in range(COUNT)]
     for clip in clips:
         write_video(out / clip.file, clip.frames())
         Image.fromarray(clip.frames()[clip.shown.start]).save(out / "llava_image_tune" / f"picture-{clip.number}.png")
@@ -111,7 +111,8 @@ def _index(fraction: float) -> int:
     return math.ceil(LAST_INDEX * fraction - 1e-9)
 
 
-def _clip(number: int) -> Clip:
+def make_clip(number: int) -> Clip:
+    """The clip of a number: 1 to 2 s, colour and kind in turn."""
     colours, kinds = list(world.COLOURS), list(world.KINDS)
     length = 10 + 2 * number  # 1 to 2 s
     start = 1 + number

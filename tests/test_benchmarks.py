@@ -1,0 +1,227 @@
+"""Benchmarks in their authors' files, made small: read by default, joined by id, refused with a line."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from lavis.common.registry import registry
+from lavis.datasets.builders import load_dataset
+
+from lavis_lstp.config import Config
+from lavis_lstp.data.benchmarks import BENCHMARKS, MVBENCH, read_benchmark
+from lavis_lstp.errors import AnnotationError, ConfigError, VideoError
+from lavis_lstp.testing import tiny_benchmarks
+from lavis_lstp.testing.tiny_benchmarks import WRITERS, write_benchmarks
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("benchmarks")
+    write_benchmarks(root)
+    return root
+
+
+@pytest.fixture
+def here(files, tmp_path, monkeypatch) -> Path:
+    """A copy to stand in and change."""
+    shutil.copytree(files / "inputs", tmp_path / "inputs")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "inputs"
+
+
+def build(name: str, *options: str) -> dict:
+    """Data sets by split, as `lavis.evaluate` builds them from a YAML that only names the benchmark."""
+    path = Path("run.yaml")
+    path.write_text(f"model: {{arch: lstp_tiny}}\ndatasets: {{lstp_{name}: {{}}}}\nrun: {{task: video_qa}}\n")
+    given = ["num_frames=4", "image_size=64", *options]
+    config = Config(SimpleNamespace(cfg_path="run.yaml", options=[f"datasets.lstp_{name}.{o}" for o in given]))
+    section = config.datasets_cfg[f"lstp_{name}"]
+    return registry.get_builder_class(f"lstp_{name}")(section).build_datasets()
+
+
+def answers(dataset) -> list[tuple]:
+    return [(row["question_id"], row["question"], row["answer"]) for row in dataset.annotation]
+
+
+def test_every_benchmark_has_a_writer_a_file_and_a_builder():
+    names = {name.removeprefix("lstp_") for name in BENCHMARKS}
+    assert names == set(WRITERS)
+    assert all(registry.get_builder_class(f"lstp_{name}") is not None for name in names)
+
+
+COUNTS = {"egoschema": {"subset": 2}, "mvbench": {"test": 20}, "nextqa": {"val": 6, "test": 6}, "star": {"val": 6}}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_defaults_read_the_authors_files_and_every_sample_has_frames(here, name):
+    found = build(name)
+    assert {split: len(dataset) for split, dataset in found.items()} == COUNTS.get(name, {"test": 6})
+    for dataset in found.values():
+        for row, sample in zip(dataset.annotation, map(dataset.__getitem__, range(len(dataset))), strict=True):
+            assert sample["frames"].shape[0] >= 2 and sample["frames"].shape[1:] == (3, 64, 64)
+            assert row["answer"] and sample["text_output"] == row["answer"]
+            assert sample["options"] == row.get("options", [])
+            if sample["options"]:
+                assert row["answer"] in sample["options"] and len(sample["options"]) in (3, 4, 5)
+
+
+def test_lavis_load_dataset_finds_a_benchmark_by_name(here):
+    assert len(load_dataset("lstp_activitynet_qa")["test"]) == 6
+
+
+def test_ids_kinds_and_names_are_the_published_ones(here):
+    msvd = build("msvd_qa")["test"].annotation
+    assert [row["question_id"] for row in msvd] == [str(100 + i) for i in range(6)]
+    assert msvd[0]["video"] == "vid1.avi" and msvd[0]["category"] == "what"
+    activitynet = build("activitynet_qa")["test"].annotation
+    assert [row["video"] for row in activitynet[::2]] == ["clip-0.mp4", "v_clip-1.mkv", "v_clip-2.mov"]
+    assert [row["category"] for row in activitynet[:2]] == ["color", "object"]  # type 4 and 5
+    tgif = build("tgif_qa")["test"].annotation
+    assert tgif[1]["question_id"] == "FRAMEQA1" and tgif[1]["video"] == "tumblr_0_250.gif"
+    assert [row["category"] for row in tgif[:2]] == ["color", "object"]
+    nextqa = build("nextqa")["val"].annotation
+    assert nextqa[3]["question_id"] == "4001_1" and nextqa[3]["video"] == "0101/4001.mp4"
+    assert nextqa[3]["category"] == "TN" and len(nextqa[3]["options"]) == 5
+    star = build("star")["val"].annotation
+    assert star[0]["category"] == "Interaction" and star[0]["clip_s"] == [0.1, 0.6] and len(star[0]["options"]) == 4
+    egoschema = build("egoschema")["subset"].annotation
+    assert [row["question_id"] for row in egoschema] == ["uid-0", "uid-2"]
+    mvbench = {row["category"]: row for row in build("mvbench")["test"].annotation}
+    assert list(mvbench) == list(MVBENCH) and len(MVBENCH) == 20
+    assert [task for task, row in mvbench.items() if "clip_s" in row] == [t for t, f in MVBENCH.items() if f["bounded"]]
+    assert mvbench["episodic_reasoning"]["video"] == "tvqa/frames_fps3_hq/clip"
+    assert mvbench["action_antonym"]["question_id"] == "action_antonym/0"
+
+
+def test_the_form_of_question_and_answer_files_is_joined_by_id(here):
+    """The same questions in the form that Video-ChatGPT brought MSVD-QA into; the answers lie in another order."""
+    rows = json.loads((here / "msvd_qa/test_qa.json").read_text())
+    named = [{"video_name": f"vid{r['video_id']}", "question": r["question"], "question_id": r["id"]} for r in rows]
+    (here / "msvd_qa/test_q.json").write_text(json.dumps(named))
+    given = [{"answer": r["answer"], "question_id": r["id"]} for r in reversed(rows)]
+    (here / "msvd_qa/test_a.json").write_text(json.dumps(given))
+    info = "build_info"
+    form = ["form=questions", f"{info}.annotations.test.storage=inputs/msvd_qa/test_q.json"]
+    form += [f"{info}.answers.test.storage=inputs/msvd_qa/test_a.json"]
+    assert answers(build("msvd_qa", *form)["test"]) == answers(build("msvd_qa")["test"])
+    with pytest.raises(
+        AnnotationError, match=r"key 'question_id' is missing; .* read as datasets.lstp_msvd_qa.form: questions"
+    ):
+        build("msvd_qa", "form=questions")
+    with pytest.raises(AnnotationError, match="key 'id' is missing.* read as datasets.lstp_msvd_qa.form: authors"):
+        build("msvd_qa", *form[1:])
+    with pytest.raises(ConfigError, match=r"unknown datasets.lstp_msvd_qa.form 'question'; did you mean 'questions'"):
+        build("msvd_qa", "form=question")
+
+
+def test_videos_under_their_old_names_are_found_by_the_mapping(here):
+    folder = here / "msvd_qa"
+    old = {f"vid{i}": f"aB-{i}_5_15" for i in (1, 2, 3)}
+    for name, other in old.items():
+        (folder / f"videos/{name}.avi").rename(folder / f"videos/{other}.avi")
+    (folder / "youtube_mapping.txt").write_text("".join(f"{other} {name}\n" for name, other in old.items()))
+    with pytest.raises(VideoError, match=r"vid1.mp4: no such file"):
+        build("msvd_qa")
+    names = "build_info.videos.names=inputs/msvd_qa/youtube_mapping.txt"
+    assert build("msvd_qa", names)["test"].annotation[0]["video"] == "aB-1_5_15.avi"
+
+
+def change(path: Path, edit) -> None:
+    content = json.loads(path.read_text())
+    edit(content)
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (lambda rows: rows.pop(), r"1 questions have no answer here \(v_clip-0_0\) and 0 answers no question \(none\)"),
+        (lambda rows: rows[0].update(question_id="v_x"), r"1 questions .* \(v_clip-2_1\) and 1 answers .* \(v_x\)"),
+        (lambda rows: rows[0].pop("question_id"), "test_a.json, entry 0: key 'question_id' is missing"),
+        (lambda rows: rows[0].update(rows[1]), "entry 1: question id 'v_clip-2_0' occurs twice"),
+    ],
+)
+def test_answers_that_do_not_belong_to_the_questions_are_refused(here, edit, said):
+    change(here / "activitynet_qa/test_a.json", edit)
+    with pytest.raises(AnnotationError, match=said):
+        build("activitynet_qa")
+
+
+def test_wrong_rows_say_where(here):
+    change(here / "egoschema/subset_answers.json", lambda answers: answers.update({"uid-0": 5}))
+    with pytest.raises(AnnotationError, match="entry 0: 'answer' must be the number of an option, 0 to 4, got 5"):
+        build("egoschema")
+    change(here / "star/STAR_val.json", lambda rows: rows[2].update(answer="The sun."))
+    with pytest.raises(AnnotationError, match="entry 2: the answer 'The sun.' is none of the options"):
+        build("star")
+    change(here / "star/STAR_val.json", lambda rows: rows[2].pop("answer"))
+    with pytest.raises(AnnotationError, match="1 of 6 questions have no answer: Interaction_T1_2"):
+        build("star")
+    change(here / "msrvtt_qa/test_qa.json", lambda rows: rows[1].update(id=100))
+    with pytest.raises(AnnotationError, match="entry 1: question id '100' occurs twice"):
+        build("msrvtt_qa")
+    (here / "mvbench/json/state_change.json").unlink()
+    with pytest.raises(AnnotationError, match="lacks 1 of 20 files, first state_change.json"):
+        build("mvbench")
+    with pytest.raises(ConfigError, match=r"build_info.answers\) 'tset'; did you mean 'test'"):
+        build("activitynet_qa", "build_info.answers.tset.storage=x")
+
+
+def test_single_tasks_of_mvbench_may_be_named(here):
+    storage = "build_info.annotations.test.storage=[inputs/mvbench/json/action_count.json]"
+    assert [row["category"] for row in build("mvbench", storage)["test"].annotation] == ["action_count"]
+
+
+def test_hidden_answers_are_none_and_said(here, caplog):
+    with caplog.at_level(logging.WARNING):
+        dataset = build("star", "build_info.annotations={test: {storage: inputs/star/STAR_test.json}}")["test"]
+    assert {row["answer"] for row in dataset.annotation} == {None} and dataset[0]["text_output"] == ""
+    assert "the 6 questions have no answers; predictions are written, not scored" in caplog.text
+    assert "split test has 6 questions, published are 7377" in caplog.text
+
+
+def test_a_split_of_the_published_size_is_not_remarked_upon(here, caplog, monkeypatch):
+    monkeypatch.setitem(BENCHMARKS["lstp_tgif_qa"].sizes, "test", 6)
+    with caplog.at_level(logging.WARNING):
+        build("tgif_qa")
+    assert "published are" not in caplog.text
+
+
+def test_a_missing_video_is_named_and_may_stay_open(here):
+    (here / "tgif_qa/gifs/tumblr_1_250.gif").unlink()
+    with pytest.raises(VideoError, match=r"tumblr_1_250.mp4: no such file, needed by question 'FRAMEQA2'"):
+        build("tgif_qa")
+    dataset = build("tgif_qa", "max_bad_fraction=0.4")["test"]
+    assert [dataset[i] is None for i in range(6)] == [False, False, True, True, False, False]
+
+
+def test_the_document_has_the_sizes_of_the_table():
+    text = (ROOT / "docs/benchmarks.md").read_text()
+    for name, benchmark in BENCHMARKS.items():
+        line, _ = [line for line in text.splitlines() if line.startswith(f"| `{name}`")]
+        assert set(benchmark.sizes.values()) == {int(n.replace(",", "")) for n in re.findall(r"\d[\d,]{2,}", line)}
+
+
+def test_the_tool_writes_what_it_is_asked_for(tmp_path, capsys):
+    assert tiny_benchmarks.main([str(tmp_path), "--only", "egoschema"]) == 0
+    assert "egoschema" in capsys.readouterr().out
+    assert {p.name for p in (tmp_path / "inputs").iterdir()} == {"egoschema"}
+    with pytest.raises(ConfigError, match="unknown benchmark 'egoshema'; did you mean 'egoschema'"):
+        write_benchmarks(tmp_path, ["egoshema"])
+
+
+def test_quotes_are_text_where_tabs_part_the_cells(tmp_path):
+    path = tmp_path / "Test_frameqa_question.csv"
+    path.write_text(
+        'gif_name\tquestion\tanswer\ttype\tvid_id\tkey\tdescription\ng\twhat is "it ?\ta "cat\t0\tF1\t1\td\n'
+    )
+    (row,) = read_benchmark("lstp_tgif_qa", [path], tmp_path)
+    assert (row["question"], row["answer"], row["category"]) == ('what is "it ?', 'a "cat', "object")
