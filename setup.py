@@ -142,7 +142,7 @@ setup(
         "test": [
             "deepspeed>=0.17",
             "hypothesis>=6.100",
-            "openai>=3",
+            "openai>=2.39",
             "psutil>=5.9",
             "pytest>=8",
             "pytest-xdist>=3.5",
@@ -150,7 +150,7 @@ setup(
             "setuptools>=70.1",
         ],
         "deepspeed": ["deepspeed>=0.17"],
-        "judge": ["openai>=3"],
+        "judge": ["openai>=2.39"],
     },
     entry_points={"console_scripts": ["lavis-lstp = lavis_lstp.cli:main"]},
     cmdclass={"build_py": BuildWithPlugin, "editable_wheel": EditableWithPlugin},

@@ -105,8 +105,10 @@ class _Handler(BaseHTTPRequestHandler):
         pred, score = truth(case)
         verdict = json.dumps({"pred": pred, "score": score})
         if deed.isdigit():
-            error = {"error": {"message": f"no: {self.headers['Authorization']}", "code": None}}
+            error = {"error": {"message": f"wrong key sk-loop****cdef: {self.headers['Authorization']}", "code": None}}
             return self._send(int(deed), error, QUICK)
+        if deed == "slow down":
+            return self._send(429, {"error": {"message": "slow down"}}, {"Retry-After": "0.6"})
         if deed == "content_filter":
             return self._send(400, {"error": {"message": "filtered", "code": "content_filter"}})
         if deed == "stall":  # until the client gives up

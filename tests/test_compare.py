@@ -159,6 +159,7 @@ def test_what_makes_it_doubtful_is_said(judged, tmp_path, capsys, other, expecte
     out = capsys.readouterr().out
     (warning,) = (line for line in out.splitlines() if line.startswith("warning: "))
     assert re.search(expected, warning), warning
+    assert "a judged by openai model=m\n" in out
     assert len(json.loads((tmp_path / "c.json").read_text())["warnings"]) == 1
 
 
@@ -206,7 +207,7 @@ def test_two_judges(judged, tmp_path, capsys):
     paths = [str(write(tmp_path / name, lines)) for name, lines in (("a.jsonl", a), ("b.jsonl", b))]
     assert main(["calibrate", *paths, "--out", str(tmp_path / "c.json")]) == 0
     out = capsys.readouterr().out
-    assert "kappa             0.400" in out and "a: openai model=m\nb: local model=l\n" in out
+    assert "kappa             0.400" in out and "a judged by openai model=m\nb judged by local model=l\n" in out
     assert json.loads((tmp_path / "c.json").read_text())["all"]["kappa"] == pytest.approx(0.4)
 
 

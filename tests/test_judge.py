@@ -219,6 +219,18 @@ def test_a_file_that_is_no_cache_is_refused(tmp_path):
         VerdictCache(tmp_path / "d")
 
 
+def test_a_cache_that_another_process_holds_is_an_error_in_one_line(tmp_path):
+    with VerdictCache(tmp_path / "c.sqlite", timeout_s=0.05) as cache:
+        other = sqlite3.connect(tmp_path / "c.sqlite", isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(ConfigError, match="cannot keep a verdict .*locked"):
+            cache.put([("k", CASE, Verdict("j", JUDGED, True, 4))])
+        other.execute("ROLLBACK")
+        cache.put([("k", CASE, Verdict("j", JUDGED, True, 4))])
+        assert len(cache) == 1
+        other.close()
+
+
 def test_processes_share_a_cache(tmp_path):
     code = (
         "import sys\n"
@@ -321,8 +333,10 @@ def test_a_third_of_all_requests_fails(tmp_path, asked):
 
 def test_rate_limits_are_kept(tmp_path, asked):
     write_predictions(tmp_path / "p.jsonl", 1)
-    with JudgeServer(lambda number, case: "429" if number < 2 else "ok") as server:
+    with JudgeServer(lambda number, case: "slow down" if number < 2 else "ok") as server:
+        start = time.monotonic()
         assert asked(server, "--retries", 2) == 0
+        assert time.monotonic() - start >= 1.2, "as long as the server said, twice; of itself the client waits 0.05 s"
         assert len(server.requests) == 3
 
 
@@ -505,6 +519,13 @@ def test_no_key_anywhere_and_none_kept(tmp_path, asked, monkeypatch, capsys):
     assert "sk-loopback" not in capsys.readouterr().out
 
 
+def test_the_client_is_optional(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    write_predictions(tmp_path / "p.jsonl", 1)
+    with pytest.raises(JudgeError, match="pip install 'lavis_lstp.judge.'"):
+        judge([str(tmp_path / "p.jsonl"), "--judge", "openai", "--model", "m", "--cache", str(tmp_path / "c")])
+
+
 # ---- replay, and the command ----------------------------------------------------------------------------------
 
 
@@ -620,7 +641,9 @@ def test_bad_words(tmp_path):
         ([path, "--judge", "openai"], "--judge openai needs --model"),
         ([path, "--judge", "openai", "--model", "m", "--prompt", "publsihed"], "did you mean 'published'"),
         ([path, "--judge", "replay"], "needs --verdicts"),
-        ([path, "--judge", "rules", "--out", str(tmp_path / "p.x")], "would replace an input"),
+        ([path, "--judge", "rules", "--out", str(tmp_path / "p.x")], "would replace another file"),
+        ([path, "--judge", "rules", "--out", str(tmp_path / "v.json")], "would replace another file"),
     ):
         with pytest.raises(ConfigError, match=message):
             judge([*words, "--cache", str(tmp_path / "c")])
+    assert sorted(file.name for file in tmp_path.iterdir() if file.name[0] != "c") == ["p.json"]

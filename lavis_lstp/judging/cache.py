@@ -89,13 +89,16 @@ class VerdictCache:
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
-        self._db.execute("BEGIN IMMEDIATE")
         try:
-            yield
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
-        self._db.execute("COMMIT")
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+            self._db.execute("COMMIT")
+        except sqlite3.Error as error:
+            raise ConfigError(f"{self.path}: cannot keep a verdict ({error}); mend that and call again") from None
 
     def rows(self) -> Iterator[Row]:
         """All verdicts with what they are about, in an order that does not depend on when they were made."""

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from lavis_lstp.errors import CoverageError
-from lavis_lstp.judging.compare import Judged, finish, parse_pair, read_judged, shared_ids
+from lavis_lstp.judging.compare import Judged, finish, judge_lines, judges_of, parse_pair, read_judged, shared_ids
 from lavis_lstp.judging.replay import is_rules
 from lavis_lstp.judging.rows import named
 from lavis_lstp.judging.rules import UNDECIDED
@@ -47,7 +47,7 @@ def calibrate(
     judges = [key for key in both if not (_decided(a[key].verdict) and _decided(b[key].verdict))]
     parts = {"all": both, "without_rules": judges}
     return {
-        "judges": {name: sorted({side[key].verdict.judge for key in both}) for name, side in (("a", a), ("b", b))},
+        "judges": judges_of(a, b, both),
         **{name: _agreement(a, b, keys, resamples, seed) if keys else None for name, keys in parts.items()},
         "warnings": warnings,
     }
@@ -85,8 +85,7 @@ def _agreement(
 
 
 def format_agreement(result: Mapping[str, Any]) -> str:
-    lines = [f"warning: {text}" for text in result["warnings"]]
-    lines += [f"{side}: {judge}" for side in "ab" for judge in result["judges"][side]]
+    lines = judge_lines(result)
     shown = {"all answers": result["all"], "without rules": result["without_rules"]}
     columns = {name: found for name, found in shown.items() if found}
     lines.append(f"{'':<18}" + "".join(f"{name:<26}" for name in columns))

@@ -68,6 +68,17 @@ def shared_ids(a: Mapping[str, Judged], b: Mapping[str, Judged]) -> tuple[list[s
     return ids, warnings
 
 
+def judges_of(a: Mapping[str, Judged], b: Mapping[str, Judged], ids: Sequence[str]) -> dict[str, list[str]]:
+    """Who judged, on either side."""
+    return {name: sorted({side[key].verdict.judge for key in ids}) for name, side in (("a", a), ("b", b))}
+
+
+def judge_lines(result: Mapping[str, Any]) -> list[str]:
+    """Warnings and judges, as every table begins."""
+    judges = [f"{side} judged by {judge}" for side in "ab" for judge in result["judges"][side]]
+    return [f"warning: {text}" for text in result["warnings"]] + judges
+
+
 def judge_warnings(a: Mapping[str, Judged], b: Mapping[str, Judged], ids: Sequence[str]) -> list[str]:
     """Where the two files' judges differ, which makes their numbers different quantities."""
     first, second = ({side[key].verdict.judge for key in ids} for side in (a, b))
@@ -106,6 +117,7 @@ def compare(
     only_a, only_b = int((right[:, 0] > right[:, 1]).sum()), int((right[:, 0] < right[:, 1]).sum())
     result: dict[str, Any] = {
         "num_questions": len(ids),
+        "judges": judges_of(a, b, ids),
         "accuracy": _difference(right, sums[:, 1:3] / sums[:, :1]),
         "mcnemar": {"only_a_right": only_a, "only_b_right": only_b, "p": mcnemar_exact(only_a, only_b)},
     }
@@ -128,7 +140,7 @@ def _difference(values: np.ndarray, resampled: np.ndarray) -> dict[str, Any]:
 
 
 def format_comparison(result: Mapping[str, Any]) -> str:
-    lines = [f"warning: {text}" for text in result["warnings"]]
+    lines = judge_lines(result)
     lines.append(f"{'':<10}{'a':>8}{'b':>8}  {'b - a':<26}p (paired bootstrap)")
     for name, scale, digits, unit in (("accuracy", 100, 1, " %"), ("score", 1, 2, "")):
         if name in result:

@@ -178,10 +178,10 @@ def _finish(
     predictions = Path(args.predictions)
     out = Path(args.out) if args.out else predictions.with_name(f"{predictions.stem}_judged_{args.judge}.jsonl")
     result_file = out.with_suffix(".json")
-    if {out.resolve(), result_file.resolve()} & {
+    if out == result_file or {out.resolve(), result_file.resolve()} & {
         Path(p).resolve() for p in (predictions, args.answers, args.verdicts) if p
     }:
-        raise ConfigError(f"--out {out} would replace an input (or {result_file} would); name another file, *.jsonl")
+        raise ConfigError(f"--out {out} or the result, {result_file}, would replace another file; name a *.jsonl")
     result_file.unlink(missing_ok=True)  # an earlier result must not stand beside these verdicts
     write_jsonl(out, (verdict_row(key, rows[key], verdict) for key, verdict in verdicts.items()))
     waiting = {key: verdict for key, verdict in verdicts.items() if verdict.status in OPEN}
