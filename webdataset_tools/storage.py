@@ -287,7 +287,7 @@ class _HttpStream(io.RawIOBase):
         try:
             if self._response is None:
                 self._connect()
-            data = self._response.read(size)
+            data = self._response.read1(size)  # what has come; a break later loses none of it
             if not data and self._length is not None and self.at < self._length:
                 raise http.client.IncompleteRead(b"", self._length - self.at)
             return data

@@ -1,0 +1,198 @@
+"""Shards over HTTP from a server that fails: nothing is lost, nothing comes twice, and what stays away is named."""
+
+from __future__ import annotations
+
+import contextlib
+import http.server
+import random
+import re
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from test_wds_loader import COMMON, assert_same, of_files
+from test_wds_verify import media, packed  # noqa: F401 (a fixture)
+
+from lavis_lstp.data.qa_dataset import VideoQADataset
+from lavis_lstp.data.shards import ShardQuestions
+from lavis_lstp.errors import ShardError
+from webdataset_tools import index, storage
+from webdataset_tools.verify import verify
+
+QUICK = storage.Retry(attempts=12, wait_s=0.001, timeout_s=0.2)
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Files of a folder, with ranges; a share of the requests fails in one of four ways.
+
+    Attributes:
+        served: (path, first byte, how) of each request.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, root: Path, failing=0.0, ranges=True, always=None, ways=("503", "break", "cut", "stall")):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.root, self.failing, self.ranges, self.always = root, failing, ranges, always or {}
+        self.ways = ways
+        self.chance, self.served = random.Random(7), []
+        self.lock = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def handle_error(self, request, client_address):
+        """Connections that the client gave up are what these tests are about."""
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        server, name = self.server, self.path.partition("?")[0].lstrip("/")
+        path = server.root / name
+        if name in server.always or not path.is_file():
+            return self.send_error(server.always.get(name, 404))
+        with server.lock:
+            failing = server.chance.random() < server.failing
+            how = server.chance.choice(server.ways) if failing else "fine"
+        raw, first = path.read_bytes(), 0
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if asked and server.ranges:
+            first = int(asked[1])
+            if first >= len(raw):
+                return self.send_error(416)
+        last = int(asked[2]) if asked and server.ranges and asked[2] else len(raw) - 1
+        body = raw[first : last + 1]
+        server.served.append((name, first, how))
+        if how == "503":
+            return self.send_error(503)
+        if how == "break":
+            return self.connection.close()
+        self.send_response(206 if asked and server.ranges else 200)
+        self.send_header("Content-Length", str(len(body)))
+        if asked and server.ranges:
+            self.send_header("Content-Range", f"bytes {first}-{first + len(body) - 1}/{len(raw)}")
+        self.end_headers()
+        self.wfile.write(body if how == "fine" else body[: len(body) // 2])
+        if how == "stall":
+            self.wfile.flush()
+            time.sleep(0.5)
+
+
+@contextlib.contextmanager
+def serving(root: Path, **options):
+    server = Server(root, **options)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def locations(server, shards) -> list[str]:
+    return [f"{server.url}/{Path(shard).name}" for shard in shards]
+
+
+@pytest.mark.parametrize("failing", [0.0, 0.3])
+def test_every_sample_comes_once_and_whole(media, tmp_path, failing):  # noqa: F811
+    shards = packed(media, tmp_path, max_count=1)
+    files = of_files(media)
+    with serving(tmp_path, failing=failing) as server:
+        questions = ShardQuestions(locations(server, shards), retry=QUICK)
+        dataset = VideoQADataset(questions, **COMMON)
+        for _ in range(3):
+            for number in range(len(files)):
+                assert_same(dataset[number], files[number])
+            questions._kept.clear()
+    assert not dataset.left_out.by_cause() and dataset.question_ids() == files.question_ids()
+    if failing:
+        failed = [how for *_, how in server.served if how != "fine"]
+        assert len(failed) > 5 and {"503", "cut"} & set(failed)
+
+
+def test_a_sample_is_one_request_of_its_bytes(media, tmp_path):  # noqa: F811
+    shards = packed(media, tmp_path)
+    with serving(tmp_path) as server:
+        dataset = VideoQADataset(ShardQuestions(locations(server, shards), retry=QUICK), **COMMON)
+        dataset[2]  # the index comes with the first sample
+        server.served.clear()
+        dataset[1]
+        place = index.ShardSet(shards).index(0).members(1)["mp4"]
+        assert server.served == [("x-000000.tar", place.offset, "fine")]
+
+
+def test_a_stream_goes_on_where_it_broke(media, tmp_path):  # noqa: F811
+    (shard,) = packed(media, tmp_path)
+    with serving(tmp_path, failing=0.6, ways=("cut", "503")) as server:
+        patient = storage.Retry(attempts=30, wait_s=0.001, timeout_s=0.2)
+        with storage.open_stream(f"{server.url}/x-000000.tar", patient) as stream:
+            assert stream.read() == Path(shard).read_bytes()
+        assert len({first for _, first, _ in server.served}) > 1
+        report = verify([f"{server.url}/x-000000.tar"], decode=0, retry=patient)
+        assert not report["failed"] and report["samples"] == 4
+
+
+def test_a_set_without_indexes_is_scanned(media, tmp_path):  # noqa: F811
+    shards = packed(media, tmp_path, max_count=2)
+    for path in [*tmp_path.glob("*.index"), *tmp_path.glob("*.json")]:
+        path.unlink()
+    with serving(tmp_path, failing=0.2) as server:
+        dataset = VideoQADataset(ShardQuestions(locations(server, shards), retry=QUICK), **COMMON)
+        assert_same(dataset[3], of_files(media)[3])
+
+
+@pytest.mark.parametrize(("status", "cause"), [(404, "not found"), (403, "refused"), (500, "connection")])
+def test_what_stays_away_is_named(media, tmp_path, status, cause):  # noqa: F811
+    shards = packed(media, tmp_path, max_count=2)
+    with serving(tmp_path, always={"x-000001.tar": status}) as server:
+        short = storage.Retry(attempts=3, wait_s=0.001, timeout_s=0.2)
+        dataset = VideoQADataset(ShardQuestions(locations(server, shards), retry=short), max_bad_fraction=0.5, **COMMON)
+        assert dataset[0] is not None and dataset[2] is None and dataset[3] is None
+        assert dataset.left_out.by_cause() == {cause: 2}
+        tries = {404: 1, 403: 1, 500: 3}[status]
+        with pytest.raises(ShardError) as caught:
+            storage.read_at(f"{server.url}/x-000001.tar", 0, 10, short)
+        assert caught.value.cause == cause and ("3 times" in str(caught.value)) == (tries == 3)
+
+
+def test_a_server_that_knows_no_ranges_is_refused(media, tmp_path):  # noqa: F811
+    shards = packed(media, tmp_path)
+    with serving(tmp_path, ranges=False) as server:
+        dataset = VideoQADataset(ShardQuestions(locations(server, shards), retry=QUICK), max_bad_fraction=1, **COMMON)
+        assert dataset[0] is None and dataset.left_out.by_cause() == {"refused": 1}
+
+
+def test_no_server_at_all():
+    with pytest.raises(ShardError) as caught:
+        storage.read_at("http://127.0.0.1:9/x.tar", 0, 1, storage.Retry(attempts=2, wait_s=0.001, timeout_s=0.2))
+    assert caught.value.cause == "connection"
+
+
+def test_waits_double(monkeypatch):
+    waits = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    with pytest.raises(ShardError):
+        storage.read_at("http://127.0.0.1:9/x.tar", 0, 1, storage.Retry(attempts=5, wait_s=1.0, timeout_s=0.2))
+    assert len(waits) == 4 and all(2**n <= wait <= 2 * 2**n for n, wait in enumerate(waits))
+
+
+def test_what_fsspec_opens(media, tmp_path):  # noqa: F811
+    fsspec = pytest.importorskip("fsspec")
+    shards = packed(media, tmp_path, max_count=2)
+    memory = fsspec.filesystem("memory")
+    for path in tmp_path.iterdir():
+        memory.pipe(f"/set/{path.name}", path.read_bytes())
+    questions = ShardQuestions("memory://set/x-{000000..000001}.tar", retry=QUICK)
+    dataset = VideoQADataset(questions, **COMMON)
+    assert len(questions) == 4
+    assert_same(dataset[3], of_files(media)[3])
+    report = verify(["memory://set/x-000000.tar"], decode=0)
+    assert report["causes"] == {} and len(shards) == 2
+    with pytest.raises(ShardError) as caught:
+        ShardQuestions("memory://set/y-000000.tar", retry=QUICK)
+    assert caught.value.cause == "not found"
