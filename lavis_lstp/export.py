@@ -127,8 +127,8 @@ def _own_parts_in(checkpoints: Sequence[str] | str | None) -> set[str]:
 
 def _save_backbone(backbone: Backbone, folder: Path, config: Any) -> None:
     dtype = getattr(torch, config.dtype)
-    backbone.model.to(dtype)  # parts that learn are held in float32
-    backbone.merge_lora()
+    backbone.merge_lora()  # before the cast: the adapters are held in float32, and so is everything else that learns
+    backbone.model.to(dtype)
     model = backbone.model
     for section in (model.config.vision_config, model.config.qformer_config, model.config.text_config):
         section.dtype = dtype  # save_pretrained says it of the whole alone

@@ -91,6 +91,22 @@ def test_plain_transformers_has_exactly_our_weights(exported, name, lora):
     assert bool(adapted) == lora
 
 
+def test_adapters_are_merged_before_they_are_rounded(exported, tmp_path):
+    """In bfloat16 as in float32: W + BA is rounded once, not B and A before."""
+    published, converted, _ = exported("lstp_vicuna7b", True)
+    assert cli.main(["export", str(converted), str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
+    own = hf_class("lstp_vicuna7b").from_pretrained(tmp_path / "out", dtype=torch.bfloat16).state_dict()
+    rounded = {
+        k: v.bfloat16().float() if v.is_floating_point() and ".lora_" not in k else v for k, v in published.items()
+    }
+    compared = 0
+    for key, value in expected(rounded).items():
+        if not torch.equal(value, expected(published)[key].bfloat16().float()):  # has an adapter
+            assert (own[key] != value.bfloat16()).float().mean() < 0.01, key
+            compared += 1
+    assert compared == 4  # q_proj and v_proj of two layers
+
+
 @pytest.mark.parametrize(("name", "lora"), CASES)
 def test_the_way_back(exported, name, lora):
     """`backbone.weights: OUT` and OUT/sampler make the model that was exported, answers included."""

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from lavis_lstp.errors import AnnotationError, ConfigError, WeightsError
 from lavis_lstp.metrics.qa import token_recall
-from lavis_lstp.models.backbone import IGNORED, Backbone, _left_padded
+from lavis_lstp.models.backbone import IGNORED, Backbone, _left_padded, sampler_tokenizer
 from lavis_lstp.models.frame_fusion import FrameFusion
 from lavis_lstp.models.lstp import LSTP
 from lavis_lstp.models.parts import part_of
@@ -373,3 +373,19 @@ def test_raft_in_a_checkpoint_is_left_out_where_the_flow_is_given(tiny, tmp_path
     with_raft = LSTP.from_config(model_config(flow={"name": "raft_small", "weights": "checkpoint"}))
     with pytest.raises(WeightsError, match="flow.model"):
         with_raft.load_checkpoint(str(tmp_path / "whole.safetensors"))
+
+
+def test_a_missing_checkpoint_is_said_before_anything_is_built(monkeypatch, tmp_path):
+    monkeypatch.setattr("lavis_lstp.models.lstp.build_parts", lambda cfg: pytest.fail("built"))
+    with pytest.raises(WeightsError, match="no weights at"):
+        LSTP.from_config({**model_config(), "checkpoint": [str(tmp_path / "gone.ckpt")]})
+
+
+def test_the_sampler_reads_the_beginning_of_a_long_text(tiny):
+    """InstructBLIP's Q-Former tokenizer cuts at the left; the sampler's, made of it, as BERT's own does."""
+    backbone = copy.copy(tiny.backbone)
+    backbone.qformer_tokenizer = copy.deepcopy(tiny.backbone.qformer_tokenizer)
+    backbone.qformer_tokenizer.truncation_side = "left"
+    tokenizer = sampler_tokenizer(None, backbone)
+    assert tokenizer.truncation_side == "right" and backbone.qformer_tokenizer.truncation_side == "left"
+    assert tokenizer("red star", truncation=True, max_length=1)["input_ids"] == tokenizer("red")["input_ids"]

@@ -8,6 +8,7 @@ with image placeholders changed between transformers releases. Checkpoints are t
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -100,6 +101,11 @@ class Backbone(nn.Module):
         return self.language_model.config.is_encoder_decoder
 
     @property
+    def reads_question(self) -> bool:
+        """The Q-Former does, so that what it sees in a frame depends on the question."""
+        return self.qformer_tokenizer is not None
+
+    @property
     def num_query_tokens(self) -> int:
         return self.query_tokens.shape[1]
 
@@ -155,7 +161,7 @@ class Backbone(nn.Module):
         dtype = dtype_of(self.qformer)
         features, queries = features.to(dtype), self.query_tokens.to(dtype).expand(count, -1, -1)
         inputs = {}
-        if self.qformer_tokenizer is not None:
+        if self.reads_question:
             unique = list(dict.fromkeys(prompts))
             text = self._tokenize(self.qformer_tokenizer, unique, "right").to(features.device)
             row = torch.tensor([unique.index(p) for p in prompts], device=features.device)
@@ -193,6 +199,27 @@ class Backbone(nn.Module):
             prefix: visual prefix [B,P,D_llm]; prefix_mask: [B,P], all 0 in a row without frames.
             prompts, answers: B strings each; the answer carries its own end mark where the family needs one.
         """
+        return _token_loss(*self._answer_logits(prefix, prefix_mask, prompts, answers))
+
+    @torch.no_grad()
+    def answer_log_probs(
+        self, prefix: Tensor, prefix_mask: Tensor, prompts: list[str], answers: list[str]
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probability of each answer, end mark included; arguments as for `lm_loss`.
+
+        Returns:
+            sum over the answer's tokens, float32 [B], and their number, int64 [B].
+        """
+        logits, labels = self._answer_logits(prefix, prefix_mask, prompts, answers)
+        counted = labels != IGNORED
+        log_probs = logits.new_zeros(labels.shape, dtype=torch.float32)
+        log_probs[counted] = -cross_entropy(logits[counted].float(), labels[counted], reduction="none")
+        return log_probs.sum(1), counted.sum(1)
+
+    def _answer_logits(
+        self, prefix: Tensor, prefix_mask: Tensor, prompts: list[str], answers: list[str]
+    ) -> tuple[Tensor, Tensor]:
+        """Logits [B,S,V], and the labels [B,S] they are of: IGNORED outside the answers."""
         if self.is_encoder_decoder:
             text = self._tokenize(self.tokenizer, prompts, "right").to(prefix.device)
             inputs, mask, _ = self._with_prefix(prefix, prefix_mask, text["input_ids"], text["attention_mask"])
@@ -202,7 +229,7 @@ class Backbone(nn.Module):
             logits = self.language_model(
                 inputs_embeds=inputs, attention_mask=mask, decoder_input_ids=begun, use_cache=False
             ).logits
-            return _token_loss(logits, labels)
+            return logits, labels
         ids, labels = [], []
         for prompt, answer in zip(self._ids(prompts), self._ids(answers), strict=True):
             answer = answer[1:]  # its beginning-of-text mark; the prompt has one
@@ -213,25 +240,53 @@ class Backbone(nn.Module):
         labels = pad_sequence(labels, batch_first=True, padding_value=IGNORED).to(prefix.device)
         inputs, mask, labels = self._with_prefix(prefix, prefix_mask, ids, real, labels)
         logits = self.language_model(inputs_embeds=inputs, attention_mask=mask, use_cache=False).logits
-        return _token_loss(logits[:, :-1], labels[:, 1:])
+        return logits[:, :-1], labels[:, 1:]
 
-    @torch.no_grad()
     def generate(self, prefix: Tensor, prefix_mask: Tensor, prompts: list[str], **settings) -> list[str]:
         """Answers, one string a row; `settings` are transformers' generation arguments (max_new_tokens, ...)."""
+        return self._texts(self._generate(prefix, prefix_mask, prompts, **settings))
+
+    @torch.no_grad()
+    def generate_scored(
+        self, prefix: Tensor, prefix_mask: Tensor, prompts: list[str], **settings
+    ) -> tuple[list[str], Tensor, Tensor]:
+        """Answers as `generate` gives them, and how sure the language model was of each.
+
+        Returns:
+            B strings; the log-probability of their tokens up to the end mark, itself included, summed, float32 [B];
+            the number of these tokens, int64 [B]. Probabilities are the model's own, before temperature, top_p and
+            penalties.
+        """
+        made = self._generate(
+            prefix, prefix_mask, prompts, return_dict_in_generate=True, output_logits=True, **settings
+        )
+        scores = self.language_model.compute_transition_scores(
+            made.sequences, made.logits, getattr(made, "beam_indices", None), normalize_logits=True
+        ).float()
+        ids = made.sequences[:, -scores.shape[1] :]
+        ended = torch.isin(ids, ids.new_tensor(self._end_ids)).long()
+        real = (ended.cumsum(1) - ended == 0) & (ids != self._pad_id) | ended.bool() & (ended.cumsum(1) == 1)
+        return self._texts(made.sequences), scores.where(real, scores.new_zeros(())).sum(1), real.sum(1)
+
+    def _texts(self, ids: Tensor) -> list[str]:
+        return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+    @torch.no_grad()
+    def _generate(self, prefix: Tensor, prefix_mask: Tensor, prompts: list[str], **settings):
+        """What transformers' `generate` gives: ids of the answers [B,S], or with return_dict_in_generate more."""
         text = self._tokenize(self.tokenizer, prompts, "right").to(prefix.device)
         inputs, mask, _ = self._with_prefix(prefix, prefix_mask, text["input_ids"], text["attention_mask"])
         if not self.is_encoder_decoder:
             inputs, mask = _left_padded(inputs, mask)
         with torch.compiler.set_stance("force_eager"):  # lengths change with each token: nothing would be reused
             # 5.x warns about, and 4.x obeys, ids of the text config that are wrong in published checkpoints
-            ids = self.language_model.generate(
+            return self.language_model.generate(
                 inputs_embeds=inputs,
                 attention_mask=mask,
                 pad_token_id=self._pad_id,
                 eos_token_id=self._end_ids,
                 **settings,
             )
-        return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
     @property
     def _pad_id(self) -> int:
@@ -413,11 +468,15 @@ def _hub_backbone(
 def sampler_tokenizer(path: str | None, backbone: Backbone):
     """The temporal sampler's tokenizer, BERT's: from `path`, else the Q-Former's own, else the built-in one.
 
+    The Q-Former's is BERT's too, but cuts long texts at their beginning; the sampler reads the beginning (published).
+
     Raises:
         WeightsError: there is none at `path`.
     """
     if not path:
-        return backbone.qformer_tokenizer or tiny_tokenizer(bos=False)
+        tokenizer = copy.deepcopy(backbone.qformer_tokenizer) or tiny_tokenizer(bos=False)
+        tokenizer.truncation_side = "right"
+        return tokenizer
     from transformers import AutoTokenizer
 
     try:

@@ -24,9 +24,10 @@ from lavis_lstp.models.building import build_parts, check_settings
 from lavis_lstp.models.frame_fusion import FrameFusion
 from lavis_lstp.models.frame_selector import sample_generators
 from lavis_lstp.models.refinement import ROWS, Refinement, pseudo_scores
-from lavis_lstp.models.rows import blank_video, moves, several_ranks, take_rows
+from lavis_lstp.models.rows import blank_video, distinct_media, moves, several_ranks, take_rows
 from lavis_lstp.models.temporal_sampler import SamplerOutput, TemporalSampler, span_loss
 from lavis_lstp.models.variants import MODEL_TYPES, complete, load_variant
+from lavis_lstp.models.weights import weights_file
 from lavis_lstp.schema import NO_SPAN
 
 
@@ -107,9 +108,12 @@ class LSTP(BaseModel):
     def from_config(cls, cfg) -> LSTP:
         """From a `model` section; `configs/models/lstp.yaml` lists and explains every key."""
         cfg = complete(cfg)
+        given = cfg["checkpoint"] or []
+        checkpoints = [given] if isinstance(given, str) else given
+        for path in checkpoints:
+            weights_file(path)  # before gigabytes of base weights are read: a missing one is said now
         model = cls(**build_parts(cfg))
-        checkpoints = cfg["checkpoint"] or []
-        for path in [checkpoints] if isinstance(checkpoints, str) else checkpoints:
+        for path in checkpoints:
             model.load_checkpoint(path)
         return model
 
@@ -214,13 +218,14 @@ class LSTP(BaseModel):
     # ---- the path from frames to a prefix -----------------------------------------------------------------------
 
     def _flow(self, samples: Mapping) -> Tensor:
-        mask = samples["frame_mask"].to(self.device)
+        """[B,T,2,S,S]; of a video that several questions are about it is computed once."""
+        first, which = distinct_media(samples)
+        frames, mask, given = (
+            None if value is None else value[first.to(value.device)].to(self.device)
+            for value in (samples["frames"], samples["frame_mask"], samples.get("flow"))
+        )
         with torch.no_grad():
-            return self.flow(
-                samples["frames"].to(self.device),
-                mask,
-                flow=samples["flow"].to(self.device) if "flow" in samples else None,
-            )
+            return self.flow(frames, mask, flow=given)[which.to(self.device)]
 
     def _logits(self, samples: Mapping, flow: Tensor | None = None) -> SamplerOutput:
         """Start and end logits [B,T] of the videos; 0 for images and texts, which do not reach the sampler.
@@ -300,21 +305,29 @@ class LSTP(BaseModel):
     def _prefix(self, samples: Mapping, frame_index: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """The frames at `frame_index` [B,K] -> visual prefix [B,S,D_llm] and its mask [B,S].
 
-        A frame that is chosen twice is looked at once; a batch of texts alone looks at one blank frame, whose
-        tokens are masked out, so that each rank runs the same modules.
+        The vision tower looks at a frame once, however many questions chose it; the Q-Former does where it does not
+        read the question. A batch of texts alone looks at one blank frame, whose tokens are masked out, so that each
+        rank runs the same modules.
         """
         frames = samples["frames"]
         index = frame_index.cpu()
         real = index >= 0
         rows = torch.arange(len(index))[:, None].expand_as(index)
         if real.any():
+            first, which = distinct_media(samples)
             pairs, place = torch.unique(torch.stack([rows[real], index[real]], dim=1), dim=0, return_inverse=True)
-            chosen = frames[pairs[:, 0].to(frames.device), pairs[:, 1].to(frames.device)]
             texts = [prompts[row] for row in pairs[:, 0].tolist()]
+            pairs[:, 0] = which[pairs[:, 0]]
+            pairs, seen = torch.unique(pairs, dim=0, return_inverse=True)
+            chosen = frames[first[pairs[:, 0]].to(frames.device), pairs[:, 1].to(frames.device)]
         else:
-            chosen, place, texts = frames.new_zeros(1, *frames.shape[2:]), index.new_zeros(0), prompts[:1]
-        features = self.image_features(chosen.to(self.device))
-        tokens = self.backbone.frame_tokens(features, texts)  # [frames,Q,D]
+            chosen, texts = frames.new_zeros(1, *frames.shape[2:]), prompts[:1]
+            place, seen = index.new_zeros(0), index.new_zeros(1)
+        features, seen = self.image_features(chosen.to(self.device)), seen.to(self.device)
+        if self.backbone.reads_question:
+            tokens = self.backbone.frame_tokens(features[seen], texts)  # [pairs of question and frame,Q,D]
+        else:
+            tokens = self.backbone.frame_tokens(features, [""] * len(features))[seen]
         where = torch.zeros_like(index).masked_scatter(real, place).to(tokens.device)
         return self.fusion(tokens[where], real.long().to(tokens.device), self.backbone.project)
 
@@ -350,9 +363,41 @@ class LSTP(BaseModel):
             generation: transformers' generation arguments, over those of the config.
 
         Returns:
-            prediction, prompt (lists of B strings), span [B,2], frame_index [B,K], start_logits and end_logits
-            where there are any, flow [B,T,2,S,S] where it was needed, and seconds by stage (of the whole batch).
+            prediction, prompt (lists of B strings), log_prob (of the prediction's tokens: sum, mean and number), span
+            [B,2], frame_index [B,K], start_logits and end_logits where there are any, flow [B,T,2,S,S] where it was
+            needed, and seconds by stage (of the whole batch).
         """
+        result, prefix, mask = self._look(samples, prompt)
+        with self._timed(result["seconds"], "language"):
+            settings = {**self.generation, **generation}
+            texts, sums, counts = self.backbone.generate_scored(prefix, mask, result["prompt"], **settings)
+        result["prediction"], result["log_prob"] = texts, _log_probs(sums, counts)
+        return result
+
+    @torch.no_grad()
+    def score_options(self, samples: Mapping, prompt: str | None = None) -> dict:
+        """How likely each of `samples["options"]` is as the answer.
+
+        Returns:
+            as `answer`, but option_log_prob in place of prediction and log_prob: for each row, of each option.
+        """
+        result, prefix, mask = self._look(samples, prompt)
+        pairs = [(row, option) for row, options in enumerate(samples["options"]) for option in options]
+        scored: list[list[dict]] = [[] for _ in samples["options"]]
+        with self._timed(result["seconds"], "language"):
+            size = len(scored)  # no more rows at once than questions: memory is that of answering
+            for part in (pairs[i : i + size] for i in range(0, len(pairs), size)):
+                rows = torch.tensor([row for row, _ in part], device=prefix.device)
+                answers = [self.answer_template.replace("{answer}", option) for _, option in part]
+                asked = [result["prompt"][row] for row, _ in part]
+                found = self.backbone.answer_log_probs(prefix[rows], mask[rows], asked, answers)
+                for (row, _), log_prob in zip(part, _log_probs(*found), strict=True):
+                    scored[row].append(log_prob)
+        result["option_log_prob"] = scored
+        return result
+
+    def _look(self, samples: Mapping, prompt: str | None) -> tuple[dict, Tensor, Tensor]:
+        """Everything before the language model: the result so far, visual prefix and its mask."""
         seconds: dict[str, float] = {}
         result: dict = {"prompt": self.prompts(samples, prompt), "seconds": seconds}
         logits = None
@@ -368,10 +413,7 @@ class LSTP(BaseModel):
             result["frame_index"], result["span"] = self._select(samples, logits)
         with self._timed(seconds, "vision"):
             prefix, mask = self._prefix(samples, result["frame_index"], result["prompt"])
-        with self._timed(seconds, "language"):
-            settings = {**self.generation, **generation}
-            result["prediction"] = self.backbone.generate(prefix, mask, result["prompt"], **settings)
-        return result
+        return result, prefix, mask
 
     @contextmanager
     def _timed(self, seconds: dict[str, float], stage: str):
@@ -431,6 +473,12 @@ class LSTP(BaseModel):
     def pseudo_scores(self, samples: Mapping, rows: int = ROWS) -> Tensor:
         """How well each frame alone answers the question, float32 [B,T] of 0..1; see `refinement.pseudo_scores`."""
         return pseudo_scores(self, samples, self.generation, rows)
+
+
+def _log_probs(sums: Tensor, counts: Tensor) -> list[dict[str, float | int]]:
+    """sum, mean and number of tokens, rounded to what float32 says."""
+    pairs = zip(sums.tolist(), counts.tolist(), strict=True)
+    return [{"sum": round(s, 5), "mean": round(s / max(1, n), 5), "tokens": n} for s, n in pairs]
 
 
 def register_models(names: Iterable[str] = tuple(MODEL_TYPES)) -> None:
