@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
@@ -21,7 +22,7 @@ from judge_server import JudgeServer, truth, write_predictions
 from lavis_lstp.cli import main
 from lavis_lstp.errors import AnnotationError, ConfigError, CoverageError
 from lavis_lstp.judging.cache import VerdictCache
-from lavis_lstp.judging.endpoint import FAILURES_IN_A_ROW, JudgeError
+from lavis_lstp.judging.endpoint import FAILURES_IN_A_ROW, EndpointJudge, JudgeError
 from lavis_lstp.judging.judge import main as judge
 from lavis_lstp.judging.prompts import PRESETS
 from lavis_lstp.judging.rules import decide
@@ -411,6 +412,29 @@ def test_an_endpoint_that_is_down_is_given_up(tmp_path, asked):
         server.behave = lambda number, case: "ok"
         assert asked(server) == 0
         assert set(server.answered.values()) == {1} and len(server.answered) == 60
+
+
+def test_of_two_calls_at_once_the_first_verdict_is_everybodys(tmp_path, asked):
+    cases = write_predictions(tmp_path / "p.jsonl", 1)
+    with JudgeServer(lambda number, case: "wait") as server, ThreadPoolExecutor() as pool:
+        first = pool.submit(asked, server)
+        while not server.requests:
+            time.sleep(0.01)
+        (name,) = {row["judge"] for row in _rows_of_the_other_call(tmp_path, server, cases[0])}
+        server.open.set()
+        assert first.result(30) == 0
+    (row,), _ = results(tmp_path)
+    assert (row["judge"], row["score"], row["note"]) == (name, 3, {"model": "the other call's"})
+
+
+def _rows_of_the_other_call(tmp_path, server, case):
+    """What a call in another process would write meanwhile."""
+    prompt = PRESETS["published"]
+    other = EndpointJudge("judge-1", prompt)
+    verdict = Verdict(other.identity, JUDGED, True, 3, note={"model": "the other call's"})
+    with VerdictCache(tmp_path / "c.sqlite") as cache:
+        cache.put([(case_key(other.identity, list(prompt), Case(*case)), Case(*case), verdict)])
+        return list(cache.rows())
 
 
 def test_limit_and_preview(tmp_path, asked, capsys):

@@ -92,9 +92,11 @@ class Docket:
         with tqdm(total=len(self.to_ask), desc="judging", disable=None) as progress:
 
             def on_verdict(case: Case, verdict: Verdict) -> None:
+                key = self._key(case)
                 if verdict.status not in OPEN:
-                    self.cache.put([(self._key(case), case, verdict)])
-                self.verdicts[case] = verdict
+                    self.cache.put([(key, case, verdict)])
+                # another process may have been first: its verdict is the one that an export will show
+                self.verdicts[case] = self.cache.get(key) or verdict
                 progress.update()
 
             self.judge.judge(self.to_ask, on_verdict)
