@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 import socket
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -61,8 +62,7 @@ class JudgeServer:
         class Handler(_Handler):
             home = server
 
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._http.daemon_threads = True
+        self._http = _Server(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._http.server_port}/v1"
 
     def __enter__(self) -> JudgeServer:
@@ -78,6 +78,14 @@ class JudgeServer:
         with self.lock:
             self._at_once += by
             self.most_at_once = max(self.most_at_once, self._at_once)
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request, client_address) -> None:
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # clients hang up, or are killed
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
