@@ -89,15 +89,15 @@ class LavisBackbone(Backbone):
         return [self.model.eos_token_id] if self.language == "opt" else super()._end_ids
 
     @torch.no_grad()
-    def generate(self, prefix: Tensor, prefix_mask: Tensor, prompts: list[str], **settings) -> list[str]:
+    def _generate(self, prefix: Tensor, prefix_mask: Tensor, prompts: list[str], **settings):
         """As the parent's; LAVIS's copy of OPT goes on from token ids behind `query_embeds`, not from embeddings."""
         if not self._behind_queries:
-            return super().generate(prefix, prefix_mask, prompts, **settings)
+            return super()._generate(prefix, prefix_mask, prompts, **settings)
         text = self._tokenize(self.tokenizer, prompts, "right").to(prefix.device)
         inputs, mask, _ = self._with_prefix(prefix, prefix_mask, text["input_ids"], text["attention_mask"])
         inputs, mask = _left_padded(inputs, mask)
         last = text["input_ids"].gather(1, text["attention_mask"].sum(1, keepdim=True) - 1)
-        ids = self.language_model.generate(
+        made = self.language_model.generate(
             input_ids=last,
             query_embeds=inputs[:, :-1],
             attention_mask=mask,
@@ -105,7 +105,10 @@ class LavisBackbone(Backbone):
             eos_token_id=self._end_ids,
             **settings,
         )
-        return [text.strip() for text in self.tokenizer.batch_decode(ids[:, 1:], skip_special_tokens=True)]
+        if isinstance(made, Tensor):
+            return made[:, 1:]
+        made.sequences = made.sequences[:, 1:]
+        return made
 
     def layers(self) -> Iterator[nn.Module]:
         return (layer for part in (self.vision_model, self.qformer, self.language_model) for layer in _layers(part))

@@ -17,6 +17,21 @@ def moves(samples: Mapping) -> Tensor:
     return samples["frame_mask"].sum(dim=1).cpu() > 1
 
 
+def distinct_media(samples: Mapping) -> tuple[Tensor, Tensor]:
+    """Rows whose frames differ, and whose frames each row has, by `media`; without it every row has its own.
+
+    Returns:
+        int64 [U], the first row of each; int64 [B], the place of each row's frames among these.
+    """
+    names = samples.get("media") or [""] * len(samples["frame_mask"])
+    first: dict[str, int] = {}
+    for row, name in enumerate(names):
+        first.setdefault(name or f"row {row}", row)
+    place = {name: i for i, name in enumerate(first)}
+    which = [place[name or f"row {row}"] for row, name in enumerate(names)]
+    return torch.tensor(list(first.values())), torch.tensor(which)
+
+
 def several_ranks() -> bool:
     """Whether other processes take part, who wait in collectives until this one runs the same modules."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
