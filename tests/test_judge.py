@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -89,6 +90,26 @@ def test_rules(question, answer, prediction, expected):
     if verdict:
         assert verdict.score == (MAX_SCORE if verdict.correct else 0)
         assert verdict.judge.startswith("rules version=1 simplemma=")
+
+
+VOCABULARY = """
+    man woman boy girl person people men women baby child kid dog cat horse car bike motorcycle play dance sing talk cook run
+    walk ride jump swim cut slice chop mix stir pour peel fry eat drink shoot drive fight kick throw catch hit dig draw paint
+    write read type sleep sit stand lie fall climb lift push pull open close apply wash clean shave comb brush guitar piano
+    flute violin drum ball bat basketball football soccer tennis knife onion potato tomato egg meat chicken fish shrimp rice
+    noodle pasta bread cheese butter water milk oil tiger lion panda monkey elephant bird duck frog turtle snake rabbit pool
+    river lake beach sea ocean road street floor table bed couch tv phone gun rifle pistol arrow bow sword motorbike truck
+    bus train plane boat kitchen forest stage field snow ice rock stone wall door window box boxing bag bottle cup glass
+    glasses plate bowl bowling pan pot paper pencil pen book toy doll mask hat shirt shoe left right up down red blue green
+    yellow black white brown gray orange purple pink one two three four five yes no indoors outdoors
+"""
+
+
+def test_no_two_different_answers_are_taken_for_one():
+    pairs = itertools.combinations(VOCABULARY.split(), 2)
+    same = {(a, b) for a, b in pairs if (verdict := decide(Case("q", a, b))) and verdict.correct}
+    wanted = "man men, woman women, person people, child kid, motorcycle motorbike"
+    assert same == {tuple(pair.split()) for pair in wanted.split(", ")}
 
 
 @pytest.mark.parametrize(

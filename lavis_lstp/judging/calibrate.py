@@ -88,7 +88,7 @@ def format_agreement(result: Mapping[str, Any]) -> str:
     lines = judge_lines(result)
     shown = {"all answers": result["all"], "without rules": result["without_rules"]}
     columns = {name: found for name, found in shown.items() if found}
-    lines.append(f"{'':<18}" + "".join(f"{name:<26}" for name in columns))
+    lines.append(f"{'':<18}" + "".join(f"{name:<26}" for name in columns).rstrip())
     for label, text in (
         ("answers", lambda f: str(f["num_answers"])),
         ("kappa", lambda f: _number(f["kappa"])),
