@@ -93,15 +93,16 @@ def test_rules(question, answer, prediction, expected):
 
 
 VOCABULARY = """
-    man woman boy girl person people men women baby child kid dog cat horse car bike motorcycle play dance sing talk cook run
-    walk ride jump swim cut slice chop mix stir pour peel fry eat drink shoot drive fight kick throw catch hit dig draw paint
-    write read type sleep sit stand lie fall climb lift push pull open close apply wash clean shave comb brush guitar piano
-    flute violin drum ball bat basketball football soccer tennis knife onion potato tomato egg meat chicken fish shrimp rice
-    noodle pasta bread cheese butter water milk oil tiger lion panda monkey elephant bird duck frog turtle snake rabbit pool
-    river lake beach sea ocean road street floor table bed couch tv phone gun rifle pistol arrow bow sword motorbike truck
-    bus train plane boat kitchen forest stage field snow ice rock stone wall door window box boxing bag bottle cup glass
-    glasses plate bowl bowling pan pot paper pencil pen book toy doll mask hat shirt shoe left right up down red blue green
-    yellow black white brown gray orange purple pink one two three four five yes no indoors outdoors
+    man woman boy girl person people men women baby child kid dog cat horse car bike motorcycle play dance sing talk
+    cook run walk ride jump swim cut slice chop mix stir pour peel fry eat drink shoot drive fight kick throw catch
+    hit dig draw paint write read type sleep sit stand lie fall climb lift push pull open close apply wash clean
+    shave comb brush guitar piano flute violin drum ball bat basketball football soccer tennis knife onion potato
+    tomato egg meat chicken fish shrimp rice noodle pasta bread cheese butter water milk oil tiger lion panda monkey
+    elephant bird duck frog turtle snake rabbit pool river lake beach sea ocean road street floor table bed couch tv
+    phone gun rifle pistol arrow bow sword motorbike truck bus train plane boat kitchen forest stage field snow ice
+    rock stone wall door window box boxing bag bottle cup glass glasses plate bowl bowling pan pot paper pencil pen
+    book toy doll mask hat shirt shoe left right up down red blue green yellow black white brown gray orange purple
+    pink one two three four five yes no indoors outdoors
 """
 
 
