@@ -2,7 +2,8 @@
 
 `lstp_video_qa` takes anybody's videos and annotation files, `lstp_{image,video,text}_instruct` the instruction data of
 LLaVA and Video-ChatGPT, one kind each, `lstp_shapes` generates its own, and those of `data.benchmarks` read the files
-of their authors. Their YAML files in `configs/datasets` list every key with its default.
+of their authors. Where a storage names tar shards, questions and media come from those. Their YAML files in
+`configs/datasets` list every key with its default.
 """
 
 from __future__ import annotations
@@ -21,10 +22,13 @@ from lavis_lstp.data.annotation import read_annotation
 from lavis_lstp.data.benchmarks import BENCHMARKS, read_benchmark
 from lavis_lstp.data.instruct import read_instructions
 from lavis_lstp.data.qa_dataset import VideoQADataset
+from lavis_lstp.data.shards import ShardQuestions, is_shards, shard_options
 from lavis_lstp.data.spans import read_spans
 from lavis_lstp.errors import ConfigError, unknown_name
 
 logger = logging.getLogger(__name__)
+
+KINDS = ("image", "text", "video")
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "datasets"
 SETTINGS = (
@@ -38,6 +42,7 @@ SETTINGS = (
     "backend",
     "cache_videos",
     "max_bad_fraction",
+    "quarantine",
 )
 
 
@@ -56,6 +61,7 @@ class VideoQABuilder(BaseDatasetBuilder):
 
     name = "lstp_video_qa"
     media = "videos"  # the section of build_info that names their folder
+    kind: str | None = None  # of the questions taken out of shards; None = all
     train_dataset_cls = VideoQADataset
     eval_dataset_cls = VideoQADataset
     DATASET_CONFIG_DICT = {"default": str(CONFIGS / "lstp_video_qa.yaml")}
@@ -82,7 +88,8 @@ class VideoQABuilder(BaseDatasetBuilder):
             raise ConfigError(
                 f"{self.section}.build_info.annotations names no file; expected {{train: {{storage: FILE}}, ...}}"
             )
-        folder = self._folder(info)
+        in_files = any(not is_shards(value.get("storage")) for value in annotations.values())
+        folder = self._folder(info) if in_files else Path()
         return {split: self._split(split, value.get("storage"), folder, config) for split, value in annotations.items()}
 
     def _folder(self, info: Mapping[str, Any]) -> Path:
@@ -105,20 +112,24 @@ class VideoQABuilder(BaseDatasetBuilder):
                 f"{self.section}.build_info.annotations.{split}.storage must be a file or a list of files, "
                 f"got {storage!r}"
             )
-        annotation = self._annotation(split, [local_path(path) for path in paths], folder, config)
         settings = {name: config[name] for name in SETTINGS if name in config}
+        options, order = shard_options(config.get("shards") or {}, self.section)
+        if is_shards(paths):
+            annotation = ShardQuestions(paths, kind=self.kind, section=self.section, **options)
+        else:
+            annotation = self._annotation(split, [local_path(path) for path in paths], folder, config)
         kind = "train" if split.startswith("train") else "eval"
         dataset = VideoQADataset(
             annotation,
             folder,
             **settings,
+            **order,
             spans=self._spans(split, config),
             vis_processor=self.vis_processors[kind] if (config.get("vis_processor") or {}).get(kind) else None,
             text_processor=self.text_processors[kind] if (config.get("text_processor") or {}).get(kind) else None,
             section=self.section,
         )
-        files = {row.get("image") or row.get("video") for row in annotation} - {None}
-        logger.info("%s: %d questions about %d files", split, len(dataset), len(files))
+        logger.info("%s: %d questions about %s", split, len(dataset), dataset.annotation.size())
         return dataset
 
     def _spans(self, split: str, config: Mapping[str, Any]):
@@ -133,8 +144,6 @@ class VideoQABuilder(BaseDatasetBuilder):
 
 class InstructBuilder(VideoQABuilder):
     """Instruction data of one kind; see `instruct` for the forms of their files."""
-
-    kind = ""
 
     def _annotation(
         self, split: str, paths: list[Path], folder: Path, config: Mapping[str, Any]
@@ -212,6 +221,26 @@ for _name in BENCHMARKS:
             {"name": _name, "DATASET_CONFIG_DICT": {"default": _path}, "__module__": __name__},
         )
     )
+
+
+@registry.register_builder("lstp_shards")
+class ShardsBuilder(VideoQABuilder):
+    """Whatever is in shards: questions about videos and images, conversations, texts."""
+
+    name = "lstp_shards"
+    DATASET_CONFIG_DICT = {"default": str(CONFIGS / "lstp_shards.yaml")}
+
+    def build(self) -> dict[str, VideoQADataset]:
+        self.kind = self.config.get("kind")
+        if self.kind not in (None, *KINDS):
+            raise ConfigError(unknown_name(f"{self.section}.kind", self.kind, KINDS))
+        return super().build()
+
+    def _folder(self, info: Mapping[str, Any]) -> Path:
+        raise ConfigError(
+            f"{self.section}.build_info.annotations names a file; expected {{train: {{storage: "
+            "'shards/train-{000000..000123}.tar'}}}}, or use lstp_video_qa"
+        )
 
 
 @registry.register_builder("lstp_shapes")

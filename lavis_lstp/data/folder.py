@@ -55,6 +55,11 @@ class FolderQuestions(Sequence):
         self.section = section
         self.kinds = {kind_of(row) for row in self._rows}
 
+    @property
+    def origin(self) -> str:
+        """What tells media of the same name in two data sets apart."""
+        return f"{self.section} {self.root}"
+
     def __len__(self) -> int:
         return len(self._rows)
 
@@ -69,6 +74,9 @@ class FolderQuestions(Sequence):
 
     def video_question_ids(self) -> list[str]:
         return [row["question_id"] for row in self._rows if kind_of(row) == "video"]
+
+    def size(self) -> str:
+        return f"{len({row.get(kind_of(row)) for row in self._rows} - {None})} files"
 
     def identity(self) -> Any:
         """What decides the questions, as plain containers."""

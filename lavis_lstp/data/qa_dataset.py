@@ -61,6 +61,7 @@ class VideoQADataset(Dataset):
         cache_videos: so many decoded videos are kept in memory, in each loader process; at least one always is.
         max_bad_fraction: share of samples that may fail to decode, or have no file, before the run stops.
         quarantine: file that a line of JSON is appended to for each sample that fails; None = the log alone.
+        window, resampled: how a training epoch goes through shards; see `runners.data_order.Sampling`.
         vis_processor, text_processor: LAVIS processors; the first makes `image`, [3,h,w], of the middle frame for
             LAVIS's own models, the second changes the question (not a prompt).
         section: of the configuration that these settings stand in, for messages.
@@ -88,6 +89,8 @@ class VideoQADataset(Dataset):
         cache_videos: int = 0,
         max_bad_fraction: float = 0.0,
         quarantine: str | Path | None = None,
+        window: int = 0,
+        resampled: bool = False,
         vis_processor=None,
         text_processor=None,
         section: str = SECTION,
@@ -108,6 +111,7 @@ class VideoQADataset(Dataset):
         self.vis_processor = vis_processor
         self.text_processor = text_processor
         self.section = section
+        self.window, self.resampled, self.blocks = window, resampled, self.annotation.blocks
         self.kinds = self.annotation.kinds
         self._decode = None
         self._check_settings()
@@ -232,7 +236,7 @@ class VideoQADataset(Dataset):
             "prompt": row.get("prompt", ""),
             "options": row.get("options") or [],
             "category": row.get("category") or "",
-            "media": _media_name(row),
+            "media": f"{self.annotation.origin} {_media_name(row)}" if kind_of(row) != "text" else "",
             "text_output": row["answer"] or "",
             "answer": row["answer"],
             "question_id": row["question_id"],

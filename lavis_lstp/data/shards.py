@@ -41,6 +41,23 @@ def is_shards(storage: object) -> bool:
     return isinstance(first, str) and (first.startswith("pipe:") or first.partition("?")[0].endswith(".tar"))
 
 
+def shard_options(config: Mapping[str, Any], section: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A data set's section `shards` -> options of `ShardQuestions`, and of the order that an epoch has.
+
+    Raises:
+        ConfigError: a number is out of range.
+    """
+    least = {"window": 0, "attempts": 1, "wait_s": 0, "timeout_s": 0.1}
+    for key, smallest in least.items():
+        value, whole = config.get(key, smallest), key in ("window", "attempts")
+        if type(value) not in ((int,) if whole else (int, float)) or value < smallest:
+            raise ConfigError(f"{section}.shards.{key} must be a number of at least {smallest}, got {value!r}")
+    retry = Retry(**{key: config[key] for key in ("attempts", "wait_s", "timeout_s") if key in config})
+    options = {key: config[key] for key in ("flow", "cache", "check") if key in config}
+    order = {"window": config.get("window", 0), "resampled": config.get("resampled", False)}
+    return {**options, "retry": retry}, order
+
+
 class ShardQuestions(Sequence):
     """Questions of a set of shards.
 
@@ -111,6 +128,11 @@ class ShardQuestions(Sequence):
 
     # ---- entries ----------------------------------------------------------------------------------------------
 
+    @property
+    def origin(self) -> str:
+        """What tells media of the same name in two data sets apart."""
+        return f"{self.section} {self._set.shards[0]}"
+
     def __len__(self) -> int:
         return len(self._set) if self._numbers is None else len(self._numbers)
 
@@ -166,6 +188,9 @@ class ShardQuestions(Sequence):
         """Shard and key of a question, for the quarantine list."""
         shard, sample, _ = self._set.locate(self._number(index))
         return {"shard": self._set.shards[shard], "key": self._set.index(shard).key(sample)}
+
+    def size(self) -> str:
+        return f"{sum(entry['samples'] for entry in self._set.entries)} samples in {len(self._set.shards)} shards"
 
     def identity(self) -> str:
         """Of all content, whatever the shards are called."""

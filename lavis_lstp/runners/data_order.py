@@ -62,6 +62,12 @@ class Sampling:
         return torch.from_numpy(np.concatenate(drawn))
 
 
+def sampling_of(dataset: Any) -> Sampling:
+    """What a data set says of itself, if it does."""
+    names = ("blocks", "window", "resampled")
+    return Sampling(**{name: getattr(dataset, name) for name in names if hasattr(dataset, name)})
+
+
 @dataclass(frozen=True)
 class StepPlan:
     """One rank's share of one optimizer step.

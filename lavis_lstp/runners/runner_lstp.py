@@ -26,7 +26,7 @@ from lavis_lstp.errors import ConfigError
 from lavis_lstp.files import sha256_json
 from lavis_lstp.runners import checkpoint, distributed, resume
 from lavis_lstp.runners import settings as run_settings
-from lavis_lstp.runners.data_order import Batches, TrainOrder
+from lavis_lstp.runners.data_order import Batches, TrainOrder, sampling_of
 from lavis_lstp.runners.engine import TorchEngine, WholeModel
 from lavis_lstp.runners.evaluation import evaluate_split, fingerprint, is_better, metric_value, to_device
 from lavis_lstp.runners.randomness import derived_seed, rng_state, seed_everything, set_rng_state
@@ -174,6 +174,7 @@ class RunnerLSTP(RunnerBase):
             rank=distributed.rank(),
             world_size=distributed.world_size(),
             ratios=[ratios[name] for name in parts] if ratios else None,
+            sampling=[sampling_of(part) for part in parts.values()],
         )
         dataset = join(parts)
         self.train_batches = Batches(
