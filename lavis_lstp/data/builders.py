@@ -9,7 +9,7 @@ of their authors. Where a storage names tar shards, questions and media come fro
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from lavis_lstp.data.annotation import read_annotation
 from lavis_lstp.data.benchmarks import BENCHMARKS, read_benchmark
 from lavis_lstp.data.instruct import read_instructions
 from lavis_lstp.data.qa_dataset import VideoQADataset
-from lavis_lstp.data.shards import ShardQuestions, is_shards, shard_options
+from lavis_lstp.data.shards import ShardQuestions, first_process_alone, is_shards, shard_options
 from lavis_lstp.data.spans import read_spans
 from lavis_lstp.errors import ConfigError, unknown_name
 
@@ -115,7 +115,8 @@ class VideoQABuilder(BaseDatasetBuilder):
         settings = {name: config[name] for name in SETTINGS if name in config}
         options, order = shard_options(config.get("shards") or {}, self.section)
         if is_shards(paths):
-            annotation = ShardQuestions(paths, kind=self.kind, section=self.section, **options)
+            flow_root = local_path(config["flow_root"]) if config.get("flow_root") else None
+            annotation = ShardQuestions(paths, kind=self.kind, flow_root=flow_root, section=self.section, **options)
         else:
             annotation = self._annotation(split, [local_path(path) for path in paths], folder, config)
         kind = "train" if split.startswith("train") else "eval"
@@ -257,8 +258,11 @@ class ShapesBuilder(VideoQABuilder):
         counts = {split: parameters.get(f"{split}_videos") for split in shapes_qa.SPLITS}
         counts["train_images"] = parameters.get("train_images")
         splits = [split for split, count in counts.items() if count != 0]
+        storages = {split: str(root / f"{split}.json") for split in splits}
+        if self.config.from_shards:
+            storages = pack_once(root, splits)
         self.config.build_info = {
-            "annotations": {split: {"storage": str(root / f"{split}.json")} for split in splits},
+            "annotations": {split: {"storage": storage} for split, storage in storages.items()},
             "videos": {"storage": str(root)},
         }
         return super().build()
@@ -270,17 +274,26 @@ def generate_once(root: Path, parameters: Mapping[str, int]) -> None:
     Raises:
         ConfigError: other parameters are there already, or the folder cannot be written.
     """
-    import torch.distributed as dist
-    from lavis.common.dist_utils import is_dist_avail_and_initialized, is_main_process
 
-    first, several = is_main_process(), is_dist_avail_and_initialized()
-    if several and not first:
-        dist.barrier()  # then it is complete, or meets the same error
-    try:
+    def work() -> None:
         logger.info("Shapes-QA in %s (generated if it is not there)", root)
-        shapes_qa.generate(root, **parameters)
-    except OSError as error:
-        raise ConfigError(f"datasets.lstp_shapes.root: cannot write to {root} ({error})") from error
-    finally:
-        if several and first:
-            dist.barrier()
+        try:
+            shapes_qa.generate(root, **parameters)
+        except OSError as error:
+            raise ConfigError(f"datasets.lstp_shapes.root: cannot write to {root} ({error})") from error
+
+    first_process_alone(work)
+
+
+def pack_once(root: Path, splits: Sequence[str]) -> dict[str, list[str]]:
+    """Shards of Shapes-QA's splits, packed where they are not there yet."""
+    from webdataset_tools.pack import pack
+    from webdataset_tools.sources import units
+
+    def work() -> None:
+        for split in splits:
+            found = units("shapes", [root], root=root, split=split)
+            pack(found, str(root / "shards" / split), root, max_count=64)
+
+    first_process_alone(work)
+    return {split: sorted(map(str, (root / "shards").glob(f"{split}-[0-9]*.tar"))) for split in splits}

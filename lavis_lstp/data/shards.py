@@ -21,6 +21,7 @@ import numpy as np
 
 from lavis_lstp.data.annotation import SECTION
 from lavis_lstp.data.prompts import conversation_prompt
+from lavis_lstp.data.video import read_flow_file
 from lavis_lstp.errors import AnnotationError, ConfigError, ShardError
 from webdataset_tools.format import MEDIA_MEMBERS, StoredFrames, check_sample, parse_flow, parse_frames, parse_json
 from webdataset_tools.index import ShardSet
@@ -65,6 +66,7 @@ class ShardQuestions(Sequence):
         storage: locations, braces allowed.
         kind: video, image or text: take these alone and leave others to other data sets; None = all.
         flow: locations of a parallel set with the samples' flow, where it is not in the shards themselves.
+        flow_root: folder written by `lavis-lstp flow`, instead.
         cache: folder that pipes are copied to.
         check: compare what is read with its SHA-256.
         section: of the configuration, for messages.
@@ -79,12 +81,14 @@ class ShardQuestions(Sequence):
         *,
         kind: str | None = None,
         flow: str | Sequence[str] | None = None,
+        flow_root: Path | None = None,
         cache: str | Path | None = None,
         retry: Retry = RETRY,
         check: bool = True,
         section: str = SECTION,
     ):
         self.section = section
+        self._flow_root = flow_root
         self._set = ShardSet(_seekable(expand(storage), cache, retry, section), retry=retry, check=check)
         self._flow = ShardSet(expand(flow), retry=retry, check=check) if flow else None
         self.kinds = {kind} if kind else self._set.kinds()
@@ -244,6 +248,9 @@ class ShardQuestions(Sequence):
         Raises:
             ShardError: there is none, or it is for other frames.
         """
+        if self._flow_root is not None:
+            video_id = parse_json(self.content(place)["json"], self.name(place))["video_id"]
+            return read_flow_file(self._flow_root / f"{video_id}.safetensors", num_frames)
         raw = self.content(place).get("flow")
         if raw is None:
             raise ShardError(
@@ -301,7 +308,7 @@ def _seekable(shards: Sequence[str], cache: str | Path | None, retry: Retry, sec
     copies = {
         shard: Path(cache).expanduser() / f"{hashlib.sha256(shard.encode()).hexdigest()[:24]}.tar" for shard in pipes
     }
-    _first_process_alone(lambda: [_copy(shard, path, retry) for shard, path in copies.items()])
+    first_process_alone(lambda: [_copy(shard, path, retry) for shard, path in copies.items()])
     return [str(copies.get(shard, shard)) for shard in shards]
 
 
@@ -324,8 +331,8 @@ def _copy(shard: str, path: Path, retry: Retry) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _first_process_alone(work) -> None:
-    """Runs `work` in the main process while the others wait; they fail, too, where it does."""
+def first_process_alone(work) -> None:
+    """Runs `work` in the main process, then in the others, which find it done, or meet the same error."""
     import torch.distributed as dist
 
     several = dist.is_available() and dist.is_initialized()
