@@ -277,7 +277,7 @@ def test_evaluation_gives_the_published_answer(folders, monkeypatch, name):
     assert generated[0][1]["attention_mask"][0].tolist() == case["lm_mask"]
     assert (inputs - facts["lm_inputs"]).abs().max() < TOLERANCE
     published = case["tokens"][1:]  # transformers 4.36 put a beginning mark in front
-    ids = generated[0][2][0].tolist()
+    ids = generated[0][2].sequences[0].tolist()
     ids = ids[1:] if model.backbone.is_encoder_decoder else ids
     assert ids == published
     assert result["prediction"] == [case["answer"]]

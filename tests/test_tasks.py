@@ -36,7 +36,7 @@ def test_answers_are_keyed_by_question_and_scored(tmp_path):
     metrics = runner.evaluate()["test"]
     records = result(tmp_path, "test_video_qa.jsonl")
     assert [record["question_id"] for record in records] == ["q0", "q1", "q2"]
-    assert set(records[0]) == {"question_id", "video_id", "question", "answer", "prediction"}
+    assert set(records[0]) == {"question_id", "video_id", "question", "answer", "prediction", "prompt"}
     hits = [record["answer"] == record["prediction"] for record in records]
     assert metrics["exact_match"] == metrics["agg_metrics"] == pytest.approx(sum(hits) / 3)
     assert metrics["coverage"] == 1.0 and {"token_f1", "rouge_l"} <= set(metrics)

@@ -265,7 +265,7 @@ class Backbone(nn.Module):
         ).float()
         ids = made.sequences[:, -scores.shape[1] :]
         ended = torch.isin(ids, ids.new_tensor(self._end_ids)).long()
-        real = (ended.cumsum(1) - ended == 0) & (ids != self._pad_id) | ended.bool() & (ended.cumsum(1) == 1)
+        real = ended.cumsum(1) - ended == 0  # up to the first end mark
         return self._texts(made.sequences), scores.where(real, scores.new_zeros(())).sum(1), real.sum(1)
 
     def _texts(self, ids: Tensor) -> list[str]:

@@ -74,16 +74,17 @@ def pseudo_scores(model: nn.Module, samples: Mapping, generation: Mapping, rows:
     scores = torch.zeros(mask.shape)
     videos = [row for row, moving in enumerate(moves(samples).tolist()) if moving]
     owner = _first_of_each_video(samples, videos)
-    features = {}
-    for row in set(owner.values()):  # each video once, however many questions it has
-        chunks = frames[row][: int(mask[row].sum())].to(model.device).split(rows)
-        features[row] = torch.cat([model.image_features(chunk) for chunk in chunks])
+    steps = [(row, step) for row in sorted(set(owner.values())) for step in range(int(mask[row].sum()))]
+    features = {}  # each video once, however many questions it has
+    for chunk in _chunks(steps, rows, model.device):
+        places = torch.tensor(chunk, dtype=torch.long).view(-1, 2).to(frames.device)
+        # a black frame where the other ranks have more to look at than this one
+        chosen = frames[places[:, 0], places[:, 1]] if chunk else frames.new_zeros(1, *frames.shape[2:])
+        looked = model.image_features(chosen.to(model.device))
+        features.update(zip(chunk, looked, strict=False))
     pairs = [(row, step) for row in videos for step in range(int(mask[row].sum()))]
     for chunk in _chunks(pairs, rows, model.device):
-        if chunk:
-            chosen = torch.stack([features[owner[row]][step] for row, step in chunk])
-        else:  # the other ranks still answer
-            chosen = model.image_features(frames.new_zeros(1, *frames.shape[2:]).to(model.device))
+        chosen = torch.stack([features[owner[row], step] for row, step in chunk]) if chunk else looked[:1]
         texts = [prompts[row] for row, _ in chunk] or prompts[:1]
         tokens = model.backbone.frame_tokens(chosen, texts)
         one = torch.ones(len(texts), 1, dtype=torch.long, device=tokens.device)
@@ -96,7 +97,7 @@ def pseudo_scores(model: nn.Module, samples: Mapping, generation: Mapping, rows:
 
 def _first_of_each_video(samples: Mapping, rows: list[int]) -> dict[int, int]:
     """Row -> the first row with the same video."""
-    names = samples.get("video_id")
+    names = samples.get("media") or samples.get("video_id")
     if not names:
         return {row: row for row in rows}
     first: dict[str, int] = {}

@@ -187,6 +187,21 @@ def eval_batches(length: int, batch_size: int) -> list[tuple[int, ...]]:
     return [tuple(range(i, min(i + batch_size, length))) for i in range(0, length, batch_size)]
 
 
+def eval_units(groups: Sequence[Sequence[int]], batch_size: int) -> list[tuple[int, ...]]:
+    """Whole groups, as many as fit into a batch, in their order; a group that fits into none stays whole, too.
+
+    Questions about one video make a group: what is loaded together is decoded once, by one process.
+    """
+    units: list[tuple[int, ...]] = []
+    current: list[int] = []
+    for group in groups:
+        if current and len(current) + len(group) > batch_size:
+            units.append(tuple(current))
+            current = []
+        current += group
+    return units + [tuple(current)] * bool(current)
+
+
 class SeededDataset(Dataset):
     """Gives each sample its own seed, made of (seed, epoch, index).
 

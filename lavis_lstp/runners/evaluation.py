@@ -2,11 +2,13 @@
 
 In: a task, a model and a data set. Out: the task's records in the order of the data set, its files, its metrics.
 
-The split is cut into fixed batches and rank r takes every world_size-th one: nothing is padded or done twice, and as
-no batch depends on the number of ranks, neither does any prediction. Each rank appends finished batches to a file
-of its own below `.parts`; a process that is killed finds them there. Their header is a digest of configuration,
-weights and data, so that no record of another checkpoint is ever taken over. A batch that lacks a sample, because its
-video could not be read, is not finished: videos are no part of the digest, and this one may have been repaired.
+The split is cut into fixed units, batches in which a video's questions lie together, and rank r takes every
+world_size-th one: nothing is padded, decoded or done twice, and as no unit depends on the number of ranks, neither does
+any prediction. A video with more questions than a batch holds is a unit of several batches. Each rank appends finished
+units to a file of its own below `.parts`; a process that is killed finds them there. Their header is a digest of
+configuration, weights and data, so that no record of another checkpoint is ever taken over. A unit that lacks a sample,
+because its video could not be read, is not finished: videos are no part of the digest, and this one may have been
+repaired.
 """
 
 from __future__ import annotations
@@ -28,12 +30,13 @@ from torch.utils.data import ConcatDataset, Dataset
 import lavis_lstp
 from lavis_lstp.errors import ConfigError, CoverageError
 from lavis_lstp.files import read_jsonl, sha256_json, write_jsonl
+from lavis_lstp.models.rows import take_rows
 from lavis_lstp.runners import distributed, resume
-from lavis_lstp.runners.data_order import Batches, eval_batches
+from lavis_lstp.runners.data_order import Batches, eval_batches, eval_units
 from lavis_lstp.runners.engine import WholeModel, autocast
 from lavis_lstp.runners.randomness import borrowed
 from lavis_lstp.runners.record import progress
-from lavis_lstp.tasks.base import LSTPTask
+from lavis_lstp.tasks.base import LSTPTask, question_ids
 
 log = logging.getLogger(__name__)
 
@@ -149,6 +152,9 @@ def evaluate_split(
             in_step=engine.in_step,
             title=f"evaluating {split}",
         )
+    if records and isinstance(task, LSTPTask):  # units are in an order of their own
+        place = {name: i for i, name in enumerate(question_ids(dataset))}
+        records.sort(key=lambda record: place.get(record["question_id"], len(place)))
     finish = functools.partial(task.after_evaluation, val_result=records or [], split_name=split, epoch=epoch)
     if isinstance(task, LSTPTask):
         metrics = distributed.on_main(
@@ -189,7 +195,7 @@ def run_evaluation(
     Returns:
         All records on rank 0, None elsewhere.
     """
-    batches = eval_batches(len(dataset), batch_size)
+    batches = units_of(dataset, batch_size, whole=not in_step)
     done = parts.begin()
     if done and distributed.is_main():
         log.info("%s: %d of %d batches were done by an earlier attempt", title, len(done), len(batches))
@@ -207,11 +213,36 @@ def run_evaluation(
                 samples = spare = samples if readable else spare
                 if samples is None:
                     raise CoverageError(f"{title}: no sample of a rank's first batch can be read: {batches[number]}")
-            records = step(samples) if readable or in_step else []
+            records = steps(step, samples, batch_size) if readable or in_step else []
             if counts:
                 parts.add(number, records if readable else [], len(batches[number]))
             bar.update()
     return parts.end()
+
+
+def units_of(dataset: Dataset, batch_size: int, *, whole: bool = True) -> list[tuple[int, ...]]:
+    """What is loaded together: questions about one video, where the data set says which these are.
+
+    Args:
+        whole: a video with more questions than a batch is one unit; False cuts every unit at `batch_size`, where each
+            rank must make as many steps as the others.
+    """
+    if not hasattr(dataset, "eval_groups"):
+        return eval_batches(len(dataset), batch_size)
+    groups = dataset.eval_groups()
+    if whole:
+        return eval_units(groups, batch_size)
+    order = [index for group in groups for index in group]
+    return [tuple(order[i] for i in batch) for batch in eval_batches(len(order), batch_size)]
+
+
+def steps(step: Callable[[Any], Records], samples: Any, batch_size: int) -> Records:
+    """`step` on a unit, in parts of at most `batch_size` rows."""
+    names = samples.get("question_id") if isinstance(samples, dict) else None
+    if names is None or len(names) <= batch_size:
+        return step(samples)
+    rows = torch.arange(len(names)).split(batch_size)
+    return [record for part in rows for record in step(take_rows(samples, part))]
 
 
 def metric_value(metrics: Mapping[str, Any], name: str, split: str) -> float:

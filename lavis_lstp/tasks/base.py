@@ -86,19 +86,25 @@ class LSTPTask(BaseTask):
     ) -> dict[str, Any]:
         """Write `<split>_<task>.jsonl` and `<split>_<task>_metrics.json`, and give the metrics. Rank 0 only.
 
+        Questions without a record are listed in `<split>_<task>_missing.jsonl`, with the video they are about.
+
         Raises:
             CoverageError: a question has no record, or two, and `allow_partial` is not set.
         """
         stem = Path(result_dir) / f"{split_name}_{self.name}"
         timings = [{"question_id": r["question_id"], **r[TIMINGS]} for r in val_result if TIMINGS in r]
         records = [{key: value for key, value in r.items() if key != TIMINGS} for r in val_result]
-        metrics_file, timings_file = (stem.with_name(stem.name + end) for end in ("_metrics.json", "_timings.jsonl"))
-        for path in (metrics_file, timings_file):
+        ends = ("_metrics.json", "_timings.jsonl", "_missing.jsonl")
+        metrics_file, timings_file, missing_file = (stem.with_name(stem.name + end) for end in ends)
+        for path in (metrics_file, timings_file, missing_file):
             path.unlink(missing_ok=True)  # of an earlier evaluation: they must not stand beside these predictions
         write_jsonl(stem.with_suffix(".jsonl"), records)
         if timings:
             write_jsonl(timings_file, timings)
         expected = question_ids(dataset)
+        missing = missing_questions(dataset, {record["question_id"] for record in records})
+        if missing:
+            write_jsonl(missing_file, missing)
         pairs = [(record["question_id"], record) for record in records]
         *_, covered = join_by_id(pairs, [(name, None) for name in expected], allow_partial=allow_partial)
         metrics = {**self.metrics(records), **covered}
@@ -115,6 +121,19 @@ def question_ids(dataset: Dataset) -> list[str]:
     if annotation is None:
         return [str(i) for i in range(len(dataset))]
     return [record_id(entry, i) for i, entry in enumerate(annotation)]
+
+
+def missing_questions(dataset: Dataset, answered: set[str]) -> list[dict[str, Any]]:
+    """question_id, and the video where the data set tells it, of questions without a record."""
+    rows = getattr(dataset, "annotation", None)
+    found = []
+    for i, name in enumerate(question_ids(dataset)):
+        if name not in answered:
+            row = rows[i] if rows is not None else {}
+            found.append(
+                {"question_id": name, **{key: row[key] for key in ("video_id", "video", "image") if key in row}}
+            )
+    return found
 
 
 def record_id(entry: Mapping[str, Any], position: int) -> str:

@@ -1,8 +1,9 @@
 """`run.task: video_qa` answers questions and scores the answers; `run.task: video_instruct` also learns to.
 
 In: samples with text_input, text_output and question_id. Out: one record per question with the answer, the
-prediction and, where the model says so, the span and frames it looked at; exact match, token F1 and ROUGE of a split.
-Both work with LAVIS's own models (blip2_t5 on `image`).
+prediction and, where the model says so, prompt, span, frames and log-probability; exact match, token F1 and ROUGE of a
+split. Samples with options are multiple choice: the model generates an answer, of which one option is read, or the most
+likely option is taken. Both tasks work with LAVIS's own models (blip2_t5 on `image`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import torch
 from lavis.common.registry import registry
 
 from lavis_lstp.errors import ConfigError, unknown_name
-from lavis_lstp.metrics.qa import evaluate_answers
+from lavis_lstp.metrics.choice import LETTERS, accuracy, choice_prompt, parse_choice
+from lavis_lstp.metrics.coverage import join_by_id
+from lavis_lstp.metrics.qa import evaluate_answers, exact_match
 from lavis_lstp.tasks.base import TIMINGS, LSTPTask, sample_ids
 
 GENERATION = (
@@ -27,6 +30,8 @@ GENERATION = (
     "top_p",
     "top_k",
 )
+CHOOSE = ("generate", "likelihood")
+OPTION_SCORES = ("mean", "sum")
 TO_TRANSFORMERS = {"max_len": "max_new_tokens", "min_len": "min_new_tokens"}
 
 
@@ -35,22 +40,64 @@ class VideoQATask(LSTPTask):
     """Answers questions. Generation keys of the run section (num_beams, max_len, ...) override the model's own."""
 
     name = "video_qa"
+    RUN_KEYS: Mapping[str, str] = {
+        "choose": "of options: generate (default): the model answers and one option is read; likelihood: the likeliest",
+        "option_score": "likelihood: mean (default) or sum of the log-probabilities of an option's tokens",
+    }
+
+    def __init__(self, run: Mapping[str, Any] | None = None):
+        super().__init__(run)
+        self.choose = self._one_of("choose", CHOOSE)
+        self.option_score = self._one_of("option_score", OPTION_SCORES)
+
+    def _one_of(self, key: str, known: tuple[str, ...]) -> str:
+        value = self.run.get(key) or known[0]
+        if value not in known:
+            raise ConfigError(unknown_name(f"run.{key}", value, known))
+        return value
 
     def valid_step(self, model: torch.nn.Module, samples: dict[str, Any]) -> list[dict[str, Any]]:
-        predicted = self._answer(model, samples)
-        seconds = {stage: value / len(predicted["prediction"]) for stage, value in predicted.get(TIMINGS, {}).items()}
+        ids = sample_ids(samples)
+        options = samples.get("options") or [[]] * len(ids)
+        if self.choose == "likelihood" and any(options):
+            predicted = self._likeliest(model, samples, options)
+        else:
+            predicted = self._answer(model, with_options(model, samples, options) if any(options) else samples)
+        seconds = {stage: value / len(ids) for stage, value in predicted.get(TIMINGS, {}).items()}
         records = []
-        for row, question_id in enumerate(sample_ids(samples)):
+        for row, question_id in enumerate(ids):
             record: dict[str, Any] = {"question_id": question_id}
-            for key, source in (("video_id", "video_id"), ("question", "text_input"), ("answer", "text_output")):
-                if source in samples:
+            for key, source in (("video_id", "video_id"), ("category", "category"), ("question", "text_input")):
+                if source in samples and samples[source][row] != "":
                     record[key] = samples[source][row]
+            if "text_output" in samples:
+                record["answer"] = None if _is_hidden(samples, row) else samples["text_output"][row]
             record["prediction"] = predicted["prediction"][row]
-            record.update(_frames_of(predicted, samples, row))
+            if options[row]:
+                record.update(_choice(record, options[row], predicted, row))
+            record.update(_evidence(predicted, samples, row))
             if seconds:
                 record[TIMINGS] = {stage: round(value, 6) for stage, value in seconds.items()}
             records.append(record)
         return records
+
+    def _likeliest(
+        self, model: torch.nn.Module, samples: dict[str, Any], options: list[list[str]]
+    ) -> Mapping[str, Any]:
+        """What `score_options` tells, and the best option as the prediction; of equal ones the first."""
+        if not all(options):
+            raise ConfigError("run.choose: likelihood needs options with every question; use generate")
+        if not hasattr(model, "score_options"):
+            raise ConfigError(
+                f"run.choose: likelihood needs a model of LSTP, got {type(model).__name__}; use generate, or that "
+                "model as the backbone (model.backbone.source: lavis)"
+            )
+        scored = dict(model.score_options(samples))
+        scores = [[option[self.option_score] for option in row] for row in scored["option_log_prob"]]
+        scored["chosen"] = [max(range(len(row)), key=lambda i, row=row: (row[i], -i)) for row in scores]
+        scored["prediction"] = [row[i] for row, i in zip(options, scored["chosen"], strict=True)]
+        scored["log_prob"] = [row[i] for row, i in zip(scored["option_log_prob"], scored["chosen"], strict=True)]
+        return scored
 
     def _answer(self, model: torch.nn.Module, samples: dict[str, Any]) -> Mapping[str, Any]:
         """{"prediction"} and whatever else the model tells of an answer."""
@@ -61,16 +108,19 @@ class VideoQATask(LSTPTask):
         if hasattr(model, "predict_answers"):
             lavis_keys = ("num_beams", "max_len", "min_len", "length_penalty")
             kept = {name: given[name] for name in lavis_keys if name in given}
-            return {"prediction": model.predict_answers(samples=samples, inference_method="generate", **kept, **prompt)}
+            asked = [(self.run.get("prompt") or "{}").format(question) for question in samples["text_input"]]
+            found = model.predict_answers(samples=samples, inference_method="generate", **kept, **prompt)
+            return {"prediction": found, "prompt": asked}
         if hasattr(model, "generate"):
             names = {"max_len": "max_length", "min_len": "min_length"}
             template = self.run.get("prompt") or "{}"
             kept = {names.get(name, name): value for name, value in given.items()}
-            answers = []
+            answers, prompts = [], []
             for row, question in enumerate(samples["text_input"]):  # LAVIS's OPT takes one prompt for the whole batch
                 asked = {name: value[row : row + 1] for name, value in samples.items() if _by_row(value)}
-                answers += model.generate({**asked, "prompt": template.format(question)}, **kept)
-            return {"prediction": answers}
+                prompts.append(template.format(question))
+                answers += model.generate({**asked, "prompt": prompts[-1]}, **kept)
+            return {"prediction": answers, "prompt": prompts}
         raise ConfigError(
             f"task {self.name} needs a model with predict_answers or generate, got {type(model).__name__}"
         )
@@ -81,8 +131,46 @@ class VideoQATask(LSTPTask):
             return {"agg_metrics": 0.0, "note": "the data have no answers; nothing was scored"}
         predictions = {name: record["prediction"] for name, record in scored.items()}
         answers = {name: record["answer"] for name, record in scored.items()}
-        scores = evaluate_answers(predictions, answers)
-        return {**scores, "agg_metrics": scores["exact_match"]}
+        categories = {name: record.get("category", "") for name, record in scored.items()}
+        right = {name: is_right(record) for name, record in scored.items()}
+        chosen = [record for record in scored.values() if "options" in record]
+        if not chosen:
+            scores = evaluate_answers(predictions, answers)
+            kinds = accuracy(right, categories).get("by_category")
+            return {**scores, **({"by_category": kinds} if kinds else {}), "agg_metrics": scores["exact_match"]}
+        *_, coverage = join_by_id(predictions, answers)
+        unparsable = [record["question_id"] for record in chosen if record["choice"] is None]
+        found = {**accuracy(right, categories), "chosen_by": self.choose, "num_unparsable": len(unparsable)}
+        return {**found, "unparsable": unparsable, **coverage, "agg_metrics": found["accuracy"]}
+
+
+def is_right(record: Mapping[str, Any]) -> bool:
+    """Of a record with an answer: the right option, or where there were none the same words."""
+    return bool(record["correct"]) if "options" in record else exact_match(record["answer"], record["prediction"]) == 1
+
+
+def with_options(model: torch.nn.Module, samples: Mapping[str, Any], options: list[list[str]]) -> dict[str, Any]:
+    """Samples whose language model reads the options; the question that finds the frames stays as it is."""
+    asked = [choice_prompt(q, o) if o else q for q, o in zip(samples["text_input"], options, strict=True)]
+    if not hasattr(model, "prompts"):  # LAVIS's own: one text for everything
+        return {**samples, "text_input": asked}
+    given = samples.get("prompt") or [""] * len(asked)
+    made = model.prompts({"text_input": asked})
+    return {**samples, "prompt": [own or general for own, general in zip(given, made, strict=True)]}
+
+
+def _choice(record: Mapping[str, Any], options: list[str], predicted: Mapping[str, Any], row: int) -> dict[str, Any]:
+    """options, choice (a letter, None = unparsable), correct (None = the answer is hidden), and how likely each is."""
+    if "chosen" in predicted:
+        number = predicted["chosen"][row]
+    else:
+        number = parse_choice(record["prediction"], options)
+    answer = record.get("answer")
+    found: dict[str, Any] = {"options": options, "choice": None if number is None else LETTERS[number]}
+    found["correct"] = None if answer is None else number is not None and options[number] == answer
+    if "option_log_prob" in predicted:
+        found["option_log_prob"] = predicted["option_log_prob"][row]
+    return found
 
 
 @registry.register_task("video_instruct")
@@ -90,13 +178,14 @@ class VideoInstructTask(VideoQATask):
     """Learns to answer; validates by the loss, or by answering."""
 
     name = "video_instruct"
-    RUN_KEYS = {"valid_on": "loss (default): validate by the mean loss; answers: answer the questions and score them"}
+    RUN_KEYS = {
+        **VideoQATask.RUN_KEYS,
+        "valid_on": "loss (default): validate by the mean loss; answers: answer the questions and score them",
+    }
 
     def __init__(self, run: Mapping[str, Any] | None = None):
         super().__init__(run)
-        self.valid_on = self.run.get("valid_on") or "loss"
-        if self.valid_on not in ("loss", "answers"):
-            raise ConfigError(unknown_name("run.valid_on", self.valid_on, ("loss", "answers")))
+        self.valid_on = self._one_of("valid_on", ("loss", "answers"))
 
     def valid_step(self, model: torch.nn.Module, samples: dict[str, Any]) -> list[dict[str, Any]]:
         if self.valid_on == "answers":
@@ -115,11 +204,18 @@ def _by_row(value: Any) -> bool:
     return isinstance(value, list) or (torch.is_tensor(value) and value.ndim > 0)
 
 
-def _frames_of(predicted: Mapping[str, Any], samples: Mapping[str, Any], row: int) -> dict[str, Any]:
-    """Span and frames of one answer, as far as the model gave them."""
+def _is_hidden(samples: Mapping[str, Any], row: int) -> bool:
+    """The data say that the answer is not known; LAVIS's data sets have other things under this key."""
+    answers = samples.get("answer")
+    return isinstance(answers, list) and len(answers) == len(samples["text_output"]) and answers[row] is None
+
+
+def _evidence(predicted: Mapping[str, Any], samples: Mapping[str, Any], row: int) -> dict[str, Any]:
+    """Prompt, log-probability, span and frames of one answer, as far as the model gave them."""
     found: dict[str, Any] = {}
-    if predicted.get("prompt") is not None:
-        found["prompt"] = predicted["prompt"][row]
+    for key in ("prompt", "log_prob"):
+        if predicted.get(key) is not None:
+            found[key] = predicted[key][row]
     if predicted.get("span") is not None:
         found["span"] = [int(edge) for edge in predicted["span"][row]]
     if predicted.get("frame_index") is not None:
