@@ -64,12 +64,18 @@ def test_the_tiny_recipe_has_one_loss_curve(ranks, data, tmp_path, world_size):
         assert_close(curve(tmp_path / name), expected, 1e-5)
 
 
-@pytest.mark.parametrize(("family", "language"), [("instructblip", "llama"), ("blip2", "t5")])
-def test_ranks_that_draw_other_kinds_of_samples_do_not_wait_for_ever(ranks, tmp_path, family, language):
-    """One rank all text, the other all video, and what else can meet: training and answers of other lengths."""
+@pytest.mark.parametrize(
+    ("family", "language", "in_loop"),
+    [("instructblip", "llama", False), ("blip2", "t5", False), ("instructblip", "llama", True)],
+)
+def test_ranks_that_draw_other_kinds_of_samples_do_not_wait_for_ever(ranks, tmp_path, family, language, in_loop):
+    """One rank all text, the other all video, and what else can meet: training and answers of other lengths; with
+    `in_loop` each frame of each video is answered in the step as well."""
     found = {}
+    config = {"refinement": {"in_loop": in_loop, "max_new_tokens": 2}}
     for stage in (0, 3):
-        options = {"family": family, "language": language, "stage": stage, "output": str(tmp_path / f"zero{stage}")}
+        options = {"family": family, "language": language, "stage": stage, "config": config}
+        options["output"] = str(tmp_path / f"zero{stage}")
         assert ranks.run(2, "draws", options, timeout_s=90) == [0, 0], "no rank hangs, none fails"
         found[stage] = [json.loads((tmp_path / f"zero{stage}.{rank}").read_text()) for rank in range(2)]
     for whole, divided in zip(found[0], found[3], strict=True):
