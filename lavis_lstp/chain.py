@@ -9,8 +9,8 @@ In: a chain file, for instance projects/lstp/chains/vicuna7b.yaml:
       flow: {command: [flow, VIDEOS, "{out}/flow"]}    # any other `lavis-lstp ...`
 
 Out: a folder for each step in DIR. A step is the command a user would type, in a process of its own; its words are kept
-in command.json, what it prints in output.txt, and done.json comes last. A step that is done is not run again; one that
-was stopped goes on: training from its last checkpoint, everything else as its command does.
+in command.json, what it prints in output.txt; done.json, with a digest of its recipe, comes last. A done step is not
+run again; one that was stopped goes on: training from its last checkpoint, everything else as its command does.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
+import hashlib
 import json
 import logging
 import re
@@ -42,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 KINDS = ("train", "evaluate", "command")
 STOPPED = 128 + signal.SIGTERM
+STOPS = (STOPPED, -signal.SIGTERM)
+"""How a process ends that SIGTERM stopped: in order, or at once."""
 
 
 @dataclass(frozen=True)
@@ -81,11 +84,11 @@ class Chain:
         """Each step that is not done yet.
 
         Raises:
-            ConfigError: a folder holds a step with other options.
+            ConfigError: a folder holds a step with other options, or done by a recipe that was edited since.
             LstpError: a step failed.
         """
         for step in steps:
-            self.step(step.name, self.command(step), launch=step.kind != "command")
+            self.step(step.name, self.command(step), launch=step.kind != "command", recipe=step.recipe)
 
     def command(self, step: Step) -> list[str]:
         """What stands behind `python`."""
@@ -105,16 +108,18 @@ class Chain:
     def is_done(self, name: str) -> bool:
         return (self.out / name / "done.json").is_file()
 
-    def step(self, name: str, command: list[str], *, launch: bool = False) -> None:
+    def step(self, name: str, command: list[str], *, launch: bool = False, recipe: str = "") -> None:
         """Runs a command, unless `done.json` in the step's folder says that it has been run to the end.
 
         Args:
             launch: by the launcher, not by plain python.
+            recipe: the file that the command reads; '' = none.
 
         Raises:
-            ConfigError: the folder holds the same step with other options, whose results must not pass for these.
+            ConfigError: the folder holds the same step with other options or of another recipe, whose results must not
+                pass for these.
             LstpError: the command failed, or another process is at it.
-            SystemExit: SIGTERM came, and was passed on to the command.
+            SystemExit: SIGTERM came: to this process, which passed it on, or to the command alone, as Slurm does.
         """
         folder = self.out / name
         started, done, output = folder / "command.json", folder / "done.json", folder / "output.txt"
@@ -123,22 +128,30 @@ class Chain:
                 f"{folder} holds this step with other options ({started}); choose another --out, or run it and what "
                 f"follows again with --from {name}"
             )
+        digest = _digest(recipe) if recipe else None
         if done.is_file():
-            self.seconds[name] = json.loads(done.read_text(encoding="utf-8"))["seconds"]
+            before = json.loads(done.read_text(encoding="utf-8"))
+            if before.get("recipe", digest) != digest:  # files of earlier versions have none
+                raise ConfigError(
+                    f"{recipe} was edited after step {name} was done by it ({folder}); choose another --out, or run "
+                    f"the step and what follows again with --from {name}"
+                )
+            self.seconds[name] = before["seconds"]
             logger.info("%s: done before, in %.0f s", name, self.seconds[name])
             return
         whole = [*(self.launcher if launch else [sys.executable]), *command]
         logger.info("%s: %s", name, shlex.join(whole))
         with _locked(folder) as lock:
             write_json(started, command)
-            before = output.stat().st_size if output.is_file() else 0
+            size = output.stat().st_size if output.is_file() else 0
             begin = time.perf_counter()
             status, stopped = _call(whole, output, lock)
+            stopped = stopped or status in STOPS
             if status and not stopped:
-                raise LstpError(f"step {name} ended with status {status}: {_reason(output, before)} (see {output})")
+                raise LstpError(f"step {name} ended with status {status}: {_reason(output, size)} (see {output})")
             if not status:
                 self.seconds[name] = time.perf_counter() - begin
-                write_json(done, {"seconds": self.seconds[name]})
+                write_json(done, {"seconds": self.seconds[name], "recipe": digest})
                 logger.info("%s: %.0f s", name, self.seconds[name])
             if stopped:
                 logger.warning("SIGTERM: stopped in step %s; the same command goes on from here", name)
@@ -163,6 +176,14 @@ class Chain:
                     folder.rename(folder.with_name(f"{step.name}.{number}"))
                 logger.info("moved %s to %s.%d", folder, step.name, number)
         return rest
+
+
+def _digest(recipe: str) -> str:
+    """Of what the file says, not of its comments and blanks."""
+    from lavis_lstp.config import find_config
+
+    content = yaml.safe_load(find_config(recipe).read_text(encoding="utf-8"))
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 @contextlib.contextmanager

@@ -73,6 +73,23 @@ def test_results_of_other_options_do_not_pass_for_these(tmp_path):
         Chain(tmp_path).step("one", ["-c", "0"])
 
 
+def test_results_of_an_earlier_recipe_do_not_pass_for_the_edited_ones(tmp_path):
+    recipe = write(tmp_path / "r.yaml", "run: {seed: 1}")
+    work, step = Chain(tmp_path), Step("one", "train", recipe=str(recipe))
+    work.command = lambda step: ["-c", "pass"]
+    work.run([step])
+    write(recipe, "# the same\nrun:\n  seed: 1\n")
+    work.run([step])
+    write(recipe, "run: {seed: 2}")
+    with pytest.raises(ConfigError, match="r.yaml was edited after step one was done.*--from one") as error:
+        work.run([step])
+    assert "\n" not in str(error.value)
+    work.run(work.start_from([step], "one"))
+    write(tmp_path / "one" / "done.json", '{"seconds": 3}')  # of an earlier version
+    work.run([step])
+    assert work.seconds == {"one": 3}
+
+
 def test_the_launcher_stands_for_python_and_is_not_compared(tmp_path):
     work = Chain(tmp_path, launcher=[sys.executable, "-X", "utf8"])
     code = "import sys; sys.exit(sys.flags.utf8_mode)"
@@ -133,6 +150,17 @@ def test_a_chain_that_was_killed_goes_on_where_it_was(tmp_path, sent):
     assert again.wait(timeout=60) == 0, again.stderr.read()
     assert (tmp_path / "counts.txt").read_text() == "0123"  # nothing twice
     assert (tmp_path / "first.txt").read_text() == (tmp_path / "last.txt").read_text() == "x"
+
+
+STOPPED_ALONE = ["raise SystemExit(143)", "import os, signal; os.kill(os.getpid(), signal.SIGTERM)"]
+
+
+@pytest.mark.parametrize("code", STOPPED_ALONE)
+def test_a_step_that_was_signalled_alone_is_stopped_and_not_failed(tmp_path, code):
+    """On preemption Slurm signals the tasks below the chain, not the chain; run.sbatch queues the job again at 143."""
+    with pytest.raises(SystemExit) as stopped:
+        Chain(tmp_path).step("one", ["-c", code])
+    assert stopped.value.code == 143 and not Chain(tmp_path).is_done("one")
 
 
 def test_sigterm_reaches_a_step_that_then_ends_well(tmp_path):

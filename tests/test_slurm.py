@@ -120,6 +120,17 @@ def test_a_task_that_slurm_stops_itself_is_queued_again_too(work):
     assert calls(work)[-1] == "scontrol requeue 20007"
 
 
+def test_a_chain_whose_task_slurm_stops_itself_is_queued_again_too(work):
+    (work / "state").write_text("143")
+    (work / "c.yaml").write_text("steps: {one: {train: projects/lstp/tiny_ft.yaml}}")
+    (work / "bin" / "lavis-lstp").write_text(f'#!/bin/bash\nexec {sys.executable} -m lavis_lstp "$@"\n')
+    job = submit(work, "chain", "c.yaml", "--out", "o")
+    assert job.wait(timeout=60) == 143, job.stdout.read()
+    task = "python -m lavis.train --cfg-path projects/lstp/tiny_ft.yaml --options"
+    assert any(line.startswith(f"srun {task}") for line in calls(work))
+    assert calls(work)[-1] == "scontrol requeue 20007"
+
+
 @pytest.mark.parametrize("status", [0, 1, 2])
 def test_what_ends_by_itself_is_not_queued_again(work, status):
     (work / "state").write_text(str(status))
