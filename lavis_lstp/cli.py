@@ -22,6 +22,7 @@ COMMANDS = {
     "convert": ("lavis_lstp.convert:main", "turn published weights into a small folder for model.checkpoint"),
     "demo": ("lavis_lstp.demo:main", "generate data, train, evaluate and print the table"),
     "doctor": ("lavis_lstp.doctor:main", "say what works on this machine, and why the rest does not"),
+    "estimate": ("lavis_lstp.estimate:main", "say how much memory a training run takes, before it is started"),
     "export": ("lavis_lstp.export:main", "write a folder that plain transformers loads, LoRA merged"),
     "flow": ("lavis_lstp.flow_files:main", "compute optical flow once, for `flow: precomputed`"),
     "judge": ("lavis_lstp.judging.judge:main", "say which answers are right: rules, a language model, or a record"),

@@ -125,6 +125,55 @@ def draws(options: dict) -> None:
     Path(f"{options['output']}.{rank}").write_text(json.dumps(found))
 
 
+def memory(options: dict) -> None:
+    """Allocate as a run does, and write the bytes that were alive at the fullest moment of its steps.
+
+    Args:
+        kind, size: of `test_estimate.KINDS` and `SIZES`; world_size, output.
+    """
+    import torch
+    from test_estimate import KINDS, prepared
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    from lavis_lstp.estimate import Alive
+    from lavis_lstp.runners.deepspeed_engine import DeepSpeedEngine
+    from lavis_lstp.runners.engine import TorchEngine
+
+    device, (precision, accumulate, _) = torch.device("cpu"), KINDS[options["kind"]]
+    wanted = (options["kind"], options["size"], options["world_size"])
+    prepared("cpu", *wanted)  # what is allocated once, by whichever comes first
+    # gloo frees tensors in threads of its own, which the profiler does not see: there storages are counted instead
+    alive = Alive(torch.nn.Module())
+    profiled = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    with profiled if options["world_size"] == 1 else alive:
+        model, deepspeed, samples = prepared("cpu", *wanted)
+        common = {"device": device, "precision": precision, "lr": 1e-3, "max_grad_norm": 1.0}
+        engine = DeepSpeedEngine(model, deepspeed, **common) if deepspeed else TorchEngine(model, **common)
+        engine.train_mode()
+        for name in ("first step", "step"):  # the first one makes the optimizer's state
+            gc.collect()
+            alive.peak = 0
+            with record_function(name):
+                for micro in range(accumulate):
+                    engine.accumulate(lambda m: m(samples), weight=1.0, last=micro == accumulate - 1)
+                engine.clip()
+                engine.step()
+    peak = alive.peak if options["world_size"] > 1 else peak_of(profiled, "step")
+    Path(f"{options['output']}.{os.environ['RANK']}").write_text(str(peak))
+
+
+def peak_of(profiled, part: str) -> int:
+    """Most bytes that were allocated at once during a part of what was profiled."""
+    events = sorted(profiled.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    begun = next(event.start_ns() for event in events if event.name() == part)
+    now, peak = 0, 0
+    for event in events:
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now) if event.start_ns() >= begun else peak
+    return peak
+
+
 # ---- the server -------------------------------------------------------------------------------------------------
 
 
