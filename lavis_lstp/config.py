@@ -44,7 +44,7 @@ class Config(lavis_config.Config):
         self.args = args
         self.cfg_path = find_config(args.cfg_path)
         try:
-            self.config = _complete(with_options(_load(self.cfg_path), args.options))
+            self.config = _complete(with_options(_load_recipe(self.cfg_path), args.options))
         except ConfigError as error:
             raise type(error)(f"{args.cfg_path}: {error}") from error
         registry.register("configuration", self)
@@ -53,13 +53,15 @@ class Config(lavis_config.Config):
 def find_config(path: str | os.PathLike) -> Path:
     """The file meant by `--cfg-path`: as given, else among the recipes of the package or its checkout, else LAVIS's.
 
+    An evaluation, projects/lstp/eval/<benchmark>_<model>.yaml, is no file but composed of two; see `evaluation_parts`.
+
     Raises:
         ConfigError: it is nowhere; the message names the nearest recipe.
     """
     given = Path(path).expanduser()
     roots = (Path(), PACKAGE, PACKAGE.parent, Path(registry.get_path("library_root")).parent)
     for root in roots:
-        if (root / given).is_file():
+        if (root / given).is_file() or evaluation_parts(root / given):
             return (root / given).resolve()
     if given.is_dir():
         raise ConfigError(f"config '{path}' is a folder; expected a YAML file")
@@ -68,8 +70,45 @@ def find_config(path: str | os.PathLike) -> Path:
 
 def recipes() -> list[str]:
     """The configurations that `--cfg-path` finds without a checkout, such as projects/lstp/tiny_ft.yaml."""
-    chains = project_files("lstp/chains/*.yaml")
-    return [name for name in project_files("lstp/**/*.yaml") if name not in chains]
+    no_recipes = {name for part in ("chains", *EVALUATION_PARTS) for name in project_files(f"lstp/**/{part}/*.yaml")}
+    files = [name for name in project_files("lstp/**/*.yaml") if name not in no_recipes]
+    return sorted([*files, *evaluations()])
+
+
+EVALUATION_PARTS = ("benchmarks", "models")
+"""Folders beside which an evaluation may be asked for: what is asked, and who answers."""
+
+
+def evaluations() -> list[str]:
+    """projects/lstp/eval/<benchmark>_<model>.yaml, every pair."""
+    names = [[Path(name) for name in project_files(f"lstp/eval/{part}/*.yaml")] for part in EVALUATION_PARTS]
+    return [str(one.parent.parent / f"{one.stem}_{other.name}") for one in names[0] for other in names[1]]
+
+
+def evaluation_parts(path: Path) -> tuple[Path, Path] | None:
+    """FOLDER/benchmarks/<benchmark>.yaml and FOLDER/models/<model>.yaml of a path FOLDER/<benchmark>_<model>.yaml."""
+    for i, letter in enumerate(path.stem):
+        if letter == "_":
+            names = path.stem[:i], path.stem[i + 1 :]
+            parts = tuple(path.parent / p / (n + path.suffix) for p, n in zip(EVALUATION_PARTS, names, strict=True))
+            if all(part.is_file() for part in parts):
+                return parts
+    return None
+
+
+def _load_recipe(path: Path) -> DictConfig:
+    """A file's content; of an evaluation, both its parts' and the folder for its output.
+
+    `datasets: {"*": ...}` of the model's part goes to each data set of the benchmark's.
+    """
+    if path.is_file():
+        return _load(path)
+    benchmark, model = map(_load, evaluation_parts(path))
+    common = (model.pop("datasets", None) or {}).get("*") or {}
+    for name, section in benchmark.datasets.items():
+        benchmark.datasets[name] = OmegaConf.merge(section or {}, common)
+    output = {"run": {"output_dir": f"output/lstp/eval/{path.stem}"}}
+    return OmegaConf.merge(output, benchmark, model)
 
 
 def project_files(pattern: str) -> list[str]:

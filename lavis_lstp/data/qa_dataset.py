@@ -33,7 +33,7 @@ from lavis_lstp.data.folder import FolderQuestions, kind_of
 from lavis_lstp.data.left_out import LeftOut
 from lavis_lstp.data.shards import ShardQuestions, unpack_frames
 from lavis_lstp.data.spans import Spans
-from lavis_lstp.data.video import SHORT_VIDEOS, read_frames
+from lavis_lstp.data.video import SHORT_VIDEOS, read_frames, sample_indices
 from lavis_lstp.errors import AnnotationError, ConfigError, ShardError, VideoError, unknown_name
 from lavis_lstp.schema import NO_SPAN, Span
 
@@ -62,8 +62,9 @@ class VideoQADataset(Dataset):
         max_bad_fraction: share of samples that may fail to decode, or have no file, before the run stops.
         quarantine: file that a line of JSON is appended to for each sample that fails; None = the log alone.
         window, resampled: how a training epoch goes through shards; see `runners.data_order.Sampling`.
-        vis_processor, text_processor: LAVIS processors; the first makes `image`, [3,h,w], of the middle frame for
-            LAVIS's own models, the second changes the question (not a prompt).
+        image_frames: frames in `image`, evenly spaced; 1 = the middle one.
+        vis_processor, text_processor: LAVIS processors; the first makes `image`, [3,h,w], or with image_frames
+            [K,3,h,w], for LAVIS's own models, the second changes the question (not a prompt).
         section: of the configuration that these settings stand in, for messages.
 
     Raises:
@@ -91,6 +92,7 @@ class VideoQADataset(Dataset):
         quarantine: str | Path | None = None,
         window: int = 0,
         resampled: bool = False,
+        image_frames: int = 1,
         vis_processor=None,
         text_processor=None,
         section: str = SECTION,
@@ -108,6 +110,7 @@ class VideoQADataset(Dataset):
         self.backend = backend
         self.cache_videos = cache_videos
         self.max_bad_fraction = max_bad_fraction
+        self.image_frames = image_frames
         self.vis_processor = vis_processor
         self.text_processor = text_processor
         self.section = section
@@ -136,7 +139,13 @@ class VideoQADataset(Dataset):
                 f"{self.section}.short_videos: double does not go with flow: {self.flow}; the model can compute it "
                 "(flow: none), or keep short videos"
             )
-        for name, least in (("num_frames", 1), ("image_size", 1), ("flow_size", 1), ("cache_videos", 0)):
+        for name, least in (
+            ("num_frames", 1),
+            ("image_frames", 1),
+            ("image_size", 1),
+            ("flow_size", 1),
+            ("cache_videos", 0),
+        ):
             value = getattr(self, name)
             optional = value is None and name.endswith("_size")
             if not optional and (type(value) is not int or value < least):
@@ -248,9 +257,16 @@ class VideoQADataset(Dataset):
         if flow is not None:
             sample["flow"] = flow
         if self.vis_processor is not None:
-            middle = frames[len(frames) // 2].permute(1, 2, 0).numpy()
-            sample["image"] = self.vis_processor(Image.fromarray(middle))
+            sample["image"] = self._image(frames)
         return sample
+
+    def _image(self, frames: torch.Tensor) -> torch.Tensor:
+        """The middle frame [3,h,w]; or K evenly spaced ones [K,3,h,w], repeated in order where there are fewer."""
+        count, chosen = self.image_frames, [len(frames) // 2]
+        if count > 1:
+            chosen = sample_indices(count, len(frames))
+        pictures = [self.vis_processor(Image.fromarray(frames[i].permute(1, 2, 0).numpy())) for i in chosen]
+        return torch.stack(pictures) if count > 1 else pictures[0]
 
     def _media(self, row: Mapping[str, Any]) -> tuple[torch.Tensor, np.ndarray, torch.Tensor | None]:
         """frames uint8 [T,3,H,W], seconds float64 [T], flow float16 [T,2,h,w] or None."""

@@ -18,6 +18,7 @@ from lavis_lstp.errors import ConfigError, unknown_name
 from lavis_lstp.metrics.choice import LETTERS, accuracy, choice_prompt, parse_choice
 from lavis_lstp.metrics.coverage import join_by_id
 from lavis_lstp.metrics.qa import evaluate_answers, exact_match
+from lavis_lstp.models.lavis_frames import several_frames
 from lavis_lstp.tasks.base import TIMINGS, LSTPTask, sample_ids
 
 GENERATION = (
@@ -104,6 +105,13 @@ class VideoQATask(LSTPTask):
         given = {name: self.run[name] for name in GENERATION if self.run.get(name) is not None}
         if hasattr(model, "answer"):
             return model.answer(samples, **{TO_TRANSFORMERS.get(name, name): value for name, value in given.items()})
+        with several_frames(model, samples.get("image")):
+            return self._lavis_answer(model, samples, given)
+
+    def _lavis_answer(
+        self, model: torch.nn.Module, samples: dict[str, Any], given: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
+        """{"prediction", "prompt"} of one of LAVIS's own models."""
         prompt = {"prompt": self.run["prompt"]} if self.run.get("prompt") else {}
         if hasattr(model, "predict_answers"):
             lavis_keys = ("num_beams", "max_len", "min_len", "length_penalty")
