@@ -24,6 +24,7 @@ import numpy as np
 from lavis_lstp.data.video import BACKENDS, FLOW_FILE_VERSION, VIDEO_ENDINGS, read_frames
 from lavis_lstp.errors import AnnotationError, ConfigError, LstpError, VideoError
 from lavis_lstp.files import sha256_file
+from lavis_lstp.models.hub import local_path, where_to_put
 
 logger = logging.getLogger(__name__)
 
@@ -182,8 +183,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("num_frames", "size", "threads"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
-    if args.weights and not Path(args.weights).is_file():
-        raise ConfigError(f"--weights: no such file {args.weights}")
+    if args.weights:
+        if not args.flow.startswith("raft"):
+            raise ConfigError(f"--weights: flow '{args.flow}' has no weights; leave it out")
+        found = local_path(args.weights)
+        if found is None or not found.is_file():
+            raise ConfigError(f"--weights: no such file {args.weights}; {where_to_put(args.weights)}")
+        args.weights = str(found)
     videos, out, settings = find_videos(args.input, args.videos), Path(args.out), settings_of(args)
     targets = {video_id: out / f"{video_id}.safetensors" for video_id in videos}
     if not args.overwrite:

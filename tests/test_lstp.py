@@ -376,7 +376,7 @@ def test_raft_in_a_checkpoint_is_left_out_where_the_flow_is_given(tiny, tmp_path
 
 
 def test_a_missing_checkpoint_is_said_before_anything_is_built(monkeypatch, tmp_path):
-    monkeypatch.setattr("lavis_lstp.models.lstp.build_parts", lambda cfg: pytest.fail("built"))
+    monkeypatch.setattr("lavis_lstp.models.building.build_backbone", lambda **cfg: pytest.fail("built"))
     with pytest.raises(WeightsError, match="no weights at"):
         LSTP.from_config({**model_config(), "checkpoint": [str(tmp_path / "gone.ckpt")]})
 

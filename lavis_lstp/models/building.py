@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from lavis_lstp.errors import ConfigError, unknown_name
+from lavis_lstp.errors import ConfigError, WeightsError, unknown_name
 from lavis_lstp.models.backbone import build_backbone, sampler_tokenizer
-from lavis_lstp.models.flow import build_flow
+from lavis_lstp.models.flow import UNINITIALISED, build_flow
 from lavis_lstp.models.frame_fusion import FrameFusion
 from lavis_lstp.models.frame_selector import build_selector
+from lavis_lstp.models.hub import is_missing, local_path, where_to_put
 from lavis_lstp.models.refinement import Refinement
 from lavis_lstp.models.temporal_sampler import TemporalSampler
-from lavis_lstp.models.weights import load_bert_into_sampler
+from lavis_lstp.models.weights import load_bert_into_sampler, weights_file
 
 LOSSES = ("lm", "span")
 
@@ -30,6 +31,7 @@ def build_parts(cfg: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError, WeightsError: a setting is wrong, or weights are missing or do not fit; one line on which.
     """
+    require_weights(cfg)
     backbone = build_backbone(**cfg["backbone"], lora=cfg["lora"])
     tokenizer = sampler_tokenizer(cfg["sampler"]["tokenizer"], backbone)
     refinement = {key: value for key, value in cfg["refinement"].items() if key != "in_loop"}
@@ -52,6 +54,35 @@ def build_parts(cfg: Mapping[str, Any]) -> dict[str, Any]:
         "generation": cfg["generation"],
         "seed": cfg["selection_seed"],
     }
+
+
+def require_weights(cfg: Mapping[str, Any]) -> None:
+    """Says all that is missing, and before gigabytes of what is there are read.
+
+    Raises:
+        WeightsError: weights or tokenizers are not on this machine, and the hub does not answer.
+    """
+    given = cfg["checkpoint"] or []
+    for path in [given] if isinstance(given, str) else given:
+        weights_file(path)
+    wanted = {"model.sampler.weights": "config.json", "model.sampler.tokenizer": "tokenizer_config.json"}
+    if cfg["backbone"]["source"] == "hub":
+        wanted["model.backbone.weights"] = "config.json"
+    missing = {}
+    for key, file in wanted.items():
+        _, section, name = key.split(".")
+        if cfg[section][name] and is_missing(cfg[section][name], file):
+            missing.setdefault(cfg[section][name], []).append(key)
+    raft = cfg["flow"]["weights"] if cfg["flow"]["name"].startswith("raft") else None
+    if raft not in (None, UNINITIALISED) and local_path(raft) is None:
+        missing[raft] = ["model.flow.weights"]
+    if missing:
+        listed = "; ".join(f"{name} ({', '.join(keys)}): {where_to_put(name)}" for name, keys in missing.items())
+        raise WeightsError(
+            f"missing weights, neither on this machine nor in the hub's cache, and the hub does not answer: {listed}. "
+            "Each is a hub id that is cached or can be reached, or a folder with its files (config.json, *.safetensors, "
+            "tokenizer files) downloaded from huggingface.co; raft-sintel.pth is in models.zip of princeton-vl/RAFT"
+        )
 
 
 def _sampler(cfg: Mapping[str, Any], vocab_size: int, seed: int) -> TemporalSampler:

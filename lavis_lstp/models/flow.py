@@ -54,8 +54,8 @@ def build_flow(
 
     Args:
         name: raft_large, raft_small, dis, motion_vectors, precomputed or none.
-        weights: RAFT only. A .safetensors or .pth file, torchvision's or the published one; null = torchvision's
-            file in torch's cache, if it lies there; 'checkpoint' = random now, a checkpoint will bring them.
+        weights: RAFT only, like `iterations`. A .safetensors or .pth file, torchvision's or the published one; null =
+            torchvision's file in torch's cache, if it lies there; 'checkpoint' = random now, a checkpoint will bring them.
         flow_size: side, or (height, width), of the field handed out, its values scaled along; null = that of the
             frames, or of the given flow.
         flow_preset: published_training divides each clip by its largest displacement; published_inference feeds RAFT as
@@ -65,15 +65,13 @@ def build_flow(
         dis_preset: ultrafast, fast or medium.
 
     Raises:
-        ConfigError: a name that is not known, or weights for an extractor that has none.
+        ConfigError: a name that is not known.
         WeightsError: RAFT's weights are missing or do not fit. Nothing is downloaded.
     """
     if name not in FLOW_NAMES:
         raise ConfigError(unknown_name("flow", name, FLOW_NAMES))
     if flow_preset not in FLOW_PRESETS:
         raise ConfigError(unknown_name("flow_preset", flow_preset, FLOW_PRESETS))
-    if weights is not None and not name.startswith("raft"):
-        raise ConfigError(f"flow '{name}' has no weights, got weights: {weights}; leave it null")
     if name.startswith("raft"):
         published_input = flow_preset == "published_inference"
         model = RaftFlow(
@@ -274,12 +272,13 @@ def load_raft(net: nn.Module, name: str, weights: str | os.PathLike | None) -> N
     if weights is not None:
         path = local_path(weights) or Path(weights)
     if not path.is_file():
-        where = f"put it there as {path}"
-        if weights is not None:
-            where = f"got weights: {path}, where there is no file; {where_to_put(str(weights))}"
+        if weights is None:
+            where = f"download {url} (nothing is downloaded by itself), put it there as {path}"
+        else:
+            where = f"got weights: {weights}, where there is no file; {where_to_put(str(weights))}"
         raise WeightsError(
-            f"flow '{name}' needs its weights: download {url} (nothing is downloaded by itself), {where}, or set "
-            "model.flow.weights to the file; flow 'dis' needs none"
+            f"flow '{name}' needs its weights: {where}, or set model.flow.weights to the file (torchvision's: {url}; "
+            "published LSTP: raft-sintel.pth of princeton-vl/RAFT); flow 'dis' needs none"
         )
     state = {key.removeprefix("module."): value for key, value in load_state_dict_file(path).items()}
     try:

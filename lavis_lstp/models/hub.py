@@ -43,6 +43,17 @@ def where_from(name: str) -> dict:
     return {"pretrained_model_name_or_path": name, "local_files_only": not _hub_answers()}
 
 
+def is_missing(name: str, file: str) -> bool:
+    """Neither on this machine nor, by its `file`, in the hub's cache, and the hub does not answer."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if local_path(name) is not None:
+        return False
+    if Path(name).expanduser().is_absolute():
+        return True
+    return not isinstance(try_to_load_from_cache(name, file), str) and not _hub_answers()
+
+
 @functools.lru_cache(maxsize=1)
 def _hub_answers(timeout_s: float = 5.0) -> bool:
     from huggingface_hub import constants

@@ -27,7 +27,6 @@ from lavis_lstp.models.refinement import ROWS, Refinement, pseudo_scores
 from lavis_lstp.models.rows import blank_video, distinct_media, moves, several_ranks, take_rows
 from lavis_lstp.models.temporal_sampler import SamplerOutput, TemporalSampler, span_loss
 from lavis_lstp.models.variants import MODEL_TYPES, complete, load_variant
-from lavis_lstp.models.weights import weights_file
 from lavis_lstp.schema import NO_SPAN
 
 
@@ -110,8 +109,6 @@ class LSTP(BaseModel):
         cfg = complete(cfg)
         given = cfg["checkpoint"] or []
         checkpoints = [given] if isinstance(given, str) else given
-        for path in checkpoints:
-            weights_file(path)  # before gigabytes of base weights are read: a missing one is said now
         model = cls(**build_parts(cfg))
         for path in checkpoints:
             model.load_checkpoint(path)
