@@ -80,8 +80,8 @@ def require_weights(cfg: Mapping[str, Any]) -> None:
         listed = "; ".join(f"{name} ({', '.join(keys)}): {where_to_put(name)}" for name, keys in missing.items())
         raise WeightsError(
             f"missing weights, neither on this machine nor in the hub's cache, and the hub does not answer: {listed}. "
-            "Each is a hub id that is cached or can be reached, or a folder with its files (config.json, *.safetensors, "
-            "tokenizer files) downloaded from huggingface.co; raft-sintel.pth is in models.zip of princeton-vl/RAFT"
+            "Each is a hub id that is cached or can be reached, or a folder with its files (config.json, "
+            "*.safetensors, tokenizer files) downloaded from huggingface.co; raft-sintel.pth is in models.zip of princeton-vl/RAFT"
         )
 
 

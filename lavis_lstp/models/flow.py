@@ -55,7 +55,7 @@ def build_flow(
     Args:
         name: raft_large, raft_small, dis, motion_vectors, precomputed or none.
         weights: RAFT only, like `iterations`. A .safetensors or .pth file, torchvision's or the published one; null =
-            torchvision's file in torch's cache, if it lies there; 'checkpoint' = random now, a checkpoint will bring them.
+            torchvision's file in torch's cache, if it lies there; 'checkpoint' = random now, a checkpoint brings them.
         flow_size: side, or (height, width), of the field handed out, its values scaled along; null = that of the
             frames, or of the given flow.
         flow_preset: published_training divides each clip by its largest displacement; published_inference feeds RAFT as
