@@ -81,7 +81,8 @@ def require_weights(cfg: Mapping[str, Any]) -> None:
         raise WeightsError(
             f"missing weights, neither on this machine nor in the hub's cache, and the hub does not answer: {listed}. "
             "Each is a hub id that is cached or can be reached, or a folder with its files (config.json, "
-            "*.safetensors, tokenizer files) downloaded from huggingface.co; raft-sintel.pth is in models.zip of princeton-vl/RAFT"
+            "*.safetensors, tokenizer files) downloaded from huggingface.co; raft-sintel.pth is in models.zip of "
+            "princeton-vl/RAFT"
         )
 
 
