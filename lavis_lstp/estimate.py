@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import os
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -313,9 +314,7 @@ def of_recipe(args: argparse.Namespace) -> tuple[Estimate, str]:
 def _memory_here() -> float:
     if torch.cuda.is_available():
         return torch.cuda.get_device_properties(0).total_memory
-    import psutil
-
-    return psutil.virtual_memory().total
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _size(value: float) -> str:
