@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from lavis_lstp.errors import LstpError
 from webdataset_tools.engine import ENGINES
 
-VERBS = ("pack", "verify", "extract", "reshard", "repair", "flow", "spans")
+VERBS = ("pack", "verify", "stats", "preview", "flow", "spans", "reshard", "repair", "extract")
 
 
 def build_parser(verb: str) -> argparse.ArgumentParser:

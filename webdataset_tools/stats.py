@@ -1,0 +1,159 @@
+"""`stats`: what is in a set: counts, durations, frame rates, sizes, lengths of texts, balance of answers.
+
+Only the JSON of each sample is read. --html writes a page with a plot of each; it needs nothing but a browser.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import html
+import io
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lavis_lstp.files import atomic_writer
+from webdataset_tools import index
+from webdataset_tools.engine import run_jobs
+from webdataset_tools.storage import expand
+
+HELP = "counts, durations, lengths and balance, with plots in an HTML page"
+MOST_ANSWERS = 20
+NUMBERS = {
+    "duration_s": "duration of a video, s",
+    "fps": "frames a second",
+    "num_frames": "frames of a video",
+    "megapixels": "size of a picture or frame, megapixels",
+    "bytes": "bytes of a sample",
+    "questions": "questions of a sample",
+    "question_words": "words of a question",
+    "answer_words": "words of an answer",
+}
+
+
+def shard_stats(location: str) -> dict[str, Any]:
+    """Counters and lists of numbers of one shard."""
+    found = index.ShardSet([location])
+    numbers: dict[str, list[float]] = {name: [] for name in NUMBERS}
+    counts: dict[str, Counter] = {name: Counter() for name in ("kinds", "members", "codecs", "categories", "answers")}
+    for sample, one in enumerate(found.index(0).samples()):
+        value = found.read_json(0, sample)
+        counts["kinds"][value["kind"]] += 1
+        counts["members"].update(name for name, _ in one.members)
+        numbers["bytes"].append(sum(member.size for _, member in one.members))
+        numbers["questions"].append(len(value["questions"]))
+        for name in ("duration_s", "fps", "num_frames"):
+            if name in value:
+                numbers[name].append(value[name])
+        if "width" in value:
+            numbers["megapixels"].append(value["width"] * value["height"] / 1e6)
+        if "codec" in value:
+            counts["codecs"][value["codec"]] += 1
+        for row in value["questions"]:
+            turns = row.get("conversations")
+            question = turns[-2]["value"] if turns and len(turns) > 1 else row.get("question", "")
+            answer = turns[-1]["value"] if turns else row["answer"] or ""
+            numbers["question_words"].append(len(question.split()))
+            numbers["answer_words"].append(len(answer.split()))
+            counts["answers"][answer] += 1
+            counts["categories"][row.get("category", "")] += 1
+    return {"numbers": numbers, "counts": counts}
+
+
+def summary(values: Sequence[float]) -> dict[str, float]:
+    quantiles = np.quantile(values, [0, 0.05, 0.5, 0.95, 1]).tolist()
+    named = dict(zip(("least", "5 %", "median", "95 %", "most"), quantiles, strict=True))
+    return {name: round(value, 4) for name, value in {**named, "sum": float(np.sum(values))}.items()}
+
+
+def stats(shards: Sequence[str], *, page: str | None = None, **how: Any) -> dict[str, Any]:
+    """Everything about a set; with `page`, also as HTML."""
+    results = run_jobs(shard_stats, shards, desc="stats", **how)
+    numbers = {name: [x for one in results for x in one["numbers"][name]] for name in NUMBERS}
+    counts = {name: sum((one["counts"][name] for one in results), Counter()) for name in results[0]["counts"]}
+    answers = counts.pop("answers")
+    total = sum(answers.values())
+    report = {
+        "shards": len(shards),
+        "samples": sum(counts["kinds"].values()),
+        "questions": total,
+        **{name: dict(sorted(counter.items())) for name, counter in counts.items()},
+        "numbers": {name: summary(values) for name, values in numbers.items() if values},
+        "answers": {
+            "different": len(answers),
+            "share_of_the_first": round(max(answers.values()) / total, 4) if total else 0.0,
+            "first": [[name, count] for name, count in sorted(answers.items(), key=_most_first)[:MOST_ANSWERS]],
+        },
+    }
+    if page:
+        with atomic_writer(Path(page)) as file:
+            file.write(_page(report, numbers))
+        report["page"] = page
+    return report
+
+
+def _most_first(item: tuple[str, int]) -> tuple[int, str]:
+    return -item[1], item[0]
+
+
+def _page(report: dict[str, Any], numbers: dict[str, list[float]]) -> str:
+    from matplotlib.figure import Figure
+
+    parts = [f"<h1>{report['samples']} samples, {report['questions']} questions, {report['shards']} shards</h1>"]
+    for name in ("kinds", "members", "codecs", "categories"):
+        rows = "".join(f"<tr><td>{html.escape(key)}</td><td>{n}</td></tr>" for key, n in report[name].items() if key)
+        parts.append(f"<h2>{name}</h2><table>{rows}</table>" if rows else "")
+    for name, title in NUMBERS.items():
+        if numbers[name]:
+            figure = Figure(figsize=(6, 2.2), layout="constrained")
+            axes = figure.add_subplot()
+            axes.hist(numbers[name], bins=min(40, max(1, len(set(numbers[name])))))
+            axes.set_xlabel(title)
+            facts = ", ".join(f"{key} {value:g}" for key, value in report["numbers"][name].items())
+            parts.append(f"<h2>{title}</h2><p>{facts}</p>{picture_tag(figure)}")
+    first = report["answers"]["first"]
+    if first:
+        figure = Figure(figsize=(6, 0.25 * len(first) + 0.8), layout="constrained")
+        axes = figure.add_subplot()
+        axes.barh([name[:40].replace("$", r"\$") or "(empty)" for name, _ in first][::-1], [n for _, n in first][::-1])
+        parts.append(
+            f"<h2>{report['answers']['different']} different answers; the first ones</h2>{picture_tag(figure)}"
+        )
+    return page_of("".join(parts))
+
+
+def picture_tag(figure: Any) -> str:
+    raw = io.BytesIO()
+    figure.savefig(raw, format="png", dpi=100)
+    return f'<img src="data:image/png;base64,{base64.b64encode(raw.getvalue()).decode()}">'
+
+
+def page_of(body: str) -> str:
+    style = "body{font:14px sans-serif;max-width:1300px;margin:2em}td{padding-right:2em}h2{font-size:15px}"
+    return f'<!doctype html><html><head><meta charset="utf-8"><style>{style}</style></head><body>{body}</body></html>\n'
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shards", nargs="+", help="paths or addresses of shards, braces allowed")
+    parser.add_argument("--html", metavar="FILE", help="also write a page with plots")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    how = {"engine": args.engine, "workers": args.workers, "address": args.ray_address}
+    return stats(expand(args.shards), page=args.html, **how)
+
+
+def show(report: dict[str, Any], args: argparse.Namespace) -> str:
+    lines = [f"{report['samples']} samples, {report['questions']} questions, {report['shards']} shards"]
+    for name in ("kinds", "members", "codecs", "categories"):
+        found = ", ".join(f"{key} {count}" for key, count in report[name].items() if key)
+        lines += [f"{name}: {found}"] if found else []
+    for name, facts in report["numbers"].items():
+        lines.append(f"{NUMBERS[name]}: " + ", ".join(f"{key} {value:g}" for key, value in facts.items()))
+    answers = report["answers"]
+    lines.append(f"answers: {answers['different']} different, the first is {answers['share_of_the_first']:.1%}")
+    return "\n".join(lines)
