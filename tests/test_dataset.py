@@ -666,3 +666,16 @@ def test_laviss_own_processors_by_split(build, shapes, train, evaluate):
     if evaluate:
         assert sample["image"].shape == (3, 48, 48)
         assert torch.equal(sample["image"], found["test"][0]["image"])
+
+
+def test_one_video_id_for_two_files(tmp_path):
+    """Flow files and decoded videos go by the id: one of the two would silently get the other's."""
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "same.mp4").touch()
+    rows = [{"question_id": f, "video": f"{f}/same.mp4", "question": "?", "answer": ""} for f in "ab"]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    with pytest.raises(AnnotationError, match="'same' names two files, 'a/same.mp4' and 'b/same.mp4'"):
+        VideoQADataset(read_annotation(tmp_path / "rows.json"), tmp_path)
+    (tmp_path / "rows.json").write_text(json.dumps([{**row, "video_id": row["question_id"]} for row in rows]))
+    assert len(VideoQADataset(read_annotation(tmp_path / "rows.json"), tmp_path)) == 2

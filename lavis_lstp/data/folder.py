@@ -99,13 +99,19 @@ class FolderQuestions(Sequence):
             max_bad_fraction: share of questions that may be about missing files.
 
         Raises:
-            AnnotationError: a path leads out of the folder.
+            AnnotationError: a path leads out of the folder, or one video_id names two files.
             VideoError: more files are missing than that.
         """
         paths: dict[str, str] = {}
+        files: dict[str, str] = {}
         for row in self._rows:
             if kind_of(row) != "text":
                 paths.setdefault(row[kind_of(row)], row["question_id"])
+            if kind_of(row) == "video" and files.setdefault(row["video_id"], row["video"]) != row["video"]:
+                raise AnnotationError(  # flow files and what is kept of a video go by its id
+                    f"question {row['question_id']!r}: video_id {row['video_id']!r} names two files, "
+                    f"{files[row['video_id']]!r} and {row['video']!r}; give each an id (or a file name) of its own"
+                )
         missing = []
         for name, question in paths.items():
             # By the name alone: a folder may well hold links to where the videos are kept.
