@@ -389,3 +389,21 @@ def test_the_sampler_reads_the_beginning_of_a_long_text(tiny):
     tokenizer = sampler_tokenizer(None, backbone)
     assert tokenizer.truncation_side == "right" and backbone.qformer_tokenizer.truncation_side == "left"
     assert tokenizer("red star", truncation=True, max_length=1)["input_ids"] == tokenizer("red")["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ({"train": "qformer"}, "model.train must be a list, got 'qformer'"),
+        ({"train": ["qformer", "qformer"]}, "model.train names something twice"),
+        ({"sampler": {"max_text_tokens": 0}}, "model.sampler.max_text_tokens must be a whole number of at least 1"),
+        ({"backbone": {"max_text_tokens": -1}}, "model.backbone.max_text_tokens must be a whole number"),
+        (
+            {"losses": ["lm", "span"], "train": ["sampler", "qformer"], "refinement": {"in_loop": True, "smooth": 0}},
+            "smooth",
+        ),
+    ],
+)
+def test_settings_out_of_range(overrides, said):
+    with pytest.raises(ConfigError, match=said):
+        LSTP.from_config(model_config(**overrides))

@@ -31,6 +31,9 @@ def build_parts(cfg: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError, WeightsError: a setting is wrong, or weights are missing or do not fit; one line on which.
     """
+    for key in ("train", "losses"):
+        if isinstance(cfg[key], str):
+            raise ConfigError(f"model.{key} must be a list, got '{cfg[key]}'; write [{cfg[key]}]")
     require_weights(cfg)
     backbone = build_backbone(**cfg["backbone"], lora=cfg["lora"])
     tokenizer = sampler_tokenizer(cfg["sampler"]["tokenizer"], backbone)
@@ -103,6 +106,19 @@ def check_settings(model: nn.Module) -> None:
     Raises:
         ConfigError: one line on which and why.
     """
+    for key, value in (("train", model.train_parts), ("losses", model.losses)):
+        if len(set(value)) < len(value):
+            raise ConfigError(f"model.{key} names something twice: {list(value)}")
+    numbers = {
+        "sampler.max_text_tokens": model.sampler_max_tokens,
+        "backbone.max_text_tokens": model.backbone.max_text_tokens,
+    }
+    if model.refinement:
+        numbers["refinement.smooth"] = model.refinement.smooth
+        numbers["refinement.max_new_tokens"] = model.refinement.max_new_tokens
+    for key, value in numbers.items():
+        if not isinstance(value, int) or value < 1:
+            raise ConfigError(f"model.{key} must be a whole number of at least 1, got {value!r}")
     for loss in model.losses:
         if loss not in LOSSES:
             raise ConfigError(unknown_name("loss (model.losses)", loss, LOSSES))
