@@ -52,8 +52,8 @@ def read_spans(
         raise ConfigError(unknown_name(f"{section}.spans_form", form, SPANS_FORMS))
     if not path.is_file():
         raise AnnotationError(
-            f"{path}: no such span file ({section}.spans); write it with run.task=pseudo_span, or temporal_grounding and "
-            "run.spans_out for what a sampler finds"
+            f"{path}: no such span file ({section}.spans); write it with run.task=pseudo_span, or "
+            "temporal_grounding and run.spans_out for what a sampler finds"
         )
     content = parse(read_text(path), path, "file")
     header = content if isinstance(content, dict) else {}
