@@ -20,13 +20,13 @@ import torch
 
 from lavis_lstp.errors import ConfigError, unknown_name
 from lavis_lstp.files import complete_folder, write_json
+from lavis_lstp.models.backbone_loading import DTYPES
 from lavis_lstp.models.flow import UNINITIALISED
 from lavis_lstp.models.hub import local_path
 
 if TYPE_CHECKING:
     from lavis_lstp.models.backbone import Backbone
 
-DTYPES = ("bfloat16", "float32", "float16")
 MAX_SHARD = "5GB"
 TOKENIZER_FILES = (
     "tokenizer_config.json",
