@@ -352,6 +352,11 @@ def test_the_file_is_found_as_recipes_are(tmp_path, monkeypatch):
 def test_what_is_missing_is_said(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="needs run.deepspeed, for instance projects/lstp/deepspeed/zero2.json"):
         make_runner(tmp_path, runner="runner_deepspeed")
+    import deepspeed
+
+    monkeypatch.setattr(deepspeed, "__version__", "0.18.3+cu13")
+    with pytest.raises(ConfigError, match=r"DeepSpeed 0.18.3\+cu13 accumulates .* needs 0.18.9 or newer: pip install"):
+        make_runner(tmp_path, **zero(2))
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     with pytest.raises(ConfigError, match=r"needs DeepSpeed \(.*\); pip install 'lavis-lstp\[deepspeed\]'"):
         make_runner(tmp_path, **zero(2))

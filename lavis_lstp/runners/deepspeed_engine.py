@@ -13,6 +13,7 @@ import contextlib
 import functools
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from lavis_lstp.runners.settings import OPTIMIZERS
 
 log = logging.getLogger(__name__)
 
+OLDEST = (0, 18, 9)
+"""DeepSpeed 0.17.6 loses accumulated gradients at stage 2, 0.18.3 divides them a second time: both without a word."""
 BUCKET = 500_000_000
 """DeepSpeed's default size of a communication buffer, in numbers: 2 GB that a small model would reserve in vain."""
 
@@ -37,7 +40,7 @@ def import_deepspeed(device: torch.device) -> Any:
     """The package, told to use this device and to compile nothing.
 
     Raises:
-        ConfigError: it is not installed.
+        ConfigError: it is not installed, or too old.
     """
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read once, at import
@@ -48,6 +51,12 @@ def import_deepspeed(device: torch.device) -> Any:
         raise ConfigError(
             f"run.runner=runner_deepspeed needs DeepSpeed ({error}); pip install 'lavis-lstp[deepspeed]'"
         ) from error
+    if tuple(int(part) for part in re.findall(r"\d+", deepspeed.__version__)[:3]) < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        raise ConfigError(
+            f"DeepSpeed {deepspeed.__version__} accumulates gradients wrongly; runner_deepspeed needs {oldest} or newer: "
+            f"pip install 'deepspeed>={oldest}'"
+        )
     deepspeed.utils.logger.setLevel(logging.WARNING)
     if device.type == "cpu":  # a faster all-reduce, at the price of a compiler and a minute of it
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
