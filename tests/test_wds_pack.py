@@ -112,6 +112,17 @@ def test_videos_are_stored_once_with_all_their_questions(media, tmp_path):
     }  # fmt: skip
 
 
+def test_media_need_not_be_opened(media, tmp_path):
+    (tmp_path / "no_film.mp4").write_bytes(b"no film")
+    (tmp_path / "a.json").write_text(
+        json.dumps([{"question_id": "q", "video": "no_film.mp4", "question": "?", "answer": "!"}])
+    )
+    found = units("annotation", [tmp_path / "a.json"], root=tmp_path)
+    pack(found, str(tmp_path / "s/x"), tmp_path, settings=Settings(probe=False))
+    value = opened(tmp_path / "s").read_json(0, 0)
+    assert "fps" not in value and value["bytes"] == 7
+
+
 def test_frames_in_place_of_videos(media, tmp_path):
     packed(media, tmp_path, settings=Settings(frames=4, size=32))
     found = opened(tmp_path)

@@ -40,6 +40,7 @@ class Settings:
         frames: so many of each video are stored as pictures, in place of the video; 0 = the video itself.
         fps, short_videos, size: as the data set's keys of those names choose and resize frames (size: image_size).
         encoding, quality: of those pictures.
+        probe: open every medium, so that what cannot be decoded is noticed and the JSON says its length and size.
     """
 
     frames: int = 0
@@ -48,6 +49,7 @@ class Settings:
     size: int = 224
     encoding: str = "jpeg"
     quality: int = 95
+    probe: bool = True
 
 
 @dataclass(frozen=True)
@@ -141,11 +143,11 @@ def add_unit(shard: ShardWriter, unit: Unit, root: Path, settings: Settings) -> 
     value: dict[str, Any] = {"format": SAMPLE_FORMAT, "version": VERSION, "kind": unit.kind, "video_id": unit.video_id}
     value["questions"] = [dict(row) for row in unit.questions]
     path = root / unit.source
-    if unit.kind == "video":
+    if unit.kind == "video" and settings.probe:
         info = probe(path)
         facts = {name: getattr(info, name) for name in ("fps", "duration_s", "num_frames", "width", "height", "codec")}
         value |= facts | {"duration_s": round(info.duration_s, 6)}
-    elif unit.kind == "image":
+    elif unit.kind == "image" and settings.probe:
         value |= _image_facts(path)
     if unit.kind != "text":
         value |= {"source": unit.source, "bytes": path.stat().st_size}
@@ -311,6 +313,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=positive, default=224, help="px, side of stored frames; default: 224")
     parser.add_argument("--encoding", choices=ENCODINGS, default="jpeg", help="of stored frames; default: jpeg")
     parser.add_argument("--quality", type=positive, default=95, help="of stored frames, 1..100; default: 95")
+    parser.add_argument("--no-probe", action="store_true", help="do not open media: as fast as copying; then `verify`")
     parser.add_argument("--skip-bad", action="store_true", help="leave out what cannot be decoded, and list it")
 
 
@@ -325,7 +328,8 @@ def add_size_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     root = args.root or (args.files[0].parent if args.form != "shapes" else args.files[0])
     found = units(args.form, args.files, root=root, split=args.split, answers=args.answers)
-    settings = Settings(args.frames, args.fps, args.short_videos, args.size, args.encoding, args.quality)
+    pictures = args.encoding, args.quality
+    settings = Settings(args.frames, args.fps, args.short_videos, args.size, *pictures, probe=not args.no_probe)
     return pack(
         found,
         args.out,
