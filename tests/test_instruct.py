@@ -71,6 +71,20 @@ def test_the_tiny_folder_from_the_command_line(tmp_path, capsys):
     assert len(read_spans(tmp_path / "spans.json", 32, short_videos="double")) == 2 * tiny_instruct.COUNT
 
 
+def test_the_inputs_of_the_recipes(tmp_path, capsys):
+    assert tiny_instruct.main([str(tmp_path / "inputs"), "--recipes"]) == 0
+    assert f"run them from {tmp_path}" in capsys.readouterr().out
+    seen: dict[str, list[str]] = {}
+    for folder, media in (("ivinstruct", "."), ("videoinstruct", "video"), ("own", "videos")):
+        for split in ("train", "val", "test"):
+            content = json.loads((tmp_path / "inputs" / folder / f"{split}.json").read_text())
+            for row in content.values() if isinstance(content, dict) else content:
+                name = row.get("video") or row.get("image") or f"{row['video_id']}.mp4"
+                assert (tmp_path / "inputs" / folder / media / name).is_file()
+                seen.setdefault(f"{folder} {name}", []).append(split)
+    assert len(seen) == 4 * tiny_instruct.COUNT and all(len(splits) == 1 for splits in seen.values())
+
+
 def test_each_kind_takes_its_rows_out_of_mixed_files(built):
     image, video, text = (built(kind) for kind in KINDS)
     assert [len(dataset) for dataset in (image, video, text)] == [5, 5, 6]

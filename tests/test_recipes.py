@@ -11,56 +11,33 @@ import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import yaml
-from omegaconf import OmegaConf
+from recipe_files import ORDER, PROJECT, ROOT, TRAINS, commands, config
 
 from lavis_lstp import chain as chains
-from lavis_lstp import cli, evaluate, flow_files, train
-from lavis_lstp.config import Config
+from lavis_lstp import cli, evaluate, train
 from lavis_lstp.files import read_jsonl
 from lavis_lstp.models.weights import load_state_dict_file
-from lavis_lstp.runners.settings import RunSettings
-from lavis_lstp.testing.tiny_checkpoints import Sizes, size_options, write_all
-from lavis_lstp.testing.tiny_instruct import write_instruct
+from lavis_lstp.testing import tiny_checkpoints, tiny_instruct
+from lavis_lstp.testing.tiny_checkpoints import NUM_FRAMES, Sizes, options_for, write_all
+from lavis_lstp.testing.tiny_instruct import write_instruct, write_recipe_inputs
 
-ROOT = Path(__file__).resolve().parent.parent
-PROJECT = ROOT / "projects" / "lstp"
-NUM_FRAMES = 8
 SPLITS = ("train", "val", "test")
-ORDER = (
-    *("spans_flant5xl", "spans_vicuna7b", "sampler_flant5xl", "sampler_vicuna7b", "locate_flant5xl", "locate_vicuna7b"),
-    *("sf_flant5xl", "sf_vicuna7b", "sf_instruct_flant5xl"),
-    *("video_flant5xl", "video_instruct_flant5xl", "video_vicuna7b"),
-    *("flant5xl_ft", "vicuna_ft", "flant5xl_lora", "vicuna_lora", "own_videos"),
+
+
+FEW = (
+    *("model.generation.max_new_tokens=2", "model.refinement.max_new_tokens=2", "run.device=cpu", "run.num_workers=0"),
+    *("run.log_freq=1", "run.batch_size_train=3", "run.batch_size_eval=2", "run.max_epoch=2"),
 )
-TRAINS = [name for name in ORDER if not name.startswith(("spans", "locate"))]
-
-
-def recipe(name: str) -> dict:
-    return yaml.safe_load((PROJECT / f"{name}.yaml").read_text())
 
 
 def sizes(name: str) -> list[str]:
     """What makes a full-size recipe tiny: no name of anything, no path."""
-    data = [f"datasets.{key}.image_size={Sizes().image_size}" for key in recipe(name)["datasets"]]
-    data += [f"datasets.{key}.num_frames={NUM_FRAMES}" for key in recipe(name)["datasets"] if "video" in key]
-    few = ["model.generation.max_new_tokens=2", "model.refinement.max_new_tokens=2", "model.flow.iterations=1"]
-    run = [
-        "run.log_freq=1",
-        "run.device=cpu",
-        "run.batch_size_train=3",
-        "run.batch_size_eval=2",
-        "run.num_workers=0",
-        "run.max_epoch=2",
-    ]
-    return [*size_options(), *data, *few, *run]
+    return [*options_for(f"projects/lstp/{name}.yaml"), *FEW]
 
 
 def python(*words: str, status: int = 0) -> str:
@@ -81,16 +58,7 @@ def work(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("recipes")
     before, environment = os.getcwd(), os.environ.get("LAVIS_LSTP_WEIGHTS")
     os.chdir(root)
-    raw = write_instruct(root / "inputs" / "ivinstruct", num_frames=NUM_FRAMES)
-    annotations = root / "inputs/ivinstruct/annotations"
-    annotations.mkdir()
-    files = [str(raw[name].rename(annotations / f"{name}.json")) for name in ("train", "val")]
-    python(str(PROJECT / "split_video_llava.py"), *files)
-    (root / "inputs/videoinstruct/video").symlink_to("../ivinstruct/videochatgpt_tune")
-    (root / "inputs/own").mkdir()
-    for split in SPLITS:
-        shutil.copy(raw["eval"], root / "inputs/own" / f"{split}.json")
-    (root / "inputs/own/videos").symlink_to("../ivinstruct")
+    write_recipe_inputs("inputs")
     backbones = ["instructblip-vicuna-7b", "instructblip-flan-t5-xl", "blip2-flan-t5-xl"]
     write_all(root / "weights", only=[*backbones, "bert-base-uncased", "raft-sintel", "lstp-7b"])
     os.environ["LAVIS_LSTP_WEIGHTS"] = str(root / "weights")
@@ -114,11 +82,6 @@ def done(work) -> Path:
         else:
             assert call(name) == 0, name
     return work
-
-
-def config(name: str, *options: str):
-    """The complete configuration."""
-    return Config(SimpleNamespace(cfg_path=f"projects/lstp/{name}.yaml", options=list(options))).config
 
 
 def test_every_recipe_is_listed_and_run_here(capsys):
@@ -198,15 +161,17 @@ def test_the_trained_model_answers_about_videos_that_have_no_spans(done):
 
 
 def test_the_model_trained_on_own_videos_answers_a_question(done, capsys):
-    video, checkpoint = "inputs/own/videos/videochatgpt_tune/clip-5.mp4", "output/lstp/own_videos"
+    video, checkpoint = "inputs/own/videos/clip-5.mp4", "output/lstp/own_videos"
     assert cli.main(["ask", video, "Which colour has the shape?", "--checkpoint", checkpoint, "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert isinstance(answer["prediction"], str) and 0 <= answer["span_s"][0] < answer["span_s"][1]
 
 
-def test_a_video_is_never_in_two_splits(work):
+def test_a_video_is_never_in_two_splits(tmp_path):
+    raw = write_instruct(tmp_path)
+    python(str(PROJECT / "split_video_llava.py"), str(raw["train"]), str(raw["val"]), "--out", str(tmp_path / "inputs"))
     for data, key in (("ivinstruct", "video"), ("videoinstruct", "video_id")):
-        content = [json.loads(Path(f"inputs/{data}/{split}.json").read_text()) for split in SPLITS]
+        content = [json.loads((tmp_path / f"inputs/{data}/{split}.json").read_text()) for split in SPLITS]
         rows = [list(own.values()) if isinstance(own, dict) else own for own in content]
         videos = [{row[key] for row in own if key in row} for own in rows]
         assert [len(own) for own in videos] == [4, 1, 1] and len(set.union(*videos)) == 6
@@ -220,156 +185,53 @@ def test_a_row_that_is_no_conversation_is_named(work):
     assert said.splitlines()[-1].startswith("error: wrong.json, entry 0: key 'conversations' is missing")
 
 
-# ---- what they reproduce
+# ---- the lines of projects/lstp/README.md
 
-PUBLISHED = {
-    # samples a step (batch, GPUs, nodes, accumulation), precision, epochs, optimizer
-    "sf_flant5xl": (2 * 4, "bf16", 2, "adam"),
-    "sf_vicuna7b": (1 * 4, "fp32", 1, "adam"),
-    "sf_instruct_flant5xl": (2 * 4, "bf16", 1, "adam"),
-    "sampler_flant5xl": (32, "fp32", 3, "adam"),
-    "sampler_vicuna7b": (32, "fp32", 3, "adam"),
-    "video_flant5xl": (8 * 4, "fp32", 2, "adamw"),
-    "video_instruct_flant5xl": (4 * 4, "fp32", 1, "adamw"),
-    "video_vicuna7b": (2 * 4, "fp32", 1, "adamw"),
-    "flant5xl_ft": (4 * 4, "fp32", 3, "adamw"),
-    "vicuna_ft": (2 * 4 * 2 * 8, "bf16", 3, "adamw"),
-    "flant5xl_lora": (4 * 4, "bf16", 3, "adamw"),
-    "vicuna_lora": (1 * 4 * 4, "bf16", 2, "adamw"),
+PROGRAMS = {
+    "lavis.train": train.main,
+    "lavis.evaluate": evaluate.main,
+    "lavis_lstp": cli.main,
+    "lavis_lstp.testing.tiny_checkpoints": tiny_checkpoints.main,
+    "lavis_lstp.testing.tiny_instruct": tiny_instruct.main,
 }
 
 
-def test_every_recipe_that_trains_has_its_published_row():
-    assert set(PUBLISHED) == set(TRAINS) - {"own_videos"}
+def typed(words: list[str]) -> int:
+    """A command, in this process."""
+    words = ["-m", "lavis_lstp", *words[1:]] if words[0] == "lavis-lstp" else words[1:]
+    return PROGRAMS[words[1]](words[2:])
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_settings_are_the_published_ones(work, name):
-    samples, precision, epochs, optimizer = PUBLISHED[name]
-    whole = config(name)
-    run, model = RunSettings.from_config(whole.run), whole.model
-    assert (run.seed, run.init_lr, run.min_lr, run.warmup_ratio) == (43, 5e-5, 0, 0.05)
-    assert (run.lr_sched, run.precision, run.max_epoch) == ("linear_warmup_cosine_step", precision, epochs)
-    assert (run.optimizer, run.weight_decay, run.beta2) == (
-        optimizer,
-        *((0.05, 0.999) if optimizer == "adam" else (0.01, 0.98)),
-    )
-    assert model.selector.num_selected == 4
-    assert model.backbone.dtype == ("float32" if precision == "fp32" and "sampler" not in name else "bfloat16")
-    for label, words in commands(name).items():
-        if words[0] == "lavis-lstp" or label in ("evaluation", "other videos"):
-            continue
-        given = RunSettings.from_config(config(name, *options_of(words)).run)
-        step = given.batch_size_train * given.accum_grad_iters * processes(words)
-        assert step == (8 if (name, label) in TWICE else samples), (label, step)
-    mixed = name.endswith(("_ft", "_lora"))
-    assert model.fusion == ("concat" if name.startswith(("sf", "video")) else "mean")
-    assert model.backbone.max_text_tokens == (128 if name.startswith(("sf", "video")) else 512)
-    if not name.startswith("sampler"):
-        ends = {"mixed": "{answer}</s>" if "vicuna" in name else "{answer}", "video": "{answer} </s>"}
-        assert model.answer_template == ends["mixed" if mixed else "video"]
-    kinds = {"lstp_video_instruct", *(["lstp_image_instruct"] if mixed else [])}
-    assert set(whole.datasets) == kinds | ({"lstp_text_instruct"} if name.endswith("lora") else set())
-    if name.endswith("lora"):
-        assert OmegaConf.to_container(model.lora) == {"r": 8, "alpha": 32, "dropout": 0.1}
-
-
-TWICE = {("sf_vicuna7b", "8 GPUs"), ("sf_vicuna7b", "several nodes")}
-"""Four samples cannot be shared among eight GPUs."""
-
-
-def processes(words: list[str]) -> int:
-    """How many a command of a header starts."""
-    if words[0] == "torchrun":
-        return int(words[words.index("--nproc_per_node") + 1])
-    given = dict(word.split("=") for word in words if word.startswith(("--nodes=", "--ntasks-per-node=")))
-    return int(given.get("--nodes", 1)) * int(given.get("--ntasks-per-node", 1))
-
-
-# ---- headers
-
-
-def header(path: Path) -> list[str]:
-    lines = path.read_text().splitlines()
-    return [line.removeprefix("#").strip() for line in lines[: next(i for i, x in enumerate(lines) if x[:1] != "#")]]
-
-
-def commands(name: str) -> dict[str, list[str]]:
-    """{label: words} of the header's commands."""
-    found = (re.match(r"(1 GPU|8 GPUs|several nodes|evaluation|other videos): +(.*)", x) for x in header(file(name)))
-    return {match[1]: shlex.split(match[2]) for match in found if match}
-
-
-def file(name: str) -> Path:
-    return PROJECT / f"{name}.yaml"
-
-
-def options_of(words: list[str]) -> list[str]:
-    return words[words.index("--options") + 1 :] if "--options" in words else []
-
-
-@pytest.mark.parametrize("name", ORDER)
-def test_the_header_says_how_to_run_it_and_nothing_that_does_not_exist(work, name):
-    found = commands(name)
-    assert {"1 GPU", "8 GPUs", "several nodes"} <= set(found)
-    assert ("evaluation" in found) == (name in TRAINS)
-    module = "lavis.train" if name in TRAINS else "lavis.evaluate"
-    for label, words in found.items():
-        assert words[words.index("--cfg-path") + 1] == f"projects/lstp/{name}.yaml"
-        assert module in words or label in ("evaluation", "other videos")
-        config(name, *options_of(words))  # every key is known
-        for word in words:
-            assert not word.startswith("projects/") or (ROOT / word).is_file(), word
-    text = "\n".join(header(file(name)))
-    assert "Hardware" in text and "ime" in text and "umber" in text and "not published" in text
-
-
-def inputs(path: Path) -> dict[str, str]:
-    """What a header says a file reads -> what makes it; {a,b} stands for both."""
-    lines = header(path)
-    lines = lines[lines.index("Inputs, and what makes them:") + 1 :]
-    joined = "\n".join(lines).replace(":\n", ": ").splitlines()
-    found = {}
-    for line in joined:
-        names, _, how = line.partition(": ")
-        for name in names.split(", "):
-            match = re.match(r"(.*)\{(.*)\}(.*)", name)
-            found |= {match[1] + x + match[3]: how for x in match[2].split(",")} if match else {name: how}
-    return found
-
-
-def read_by(section) -> set[str]:
-    """Every path and hub id in a configuration."""
-    values = section.values() if isinstance(section, dict) else section if isinstance(section, list) else ()
-    inner = set().union(*(read_by(value) for value in values)) if values else set()
-    is_name = isinstance(section, str) and re.fullmatch(
-        r"(inputs|output|Salesforce|google-bert|ColorfulAI)/\S+", section
-    )
-    return {section} if is_name else inner
-
-
-@pytest.mark.parametrize("name", ORDER)
-def test_the_header_names_every_input_and_what_makes_it(work, name):
-    whole = OmegaConf.to_container(config(name))
-    needed = read_by(whole["model"]) | read_by(whole["datasets"])
-    named = inputs(file(name))
-    missing = {path for path in needed if not any(path == x or x.startswith(f"{path}/") for x in named)}
-    assert not missing, f"no word on {missing}"
-    for path, how in named.items():
-        words = shlex.split(how)
-        if words[:2] == ["hf", "download"]:
-            assert "/".join(words[2:]) == path and path in needed
-        elif how.startswith("projects/lstp/README.md"):
-            assert path.startswith("inputs/")
-        elif words[0] == "lavis-lstp":
-            assert words[:4] == ["lavis-lstp", "flow", "inputs/videoinstruct/video", path]
-            assert words[words.index("--num-frames") + 1] == str(whole["datasets"]["lstp_video_instruct"]["num_frames"])
-            flow_files._parser().parse_args(words[2:])
-        else:  # another recipe: it writes there
-            other = recipe(Path(words[words.index("--cfg-path") + 1]).stem)["run"]
-            splits = other.get("test_splits", [])
-            written = {other.get("spans_out", "").replace("{split}", split) for split in splits}
-            assert path in written | {other["output_dir"]}, path
+def test_a_chain_and_own_videos_run_by_the_lines_of_the_readme(tmp_path, monkeypatch, capsys):
+    """As a shell reads them, and with nothing but them; steps of the chain in this process too."""
+    section = (PROJECT / "README.md").read_text().split("## On a laptop")[1].split("##")[0]
+    lines = [line.strip() for line in section.splitlines() if line.startswith("    ")]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(chains, "_call", lambda command, output, lock: (typed(list(command)), False))
+    variables = {}
+    for line in lines:
+        if line.startswith("export "):
+            monkeypatch.setenv(*line.removeprefix("export ").split("="))
+        elif re.match(r"\w+=\S+$", line):
+            variables.update([line.split("=")])
+        else:
+            for name, value in variables.items():
+                line = line.replace(f"${name}", value)
+            if inner := re.search(r"\$\((.*)\)", line):
+                capsys.readouterr()
+                assert typed(shlex.split(inner[1])) == 0
+                line = line.replace(inner[0], capsys.readouterr().out)
+            assert typed(shlex.split(line)) == 0, line
+    steps = ("spans", "sampler", "locate", "lstp")
+    assert all((tmp_path / "output/vicuna7b" / step / "done.json").is_file() for step in steps)
+    for folder, count in (("vicuna7b/sampler", 3), ("vicuna7b/lstp", 3), ("lstp/own_videos", 3)):
+        losses = [row["loss"] for row in read_jsonl(tmp_path / "output" / folder / "log.jsonl") if "loss" in row]
+        assert len(losses) == count and all(0 < loss < 100 for loss in losses), folder
+    config = json.loads((tmp_path / "output/vicuna7b/lstp/run_manifest.json").read_text())["config"]
+    assert config["datasets"]["lstp_video_instruct"]["spans"]["train"] == "output/vicuna7b/located_train.json"
+    for folder in ("vicuna7b/lstp", "lstp/own_videos"):
+        (row,) = read_jsonl(tmp_path / "output" / folder / "result/test_video_instruct.jsonl")
+        assert isinstance(row["prediction"], str)
 
 
 # ---- as commands

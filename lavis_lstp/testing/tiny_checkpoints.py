@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from lavis_lstp.errors import ConfigError, LstpError, unknown_name
@@ -43,6 +44,8 @@ from lavis_lstp.testing.tiny_tokenizers import bert_files, bert_vocabulary
 MARKER = "tiny_checkpoints.json"
 """What a folder was written with; only a folder that has it is written to again."""
 DEFAULT = Sizes()
+NUM_FRAMES = 8
+"""Of a video, in the options that are printed."""
 LORA_RANK = 8
 LORA_TARGETS = {"llama": ("q_proj", "v_proj"), "t5": ("q", "v")}
 TRAINED = ("qformer.", "query_tokens", "language_projection.")
@@ -273,7 +276,10 @@ def _replace(path: Path, write: Callable[[Path], None]) -> Path:
 
 
 def size_options(sizes: Sizes = DEFAULT) -> list[str]:
-    """The `--options` by which a full-size config takes these weights: sizes that no config.json brings."""
+    """The `--options` by which a full-size config takes these weights: sizes that no config.json brings.
+
+    RAFT is of real size here, and goes one of its twenty rounds.
+    """
     sampler = {
         "hidden_size": sizes.sampler_width,
         "text_width": sizes.sampler_width,
@@ -288,7 +294,41 @@ def size_options(sizes: Sizes = DEFAULT) -> list[str]:
     return [
         *(f"model.sampler.{key}={value}" for key, value in sampler.items()),
         f"model.flow.flow_size={sizes.flow_size}",
+        "model.flow.iterations=1",
     ]
+
+
+def data_options(datasets: Sequence[str], sizes: Sizes = DEFAULT) -> list[str]:
+    """The same of the data sets with these names, and few frames."""
+    frames = [f"datasets.{name}.num_frames={NUM_FRAMES}" for name in datasets if "video" in name]
+    return [*(f"datasets.{name}.image_size={sizes.image_size}" for name in datasets), *frames]
+
+
+def options_for(path: str, sizes: Sizes = DEFAULT) -> list[str]:
+    """The `--options` by which a recipe, or each step of a chain, takes these weights.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    from lavis_lstp.chain import find_chain, read_chain
+    from lavis_lstp.config import project_files
+
+    if path not in project_files("lstp/chains/*.yaml"):
+        return [*size_options(sizes), *data_options(_datasets(path), sizes)]
+    steps = [step for step in read_chain(find_chain(path)) if step.recipe]
+    own = [f"{step.name}:{option}" for step in steps for option in data_options(_datasets(step.recipe), sizes)]
+    return [*size_options(sizes), *own]
+
+
+def _datasets(recipe: str) -> list[str]:
+    from lavis_lstp.config import find_config
+
+    try:
+        return list(yaml.safe_load(find_config(recipe).read_text(encoding="utf-8"))["datasets"])
+    except (yaml.YAMLError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{recipe}: expected a recipe or one of the package's chains, with the section 'datasets'"
+        ) from error
 
 
 # ---- command line ---------------------------------------------------------------------------------------------
@@ -305,9 +345,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", default="float32", help=f"of the folders: {', '.join(DTYPES)}")
     parser.add_argument("--image-size", type=int, default=DEFAULT.image_size, help="px, a multiple of 14")
     parser.add_argument("--queries", type=int, default=DEFAULT.queries, help="query tokens; published: 32")
+    parser.add_argument(
+        "--options-for", metavar="FILE", help="write nothing; print the options that make this recipe or chain tiny"
+    )
     args = parser.parse_args(argv)
     sizes = Sizes(image_size=args.image_size, queries=args.queries)
     try:
+        if args.options_for:
+            print(*options_for(args.options_for, sizes))
+            return 0
         written = write_all(args.out, only=args.only, sizes=sizes, seed=args.seed, dtype=args.dtype)
     except LstpError as error:
         print(error, file=sys.stderr)
@@ -315,7 +361,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for path in written.values():
         files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
         print(f"{path}  {sum(file.stat().st_size for file in files) / 1e6:.1f} MB")
-    print(f"use them: LAVIS_LSTP_WEIGHTS={args.out}, with --options {' '.join(size_options(sizes))}")
+    every = [*size_options(sizes), *data_options(["NAME"], sizes)]
+    print(f"use them: LAVIS_LSTP_WEIGHTS={args.out}, with --options {' '.join(every)}")
+    print("where NAME is each data set of the recipe; or, written out, --options of --options-for RECIPE")
     print(f"or one alone, such as model.backbone.weights={args.out / BACKBONES['instructblip-vicuna-7b'].hub_id}")
     return 0
 

@@ -10,13 +10,20 @@ In: a folder. Out, in it, the same bytes each time:
     spans.json                      pseudo spans of the videos of train.json and videoinstruct.json
     pseudo_label_indices.json, pseudo_label_fractions.json       the same in the published forms
 
-Enough to run every recipe of projects/lstp in seconds, and to debug one's own data against.
+With `--recipes` the same media where the recipes of projects/lstp look for them from the folder above, split in three:
+
+    ivinstruct/{train,val,test}.json, nlp_tune.json     conversations, beside their media
+    videoinstruct/{train,val,test}.json, video/         the video-only form
+    own/{train,val,test}.json, videos/                  this package's form
+
+Enough to run every recipe in seconds, and to debug one's own data against.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,12 +83,7 @@ def write_instruct(out: str | Path, num_frames: int = 8, short_videos: str = "ke
     """
     out = Path(out)
     spread = sample_indices if short_videos == "double" else uniform_centres
-    for folder in ("llava_image_tune", "videochatgpt_tune"):
-        (out / folder).mkdir(parents=True, exist_ok=True)
-    clips = [make_clip(number) for number in range(COUNT)]
-    for clip in clips:
-        write_video(out / clip.file, clip.frames())
-        Image.fromarray(clip.frames()[clip.shown.start]).save(out / "llava_image_tune" / f"picture-{clip.number}.png")
+    clips = _write_media(out)
     rows = [row for clip in clips for row in (_image_row(clip), _video_row(clip))]
     spans, fractions = {}, {}
     for clip in clips:
@@ -104,6 +106,35 @@ def write_instruct(out: str | Path, num_frames: int = 8, short_videos: str = "ke
     for name, content in contents.items():
         write_json(out / f"{name}.json", content, indent=1)
     return {"root": out, **{name: out / f"{name}.json" for name in contents}}
+
+
+def write_recipe_inputs(out: str | Path) -> Path:
+    """Writes what `inputs` is to the recipes into the folder `out`, and returns it."""
+    out = Path(out)
+    clips = _write_media(out / "ivinstruct")
+    for folder in ("videoinstruct/video", "own/videos"):
+        shutil.copytree(out / "ivinstruct" / "videochatgpt_tune", out / folder, dirs_exist_ok=True)
+    for split, own in {"train": clips[:-2], "val": clips[-2:-1], "test": clips[-1:]}.items():
+        contents = {
+            "ivinstruct": [row for clip in own for row in (_image_row(clip), _video_row(clip))],
+            "videoinstruct": {f"{clip.name}_q": _question(clip) for clip in own},
+            "own": [{**_eval_row(clip), "video": Path(clip.file).name} for clip in own],
+        }
+        for folder, content in contents.items():
+            write_json(out / folder / f"{split}.json", content, indent=1)
+    write_json(out / "ivinstruct" / "nlp_tune.json", [_text_row(number) for number in range(COUNT)], indent=1)
+    return out
+
+
+def _write_media(out: Path) -> list[Clip]:
+    """A video and a picture of each clip, in the folders of Video-LLaVA's layout."""
+    for folder in ("llava_image_tune", "videochatgpt_tune"):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    clips = [make_clip(number) for number in range(COUNT)]
+    for clip in clips:
+        write_video(out / clip.file, clip.frames())
+        Image.fromarray(clip.frames()[clip.shown.start]).save(out / "llava_image_tune" / f"picture-{clip.number}.png")
+    return clips
 
 
 def _index(fraction: float) -> int:
@@ -159,11 +190,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m lavis_lstp.testing.tiny_instruct", description=__doc__.splitlines()[0]
     )
     parser.add_argument("out", help="folder to write to")
+    parser.add_argument("--recipes", action="store_true", help="lay out what `inputs` is to the recipes")
     parser.add_argument("--num-frames", type=int, default=8, help="that spans.json counts (default: 8)")
     parser.add_argument("--short-videos", choices=SHORT_VIDEOS, default="keep", help="default: keep")
     args = parser.parse_args(argv)
     if args.num_frames < 1:
         parser.error(f"--num-frames must be at least 1, got {args.num_frames}")
+    if args.recipes:
+        print(f"inputs of the recipes in {write_recipe_inputs(args.out)}; run them from {Path(args.out).parent}")
+        return 0
     paths = write_instruct(args.out, args.num_frames, args.short_videos)
     print(f"instruction data in {paths['root']}: {', '.join(path.name for path in paths.values() if path.suffix)}")
     return 0
