@@ -180,9 +180,11 @@ class Chain:
 
 def _digest(recipe: str) -> str:
     """Of what the file says, not of its comments and blanks."""
-    from lavis_lstp.config import find_config
+    from omegaconf import OmegaConf
 
-    content = yaml.safe_load(find_config(recipe).read_text(encoding="utf-8"))
+    from lavis_lstp.config import find_config, load_recipe
+
+    content = OmegaConf.to_container(load_recipe(find_config(recipe)))
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 

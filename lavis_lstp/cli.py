@@ -15,6 +15,7 @@ from lavis_lstp import __version__
 from lavis_lstp.errors import LstpError
 
 COMMANDS = {
+    "ablate": ("lavis_lstp.ablate:main", "compare ways of choosing frames: does the sampler help?"),
     "ask": ("lavis_lstp.ask:main", "ask a question about a video file"),
     "calibrate": ("lavis_lstp.judging.calibrate:main", "say how far two judges of the same answers agree"),
     "chain": ("lavis_lstp.chain:main", "run the steps of a chain file, from where the last call stopped"),

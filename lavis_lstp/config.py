@@ -44,7 +44,7 @@ class Config(lavis_config.Config):
         self.args = args
         self.cfg_path = find_config(args.cfg_path)
         try:
-            self.config = _complete(with_options(_load_recipe(self.cfg_path), args.options))
+            self.config = _complete(with_options(load_recipe(self.cfg_path), args.options))
         except ConfigError as error:
             raise type(error)(f"{args.cfg_path}: {error}") from error
         registry.register("configuration", self)
@@ -96,7 +96,7 @@ def evaluation_parts(path: Path) -> tuple[Path, Path] | None:
     return None
 
 
-def _load_recipe(path: Path) -> DictConfig:
+def load_recipe(path: Path) -> DictConfig:
     """A file's content; of an evaluation, both its parts' and the folder for its output.
 
     `datasets: {"*": ...}` of the model's part goes to each data set of the benchmark's.

@@ -20,13 +20,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lavis_lstp.ablate import FRAMES, measure, no_flow, paired_p, table_lines
 from lavis_lstp.chain import Chain, Step, check_options, find_chain, read_chain
 from lavis_lstp.data.qa_dataset import read_annotation
 from lavis_lstp.data.shapes_scene import FPS, NUM_FRAMES
 from lavis_lstp.data.video import uniform_centres
-from lavis_lstp.files import atomic_writer, read_jsonl, write_json
+from lavis_lstp.files import atomic_writer, write_json
 from lavis_lstp.metrics.grounding import evaluate_spans
-from lavis_lstp.metrics.qa import accuracy_interval, exact_match
 from lavis_lstp.schema import Span
 
 MIN_GAIN = 0.20
@@ -34,7 +34,6 @@ MIN_SHARE_OF_ORACLE = 0.90
 """What LSTP must reach: points above uniform, with intervals apart, and share of the oracle's accuracy."""
 CHAIN = "projects/lstp/chains/tiny.yaml"
 """The steps up to a trained LSTP."""
-STAGES = ("flow", "sampler", "selection", "vision", "language")
 
 
 @dataclass(frozen=True)
@@ -47,14 +46,16 @@ class Row:
     answerer: str = "lstp"
 
 
-NO_FLOW = ("model.flow.name=none", "datasets.lstp_shapes.flow=none")
+NO_FLOW = no_flow(["lstp_shapes"])
+CHOOSE = {name: options for name, (_, options) in FRAMES.items()}
+TITLES = {name: title for name, (title, _) in FRAMES.items()}
 ROWS = (
-    Row("uniform", "evenly spaced", ("model.selector.name=uniform", *NO_FLOW)),
-    Row("uniform_trained", "evenly spaced, trained on such", ("model.selector.name=uniform", *NO_FLOW), "uniform"),
-    Row("random", "random", ("model.selector.name=random", *NO_FLOW)),
+    Row("uniform", TITLES["uniform"], (*CHOOSE["uniform"], *NO_FLOW)),
+    Row("uniform_trained", "evenly spaced, trained on such", (*CHOOSE["uniform"], *NO_FLOW), "uniform"),
+    Row("random", TITLES["random"], (*CHOOSE["random"], *NO_FLOW)),
     # flow is computed here, not read, so that the table shows what it costs
-    Row("lstp", "LSTP (predicted span)", ("model.selector.name=lstp", "model.flow.name=dis", NO_FLOW[1])),
-    Row("oracle", "oracle (gold span)", ("model.selector.name=given", "model.selector.span_key=gold_span", *NO_FLOW)),
+    Row("lstp", TITLES["lstp"], (*CHOOSE["lstp"], "model.flow.name=dis", NO_FLOW[1])),
+    Row("oracle", TITLES["oracle"], (*CHOOSE["oracle"], *NO_FLOW)),
 )
 
 
@@ -87,7 +88,12 @@ class Demo:
     # ---- results ------------------------------------------------------------------------------------------------
 
     def report(self) -> dict[str, Any]:
-        rows = [self._measure(row) for row in ROWS]
+        measured = {row.name: measure(self.out / f"eval_{row.name}" / "result", "test_video_qa") for row in ROWS}
+        first = measured[ROWS[0].name][1]
+        rows = [
+            {"name": row.name, "title": row.title, "p_value": paired_p(first, right) if i else None, **found}
+            for i, (row, (found, right)) in enumerate(zip(ROWS, measured.values(), strict=True))
+        ]
         manifest = json.loads((self.out / "shapes_qa" / "manifest.json").read_text(encoding="utf-8"))
         result = {
             "chance": manifest["chance"]["overall"],
@@ -102,26 +108,6 @@ class Demo:
         with atomic_writer(self.out / "table.md") as file:
             file.write(table(result) + "\n")
         return result
-
-    def _measure(self, row: Row) -> dict[str, Any]:
-        folder = self.out / f"eval_{row.name}" / "result"
-        records = list(read_jsonl(folder / "test_video_qa.jsonl"))
-        right = sum(exact_match(r["answer"], r["prediction"]) for r in records)
-        low, high = accuracy_interval(right, len(records))
-        spans = evaluate_spans(
-            {r["question_id"]: r["span"] for r in records}, {r["question_id"]: r["gold_span"] for r in records}
-        )
-        timings = list(read_jsonl(folder / "test_video_qa_timings.jsonl"))
-        stages = {s: 1000 * sum(t.get(s, 0.0) for t in timings) / len(timings) for s in STAGES}
-        return {
-            "name": row.name,
-            "title": row.title,
-            "questions": len(records),
-            "accuracy": right / len(records),
-            "interval": [low, high],
-            "span_iou": spans["iou"],
-            "milliseconds": stages,
-        }
 
     def _label_quality(self) -> dict[str, float]:
         """IoU of the training split's pseudo spans with the gold spans, which no training step has read."""
@@ -151,22 +137,13 @@ def verdict(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown: accuracy, interval, IoU and time by stage for each way of choosing frames."""
-    lines = [
-        f"| frames (4 of 64) | accuracy | 95 % interval | span IoU | ms per question: {', '.join(STAGES)} |",
-        "|---|---|---|---|---|",
-    ]
-    for row in result["rows"]:
-        low, high = row["interval"]
-        times = " + ".join(f"{row['milliseconds'][stage]:.1f}" for stage in STAGES)
-        lines.append(
-            f"| {row['title']} | {row['accuracy']:.1%} | {low:.1%} to {high:.1%} | {row['span_iou']:.2f} "
-            f"| {times} = {sum(row['milliseconds'].values()):.1f} |"
-        )
+    """Markdown: the table of `ablate` for each row, and what it says of LSTP."""
+    lines = table_lines(result["rows"], "frames (4 of 64)")
     check = result["verdict"]
     lines += [
         "",
-        f"Chance from the question alone: {result['chance']:.1%}. {result['rows'][0]['questions']} test questions.",
+        f"Chance from the question alone: {result['chance']:.1%}. {result['rows'][0]['questions']} test questions. "
+        f"p: exact McNemar test against {result['rows'][0]['title']}.",
         f"LSTP is {100 * check['gain_over_uniform']:.1f} points above evenly spaced frames "
         f"(wanted: {100 * MIN_GAIN:.0f}) and reaches {check['share_of_oracle']:.1%} of the oracle "
         f"(wanted: {MIN_SHARE_OF_ORACLE:.0%}): {'met' if check['met'] else 'NOT met'}.",

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from lavis_lstp import demo
+from lavis_lstp.ablate import STAGES
 from lavis_lstp.metrics.qa import accuracy_interval
 
 
@@ -18,7 +19,7 @@ def row(name: str, right: int, questions: int = 600) -> dict:
         "accuracy": right / questions,
         "interval": list(accuracy_interval(right, questions)),
         "span_iou": 0.5,
-        "milliseconds": dict.fromkeys(demo.STAGES, 1.0),
+        "milliseconds": dict.fromkeys(STAGES, 1.0),
     }
 
 
@@ -53,7 +54,7 @@ def test_table_says_when_the_claim_is_not_met():
 def test_each_row_of_the_table_is_evaluated_with_its_own_frames_and_answerer(tmp_path):
     ran = []
     work = demo.Demo(tmp_path, ["run.max_epoch=1"])
-    work.chain.step = lambda name, command, launch: ran.append((name, command))
+    work.chain.step = lambda name, command, **_: ran.append((name, command))
     work.report = dict
     work.run()
     commands = dict(ran)
