@@ -27,16 +27,18 @@ from lavis_lstp import __version__
 from lavis_lstp.ask import CONVERTED
 from lavis_lstp.errors import ConfigError, WeightsError, unknown_name
 from lavis_lstp.files import complete_folder, sha256_file, write_json
+from lavis_lstp.models.backbone_loading import DTYPES
 from lavis_lstp.models.parts import part_of
 from lavis_lstp.models.published_names import NOT_IN_BERT
-from lavis_lstp.models.sizes import missing_keys, sampler_sizes
+from lavis_lstp.models.sizes import fit, sampler_sizes
 from lavis_lstp.models.weights import INDEX, convert_published_with_report, load_state_dict_file, weights_file
 
 logger = logging.getLogger(__name__)
 
-DTYPES = ("bfloat16", "float32", "float16")
 KINDS = {"lstp": ("lstp", "sampler"), "raft": ("raft",), "bert": ("bert",), "lavis": ("lavis_blip2", "lavis_instruct")}
 """What `--kind` says -> what the names say."""
+LEARNING = ("sampler", "flow", "qformer", "query_tokens", "projection")
+"""Parts that are always written; RAFT is there because LSTP's checkpoints bring it."""
 FROZEN = ("vision", "language_model")
 ARCHS = {
     ("instructblip", "llama"): "lstp_vicuna7b",
@@ -81,6 +83,7 @@ class Report:
         rows += [f"           {count:6d} {reason}" for reason, count in self.dropped.items()]
         rows += [f"left out   {frozen:6d} frozen, they come with the base model; --keep writes them"]
         rows += [f"           {f['keys']:6d} {part}, {f['bytes'] / 1e6:.1f} MB" for part, f in self.left_out.items()]
+        rows += [_TRAINED_TOO] if "language_model" in self.left_out else []
         fresh = " by design: the sampler has them and BERT has not" if self.missing else ""
         rows += [f"missing    {len(self.missing):6d}{fresh}"]
         rows += [f"           {pattern}" for pattern in NOT_IN_BERT if self.missing]
@@ -88,6 +91,10 @@ class Report:
         return [*rows, f"written    {self.bytes / 1e6:8.1f} MB"]
 
 
+_TRAINED_TOO = (
+    "           no key says whether they were trained; if so (published: self-refinement of BLIP-2-FLAN-T5-XL), add "
+    "--keep language_model"
+)
 _KIND_NAMES = {
     "lstp": "LSTP",
     "sampler": "the sampler of LSTP alone",
@@ -167,21 +174,37 @@ def _convert_file(
             kept[key] = tensor
     if not kept:
         raise WeightsError(f"'{file}' holds frozen parts alone: {', '.join(report.left_out)}; --keep writes them")
-    expected = ["sampler", "flow", "qformer", "query_tokens", "projection"]
     present = {part_of(key) for key in found.state_dict}
-    for part in (part for part in expected if part in present):
-        missing = missing_keys(kept, part)
-        if missing and found.kind != "bert":
-            raise WeightsError(
-                f"'{file}' is incomplete: of the part {part}, {len(missing)} keys are missing, first {missing[0]}"
-            )
-        report.missing += missing
+    report.missing = _checked(file, found.kind, found.state_dict, kept)
     if found.kind in ("lstp", "lavis_blip2", "lavis_instruct"):
-        report.absent = [part for part in expected if part not in present]
+        report.absent = [part for part in LEARNING if part not in present]
     counted = (*report.renamed.values(), *report.dropped.values(), *(f["keys"] for f in report.left_out.values()))
     assert sum(counted) == report.read, (counted, report.read)
     config = _model_section(found.kind, source, found.state_dict, report)
     return {key: _cast(key, tensor, dtype) for key, tensor in kept.items()}, config, report
+
+
+def _checked(file: Path, kind: str, state_dict: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> list[str]:
+    """The keys that a kind cannot have.
+
+    Args:
+        state_dict: all of the source, under our names. What is kept must be whole; of frozen parts that are left out,
+            what lies in no numbered layer may be missing: LAVIS saves what learnt alone.
+
+    Raises:
+        WeightsError: keys that nothing explains, that are missing, or of another shape than the rest asks for.
+    """
+    present, written = ({part_of(key) for key in keys} for keys in (state_dict, kept))
+    fresh = [f"sampler.{pattern}" for pattern in NOT_IN_BERT] if kind == "bert" else []
+    missing, problems = [], []
+    for part in (*LEARNING, *FROZEN):
+        if part in present or (part == "language_model" and "lora" in present):
+            excused, found = fit(state_dict, part, allowed_missing=fresh, layers_only=part not in (*LEARNING, *written))
+            missing += excused if part in written else []
+            problems += [f"of the part {part}, {problem}" for problem in found]
+    if problems:
+        raise WeightsError(f"'{file}' does not fit a model of its sizes: {'; '.join(problems)}")
+    return missing
 
 
 def _cast(key: str, tensor: Tensor, dtype: str) -> Tensor:

@@ -17,8 +17,9 @@ from lavis_lstp.errors import ConfigError, WeightsError, unknown_name
 
 MARK = ".lora_"
 """In the key of an adapter's weight."""
-_WRAPPER = "base_model.model."
-_ORIGINAL = ".base_layer."
+WRAPPER = "base_model.model."
+ORIGINAL = ".base_layer."
+"""What peft puts before every name, and into the names of the weights that adapters lie beside."""
 TARGETS = (("q_proj", "v_proj"), ("q", "v"))
 """Queries and values of the attention: LLaMA's and OPT's names, T5's names."""
 
@@ -103,4 +104,4 @@ def matched(
 def _plain(key: str, prefixes: Iterable[str]) -> str:
     """The key as it would be without peft."""
     prefix = next(prefix for prefix in prefixes if key.startswith(prefix))
-    return prefix + key.removeprefix(prefix).removeprefix(_WRAPPER).replace(_ORIGINAL, ".")
+    return prefix + key.removeprefix(prefix).removeprefix(WRAPPER).replace(ORIGINAL, ".")

@@ -24,8 +24,9 @@ CONSTANTS = Drop("constants that are computed")
 UNUSED_POSITIONS = Drop("position embeddings, which a sampler with rotary positions does not use")
 
 BACKBONE_RULES: Rules = (
-    (r"temporal_projection\.", UNUSED_PROJECTION),  # in every published state dict
-    (r"(.*\.)?(position_ids|rotary_emb\.inv_freq)$", CONSTANTS),  # saved by transformers < 4.31
+    (r"temporal_projection\.(weight|bias)$", UNUSED_PROJECTION),  # in every published state dict
+    # saved by transformers < 4.31
+    (r"(qformer\.embeddings\.position_ids|language_model\..*\.rotary_emb\.inv_freq)$", CONSTANTS),
     (r"(query_tokens$|vision_model\.|qformer\.|language_model\.|language_projection\.)", r"model.\1"),
 )
 """transformers' InstructBLIP or BLIP-2 -> Backbone."""
@@ -113,6 +114,7 @@ _LAVIS_RULES: Rules = (
         r"qformer.encoder.layer.\1.\2.",
     ),
     (r"(t5|opt|llm)_proj\.", "language_projection."),
+    (r"llm_model\..*\.rotary_emb\.inv_freq$", CONSTANTS),
     (r"(t5|opt|llm)_model\.", "language_model."),
     (r"(vision_proj|text_proj|itm_head)\.|temp$", _STAGE_ONE),
 )

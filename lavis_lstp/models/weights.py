@@ -322,7 +322,21 @@ def load_strict(
     Raises:
         WeightsError: missing or unexpected keys, other shapes, or tied weights that differ in the file.
     """
-    own = module.state_dict(keep_vars=True)
+    excused, problems = misfits(module.state_dict(keep_vars=True), state_dict, allowed_missing)
+    if problems:
+        raise WeightsError(f"{what} do not fit {type(module).__name__}: {'; '.join(problems)}")
+    module.load_state_dict(dict(state_dict), strict=False)
+    return excused
+
+
+def misfits(
+    own: Mapping[str, Tensor], state_dict: Mapping[str, Tensor], allowed_missing: Iterable[str] = ()
+) -> tuple[list[str], list[str]]:
+    """What a module with the tensors `own` (of `keep_vars`, so that tied ones are one) cannot load of a state dict.
+
+    Returns:
+        The keys that are missing and allowed to, and what does not fit, in words.
+    """
     tied: dict[int, list[str]] = {}
     for key, tensor in own.items():
         tied.setdefault(id(tensor), []).append(key)
@@ -344,10 +358,7 @@ def load_strict(
         problems.append(f"{len(reshaped)} of another shape: '{first}' is {shapes}")
     if not reshaped:
         problems += _torn(tied.values(), state_dict)
-    if problems:
-        raise WeightsError(f"{what} do not fit {type(module).__name__}: {'; '.join(problems)}")
-    module.load_state_dict(dict(state_dict), strict=False)
-    return excused
+    return excused, problems
 
 
 def _torn(groups: Iterable[list[str]], state_dict: Mapping[str, Tensor]) -> list[str]:
