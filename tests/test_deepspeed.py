@@ -355,7 +355,7 @@ def test_what_is_missing_is_said(tmp_path, monkeypatch):
     import deepspeed
 
     monkeypatch.setattr(deepspeed, "__version__", "0.18.3+cu13")
-    with pytest.raises(ConfigError, match=r"DeepSpeed 0.18.3\+cu13 accumulates .* needs 0.18.9 or newer: pip install"):
+    with pytest.raises(ConfigError, match=r"DeepSpeed 0.18.3\+cu13 is too old, .* needs 0.19 or newer: pip install"):
         make_runner(tmp_path, **zero(2))
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     with pytest.raises(ConfigError, match=r"needs DeepSpeed \(.*\); pip install 'lavis-lstp\[deepspeed\]'"):

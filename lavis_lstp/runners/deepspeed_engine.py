@@ -30,8 +30,8 @@ from lavis_lstp.runners.settings import OPTIMIZERS
 
 log = logging.getLogger(__name__)
 
-OLDEST = (0, 18, 9)
-"""DeepSpeed 0.17.6 loses accumulated gradients at stage 2, 0.18.3 divides them a second time: both without a word."""
+OLDEST = (0, 19)
+"""0.17.6 loses accumulated gradients at stage 2, 0.18.3 divides them twice, both silently; 0.18.9 fails on torch 2.15."""
 BUCKET = 500_000_000
 """DeepSpeed's default size of a communication buffer, in numbers: 2 GB that a small model would reserve in vain."""
 
@@ -51,11 +51,11 @@ def import_deepspeed(device: torch.device) -> Any:
         raise ConfigError(
             f"run.runner=runner_deepspeed needs DeepSpeed ({error}); pip install 'lavis-lstp[deepspeed]'"
         ) from error
-    if tuple(int(part) for part in re.findall(r"\d+", deepspeed.__version__)[:3]) < OLDEST:
+    if tuple(int(part) for part in re.findall(r"\d+", deepspeed.__version__)[:2]) < OLDEST:
         oldest = ".".join(map(str, OLDEST))
         raise ConfigError(
-            f"DeepSpeed {deepspeed.__version__} accumulates gradients wrongly; runner_deepspeed needs {oldest} or newer: "
-            f"pip install 'deepspeed>={oldest}'"
+            f"DeepSpeed {deepspeed.__version__} is too old, it may accumulate gradients wrongly; runner_deepspeed "
+            f"needs {oldest} or newer: pip install 'deepspeed>={oldest}'"
         )
     deepspeed.utils.logger.setLevel(logging.WARNING)
     if device.type == "cpu":  # a faster all-reduce, at the price of a compiler and a minute of it
