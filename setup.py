@@ -140,7 +140,7 @@ setup(
     install_requires=LAVIS_NEEDS + OUR_NEEDS,
     extras_require={
         "test": [
-            "deepspeed>=0.17",
+            "deepspeed>=0.19",
             "hypothesis>=6.100",
             "openai>=2.39",
             "psutil>=5.9",
@@ -149,7 +149,7 @@ setup(
             "ruff>=0.6",
             "setuptools>=70.1",
         ],
-        "deepspeed": ["deepspeed>=0.17"],
+        "deepspeed": ["deepspeed>=0.19"],
         "judge": ["openai>=2.39"],
     },
     entry_points={"console_scripts": ["lavis-lstp = lavis_lstp.cli:main"]},
