@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from lavis.common.registry import registry
 from lavis.datasets.builders import load_dataset
 
@@ -225,3 +226,35 @@ def test_quotes_are_text_where_tabs_part_the_cells(tmp_path):
     )
     (row,) = read_benchmark("lstp_tgif_qa", [path], tmp_path)
     assert (row["question"], row["answer"], row["category"]) == ('what is "it ?', 'a "cat', "object")
+
+
+@pytest.mark.parametrize("name", ["nextqa", "star", "activitynet_qa", "egoschema"])
+def test_shards_of_a_benchmark_give_its_samples(here, name):
+    """Packed from the authors' files, then read by the same builder: options, clips, kinds and frames stay."""
+    from webdataset_tools.__main__ import main as tools
+
+    config = Config(SimpleNamespace(cfg_path=f"projects/lstp/eval/{name}_lstp_tiny.yaml", options=[])).config
+    (split,) = config.run.test_splits
+    info = config.datasets[f"lstp_{name}"].build_info
+    words = ["pack", "shards/all", info.annotations[split].storage, "--from", f"lstp_{name}"]
+    words += ["--root", info.videos.storage, "--workers", "1"]
+    if info.answers.get(split):
+        words += ["--answers", info.answers[split].storage]
+    if info.videos.names:
+        words += ["--video-names", info.videos.names]
+    assert tools(words) == 0
+    whole = build(name)[split]
+    packed = build(name, f"build_info.annotations.{split}.storage=shards/all-000000.tar", "build_info.answers={}")[
+        split
+    ]
+    assert len(packed) == len(whole)
+    samples = {sample["question_id"]: sample for sample in map(packed.__getitem__, range(len(packed)))}
+    for i in range(len(whole)):
+        sample = whole[i]
+        other = samples[sample["question_id"]]
+        assert torch.equal(sample["frames"], other["frames"]) and torch.equal(
+            sample["frame_times"], other["frame_times"]
+        )
+        for key in ("text_input", "options", "category", "answer", "video_id"):
+            assert sample[key] == other[key], key
+    assert sorted(map(len, packed.eval_groups())) == sorted(map(len, whole.eval_groups()))

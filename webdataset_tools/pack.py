@@ -305,7 +305,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--from", dest="form", choices=FORMS, default="annotation", help="default: annotation")
     parser.add_argument("--root", type=Path, help="folder of the media; default: that of the first file")
     parser.add_argument("--split", default="train", help="of --from shapes; default: train")
-    parser.add_argument("--answers", type=Path, help="answer file of --from qa")
+    parser.add_argument("--answers", type=Path, help="answer file of --from qa, or of a benchmark")
+    parser.add_argument("--video-names", type=Path, help="file of other names of a benchmark's videos")
     add_size_arguments(parser)
     parser.add_argument("--frames", type=int, default=0, metavar="N", help="store N frames instead of each video")
     parser.add_argument("--fps", type=float, help="as datasets.<name>.fps, for --frames")
@@ -327,7 +328,8 @@ def add_size_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     root = args.root or (args.files[0].parent if args.form != "shapes" else args.files[0])
-    found = units(args.form, args.files, root=root, split=args.split, answers=args.answers)
+    more = {"split": args.split, "answers": args.answers, "video_names": args.video_names}
+    found = units(args.form, args.files, root=root, **more)
     pictures = args.encoding, args.quality
     settings = Settings(args.frames, args.fps, args.short_videos, args.size, *pictures, probe=not args.no_probe)
     return pack(

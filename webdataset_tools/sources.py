@@ -1,9 +1,10 @@
-"""What is packed: annotation files of four forms -> media with their questions, in the order of the files.
+"""What is packed: annotation files of these forms -> media with their questions, in the order of the files.
 
     annotation   this package's form, a JSON list or JSON lines (`lavis_lstp.data.qa_dataset`), videos and images
     shapes       a folder written by `python -m lavis_lstp.data.shapes_qa`, with the split to take
     video-llava  Video-LLaVA's layout: rows of conversations about images, videos and nothing (text)
     qa           a benchmark's question file and answer file, joined by question_id, never by position
+    lstp_nextqa and the other names of `lavis_lstp.data.benchmarks`: the files of its authors
 
 Errors are those of the readers that training itself uses, so what packs is what trains.
 """
@@ -15,12 +16,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lavis_lstp.data.annotation import check_object, parse_rows, read_annotation, read_text
+from lavis_lstp.data.benchmarks import BENCHMARKS, read_benchmark
 from lavis_lstp.data.instruct import read_instructions
 from lavis_lstp.data.video import VIDEO_ENDINGS
 from lavis_lstp.errors import AnnotationError, ConfigError, VideoError
 from webdataset_tools.format import IMAGE_MEMBERS, VIDEO_MEMBERS, media_key, media_path
 
-FORMS = ("annotation", "shapes", "video-llava", "qa")
+FORMS = ("annotation", "shapes", "video-llava", "qa", *BENCHMARKS)
 
 
 class Unit(NamedTuple):
@@ -34,7 +36,13 @@ class Unit(NamedTuple):
 
 
 def units(
-    form: str, files: Sequence[Path], *, root: Path, split: str = "train", answers: Path | None = None
+    form: str,
+    files: Sequence[Path],
+    *,
+    root: Path,
+    split: str = "train",
+    answers: Path | None = None,
+    video_names: Path | None = None,
 ) -> list[Unit]:
     """Media and questions of annotation files.
 
@@ -43,7 +51,8 @@ def units(
         files: annotation files; for `shapes` the folder.
         root: folder that the files' paths are relative to.
         split: of `shapes`.
-        answers: the answer file of `qa`.
+        answers: the answer file of `qa`, and of benchmarks that have one.
+        video_names: other names of a benchmark's videos, see `lavis_lstp.data.benchmarks.read_names`.
 
     Raises:
         AnnotationError, VideoError, ConfigError: what is wrong or missing, and where.
@@ -56,6 +65,8 @@ def units(
         rows = [row for path in files for row in read_annotation(path, section="pack")]
     elif form == "video-llava":
         rows = [row for kind in ("image", "video", "text") for row in _instructions(files, kind)]
+    elif form in BENCHMARKS:
+        rows = read_benchmark(form, files, root, answers=answers, video_names=video_names, section="pack")
     else:
         if len(files) != 1 or answers is None:
             raise ConfigError("--from qa takes one question file and --answers FILE")
