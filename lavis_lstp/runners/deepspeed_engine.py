@@ -31,7 +31,7 @@ from lavis_lstp.runners.settings import OPTIMIZERS
 log = logging.getLogger(__name__)
 
 OLDEST = (0, 19)
-"""0.17.6 loses accumulated gradients at stage 2, 0.18.3 divides them twice, both silently; 0.18.9 fails on torch 2.15."""
+"""0.17.6 loses accumulated gradients at stage 2, 0.18.3 divides them twice, silently; 0.18.9 fails on torch 2.15."""
 BUCKET = 500_000_000
 """DeepSpeed's default size of a communication buffer, in numbers: 2 GB that a small model would reserve in vain."""
 
