@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from recipe_files import ORDER, ROOT, TRAINS, commands, config, file, header, options_of, recipe
 
 from lavis_lstp import flow_files
+from lavis_lstp.chain import Chain, read_chain
 from lavis_lstp.runners.settings import RunSettings
 
 # ---- what they reproduce
@@ -187,8 +188,30 @@ TWICE = {("sf_vicuna7b", "8 GPUs"), ("sf_vicuna7b", "several nodes")}
 """Four samples cannot be shared among eight GPUs."""
 
 
+@pytest.mark.parametrize("name", ["flant5xl", "vicuna7b"])
+def test_a_chain_learns_as_its_recipes_do(name):
+    found = commands(f"chains/{name}")
+    assert set(found) == {"1 GPU", "8 GPUs", "several nodes"}
+    for label, words in found.items():
+        chain = Chain(Path("out"), options_of(words))
+        steps = [step for step in read_chain(file(f"chains/{name}")) if step.kind == "train"]
+        assert len(steps) == 2
+        for step in steps:
+            run = RunSettings.from_config(config(Path(step.recipe).stem, *options_of(chain.command(step))).run)
+            size = run.batch_size_train * run.accum_grad_iters * processes(words)
+            assert size == PUBLISHED[Path(step.recipe).stem][0], (label, step.name)
+
+
+@pytest.mark.parametrize("readme", ["README.md", "projects/lstp/README.md"])
+def test_readmes_start_the_chain_as_its_header_does(readme):
+    lines = [line.split("#")[0] for line in (ROOT / readme).read_text().splitlines() if "--nproc " in line]
+    assert [shlex.split(line) for line in lines] == [commands("chains/vicuna7b")["8 GPUs"]]
+
+
 def processes(words: list[str]) -> int:
     """How many a command of a header starts."""
+    if "--nproc" in words:
+        return int(words[words.index("--nproc") + 1])
     if words[0] == "torchrun":
         return int(words[words.index("--nproc_per_node") + 1])
     given = dict(word.split("=") for word in words if word.startswith(("--nodes=", "--ntasks-per-node=")))
