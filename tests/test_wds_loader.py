@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import pickle
 from pathlib import Path
@@ -189,6 +190,38 @@ def test_each_sample_once_for_any_ranks_and_workers(uneven, ranks, workers):
         assert sorted(seen) == sorted(questions.question_ids()) and len(lengths) == 1
         epochs.append(seen)
     assert epochs[0] != epochs[1]
+
+
+def loaded(questions, pool, ranks: int, epoch: int, position: int, steps: int | None = None) -> list[str]:
+    """Question ids in the global order, as loader processes of `ranks` ranks give them."""
+    options = {"batch_size": 1, "accumulate": 2, "seed": 3, "world_size": ranks}
+    sampling = [Sampling(questions.blocks, 2)]
+    orders = [TrainOrder([len(questions)], rank=rank, sampling=sampling, **options) for rank in range(ranks)]
+    given = []
+    for order in orders:
+        plans = list(itertools.islice(order.steps(epoch, position), steps))
+        batches = pool([micro for plan in plans for micro in plan.batches], epoch=epoch)
+        counts = [count for plan in plans for count in plan.counts]
+        given.append([batch[:count] for batch, count in zip(batches, counts, strict=True)])
+    return [name for micro in zip(*given, strict=True) for share in micro for name in share]
+
+
+def test_after_a_kill_the_rest_is_the_same_for_any_ranks_and_workers(uneven):
+    """From every (ranks, workers) to every other, killed after each step."""
+    questions = ShardQuestions(uneven)
+    pools = {workers: Batches(Ids(questions), seed=3, num_workers=workers) for workers in (0, 1, 2, 4)}
+    whole = loaded(questions, pools[0], 1, 1, 0)
+    assert sorted(whole) == sorted(questions.question_ids())
+    firsts, rests = {}, {}
+    for ranks, workers in WORLDS:
+        for steps in range(7):
+            firsts[ranks, workers, steps] = loaded(questions, pools[workers], ranks, 1, 0, steps)
+        for position in range(len(whole) + 1):
+            rests[ranks, workers, position] = loaded(questions, pools[workers], ranks, 1, position)
+    for seen in firsts.values():
+        assert seen == whole[: len(seen)]
+        for ranks, workers in WORLDS:
+            assert seen + rests[ranks, workers, len(seen)] == whole
 
 
 # ---------------------------------------------------------------- what fails
