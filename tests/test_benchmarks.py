@@ -79,6 +79,8 @@ def test_lavis_load_dataset_finds_a_benchmark_by_name(here):
 
 
 def test_ids_kinds_and_names_are_the_published_ones(here):
+    # of a task whose videos are shown whole, as published
+    change(here / "mvbench/json/action_count.json", lambda rows: rows[0].update(start=0.1, end=0.2))
     msvd = build("msvd_qa")["test"].annotation
     assert [row["question_id"] for row in msvd] == [str(100 + i) for i in range(6)]
     assert msvd[0]["video"] == "vid1.avi" and msvd[0]["category"] == "what"
@@ -146,6 +148,10 @@ def change(path: Path, edit) -> None:
     [
         (lambda rows: rows.pop(), r"1 questions have no answer here \(v_clip-0_0\) and 0 answers no question \(none\)"),
         (lambda rows: rows[0].update(question_id="v_x"), r"1 questions .* \(v_clip-2_1\) and 1 answers .* \(v_x\)"),
+        (
+            lambda rows: rows.append({"answer": "no", "question_id": "v_x"}),
+            r"0 questions .* and 1 answers no question \(v_x\)",
+        ),
         (lambda rows: rows[0].pop("question_id"), "test_a.json, entry 0: key 'question_id' is missing"),
         (lambda rows: rows[0].update(rows[1]), "entry 1: question id 'v_clip-2_0' occurs twice"),
     ],
