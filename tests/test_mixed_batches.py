@@ -116,6 +116,15 @@ def test_batches_without_a_video(lengths):
     assert model.locate(mixed(lengths))["frame_index"].shape == (2, 4)
 
 
+def test_a_sampler_learns_nothing_from_a_batch_without_a_video():
+    """The span loss alone must still be something that a backward pass can be asked of."""
+    model = LSTP.from_config(model_config(train=["sampler"], losses=["span"])).train()
+    loss = model(mixed((1, 0)))["loss"]
+    loss.backward()
+    assert loss.item() == 0
+    assert not any(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
 def test_images_and_texts_do_not_touch_the_sampler(monkeypatch):
     model = LSTP.from_config(model_config(train=ALL_PARTS, losses=["lm", "span"])).eval()
     seen = []

@@ -240,7 +240,7 @@ class LSTP(BaseModel):
             found = self._video_logits(videos, None if flow is None else flow[rows.to(flow.device)])
             rows = rows.to(self.device)
             start, end = (zeros.index_copy(0, rows, x.float()) for x in (found.start_logits, found.end_logits))
-        elif several_ranks():
+        elif several_ranks() or self.losses == ("span",):  # which must not be left without any gradient
             blank = self._video_logits(blank_video(samples))
             nothing = 0 * (blank.start_logits.sum() + blank.end_logits.sum())
             start, end = zeros + nothing, zeros + nothing
