@@ -198,13 +198,17 @@ def test_mean_and_sum_may_choose_differently_and_equal_ones_give_the_first():
 
 @pytest.mark.parametrize(("family", "language"), BACKBONES)
 @pytest.mark.parametrize("beams", [1, 3])
-def test_a_predictions_log_probability_is_the_language_models_own(family, language, beams):
-    """Compared with one forward pass over the tokens that were generated; penalties do not count."""
+def test_a_predictions_log_probability_is_the_language_models_own(family, language, beams, monkeypatch):
+    """Compared with one forward pass over the tokens that were generated; penalties do not count, the end mark does."""
     model = LSTP.from_config(model_config(family, language, selector={"name": "uniform"})).eval()
     backbone, made = model.backbone, []
     plain = backbone._generate
     backbone._generate = lambda *args, **kwargs: made.append((args, plain(*args, **kwargs))) or made[-1][1]
-    result = model.answer(batch((8, 5, 3)), num_beams=beams, repetition_penalty=1.3, max_new_tokens=5)
+    settings = {"num_beams": beams, "repetition_penalty": 1.3, "max_new_tokens": 5}
+    model.answer(batch((8, 5, 3)), **settings)
+    said = made.pop()[1].sequences[0, -4]
+    monkeypatch.setattr(type(backbone), "_end_ids", [int(said)])  # the first row ends with what it said second
+    result = model.answer(batch((8, 5, 3)), **settings)
     (prefix, mask, prompts), output = made[0]
     text = backbone._tokenize(backbone.tokenizer, prompts, "right")
     inputs, mask, _ = backbone._with_prefix(prefix, mask, text["input_ids"], text["attention_mask"])
@@ -229,6 +233,7 @@ def test_a_predictions_log_probability_is_the_language_models_own(family, langua
         assert found["tokens"] == count
         assert found["sum"] == pytest.approx(float(log_probs[i, :count].sum()), abs=2e-3)
         assert found["mean"] == pytest.approx(found["sum"] / count, abs=1e-4)
+    assert said in ids[0], "an end mark was said"
 
 
 # ---- once per video -----------------------------------------------------------------------------------------------
