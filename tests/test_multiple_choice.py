@@ -233,7 +233,7 @@ def test_a_predictions_log_probability_is_the_language_models_own(family, langua
         assert found["tokens"] == count
         assert found["sum"] == pytest.approx(float(log_probs[i, :count].sum()), abs=2e-3)
         assert found["mean"] == pytest.approx(found["sum"] / count, abs=1e-4)
-    assert said in ids[0], "an end mark was said"
+    assert beams > 1 or said in ids[0], "greedy search says the same again, and it ends the answer"
 
 
 # ---- once per video -----------------------------------------------------------------------------------------------
