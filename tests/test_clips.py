@@ -30,8 +30,8 @@ def videos(tmp_path_factory) -> Path:
 
 
 def row(number: int, **changes) -> dict:
-    given = {"question_id": f"q{number}", "video": "long.mp4", "video_id": "long", "question": "what?", "answer": "it"}
-    return {**given, **changes}
+    given = {"question_id": f"q{number}", "video": "long.mp4", "question": "what?", "answer": "it", **changes}
+    return {**given, "video_id": Path(given["video"]).stem}
 
 
 def numbers(sample: dict) -> list[int]:
