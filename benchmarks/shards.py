@@ -1,6 +1,6 @@
 """How fast shards are written and read, beside loose files, copying, and the bare `webdataset` pipeline.
 
-    python benchmarks/shards.py [--videos 40 --frames 16 --size 224 --out DIR]
+    python benchmarks/shards.py [--videos 40 --length 240 --frames 16 --size 224]
 
 In: nothing; videos of a moving texture are made. Out: a table in Markdown: samples a second in one process, after a
 first pass that fills the page cache, and the time to the first batch of 8; `pack` against copying and hashing the same
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import json
 import os
 import platform
@@ -30,7 +29,7 @@ from video_files import moving_texture, write_video
 
 from lavis_lstp.data.annotation import read_annotation
 from lavis_lstp.data.qa_dataset import VideoQADataset
-from lavis_lstp.data.shards import ShardQuestions
+from lavis_lstp.data.shards import ShardQuestions, unpack_frames
 from lavis_lstp.models.flow import build_flow
 from lavis_lstp.runners.data_order import Batches
 from webdataset_tools import flow, reshard
@@ -51,10 +50,10 @@ def rate(items: Iterable, seconds: float = 4.0) -> float:
     return count / (time.perf_counter() - begin)
 
 
-def write_data(root: Path, videos: int) -> None:
+def write_data(root: Path, videos: int, length: int) -> None:
     rows = []
     for n in range(videos):
-        pictures = moving_texture(96, (1.5, 0.5 + n % 3), width=480, height=320, seed=n % 5)
+        pictures = moving_texture(length, (1.5, 0.5 + n % 3), width=640, height=360, seed=n % 5)
         write_video(root / f"v{n}.mp4", pictures, fps=24)
         rows.append({"question_id": f"q{n}", "video": f"v{n}.mp4", "question": "what moves?", "answer": "texture"})
     (root / "a.json").write_text(json.dumps(rows))
@@ -88,17 +87,14 @@ def with_dis(dataset: VideoQADataset) -> Iterable:
         yield extractor(dataset[number]["frames"][None])
 
 
-def bare(shards: list[str], size: int) -> Iterable:
-    """The same members decoded to the same arrays by webdataset's own pipeline."""
+def bare(shards: list[str], num: int, size: int) -> Iterable:
+    """The same members decoded by the same functions, behind webdataset's own pipeline."""
     import webdataset
-    from PIL import Image
 
+    chosen = {"num": num, "fps": None, "short_videos": "keep", "size": size}
     for sample in webdataset.WebDataset(shards, shardshuffle=False, empty_check=False):
         json.loads(sample["json"])
-        stored = parse_frames(sample["frames"], "x")
-        frames = np.empty((len(stored.pictures), 3, size, size), np.uint8)
-        for n, raw in enumerate(stored.pictures):
-            frames[n] = np.asarray(Image.open(io.BytesIO(raw)).convert("RGB")).transpose(2, 0, 1)
+        frames = unpack_frames(parse_frames(sample["frames"], "x"), "x", "x", **chosen)
         parse_flow(sample["flow"], "x")[0].astype(np.float16)
         yield torch.from_numpy(frames)
 
@@ -133,7 +129,7 @@ def memory_slope(dataset: VideoQADataset, epochs: int = 20) -> float:
 
 
 def measure(root: Path, args: argparse.Namespace) -> list[tuple[str, str]]:
-    write_data(root, args.videos)
+    write_data(root, args.videos, args.length)
     found = units("annotation", [root / "a.json"], root=root)
     size = sum(path.stat().st_size for path in root.glob("*.mp4"))
     copy_s = min(copied_and_hashed(root, root / "copy") for _ in range(3))
@@ -165,7 +161,7 @@ def measure(root: Path, args: argparse.Namespace) -> list[tuple[str, str]]:
         rate(map(dataset.__getitem__, range(len(dataset))), 60)
         rates[name] = max(rate(map(dataset.__getitem__, range(len(dataset)))) for _ in range(3))
         rows.append((name, f"{rates[name]:.1f} samples/s, first batch of 8 after {first_batch(make):.2f} s"))
-    plain = max(rate(bare(both, args.size)) for _ in range(3))
+    plain = max(rate(bare(both, args.frames, args.size)) for _ in range(3))
     flow_rate = rates["frame+flow shards"]
     rows.append(("bare webdataset, frame+flow shards", f"{plain:.1f} samples/s; ours {flow_rate / plain:.2f} of it"))
     rows.append(("frame+flow shards over loose mp4 with DIS", f"{flow_rate / base:.1f} x"))
@@ -182,6 +178,7 @@ def measure(root: Path, args: argparse.Namespace) -> list[tuple[str, str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--videos", type=int, default=40)
+    parser.add_argument("--length", type=int, default=240, help="pictures of a video")
     parser.add_argument("--frames", type=int, default=16)
     parser.add_argument("--size", type=int, default=224)
     args = parser.parse_args()

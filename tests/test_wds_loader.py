@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import pickle
@@ -10,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_wds_flow import flow_of, moving, shards_of  # noqa: F401 (a fixture)
 from test_wds_order import WORLDS
 from test_wds_verify import media, only, packed, rewritten  # noqa: F401 (a fixture)
 
 from lavis_lstp.data.annotation import read_annotation
 from lavis_lstp.data.qa_dataset import VideoQADataset
-from lavis_lstp.data.shards import ShardQuestions, is_shards
+from lavis_lstp.data.shards import ShardQuestions, is_shards, unpack_frames
 from lavis_lstp.errors import AnnotationError, ConfigError, ShardError, VideoError
 from lavis_lstp.runners.data_order import Batches, Sampling, TrainOrder
 from webdataset_tools import index
@@ -101,6 +103,18 @@ def test_stored_frames_are_those_of_the_video(media, tmp_path):  # noqa: F811
             of_shards(stored, **{key: value})[0]
     with pytest.raises(ConfigError, match="motion_vectors needs the video"):
         of_shards(stored, flow="motion_vectors")[0]
+
+
+@pytest.mark.parametrize("encoding", ["jpeg", "webp"])
+def test_stored_frames_are_decoded_as_pil_does(media, tmp_path, encoding):  # noqa: F811
+    (shard,) = packed(media, tmp_path, settings=Settings(frames=3, size=24, encoding=encoding))
+    questions = ShardQuestions([shard])
+    stored = questions.frames((0, 0))
+    wanted = [np.asarray(Image.open(io.BytesIO(raw)).convert("RGB")).transpose(2, 0, 1) for raw in stored.pictures]
+    assert np.array_equal(of_shards([shard], num_frames=3, image_size=24)[0]["frames"].numpy(), np.stack(wanted))
+    damaged = stored._replace(pictures=[b"no picture", *stored.pictures[1:]])
+    with pytest.raises(ShardError, match="frame 0 cannot be decoded"):
+        unpack_frames(damaged, "x", "y", num=3, fps=None, short_videos="keep", size=24)
 
 
 def test_stored_flow_is_given(moving, tmp_path):  # noqa: F811
