@@ -6,12 +6,16 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from ranks import Ranks
 from safetensors import safe_open
 from test_deepspeed import assert_close, assert_equal_runs, curve, zero
+from test_lstp import model_config
 
 from lavis_lstp.data import shapes_qa
+from lavis_lstp.models.lstp import LSTP
 from lavis_lstp.runners import checkpoint
+from lavis_lstp.runners.deepspeed_engine import set_aside
 
 pytest.importorskip("deepspeed")
 
@@ -123,3 +127,15 @@ def test_three_questions_on_two_ranks_are_answered_as_by_one_process(ranks, data
         (tmp_path / name / "result/test_video_instruct.jsonl").read_bytes() for name in ("trained", "divided", "one")
     ]
     assert len(answers[0].splitlines()) == 3 and len(set(answers)) == 1
+
+
+def test_raft_is_neither_cast_nor_divided():
+    """DeepSpeed's bf16 would make it fail, and stage 3 would ask each rank for pieces of a frozen, small network."""
+    model = LSTP.from_config(model_config(flow={"name": "raft_small", "weights": "checkpoint"})).eval()
+    set_aside(model)
+    assert not [key for key in model.state_dict() if key.startswith("flow.")]
+    model.bfloat16()
+    assert {p.dtype for p in model.flow.model.parameters()} == {torch.float32}
+    frames = torch.zeros(1, 2, 3, 64, 64, dtype=torch.uint8)
+    assert model.flow(frames, torch.ones(1, 2)).dtype == torch.float32
+    set_aside(model)  # nothing is left to do

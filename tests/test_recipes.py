@@ -263,10 +263,14 @@ def test_a_whole_chain_as_commands(done, name):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "zero3"])
 @pytest.mark.parametrize("name", TRAINS)
-def test_every_recipe_under_torchrun(done, name):
+def test_every_recipe_under_torchrun(done, name, engine):
     """Two gloo ranks: batches of images, videos and texts differ between them."""
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "lavis.train")
-    options = [*sizes(name), "run.max_steps=2", f"run.output_dir=output/two/{name}"]
+    out = f"output/{engine}/{name}"
+    options = [*sizes(name), "run.max_steps=2", f"run.output_dir={out}"]
+    if engine == "zero3":
+        options += ["run.runner=runner_deepspeed", "run.deepspeed=projects/lstp/deepspeed/zero3.json"]
     python(*launcher, "--cfg-path", f"projects/lstp/{name}.yaml", "--options", *options)
-    assert (done / f"output/two/{name}/checkpoints/step_00000002/model.safetensors").is_file()
+    assert (done / out / "checkpoints/step_00000002/model.safetensors").is_file()

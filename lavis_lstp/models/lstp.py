@@ -56,6 +56,8 @@ class LSTP(BaseModel):
     """Sections of a config that go to transformers, so their keys are those of its classes, not of our defaults."""
     OPTIONAL_SECTIONS: Mapping[str, set[str]] = {"lora": {"r", "alpha", "dropout", "targets"}}
     """Sections that are null by default, and the keys they may have."""
+    KEPT_WHOLE = ("flow.model",)
+    """RAFT stays in float32 and on each device: frozen, small, and wrong in bfloat16."""
 
     def __init__(
         self,

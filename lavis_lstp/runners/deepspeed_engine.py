@@ -74,6 +74,18 @@ class Door(nn.Module):
         return compute(self.model)
 
 
+def set_aside(model: nn.Module) -> None:
+    """Makes plain attributes of the modules that a model names in KEPT_WHOLE: DeepSpeed neither casts nor divides them.
+
+    For good: at stage 3 it looks for its marks on every weight below the model, after each pass.
+    """
+    for name in getattr(model, "KEPT_WHOLE", ()):
+        parent, _, own = name.rpartition(".")
+        owner = model.get_submodule(parent)
+        if owner._modules.get(own) is not None:
+            owner.__dict__[own] = owner._modules.pop(own)
+
+
 class DividedModel(WholeModel):
     """A model in DeepSpeed's hands: at stage 3 each process holds a part of every weight. Without an optimizer, so for
     evaluation alone.
@@ -104,6 +116,7 @@ class DividedModel(WholeModel):
         distributed.ensure_group(device)
         os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
         deepspeed.init_distributed(auto_mpi_discovery=False, dist_init_required=False)
+        set_aside(model)
         self.deepspeed, *_ = deepspeed.initialize(model=Door(model), optimizer=optimizer, config=dict(config))
         self.model = self.deepspeed
         self.in_step = self.stage == 3 and distributed.world_size() > 1
