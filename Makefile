@@ -9,7 +9,8 @@ OLD_TRANSFORMERS := "transformers==4.57.6" "tokenizers>=0.22,<=0.23.0" "huggingf
 # Tests that must pass on both versions of transformers.
 MATRIX_TESTS ?= $(wildcard $(addprefix tests/test_,plugin.py shims.py lavis_models.py backbone*.py lstp*.py \
 	temporal_sampler.py frame_selector.py pseudo_span.py weights.py convert.py export.py prompts.py tiny_checkpoints.py \
-	golden*.py published*.py lora.py lavis_backbone.py judge_local.py model_types.py))
+	golden*.py published*.py lora.py lavis_backbone.py judge_local.py model_types.py \
+	multiple_choice.py evaluations.py ablate.py))
 export OMP_NUM_THREADS ?= 2
 
 .PHONY: help venv lint test test-slow test-matrix demo clean
