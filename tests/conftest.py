@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,26 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / "golden"
+
+
+@pytest.fixture(autouse=True)
+def no_log_handler_is_left():
+    """A command that is called here logs to this test's stderr, which is closed when the next test logs."""
+    before = logging.root.handlers[:]
+    yield
+    for handler in set(logging.root.handlers) - set(before):
+        logging.root.removeHandler(handler)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_process_group_is_left():
+    """A run of one process makes a group where LAVIS or DeepSpeed asks for one, and a process can have but one."""
+    yield
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+        if "deepspeed.comm.comm" in sys.modules:
+            sys.modules["deepspeed.comm.comm"].cdb = None
 
 
 @pytest.fixture(scope="session")
