@@ -134,8 +134,12 @@ def test_no_process_has_to_mention_us(installed):
 
 def test_recipes_are_found_from_an_empty_folder(installed):
     listed = run(installed.folder / "bin" / "lavis-lstp", "list", "recipes", cwd=installed.empty).stdout.split()
-    recipes = [path for path in (installed.checkout / "projects").rglob("*.yaml") if path.parent.name != "chains"]
-    assert listed == sorted(str(path.relative_to(installed.checkout)) for path in recipes)
+    parts = ("chains", "benchmarks", "models")
+    files = [path for path in (installed.checkout / "projects").rglob("*.yaml") if path.parent.name not in parts]
+    # an evaluation is composed of what is asked and who answers
+    asked, answers = (sorted((installed.checkout / "projects/lstp/eval" / part).glob("*.yaml")) for part in parts[1:])
+    files += [installed.checkout / f"projects/lstp/eval/{one.stem}_{other.name}" for one in asked for other in answers]
+    assert asked and answers and listed == sorted(str(path.relative_to(installed.checkout)) for path in files)
     found = installed.answers(
         f"import json; from lavis_lstp.config import find_config; print(json.dumps(str(find_config({listed[-1]!r}))))"
     )
