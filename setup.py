@@ -150,6 +150,7 @@ setup(
             "setuptools>=70.1",
         ],
         "deepspeed": ["deepspeed>=0.19"],
+        "ray": ["ray>=2.40"],
         "judge": ["openai>=2.39"],
     },
     entry_points={"console_scripts": ["lavis-lstp = lavis_lstp.cli:main"]},
