@@ -86,6 +86,10 @@ def test_is_the_largest_rectangle(scores, subtract_min):
         assert span.end == min(j for (_, j), value in area.items() if value == best)
 
 
+def test_flow_index_falls_short_as_published():
+    assert [flow_index(i, 91, 91) for i in (51, 52, 53)] == [51, 51, 53]
+
+
 @given(st.integers(1, 100), st.integers(1, 100), st.data())
 def test_flow_span_is_valid(num_frames, num_flows, data):
     start = data.draw(st.integers(0, num_frames - 1))
@@ -93,4 +97,5 @@ def test_flow_span_is_valid(num_frames, num_flows, data):
     mapped = flow_span(Span(start, end), num_frames, num_flows)
     assert 0 <= mapped.start < mapped.end <= num_flows
     exact = [i * (num_flows - 1) / max(1, num_frames - 1) for i in (start, end - 1)]
-    assert all(-1 < f - e <= 0 + 1e-9 for f, e in zip(mapped.to_inclusive(), exact, strict=True))
+    # rounded down, and one less where float64 falls short of a whole number: 52 of 91 -> 51 of 91 (published)
+    assert all(-1 <= f - e <= 1e-9 for f, e in zip(mapped.to_inclusive(), exact, strict=True))
