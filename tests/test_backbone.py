@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from lavis_lstp.errors import ConfigError, WeightsError
 from lavis_lstp.models import backbone_loading
-from lavis_lstp.models.backbone import Backbone, build_backbone
+from lavis_lstp.models.backbone import Backbone
+from lavis_lstp.models.building import build_backbone
 from lavis_lstp.testing.tiny_backbones import Sizes
 from lavis_lstp.testing.tiny_checkpoints import write_all
 
@@ -145,7 +146,7 @@ def test_weights_of_the_other_family(folders, tmp_path):
 
 OFFLINE = """
 import time
-from lavis_lstp.models.backbone import build_backbone, sampler_tokenizer
+from lavis_lstp.models.building import build_backbone, sampler_tokenizer
 from lavis_lstp.errors import WeightsError
 for get in (lambda: build_backbone("instructblip", weights="Salesforce/instructblip-vicuna-7b"),
             lambda: sampler_tokenizer("google-bert/bert-base-uncased", None)):

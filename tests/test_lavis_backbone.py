@@ -338,7 +338,7 @@ def test_a_model_that_this_lavis_does_not_have(hub):
 
 
 def test_incomplete_checkpoint(hub, tmp_path):
-    state = torch.load(hub / "blip2_t5.pth")["model"]
+    state = torch.load(hub / "blip2_t5.pth", weights_only=True)["model"]
     path = tmp_path / "half.pth"
 
     def message(**lacking):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lavis_lstp.errors import ConfigError, WeightsError
 from lavis_lstp.models import parts
-from lavis_lstp.models.backbone import build_backbone
+from lavis_lstp.models.building import build_backbone
 from lavis_lstp.models.lstp import LSTP
 from lavis_lstp.testing.tiny_checkpoints import write_all
 

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 
 from lavis_lstp.errors import AnnotationError, ConfigError, WeightsError
 from lavis_lstp.metrics.qa import token_recall
-from lavis_lstp.models.backbone import IGNORED, Backbone, _left_padded, sampler_tokenizer
+from lavis_lstp.models.backbone import IGNORED, Backbone, _left_padded
+from lavis_lstp.models.building import sampler_tokenizer
 from lavis_lstp.models.frame_fusion import FrameFusion
 from lavis_lstp.models.lstp import LSTP
 from lavis_lstp.models.parts import part_of

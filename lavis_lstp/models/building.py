@@ -6,6 +6,7 @@ parts take flat arguments.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,16 +14,19 @@ import torch
 from torch import nn
 
 from lavis_lstp.errors import ConfigError, WeightsError, unknown_name
-from lavis_lstp.models.backbone import build_backbone, sampler_tokenizer
+from lavis_lstp.models.backbone import Backbone
+from lavis_lstp.models.backbone_loading import DTYPES
 from lavis_lstp.models.flow import UNINITIALISED, build_flow
 from lavis_lstp.models.frame_fusion import FrameFusion
 from lavis_lstp.models.frame_selector import build_selector
-from lavis_lstp.models.hub import is_missing, local_path, where_to_put
+from lavis_lstp.models.hub import is_missing, local_path, where_from, where_to_put
 from lavis_lstp.models.refinement import Refinement
 from lavis_lstp.models.temporal_sampler import TemporalSampler
+from lavis_lstp.models.tiny_tokenizer import tiny_tokenizer
 from lavis_lstp.models.weights import load_bert_into_sampler, weights_file
 
 LOSSES = ("lm", "span")
+SOURCES = ("hub", "lavis")
 
 
 def build_parts(cfg: Mapping[str, Any]) -> dict[str, Any]:
@@ -87,6 +91,98 @@ def require_weights(cfg: Mapping[str, Any]) -> None:
             "*.safetensors, tokenizer files) downloaded from huggingface.co; raft-sintel.pth is in models.zip of "
             "princeton-vl/RAFT"
         )
+
+
+def build_backbone(
+    family: str = "instructblip",
+    *,
+    source: str = "hub",
+    arch: str | None = None,
+    model_type: str | None = None,
+    weights: str | None = None,
+    config: Mapping | None = None,
+    dtype: str = "float32",
+    seed: int = 0,
+    max_text_tokens: int = 128,
+    attention: str | None = None,
+    quantization: str | None = None,
+    gradient_checkpointing: bool = False,
+    compile: bool = False,
+    lora: Mapping | None = None,
+) -> Backbone:
+    """From `weights` (hub id or folder), else with random ones of the sizes in `config`.
+
+    Args:
+        source: hub, or lavis for one of LAVIS's own models, named by `arch` and `model_type`.
+        attention: transformers' attention implementation; None = its own choice.
+        quantization: 8bit or 4bit, of the language model.
+        lora: arguments of `lora.add_lora`; None = no adapters.
+
+    Raises:
+        WeightsError: neither is given, or the weights are missing.
+        ConfigError: a setting is not known, or this machine cannot follow it.
+    """
+    if source not in SOURCES:
+        raise ConfigError(unknown_name("source (model.backbone.source)", source, SOURCES))
+    if dtype not in DTYPES:
+        raise ConfigError(unknown_name("dtype (model.backbone.dtype)", dtype, DTYPES))
+    common = {"weights": weights, "config": config, "dtype": dtype, "seed": seed, "max_text_tokens": max_text_tokens}
+    if source == "hub":
+        backbone = _hub_backbone(family, attention=attention, quantization=quantization, **common)
+    else:
+        from lavis_lstp.models.lavis_backbone import build_lavis_backbone
+
+        for key, value in (("attention", attention), ("quantization", quantization)):
+            if value:
+                raise ConfigError(
+                    f"model.backbone.{key} is for source hub; LAVIS's own models have one way, set it to null"
+                )
+        backbone = build_lavis_backbone(arch, model_type, **common)
+    if lora:
+        backbone.add_lora(**lora, seed=seed)
+    if gradient_checkpointing:
+        backbone.checkpoint_gradients()
+    if compile:
+        backbone.compile_layers()
+    return backbone
+
+
+def _hub_backbone(
+    family: str, *, weights: str | None, config: Mapping | None, quantization: str | None, seed: int, **settings
+) -> Backbone:
+    if weights:
+        return Backbone.from_pretrained(weights, family=family, quantization=quantization, **settings)
+    if quantization:
+        raise ConfigError("model.backbone.quantization needs model.backbone.weights; random ones are not quantised")
+    if not config:
+        raise WeightsError(
+            "model.backbone.weights is empty: expected a hub id or a folder, "
+            "or model.backbone.config for random weights"
+        )
+    return Backbone.from_config_dict(config, family=family, seed=seed, **settings)
+
+
+def sampler_tokenizer(path: str | None, backbone: Backbone):
+    """The temporal sampler's tokenizer, BERT's: from `path`, else the Q-Former's own, else the built-in one.
+
+    The Q-Former's is BERT's too, but cuts long texts at their beginning; the sampler reads the beginning (published).
+
+    Raises:
+        WeightsError: there is none at `path`.
+    """
+    if not path:
+        tokenizer = copy.deepcopy(backbone.qformer_tokenizer) or tiny_tokenizer(bos=False)
+        tokenizer.truncation_side = "right"
+        return tokenizer
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(**where_from(path))
+    except (OSError, ValueError, ImportError) as error:
+        raise WeightsError(
+            f"no tokenizer at '{path}' (model.sampler.tokenizer): expected a hub id or a folder with "
+            f"tokenizer files, such as bert-base-uncased; {where_to_put(path)}"
+        ) from error
 
 
 def _sampler(cfg: Mapping[str, Any], vocab_size: int, seed: int) -> TemporalSampler:

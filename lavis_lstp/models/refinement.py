@@ -12,12 +12,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from lavis_lstp.metrics.qa import token_recall
 from lavis_lstp.models.pseudo_span import pseudo_span
-from lavis_lstp.models.rows import moves, several_ranks
+from lavis_lstp.models.rows import distinct_media, in_pieces, moves
 from lavis_lstp.schema import NO_SPAN
 
 ROWS = 512
@@ -73,17 +72,18 @@ def pseudo_scores(model: nn.Module, samples: Mapping, generation: Mapping, rows:
     prompts = model.prompts(samples)
     scores = torch.zeros(mask.shape)
     videos = [row for row, moving in enumerate(moves(samples).tolist()) if moving]
-    owner = _first_of_each_video(samples, videos)
-    steps = [(row, step) for row in sorted(set(owner.values())) for step in range(int(mask[row].sum()))]
+    first, which = distinct_media(samples)
+    owner = first[which].tolist()
+    steps = [(row, step) for row in sorted({owner[row] for row in videos}) for step in range(int(mask[row].sum()))]
     features = {}  # each video once, however many questions it has
-    for chunk in _chunks(steps, rows, model.device):
+    for chunk in in_pieces(steps, rows, model):
         places = torch.tensor(chunk, dtype=torch.long).view(-1, 2).to(frames.device)
         # a black frame where the other ranks have more to look at than this one
         chosen = frames[places[:, 0], places[:, 1]] if chunk else frames.new_zeros(1, *frames.shape[2:])
         looked = model.image_features(chosen.to(model.device))
         features.update(zip(chunk, looked, strict=False))
     pairs = [(row, step) for row in videos for step in range(int(mask[row].sum()))]
-    for chunk in _chunks(pairs, rows, model.device):
+    for chunk in in_pieces(pairs, rows, model):
         chosen = torch.stack([features[owner[row], step] for row, step in chunk]) if chunk else looked[:1]
         texts = [prompts[row] for row, _ in chunk] or prompts[:1]
         tokens = model.backbone.frame_tokens(chosen, texts)
@@ -93,23 +93,3 @@ def pseudo_scores(model: nn.Module, samples: Mapping, generation: Mapping, rows:
         for (row, step), answer in zip(chunk, answers, strict=False):
             scores[row, step] = token_recall(samples["text_output"][row], answer)
     return scores
-
-
-def _first_of_each_video(samples: Mapping, rows: list[int]) -> dict[int, int]:
-    """Row -> the first row with the same video."""
-    names = samples.get("media") or samples.get("video_id")
-    if not names:
-        return {row: row for row in rows}
-    first: dict[str, int] = {}
-    return {row: first.setdefault(names[row], row) for row in rows}
-
-
-def _chunks(pairs: list, size: int, device: torch.device) -> Iterator[list]:
-    """`pairs` in pieces; with several ranks as many on each, empty ones at the end, so that none waits for ever."""
-    count = -(-len(pairs) // size)
-    if several_ranks():
-        most = torch.tensor([count], device=device)
-        dist.all_reduce(most, dist.ReduceOp.MAX)
-        count = int(most)
-    for i in range(count):
-        yield pairs[i * size : (i + 1) * size]

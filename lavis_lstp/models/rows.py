@@ -5,11 +5,11 @@ In and out: samples (`lavis_lstp.schema`) with the batch axis.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def moves(samples: Mapping) -> Tensor:
@@ -35,6 +35,22 @@ def distinct_media(samples: Mapping) -> tuple[Tensor, Tensor]:
 def several_ranks() -> bool:
     """Whether other processes take part, who wait in collectives until this one runs the same modules."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def in_pieces(items: Sequence, size: int, model: nn.Module) -> Iterator[Sequence]:
+    """`items`, `size` at a time; where the model's weights are divided among ranks (ZeRO-3), as often on each.
+
+    There a module cannot be run on one rank alone, so ranks with fewer items get empty pieces at the end, for which
+    they run something that counts for nothing. Elsewhere ranks go their own ways, and may be asked other often.
+    """
+    count = -(-len(items) // size)
+    weight = next(model.parameters())
+    if several_ranks() and hasattr(weight, "ds_id"):
+        most = torch.tensor([count], device=weight.device)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        count = int(most)
+    for i in range(count):
+        yield items[i * size : (i + 1) * size]
 
 
 def take_rows(samples: Mapping, rows: Tensor) -> dict:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from lavis_lstp.errors import ConfigError, LstpError, unknown_name
 from lavis_lstp.files import write_json
-from lavis_lstp.models.backbone import DTYPES
+from lavis_lstp.models.backbone_loading import DTYPES
 from lavis_lstp.testing.published_layout import bert_shapes, lavis_shapes, raft_shapes, sampler_shapes
 from lavis_lstp.testing.tiny_backbones import (
     BACKBONES,
