@@ -26,10 +26,13 @@ PICTURE_SIDE = 320  # px, longer side of a frame in the picture
 DEFAULT_FRAMES = 64  # T where no run says how many
 CONVERTED = "lavis-lstp convert"
 """What a manifest that `lavis-lstp convert` wrote says of its writer."""
+RANDOM_WEIGHTS = (
+    "the model has random weights, so its answer means nothing; train one (make demo), then --checkpoint RUN"
+)
 
 
 def build_model(name: str, model_type: str | None, checkpoint: str | None, options: Sequence[str]):
-    """The model in eval mode, and whether any trained weights went into it.
+    """The model in eval mode, and notes: lines that whoever reads its answers should see.
 
     Args:
         checkpoint: a run's folder, one of its checkpoints, or a weights file. With a manifest beside the weights, the
@@ -39,17 +42,19 @@ def build_model(name: str, model_type: str | None, checkpoint: str | None, optio
     chosen = {"arch": name, **({"model_type": model_type} if model_type else {})}
     recorded = recorded_model(checkpoint) if checkpoint is not None else {}
     model_class, config = model_config({**chosen, **recorded}, [] if checkpoint is None else [checkpoint], options)
+    notes = []
     if config.flow.name == "precomputed":
-        print("note: flow is computed with dis, as nobody has precomputed this video's", file=sys.stderr)
+        notes.append("flow is computed with dis, as nobody has precomputed this video's")
         config.flow.name = "dis"
-    trained = bool(config.checkpoint or config.backbone.weights)
+    if not config.checkpoint and not config.backbone.weights:
+        notes.append(RANDOM_WEIGHTS)
     model = model_class.from_config(config).eval()
     if model.selector.needs_span:
         raise ConfigError(
             f"selector '{model.selector.name}' takes spans from a data set, and a video alone has none; "
             "add --options model.selector.name=lstp"
         )
-    return model, trained
+    return model, notes
 
 
 def model_config(section: Mapping[str, Any], checkpoints: Sequence[str], options: Sequence[str]):
@@ -246,12 +251,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError(f"--num-frames must be at least 1, got {args.num_frames}")
     if not Path(args.video).is_file():  # before the seconds that a model takes
         raise LstpError(f"{args.video}: no such video file")
-    model, trained = build_model(args.model, args.model_type, args.checkpoint, args.options)
-    if not trained:
-        message = (
-            "the model has random weights, so its answer means nothing; train one (make demo), then --checkpoint RUN"
-        )
-        print(f"note: {message}", file=sys.stderr)
+    model, notes = build_model(args.model, args.model_type, args.checkpoint, args.options)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
     num_frames = args.num_frames or recorded_frames(args.checkpoint)
     result = ask(model, args.video, args.question, num_frames=num_frames)
 

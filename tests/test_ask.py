@@ -48,8 +48,8 @@ def test_any_video_gets_an_answer_a_span_and_a_picture(tmp_path, capsys):
 
 
 def test_a_runs_checkpoint_brings_its_config_and_the_weights_it_began_with(tmp_path):
-    untrained, trained = ask.build_model("lstp_tiny", None, None, ["model.train=[sampler]", "model.losses=[span]"])
-    assert not trained
+    untrained, notes = ask.build_model("lstp_tiny", None, None, ["model.train=[sampler]", "model.losses=[span]"])
+    assert notes == [ask.RANDOM_WEIGHTS]
     first = tmp_path / "first.safetensors"
     save_file({k: v + 1 for k, v in untrained.trainable_state_dict().items()}, first)
     base, _ = ask.build_model("lstp_tiny", None, None, ["model.train=[projection]"])
@@ -59,8 +59,9 @@ def test_a_runs_checkpoint_brings_its_config_and_the_weights_it_began_with(tmp_p
     model = {"arch": "lstp_tiny", "checkpoint": str(first), "flow": {"name": "precomputed"}, "fusion": "mean"}
     write_json(folder / "manifest.json", {"config": {"model": model}})
 
-    model, trained = ask.build_model("unused", None, str(tmp_path / "run"), [])
-    assert trained and model.fusion.name == "mean" and model.flow.name == "dis"
+    model, notes = ask.build_model("unused", None, str(tmp_path / "run"), [])
+    assert model.fusion.name == "mean" and model.flow.name == "dis"
+    assert len(notes) == 1 and "flow is computed with dis" in notes[0]
     own = model.state_dict()
     for source, amount in ((untrained, 1), (base, 2)):
         for key, value in source.trainable_state_dict().items():
@@ -111,7 +112,7 @@ def test_earlier_weights_may_be_a_file_of_the_hub_that_lies_elsewhere(tmp_path, 
     run = make_run(tmp_path / "run", checkpoint="owner/repository/first.safetensors")
     monkeypatch.setenv("LAVIS_LSTP_WEIGHTS", str(tmp_path / "weights"))
     assert ask.recorded_model(str(run))["checkpoint"] == [str(place)]
-    assert ask.build_model("lstp_tiny", None, str(run), [])[1]
+    assert ask.build_model("lstp_tiny", None, str(run), [])[1] == []
 
 
 def test_frames_are_as_many_as_the_run_used_and_replaced_flow_is_said(tmp_path, capsys, monkeypatch):

@@ -225,6 +225,16 @@ def test_cache_keeps_the_first_verdict(tmp_path):
         assert cache.export(tmp_path / "e.jsonl") == len(cache) == 2
 
 
+def test_verdicts_kept_together_are_kept_all_or_none(tmp_path):
+    with VerdictCache(tmp_path / "c.sqlite") as cache:
+        good = ("k", CASE, Verdict("j", JUDGED, True, 4))
+        with pytest.raises(ConfigError, match="cannot keep a verdict"):
+            cache.put([good, (object(), CASE, Verdict("j", JUDGED, True, 4))])  # no text: SQLite refuses it
+        assert len(cache) == 0
+        cache.put([good])  # no transaction was left open
+        assert len(cache) == 1
+
+
 def test_key_depends_on_everything():
     keys = {case_key("j", "p", CASE), case_key("i", "p", CASE), case_key("j", "r", CASE)}
     keys |= {case_key("j", "p", CASE._replace(**{name: "x"})) for name in Case._fields}

@@ -7,7 +7,6 @@ the first verdict on a case stays. `export` writes JSON lines that `--judge repl
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sqlite3
@@ -84,19 +83,10 @@ class VerdictCache:
             rows.append(
                 (key, verdict.judge, *case, verdict.status, correct, verdict.score, verdict.rule, note, time.time())
             )
-        with self._transaction():
-            self._db.executemany(f"INSERT OR IGNORE INTO verdicts VALUES ({','.join('?' * 11)})", rows)
-
-    @contextlib.contextmanager
-    def _transaction(self) -> Iterator[None]:
         try:
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-            except BaseException:
-                self._db.execute("ROLLBACK")
-                raise
-            self._db.execute("COMMIT")
+            with self._db:  # commits; rolls back where anything, a keyboard interrupt too, comes between
+                self._db.execute("BEGIN IMMEDIATE")
+                self._db.executemany(f"INSERT OR IGNORE INTO verdicts VALUES ({','.join('?' * 11)})", rows)
         except sqlite3.Error as error:
             raise ConfigError(f"{self.path}: cannot keep a verdict ({error}); mend that and call again") from None
 

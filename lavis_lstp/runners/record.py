@@ -82,15 +82,17 @@ class RunManifest:
     def running(self) -> Iterator[None]:
         """Keep the status true: running, then finished, terminated or failed, and why."""
         self._write(status="running", started=_now())
-        try:
+        with contextlib.ExitStack() as at_the_end:
+            at_the_end.push(self._ended)
             yield
-        except SystemExit:
+
+    def _ended(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if kind is None:
+            self._write(status="finished", finished=_now())
+        elif issubclass(kind, SystemExit):
             self._write(status="terminated", finished=_now())
-            raise
-        except BaseException as error:
-            self._write(status="failed", finished=_now(), error=f"{type(error).__name__}: {error}")
-            raise
-        self._write(status="finished", finished=_now())
+        else:
+            self._write(status="failed", finished=_now(), error=f"{kind.__name__}: {error}")
 
     def _write(self, **facts: Any) -> None:
         self.facts.update(facts)
