@@ -38,6 +38,16 @@ def no_process_group_is_left():
             sys.modules["deepspeed.comm.comm"].cdb = None
 
 
+@pytest.fixture(scope="module")
+def ranks():
+    """Processes that a module's tests share: `ranks.run(2, job, {...})`."""
+    from ranks import Ranks
+
+    server = Ranks()
+    yield server
+    server.close()
+
+
 @pytest.fixture(scope="session")
 def golden() -> Path:
     return GOLDEN

@@ -1,8 +1,8 @@
 """Tiny weights in the shape of the hub's, from which LAVIS's own models are built without a network.
 
 LAVIS names its parts in code ("bert-base-uncased", `create_eva_vit_g`). `write_hub(root)` makes folders of those names
-under `root`; from_pretrained finds them when `root` is the working directory. `shrink_vision()` puts a two-layer EVA
-tower in place of the one with a billion parameters. Sizes and paths change, behaviour does not.
+under `root`; from_pretrained finds them when `root` is the working directory. `with hub(root)` does both and puts a
+two-layer EVA tower in place of the one with a billion parameters. Sizes and paths change, behaviour does not.
 
 All numbers come from one seeded generator, so every transformers version sees the same weights. Keys are named as in
 the published files: BERT's LayerNorms say gamma and beta, and it has neither position_ids nor a decoder weight; T5 has
@@ -11,9 +11,11 @@ an lm_head of its own (FLAN); OPT's lm_head is absent because it is tied.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import zlib
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -291,15 +293,24 @@ def _tiny_eva(img_size=IMAGE_SIZE, drop_path_rate=0.0, use_checkpoint=False, pre
     return model
 
 
-def shrink_vision() -> None:
-    """From here on, in this process, LAVIS's BLIP-2 models build the tiny EVA tower."""
+@contextlib.contextmanager
+def hub(root: Path) -> Iterator[Path]:
+    """Inside, `root` is the working directory and holds the weights, and LAVIS's BLIP-2 builds the tiny EVA tower."""
+    import pytest
+
+    import lavis_lstp
+
+    lavis_lstp.register()
     from lavis.models.blip2_models import blip2
 
-    blip2.create_eva_vit_g = _tiny_eva
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blip2, "create_eva_vit_g", _tiny_eva)
+        patch.chdir(write_hub(root))
+        yield root
 
 
 def config(name: str, root: Path, **overrides) -> dict:
-    """The `model` section of a LAVIS config for the tiny model `name`; call `shrink_vision` before building it."""
+    """The `model` section of a LAVIS config for the tiny model `name`, which is built inside `hub`."""
     common = {"arch": name, "image_size": IMAGE_SIZE, "load_finetuned": False, "pretrained": str(root / "nothing.pth")}
     blip2 = {"vit_model": "eva_clip_g", "vit_precision": "fp32", "freeze_vit": True, "num_query_token": QUERIES}
     language_models = {
@@ -313,7 +324,7 @@ def config(name: str, root: Path, **overrides) -> dict:
 
 
 def build(name: str, root: Path, **overrides) -> torch.nn.Module:
-    """A tiny LAVIS model in fp32, in eval mode. The working directory must be `root` (see `write_hub`)."""
+    """A tiny LAVIS model in fp32, in eval mode, built inside `hub(root)`."""
     from lavis.common.registry import registry
     from omegaconf import OmegaConf
 

@@ -297,15 +297,7 @@ def test_lavis_files(tiny, tmp_path, file, kind, arch):
 @pytest.fixture(scope="module")
 def lavis_model(tmp_path_factory):
     """LAVIS's own tiny models by name; no bias is zero, as EVA's constructor leaves them."""
-    from lavis_lstp import plugin
-
-    plugin.before_lavis()
-    root = lavis_tiny.write_hub(tmp_path_factory.mktemp("lavis"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        from lavis.models.blip2_models import blip2
-
-        patch.setattr(blip2, "create_eva_vit_g", lavis_tiny._tiny_eva)
+    with lavis_tiny.hub(tmp_path_factory.mktemp("lavis")) as root:
 
         def build(name: str):
             model = lavis_tiny.build(name, root)

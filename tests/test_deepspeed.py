@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import HUNG, Ranks
+from ranks import HUNG
 from safetensors.torch import load_file
 from toy import RUN, make_runner
 
@@ -54,13 +54,6 @@ def assert_close(left: dict, right: dict, rel: float) -> None:
     assert left.keys() == right.keys()
     for step, values in left.items():
         assert values == pytest.approx(right[step], rel=rel), step
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    server = Ranks()
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ Two optimizer steps a recipe: what is tested is that each step's files are what 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import lavis_tiny
@@ -118,18 +117,8 @@ def test_a_second_evaluation_gives_equal_files(done):
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
     """Tiny weights under the names LAVIS has in its code, in the current folder."""
-    import lavis_lstp
-
-    lavis_lstp.register()
-    from lavis.models.blip2_models import blip2
-
-    create_eva_vit_g, before = blip2.create_eva_vit_g, os.getcwd()
-    root = lavis_tiny.write_hub(tmp_path_factory.mktemp("hub"))
-    lavis_tiny.shrink_vision()
-    os.chdir(root)
-    yield root
-    os.chdir(before)
-    blip2.create_eva_vit_g = create_eva_vit_g
+    with lavis_tiny.hub(tmp_path_factory.mktemp("hub")) as root:
+        yield root
 
 
 def write_config(root: Path, name: str, **model) -> list[str]:

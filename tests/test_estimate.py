@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 from lavis.common.registry import registry
 from omegaconf import OmegaConf
-from ranks import Ranks
 
 from lavis_lstp import cli, estimate
 from lavis_lstp.config import complete_model
@@ -41,13 +40,6 @@ def prepared(device: str, kind: str, size: str, world_size: int) -> tuple:
     run = {"output_dir": "x", "init_lr": 1e-3, "precision": precision, "accum_grad_iters": accumulate}
     settings = RunSettings.from_config({**run, "batch_size_train": SIZES[size]["batch"], "max_grad_norm": 1.0})
     return model, deepspeed_config.complete(given, settings, world_size), samples
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    server = Ranks()
-    yield server
-    server.close()
 
 
 QUICK = {("plain", "large", 1), ("zero1", "small", 2), ("zero2", "large", 1), ("zero3", "small", 2)}

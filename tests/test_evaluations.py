@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -84,25 +83,13 @@ def test_an_evaluation_is_found_by_its_absolute_path():
 @pytest.fixture(scope="module")
 def work(tmp_path_factory) -> Path:
     """The folder to stand in: tiny benchmarks below inputs/, tiny weights under the hub's and LAVIS's names."""
-    import lavis_lstp
-
-    lavis_lstp.register()
-    from lavis.models.blip2_models import blip2
-
-    create_eva_vit_g, before, weights = blip2.create_eva_vit_g, os.getcwd(), os.environ.get("LAVIS_LSTP_WEIGHTS")
-    root = lavis_tiny.write_hub(tmp_path_factory.mktemp("evaluations"))
-    lavis_tiny.shrink_vision()
+    root = tmp_path_factory.mktemp("evaluations")
     write_benchmarks(root, ["nextqa", "msvd_qa", "star", "mvbench"])
     backbones = ["instructblip-vicuna-7b", "instructblip-flan-t5-xl", "blip2-flan-t5-xl"]
     write_all(root / "weights", only=[*backbones, "bert-base-uncased", "raft-sintel", "lstp-7b"])
-    os.environ["LAVIS_LSTP_WEIGHTS"] = str(root / "weights")
-    os.chdir(root)
-    yield root
-    os.chdir(before)
-    blip2.create_eva_vit_g = create_eva_vit_g
-    os.environ.pop("LAVIS_LSTP_WEIGHTS")
-    if weights is not None:
-        os.environ["LAVIS_LSTP_WEIGHTS"] = weights
+    with lavis_tiny.hub(root), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LAVIS_LSTP_WEIGHTS", str(root / "weights"))
+        yield root
 
 
 def run(name: str, *options: str) -> tuple[dict, list[dict]]:

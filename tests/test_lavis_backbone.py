@@ -47,22 +47,15 @@ ONE_FRAME = {"name": "uniform", "context": 0, "num_selected": 1, "span_key": "sp
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
     """Tiny weights in the working directory, with a LAVIS checkpoint per model: what the published ones hold."""
-    from lavis.models.blip2_models import blip2
-
-    create_eva_vit_g, before = blip2.create_eva_vit_g, os.getcwd()
-    root = lavis_tiny.write_hub(tmp_path_factory.mktemp("hub"))
-    if registry.get_model_class("blip2_vicuna_instruct"):
-        lavis_tiny.write_vicuna(root / "tiny-vicuna")
-    lavis_tiny.shrink_vision()
-    os.chdir(root)
-    for arch in (param.values[0] for param in INSTALLED if registry.get_model_class(param.values[0])):
-        state = lavis_tiny.build(arch, root).state_dict()
-        elsewhere = ("visual_encoder.", f"{ARCHS[arch]}_model.")  # published separately
-        save = {key: value for key, value in state.items() if not key.startswith(elsewhere)}
-        torch.save({"model": save}, root / f"{arch}.pth")
-    yield root
-    os.chdir(before)
-    blip2.create_eva_vit_g = create_eva_vit_g
+    with lavis_tiny.hub(tmp_path_factory.mktemp("hub")) as root:
+        if registry.get_model_class("blip2_vicuna_instruct"):
+            lavis_tiny.write_vicuna(root / "tiny-vicuna")
+        for arch in (param.values[0] for param in INSTALLED if registry.get_model_class(param.values[0])):
+            state = lavis_tiny.build(arch, root).state_dict()
+            elsewhere = ("visual_encoder.", f"{ARCHS[arch]}_model.")  # published separately
+            save = {key: value for key, value in state.items() if not key.startswith(elsewhere)}
+            torch.save({"model": save}, root / f"{arch}.pth")
+        yield root
 
 
 def overrides(root, arch: str, **more) -> dict:

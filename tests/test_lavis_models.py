@@ -7,16 +7,12 @@ the same seeded weights, and have to come out the same on every version.
 
 from __future__ import annotations
 
-import os
-
 import lavis_tiny
 import pytest
 import torch
 import torch.distributed as dist
 from lavis_tiny import HEADS, IMAGE_SIZE, QUERIES, WIDTH, WORDS, build
 from safetensors.torch import load_file
-
-import lavis_lstp
 
 MODELS = ("blip2", "blip2_t5", "blip2_opt", "blip_caption")
 LOSSES = {"blip2": 6.293456, "blip2_t5": 4.617587, "blip2_opt": 6.051108, "blip_caption": 3.641882}
@@ -27,18 +23,10 @@ ANSWERS = ["red circle", "blue"]
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
     """The folder of tiny weights, as working directory, and the process group of one that blip2's loss needs."""
-    lavis_lstp.register()
-    from lavis.models.blip2_models import blip2
-
-    create_eva_vit_g, before = blip2.create_eva_vit_g, os.getcwd()
-    root = lavis_tiny.write_hub(tmp_path_factory.mktemp("hub"))
-    lavis_tiny.shrink_vision()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    os.chdir(root)
-    yield root
-    os.chdir(before)
+    with lavis_tiny.hub(tmp_path_factory.mktemp("hub")) as root:
+        yield root
     dist.destroy_process_group()
-    blip2.create_eva_vit_g = create_eva_vit_g
 
 
 @pytest.fixture(scope="module")

@@ -284,14 +284,6 @@ def test_raft_is_the_golden_one_and_gives_flow(written):
 def test_lavis_names_are_those_of_lavis(written, tmp_path, monkeypatch):
     import lavis_tiny
 
-    import lavis_lstp
-
-    lavis_lstp.register()
-    from lavis.models.blip2_models import blip2
-
-    monkeypatch.setattr(blip2, "create_eva_vit_g", blip2.create_eva_vit_g)  # put back what shrink_vision changes
-    monkeypatch.chdir(lavis_tiny.write_hub(tmp_path))
-    lavis_tiny.shrink_vision()
     sizes = {"vision_width": 32, "vision_layers": 2, "vision_inner": 64, "patch_size": 14, "patches": 4}
     sizes |= {"width": 32, "layers": 2, "inner": 64, "positions": 64, "queries": 4, "text_width": 32}
 
@@ -299,14 +291,15 @@ def test_lavis_names_are_those_of_lavis(written, tmp_path, monkeypatch):
         state_dict = module.state_dict()
         return {key: list(value.shape) for key, value in state_dict.items() if not re.match(but, key)}
 
-    model = lavis_tiny.build("blip2_t5", tmp_path)
+    with lavis_tiny.hub(tmp_path):
+        model = lavis_tiny.build("blip2_t5", tmp_path)
+        # InstructBLIP's Q-Former keeps the text, as that of this model does
+        instruct = lavis_tiny.build("blip2", tmp_path)
     assert lavis_shapes(**sizes, projection="t5_proj") == shapes(model, "t5_model")
-    # InstructBLIP's Q-Former keeps the text, as that of this model does
-    model = lavis_tiny.build("blip2", tmp_path)
-    vocab_size = model.Qformer.bert.embeddings.word_embeddings.num_embeddings
+    vocab_size = instruct.Qformer.bert.embeddings.word_embeddings.num_embeddings
     got = lavis_shapes(**sizes, projection="llm_proj", vocab_size=vocab_size)
     heads = r"(vision_proj|text_proj|itm_head|Qformer\.cls|temp)"
-    assert {key: shape for key, shape in got.items() if "llm_proj" not in key} == shapes(model, heads)
+    assert {key: shape for key, shape in got.items() if "llm_proj" not in key} == shapes(instruct, heads)
     for name, projection in (("lavis-blip2-t5", "t5_proj"), ("lavis-instructblip-vicuna", "llm_proj")):
         stored = load(written[name])["model"]
         assert stored[f"{projection}.weight"].shape == (DEFAULT.text_width, DEFAULT.qformer_width)

@@ -8,14 +8,13 @@ given without them, too: those are the judges'.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from lavis_lstp.errors import CoverageError
-from lavis_lstp.judging.compare import Judged, finish, judge_lines, judges_of, parse_pair, read_judged, shared_ids
+from lavis_lstp.judging.compare import Judged, judge_lines, judges_of, pair_command, shared_ids
 from lavis_lstp.judging.replay import is_rules
 from lavis_lstp.judging.rows import named
 from lavis_lstp.judging.rules import UNDECIDED
@@ -113,9 +112,5 @@ def _offset(found: Mapping[str, Any], name: str, scale: int, digits: int) -> str
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="lavis-lstp calibrate", description="Say how far two judges of the same answers agree."
-    )
-    args = parse_pair(parser, argv)
-    result = calibrate(read_judged(args.a), read_judged(args.b), resamples=args.resamples, seed=args.bootstrap_seed)
-    return finish(args, result, format_agreement(result))
+    description = "Say how far two judges of the same answers agree."
+    return pair_command("calibrate", description, argv, calibrate, format_agreement)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +25,9 @@ from lavis_lstp.metrics.resampling import RESAMPLES, group_rows, percentile_inte
 
 ITSELF = "the file itself (correct)"
 """Judge of rows that bring their own `correct`."""
+
+
+Result = dict[str, Any]
 
 
 class Judged(NamedTuple):
@@ -161,25 +164,32 @@ def format_comparison(result: Mapping[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="lavis-lstp compare", description="Test whether one model answers better than another."
+    return pair_command(
+        "compare", "Test whether one model answers better than another.", argv, compare, format_comparison
     )
-    args = parse_pair(parser, argv)
-    result = compare(read_judged(args.a), read_judged(args.b), resamples=args.resamples, seed=args.bootstrap_seed)
-    return finish(args, result, format_comparison(result))
 
 
-def parse_pair(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+def pair_command(
+    name: str,
+    description: str,
+    argv: Sequence[str] | None,
+    compute: Callable[..., Result],
+    show: Callable[[Result], str],
+) -> int:
+    """A command over two verdict files.
+
+    Args:
+        compute: (a, b, resamples=, seed=) -> the result, of rows by question_id.
+    """
+    parser = argparse.ArgumentParser(prog=f"lavis-lstp {name}", description=description)
     parser.add_argument("a", help="verdict file of `lavis-lstp judge`")
     parser.add_argument("b", help="another")
     parser.add_argument("--out", help="write the result as JSON, too")
     parser.add_argument("--resamples", type=int, default=RESAMPLES, help="of the bootstrap (default: %(default)s)")
     parser.add_argument("--bootstrap-seed", type=int, default=0, help="default: %(default)s")
-    return parser.parse_args(argv)
-
-
-def finish(args: argparse.Namespace, result: dict[str, Any], text: str) -> int:
+    args = parser.parse_args(argv)
+    result = compute(read_judged(args.a), read_judged(args.b), resamples=args.resamples, seed=args.bootstrap_seed)
     if args.out:
         write_json(args.out, {"a": str(args.a), "b": str(args.b), **result})
-    print(text)
+    print(show(result))
     return 0

@@ -43,16 +43,4 @@ class RunnerDeepSpeed(RunnerLSTP):
         return DividedModel(self.bare_model, self.deepspeed, device=self.device, precision=self.settings.precision)
 
     def build_engine(self) -> DeepSpeedEngine:
-        s = self.settings
-        return DeepSpeedEngine(
-            self.bare_model,
-            self.deepspeed,
-            device=self.device,
-            precision=s.precision,
-            optimizer=s.optimizer,
-            lr=s.init_lr,
-            weight_decay=s.weight_decay,
-            lr_scale=s.lr_layer_decay,
-            betas=(0.9, s.beta2),
-            max_grad_norm=s.max_grad_norm,
-        )
+        return DeepSpeedEngine(self.bare_model, self.deepspeed, **self.engine_settings())

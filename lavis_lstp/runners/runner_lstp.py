@@ -206,19 +206,22 @@ class RunnerLSTP(RunnerBase):
 
     def build_engine(self) -> TorchEngine:
         """What another runner replaces, beside `read_settings` and `build_evaluation_engine`."""
+        unused = self.settings.find_unused_parameters
+        return TorchEngine(self.bare_model, **self.engine_settings(), find_unused_parameters=unused)
+
+    def engine_settings(self) -> dict[str, Any]:
+        """What every engine wants to know."""
         s = self.settings
-        return TorchEngine(
-            self.bare_model,
-            device=self.device,
-            optimizer=s.optimizer,
-            precision=s.precision,
-            lr=s.init_lr,
-            weight_decay=s.weight_decay,
-            lr_scale=s.lr_layer_decay,
-            betas=(0.9, s.beta2),
-            max_grad_norm=s.max_grad_norm,
-            find_unused_parameters=s.find_unused_parameters,
-        )
+        return {
+            "device": self.device,
+            "precision": s.precision,
+            "optimizer": s.optimizer,
+            "lr": s.init_lr,
+            "weight_decay": s.weight_decay,
+            "lr_scale": s.lr_layer_decay,
+            "betas": (0.9, s.beta2),
+            "max_grad_norm": s.max_grad_norm,
+        }
 
     def build_evaluation_engine(self) -> WholeModel | None:
         """What evaluates where nothing is trained; None is the bare model in each process."""
