@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import Ranks
 from safetensors import safe_open
 from test_deepspeed import assert_close, assert_equal_runs, curve, zero
 from test_lstp import model_config
@@ -22,13 +21,6 @@ pytest.importorskip("deepspeed")
 RECIPE = "projects/lstp/tiny_ft.yaml"
 STEPS = 20
 SIZES = {"train_videos": 4, "val_videos": 1, "test_videos": 1, "train_images": 4, "size": 32}
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    server = Ranks()
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +119,18 @@ def test_three_questions_on_two_ranks_are_answered_as_by_one_process(ranks, data
         (tmp_path / name / "result/test_video_instruct.jsonl").read_bytes() for name in ("trained", "divided", "one")
     ]
     assert len(answers[0].splitlines()) == 3 and len(set(answers)) == 1
+
+
+def test_ranks_label_pseudo_spans_in_any_number_of_batches(ranks, data, tmp_path):
+    """Three questions, one a batch: with whole weights no rank waits for another, with divided ones each answers as
+    often as the others; the labels are those of one process."""
+    kinds = {"one": (1, {}), "whole": (2, {}), "divided": (2, zero(3))}
+    for name, (world_size, kind) in kinds.items():
+        options = words(data, tmp_path / name, world_size, "model.checkpoint=null", test_splits=["test"], **kind)
+        job = {"cfg": "projects/lstp/tiny_spans.yaml", "runs": [[*options, "run.spans_out=null"]]}
+        assert ranks.run(world_size, "lavis_run", job, timeout_s=60) == [0] * world_size, name
+    files = [(tmp_path / name / "spans_test.json").read_bytes() for name in kinds]
+    assert len(json.loads(files[0])["spans"]) == 3 and len(set(files)) == 1
 
 
 def test_raft_is_neither_cast_nor_divided():

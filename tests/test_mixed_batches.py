@@ -10,7 +10,7 @@ from test_lstp import BACKBONES, batch, model_config
 
 from lavis_lstp.errors import ConfigError
 from lavis_lstp.models import lstp as lstp_module
-from lavis_lstp.models import refinement
+from lavis_lstp.models import refinement, rows
 from lavis_lstp.models.lstp import LSTP
 from lavis_lstp.models.pseudo_span import pseudo_span
 from lavis_lstp.schema import NO_SPAN
@@ -215,14 +215,39 @@ def test_refinement_trains_the_sampler_on_its_own_spans():
         LSTP.from_config(model_config(losses=["lm"], refinement={"in_loop": True}))
 
 
-def test_ranks_answer_equally_often(monkeypatch):
-    """`_chunks` on a rank with less work goes on as long as the others do."""
-    monkeypatch.setattr(refinement, "several_ranks", lambda: True)
-    monkeypatch.setattr(refinement.dist, "all_reduce", lambda tensor, op: tensor.fill_(3))
-    assert list(refinement._chunks([1, 2, 3], 2, torch.device("cpu"))) == [[1, 2], [3], []]
+def divide_weights(model: LSTP, monkeypatch, most: int) -> None:
+    """As at stage 3 on several ranks, one of which has `most` pieces of whatever is asked for."""
+    next(model.parameters()).ds_id = 0
+    monkeypatch.setattr(rows, "several_ranks", lambda: True)
+    monkeypatch.setattr(rows.dist, "all_reduce", lambda tensor, op: tensor.clamp_(min=most))
+
+
+def test_ranks_answer_equally_often_where_weights_are_divided(monkeypatch):
+    """A rank with less work goes on as long as the others do, with frames that count for nothing."""
     model = LSTP.from_config(model_config()).eval()
-    texts = mixed((0, 0))
-    assert refinement.pseudo_scores(model, texts, {"max_new_tokens": 1}).shape == (2, 0)
+    samples = mixed((2, 1))
+    expected = refinement.pseudo_scores(model, samples, {"max_new_tokens": 1})
+    divide_weights(model, monkeypatch, most=3)
+    assert list(rows.in_pieces([1, 2, 3], 2, model)) == [[1, 2], [3], []]
+    assert list(rows.in_pieces([1, 2, 3], 1, model)) == [[1], [2], [3]]
+    answered = []
+    plain = model.backbone.generate
+    monkeypatch.setattr(model.backbone, "generate", lambda *a, **k: answered.append(1) or plain(*a, **k))
+    assert refinement.pseudo_scores(model, mixed((0, 0)), {"max_new_tokens": 1}).shape == (2, 0)
+    assert torch.equal(refinement.pseudo_scores(model, samples, {"max_new_tokens": 1}), expected)
+    assert len(answered) == 3 + 3
+
+
+def test_ranks_with_whole_weights_ask_nobody(monkeypatch):
+    def never(*unused):
+        raise AssertionError("the other ranks may be done with their batches")
+
+    monkeypatch.setattr(rows, "several_ranks", lambda: True)
+    monkeypatch.setattr(rows.dist, "all_reduce", never)
+    model = LSTP.from_config(model_config()).eval()
+    assert list(rows.in_pieces([1, 2, 3], 2, model)) == [[1, 2], [3]]
+    assert list(rows.in_pieces([], 2, model)) == []
+    assert refinement.pseudo_scores(model, mixed((2, 0)), {"max_new_tokens": 1}).shape == (2, 2)
 
 
 def test_published_padding():
