@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lavis_lstp.errors import CoverageError
-from lavis_lstp.metrics.grounding import evaluate_spans
+from lavis_lstp.metrics.grounding import entropy_bits, evaluate_spans
 from lavis_lstp.metrics.qa import (
     accuracy_interval,
     evaluate_answers,
@@ -180,3 +180,9 @@ def test_iou_is_that_of_sets(rows):
         expected.append(len(p & g) / len(p | g) if p | g else 0.0)
     assert result["iou"] == pytest.approx(math.fsum(expected) / len(expected))
     assert result["recall_0.5"] <= result["recall_0.3"]
+
+
+def test_entropy_of_known_distributions():
+    assert entropy_bits([5.0] * 8) == pytest.approx(3)
+    assert entropy_bits([0.0, math.log(3)]) == pytest.approx(-0.25 * math.log2(0.25) - 0.75 * math.log2(0.75))
+    assert entropy_bits([0.0, 1000.0, 0.0]) == 0, "no overflow, no log of 0"

@@ -1,8 +1,9 @@
-"""Scores of spans: predicted and gold `Span` in, numbers out."""
+"""Scores of spans: predicted and gold `Span` in, numbers out; and how sure a sampler was of their edges."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from lavis_lstp.metrics.coverage import Items, join_by_id
 from lavis_lstp.metrics.qa import accuracy_interval
@@ -32,3 +33,11 @@ def evaluate_spans(predictions: Items[Span], golds: Items[Span], *, allow_partia
         result[f"recall_{threshold}"] = hits / len(ious)
         result[f"recall_{threshold}_interval"] = accuracy_interval(hits, len(ious))
     return {**result, **coverage}
+
+
+def entropy_bits(logits: Sequence[float]) -> float:
+    """Of softmax(logits): 0 = one frame alone is meant, log2(number of frames) = any of them as well as another."""
+    highest = max(logits)
+    weights = [math.exp(logit - highest) for logit in logits]
+    total = math.fsum(weights)
+    return -math.fsum(w / total * math.log2(w / total) for w in weights if w) + 0.0

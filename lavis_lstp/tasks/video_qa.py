@@ -17,8 +17,10 @@ from lavis.common.registry import registry
 from lavis_lstp.errors import ConfigError, unknown_name
 from lavis_lstp.metrics.choice import LETTERS, accuracy, choice_prompt, parse_choice
 from lavis_lstp.metrics.coverage import join_by_id
+from lavis_lstp.metrics.grounding import entropy_bits
 from lavis_lstp.metrics.qa import evaluate_answers, exact_match
 from lavis_lstp.models.lavis_frames import several_frames
+from lavis_lstp.schema import Span
 from lavis_lstp.tasks.base import TIMINGS, LSTPTask, sample_ids
 
 GENERATION = (
@@ -218,14 +220,28 @@ def _is_hidden(samples: Mapping[str, Any], row: int) -> bool:
     return isinstance(answers, list) and len(answers) == len(samples["text_output"]) and answers[row] is None
 
 
+def _real_times(samples: Mapping[str, Any], row: int) -> list[float]:
+    """Seconds of the frames of a sample that are no padding."""
+    if "frame_times" not in samples or "frame_mask" not in samples:
+        return []
+    return [round(time, 6) for time in samples["frame_times"][row][: int(samples["frame_mask"][row].sum())].tolist()]
+
+
 def _evidence(predicted: Mapping[str, Any], samples: Mapping[str, Any], row: int) -> dict[str, Any]:
     """Prompt, log-probability, span and frames of one answer, as far as the model gave them."""
     found: dict[str, Any] = {}
     for key in ("prompt", "log_prob"):
         if predicted.get(key) is not None:
             found[key] = predicted[key][row]
+    times = _real_times(samples, row)
     if predicted.get("span") is not None:
         found["span"] = [int(edge) for edge in predicted["span"][row]]
+        if times:
+            found["num_frames"] = len(times)
+            found["span_s"] = [round(edge, 3) for edge in Span(*found["span"]).to_seconds(times)]
+    if predicted.get("start_logits") is not None and len(times) > 1:
+        logits = {edge: predicted[f"{edge}_logits"][row][: len(times)] for edge in ("start", "end")}
+        found["entropy"] = {edge: round(entropy_bits(value.tolist()), 4) for edge, value in logits.items()}
     if predicted.get("frame_index") is not None:
         index = [int(i) for i in predicted["frame_index"][row]]
         found["frame_index"] = index
