@@ -199,17 +199,19 @@ class Backbone(nn.Module):
     @torch.no_grad()
     def answer_log_probs(
         self, prefix: Tensor, prefix_mask: Tensor, prompts: list[str], answers: list[str]
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probability of each answer, end mark included; arguments as for `lm_loss`.
 
         Returns:
-            sum over the answer's tokens, float32 [B], and their number, int64 [B].
+            sum over the answer's tokens, float32 [B]; their number, int64 [B]; whether each of them is the likeliest
+            after those before it, so that greedy search would give this answer, bool [B].
         """
         logits, labels = self._answer_logits(prefix, prefix_mask, prompts, answers)
         counted = labels != IGNORED
         log_probs = logits.new_zeros(labels.shape, dtype=torch.float32)
         log_probs[counted] = -cross_entropy(logits[counted].float(), labels[counted], reduction="none")
-        return log_probs.sum(1), counted.sum(1)
+        greedy = ((logits.argmax(2) == labels) | ~counted).all(1)
+        return log_probs.sum(1), counted.sum(1), greedy
 
     def _answer_logits(
         self, prefix: Tensor, prefix_mask: Tensor, prompts: list[str], answers: list[str]

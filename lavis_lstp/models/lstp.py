@@ -378,21 +378,24 @@ class LSTP(BaseModel):
         """How likely each of `samples["options"]` is as the answer.
 
         Returns:
-            as `answer`, but option_log_prob in place of prediction and log_prob: for each row, of each option.
+            as `answer`, but in place of prediction and log_prob, for each row and each of its options, option_log_prob,
+            and option_greedy: whether greedy search would give just this option.
         """
         result, prefix, mask = self._look(samples, prompt)
         pairs = [(row, option) for row, options in enumerate(samples["options"]) for option in options]
         scored: list[list[dict]] = [[] for _ in samples["options"]]
+        greedy: list[list[bool]] = [[] for _ in samples["options"]]
         with self._timed(result["seconds"], "language"):
             size = len(scored)  # no more rows at once than questions: memory is that of answering
             for part in (pairs[i : i + size] for i in range(0, len(pairs), size)):
                 rows = torch.tensor([row for row, _ in part], device=prefix.device)
                 answers = [self.answer_template.replace("{answer}", option) for _, option in part]
                 asked = [result["prompt"][row] for row, _ in part]
-                found = self.backbone.answer_log_probs(prefix[rows], mask[rows], asked, answers)
-                for (row, _), log_prob in zip(part, _log_probs(*found), strict=True):
+                sums, counts, likeliest = self.backbone.answer_log_probs(prefix[rows], mask[rows], asked, answers)
+                for (row, _), log_prob, said in zip(part, _log_probs(sums, counts), likeliest.tolist(), strict=True):
                     scored[row].append(log_prob)
-        result["option_log_prob"] = scored
+                    greedy[row].append(said)
+        result["option_log_prob"], result["option_greedy"] = scored, greedy
         return result
 
     def _look(self, samples: Mapping, prompt: str | None) -> tuple[dict, Tensor, Tensor]:
