@@ -443,7 +443,6 @@ def test_a_checkpoint_every_so_many_minutes(tmp_path, monkeypatch):
 
     monkeypatch.setattr(runner, "_train_step", step)
     monkeypatch.setattr("lavis_lstp.runners.runner_lstp.time.monotonic", lambda: now[0])
-    runner.saved_at = 0
     runner.train()
     steps = [checkpoint.step_of(path) for path in runner.store.complete()]
     assert steps == [4, 7, 10, 13, 14]

@@ -12,15 +12,13 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from lavis.common.registry import registry
 from lavis.runners.runner_base import RunnerBase
-from safetensors import SafetensorError
 
 from lavis_lstp.errors import ConfigError
 from lavis_lstp.files import sha256_json
@@ -29,8 +27,9 @@ from lavis_lstp.runners import settings as run_settings
 from lavis_lstp.runners.data_order import Batches, TrainOrder, sampling_of
 from lavis_lstp.runners.engine import TorchEngine, WholeModel
 from lavis_lstp.runners.evaluation import evaluate_split, fingerprint, is_better, metric_value, to_device
-from lavis_lstp.runners.randomness import derived_seed, rng_state, seed_everything, set_rng_state
-from lavis_lstp.runners.record import JsonLog, RunManifest, git_revision, parameter_table, versions
+from lavis_lstp.runners.randomness import derived_seed, seed_everything
+from lavis_lstp.runners.record import JsonLog, RunManifest, parameter_table
+from lavis_lstp.runners.saving import Position, Saver
 from lavis_lstp.runners.schedule import build_schedule
 from lavis_lstp.runners.sigterm import StopRequest
 from lavis_lstp.runners.splits import evaluation_dataset, join, training_parts
@@ -38,15 +37,6 @@ from lavis_lstp.runners.train_loop import StepLosses, StepWindow, TrainingError,
 from lavis_lstp.tasks.base import plain
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class Position:
-    """Where a run stands: `consumed` samples into `epoch`, after `step` optimizer steps in all."""
-
-    epoch: int = 0
-    consumed: int = 0
-    step: int = 0
 
 
 @registry.register_runner("runner_lstp")
@@ -63,8 +53,6 @@ class RunnerLSTP(RunnerBase):
                 model.float()  # its half-precision parts meet fp32 where there is no CUDA autocast
         self.bare_model = model.to(self.device)
         self.position = Position()
-        self.saved_step = -1
-        self.saved_at = time.monotonic()
         self.built_engine: WholeModel | None = None
         self.store = checkpoint.CheckpointStore(self.output_dir / "checkpoints")
         self.json_log = JsonLog(self.output_dir / "log.jsonl", enabled=distributed.is_main())
@@ -190,11 +178,13 @@ class RunnerLSTP(RunnerBase):
         if settings.max_steps is not None:
             self.total_steps = min(self.total_steps, settings.max_steps)
         self.schedule = self._build_schedule()
+        self.saver = self._build_saver()
         seed_everything(derived_seed(settings.seed, "rank", distributed.rank()))
         if distributed.is_main():
             self.store.clean(fresh=source is None)
         if source is not None:
-            self._resume(source)
+            self.position = self.saver.resume(source)
+            self.manifest.add(resumed_from=[*self.manifest.earlier().get("resumed_from", []), str(source)])
         if distributed.is_main():
             self.store.forget_best(settings.metric)
         self.json_log.rewind(self.position.step if source is not None else -1)
@@ -242,81 +232,19 @@ class RunnerLSTP(RunnerBase):
             iters_per_epoch=self.order.steps_per_epoch,
         )
 
-    # ---- checkpoints --------------------------------------------------------------------------------------------
-
-    def _facts(self) -> dict[str, Any]:
-        """What a checkpoint's manifest says of the run, and a resumed run is compared with."""
-        return {
-            "format": "lavis_lstp.checkpoint",
-            "version": 1,
+    def _build_saver(self) -> Saver:
+        facts = {
             "config": self.plain_config,
             "data": self.train_fingerprint,
             "step_samples": self.order.group_size,
             "world_size": distributed.world_size(),
         }
+        s = self.settings
+        return Saver(self.store, self.engine, facts=facts, keep_last=s.keep_last, seed=s.seed)
 
     def save_checkpoint(self) -> None:
-        """Write a checkpoint of this moment; a collective.
-
-        Raises:
-            CheckpointError: it cannot be written. Older checkpoints are untouched.
-        """
-        step, started = self.position.step, time.perf_counter()
-        weights, shard = self.engine.trained_state(), self.engine.snapshot()
-        generators = distributed.gather(rng_state())
-        main, folder = distributed.is_main(), self.store.temporary(step)
-
-        def write() -> None:
-            if main:
-                checkpoint.save_weights(weights, folder / checkpoint.WEIGHTS)
-                torch.save({"position": asdict(self.position), "generators": generators}, folder / "trainer.pt")
-            self.engine.save(shard, folder)
-
-        def commit() -> None:
-            where = {**asdict(self.position), "versions": versions(), "git_revision": git_revision()}
-            saved = self.store.commit(step, {**self._facts(), **where})
-            self.store.prune(self.settings.keep_last)
-            log.info("saved %s in %.1f s", saved, time.perf_counter() - started)
-
-        for part, here in ((lambda: self.store.begin(step), main), (write, True), (commit, main)):
-            self._written(step, part if here else None)
-        self.saved_step, self.saved_at = step, time.monotonic()
-
-    def _written(self, step: int, write: Callable[[], Any] | None) -> None:
-        """Let this rank write its part of a checkpoint; where one rank cannot, all stop; a collective."""
-        problem = None
-        try:
-            if write is not None:
-                write()
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch.save calls a full disk a RuntimeError
-            problem = error
-        said = distributed.gather(problem and str(problem))
-        if any(said):
-            if distributed.is_main():
-                self.store.abandon(step)
-            what = "; ".join(dict.fromkeys(filter(None, said)))
-            raise checkpoint.CheckpointError(
-                f"cannot write checkpoint {self.store.path(step)}: {what}; earlier checkpoints are intact"
-            ) from problem
-
-    def _resume(self, source: Path) -> None:
-        manifest = checkpoint.read_manifest(source)
-        resume.check(manifest, self._facts(), source)
-        self._load(source)
-        self.engine.load(source)
-        trainer = torch.load(source / "trainer.pt", map_location="cpu", weights_only=True)
-        self.position = Position(**trainer["position"])
-        self.saved_step = self.position.step if source.resolve().parent == self.store.folder.resolve() else -1
-        states = trainer["generators"]
-        if len(states) == distributed.world_size():
-            set_rng_state(states[distributed.rank()])
-        else:
-            log.warning(
-                "resuming on %d processes what %d saved: dropout differs", distributed.world_size(), len(states)
-            )
-            seed_everything(derived_seed(self.settings.seed, "resumed", self.position.step, distributed.rank()))
-        self.manifest.add(resumed_from=[*self.manifest.earlier().get("resumed_from", []), str(source)])
-        log.info("resumed from %s: epoch %d, %d samples in", source, self.position.epoch, self.position.consumed)
+        """Write a checkpoint of this moment; see `Saver.save`."""
+        self.saver.save(self.position)
 
     # ---- training -----------------------------------------------------------------------------------------------
 
@@ -373,8 +301,7 @@ class RunnerLSTP(RunnerBase):
             losses.add(found, count)
         if not losses.counted and distributed.world_size() == 1:
             raise TrainingError(f"no sample of optimizer step {self.position.step + 1} could be read: {plan.batches}")
-        minutes = self.settings.save_every_minutes
-        save = minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes
+        save = self.saver.is_due(self.settings.save_every_minutes)
         losses.reduce(self.engine.clip(), stop=self.stop_request.asked, save=save)
         losses.require_finite(self.position.step + 1, ids)
         self.engine.step()
@@ -389,7 +316,7 @@ class RunnerLSTP(RunnerBase):
         final = epoch + 1 >= s.max_epoch or self._finished()
         saves = final or (s.save_every_epochs and (epoch + 1) % s.save_every_epochs == 0)
         validates = s.valid_splits and (final or (s.eval_every_epochs and (epoch + 1) % s.eval_every_epochs == 0))
-        if (saves or validates) and self.saved_step != self.position.step:
+        if saves or validates:
             self.save_checkpoint()  # before validation, which may take long and decides only which one is the best
         if validates and distributed.on_main(lambda: self.store.best().get("validated_step")) != self.position.step:
             self._validate(epoch)
