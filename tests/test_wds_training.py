@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from omegaconf import OmegaConf
-from test_wds_flow import moving  # noqa: F401 (a fixture)
+from test_wds_flow import flow_of, moving, shards_of  # noqa: F401 (a fixture)
 from test_wds_loader import assert_same
 from test_wds_verify import media, packed  # noqa: F401 (a fixture)
 
 from lavis_lstp import evaluate, train
-from lavis_lstp.data.builders import ShardsBuilder, VideoInstructBuilder, VideoQABuilder
-from lavis_lstp.errors import ConfigError
+from lavis_lstp.data.builders import ShardsBuilder, VideoInstructBuilder, VideoQABuilder, pack_once
+from lavis_lstp.data.shapes_qa import generate
+from lavis_lstp.errors import AnnotationError, ConfigError, ShardError, VideoError
+from lavis_lstp.files import read_jsonl
 from lavis_lstp.models.weights import load_state_dict_file
 from lavis_lstp.runners.data_order import sampling_of
+from webdataset_tools.__main__ import main as tools
 from webdataset_tools.pack import pack
 from webdataset_tools.sources import units
 
@@ -67,6 +71,66 @@ def test_configurations_that_cannot_be(media, tmp_path, changes, said):  # noqa:
         built(ShardsBuilder, **{"build_info": storages(tmp_path, 1), **changes})
 
 
+def spans_file(path: Path, ids, num_frames: int) -> str:
+    """A span for each question, not two alike in a row."""
+    header = {"format": "lavis_lstp.spans", "version": 1, "num_frames": num_frames}
+    spans = {name: {"span": [n % (num_frames - 1), n % (num_frames - 1) + 1]} for n, name in enumerate(ids)}
+    path.write_text(json.dumps({**header, "spans": spans}))
+    return str(path)
+
+
+def test_spans_of_shards_are_those_of_their_file(media, tmp_path):  # noqa: F811
+    """In the samples themselves, and in a parallel set."""
+    shards = packed(media, tmp_path, max_count=3)
+    path = spans_file(tmp_path / "spans.json", ["q0", "q1", "q2"], 4)
+    assert tools(["spans", *shards, "--spans", path, "--out", str(tmp_path / "s/x"), "--workers", "1"]) == 0
+    parallel = sorted(map(str, (tmp_path / "s").glob("*.tar")))
+    assert tools(["reshard", *shards, "--join", *parallel, "--out", str(tmp_path / "j/x"), "--workers", "1"]) == 0
+    info, one = storages(tmp_path, 2), storages(tmp_path / "j", 1)
+    wanted = [sample["span"].tolist() for sample in built(ShardsBuilder, build_info=info, spans=path)["train"]]
+    assert wanted == [[0, 1], [1, 2], [2, 3], [-1, -1]]
+    for found in (
+        built(ShardsBuilder, build_info=info, spans="shards", shards={"spans": parallel})["train"],
+        built(ShardsBuilder, build_info=info, spans={"train": "shards"}, shards={"spans": {"train": parallel}})[
+            "train"
+        ],
+        built(VideoQABuilder, build_info=one, spans="shards")["train"],
+        built(ShardsBuilder, build_info=one, spans="shards", kind="video")["train"],
+    ):
+        assert [sample["span"].tolist() for sample in found] == wanted[: len(found)] and len(found) > 2
+    files = {"annotations": {"train": {"storage": str(media / "a.json")}}, "videos": {"storage": str(media)}}
+    for changes, error, said in (
+        ({"build_info": info}, ShardError, r"v0%2Emp4.span.json: there is none; attach spans"),
+        ({"build_info": info, "shards": {"spans": parallel[::-1]}}, ConfigError, "does not hold the samples of"),
+        ({"build_info": info, "shards": {"spans": parallel[:1]}}, ConfigError, "1 shards of spans for 2 of media"),
+        ({"build_info": one, "num_frames": 8}, AnnotationError, r"span.json: spans count 4 frames per video"),
+        ({"build_info": files}, ConfigError, "'shards' is for tar shards; split train is read from files"),
+    ):
+        with pytest.raises(error, match=said):
+            built(VideoQABuilder, spans="shards", **changes)
+
+
+def test_each_split_may_have_its_own_parallel_set(moving, tmp_path):  # noqa: F811
+    flow, info = {}, {"annotations": {}}
+    for split in ("train", "val"):
+        shards = shards_of(moving, tmp_path / split, max_count=2)
+        flow[split] = flow_of(shards, tmp_path / f"{split}_flow")
+        info["annotations"][split] = {"storage": shards}
+    Path(flow["val"][0]).write_bytes(b"")
+    found = built(
+        ShardsBuilder,
+        build_info=info,
+        image_size=64,
+        flow="precomputed",
+        flow_size=8,
+        shards={"flow": flow},
+        kind="video",
+    )
+    assert found["train"][0]["flow"].abs().max() > 0
+    with pytest.raises(VideoError, match="truncated"):
+        found["val"][0]
+
+
 SHAPES = {"seed": 0, "train_videos": 5, "val_videos": 1, "test_videos": 1, "train_images": 3, "size": 64}
 
 
@@ -90,6 +154,32 @@ def test_a_recipe_over_shards_ends_with_the_weights_of_files(tmp_path):
     assert (tmp_path / "data/shards/train.manifest.json").is_file()
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def test_a_sampler_learns_spans_of_shards_as_it_learns_those_of_files(tmp_path):
+    """Step 3 of the demo: the same weights, and the same checkpoint found best by the spans of the other split."""
+    generate(tmp_path / "data", **SHAPES)
+    files, shards, parallel = {}, pack_once(tmp_path / "data", ["train", "val"]), {}
+    for split, paths in shards.items():
+        ids = [row["question_id"] for row in json.loads((tmp_path / f"data/{split}.json").read_text())]
+        files[split] = spans_file(tmp_path / f"spans_{split}.json", ids, 8)
+        out = tmp_path / "spans" / split
+        assert tools(["spans", *paths, "--spans", files[split], "--out", str(out), "--strict"]) == 0
+        parallel[split] = sorted(map(str, out.parent.glob(f"{split}-*.tar")))
+    more = ["run.max_epoch=2", "run.eval_every_epochs=1", "run.batch_size_train=8"]
+    section = "datasets.lstp_shapes"
+    of_files = [f"{section}.spans.{split}={path}" for split, path in files.items()]
+    of_shards = [f"{section}.spans.{split}=shards" for split in shards] + [f"{section}.from_shards=true"]
+    of_shards += [f"{section}.shards.spans.{split}=[{','.join(paths)}]" for split, paths in parallel.items()]
+    results = []
+    for name, spans in (("files", of_files), ("shards", of_shards)):
+        out = recipe(tmp_path, f"sampler_{name}", train, *more, *spans)
+        weights = load_state_dict_file(out / "checkpoints/last/model.safetensors")
+        curve = [(row["step"], row["pseudo_iou"]) for row in read_jsonl(out / "log.jsonl") if row["kind"] == "eval"]
+        results.append((weights, curve))
+    (one, curve), (other, other_curve) = results
+    assert curve == other_curve and len(curve) == 2
+    assert one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
 
 
 def test_evaluation_over_shards_writes_the_bytes_of_files(tmp_path):

@@ -1,6 +1,6 @@
 """`extract`: shards -> files in a folder, and annotation files that name them.
 
-Media come back under the paths they were packed from, byte for byte, stored frames as `<path>.frames/00000.jpg`, flow
+Media come back under the paths they were packed from, byte for byte, chosen frames as `<path>.frames/00000.jpg`, flow
 and spans as `<path>.flow` and `<path>.span.json`. Questions go to annotation.json, conversations to conversations.json;
 `pack` makes the same shards of them again. Nothing is written outside of the folder: paths that lead out are refused,
 and so is a folder in which a link stands in the way.
@@ -76,8 +76,10 @@ def _write_media(folder: Path, value: Mapping[str, Any], content: Mapping[str, b
         elif name == "frames":
             frames = parse_frames(raw, f"{place}.frames")
             ending = "webp" if frames.settings.get("encoding") == "webp" else "jpg"
-            for number, picture in enumerate(frames.pictures):
-                written += _write(safe_path(folder, f"{value['source']}.frames/{number:05d}.{ending}"), picture)
+            names = [f"{value['source']}/{name}" for name in frames.folder]
+            names = names or [f"{value['source']}.frames/{n:05d}.{ending}" for n in range(len(frames.pictures))]
+            for name, picture in zip(names, frames.pictures, strict=True):
+                written += _write(safe_path(folder, name), picture)
         elif name != "json" and value["kind"] != "text":
             written += _write(safe_path(folder, f"{value['source']}.{name}"), raw)
     return written

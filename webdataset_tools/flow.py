@@ -90,12 +90,15 @@ def sample_flow(value: Mapping[str, Any], read: Callable[..., dict], name: str, 
 
 
 def _stored(raw: bytes, name: str, settings: Settings) -> np.ndarray:
-    """uint8 [T,3,H,W] of stored frames."""
+    """uint8 [T,3,H,W] of stored frames, or of a folder of pictures."""
     from PIL import Image
 
     stored = parse_frames(raw, f"{name}.frames")
     if settings.extractor == "motion_vectors":
         raise ConfigError(f"{name}: stored frames have no motion vectors; choose another --flow")
+    if stored.folder:
+        chosen = {"num": settings.num_frames, "fps": settings.fps, "size": settings.size}
+        return read_frames(list(stored.pictures), **chosen, name=f"{name}.frames").frames
     for key in ("num_frames", "fps", "size"):
         if stored.settings.get(key) != str(getattr(settings, key)):
             option = f"--{key.replace('_', '-')}"

@@ -10,6 +10,7 @@ and any language reads them.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,9 +28,9 @@ FLOW_FORMAT = "lavis_lstp.flow"
 VERSION = 1
 
 KINDS = ("video", "image", "text")
-VIDEO_MEMBERS = ("mp4", "avi", "mov", "mkv", "webm", "m4v")
+VIDEO_MEMBERS = ("mp4", "avi", "mov", "mkv", "webm", "m4v", "gif")
 IMAGE_MEMBERS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
-MEDIA_MEMBERS = VIDEO_MEMBERS + IMAGE_MEMBERS
+MEDIA_MEMBERS = tuple(dict.fromkeys(VIDEO_MEMBERS + IMAGE_MEMBERS))  # a GIF is either
 MEMBERS = (*MEDIA_MEMBERS, "frames", "flow", "json", "span.json")
 """Every member there is, in the order in which a sample's members stand in the tar: the medium first, because its
 SHA-256, which the json holds, is made while it is copied; what training from stored frames reads lies together."""
@@ -61,6 +62,7 @@ def escape(name: str) -> str:
     return key
 
 
+@functools.lru_cache(maxsize=64)  # asked for each member of a sample
 def unescape(key: str) -> str:
     """The name that `escape` made `key` of.
 
@@ -92,6 +94,7 @@ def split_member(name: str) -> tuple[str, str]:
     return key, member
 
 
+@functools.lru_cache(maxsize=64)
 def media_path(name: str) -> str:
     """A relative path as POSIX writes it, without "." and doubled slashes.
 
@@ -197,17 +200,23 @@ def _check_question(row: Any, place: str) -> None:
 
 
 class StoredFrames(NamedTuple):
-    """Frames of a video as they were read once.
+    """Frames of a video as they were read once, or a folder of pictures, byte for byte, that is a video itself.
 
     Attributes:
-        pictures: N JPEG or WebP files.
+        pictures: N JPEG or WebP files; of a folder JPEG or PNG.
         times_s: float64 [N], seconds since the first frame of the video.
-        settings: how they were chosen: num_frames, fps, short_videos, size, encoding, as texts.
+        settings: how they were chosen: num_frames, fps, short_videos, size, encoding, as texts. Of a folder nothing
+            was: num_frames is "all", and "names" are its files', parted by "/".
     """
 
     pictures: Sequence[bytes]
     times_s: np.ndarray
     settings: Mapping[str, str]
+
+    @property
+    def folder(self) -> list[str]:
+        """Names of a folder's files; empty for chosen frames."""
+        return self.settings.get("names", "").split("/") if self.settings.get("num_frames") == "all" else []
 
 
 def dump_frames(frames: StoredFrames) -> bytes:
@@ -228,7 +237,10 @@ def parse_frames(raw: bytes, place: str) -> StoredFrames:
         raise ShardError(f"{place}: the places of its {len(ends)} frames do not fit its {len(data)} bytes", "frames")
     content = data.tobytes()
     pictures = [content[a:b] for a, b in zip(starts.tolist(), ends.tolist(), strict=True)]
-    return StoredFrames(pictures, times_s.astype(np.float64), settings)
+    stored = StoredFrames(pictures, times_s.astype(np.float64), settings)
+    if stored.folder and len(set(stored.folder)) != len(ends):
+        raise ShardError(f"{place}: {len(ends)} pictures have {len(set(stored.folder))} names", "frames")
+    return stored
 
 
 def dump_flow(flow: np.ndarray, settings: Mapping[str, str]) -> bytes:

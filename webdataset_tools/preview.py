@@ -25,7 +25,7 @@ from lavis_lstp.data.video import uniform_centres
 from lavis_lstp.errors import ConfigError
 from lavis_lstp.files import atomic_writer
 from lavis_lstp.picture import GOLD, PREDICTED, flow_colours
-from webdataset_tools.format import parse_flow, parse_frames, parse_json
+from webdataset_tools.format import parse_flow, parse_json
 from webdataset_tools.pack import positive
 from webdataset_tools.stats import page_of
 from webdataset_tools.storage import expand
@@ -71,7 +71,7 @@ def _sheet(questions: ShardQuestions, number: int, count: int, size: int) -> tup
     row = questions[number]
     place, content = row["place"], questions.content(row["place"])
     value = parse_json(content["json"], questions.name(place))
-    frames, times = _frames(questions, number, content, count, size)
+    frames, times = _frames(questions, number, count, size)
     rows: list[tuple[np.ndarray, np.ndarray | None]] = [(frames, None)] if len(frames) else []
     if "flow" in content and len(frames) > 1:
         field = parse_flow(content["flow"], questions.name(place))[0]
@@ -97,14 +97,12 @@ def _sheet(questions: ShardQuestions, number: int, count: int, size: int) -> tup
     return picture, "\n".join([*lines, f"A: {row['answer']}"])
 
 
-def _frames(
-    questions: ShardQuestions, number: int, content: Mapping[str, bytes], count: int, size: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _frames(questions: ShardQuestions, number: int, count: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     """uint8 [T,3,size,size] and seconds."""
-    if "frames" not in content:
+    stored = questions.frames(questions[number]["place"])
+    if stored is None:
         sample = VideoQADataset(questions, num_frames=count, image_size=size)[number]
         return sample["frames"].numpy(), sample["frame_times"].numpy()
-    stored = parse_frames(content["frames"], "frames")
     chosen = uniform_centres(count, len(stored.pictures))
     pictures = [Image.open(io.BytesIO(stored.pictures[n])).convert("RGB").resize((size, size)) for n in chosen]
     return np.stack([np.asarray(picture).transpose(2, 0, 1) for picture in pictures]), stored.times_s[chosen]

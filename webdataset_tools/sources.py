@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from lavis_lstp.data.annotation import check_object, parse_rows, read_annotation, read_text
 from lavis_lstp.data.benchmarks import BENCHMARKS, read_benchmark
 from lavis_lstp.data.instruct import read_instructions
+from lavis_lstp.data.picture_folder import pictures_in
 from lavis_lstp.data.video import VIDEO_ENDINGS
 from lavis_lstp.errors import AnnotationError, ConfigError, VideoError
 from webdataset_tools.format import IMAGE_MEMBERS, VIDEO_MEMBERS, media_key, media_path
@@ -153,6 +154,9 @@ def _grouped(rows: Sequence[Mapping[str, Any]], root: Path) -> list[Unit]:
 
 def _check_file(kind: str, source: str, root: Path) -> None:
     if kind == "text":
+        return
+    if kind == "video" and (root / source).is_dir():
+        pictures_in(root / source)  # says that there are none
         return
     if not (root / source).is_file():
         raise VideoError(f"{root / source}: no such file; --root is the folder that paths are relative to")

@@ -188,15 +188,17 @@ def check_content(key: str, content: Mapping[str, bytes], place: str, decode: in
             raise ShardError(f"{place}.{name}: its SHA-256 is not that of its json", "hash")
         if decode:
             _decode(kind, content[name], f"{place}.{name}", decode)
-    _check_derived(content, place, decode)
+    _check_derived(content, place, decode, digest)
     return kind, digest, ids
 
 
-def _check_derived(content: Mapping[str, bytes], place: str, decode: int | None) -> None:
+def _check_derived(content: Mapping[str, bytes], place: str, decode: int | None, digest: str = "") -> None:
     count = None
     if "frames" in content:
         frames = parse_frames(content["frames"], f"{place}.frames")
-        count = len(frames.pictures)
+        count = None if frames.folder else len(frames.pictures)
+        if frames.folder and hashlib.sha256(b"".join(frames.pictures)).hexdigest() != digest:
+            raise ShardError(f"{place}.frames: the SHA-256 of its pictures is not that of its json", "hash")
         for number, picture in enumerate(frames.pictures if decode else ()):
             _decode("image", picture, f"{place}.frames, {number}", 1)
     if "flow" in content:

@@ -22,7 +22,7 @@ from lavis_lstp.data.annotation import read_annotation
 from lavis_lstp.data.benchmarks import BENCHMARKS, read_benchmark
 from lavis_lstp.data.instruct import read_instructions
 from lavis_lstp.data.qa_dataset import VideoQADataset
-from lavis_lstp.data.shards import ShardQuestions, first_process_alone, is_shards, shard_options
+from lavis_lstp.data.shards import ShardQuestions, first_process_alone, is_shards, of_split, shard_options
 from lavis_lstp.data.spans import read_spans
 from lavis_lstp.errors import ConfigError, unknown_name
 
@@ -114,7 +114,7 @@ class VideoQABuilder(BaseDatasetBuilder):
                 f"got {storage!r}"
             )
         settings = {name: config[name] for name in SETTINGS if name in config}
-        options, order = shard_options(config.get("shards") or {}, self.section)
+        options, order = shard_options(config.get("shards") or {}, split, self.section)
         if is_shards(paths):
             flow_root = local_path(config["flow_root"]) if config.get("flow_root") else None
             annotation = ShardQuestions(paths, kind=self.kind, flow_root=flow_root, section=self.section, **options)
@@ -126,7 +126,7 @@ class VideoQABuilder(BaseDatasetBuilder):
             folder,
             **settings,
             **order,
-            spans=self._spans(split, config),
+            spans=self._spans(split, config, annotation),
             vis_processor=self.vis_processors[kind] if (config.get("vis_processor") or {}).get(kind) else None,
             text_processor=self.text_processors[kind] if (config.get("text_processor") or {}).get(kind) else None,
             section=self.section,
@@ -134,13 +134,17 @@ class VideoQABuilder(BaseDatasetBuilder):
         logger.info("%s: %d questions about %s", split, len(dataset), dataset.annotation.size())
         return dataset
 
-    def _spans(self, split: str, config: Mapping[str, Any]):
-        """`spans` is one file for the split train, or {split: file}."""
+    def _spans(self, split: str, config: Mapping[str, Any], annotation: ShardQuestions | list):
+        """`spans` is one file for the split train, or {split: file}; "shards" in place of a file means theirs."""
         spans = config.get("spans")
         files = {"train": spans} if isinstance(spans, str) else spans or {}
         if not files.get(split):
             return None
         frames = {name: config[name] for name in ("num_frames", "fps", "short_videos")}
+        if files[split] == "shards":
+            if not isinstance(annotation, ShardQuestions):
+                raise ConfigError(f"{self.section}.spans: 'shards' is for tar shards; split {split} is read from files")
+            return annotation.spans(of_split((config.get("shards") or {}).get("spans"), split), **frames)
         return read_spans(local_path(files[split]), form=config["spans_form"], section=self.section, **frames)
 
 

@@ -1,10 +1,11 @@
 """A folder of pictures in place of a video file, as TVQA's videos are published: sorted by name, three a second.
 
-In: the folder and which frames are wanted. Out: what `video.read_frames` gives of a file.
+In: the folder, or its pictures as bytes, and which frames are wanted. Out: what `video.read_frames` gives of a file.
 """
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,11 +31,11 @@ def pictures_in(folder: Path) -> list[Path]:
     return found
 
 
-def folder_index(folder: Path, count: int) -> VideoIndex:
+def folder_index(name: str, count: int) -> VideoIndex:
     """The index of a video of `count` pictures, which has no packets."""
     nothing = np.empty(0, dtype=np.int64)
     return VideoIndex(
-        name=str(folder),
+        name=name,
         packet_pts=nothing,
         packet_key=nothing.astype(bool),
         packet_damaged=nothing.astype(bool),
@@ -50,10 +51,11 @@ def folder_index(folder: Path, count: int) -> VideoIndex:
     )
 
 
-def read_pictures(paths: Sequence[Path], size: tuple[int, int] | None, resize) -> np.ndarray:
+def read_pictures(pictures: Sequence[tuple[str, Path | bytes]], size: tuple[int, int] | None, resize) -> np.ndarray:
     """uint8 [T,3,H,W].
 
     Args:
+        pictures: files or their bytes, and what messages call them.
         size: (height, width); None = as stored, which must then be one size.
         resize: from uint8 [H,W,3], height and width to [height,width,3].
 
@@ -62,13 +64,13 @@ def read_pictures(paths: Sequence[Path], size: tuple[int, int] | None, resize) -
         ConfigError: pictures of different sizes, and no size to bring them together.
     """
     frames = []
-    for path in paths:
+    for name, source in pictures:
         try:
-            with Image.open(path) as picture:
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
                 pixels = np.asarray(picture.convert("RGB"))
         except OSError as error:
-            raise VideoError(f"{path}: cannot be read as a picture ({error})") from error
+            raise VideoError(f"{name}: cannot be read as a picture ({error})") from error
         frames.append(pixels if size is None else resize(pixels, *size))
         if frames[-1].shape != frames[0].shape:
-            raise ConfigError(f"{path}: is of another size than {paths[0].name}; give a size to bring them together")
+            raise ConfigError(f"{name}: is of another size than the first one; give a size to bring them together")
     return np.stack(frames).transpose(0, 3, 1, 2)

@@ -40,6 +40,10 @@ from lavis_lstp.schema import NO_SPAN, Span
 __all__ = ["VideoQADataset", "read_annotation"]
 
 FLOWS = ("none", "motion_vectors", "precomputed")
+_FLOW_OF_PARTS = (
+    "{section}.flow: precomputed is of whole videos, and questions here are about parts of videos (clip_s); use "
+    "motion_vectors, or none and let the model compute it"
+)
 
 
 class VideoQADataset(Dataset):
@@ -75,7 +79,7 @@ class VideoQADataset(Dataset):
 
     def __init__(
         self,
-        annotation: Sequence[Mapping[str, Any]] | ShardQuestions,
+        annotation: Sequence[Mapping[str, Any]] | FolderQuestions | ShardQuestions,
         root: str | Path | None = None,
         *,
         num_frames: int = 32,
@@ -99,7 +103,8 @@ class VideoQADataset(Dataset):
     ):
         in_shards = isinstance(annotation, ShardQuestions)
         folder = {"flow_root": flow_root, "section": section}
-        self.annotation = annotation if in_shards else FolderQuestions(annotation, root, **folder)
+        ready = in_shards or isinstance(annotation, FolderQuestions)
+        self.annotation = annotation if ready else FolderQuestions(annotation, root, **folder)
         self.num_frames = num_frames
         self.fps = fps
         self.short_videos = short_videos
@@ -170,10 +175,7 @@ class VideoQADataset(Dataset):
             raise ConfigError(f"{self.section}.vis_processor: a text has no picture to process")
 
         if self.flow == "precomputed" and self.annotation.has_clips:
-            raise ConfigError(
-                f"{self.section}.flow: precomputed is of whole videos, and questions here are about parts of videos "
-                "(clip_s); use motion_vectors, or none and let the model compute it"
-            )
+            raise ConfigError(_FLOW_OF_PARTS.format(section=self.section))
 
     def _check_ids(self) -> None:
         ids = Counter(self.annotation.question_ids())
@@ -297,6 +299,8 @@ class VideoQADataset(Dataset):
             video = read_frames(source, between_s=clip_s, backend=self.backend, name=name, **chosen, **codec_flow)
             frames, times_s, flow = video.frames, video.times_s, video.flow.astype(np.float16) if codec else None
         if self.flow == "precomputed":
+            if clip_s:
+                raise ConfigError(_FLOW_OF_PARTS.format(section=self.section))
             flow = self.annotation.flow(place, len(frames))
         return frames, times_s, flow
 

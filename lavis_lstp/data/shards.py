@@ -20,6 +20,7 @@ import numpy as np
 
 from lavis_lstp.data.annotation import SECTION
 from lavis_lstp.data.prompts import conversation_prompt
+from lavis_lstp.data.spans import Spans, checked_spans
 from lavis_lstp.data.video import read_flow_file
 from lavis_lstp.errors import AnnotationError, ConfigError, ShardError
 from webdataset_tools.format import MEDIA_MEMBERS, StoredFrames, check_sample, parse_flow, parse_frames, parse_json
@@ -41,8 +42,8 @@ def is_shards(storage: object) -> bool:
     return isinstance(first, str) and (first.startswith("pipe:") or first.partition("?")[0].endswith(".tar"))
 
 
-def shard_options(config: Mapping[str, Any], section: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A data set's section `shards` -> options of `ShardQuestions`, and of the order that an epoch has.
+def shard_options(config: Mapping[str, Any], split: str, section: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A data set's section `shards` -> options of `ShardQuestions` for a split, and of the order that an epoch has.
 
     Raises:
         ConfigError: a number is out of range.
@@ -53,9 +54,14 @@ def shard_options(config: Mapping[str, Any], section: str) -> tuple[dict[str, An
         if type(value) not in ((int,) if whole else (int, float)) or value < smallest:
             raise ConfigError(f"{section}.shards.{key} must be a number of at least {smallest}, got {value!r}")
     retry = Retry(**{key: config[key] for key in ("attempts", "wait_s", "timeout_s") if key in config})
-    options = {key: config[key] for key in ("flow", "cache", "check") if key in config}
+    options = {key: of_split(config[key], split) for key in ("flow", "cache", "check") if key in config}
     order = {"window": config.get("window", 0), "resampled": config.get("resampled", False)}
     return {**options, "retry": retry}, order
+
+
+def of_split(value: Any, split: str) -> Any:
+    """Of a setting that is {split: value} the one for a split; any other is that of all."""
+    return value.get(split) if isinstance(value, Mapping) else value
 
 
 class ShardQuestions(Sequence):
@@ -95,7 +101,7 @@ class ShardQuestions(Sequence):
         if not len(self):
             raise AnnotationError(f"{section}: no question of the kind '{kind}' in {storage}")
         if self._flow is not None:
-            self._check_parallel()
+            self._check_parallel(self._flow, "flow")
         self._kept: OrderedDict[Place, dict[str, bytes]] = OrderedDict()
 
     def _choose(self, kind: str | None) -> tuple[np.ndarray | None, list[int]]:
@@ -113,18 +119,47 @@ class ShardQuestions(Sequence):
             blocks.append(len(numbers))
         return np.array(numbers, dtype=np.int64), blocks
 
-    def _check_parallel(self) -> None:
-        mine, theirs = self._set, self._flow
+    def _check_parallel(self, theirs: ShardSet, what: str) -> None:
+        mine, key = self._set, f"{self.section}.shards.{what}"
         if len(mine.shards) != len(theirs.shards):
-            raise ConfigError(
-                f"{self.section}.shards.flow: {len(theirs.shards)} shards of flow for {len(mine.shards)} of media"
-            )
+            raise ConfigError(f"{key}: {len(theirs.shards)} shards of {what} for {len(mine.shards)} of media")
         for shard, (one, other) in enumerate(zip(mine.entries, theirs.entries, strict=True)):
             if one["samples"] != other["samples"] or mine.index(shard).keys() != theirs.index(shard).keys():
                 raise ConfigError(
-                    f"{self.section}.shards.flow: {theirs.shards[shard]} does not hold the samples of "
-                    f"{mine.shards[shard]} in their order; make it again with `python -m webdataset_tools flow`"
+                    f"{key}: {theirs.shards[shard]} does not hold the samples of {mine.shards[shard]} in their order; "
+                    f"make it again with `python -m webdataset_tools {what}`"
                 )
+
+    def spans(self, storage: str | Sequence[str] | None = None, **frames: Any) -> Spans:
+        """Pseudo spans by question id, out of the samples' `span.json`.
+
+        Args:
+            storage: locations of a parallel set with these members, where they are not in the shards themselves.
+            frames: `num_frames`, `fps` and `short_videos` of the data set.
+
+        Raises:
+            ShardError: a video has no such member.
+            AnnotationError: one is not of the form, or for other frames.
+        """
+        source = self._set
+        if storage:
+            source = ShardSet(expand(storage), retry=self._set.retry, check=self._set.check)
+            self._check_parallel(source, "spans")
+        found: dict[str, Any] = {}
+        for shard in range(len(source.shards)):
+            for number, sample in enumerate(self._set.index(shard).samples()):
+                if sample.kind != "video":
+                    continue
+                place = f"{source.shards[shard]}, {sample.key}.span.json"
+                raw = source.read(shard, number, ("span.json",)).get("span.json")
+                if raw is None:
+                    raise ShardError(
+                        f"{place}: there is none; attach spans with `python -m webdataset_tools spans` and name their "
+                        f"set in {self.section}.shards.spans",
+                        "missing member",
+                    )
+                found |= checked_spans(parse_json(raw, place), place, **frames, section=self.section)
+        return found
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": OrderedDict()}  # of one process
@@ -228,18 +263,23 @@ class ShardQuestions(Sequence):
         """What a decoded video is kept under."""
         return row["place"]
 
-    def medium(self, place: Place) -> tuple[bytes, str]:
-        """The bytes of a video or picture, and what messages call it."""
+    def medium(self, place: Place) -> tuple[bytes | list[bytes], str]:
+        """The bytes of a video or picture, or of a folder's pictures, and what messages call it."""
         content = self.content(place)
         for name in content:
             if name in MEDIA_MEMBERS:
                 return content[name], f"{self.name(place)}.{name}"
+        if "frames" in content:
+            return list(self._stored(place).pictures), f"{self.name(place)}.frames"
         raise ShardError(f"{self.name(place)}: has no medium, only {', '.join(content)}", "missing member")
 
     def frames(self, place: Place) -> StoredFrames | None:
-        """Frames in place of the video, None where there is the video."""
-        raw = self.content(place).get("frames")
-        return None if raw is None else parse_frames(raw, f"{self.name(place)}.frames")
+        """Frames in place of the video, None where there is the video, or all pictures of a folder."""
+        stored = self._stored(place) if "frames" in self.content(place) else None
+        return None if stored is None or stored.folder else stored
+
+    def _stored(self, place: Place) -> StoredFrames:
+        return parse_frames(self.content(place)["frames"], f"{self.name(place)}.frames")
 
     def flow(self, place: Place, num_frames: int) -> np.ndarray:
         """float16 [T,2,h,w] in px of its own grid.

@@ -56,37 +56,45 @@ def read_spans(
             "temporal_grounding and run.spans_out for what a sampler finds"
         )
     content = parse(read_text(path), path, "file")
-    header = content if isinstance(content, dict) else {}
     if form != "lavis_lstp":
         return _read_published(path, content, form, section)
+    frames = {"num_frames": num_frames, "fps": fps, "short_videos": short_videos}
+    return checked_spans(content, str(path), **frames, section=section)
+
+
+def checked_spans(
+    content: Any, place: str, *, num_frames: int, fps: float | None, short_videos: str, section: str = SECTION
+) -> dict[str, Span | None]:
+    """Spans out of the content of a file of this package's form, or of a shard's member; see `read_spans`."""
+    header = content if isinstance(content, dict) else {}
     if (header.get("format"), header.get("version")) != (SPANS_FORMAT, SPANS_VERSION):
         raise AnnotationError(
-            f"{path}: expected format {SPANS_FORMAT!r} version {SPANS_VERSION}; files of the published code need "
+            f"{place}: expected format {SPANS_FORMAT!r} version {SPANS_VERSION}; files of the published code need "
             f"{section}.spans_form: indices or fractions"
         )
     if header.get("num_frames") != num_frames:
         raise AnnotationError(
-            f"{path}: spans count {header.get('num_frames')} frames per video, {section}.num_frames is {num_frames}"
+            f"{place}: spans count {header.get('num_frames')} frames per video, {section}.num_frames is {num_frames}"
         )
     for key, default, wanted in (("fps", None, fps), ("short_videos", "keep", short_videos)):
         if header.get(key, default) != wanted:
             raise AnnotationError(
-                f"{path}: spans were made with {key} {header.get(key, default)}, {section}.{key} is {wanted}"
+                f"{place}: spans were made with {key} {header.get(key, default)}, {section}.{key} is {wanted}"
             )
     rows = header.get("spans")
     if not isinstance(rows, dict):
-        raise AnnotationError(f"{path}: 'spans' must be an object by question id, got {type(rows).__name__}")
-    return {name: _own_span(row, name, path, num_frames) for name, row in rows.items()}
+        raise AnnotationError(f"{place}: 'spans' must be an object by question id, got {type(rows).__name__}")
+    return {name: _own_span(row, name, place, num_frames) for name, row in rows.items()}
 
 
-def _own_span(row: Any, name: str, path: Path, num_frames: int) -> Span | None:
+def _own_span(row: Any, name: str, place: str, num_frames: int) -> Span | None:
     span = row.get("span") if isinstance(row, dict) else None
     if span is None and isinstance(row, dict) and "span" in row:
         return None  # labelled, and nothing in it moves
     whole = isinstance(span, list) and len(span) == 2 and all(type(edge) is int for edge in span)
     if not whole or not 0 <= span[0] < span[1] <= num_frames:
         raise AnnotationError(
-            f"{path}: question {name!r} must have span [start, end) in frames, "
+            f"{place}: question {name!r} must have span [start, end) in frames, "
             f"0 <= start < end <= {num_frames}, got {span!r}"
         )
     return Span(*span)

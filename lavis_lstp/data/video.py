@@ -161,6 +161,8 @@ def probe(source: Source, *, name: str | None = None) -> VideoInfo:
     Raises:
         VideoError: not a video, no picture track, or less of it than the file promises.
     """
+    if _is_pictures(source):
+        return _read_folder(source, name, num=1).info
     name = source_name(source, name)
     index = video_index(source, name)
     _refuse_incomplete(index)
@@ -254,7 +256,8 @@ def read_frames(
     One picture is held in full size at a time; with `size` each is resized as it is decoded (SPEC 5).
 
     Args:
-        source: path, bytes, or seekable binary file; or, with `num`, a folder of pictures (`picture_folder`).
+        source: path, bytes, or seekable binary file; or, with `num`, a folder of pictures (`picture_folder`), or a
+            list of its pictures' bytes.
         indices: frame numbers from 0, in any order, repeats allowed.
         times_s: seconds since the first frame; the frame on screen then.
         fps: with `num`: the frames on screen at 0, 1/fps, 2/fps, ... seconds, each once, where these are at most `num`;
@@ -273,8 +276,9 @@ def read_frames(
         VideoError: nothing there, not a video, no such frame, or one that is damaged.
         ConfigError: unknown backend or treatment of short videos, motion vectors from decord, or fps not positive.
     """
-    if isinstance(source, (str, os.PathLike)) and os.path.isdir(source):
-        return _read_folder(Path(source), num, fps, short_videos, between_s, size, motion_vectors)
+    if _is_pictures(source):
+        chosen = {"num": num, "fps": fps, "short_videos": short_videos, "between_s": between_s}
+        return _read_folder(source, name, **chosen, size=size, motion_vectors=motion_vectors)
     if backend not in BACKENDS:
         raise ConfigError(unknown_name("video backend", backend, BACKENDS))
     if short_videos not in SHORT_VIDEOS:
@@ -295,15 +299,26 @@ def read_frames(
         return _read(source, index, asked, size, backend, motion_vectors, flow_size, threads)
 
 
-def _read_folder(folder: Path, num, fps, short_videos, between_s, size, motion_vectors) -> VideoFrames:
-    """`num` frames of a folder of pictures."""
+def _is_pictures(source: Source | Sequence[bytes]) -> bool:
+    return isinstance(source, list) or (isinstance(source, (str, os.PathLike)) and os.path.isdir(source))
+
+
+def _read_folder(
+    source, name, *, num, fps=None, short_videos="keep", between_s=None, size=None, motion_vectors=False
+) -> VideoFrames:
+    """`num` frames of a folder of pictures, or of a list of them as bytes."""
+    if isinstance(source, list):
+        pictures = [(f"{name}, picture {number}", raw) for number, raw in enumerate(source)]
+    else:
+        pictures = [(str(path), path) for path in pictures_in(Path(source))]
+    name = source_name(source, name)
     if motion_vectors:
-        raise ConfigError(f"{folder}: pictures have no motion vectors; use flow none and let the model compute it")
-    paths = pictures_in(folder)
-    index = folder_index(folder, len(paths))
+        raise ConfigError(f"{name}: pictures have no motion vectors; use flow none and let the model compute it")
+    index = folder_index(name, len(pictures))
     chosen = _choose(index, None, None, num, fps, short_videos, between_s)
-    frames = read_pictures([paths[i] for i in chosen], None if size is None else _height_width(size), _resize_picture)
-    info = VideoInfo(len(paths), index.fps, index.duration_s, frames.shape[3], frames.shape[2], 0, index.codec)
+    wanted = [pictures[i] for i in chosen]
+    frames = read_pictures(wanted, None if size is None else _height_width(size), _resize_picture)
+    info = VideoInfo(len(pictures), index.fps, index.duration_s, frames.shape[3], frames.shape[2], 0, index.codec)
     return VideoFrames(frames, index.times_s[chosen], chosen, info)
 
 
