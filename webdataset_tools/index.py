@@ -90,8 +90,16 @@ class ShardIndex:
     def question_ids(self) -> list[str]:
         return [self._text("question_id", number) for number in range(self.num_questions)]
 
-    def kinds(self) -> set[str]:
-        return {self._kinds[number] for number in np.unique(self._columns["sample_kind"]).tolist()}
+    def count_kinds(self) -> dict[str, int]:
+        """Samples of each kind, by its name."""
+        counts = np.bincount(self._columns["sample_kind"], minlength=len(self._kinds)).tolist()
+        return {kind: count for kind, count in sorted(zip(self._kinds, counts, strict=True)) if count}
+
+    def member_names(self) -> set[str]:
+        return {self._names[number] for number in np.unique(self._columns["member_name"]).tolist()}
+
+    def duration_s(self) -> float:
+        return sum(self._columns["sample_duration_s"].tolist())
 
     def members(self, number: int) -> dict[str, Member]:
         """The members of a sample by name, in the order of the file."""
@@ -236,17 +244,15 @@ def manifest_location(shard: str) -> str:
 
 def shard_entry(name: str, index: ShardIndex) -> dict[str, Any]:
     """A shard's line in the manifest."""
-    found = index.samples()
-    kinds = sorted(kind for kind in index.kinds())
     return {
         "name": name,
         "bytes": index.bytes,
         "digest": index.digest,
         "samples": index.num_samples,
         "questions": index.num_questions,
-        "kinds": {kind: sum(sample.kind == kind for sample in found) for kind in kinds},
-        "members": sorted({member for sample in found for member, _ in sample.members}),
-        "duration_s": round(sum(sample.duration_s for sample in found), 3),
+        "kinds": index.count_kinds(),
+        "members": sorted(index.member_names()),
+        "duration_s": round(index.duration_s(), 3),
     }
 
 

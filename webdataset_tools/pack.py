@@ -9,47 +9,30 @@ sizes, and a shard is there when its index is.
 from __future__ import annotations
 
 import argparse
-import io
 import json
+import os
 import random
+import stat
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lavis_lstp.data.video import probe, read_frames
+from lavis_lstp.data.picture_folder import pictures_in
 from lavis_lstp.errors import ConfigError, ShardError, VideoError
-from lavis_lstp.files import sha256_file, sha256_json, write_jsonl
+from lavis_lstp.files import sha256_json, write_jsonl
 from webdataset_tools import index
 from webdataset_tools.engine import run_jobs
-from webdataset_tools.format import SAMPLE_FORMAT, VERSION, StoredFrames, check_sample, dump_frames, dump_json
-from webdataset_tools.sources import FORMS, Unit, member_of, units
+from webdataset_tools.format import SAMPLE_FORMAT, VERSION, check_sample, dump_json
+from webdataset_tools.media import Medium, Settings, load, read_ahead
+from webdataset_tools.sources import FORMS, Unit, units
 from webdataset_tools.storage import beside
 from webdataset_tools.tar import ShardWriter
 
 HELP = "write shards from annotation files and their videos, images and texts"
+DEFAULTS = Settings()
 ENCODINGS = ("jpeg", "webp")
 QUARANTINE_SUFFIX = ".quarantine.jsonl"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What decides a shard's bytes beside its input.
-
-    Attributes:
-        frames: so many of each video are stored as pictures, in place of the video; 0 = the video itself.
-        fps, short_videos, size: as the data set's keys of those names choose and resize frames (size: image_size).
-        encoding, quality: of those pictures.
-        probe: open every medium, so that what cannot be decoded is noticed and the JSON says its length and size.
-    """
-
-    frames: int = 0
-    fps: float | None = None
-    short_videos: str = "keep"
-    size: int = 224
-    encoding: str = "jpeg"
-    quality: int = 95
-    probe: bool = True
 
 
 @dataclass(frozen=True)
@@ -59,6 +42,7 @@ class Job:
     path: str
     root: str
     units: tuple[Unit, ...]
+    sizes: tuple[int, ...]
     settings: Settings
     skip_bad: bool
     overwrite: bool
@@ -105,14 +89,13 @@ def pack_shard(job: Job) -> dict[str, Any]:
         bad: list[dict[str, str]] = []
         entries = []
         with ShardWriter(path) as shard:
-            for unit in job.units:
-                try:
-                    value = add_unit(shard, unit, Path(job.root), job.settings)
-                except VideoError as error:
+            for unit, medium in read_ahead(job.units, job.sizes, Path(job.root), job.settings):
+                if isinstance(medium, VideoError):
                     if not job.skip_bad:
-                        raise
-                    bad.append({"shard": path.name, "key": unit.key, "cause": "undecodable", "error": str(error)})
+                        raise medium
+                    bad.append({"shard": path.name, "key": unit.key, "cause": "undecodable", "error": str(medium)})
                     continue
+                value = _write(shard, unit, medium)
                 key, members = shard.samples[-1]
                 entries.append(index.sample_of(key, {m.name.partition(".")[2]: m for m in members}, value))
         found = index.build(entries, shard.bytes, job.plan)
@@ -140,61 +123,33 @@ def finished(path: Path, plan: str, overwrite: bool) -> index.ShardIndex | None:
 
 def add_unit(shard: ShardWriter, unit: Unit, root: Path, settings: Settings) -> dict[str, Any]:
     """Writes one sample; returns its json."""
+    return _write(shard, unit, load(unit, root, settings))
+
+
+def _write(shard: ShardWriter, unit: Unit, medium: Medium | None) -> dict[str, Any]:
     value: dict[str, Any] = {"format": SAMPLE_FORMAT, "version": VERSION, "kind": unit.kind, "video_id": unit.video_id}
-    value["questions"] = [dict(row) for row in unit.questions]
-    path = root / unit.source
-    if unit.kind == "video" and settings.probe:
-        info = probe(path)
-        facts = {name: getattr(info, name) for name in ("fps", "duration_s", "num_frames", "width", "height", "codec")}
-        value |= facts | {"duration_s": round(info.duration_s, 6)}
-    elif unit.kind == "image" and settings.probe:
-        value |= _image_facts(path)
-    if unit.kind != "text":
-        value |= {"source": unit.source, "bytes": path.stat().st_size}
-    if unit.kind == "video" and settings.frames:
-        stored = dump_frames(encode_frames(path, settings))
-        value["sha256"] = sha256_file(path)
-        shard.append(unit.key, "frames", stored)
-    elif unit.kind != "text":
-        value["sha256"] = shard.append(unit.key, member_of(unit.source), path).sha256.hex()
-    check_sample(value, f"{path}", unit.key)
+    value["questions"] = list(unit.questions)
+    if medium is not None:
+        frames = medium.member == "frames"
+        placed = shard.append(unit.key, medium.member, medium.content, None if frames else medium.sha256)
+        digest = medium.sha256 or placed.sha256
+        value |= {**medium.facts, "source": unit.source, "sha256": digest.hex()}
+    check_sample(value, unit.source or unit.key, unit.key)
     shard.append(unit.key, "json", dump_json(value))
     return value
 
 
-def _image_facts(path: Path) -> dict[str, int]:
-    from PIL import Image
-
-    try:
-        with Image.open(path) as picture:
-            picture.load()
-            return {"width": picture.width, "height": picture.height}
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise VideoError(f"{path}: cannot be read as a picture ({error})") from None
-
-
-def encode_frames(path: Path, settings: Settings) -> StoredFrames:
-    """The frames that a data set with these settings reads, as JPEG or WebP."""
-    from PIL import Image
-
-    chosen = {"fps": settings.fps, "short_videos": settings.short_videos}
-    video = read_frames(path, num=settings.frames, size=settings.size, **chosen)
-    pictures = []
-    for frame in video.frames:
-        raw = io.BytesIO()
-        Image.fromarray(frame.transpose(1, 2, 0)).save(raw, settings.encoding, quality=settings.quality)
-        pictures.append(raw.getvalue())
-    about = {"num_frames": settings.frames, **chosen, "size": settings.size}
-    about |= {"encoding": settings.encoding, "quality": settings.quality}
-    return StoredFrames(pictures, video.times_s, {name: str(value) for name, value in about.items()})
-
-
 def expected_bytes(unit: Unit, root: Path, settings: Settings) -> int:
     """About what a sample takes, known before it is made; for stored frames a guess of 0.3 bytes a pixel."""
-    text = len(dump_json([dict(row) for row in unit.questions])) + 2048
+    text = len(dump_json(unit.questions)) + 2048
     if unit.kind == "video" and settings.frames:
         return text + int(settings.frames * settings.size**2 * 0.3)
-    return text + ((root / unit.source).stat().st_size if unit.kind != "text" else 0)
+    if unit.kind == "text":
+        return text
+    status = os.stat(os.path.join(root, unit.source))
+    if stat.S_ISDIR(status.st_mode):
+        return text + sum(path.stat().st_size for path in pictures_in(root / unit.source))
+    return text + status.st_size
 
 
 def pack(
@@ -202,7 +157,7 @@ def pack(
     out: str,
     root: Path,
     *,
-    settings: Settings = Settings(),
+    settings: Settings = DEFAULTS,
     max_size: int = 1 << 30,
     max_count: int | None = None,
     min_shards: int = 1,
@@ -220,6 +175,12 @@ def pack(
         shuffle: seed by which samples are put into another order first; None keeps the order of the files.
     """
     found = list(found)
+    in_part = next((unit for unit in found if any(row.get("clip_s") for row in unit.questions)), None)
+    if settings.frames and in_part is not None:
+        raise ConfigError(
+            f"{in_part.source}: questions are about a part of it (clip_s), which frames of the whole do not show; pack "
+            "without --frames"
+        )
     if shuffle is not None:
         random.Random(f"pack {shuffle}").shuffle(found)
     sizes = [expected_bytes(unit, root, settings) for unit in found]
@@ -228,9 +189,9 @@ def pack(
     check_others(out, paths, overwrite)
     jobs = []
     for path, part in zip(paths, parts, strict=True):
-        chosen = tuple(found[number] for number in part)
-        plan = sha256_json([VERSION, asdict(settings), skip_bad, [sizes[n] for n in part], [list(u) for u in chosen]])
-        jobs.append(Job(path, str(root), chosen, settings, skip_bad, overwrite, plan))
+        chosen, about = tuple(found[part.start : part.stop]), tuple(sizes[part.start : part.stop])
+        plan = sha256_json([VERSION, asdict(settings), skip_bad, list(about), [list(unit) for unit in chosen]])
+        jobs.append(Job(path, str(root), chosen, about, settings, skip_bad, overwrite, plan))
     entries = run_jobs(pack_shard, jobs, engine=engine, workers=workers, address=address, desc="pack")
     bad = [row for entry in entries for row in entry.pop("left_out")]
     if not sum(entry["samples"] for entry in entries):
@@ -314,8 +275,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=positive, default=224, help="px, side of stored frames; default: 224")
     parser.add_argument("--encoding", choices=ENCODINGS, default="jpeg", help="of stored frames; default: jpeg")
     parser.add_argument("--quality", type=positive, default=95, help="of stored frames, 1..100; default: 95")
-    parser.add_argument("--no-probe", action="store_true", help="do not open media: as fast as copying; then `verify`")
-    parser.add_argument("--skip-bad", action="store_true", help="leave out what cannot be decoded, and list it")
+    parser.add_argument("--no-probe", action="store_true", help="do not look into media, not even into headers")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out what cannot be opened, and list it")
 
 
 def add_size_arguments(parser: argparse.ArgumentParser) -> None:

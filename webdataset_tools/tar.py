@@ -28,6 +28,11 @@ LONG_NAME_LIMIT = 64 << 10
 _DATA = (tarfile.REGTYPE, tarfile.AREGTYPE)
 
 
+_PLAIN = b"%b0000444\x00" + b"0000000\x00" * 2 + b"%011o\x00" + b"0" * 11 + b"\x00" + b" " * 8
+_PLAIN += b"0" + bytes(100) + b"ustar  " + bytes(248)
+"""A header's name, mode, owner, group, size, date, blanks for the check sum, type, link, and magic."""
+
+
 class Member(NamedTuple):
     """One file in a tar. `offset` is that of its first byte, `sha256` None where it was not read."""
 
@@ -39,6 +44,10 @@ class Member(NamedTuple):
 
 def header(name: str, size: int) -> bytes:
     """The same header whoever writes it, and when: of 1970, owned by nobody, readable by all."""
+    raw = name.encode("utf-8")
+    if len(raw) <= 100 and size < 8**11:  # what `tarfile` makes of these, in a tenth of the time
+        head = _PLAIN % (raw.ljust(100, b"\0"), size)
+        return b"%b%06o\0 %b" % (head[:148], sum(head), head[156:])
     info = tarfile.TarInfo(name)
     info.size, info.mtime, info.mode = size, 0, 0o444
     info.uid = info.gid = 0
@@ -61,7 +70,7 @@ class ShardWriter:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        self._file = open(self._partial, "wb")
+        self._file = open(self._partial, "wb", COPY)
         self._at = 0
         self.samples: list[tuple[str, list[Member]]] = []
 
@@ -89,21 +98,25 @@ class ShardWriter:
             split_member(f"{key}.{name}")
         return {name: self.append(key, name, members[name]) for name in by_member(members)}
 
-    def append(self, key: str, name: str, content: bytes | Path) -> Member:
-        """Appends one member; those of a key follow each other."""
+    def append(self, key: str, name: str, content: bytes | Path, sha256: bytes | None = None) -> Member:
+        """Appends one member; those of a key follow each other.
+
+        Args:
+            sha256: of content's bytes, where the caller has it.
+        """
         full = f"{key}.{name}"
         split_member(full)
-        member = self._copy(full, content) if isinstance(content, Path) else self._put(full, content)
+        member = self._copy(full, content) if isinstance(content, Path) else self._put(full, content, sha256)
         if not self.samples or self.samples[-1][0] != key:
             self.samples.append((key, []))
         self.samples[-1][1].append(member)
         return member
 
-    def _put(self, full: str, content: bytes) -> Member:
+    def _put(self, full: str, content: bytes, sha256: bytes | None) -> Member:
         start = self._start(full, len(content))
         self._file.write(content)
         self._end(len(content))
-        return Member(full, start, len(content), hashlib.sha256(content).digest())
+        return Member(full, start, len(content), sha256 or hashlib.sha256(content).digest())
 
     def _copy(self, full: str, path: Path) -> Member:
         with open(path, "rb") as source:
