@@ -13,12 +13,16 @@ import pytest
 import torch
 from lavis.common.registry import registry
 from lavis.datasets.builders import load_dataset
+from test_wds_verify import rewritten
 
+from lavis_lstp import evaluate
 from lavis_lstp.config import Config
 from lavis_lstp.data.benchmarks import BENCHMARKS, MVBENCH, read_benchmark
 from lavis_lstp.errors import AnnotationError, ConfigError, VideoError
 from lavis_lstp.testing import tiny_benchmarks
 from lavis_lstp.testing.tiny_benchmarks import WRITERS, write_benchmarks
+from webdataset_tools.__main__ import main as tools
+from webdataset_tools.format import dump_frames, parse_frames
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -234,33 +238,95 @@ def test_quotes_are_text_where_tabs_part_the_cells(tmp_path):
     assert (row["question"], row["answer"], row["category"]) == ('what is "it ?', 'a "cat', "object")
 
 
-@pytest.mark.parametrize("name", ["nextqa", "star", "activitynet_qa", "egoschema"])
-def test_shards_of_a_benchmark_give_its_samples(here, name):
-    """Packed from the authors' files, then read by the same builder: options, clips, kinds and frames stay."""
-    from webdataset_tools.__main__ import main as tools
+# ---- in shards ----------------------------------------------------------------------------------------------------
 
+
+def pack_benchmark(name: str, *more: str) -> tuple[str, list[str]]:
+    """Packs the first split to be tested to shards/; returns it, and the options by which its builder reads those."""
     config = Config(SimpleNamespace(cfg_path=f"projects/lstp/eval/{name}_lstp_tiny.yaml", options=[])).config
-    (split,) = config.run.test_splits
+    split = config.run.test_splits[0]
     info = config.datasets[f"lstp_{name}"].build_info
-    words = ["pack", "shards/all", info.annotations[split].storage, "--from", f"lstp_{name}"]
-    words += ["--root", info.videos.storage, "--workers", "1"]
+    words = ["pack", f"shards/{name}", info.annotations[split].storage, "--from", f"lstp_{name}", *more]
+    words += ["--root", info.videos.storage, "--workers", "1", "--max-count", "2"]
     if info.answers.get(split):
         words += ["--answers", info.answers[split].storage]
     if info.videos.names:
         words += ["--video-names", info.videos.names]
     assert tools(words) == 0
-    whole = build(name)[split]
-    packed = build(name, f"build_info.annotations.{split}.storage=shards/all-000000.tar", "build_info.answers={}")[
-        split
-    ]
+    count = len(list(Path("shards").glob(f"{name}-*.tar")))
+    storage = f"shards/{name}-{{000000..{count - 1:06d}}}.tar"
+    return split, [f"build_info.annotations.{split}.storage={storage}", "build_info.answers={}"]
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_shards_of_a_benchmark_give_its_samples(here, name):
+    """Packed from the authors' files, then read by the same builder: options, clips, kinds and frames stay."""
+    split, storage = pack_benchmark(name)
+    whole, packed = build(name)[split], build(name, *storage)[split]
     assert len(packed) == len(whole)
     samples = {sample["question_id"]: sample for sample in map(packed.__getitem__, range(len(packed)))}
-    for i in range(len(whole)):
-        sample = whole[i]
+    for sample in map(whole.__getitem__, range(len(whole))):
         other = samples[sample["question_id"]]
-        assert torch.equal(sample["frames"], other["frames"]) and torch.equal(
-            sample["frame_times"], other["frame_times"]
-        )
-        for key in ("text_input", "options", "category", "answer", "video_id"):
-            assert sample[key] == other[key], key
+        assert sample.keys() == other.keys()
+        for key in sample.keys() - {"media"}:
+            same = torch.equal if torch.is_tensor(sample[key]) else lambda a, b: a == b
+            assert same(sample[key], other[key]), key
     assert sorted(map(len, packed.eval_groups())) == sorted(map(len, whole.eval_groups()))
+    assert any(row.get("clip_s") for row in packed.annotation) == (name in ("star", "mvbench"))
+
+
+def test_a_folder_of_pictures_is_a_video_in_shards_too(here, tmp_path, capsys):
+    """Every picture byte for byte, checked, written back, packed again to the same bytes, and shown."""
+    _, storage = pack_benchmark("mvbench")
+    found = tools(["verify", "--json", *sorted(map(str, Path("shards").glob("*.tar"))), "--workers", "1"])
+    assert found == 0, capsys.readouterr().out
+    shards = storage[0].partition("=")[2]
+    assert tools(["extract", shards, "--out", "back"]) == 0
+    folder = "tvqa/frames_fps3_hq/clip"
+    before = {p.name: p.read_bytes() for p in (here / "mvbench/video" / folder).iterdir()}
+    assert {p.name: p.read_bytes() for p in Path("back", folder).iterdir()} == before and len(before) > 3
+    assert tools(["pack", "again/mvbench", "back/annotation.json", "--max-count", "2", "--workers", "1"]) == 0
+    for path in Path("shards").iterdir():
+        assert path.read_bytes() == Path("again", path.name).read_bytes(), path.name
+    assert tools(["preview", shards, "--out", "sheet.png", "--count", "20", "--size", "32"]) == 0
+    assert tools(["flow", shards, "--out", "flow/x", "--num-frames", "4", "--size", "64", "--workers", "1"]) == 0
+    damaged = next(path for path in sorted(Path("shards").glob("*.tar")) if b"frames_fps3" in path.read_bytes())
+    rewritten(damaged, lambda key, members: {name: other_picture(name, raw) for name, raw in members.items()})
+    assert tools(["verify", str(damaged), "--workers", "1"]) == 1
+    assert "the SHA-256 of its pictures is not that of its json" in capsys.readouterr().out
+
+
+def other_picture(name: str, raw: bytes) -> bytes:
+    if name != "frames":
+        return raw
+    stored = parse_frames(raw, "x")
+    return dump_frames(stored._replace(pictures=[stored.pictures[1], *stored.pictures[1:]]))
+
+
+def test_questions_about_parts_of_videos_refuse_frames_and_flow_of_the_whole(here, capsys):
+    with pytest.raises(AssertionError):
+        pack_benchmark("star", "--frames", "4")
+    assert "are about a part of it (clip_s)" in capsys.readouterr().err
+    split, storage = pack_benchmark("star")
+    shards = storage[0].partition("=")[2]
+    assert tools(["flow", shards, "--out", "flow/star", "--num-frames", "4", "--size", "64", "--workers", "1"]) == 0
+    dataset = build("star", *storage, "flow=precomputed", f"shards.flow={shards.replace('shards/', 'flow/')}")[split]
+    with pytest.raises(ConfigError, match="precomputed is of whole videos"):
+        dataset[0]
+
+
+@pytest.mark.parametrize("name", ["tgif_qa", "mvbench"])
+def test_evaluation_over_shards_answers_as_over_files(here, name):
+    """GIFs and folders of pictures, through `lavis.evaluate`."""
+    split, storage = pack_benchmark(name)
+    command = ["--cfg-path", f"projects/lstp/eval/{name}_lstp_tiny.yaml", "--options", "model.checkpoint=null"]
+    command += [f"datasets.lstp_{name}.flow=none", "model.flow.name=dis"]  # neither has motion vectors
+    rows = []
+    for out, more in (("files", []), ("shards", [f"datasets.lstp_{name}.{option}" for option in storage])):
+        assert evaluate.main([*command, f"run.output_dir={out}", *more]) == 0
+        rows.append(sorted(Path(out, f"result/{split}_video_qa.jsonl").read_text().splitlines()))
+    assert [drop_times(row) for row in rows[0]] == [drop_times(row) for row in rows[1]] and len(rows[0]) > 4
+
+
+def drop_times(line: str) -> dict:
+    return {key: value for key, value in json.loads(line).items() if "time" not in key or key == "frame_times"}
