@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from judge_server import JudgeServer, truth, write_predictions
 
+from lavis_lstp import evaluate
 from lavis_lstp.cli import main
 from lavis_lstp.errors import AnnotationError, ConfigError, CoverageError
 from lavis_lstp.judging.cache import VerdictCache
@@ -364,6 +365,38 @@ def test_a_third_of_all_requests_fails(tmp_path, asked):
     assert result["coverage"] == 1 and not result["partial"]
 
 
+def test_of_everything_at_once_no_verdict_is_lost_and_none_comes_twice(tmp_path, asked):
+    """30 % of the requests go wrong in one of the ways there are; calls are repeated as the error says."""
+    cases = write_predictions(tmp_path / "p.jsonl", 80)
+    failing = ["429", "500", "cut", "half body", "hang up", "stall"]
+    final = {"prose": "unparsable", "half json": "unparsable", "refusal": "refused", "content_filter": "refused"}
+    deeds = itertools.cycle([*failing, *final])
+    seen, said = Counter(), {case: [] for case in cases}
+
+    def behave(number, case):
+        deed = next(deeds) if number % 10 < 3 else "ok"
+        seen[deed] += 1
+        if deed not in failing:
+            said[case].append(deed)
+        return deed
+
+    with JudgeServer(behave) as server:
+        for _ in range(20):
+            try:
+                assert asked(server, "--retries", 1, "--timeout", 2, "--concurrency", 16) == 0
+            except CoverageError:
+                continue
+            break
+    assert min(seen[deed] for deed in (*failing, *final)) > 1, "the server did misbehave"
+    rows, result = results(tmp_path)
+    assert [row["question_id"] for row in rows] == [f"q{n}" for n in range(80)]
+    for row, case in zip(rows, cases, strict=True):
+        (deed,) = said[case]  # answered once, by however many requests
+        expected = ("judged", *truth(case)) if deed == "ok" else (final[deed], None, None)
+        assert (row["status"], row.get("pred"), row.get("score")) == expected
+    assert result["coverage"] == 1 and not result["partial"]
+
+
 def test_rate_limits_are_kept(tmp_path, asked):
     write_predictions(tmp_path / "p.jsonl", 1)
     with JudgeServer(lambda number, case: "slow down" if number < 2 else "ok") as server:
@@ -549,6 +582,18 @@ def test_a_key_on_the_command_line_is_refused(tmp_path, monkeypatch, words):
     assert not any(word in str(caught.value) for word in words if not word.startswith("--"))
 
 
+KEYS = ["run.openai_api_key", "run.judge.api_key", "model.api_key", "datasets.lstp_msvd_qa.key"]
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_key_in_a_config_is_refused(capsys, key):
+    secret = "sk-proj-0123456789abcdef"
+    path = "projects/lstp/eval/msvd_qa_lstp_tiny.yaml"
+    assert evaluate.main(["--cfg-path", path, "--options", f"{key}={secret}"]) == 2
+    error = capsys.readouterr().err
+    assert key.rsplit(".", 1)[0] in error and secret not in error
+
+
 @pytest.mark.parametrize(
     "address",
     ["http://user:word@h/v1", "http://h/v1?api_key=x", "h/v1", "http://h/sk-abc", "http://h:x/v1", "http://h#x"],
@@ -568,8 +613,11 @@ def test_no_key_anywhere_and_none_kept(tmp_path, asked, monkeypatch, capsys):
         assert asked(server) == 0
         assert server.headers[0]["authorization"].endswith("sk-loopback-0123456789abcdef")
         monkeypatch.delenv("OPENAI_API_KEY")
+        assert asked(server) == 0, "what is in the cache needs no key"
         with pytest.raises(ConfigError, match="OPENAI_API_KEY is not set"):
-            asked(server)
+            asked(server, "--seed", 1)
+        assert asked(server, "--seed", 1, "--preview") == 0
+        assert len(server.requests) == 2
     for path in tmp_path.iterdir():
         assert b"sk-loopback" not in path.read_bytes(), path
     assert "sk-loopback" not in capsys.readouterr().out
@@ -648,7 +696,8 @@ def test_rules_alone_count_the_rest_as_wrong(tmp_path, capsys):
     before = (tmp_path / "p_judged_rules.json").read_bytes()
     assert judge(words) == 0
     assert (tmp_path / "p_judged_rules.json").read_bytes() == before
-    assert "75 % of the verdicts" in capsys.readouterr().out
+    line = "75 % of the verdicts: number 1, synonym 1, yes_no 1; 1 they could not decide, counted as wrong"
+    assert line in capsys.readouterr().out
 
 
 def test_answers_from_a_file_of_their_own(tmp_path):

@@ -71,7 +71,7 @@ class EndpointJudge:
         timeout_s: for one attempt.
 
     Raises:
-        ConfigError: no key in the environment, or an address with a key in it.
+        ConfigError: an address with a key in it.
         JudgeError: the openai package is not installed.
     """
 
@@ -90,11 +90,6 @@ class EndpointJudge:
         except ImportError:
             raise JudgeError("--judge openai needs the openai package: pip install 'lavis_lstp[judge]'") from None
         self.address = _address()
-        if not os.environ.get(KEY):
-            raise ConfigError(
-                f"--judge openai takes the key from the environment, and {KEY} is not set; for an endpoint that wants "
-                "none set it to any word"
-            )
         self.model, self.prompt, self.seed = model, prompt, seed
         self.concurrency, self.retries, self.timeout_s = concurrency, retries, timeout_s
         self.identity = identity(
@@ -117,9 +112,15 @@ class EndpointJudge:
         """Ask all, calling `on_verdict` for each as it is answered, in this thread.
 
         Raises:
+            ConfigError: no key in the environment.
             JudgeError: the endpoint does not know the key or the model, or gives no answer any more. Verdicts that
                 came before have been handed over.
         """
+        if not os.environ.get(KEY):
+            raise ConfigError(
+                f"--judge openai takes the key from the environment, and {KEY} is not set; for an endpoint that wants "
+                "none set it to any word"
+            )
         asyncio.run(self._judge(iter(cases), on_verdict))
 
     async def _judge(self, waiting: Iterator[Case], on_verdict: OnVerdict) -> None:

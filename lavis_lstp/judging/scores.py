@@ -111,9 +111,11 @@ def format_result(result: Mapping[str, Any]) -> str:
         lines.append(f"judged by {judge}: {count} ({100 * count / result['num_scored']:.3g} %)")
     for name, count in result.get("served_by", {}).items():
         lines.append(f"served by {name}: {count}")
-    if decided := result["rules"]["decided"]:
-        names = ", ".join(f"{name} {count}" for name, count in decided.items())
-        lines.append(f"rules     {100 * result['rules']['share']:.3g} % of the verdicts: {names}")
+    decided = {**result["rules"]["decided"]}
+    undecided = decided.pop(UNDECIDED, 0)
+    names = f": {', '.join(f'{name} {count}' for name, count in decided.items())}" if decided else ""
+    rest = f"; {undecided} they could not decide, counted as wrong" if undecided else ""
+    lines.append(f"rules     {100 * result['rules']['share']:.3g} % of the verdicts{names}{rest}")
     lines.append(
         f"unjudged  {sum(map(len, unjudged.values()))}, counted as wrong on our side"
         + "".join(
