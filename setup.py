@@ -94,6 +94,7 @@ LAVIS_NEEDS = [
 OUR_NEEDS = [
     "accelerate>=0.34",
     "av>=18",
+    "jinja2>=3.1",
     "matplotlib>=3.8",
     "numpy>=1.26",
     "opencv-python-headless>=4.9",
@@ -130,13 +131,14 @@ setup(
         "lavis_lstp.judging",
         "lavis_lstp.metrics",
         "lavis_lstp.models",
+        "lavis_lstp.report",
         "lavis_lstp.runners",
         "lavis_lstp.shims",
         "lavis_lstp.tasks",
         "lavis_lstp.testing",
         "webdataset_tools",
     ],
-    package_data={"lavis_lstp": ["configs/**/*.yaml"]},
+    package_data={"lavis_lstp": ["configs/**/*.yaml"], "lavis_lstp.report": ["*.html", "*.css", "*.js"]},
     install_requires=LAVIS_NEEDS + OUR_NEEDS,
     extras_require={
         "test": [
@@ -147,13 +149,26 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.5",
             "ruff>=0.6",
+            "selenium>=4.20",
             "setuptools>=70.1",
         ],
         "deepspeed": ["deepspeed>=0.19"],
         "ray": ["ray>=2.40"],
         "judge": ["openai>=2.39"],
+        # What lmms-eval 0.7.3 imports. It is installed with --no-deps: it pins av<16, and tasks want 30 packages more.
+        "lmms": [
+            "datasets>=2.19",
+            "evaluate>=0.4",
+            "loguru>=0.7",
+            "pytablewriter>=1.0",
+            "sacrebleu>=2.0",
+            "tenacity>=8.3",
+        ],
     },
-    entry_points={"console_scripts": ["lavis-lstp = lavis_lstp.cli:main"]},
+    entry_points={
+        "console_scripts": ["lavis-lstp = lavis_lstp.cli:main"],
+        "lmms_eval.models": ["lavis_lstp = lavis_lstp.lmms:manifests"],
+    },
     cmdclass={"build_py": BuildWithPlugin, "editable_wheel": EditableWithPlugin},
     classifiers=[
         "License :: OSI Approved :: BSD License",

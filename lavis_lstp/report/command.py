@@ -1,0 +1,77 @@
+"""`lavis-lstp report OUT`: one HTML page about the evaluations in a folder, for a browser and nothing else.
+
+In: output folders of evaluations, predictions or verdict files. Out: `report.html`: table with intervals and judges,
+kinds of questions, videos, calibration, what the sampler did, time, and all questions with the frames that were chosen.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from lavis_lstp.errors import ConfigError
+from lavis_lstp.files import atomic_writer
+from lavis_lstp.report.evaluations import find_evaluations
+from lavis_lstp.report.page import question_order, write_page
+
+PICTURES = 100
+
+
+def report(
+    paths: Sequence[str | Path],
+    out: str | Path | None = None,
+    *,
+    pictures: int = PICTURES,
+    videos: str | None = None,
+    title: str | None = None,
+) -> tuple[Path, str]:
+    """Writes the page; returns where it is, and what was found, in a few lines.
+
+    Args:
+        out: file, by default report.html in the first folder, or beside the first file.
+        pictures: of so many questions the chosen frames are shown, wrong ones first.
+        videos: folder or shards, where the run's manifest does not lead to them.
+
+    Raises:
+        LstpError: no predictions, or some that cannot be read.
+    """
+    evaluations = find_evaluations(paths)
+    first = Path(paths[0])
+    target = Path(out) if out else (first if first.is_dir() else first.parent) / "report.html"
+    if target.suffix != ".html" or target.is_dir():
+        raise ConfigError(f"--out {target}: expected the name of a file that ends with .html")
+    order = question_order(evaluations)
+    chosen: tuple = ({}, [], [])
+    if pictures:
+        from lavis_lstp.report.pictures import chosen_frames
+
+        chosen = chosen_frames(evaluations, order[:pictures], videos)
+    title = title or " and ".join(dict.fromkeys(path.resolve().name for path in map(Path, paths)))
+    page, warnings = write_page(evaluations, order, title=title, chosen=chosen, asked=min(pictures, len(order)))
+    with atomic_writer(target) as file:
+        file.write(page)
+    notes = [f"warning: {text}" for text in warnings] + [f"note: {text}" for text in chosen[2]]
+    seen = len({key for key, _ in chosen[0]})
+    size = f"{target.stat().st_size / 1e6:.1f} MB"
+    line = f"{target}: {len(evaluations)} evaluations, {len(order)} questions, {seen} with pictures, {size}"
+    return target, "\n".join([*notes, line])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="lavis-lstp report", description=__doc__.splitlines()[0])
+    parser.add_argument("paths", nargs="+", metavar="OUT", help="output folders, predictions or verdict files")
+    parser.add_argument("--out", help="page to write (default: report.html in the first folder)")
+    parser.add_argument("--title", help="heading (default: the folders' names)")
+    parser.add_argument(
+        "--pictures",
+        type=int,
+        default=PICTURES,
+        help="questions with pictures, wrong ones first (default: %(default)s)",
+    )
+    parser.add_argument("--videos", help="folder with the videos, or shards, if they are not where the run read them")
+    args = parser.parse_args(argv)
+    if args.pictures < 0:
+        raise ConfigError(f"--pictures must be at least 0, got {args.pictures}")
+    print(report(args.paths, args.out, pictures=args.pictures, videos=args.videos, title=args.title)[1])
+    return 0

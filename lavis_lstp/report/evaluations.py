@@ -1,0 +1,235 @@
+"""What an evaluation left behind -> `Evaluation`: predictions with a verdict on each, timings, the run's manifest.
+
+In: folders of runs (`OUT/result/*.jsonl`), folders of such folders (what `ablate` and `demo` write), predictions or
+verdict files. Out: one `Evaluation` for each predictions file and judge. Files are told by what is in them: rows with a
+judge are verdicts, rows with a prediction are predictions. A verdict that is about another prediction is an error.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lavis_lstp.errors import AnnotationError, CoverageError
+from lavis_lstp.files import read_jsonl, sha256_file
+from lavis_lstp.judging.compare import ITSELF, Judged
+from lavis_lstp.judging.replay import read_verdict
+from lavis_lstp.judging.rows import Row, by_question_id, named
+from lavis_lstp.judging.verdict import JUDGED, MISSING, Case, Verdict
+from lavis_lstp.metrics.qa import exact_match
+from lavis_lstp.metrics.resampling import RESAMPLES
+
+EXACT = "nobody: exact match"
+"""In place of a judge where nobody judged open answers."""
+NOT_PREDICTIONS = ("_timings.jsonl", "_missing.jsonl")
+MANIFESTS = ("evaluate_manifest.json", "run_manifest.json")
+
+
+@dataclass
+class Evaluation:
+    """Predictions of one run, judged by one judge.
+
+    Attributes:
+        name: what tables call it; letter: what plots call it.
+        rows: all predictions; judged: those with a gold answer. Both by question_id.
+        num_questions: questions with a gold answer, more than `judged` where some have no line.
+        resamples, seed: of the bootstrap, as the judge's own result has them.
+        timings: seconds by stage, a dict a question.
+        manifest: of the run, {} where there is none; run_dir: its folder.
+    """
+
+    name: str
+    predictions: Path
+    rows: dict[str, Row]
+    judged: dict[str, Judged]
+    verdicts: Path | None = None
+    num_questions: int = 0
+    resamples: int = RESAMPLES
+    seed: int = 0
+    timings: list[Row] = field(default_factory=list)
+    manifest: dict[str, Any] = field(default_factory=dict)
+    letter: str = ""
+
+    @property
+    def run_dir(self) -> Path:
+        parent = self.predictions.parent
+        return parent.parent if parent.name == "result" else parent
+
+    @property
+    def coverage(self) -> dict[str, Any]:
+        """As `metrics.coverage.join_by_id` gives it."""
+        lost = self.num_questions - len(self.judged)
+        return {
+            "num_questions": self.num_questions,
+            "num_scored": len(self.judged),
+            "num_missing": lost,
+            "num_extra": 0,
+            "coverage": len(self.judged) / max(1, self.num_questions),
+            "partial": lost > 0,
+        }
+
+    @property
+    def unjudged_by_anyone(self) -> bool:
+        return any(one.verdict.judge == EXACT for one in self.judged.values())
+
+
+def find_evaluations(paths: Sequence[str | Path]) -> list[Evaluation]:
+    """All evaluations in files and folders, in the order of `table.json` where there is one, else of the names.
+
+    Raises:
+        AnnotationError: nothing is there, or a file that cannot be read to its end.
+        CoverageError: verdicts about other predictions.
+    """
+    predictions: dict[Path, dict[str, Row]] = {}
+    verdicts: dict[Path, dict[str, Row]] = {}
+    titles: dict[str, str] = {}
+    for path in map(Path, paths):
+        if not path.exists():
+            raise AnnotationError(f"{path}: no such file or folder; expected the output folder of an evaluation")
+        titles.update(_titles(path))
+        for file in _candidates(path):
+            rows = by_question_id(file)
+            first = next(iter(rows.values()))
+            if "judge" in first:
+                verdicts[file] = rows
+            elif "prediction" in first:
+                predictions[file] = rows
+            else:
+                raise AnnotationError(f"{file}: neither predictions nor verdicts: a row has {', '.join(first)}")
+    if not predictions and not verdicts:
+        raise AnnotationError(
+            f"{', '.join(map(str, paths))}: no predictions; expected result/<split>_video_qa.jsonl, as an evaluation "
+            "of the task video_qa writes it (python -m lavis.evaluate), or verdicts of `lavis-lstp judge`"
+        )
+    pairs = _pairs(predictions, verdicts)
+    found = [_evaluation(rows, file, verdict_file, verdicts.get(verdict_file)) for file, rows, verdict_file in pairs]
+    _name(found, titles)
+    place = {name: number for number, name in enumerate(titles)}
+    found.sort(key=lambda one: place.get(one.run_dir.name, len(place)))  # stable: others stay as they came
+    for number, one in enumerate(found):
+        one.letter = chr(ord("A") + number) if number < 26 else str(number + 1)
+    return found
+
+
+def _candidates(path: Path) -> list[Path]:
+    """The file itself, or what in a folder may be predictions or verdicts."""
+    if path.is_file():
+        return [path]
+    folders = [path, path / "result", *sorted(path.glob("*/result"))]
+    files = [file for folder in folders for file in sorted(folder.glob("*.jsonl"))]
+    return [file for file in files if not file.name.endswith(NOT_PREDICTIONS) and _is_ours(file)]
+
+
+def _is_ours(file: Path) -> bool:
+    """Whether the first line says so; one that cannot be read is for `by_question_id` to complain about."""
+    with open(file, encoding="utf-8", errors="replace") as handle:
+        line = handle.readline()
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        return bool(line.strip())
+    return isinstance(row, dict) and "question_id" in row and bool({"prediction", "judge"} & row.keys())
+
+
+def _titles(path: Path) -> dict[str, str]:
+    """Folder -> title, of the `table.json` that `ablate` and `demo` write."""
+    rows = _json(path / "table.json").get("rows") if path.is_dir() else None
+    rows = rows if isinstance(rows, list) else []
+    named_rows = [r for r in rows if isinstance(r, dict) and {"name", "title"} <= r.keys()]
+    return {f"{prefix}{r['name']}": str(r["title"]) for prefix in ("", "eval_") for r in named_rows}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """An object, {} where there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _pairs(
+    predictions: Mapping[Path, dict[str, Row]], verdicts: Mapping[Path, dict[str, Row]]
+) -> list[tuple[Path, dict[str, Row], Path | None]]:
+    """(predictions file, its rows, verdict file): verdicts by the digest in their result, else by their name."""
+    digests = {sha256_file(path): path for path in predictions}
+    of: dict[Path, list[Path]] = {path: [] for path in predictions}
+    alone = []
+    for file in verdicts:
+        about = _json(file.with_suffix(".json")).get("predictions", {})
+        beside = [p for p in predictions if p.parent == file.parent and file.stem.startswith(f"{p.stem}_judged")]
+        home = digests.get(about.get("sha256", "")) or (max(beside, key=lambda p: len(p.stem)) if beside else None)
+        (alone if home is None else of[home]).append(file)
+    pairs = [(path, rows, file) for path, rows in predictions.items() for file in of[path] or [None]]
+    return pairs + [(file, verdicts[file], file) for file in alone]
+
+
+def _evaluation(
+    rows: dict[str, Row], file: Path, verdict_file: Path | None, verdicts: Mapping[str, Row] | None
+) -> Evaluation:
+    judged = {}
+    for key, row in rows.items():
+        if row.get("answer") is None and "judge" not in (verdicts or {}).get(key, {}):
+            continue  # the answer is hidden
+        if not isinstance(row.get("prediction"), str):
+            raise AnnotationError(f"{file}: question_id '{key}' has no prediction, got {row.get('prediction')!r}")
+        given = None if verdicts is None else verdicts.get(key)
+        judged[key] = Judged(row, _verdict(row, verdict_file, key, given))
+    if verdicts is not None:
+        _check_same(rows, file, verdicts, verdict_file)
+    result = _json(verdict_file.with_suffix(".json")) if verdict_file else {}
+    metrics = _json(file.with_name(f"{file.stem}_metrics.json"))
+    asked = [one.get("num_questions") for one in (metrics, result)]
+    expected = max([len(rows), *(count for count in asked if isinstance(count, int))])
+    timings = file.with_name(f"{file.stem}_timings.jsonl")
+    bootstrap = result.get("bootstrap", {})
+    one = Evaluation(
+        name="",
+        predictions=file,
+        rows=rows,
+        judged=judged,
+        verdicts=verdict_file,
+        num_questions=expected - (len(rows) - len(judged)),
+        resamples=bootstrap.get("resamples", RESAMPLES),
+        seed=bootstrap.get("seed", 0),
+        timings=[row for row in read_jsonl(timings) if row.get("question_id") in rows] if timings.is_file() else [],
+    )
+    one.manifest = next(filter(None, (_json(one.run_dir / name) for name in MANIFESTS)), {})
+    return one
+
+
+def _verdict(row: Row, verdict_file: Path | None, key: str, given: Row | None) -> Verdict:
+    if verdict_file is not None:
+        return (
+            Verdict("nobody", MISSING) if given is None else read_verdict(f"{verdict_file}: question_id '{key}'", given)
+        )
+    if isinstance(row.get("correct"), bool):
+        return Verdict(ITSELF, correct=row["correct"])
+    return Verdict(EXACT, JUDGED, exact_match(row["answer"], row["prediction"]) == 1)
+
+
+def _check_same(rows: Mapping[str, Row], file: Path, verdicts: Mapping[str, Row], verdict_file: Path | None) -> None:
+    other = [key for key in verdicts if key not in rows]
+    for key in verdicts.keys() & rows.keys():
+        same = (verdicts[key].get(name) in (None, rows[key].get(name)) for name in Case._fields if rows[key].get(name))
+        if not all(same):
+            other.append(key)
+    if other:
+        raise CoverageError(
+            f"{verdict_file}: its verdicts are not about {file}: question, answer or prediction differ in "
+            f"{named(sorted(other))} of {len(verdicts)}; judge these predictions again (lavis-lstp judge)"
+        )
+
+
+def _name(found: Sequence[Evaluation], titles: Mapping[str, str]) -> None:
+    """The run's title or folder, and as much more as tells two apart."""
+    for one in found:
+        one.name = titles.get(one.run_dir.name) or one.run_dir.resolve().name
+    for more in (lambda one: one.predictions.stem, lambda one: f"judged: {one.verdicts.stem}" if one.verdicts else ""):
+        names = [one.name for one in found]
+        for one in found:
+            if names.count(one.name) > 1 and more(one):
+                one.name = f"{one.name}, {more(one)}"

@@ -1,0 +1,252 @@
+"""Evaluations -> the numbers of the page. Nothing is drawn and nothing is escaped here.
+
+Accuracy, score and intervals are those of `lavis-lstp judge`, paired tests those of `compare`, agreement of judges that
+of `calibrate`. Spans, confidence and time come from what the evaluation wrote of each answer.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from lavis_lstp.errors import CoverageError
+from lavis_lstp.judging.calibrate import calibrate
+from lavis_lstp.judging.compare import ITSELF, Judged, compare
+from lavis_lstp.judging.rows import Row
+from lavis_lstp.judging.scores import score_verdicts
+from lavis_lstp.judging.verdict import JUDGED, OPEN
+from lavis_lstp.metrics.calibration import reliability
+from lavis_lstp.metrics.choice import accuracy
+from lavis_lstp.metrics.grounding import evaluate_spans
+from lavis_lstp.metrics.resampling import RESAMPLES
+from lavis_lstp.report.evaluations import EXACT, Evaluation
+from lavis_lstp.schema import Span
+
+WRONG, UNJUDGED, RIGHT = "wrong", "unjudged", "right"
+MOST_VIDEOS = 50
+VIDEO_SHARES = ((0.0, "none right"), (0.5, "less than half"), (1.0, "half or more"), (2.0, "all right"))
+FOUND_IOU = 0.5
+
+
+def status(one: Judged | None) -> str:
+    """right, wrong or unjudged, of a question that may have no gold answer."""
+    if one is None or one.verdict.status != JUDGED:
+        return UNJUDGED
+    return RIGHT if one.verdict.correct else WRONG
+
+
+def summary(one: Evaluation) -> dict[str, Any]:
+    """Everything about one evaluation."""
+    judged = one.judged
+    verdicts = {key: item.verdict for key, item in judged.items()}
+    rows = {key: item.row for key, item in judged.items()}
+    scored = None
+    if any(verdict.status not in OPEN for verdict in verdicts.values()):
+        scored = score_verdicts(rows, verdicts, one.coverage, resamples=one.resamples, seed=one.seed)
+    chosen = [row for row in one.rows.values() if "options" in row]
+    return {
+        "name": one.name,
+        "letter": one.letter,
+        "questions": len(one.rows),
+        "hidden": len(one.rows) - len(judged),
+        "scored": scored,
+        "has_scores": any(v.score is not None for v in verdicts.values()),
+        "counts": {name: sum(status(item) == name for item in judged.values()) for name in (RIGHT, WRONG, UNJUDGED)},
+        "unparsable": sum(row.get("choice") is None for row in chosen) if chosen else None,
+        "by_category": categories(one),
+        "calibration": calibration(one),
+        "sampler": sampler(one),
+        "latency": latency(one),
+    }
+
+
+def categories(one: Evaluation) -> dict[str, dict[str, Any]]:
+    """Accuracy by kind of question, with Wilson's interval; unjudged answers count as wrong."""
+    right = _right(one)
+    kinds = {key: str(one.rows[key].get("category") or "") for key in right}
+    return accuracy(right, kinds).get("by_category", {}) if right else {}
+
+
+def _right(one: Evaluation) -> dict[str, bool]:
+    """Of what a verdict was asked for."""
+    found = {key: item for key, item in one.judged.items() if item.verdict.status not in OPEN}
+    return {key: status(item) == RIGHT for key, item in found.items()}
+
+
+# ---- several evaluations --------------------------------------------------------------------------------------------
+
+
+def against_first(evaluations: Sequence[Evaluation], resamples: int = RESAMPLES) -> list[dict[str, Any] | None]:
+    """For each evaluation its `compare` with the first; None for the first, and where no question is shared."""
+    found: list[dict[str, Any] | None] = [None]
+    first = evaluations[0]
+    for one in evaluations[1:]:
+        try:
+            found.append(compare(first.judged, one.judged, resamples=resamples, seed=first.seed))
+        except CoverageError as error:
+            found.append({"warnings": [str(error)]})
+    return found
+
+
+def agreements(evaluations: Sequence[Evaluation], resamples: int = RESAMPLES) -> list[dict[str, Any]]:
+    """`calibrate` of each two judges of the same predictions."""
+    found = []
+    for i, a in enumerate(evaluations):
+        for b in evaluations[i + 1 :]:
+            if a.predictions == b.predictions:
+                try:
+                    result = calibrate(a.judged, b.judged, resamples=resamples, seed=a.seed)
+                except CoverageError as error:
+                    result = {"all": None, "warnings": [str(error)]}
+                found.append({"a": a.letter, "b": b.letter, **result})
+    return found
+
+
+def videos(evaluations: Sequence[Evaluation]) -> dict[str, Any] | None:
+    """Right answers by video: those where the first evaluation does worst, and how many do how well."""
+    counts: dict[str, list[list[int]]] = {}
+    for number, one in enumerate(evaluations):
+        for key, right in _right(one).items():
+            name = one.rows[key].get("video_id")
+            if name is not None:
+                pair = counts.setdefault(str(name), [[0, 0] for _ in evaluations])[number]
+                pair[0] += right
+                pair[1] += 1
+    first = {name: pairs[0] for name, pairs in counts.items() if pairs[0][1]}
+    if not first:
+        return None
+    shares = {name: right / count for name, (right, count) in first.items()}
+    spread = {label: 0 for _, label in VIDEO_SHARES}
+    for share in shares.values():
+        spread[next(label for limit, label in VIDEO_SHARES if share <= limit and (share < limit or not limit))] += 1
+    order = sorted(first, key=lambda name: (shares[name], -first[name][1], name))
+    return {
+        "count": len(first),
+        "spread": spread,
+        "rows": [{"video_id": name, "counts": counts[name]} for name in order[:MOST_VIDEOS]],
+    }
+
+
+# ---- one evaluation -------------------------------------------------------------------------------------------------
+
+
+def confidences(row: Row) -> dict[str, float]:
+    """How likely the model took its answer to be, 0..1, by how that is counted."""
+    if row.get("option_log_prob") and row.get("choice"):
+        # of options the likeliest was taken, by mean or sum: the softmax of the one that gives this choice
+        chosen = ord(row["choice"]) - ord("A")
+        for kind in ("mean", "sum"):
+            values = [option[kind] for option in row["option_log_prob"]]
+            if values[chosen] == max(values):
+                return {"option": 1 / math.fsum(math.exp(value - values[chosen]) for value in values)}
+    log_prob = row.get("log_prob")
+    if not isinstance(log_prob, dict) or not log_prob.get("tokens"):
+        return {}
+    return {"answer": min(1.0, math.exp(log_prob["sum"])), "token": min(1.0, math.exp(log_prob["mean"]))}
+
+
+CONFIDENCES = {
+    "option": "the option among the options",
+    "answer": "the whole answer (product of its tokens)",
+    "token": "a token of it (geometric mean)",
+}
+
+
+def calibration(one: Evaluation) -> dict[str, Any]:
+    """`reliability` by kind of confidence, of the answers that were judged."""
+    pairs: dict[str, list[tuple[float, bool]]] = {}
+    for item in one.judged.values():
+        if item.verdict.status == JUDGED:
+            for kind, value in confidences(item.row).items():
+                pairs.setdefault(kind, []).append((value, bool(item.verdict.correct)))
+    return {
+        kind: {"title": CONFIDENCES[kind], "count": len(pairs[kind]), **reliability(*zip(*pairs[kind], strict=True))}
+        for kind in CONFIDENCES
+        if kind in pairs
+    }
+
+
+def sampler(one: Evaluation) -> dict[str, Any] | None:
+    """Spans beside gold spans, their length, the sampler's entropy, and how often the span is the whole video."""
+    rows = {key: row for key, row in one.rows.items() if row.get("span") and row["span"][1] > row["span"][0]}
+    if not rows:
+        return None
+    found: dict[str, Any] = {"spans": len(rows), "gold": None, "entropy": None, "video_share": None}
+    measured = [row for row in rows.values() if row.get("num_frames")]
+    if measured:
+        found["video_share"] = _mean((r["span"][1] - r["span"][0]) / r["num_frames"] for r in measured)
+    gold = {key: row["gold_span"] for key, row in rows.items() if row.get("gold_span")}
+    if gold:
+        found["gold"] = _against_gold(one, {key: rows[key] for key in gold}, gold)
+    asked = [row for row in measured if row.get("entropy")]
+    if asked:
+        most = [math.log2(row["num_frames"]) for row in asked]
+        fallbacks = sum(row["span"] == [0, row["num_frames"]] for row in asked)
+        found["entropy"] = {
+            "questions": len(asked),
+            **{edge: _mean(row["entropy"][edge] for row in asked) for edge in ("start", "end")},
+            "possible": _mean(most),
+            "values": [(row["entropy"]["start"] + row["entropy"]["end"]) / 2 for row in asked],
+            "fallbacks": fallbacks,
+            "fallback_share": fallbacks / len(asked),
+        }
+    return found
+
+
+def _against_gold(one: Evaluation, rows: dict[str, Row], gold: dict[str, Sequence[int]]) -> dict[str, Any]:
+    ious = {key: Span(*row["span"]).iou(Span(*gold[key])) for key, row in rows.items()}
+    covered, inside = [], []
+    for key, row in rows.items():
+        start, end = gold[key]
+        overlap = min(end, row["span"][1]) - max(start, row["span"][0])
+        covered.append(max(0, overlap) / max(1, end - start))
+        frames = {frame for frame in row.get("frame_index", ()) if frame >= 0}
+        if frames:
+            inside.append(sum(start <= frame < end for frame in frames) / len(frames))
+    right = _right(one)
+    halves = {
+        "found": [right[key] for key in ious if key in right and ious[key] >= FOUND_IOU],
+        "missed": [right[key] for key in ious if key in right and ious[key] < FOUND_IOU],
+    }
+    return {
+        **evaluate_spans({key: row["span"] for key, row in rows.items()}, gold),
+        "values": list(ious.values()),
+        "gold_covered": _mean(covered),
+        "frames_inside": _mean(inside) if inside else None,
+        "accuracy": {name: (len(hits), _mean(hits) if hits else None) for name, hits in halves.items()},
+    }
+
+
+def latency(one: Evaluation) -> dict[str, Any] | None:
+    """Milliseconds a question by stage: mean, median and 95th percentile."""
+    if not one.timings:
+        return None
+    stages = dict.fromkeys(name for row in one.timings for name in row if name != "question_id")
+    columns = {name: [1000 * row.get(name, 0.0) for row in one.timings] for name in stages}
+    columns["all"] = [sum(values) for values in zip(*columns.values(), strict=True)]
+    return {name: _spread(values) for name, values in columns.items()}
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    ordered = sorted(values)
+    return {
+        "mean": _mean(values),
+        "median": statistics.median(ordered),
+        "p95": ordered[min(len(ordered) - 1, math.ceil(0.95 * len(ordered)) - 1)],
+    }
+
+
+def _mean(values: Any) -> float:
+    values = list(values)
+    return math.fsum(values) / len(values)
+
+
+def judge_word(judge: str) -> str:
+    """How the page speaks of a judge."""
+    texts = {
+        EXACT: "nobody: exact match",
+        ITSELF: "the right option was chosen",
+    }
+    return texts.get(judge, judge)

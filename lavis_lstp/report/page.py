@@ -1,0 +1,443 @@
+"""Numbers, pictures and questions -> the HTML of a report.
+
+Text from data sets and models goes through Jinja's escaping in tables, and as JSON, which the script shows by
+`textContent`, in the list of questions. Two calls over the same files give equal bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from lavis_lstp import __version__
+from lavis_lstp.ablate import STAGES
+from lavis_lstp.judging.rows import Row
+from lavis_lstp.report import numbers
+from lavis_lstp.report.evaluations import Evaluation
+from lavis_lstp.report.shell import FOLDER, page_of, picture_tag
+
+LOUD = 6
+"""Evaluations in one plot at most; more cannot be told apart."""
+
+
+def question_order(evaluations: Sequence[Evaluation]) -> list[str]:
+    """All question ids, those that the first evaluation got wrong before unjudged and right ones."""
+    keys = list(dict.fromkeys(key for one in evaluations for key in one.rows))
+    rank = {numbers.WRONG: 0, numbers.UNJUDGED: 1, numbers.RIGHT: 2}
+    first = evaluations[0]
+    return sorted(keys, key=lambda key: rank[numbers.status(first.judged.get(key))] if key in first.rows else 3)
+
+
+def write_page(
+    evaluations: Sequence[Evaluation],
+    order: Sequence[str],
+    *,
+    title: str,
+    chosen: tuple[Mapping[tuple[str, int], Sequence[int]], Sequence[str], Sequence[str]],
+    asked: int,
+) -> tuple[str, list[str]]:
+    """The page, and its warnings.
+
+    Args:
+        order: question ids.
+        chosen: as `pictures.chosen_frames` gives it; asked: the number of questions that pictures were asked for.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    runs = [numbers.summary(one) for one in evaluations]
+    against = numbers.against_first(evaluations)
+    agreements = numbers.agreements(evaluations)
+    warnings = _warnings(evaluations, runs, against)
+    places, uris, problems = chosen
+    drawn = {name: [Markup(tag) for tag in tags] for name, tags in _plots(runs).items()}
+    has = {
+        "categories": [
+            (kind, [run["by_category"].get(kind) for run in runs])
+            for kind in sorted({kind for run in runs for kind in run["by_category"]})
+        ],
+        "videos": numbers.videos(evaluations),
+        "calibrated": any(run["calibration"] for run in runs),
+        "agreements": agreements,
+        "sampler": _sampler_rows(runs),
+        "latency": [
+            (stage, [(run["latency"] or {}).get(stage) for run in runs])
+            for stage in _in_order(run["latency"] or {} for run in runs)
+        ],
+    }
+    sections = [("table", "Table")]
+    for key, label in (("categories", "Kinds"), ("videos", "Videos"), ("calibrated", "Calibration")):
+        if has[key] or (key == "calibrated" and agreements):
+            sections.append(("calibration" if key == "calibrated" else key, label))
+    sections += [(key, label) for key, label in (("sampler", "Sampler"), ("latency", "Time")) if has[key]]
+    scored = [run["scored"]["bootstrap"] for run in runs if run["scored"]]
+    environment = Environment(
+        loader=FileSystemLoader(FOLDER),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    body = environment.get_template("report.html").render(
+        title=title,
+        version=__version__,
+        runs=runs,
+        total=len(order),
+        warnings=warnings,
+        sections=[*sections, ("questions", "Questions"), ("runs", "What was run")],
+        table=_table(runs, against),
+        bootstrap=scored[0] if scored else {"resamples": 0, "of": "questions"},
+        plots=drawn,
+        picture_note=_picture_note(places, len(order), asked),
+        missing_pictures=problems,
+        about=[{"letter": one.letter, "name": one.name, "facts": _facts(one)} for one in evaluations],
+        data=_data(evaluations, order, places, uris),
+        **has,
+    )
+    return page_of(title, body, script=(FOLDER / "browse.js").read_text(encoding="utf-8")), warnings
+
+
+def _in_order(mappings: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Stages in the order in which they run, then those nobody knows, "all" last."""
+    names = dict.fromkeys(key for mapping in mappings for key in mapping)
+    known = [name for name in STAGES if name in names]
+    others = [name for name in names if name not in (*STAGES, "all")]
+    return known + others + ["all"] * ("all" in names)
+
+
+def _picture_note(places: Mapping[tuple[str, int], Any], total: int, asked: int) -> str:
+    shown = len({key for key, _ in places})
+    note = f"The frames that were chosen are shown for {shown} of {total} questions"
+    return f"{note}; pictures were asked for of the first {asked}, wrong ones first (--pictures)."
+
+
+def _warnings(
+    evaluations: Sequence[Evaluation], runs: Sequence[Mapping[str, Any]], against: Sequence[Mapping[str, Any] | None]
+) -> list[str]:
+    """What makes a number on this page doubtful."""
+    found = []
+    open_ended = [one for one in evaluations if one.unjudged_by_anyone]
+    if open_ended:
+        letters = f"{', '.join(one.letter for one in open_ended)}: " if len(runs) > 1 else ""
+        found.append(
+            f"{letters}no judge has seen these answers, so right means exact match; for a judge's word: "
+            f"lavis-lstp judge {open_ended[0].predictions.name} --judge ..."
+        )
+    for one, run in zip(evaluations, runs, strict=True):
+        name = f"{one.letter}, {one.name}" if len(runs) > 1 else one.name
+        if run["scored"] is None:
+            found.append(f"{name}: no score: no question has an answer to compare with, or no verdict")
+        elif run["scored"]["partial"]:
+            scored = run["scored"]
+            found.append(
+                f"{name}: PARTIAL, over {scored['num_scored']} of {scored['num_questions']} questions: not the score "
+                "of the data set"
+            )
+        if run["hidden"]:
+            found.append(f"{name}: the answers of {run['hidden']} questions are hidden; these are not scored")
+    for run, result in zip(runs, against, strict=True):
+        found += [f"{runs[0]['letter']} and {run['letter']}: {text}" for text in (result or {}).get("warnings", ())]
+    return found
+
+
+# ---- tables ---------------------------------------------------------------------------------------------------------
+
+
+def _table(runs: Sequence[Mapping[str, Any]], against: Sequence[Mapping[str, Any] | None]) -> list[dict[str, Any]]:
+    """Rows of the first table: a label and a text for each evaluation; those nobody has anything for are left out."""
+
+    def scored(run: Mapping[str, Any], use: Any) -> str | None:
+        return None if run["scored"] is None else use(run["scored"])
+
+    def own(run: Mapping[str, Any], use: Any) -> str | None:
+        return scored(run, use) if run["has_scores"] else None
+
+    found: list[tuple[str, list[str | None]]] = [
+        ("questions", [str(run["questions"]) for run in runs]),
+        ("coverage", [scored(run, _coverage) for run in runs]),
+        ("accuracy", [scored(run, lambda s: _percent(s["accuracy"], s["accuracy_interval"])) for run in runs]),
+    ]
+    if len(runs) > 1:
+        found.append((f"difference to {runs[0]['letter']}, points", [_difference(one, "accuracy") for one in against]))
+        found.append(("p, McNemar", [_p_value(one) for one in against]))
+    found += [
+        ("score, 0 to 5", [own(run, lambda s: _plain(s["score"], s["score_interval"])) for run in runs]),
+        ("accuracy, published style", [own(run, lambda s: _style(s, "accuracy", _percent)) for run in runs]),
+        ("score, published style", [own(run, lambda s: _style(s, "score", _plain)) for run in runs]),
+        ("right, wrong, unjudged", ["{right}, {wrong}, {unjudged}".format(**run["counts"]) for run in runs]),
+        ("unparsable choices", [None if run["unparsable"] is None else str(run["unparsable"]) for run in runs]),
+        ("span IoU", [_from_gold(run, "iou") for run in runs]),
+        ("ECE", [_first_ece(run) for run in runs]),
+        ("ms a question", [None if not run["latency"] else f"{run['latency']['all']['mean']:.1f}" for run in runs]),
+        ("judged by", [scored(run, _judges) for run in runs]),
+    ]
+    return _rows(found)
+
+
+def _rows(found: Sequence[tuple[str, Sequence[str | None]]]) -> list[dict[str, Any]]:
+    return [
+        {"label": label, "cells": ["-" if cell is None else cell for cell in cells]}
+        for label, cells in found
+        if any(cell is not None for cell in cells)
+    ]
+
+
+def _percent(value: float, interval: Sequence[float] | None = None) -> str:
+    text = f"{100 * value:.1f} %"
+    return text if interval is None else f"{text} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+
+
+def _plain(value: float, interval: Sequence[float] | None = None) -> str:
+    return f"{value:.2f}" if interval is None else f"{value:.2f} [{interval[0]:.2f}, {interval[1]:.2f}]"
+
+
+def _style(scored: Mapping[str, Any], name: str, show: Any) -> str | None:
+    published = scored["published_style"]
+    return None if published[name] is None else show(published[name], published[f"{name}_interval"])
+
+
+def _coverage(scored: Mapping[str, Any]) -> str:
+    text = f"{scored['num_scored']} of {scored['num_questions']} ({_percent(scored['coverage'])})"
+    return f"{text}, PARTIAL" if scored["partial"] else text
+
+
+def _judges(scored: Mapping[str, Any]) -> str:
+    return "; ".join(f"{numbers.judge_word(judge)} ({count})" for judge, count in scored["judges"].items())
+
+
+def _difference(result: Mapping[str, Any] | None, name: str) -> str | None:
+    if result is None or name not in result:
+        return None
+    low, high = result[name]["interval"]
+    return f"{100 * result[name]['difference']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+def _p_value(result: Mapping[str, Any] | None) -> str | None:
+    return None if result is None or "mcnemar" not in result else f"{result['mcnemar']['p']:.2g}"
+
+
+def _first_ece(run: Mapping[str, Any]) -> str | None:
+    kind = next(iter(run["calibration"].values()), None)
+    return None if kind is None else f"{kind['ece']:.3f}"
+
+
+def _from_gold(run: Mapping[str, Any], key: str) -> str | None:
+    gold = (run["sampler"] or {}).get("gold")
+    return None if not gold or gold[key] is None else f"{gold[key]:.2f}"
+
+
+def _sampler_rows(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    evidence = [run["sampler"] or {} for run in runs]
+
+    def gold(use: Any) -> list[str | None]:
+        return [use(one["gold"]) if one.get("gold") else None for one in evidence]
+
+    def asked(use: Any) -> list[str | None]:
+        return [use(one["entropy"]) if one.get("entropy") else None for one in evidence]
+
+    def hits(name: str) -> list[str | None]:
+        pairs = [one["gold"]["accuracy"][name] if one.get("gold") else (0, None) for one in evidence]
+        return [None if share is None else f"{_percent(share)} of {count}" for count, share in pairs]
+
+    found = [
+        ("answers with a span", [str(one["spans"]) if one else None for one in evidence]),
+        ("with a gold span", gold(lambda g: str(g["num_scored"]))),
+        ("IoU with the gold span", gold(lambda g: f"{g['iou']:.3f}")),
+        ("IoU of 0.3 or more", gold(lambda g: _percent(g["recall_0.3"], g["recall_0.3_interval"]))),
+        ("IoU of 0.5 or more", gold(lambda g: _percent(g["recall_0.5"], g["recall_0.5_interval"]))),
+        ("coverage: share of the gold span inside the span", gold(lambda g: _percent(g["gold_covered"]))),
+        (
+            "chosen frames inside the gold span",
+            gold(lambda g: None if g["frames_inside"] is None else _percent(g["frames_inside"])),
+        ),
+        ("accuracy where IoU is 0.5 or more", hits("found")),
+        ("accuracy where it is less", hits("missed")),
+        (
+            "share of the video in the span",
+            [None if one.get("video_share") is None else _percent(one["video_share"]) for one in evidence],
+        ),
+        ("answers that asked the sampler", asked(lambda e: str(e["questions"]))),
+        (
+            "entropy of start, of end, bits (the most possible)",
+            asked(lambda e: f"{e['start']:.2f}, {e['end']:.2f} ({e['possible']:.2f})"),
+        ),
+        (
+            "fallbacks: the span is the whole video",
+            asked(lambda e: f"{e['fallbacks']} ({_percent(e['fallback_share'])})"),
+        ),
+    ]
+    return _rows(found) if any(evidence) else []
+
+
+def _facts(one: Evaluation) -> list[tuple[str, str]]:
+    """What was run, from the manifest; nothing that depends on when this page was made."""
+    config, versions = one.manifest.get("config", {}), one.manifest.get("versions", {})
+    model = config.get("model", {})
+    facts = [
+        ("predictions", str(one.predictions)),
+        ("verdicts", str(one.verdicts) if one.verdicts else None),
+        ("model", " ".join(str(model[key]) for key in ("arch", "model_type") if model.get(key))),
+        ("checkpoint", model.get("checkpoint")),
+        ("frames chosen by", (model.get("selector") or {}).get("name")),
+        ("data sets", ", ".join(config.get("datasets") or ())),
+        ("device", one.manifest.get("device")),
+        ("revision", one.manifest.get("git_revision")),
+        ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
+    ]
+    return [(name, ", ".join(map(str, v)) if isinstance(v, list) else str(v)) for name, v in facts if v]
+
+
+# ---- plots ----------------------------------------------------------------------------------------------------------
+
+
+def _plots(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    loud = runs[:LOUD]
+    found: dict[str, list[str]] = {"calibration": [], "sampler": [], "latency": []}
+    for kind in numbers.CONFIDENCES:
+        tables = {run["letter"]: run["calibration"][kind] for run in loud if kind in run["calibration"]}
+        if tables:
+            found["calibration"].append(_reliability_plot(tables))
+    ious = {run["letter"]: run["sampler"]["gold"]["values"] for run in loud if _has(run, "gold")}
+    if ious:
+        found["sampler"].append(_histogram(ious, "IoU of span and gold span", (0.0, 1.0)))
+    entropies = {run["letter"]: run["sampler"]["entropy"]["values"] for run in loud if _has(run, "entropy")}
+    if entropies:
+        most = max(run["sampler"]["entropy"]["possible"] for run in loud if _has(run, "entropy"))
+        found["sampler"].append(_histogram(entropies, "entropy of start and end, mean, bits", (0.0, max(most, 1e-6))))
+    times = {run["letter"]: run["latency"] for run in loud if run["latency"]}
+    if times:
+        found["latency"].append(_stages_plot(times))
+    return found
+
+
+def _has(run: Mapping[str, Any], key: str) -> bool:
+    return bool(run["sampler"] and run["sampler"][key])
+
+
+def _figure(height: float = 3.6) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.0, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _reliability_plot(tables: Mapping[str, Mapping[str, Any]]) -> str:
+    figure, axes = _figure()
+    axes.plot([0, 1], [0, 1], color="#999999", linewidth=1, linestyle="--")
+    title = next(iter(tables.values()))["title"]
+    for letter, table in tables.items():
+        bins = table["bins"]
+        x, y = [row["confidence"] for row in bins], [row["accuracy"] for row in bins]
+        bars = [
+            [max(0.0, v - row["interval"][0]) for v, row in zip(y, bins, strict=True)],
+            [max(0.0, row["interval"][1] - v) for v, row in zip(y, bins, strict=True)],
+        ]
+        axes.errorbar(
+            x,
+            y,
+            yerr=bars,
+            marker="o",
+            markersize=4,
+            capsize=2,
+            label=f"{letter}: ECE {table['ece']:.3f}" if len(tables) > 1 else f"ECE {table['ece']:.3f}",
+        )
+    axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="share of right answers")
+    axes.set_title(f"Confidence of {title}", fontsize=10)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=3, frameon=False)
+    words = "; ".join(f"{letter}: expected calibration error {t['ece']:.3f}" for letter, t in tables.items())
+    return picture_tag(figure, f"Reliability diagram, confidence of {title}. {words}")
+
+
+def _histogram(values: Mapping[str, Sequence[float]], label: str, limits: tuple[float, float]) -> str:
+    figure, axes = _figure()
+    axes.hist(list(values.values()), bins=10, range=limits, label=list(values))
+    axes.set(xlabel=label, ylabel="answers")
+    if len(values) > 1:
+        figure.legend(fontsize=8, loc="outside upper center", ncols=LOUD, frameon=False)
+    means = ", ".join(f"{name}: mean {math.fsum(v) / len(v):.3f}" for name, v in values.items())
+    return picture_tag(figure, f"Histogram of {label}. {means}")
+
+
+def _stages_plot(times: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    figure, axes = _figure(1.2 + 0.4 * len(times))
+    letters = list(times)[::-1]
+    left = [0.0] * len(letters)
+    for stage in _in_order(times.values())[:-1]:
+        widths = [times[letter].get(stage, {}).get("mean", 0.0) for letter in letters]
+        axes.barh(letters, widths, left=left, label=stage.replace("$", r"\$"))
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    axes.set_xlabel("ms a question")
+    figure.legend(fontsize=8, loc="outside upper center", ncols=5, frameon=False)
+    words = "; ".join(f"{letter}: {times[letter]['all']['mean']:.1f} ms" for letter in times)
+    return picture_tag(figure, f"Time by stage. {words}")
+
+
+# ---- the list of questions ------------------------------------------------------------------------------------------
+
+
+def _data(
+    evaluations: Sequence[Evaluation],
+    order: Sequence[str],
+    places: Mapping[tuple[str, int], Sequence[int]],
+    uris: Sequence[str],
+) -> dict[str, Any]:
+    """What the script shows; keys that have nothing are left out."""
+    questions = []
+    for key in order:
+        row = next(one.rows[key] for one in evaluations if key in one.rows)
+        question = {
+            "id": key,
+            "question": str(row.get("question", "")),
+            "answer": None if row.get("answer") is None else str(row["answer"]),
+            "video": row.get("video_id"),
+            "category": row.get("category"),
+            "options": row.get("options"),
+            "runs": [
+                _said(one, key, places.get((key, number))) if key in one.rows else None
+                for number, one in enumerate(evaluations)
+            ],
+        }
+        kept = {name: value for name, value in question.items() if value is not None or name == "answer"}
+        questions.append(kept)
+    runs = [{"letter": one.letter, "name": one.name} for one in evaluations]
+    return {"runs": runs, "questions": questions, "pictures": list(uris)}
+
+
+def _said(one: Evaluation, key: str, pictures: Sequence[int] | None) -> dict[str, Any]:
+    row, judged = one.rows[key], one.judged.get(key)
+    facts = []
+    if row.get("options"):
+        facts.append(f"choice {row.get('choice') or 'unparsable'}")
+    if judged is not None:
+        verdict = judged.verdict
+        if verdict.score is not None:
+            facts.append(f"score {verdict.score}")
+        if verdict.status != "judged":
+            facts.append(verdict.status)
+        if verdict.rule:
+            facts.append(f"rule: {verdict.rule}")
+    facts += [f"confidence {value:.2f}" for value in list(numbers.confidences(row).values())[:1]]
+    if row.get("entropy"):
+        facts.append("entropy {start:.2f}, {end:.2f} bits".format(**row["entropy"]))
+    found = {
+        "status": numbers.status(judged),
+        "said": str(row.get("prediction", "")),
+        "facts": " · ".join(facts),
+        **_where(row),
+        "pictures": pictures,
+    }
+    return {name: value for name, value in found.items() if value is not None and (value != "" or name == "said")}
+
+
+def _where(row: Row) -> dict[str, Any]:
+    """Span, frames and their times."""
+    frames, times = row.get("frame_index") or [], row.get("frame_times") or []
+    return {
+        "span": row.get("span"),
+        "seconds": row.get("span_s"),
+        "gold": row.get("gold_span"),
+        "length": row.get("num_frames"),
+        "frames": sorted({frame for frame in frames if frame >= 0}) or None,
+        "times": times or None,
+    }

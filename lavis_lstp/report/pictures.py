@@ -1,0 +1,232 @@
+"""The frames that were chosen, as small JPEGs, read again from where the evaluation read its videos.
+
+In: evaluations, and which questions. Out: data URIs by question, and a line that says what is not there and why. The
+data set is built from the run's manifest, without flow or spans, so folders, shards and the files of benchmarks are
+all known; `--videos` names another folder, or shards. Only the chosen frames are decoded, each once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from lavis_lstp.data.folder import FolderQuestions, kind_of
+from lavis_lstp.data.shards import ShardQuestions, is_shards
+from lavis_lstp.data.video import VIDEO_ENDINGS, read_frames
+from lavis_lstp.errors import ConfigError, LstpError, VideoError
+from lavis_lstp.judging.rows import Row
+from lavis_lstp.report.evaluations import Evaluation
+from lavis_lstp.report.shell import data_uri
+
+log = logging.getLogger(__name__)
+
+MOST_PROBLEMS = 5
+SIDE = 160  # px, longer side
+QUALITY = 80
+HALF_A_STEP_S = 0.0005
+"""Times in predictions are rounded to a millisecond: so much later it is surely that frame, and not the next."""
+ALONE = {"flow": "none", "flow_root": None, "spans": None, "max_bad_fraction": 1.0, "quarantine": None}
+"""Settings under which a data set needs nothing but its questions and its media."""
+
+
+class Media:
+    """Where the media of questions lie.
+
+    Args:
+        questions: of a folder or of shards; None where nothing is known.
+        files: or files by video_id, of any folder.
+        cwd: folder that relative paths start from, if not the current one.
+    """
+
+    def __init__(
+        self,
+        questions: FolderQuestions | ShardQuestions | None = None,
+        files: Mapping[str, Path] | None = None,
+        cwd: Path | None = None,
+    ):
+        self.questions, self.files, self.cwd = questions, files or {}, cwd
+        self.numbers = {name: i for i, name in enumerate(questions.question_ids())} if questions is not None else {}
+
+    def find(self, key: str, row: Row) -> tuple[Any, Any] | str:
+        """(what equal media have in common, a row of `questions` or a path); or why it is not known."""
+        if self.questions is None:
+            name = str(row.get("video_id", ""))
+            path = self.files.get(name) or self.files.get(f"v_{name}")
+            return "no file has the name of the video" if path is None else (path, path)
+        if key not in self.numbers:
+            return "the run's data set has no such question"
+        try:
+            with _standing_in(self.cwd):
+                entry = self.questions[self.numbers[key]]
+                return "a text has no pictures" if kind_of(entry) == "text" else (self.questions.place(entry), entry)
+        except (LstpError, OSError) as error:
+            return _line(error)
+
+    def read(self, place: Any, entry: Any, times_s: Sequence[float]) -> list[Image.Image]:
+        """Pictures at these times.
+
+        Raises:
+            LstpError, OSError: the medium is missing or cannot be decoded.
+        """
+        if self.questions is None:
+            return _of_video(entry, str(entry), times_s)
+        with _standing_in(self.cwd):
+            stored = self.questions.frames(place)
+            if stored is not None:
+                nearest = [int(np.abs(stored.times_s - time).argmin()) for time in times_s]
+                return [Image.open(io.BytesIO(stored.pictures[i])).convert("RGB") for i in nearest]
+            source, name = self.questions.medium(place)
+            if kind_of(entry) == "image":
+                with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
+                    return [picture.convert("RGB")] * len(times_s)
+            return _of_video(source, name, times_s)
+
+
+def _of_video(source: Any, name: str, times_s: Sequence[float]) -> list[Image.Image]:
+    if isinstance(source, Path) and source.is_dir():  # of pictures, which are read by number alone
+        every = read_frames(source, num=sys.maxsize, name=name)
+        frames = every.frames[[int(np.abs(every.times_s - time).argmin()) for time in times_s]]
+    else:
+        frames = read_frames(source, times_s=[time + HALF_A_STEP_S for time in times_s], name=name).frames
+    return [Image.fromarray(frame.transpose(1, 2, 0)) for frame in frames]
+
+
+def chosen_frames(
+    evaluations: Sequence[Evaluation], keys: Sequence[str], videos: str | None = None
+) -> tuple[dict[tuple[str, int], list[int]], list[str], list[str]]:
+    """Pictures of the frames that each evaluation chose for the questions `keys`.
+
+    Returns:
+        {(question_id, number of the evaluation): a number in the second for each chosen frame, -1 where there is
+        none}, data URIs, and what to say about those that are not there.
+    """
+    wanted: dict[Any, dict[float, list[tuple[str, int, int]]]] = {}
+    entries: dict[Any, tuple[Media, Any]] = {}
+    found: dict[tuple[str, int], list[int]] = {}
+    problems: Counter[str] = Counter()
+    known: dict[str, Media | str] = {}
+    for number, one in enumerate(evaluations):
+        asked = [key for key in keys if any(t is not None for t in one.rows.get(key, {}).get("frame_times") or ())]
+        home = videos or str(one.run_dir.resolve())
+        if asked and home not in known:
+            known[home] = _media(one, videos)
+        for key in asked:
+            media, row = known[home], one.rows[key]
+            lies = media if isinstance(media, str) else media.find(key, row)
+            if isinstance(lies, str):
+                problems[lies] += 1
+                continue
+            found[key, number] = [-1] * len(row["frame_times"])
+            entries[home, lies[0]] = (media, lies[1])
+            for position, time in enumerate(row["frame_times"]):
+                if time is not None:
+                    places = wanted.setdefault((home, lies[0]), {}).setdefault(float(time), [])
+                    places.append((key, number, position))
+    uris: dict[str, int] = {}
+    for name, times in wanted.items():
+        media, entry = entries[name]
+        try:
+            pictures = media.read(name[1], entry, sorted(times))
+        except (LstpError, OSError) as error:
+            problems[_line(error)] += len({key for uses in times.values() for key, *_ in uses})
+            continue
+        for time, picture in zip(sorted(times), pictures, strict=True):
+            place = uris.setdefault(_jpeg(picture), len(uris))
+            for key, number, position in times[time]:
+                found[key, number][position] = place
+    found = {key: places for key, places in found.items() if max(places) >= 0}
+    return found, list(uris), [f"{count} without pictures: {why}" for why, count in problems.most_common(MOST_PROBLEMS)]
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _jpeg(picture: Image.Image) -> str:
+    picture.thumbnail((SIDE, SIDE))
+    raw = io.BytesIO()
+    picture.save(raw, "JPEG", quality=QUALITY)
+    return data_uri(raw.getvalue(), "image/jpeg")
+
+
+# ---- where the videos are -------------------------------------------------------------------------------------------
+
+
+def _media(one: Evaluation, videos: str | None) -> Media | str:
+    """Of an evaluation; or why they are not known."""
+    if videos is not None:
+        if is_shards(videos):
+            return Media(ShardQuestions(videos))
+        folder = Path(videos)
+        if not folder.is_dir():
+            raise ConfigError(f"--videos {videos}: no such folder; expected one with videos, or shards (*.tar)")
+        files = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in (*VIDEO_ENDINGS, ".gif"))
+        return Media(files={path.stem: path for path in files})
+    sections = one.manifest.get("config", {}).get("datasets")
+    if not isinstance(sections, dict):
+        return f"no manifest in {one.run_dir} says where the videos are; name their folder, --videos"
+    split = one.predictions.stem.removesuffix(f"_{one.manifest['config'].get('run', {}).get('task', 'video_qa')}")
+    cwd = Path(one.manifest["cwd"]) if one.manifest.get("cwd") else None
+    reasons = []
+    with _standing_in(cwd):
+        for name, section in sections.items():
+            if not (section.get("build_info", {}).get("annotations") or {}).get(split):
+                continue
+            try:
+                return Media(_questions(name, section, split), cwd=cwd)
+            except (LstpError, OSError) as error:
+                reasons.append(_line(error))
+    return reasons[0] if reasons else f"the run's data sets have no split '{split}'"
+
+
+def _questions(name: str, section: Mapping[str, Any], split: str) -> FolderQuestions | ShardQuestions:
+    """Those of a split, from a section of a run's config.
+
+    Raises:
+        LstpError: files are missing, or the data set is not one of ours.
+    """
+    from lavis_lstp import register
+
+    register()
+    from lavis.common.registry import registry
+    from omegaconf import OmegaConf
+
+    from lavis_lstp.data.builders import ShapesBuilder, VideoQABuilder
+
+    builder = registry.get_builder_class(name)
+    if builder is None or not issubclass(builder, VideoQABuilder):
+        raise VideoError(f"data set '{name}' does not say where its videos are; name their folder, --videos")
+    if issubclass(builder, ShapesBuilder):
+        builder = VideoQABuilder  # the recorded files are looked for, none is generated
+    info = {
+        key: {split: value[split]} if key in ("annotations", "answers") and value and split in value else value
+        for key, value in section["build_info"].items()
+    }
+    processors = {"vis_processor": None, "text_processor": None}
+    changed = {key: value for key, value in {**ALONE, **processors}.items() if key in section}
+    config = OmegaConf.create({**section, **changed, "build_info": info})
+    return builder(config).build_datasets()[split].annotation
+
+
+@contextlib.contextmanager
+def _standing_in(folder: Path | None) -> Iterator[None]:
+    """Paths in a run's config are relative to where it was started."""
+    if folder is None or not folder.is_dir():
+        yield
+        return
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
