@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.server
+import pickle
 import random
 import re
 import threading
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from test_wds_format import write_shard
 from test_wds_loader import COMMON, assert_same, of_files
 from test_wds_verify import media, packed  # noqa: F401 (a fixture)
 
@@ -18,6 +20,7 @@ from lavis_lstp.data.qa_dataset import VideoQADataset
 from lavis_lstp.data.shards import ShardQuestions
 from lavis_lstp.errors import ShardError
 from webdataset_tools import index, storage
+from webdataset_tools.pack import Settings
 from webdataset_tools.verify import verify
 
 QUICK = storage.Retry(attempts=12, wait_s=0.001, timeout_s=0.2)
@@ -28,6 +31,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     Attributes:
         served: (path, first byte, how) of each request.
+        sent: bytes of all answers.
     """
 
     daemon_threads = True
@@ -35,7 +39,7 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self, root: Path, failing=0.0, ranges=True, always=None, ways=("503", "break", "cut", "stall")):
         super().__init__(("127.0.0.1", 0), Handler)
         self.root, self.failing, self.ranges, self.always = root, failing, ranges, always or {}
-        self.ways = ways
+        self.ways, self.sent = ways, 0
         self.chance, self.served = random.Random(7), []
         self.lock = threading.Lock()
 
@@ -67,7 +71,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 return self.send_error(416)
         last = int(asked[2]) if asked and server.ranges and asked[2] else len(raw) - 1
         body = raw[first : last + 1]
-        server.served.append((name, first, how))
+        with server.lock:
+            server.served.append((name, first, how))
+            server.sent += len(body)
         if how == "503":
             return self.send_error(503)
         if how == "break":
@@ -84,8 +90,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def serving(root: Path, **options):
-    server = Server(root, **options)
+def serving(root: Path, kind: type[Server] = Server, **options):
+    server = kind(root, **options)
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     try:
         yield server
@@ -144,6 +150,66 @@ def test_a_set_without_indexes_is_scanned(media, tmp_path):  # noqa: F811
     with serving(tmp_path, failing=0.2) as server:
         dataset = VideoQADataset(ShardQuestions(locations(server, shards), retry=QUICK), **COMMON)
         assert_same(dataset[3], of_files(media)[3])
+
+
+@pytest.fixture
+def bulky(tmp_path) -> list[str]:
+    """Two shards of six samples of 400 kB, without indexes."""
+    for number in range(2):
+        write_shard(tmp_path / f"x-{number:06d}.tar", range(6 * number, 6 * number + 6), content=b"film " * 80_000)
+        (tmp_path / f"x-{number:06d}.index").unlink()
+    return sorted(map(str, tmp_path.glob("*.tar")))
+
+
+def read_whole(questions: ShardQuestions) -> list[tuple[str, bytes]]:
+    rows = list(questions)
+    return [(row["question_id"], questions.medium(questions.place(row))[0]) for row in rows]
+
+
+@pytest.mark.parametrize("failing", [0.0, 0.3])
+def test_the_first_sample_of_a_set_without_indexes_needs_little_of_it(bulky, tmp_path, failing):
+    total = sum(Path(shard).stat().st_size for shard in bulky)
+    with serving(tmp_path, failing=failing, ways=("503", "break", "cut")) as server:
+        questions = ShardQuestions(locations(server, bulky), retry=QUICK)
+        assert len(questions) == 12 and questions[0]["question_id"] == "q0-0"
+        assert server.sent < (0.3 if not failing else 0.6) * total
+        assert read_whole(questions) == read_whole(ShardQuestions(bulky))
+        server.served.clear()
+        again = pickle.loads(pickle.dumps(questions))  # what a loader process starts from
+        assert again[7]["question_id"] == "q7-0"
+        assert len([name for name, *_ in server.served if name.endswith(".tar")]) == 1
+
+
+def test_a_server_without_ranges_is_copied_where_a_folder_is_named(bulky, tmp_path):
+    with serving(tmp_path, ranges=False) as server:
+        with pytest.raises(ShardError, match="Name a folder in shards.cache"):
+            ShardQuestions(locations(server, bulky), retry=QUICK)[0]
+        for _ in range(2):
+            questions = ShardQuestions(locations(server, bulky), retry=QUICK, cache=tmp_path / "cache")
+            assert read_whole(questions) == read_whole(ShardQuestions(bulky))
+        whole = [name for name, *_ in server.served[4:] if name.endswith(".tar")]
+        assert len(list((tmp_path / "cache").glob("*.tar"))) == 2 and len(whole) == 5  # asked twice, copied once
+
+
+def test_scans_agree(media, tmp_path):  # noqa: F811
+    """Headers and JSON give the index that reading everything gives: places, counts, and a video's SHA-256."""
+    shards = packed(media, tmp_path, max_count=2)
+    memory = pytest.importorskip("fsspec").filesystem("memory")
+    memory.pipe("/scans/x-000000.tar", Path(shards[0]).read_bytes())
+    with serving(tmp_path) as server:
+        for place in (shards[0], f"{server.url}/x-000000.tar", "memory://scans/x-000000.tar", f"pipe:cat {shards[0]}"):
+            assert index.scan(place, QUICK, quick=True).samples() == index.scan(shards[0]).samples()
+    stored = packed(media, tmp_path / "frames", settings=Settings(frames=2, size=16))
+    (tmp_path / "frames/x-000000.index").unlink()
+    (tmp_path / "frames/x.manifest.json").unlink()
+    assert index.scan(stored[0], quick=True).members(0)["frames"].sha256 == index.UNKNOWN
+    dataset = VideoQADataset(ShardQuestions(stored), num_frames=2, image_size=16)
+    assert len(dataset[0]["frames"]) == 2
+    damaged = bytearray(Path(shards[0]).read_bytes())
+    damaged[index.scan(shards[0]).members(0)["mp4"].offset + 700] ^= 1
+    (tmp_path / "damaged.tar").write_bytes(damaged)
+    with pytest.raises(ShardError, match="SHA-256"):
+        ShardQuestions([str(tmp_path / "damaged.tar")])[0]
 
 
 @pytest.mark.parametrize(("status", "cause"), [(404, "not found"), (403, "refused"), (500, "connection")])

@@ -6,6 +6,7 @@ is done already, so it may run twice: after a kill, or when a node of the cluste
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -65,6 +66,17 @@ def _processes(function: Callable, jobs: Sequence[Any], workers: int) -> Iterato
                 future.cancel()
 
 
+def _from_folder(folder: str, function: Callable, job: Any) -> Any:
+    """A job as from where the command was called: a node's processes stand elsewhere, and paths may be relative."""
+    try:
+        os.chdir(folder)
+    except OSError as error:
+        raise ConfigError(
+            f"--engine ray: a node cannot enter {folder} ({error.strerror}); all nodes must see the folders of a set"
+        ) from None
+    return function(job)
+
+
 def _ray(function: Callable, jobs: Sequence[Any], address: str) -> Iterator[tuple[int, Any]]:
     try:
         import ray
@@ -78,8 +90,8 @@ def _ray(function: Callable, jobs: Sequence[Any], address: str) -> Iterator[tupl
                 f"--engine ray: no cluster at '{address}' ({error}); start one with `ray start`"
             ) from None
     # A lost node's jobs run again elsewhere, however often nodes are lost; errors of the job itself come at once.
-    remote = ray.remote(max_retries=-1)(function)
-    waiting = {remote.remote(job): number for number, job in enumerate(jobs)}
+    remote = ray.remote(max_retries=-1)(_from_folder)
+    waiting = {remote.remote(os.getcwd(), function, job): number for number, job in enumerate(jobs)}
     while waiting:
         done, _ = ray.wait(list(waiting), num_returns=1)
         number = waiting.pop(done[0])
