@@ -122,6 +122,10 @@ def draws(options: dict) -> None:
         lengths = {"max_new_tokens": 2 if rank else 6, "num_beams": 2}  # one rank's answers end sooner
         for pair in kinds:
             found.append(engine.apply(lambda m, pair=pair: m.answer(mixed(pair[rank]), **lengths)["prediction"]))
+        for pair in kinds:
+            offered = {"options": [["red", "a star"] * (2 if rank else 1)] + [["red"]] * (len(pair[rank]) - 1)}
+            scored = engine.apply(lambda m, pair=pair, offered=offered: m.score_options(mixed(pair[rank]) | offered))
+            found.append([option["mean"] for row in scored["option_log_prob"] for option in row])
     Path(f"{options['output']}.{rank}").write_text(json.dumps(found))
 
 

@@ -65,8 +65,8 @@ def test_the_tiny_recipe_has_one_loss_curve(ranks, data, tmp_path, world_size):
     [("instructblip", "llama", False), ("blip2", "t5", False), ("instructblip", "llama", True)],
 )
 def test_ranks_that_draw_other_kinds_of_samples_do_not_wait_for_ever(ranks, tmp_path, family, language, in_loop):
-    """One rank all text, the other all video, and what else can meet: training and answers of other lengths; with
-    `in_loop` each frame of each video is answered in the step as well."""
+    """One rank all text, the other all video, and what else can meet: training, answers of other lengths, and more
+    options on one rank; with `in_loop` each frame of each video is answered in the step as well."""
     found = {}
     config = {"refinement": {"in_loop": in_loop, "max_new_tokens": 2}}
     for stage in (0, 3):
@@ -77,7 +77,10 @@ def test_ranks_that_draw_other_kinds_of_samples_do_not_wait_for_ever(ranks, tmp_
     for whole, divided in zip(found[0], found[3], strict=True):
         for left, right in zip(whole[:6], divided[:6], strict=True):
             assert left == pytest.approx(right, rel=1e-5, abs=1e-6)
-        assert whole[6:] == divided[6:]
+        assert whole[6:12] == divided[6:12]
+        assert len(whole) == 18
+        for left, right in zip(whole[12:], divided[12:], strict=True):
+            assert left == pytest.approx(right, rel=1e-5, abs=2e-5)
 
 
 def test_adapters_are_all_that_a_checkpoint_holds_and_resume_to_the_bit(ranks, data, tmp_path):

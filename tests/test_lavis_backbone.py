@@ -188,6 +188,18 @@ def test_pictures_and_prompts_matter(hub):
     assert len({round(value.item(), 4) for value in (loss, other_frames, other_prompt)}) == 3
 
 
+@pytest.mark.parametrize("arch", INSTALLED)
+def test_options_are_as_likely_as_when_learnt(hub, arch):
+    """Its classes keep what they have read in their own ways."""
+    model = build(hub, arch, selector=ONE_FRAME).eval()
+    samples = {**batch(), "options": [["red", "a blue circle"], ["star"]]}
+    scored = model.score_options(samples)["option_log_prob"]
+    for option, found in zip(samples["options"][0], scored[0], strict=True):
+        one = {**one_row(samples, 0), "text_output": [option]}
+        with torch.no_grad():
+            assert found["mean"] == pytest.approx(-float(model(one)["lm_loss"]), abs=2e-4)
+
+
 @pytest.mark.parametrize("fusion", ["concat", "mean"])
 @pytest.mark.parametrize("arch", INSTALLED)
 def test_videos_of_several_lengths(hub, arch, fusion):

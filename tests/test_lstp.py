@@ -116,9 +116,9 @@ def test_lm_loss_is_the_mean_over_answer_tokens(family, language):
         expected_from = model(samples)["lm_loss"].item()
         for i in range(3):
             one = row(samples, i)
-            index, _ = model._select(one)
+            index, _ = model.select(one)
             prompt = model.prompts(one)
-            prefix, _ = model._prefix(one, index, prompt)
+            prefix, _ = model.visual_prefix(one, index, prompt)
             answer = model.answer_template.format(answer=ANSWERS[i])
             prompt_ids = torch.tensor([backbone.tokenizer(prompt[0])["input_ids"]])
             answer_ids = torch.tensor([backbone.tokenizer(answer)["input_ids"]])

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_lstp import BACKBONES, batch, model_config, row
+from test_mixed_batches import divide_weights
 from toy import make_runner
 from video_files import numbered_video
 
@@ -21,11 +22,22 @@ from lavis_lstp.files import read_jsonl
 from lavis_lstp.metrics.choice import accuracy, choice_prompt, parse_choice
 from lavis_lstp.metrics.qa import accuracy_interval
 from lavis_lstp.models.backbone import _left_padded
+from lavis_lstp.models.likelihood import IGNORED
 from lavis_lstp.models.lstp import LSTP
 from lavis_lstp.runners.data_order import eval_units
 from lavis_lstp.tasks import VideoQATask
 from lavis_lstp.testing.tiny_benchmarks import write_benchmarks
 
+OPT = {
+    "model_type": "opt",
+    "hidden_size": 64,
+    "ffn_dim": 128,
+    "word_embed_proj_dim": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 1024,
+    "init_std": 0.1,
+}
 OPTIONS = ["red", "the blue one", "a dog", "a dog house"]
 
 # ---- asking and reading -------------------------------------------------------------------------------------------
@@ -174,6 +186,51 @@ def test_an_options_log_probability_is_that_of_learning_it_alone(family, languag
                 loss = model({**row(samples, i), "text_output": [option]})["lm_loss"]
             assert found["mean"] == pytest.approx(-float(loss), abs=2e-4) and found["tokens"] > 1
             assert found["sum"] == pytest.approx(found["mean"] * found["tokens"], rel=1e-4)
+
+
+@pytest.mark.parametrize(("family", "language"), [*BACKBONES, ("blip2", "opt")])
+def test_a_prompt_is_read_once_for_all_its_options(family, language):
+    """And each option is as likely as where prompt and option are read together, whatever else is in the batch."""
+    config = model_config(family, "llama" if language == "opt" else language, selector={"name": "uniform"})
+    if language == "opt":
+        config["backbone"]["config"]["text_config"] = dict(OPT)
+    model = LSTP.from_config(config).eval()
+    samples = {**batch((8, 5, 1)), "options": [["red", "a blue circle", ""], ["star"], ["it is a green star", "red"]]}
+    reader = model.backbone.language_model
+    reader = reader.get_encoder() if model.backbone.is_encoder_decoder else reader
+    widths = []
+    reader.register_forward_pre_hook(
+        lambda _, args, kwargs: widths.append(tuple(kwargs["inputs_embeds"].shape[:2])), with_kwargs=True
+    )
+    scored = model.score_options(samples)
+    assert [rows for rows, width in widths if width > 15] == [3], "the prompts, once"
+    with torch.no_grad():
+        prompts = model.prompts(samples)
+        prefix, mask = model.visual_prefix(samples, scored["frame_index"], prompts)
+        for i, options in enumerate(samples["options"]):
+            for option, found, said in zip(
+                options, scored["option_log_prob"][i], scored["option_greedy"][i], strict=True
+            ):
+                told = [model.answer_template.replace("{answer}", option)]
+                one = slice(i, i + 1)
+                logits, labels = model.backbone._answer_logits(prefix[one], mask[one], prompts[one], told)
+                counted = labels[0] != IGNORED
+                own = logits[0, counted].log_softmax(-1).gather(1, labels[0, counted, None])
+                assert found["tokens"] == int(counted.sum()) > 0
+                assert found["mean"] == pytest.approx(float(own.mean()), rel=1e-6, abs=1e-5)
+                assert said == bool((logits[0, counted].argmax(-1) == labels[0, counted]).all())
+
+
+def test_ranks_weigh_options_equally_often_where_weights_are_divided(monkeypatch):
+    """A rank with fewer options weighs some that do not count while the others go on."""
+    model = LSTP.from_config(model_config(selector={"name": "uniform"})).eval()
+    samples = {**batch((2, 2)), "options": [["red", "blue"], ["star"]]}
+    expected = model.score_options(samples)["option_log_prob"]
+    ran = []
+    model.backbone.language_model.register_forward_pre_hook(lambda *_: ran.append(1))
+    divide_weights(model, monkeypatch, most=4)
+    assert model.score_options(samples)["option_log_prob"] == expected
+    assert len(ran) == 1 + 4
 
 
 def test_mean_and_sum_may_choose_differently_and_equal_ones_give_the_first():

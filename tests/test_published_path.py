@@ -254,7 +254,7 @@ def test_evaluation_gives_the_published_answer(folders, monkeypatch, name):
         fields = flow_fields(count)
         fields[-1] = fields[-2]  # the published code repeats the last pair's
         monkeypatch.setattr(model.flow, "forward", lambda *args, **kwargs: fields[None])
-    flows = record(monkeypatch, model, "_flow")
+    flows = record(monkeypatch, model, "compute_flow")
     features = record(monkeypatch, model.backbone, "_vision")
     tokens = record(monkeypatch, model.backbone, "frame_tokens")
     generated = record(monkeypatch, model.backbone.language_model, "generate")
@@ -389,7 +389,7 @@ def test_refinement_gives_the_published_spans_and_losses(folders, monkeypatch, n
     spans = model.refinement.spans(model, samples)
     starts, ends = case["targets"]
     assert spans.tolist() == [[start, end + 1] for start, end in zip(starts, ends, strict=True)]
-    logits = model._logits(samples)
+    logits = model.sampler_logits(samples)
     found = torch.stack([logits.start_logits, logits.end_logits], dim=-1).detach()
     assert (found - torch.tensor(case["logits"])).abs().max() < TOLERANCE
     with torch.no_grad():

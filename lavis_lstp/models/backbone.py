@@ -23,12 +23,11 @@ from lavis_lstp.models.backbone_loading import (
     load_published,
     untie_as_in,
 )
+from lavis_lstp.models.likelihood import IGNORED
 from lavis_lstp.models.lora import add_lora, matched, merge_lora
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
-IGNORED = -100
-"""Label of a position that takes no part in the loss."""
 
 
 class Backbone(nn.Module):
@@ -185,6 +184,21 @@ class Backbone(nn.Module):
     def _ids(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, truncation=True, max_length=self.max_text_tokens)["input_ids"]
 
+    def answer_ids(self, answers: list[str]) -> list[list[int]]:
+        """Tokens that follow a prompt in a decoder-only model: without their beginning-of-text mark."""
+        return [ids[1:] for ids in self._ids(answers)]
+
+    def decoder_targets(self, answers: list[str], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Of an encoder-decoder model: labels [B,A], IGNORED where there is padding, and what the decoder is given."""
+        target = self._tokenize(self.tokenizer, answers, "right").to(device)
+        labels = target["input_ids"].masked_fill(target["attention_mask"] == 0, IGNORED)
+        return labels, self.language_model.prepare_decoder_input_ids_from_labels(labels=labels)
+
+    def prompt_inputs(self, prefix: Tensor, prefix_mask: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """What the language model reads before the answer: inputs [B,S,D_llm] and their mask, real positions first."""
+        text = self._tokenize(self.tokenizer, prompts, "right").to(prefix.device)
+        return self._with_prefix(prefix, prefix_mask, text["input_ids"], text["attention_mask"])[:2]
+
     def lm_loss(self, prefix: Tensor, prefix_mask: Tensor, prompts: list[str], answers: list[str]) -> Tensor:
         """Cross entropy of the answers' tokens, averaged over all answer tokens of the batch (published behaviour).
 
@@ -196,40 +210,19 @@ class Backbone(nn.Module):
         """
         return _token_loss(*self._answer_logits(prefix, prefix_mask, prompts, answers))
 
-    @torch.no_grad()
-    def answer_log_probs(
-        self, prefix: Tensor, prefix_mask: Tensor, prompts: list[str], answers: list[str]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probability of each answer, end mark included; arguments as for `lm_loss`.
-
-        Returns:
-            sum over the answer's tokens, float32 [B]; their number, int64 [B]; whether each of them is the likeliest
-            after those before it, so that greedy search would give this answer, bool [B].
-        """
-        logits, labels = self._answer_logits(prefix, prefix_mask, prompts, answers)
-        counted = labels != IGNORED
-        log_probs = logits.new_zeros(labels.shape, dtype=torch.float32)
-        log_probs[counted] = -cross_entropy(logits[counted].float(), labels[counted], reduction="none")
-        greedy = ((logits.argmax(2) == labels) | ~counted).all(1)
-        return log_probs.sum(1), counted.sum(1), greedy
-
     def _answer_logits(
         self, prefix: Tensor, prefix_mask: Tensor, prompts: list[str], answers: list[str]
     ) -> tuple[Tensor, Tensor]:
         """Logits [B,S,V], and the labels [B,S] they are of: IGNORED outside the answers."""
         if self.is_encoder_decoder:
-            text = self._tokenize(self.tokenizer, prompts, "right").to(prefix.device)
-            inputs, mask, _ = self._with_prefix(prefix, prefix_mask, text["input_ids"], text["attention_mask"])
-            target = self._tokenize(self.tokenizer, answers, "right").to(prefix.device)
-            labels = target["input_ids"].masked_fill(target["attention_mask"] == 0, IGNORED)
-            begun = self.language_model.prepare_decoder_input_ids_from_labels(labels=labels)
+            inputs, mask = self.prompt_inputs(prefix, prefix_mask, prompts)
+            labels, begun = self.decoder_targets(answers, prefix.device)
             logits = self.language_model(
                 inputs_embeds=inputs, attention_mask=mask, decoder_input_ids=begun, use_cache=False
             ).logits
             return logits, labels
         ids, labels = [], []
-        for prompt, answer in zip(self._ids(prompts), self._ids(answers), strict=True):
-            answer = answer[1:]  # its beginning-of-text mark; the prompt has one
+        for prompt, answer in zip(self._ids(prompts), self.answer_ids(answers), strict=True):
             ids.append(torch.tensor(prompt + answer))
             labels.append(torch.tensor([IGNORED] * len(prompt) + answer))
         real = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True).to(prefix.device)
@@ -271,8 +264,7 @@ class Backbone(nn.Module):
     @torch.no_grad()
     def _generate(self, prefix: Tensor, prefix_mask: Tensor, prompts: list[str], **settings):
         """What transformers' `generate` gives: ids of the answers [B,S], or with return_dict_in_generate more."""
-        text = self._tokenize(self.tokenizer, prompts, "right").to(prefix.device)
-        inputs, mask, _ = self._with_prefix(prefix, prefix_mask, text["input_ids"], text["attention_mask"])
+        inputs, mask = self.prompt_inputs(prefix, prefix_mask, prompts)
         if not self.is_encoder_decoder:
             inputs, mask = _left_padded(inputs, mask)
         with torch.compiler.set_stance("force_eager"):  # lengths change with each token: nothing would be reused

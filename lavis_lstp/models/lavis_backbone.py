@@ -93,10 +93,8 @@ class LavisBackbone(Backbone):
         """As the parent's; LAVIS's copy of OPT goes on from token ids behind `query_embeds`, not from embeddings."""
         if not self._behind_queries:
             return super()._generate(prefix, prefix_mask, prompts, **settings)
-        text = self._tokenize(self.tokenizer, prompts, "right").to(prefix.device)
-        inputs, mask, _ = self._with_prefix(prefix, prefix_mask, text["input_ids"], text["attention_mask"])
-        inputs, mask = _left_padded(inputs, mask)
-        last = text["input_ids"].gather(1, text["attention_mask"].sum(1, keepdim=True) - 1)
+        inputs, mask = _left_padded(*self.prompt_inputs(prefix, prefix_mask, prompts))
+        last = torch.tensor([ids[-1:] for ids in self._ids(prompts)], device=inputs.device)
         made = self.language_model.generate(
             input_ids=last,
             query_embeds=inputs[:, :-1],

@@ -7,9 +7,8 @@ Source: LSTP, arXiv 2402.16050.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import torch
 from lavis.common.registry import registry
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from lavis_lstp.errors import ConfigError, unknown_name
 from lavis_lstp.models import parts
+from lavis_lstp.models.answering import answer, score_options
 from lavis_lstp.models.backbone import Backbone
 from lavis_lstp.models.building import build_parts, check_settings
 from lavis_lstp.models.frame_fusion import FrameFusion
@@ -174,7 +174,7 @@ class LSTP(BaseModel):
         losses = {"lm_loss": zero, "span_loss": zero}
         logits = None
         if "span" in self.losses:
-            logits = self._logits(samples)
+            logits = self.sampler_logits(samples)
             losses["span_loss"] = span_loss(
                 logits.start_logits,
                 logits.end_logits,
@@ -183,9 +183,9 @@ class LSTP(BaseModel):
                 mask_padding=self.mask_padding,
             )
         if "lm" in self.losses:
-            frame_index, _ = self._select(samples, logits)
+            frame_index, _ = self.select(samples, logits)
             prompts = self.prompts(samples)
-            prefix, prefix_mask = self._prefix(samples, frame_index, prompts)
+            prefix, prefix_mask = self.visual_prefix(samples, frame_index, prompts)
             answers = [self.answer_template.replace("{answer}", a) for a in samples["text_output"]]
             losses["lm_loss"] = self.backbone.lm_loss(prefix, prefix_mask, prompts, answers)
         return {"loss": losses["lm_loss"] + losses["span_loss"], **losses}
@@ -216,7 +216,7 @@ class LSTP(BaseModel):
 
     # ---- the path from frames to a prefix -----------------------------------------------------------------------
 
-    def _flow(self, samples: Mapping) -> Tensor:
+    def compute_flow(self, samples: Mapping) -> Tensor:
         """[B,T,2,S,S]; of a video that several questions are about it is computed once."""
         first, which = distinct_media(samples)
         frames, mask, given = (
@@ -226,7 +226,7 @@ class LSTP(BaseModel):
         with torch.no_grad():
             return self.flow(frames, mask, flow=given)[which.to(self.device)]
 
-    def _logits(self, samples: Mapping, flow: Tensor | None = None) -> SamplerOutput:
+    def sampler_logits(self, samples: Mapping, flow: Tensor | None = None) -> SamplerOutput:
         """Start and end logits [B,T] of the videos; 0 for images and texts, which do not reach the sampler.
 
         With several ranks a batch without a video runs the sampler on a blank one, times 0: each rank must run the
@@ -251,7 +251,7 @@ class LSTP(BaseModel):
         return SamplerOutput(None, start, end)
 
     def _video_logits(self, samples: Mapping, flow: Tensor | None = None) -> SamplerOutput:
-        flow = self._flow(samples) if flow is None else flow
+        flow = self.compute_flow(samples) if flow is None else flow
         texts = [self.sampler_prompt.replace("{question}", q) for q in samples["text_input"]]
         tokens = self.sampler_tokenizer(
             texts,
@@ -266,11 +266,11 @@ class LSTP(BaseModel):
         with grad:
             return self.sampler(flow, mask, tokens["input_ids"], tokens["attention_mask"], mode=self.sampler_mode)
 
-    def _select(self, samples: Mapping, logits: SamplerOutput | None = None) -> tuple[Tensor, Tensor]:
+    def select(self, samples: Mapping, logits: SamplerOutput | None = None) -> tuple[Tensor, Tensor]:
         """K frame indices, -1 where a sample has none, and the span they come from."""
         if self.selector.needs_logits and logits is None:
             with torch.no_grad():
-                logits = self._logits(samples)
+                logits = self.sampler_logits(samples)
         return self.selector(
             samples["frame_mask"].cpu(),
             start_logits=None if logits is None else logits.start_logits,
@@ -301,7 +301,7 @@ class LSTP(BaseModel):
             return [torch.Generator().manual_seed(seed) for seed in seeds]
         return sample_generators(samples.get("question_id") or samples["text_input"], self.seed)
 
-    def _prefix(self, samples: Mapping, frame_index: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor]:
+    def visual_prefix(self, samples: Mapping, frame_index: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """The frames at `frame_index` [B,K] -> visual prefix [B,S,D_llm] and its mask [B,S].
 
         The vision tower looks at a frame once, however many questions chose it; the Q-Former does where it does not
@@ -345,15 +345,14 @@ class LSTP(BaseModel):
             span int64 [B,2], half-open; frame_index int64 [B,K], sorted; and, where the selector or the span loss
             uses the sampler, start_logits and end_logits float32 [B,T].
         """
-        logits = self._logits(samples) if self.selector.needs_logits or "span" in self.losses else None
-        frame_index, span = self._select(samples, logits)
+        logits = self.sampler_logits(samples) if self.selector.needs_logits or "span" in self.losses else None
+        frame_index, span = self.select(samples, logits)
         found = {"span": span, "frame_index": frame_index}
         if logits is not None:
             found["start_logits"] = logits.start_logits.float().cpu()
             found["end_logits"] = logits.end_logits.float().cpu()
         return found
 
-    @torch.no_grad()
     def answer(self, samples: Mapping, prompt: str | None = None, **generation) -> dict:
         """Everything an answer is made of.
 
@@ -366,14 +365,8 @@ class LSTP(BaseModel):
             [B,2], frame_index [B,K], start_logits and end_logits where there are any, flow [B,T,2,S,S] where it was
             needed, and seconds by stage (of the whole batch).
         """
-        result, prefix, mask = self._look(samples, prompt)
-        with self._timed(result["seconds"], "language"):
-            settings = {**self.generation, **generation}
-            texts, sums, counts = self.backbone.generate_scored(prefix, mask, result["prompt"], **settings)
-        result["prediction"], result["log_prob"] = texts, _log_probs(sums, counts)
-        return result
+        return answer(self, samples, prompt, {**self.generation, **generation})
 
-    @torch.no_grad()
     def score_options(self, samples: Mapping, prompt: str | None = None) -> dict:
         """How likely each of `samples["options"]` is as the answer.
 
@@ -381,51 +374,7 @@ class LSTP(BaseModel):
             as `answer`, but in place of prediction and log_prob, for each row and each of its options, option_log_prob,
             and option_greedy: whether greedy search would give just this option.
         """
-        result, prefix, mask = self._look(samples, prompt)
-        pairs = [(row, option) for row, options in enumerate(samples["options"]) for option in options]
-        scored: list[list[dict]] = [[] for _ in samples["options"]]
-        greedy: list[list[bool]] = [[] for _ in samples["options"]]
-        with self._timed(result["seconds"], "language"):
-            size = len(scored)  # no more rows at once than questions: memory is that of answering
-            for part in (pairs[i : i + size] for i in range(0, len(pairs), size)):
-                rows = torch.tensor([row for row, _ in part], device=prefix.device)
-                answers = [self.answer_template.replace("{answer}", option) for _, option in part]
-                asked = [result["prompt"][row] for row, _ in part]
-                sums, counts, likeliest = self.backbone.answer_log_probs(prefix[rows], mask[rows], asked, answers)
-                for (row, _), log_prob, said in zip(part, _log_probs(sums, counts), likeliest.tolist(), strict=True):
-                    scored[row].append(log_prob)
-                    greedy[row].append(said)
-        result["option_log_prob"], result["option_greedy"] = scored, greedy
-        return result
-
-    def _look(self, samples: Mapping, prompt: str | None) -> tuple[dict, Tensor, Tensor]:
-        """Everything before the language model: the result so far, visual prefix and its mask."""
-        seconds: dict[str, float] = {}
-        result: dict = {"prompt": self.prompts(samples, prompt), "seconds": seconds}
-        logits = None
-        if self.selector.needs_logits:
-            if moves(samples).any():
-                with self._timed(seconds, "flow"):
-                    result["flow"] = self._flow(samples)
-            with self._timed(seconds, "sampler"):
-                logits = self._logits(samples, result.get("flow"))
-                result["start_logits"] = logits.start_logits.float().cpu()
-                result["end_logits"] = logits.end_logits.float().cpu()
-        with self._timed(seconds, "selection"):
-            result["frame_index"], result["span"] = self._select(samples, logits)
-        with self._timed(seconds, "vision"):
-            prefix, mask = self._prefix(samples, result["frame_index"], result["prompt"])
-        return result, prefix, mask
-
-    @contextmanager
-    def _timed(self, seconds: dict[str, float], stage: str):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        start = time.perf_counter()
-        yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
+        return score_options(self, samples, prompt)
 
     def generate(
         self,
@@ -475,12 +424,6 @@ class LSTP(BaseModel):
     def pseudo_scores(self, samples: Mapping, rows: int = ROWS) -> Tensor:
         """How well each frame alone answers the question, float32 [B,T] of 0..1; see `refinement.pseudo_scores`."""
         return pseudo_scores(self, samples, self.generation, rows)
-
-
-def _log_probs(sums: Tensor, counts: Tensor) -> list[dict[str, float | int]]:
-    """sum, mean and number of tokens, rounded to what float32 says."""
-    pairs = zip(sums.tolist(), counts.tolist(), strict=True)
-    return [{"sum": round(s, 5), "mean": round(s / max(1, n), 5), "tokens": n} for s, n in pairs]
 
 
 def register_models(names: Iterable[str] = tuple(MODEL_TYPES)) -> None:

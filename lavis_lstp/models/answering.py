@@ -1,0 +1,90 @@
+"""From samples to answers, or to how likely given answers are, with the evidence and the seconds of each stage.
+
+In: the model and a batch. Out: a dict of everything an answer is made of. Frames are looked at once for all questions
+about a video, prompts are read once for all options of a question.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from lavis_lstp.models.likelihood import ReadPrompts
+from lavis_lstp.models.rows import in_pieces, moves
+
+
+@torch.no_grad()
+def answer(model: nn.Module, samples: Mapping, prompt: str | None, generation: Mapping) -> dict:
+    """See `LSTP.answer`.
+
+    Args:
+        model: an LSTP.
+        prompt: template to use instead of the config's.
+        generation: transformers' generation arguments.
+    """
+    result, prefix, mask = look(model, samples, prompt)
+    with timed(model, result["seconds"], "language"):
+        texts, sums, counts = model.backbone.generate_scored(prefix, mask, result["prompt"], **generation)
+    result["prediction"], result["log_prob"] = texts, rounded(sums, counts)
+    return result
+
+
+@torch.no_grad()
+def score_options(model: nn.Module, samples: Mapping, prompt: str | None) -> dict:
+    """See `LSTP.score_options`; arguments as for `answer`."""
+    result, prefix, mask = look(model, samples, prompt)
+    options = samples["options"]
+    pairs = [(row, option) for row, own in enumerate(options) for option in own]
+    scored: dict[str, list[list]] = {key: [[] for _ in options] for key in ("option_log_prob", "option_greedy")}
+    with timed(model, result["seconds"], "language"):
+        read = ReadPrompts(model.backbone, prefix, mask, result["prompt"])
+        # no more rows at once than questions: memory is that of answering
+        for part in in_pieces(pairs, len(options), model):
+            asked = part or [(0, "")]  # where the other ranks have more options to weigh than this one
+            answers = [model.answer_template.replace("{answer}", option) for _, option in asked]
+            sums, counts, greedy = read.log_probs([row for row, _ in asked], answers)
+            for (row, _), log_prob, said in zip(part, rounded(sums, counts), greedy.tolist(), strict=False):
+                scored["option_log_prob"][row].append(log_prob)
+                scored["option_greedy"][row].append(said)
+    return {**result, **scored}
+
+
+def look(model: nn.Module, samples: Mapping, prompt: str | None) -> tuple[dict, Tensor, Tensor]:
+    """Everything before the language model: the result so far, visual prefix and its mask."""
+    seconds: dict[str, float] = {}
+    result: dict = {"prompt": model.prompts(samples, prompt), "seconds": seconds}
+    logits = None
+    if model.selector.needs_logits:
+        if moves(samples).any():
+            with timed(model, seconds, "flow"):
+                result["flow"] = model.compute_flow(samples)
+        with timed(model, seconds, "sampler"):
+            logits = model.sampler_logits(samples, result.get("flow"))
+            result["start_logits"] = logits.start_logits.float().cpu()
+            result["end_logits"] = logits.end_logits.float().cpu()
+    with timed(model, seconds, "selection"):
+        result["frame_index"], result["span"] = model.select(samples, logits)
+    with timed(model, seconds, "vision"):
+        prefix, mask = model.visual_prefix(samples, result["frame_index"], result["prompt"])
+    return result, prefix, mask
+
+
+@contextmanager
+def timed(model: nn.Module, seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Adds the seconds that something takes; a GPU's work is waited for."""
+    wait = torch.cuda.synchronize if model.device.type == "cuda" else lambda device: None
+    wait(model.device)
+    start = time.perf_counter()
+    yield
+    wait(model.device)
+    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+def rounded(sums: Tensor, counts: Tensor) -> list[dict[str, float | int]]:
+    """sum, mean and number of tokens, as precise as float32 is."""
+    pairs = zip(sums.tolist(), counts.tolist(), strict=True)
+    return [{"sum": round(s, 5), "mean": round(s / max(1, n), 5), "tokens": n} for s, n in pairs]
