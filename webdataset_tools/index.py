@@ -15,6 +15,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,14 +23,18 @@ import numpy as np
 
 from lavis_lstp.errors import ShardError
 from lavis_lstp.files import write_json
-from webdataset_tools.format import JSON_LIMIT, VERSION, check_sample, parse_json, sorted_header
-from webdataset_tools.storage import RETRY, Retry, beside, open_stream, read_all, read_at
+from webdataset_tools.format import JSON_LIMIT, MEDIA_MEMBERS, VERSION, check_sample, parse_json, sorted_header
+from webdataset_tools.storage import RETRY, Retry, beside, open_scan, open_stream, read_all, read_at
 from webdataset_tools.tar import Member, TarScan, samples
 
 INDEX_FORMAT = "lavis_lstp.shard_index"
 MANIFEST_FORMAT = "lavis_lstp.shards"
 INDEX_SUFFIX = ".index"
 MANIFEST_SUFFIX = ".manifest.json"
+UNKNOWN = bytes(32)
+"""In place of the SHA-256 of a member that was not read."""
+AT_ONCE = 16
+"""Shards whose indexes are fetched, or that are scanned, at the same time."""
 
 
 class Sample(NamedTuple):
@@ -207,31 +212,44 @@ def sample_of(key: str, members: Mapping[str, Member], value: Mapping[str, Any] 
     return Sample(key, tuple(members.items()), ids, kind, float(value.get("duration_s", 0.0)))
 
 
-def scan(location: str, retry: Retry = RETRY) -> ShardIndex:
-    """The index of a shard that has none: reads all of it.
+def scan(location: str, retry: Retry = RETRY, *, quick: bool = False) -> ShardIndex:
+    """The index of a shard that has none.
+
+    Args:
+        quick: read headers and JSON and skip the rest, which over HTTP is about one request of 16 KiB a sample; a
+            medium's SHA-256 is then the one that its JSON states, and that of frames, flow and spans is UNKNOWN. Else
+            all of it is read.
 
     Raises:
         ShardError: the tar is damaged, or a sample's json is not of the form.
     """
     found, size = [], 0
-    with open_stream(location, retry) as stream:
+    with (open_scan if quick else open_stream)(location, retry) as stream:
         tar = TarScan(stream, location)
         for key, group in samples(tar):
             members, value = {}, None
             for name, member in group:
+                digest = UNKNOWN
                 if name == "json":
                     raw = tar.content(JSON_LIMIT)
                     value = parse_json(raw, f"{location}, {member.name}")
                     check_sample(value, f"{location}, {member.name}", key)
-                    digest = hashlib.sha256(raw)
-                else:
-                    digest = hashlib.sha256()
-                    for block in tar.blocks():
-                        digest.update(block)
-                members[name] = member._replace(sha256=digest.digest())
+                    digest = hashlib.sha256(raw).digest()
+                elif not quick:
+                    digest = _digest(tar)
+                members[name] = member._replace(sha256=digest)
                 size = member.offset + member.size
+            for name in members.keys() & set(MEDIA_MEMBERS) if quick and value and "sha256" in value else ():
+                members[name] = members[name]._replace(sha256=bytes.fromhex(value["sha256"]))
             found.append(sample_of(key, members, value))
     return build(found, size + -size % 512 + 1024)
+
+
+def _digest(tar: TarScan) -> bytes:
+    digest = hashlib.sha256()
+    for block in tar.blocks():
+        digest.update(block)
+    return digest.digest()
 
 
 # ---------------------------------------------------------------- sets
@@ -285,12 +303,15 @@ class ShardSet:
         shards: locations, as `storage.expand` gives them. Their indexes lie beside them; a shard without one is
             scanned here, once.
         check: compare what is read with its SHA-256.
+        quick: how shards are scanned, see `scan`.
     """
 
-    def __init__(self, shards: Sequence[str], *, retry: Retry = RETRY, check: bool = True):
+    def __init__(self, shards: Sequence[str], *, retry: Retry = RETRY, check: bool = True, quick: bool = False):
         self.shards = list(shards)
         self.retry = retry
         self.check = check
+        self.quick = quick
+        self._scanned: dict[int, ShardIndex] = {}  # goes along to other processes, where indexes are read again
         self._load = functools.lru_cache(maxsize=None)(self._index)
         self.entries = self._entries()
         counts = np.array([entry["questions"] for entry in self.entries], dtype=np.int64)
@@ -318,6 +339,10 @@ class ShardSet:
                 continue
             folder = location[: location.rfind("/") + 1]
             known.update({folder + entry["name"]: entry for entry in entries})
+        missing = [n for n, shard in enumerate(self.shards) if shard not in known]
+        if missing:
+            with ThreadPoolExecutor(min(AT_ONCE, len(missing))) as pool:
+                list(pool.map(self.index, missing))
         return [known.get(shard) or shard_entry(shard, self.index(n)) for n, shard in enumerate(self.shards)]
 
     def index(self, shard: int) -> ShardIndex:
@@ -325,6 +350,8 @@ class ShardSet:
 
     def _index(self, shard: int) -> ShardIndex:
         location = self.shards[shard]
+        if shard in self._scanned:
+            return self._scanned[shard]
         if not location.startswith("pipe:"):
             place = beside(location, INDEX_SUFFIX)
             try:
@@ -332,7 +359,8 @@ class ShardSet:
             except ShardError as error:
                 if error.cause != "not found":
                     raise
-        return scan(location, self.retry)
+        self._scanned[shard] = scan(location, self.retry, quick=self.quick)
+        return self._scanned[shard]
 
     def locate(self, question: int) -> tuple[int, int, int]:
         """(shard, sample, question of the sample)."""
@@ -366,7 +394,7 @@ class ShardSet:
                 content[name] = data[member.offset - start : member.offset - start + member.size]
         if self.check:
             for name, raw in content.items():
-                if hashlib.sha256(raw).digest() != members[name].sha256:
+                if members[name].sha256 not in (UNKNOWN, hashlib.sha256(raw).digest()):
                     raise ShardError(f"{location}, {members[name].name}: its SHA-256 is not the index's", "hash")
         return content
 

@@ -33,6 +33,8 @@ from lavis_lstp.errors import ConfigError, ShardError
 logger = logging.getLogger(__name__)
 
 MOST_SHARDS = 1_000_000
+SCAN_BLOCK = 16 << 10
+"""Bytes asked for at once where little of a file is wanted: the end of a video, its JSON and the next header."""
 PASSING = (408, 425, 429, 500, 502, 503, 504)
 
 
@@ -131,10 +133,8 @@ def read_at(location: str, offset: int, size: int, retry: Retry = RETRY) -> byte
         raise ShardError(f"{location}: a pipe has no offsets; it can only be streamed", "pipe")
     if kind == "file":
         data = _local(location, lambda file: _pread(file, offset, size))
-    elif kind == "http":
-        data = _again(location, retry, lambda: _http_range(location, offset, size, retry.timeout_s))
     else:
-        data = _again(location, retry, lambda: _fsspec(location).cat_file(_strip(location), offset, offset + size))
+        data = _up_to(location, offset, size, retry)
     if len(data) != size:
         raise ShardError(f"{location}: {len(data)} of {size} bytes at offset {offset}; truncated", "truncated")
     return data
@@ -169,6 +169,35 @@ def open_stream(location: str, retry: Retry = RETRY) -> Iterator[BinaryIO]:
     else:
         with _again(location, retry, lambda: _fsspec(location).open(_strip(location), "rb")) as file:
             yield file
+
+
+@contextlib.contextmanager
+def open_scan(location: str, retry: Retry = RETRY) -> Iterator[BinaryIO]:
+    """A shard from its beginning, of which little is wanted: what is skipped is not transferred, where that can be."""
+    if scheme(location) in ("file", "pipe") or not knows_ranges(location, retry):
+        with open_stream(location, retry) as stream:
+            yield stream
+    else:
+        with _Ranges(location, retry) as raw:
+            yield io.BufferedReader(raw, SCAN_BLOCK)
+
+
+def knows_ranges(location: str, retry: Retry = RETRY) -> bool:
+    """Whether a remote place gives a part of a file when asked for it."""
+    try:
+        _up_to(location, 0, 1, retry)
+    except ShardError as error:
+        if error.cause != "refused":
+            raise
+        return False
+    return True
+
+
+def _up_to(location: str, offset: int, size: int, retry: Retry) -> bytes:
+    """Bytes from `offset` on, fewer where the file ends before."""
+    if scheme(location) == "http":
+        return _again(location, retry, lambda: _http_range(location, offset, size, retry.timeout_s))
+    return _again(location, retry, lambda: _fsspec(location).cat_file(_strip(location), offset, offset + size))
 
 
 def _pread(file: BinaryIO, offset: int, size: int) -> bytes:
@@ -248,8 +277,8 @@ def _http_range(location: str, offset: int, size: int, timeout_s: float) -> byte
         with urllib.request.urlopen(_request(location, headers), timeout=timeout_s) as response:
             if response.status != 206:
                 raise ShardError(
-                    f"{location}: the server answers range requests with {response.status}; expected 206. Copy the "
-                    "shards to this machine, or serve them by a server that knows ranges",
+                    f"{location}: the server answers range requests with {response.status}; expected 206. Name a "
+                    "folder in shards.cache, to which they are copied, or serve them by a server that knows ranges",
                     "refused",
                 )
             data, stated = response.read(), response.headers.get("Content-Range", "")
@@ -264,6 +293,34 @@ def _http_range(location: str, offset: int, size: int, timeout_s: float) -> byte
     if len(data) != int(found[2]) - offset + 1:
         raise http.client.IncompleteRead(data, size - len(data))
     return data
+
+
+class _Ranges(io.RawIOBase):
+    """A remote file read in pieces, wherever one seeks to."""
+
+    def __init__(self, location: str, retry: Retry):
+        self.location, self.retry, self.at = location, retry, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        if whence == os.SEEK_END:
+            raise io.UnsupportedOperation("its end is not known")
+        self.at = offset + (self.at if whence == os.SEEK_CUR else 0)
+        return self.at
+
+    def tell(self) -> int:
+        return self.at
+
+    def readinto(self, buffer) -> int:
+        data = _up_to(self.location, self.at, len(buffer), self.retry)
+        buffer[: len(data)] = data
+        self.at += len(data)
+        return len(data)
 
 
 class _HttpStream(io.RawIOBase):

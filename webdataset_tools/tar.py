@@ -23,6 +23,7 @@ from webdataset_tools.format import by_member, split_member
 
 BLOCK = 512
 COPY = 1 << 20
+SKIP = 16 << 10
 END = bytes(2 * BLOCK)
 LONG_NAME_LIMIT = 64 << 10
 _DATA = (tarfile.REGTYPE, tarfile.AREGTYPE)
@@ -177,7 +178,7 @@ class _Counted:
         return data
 
     def skip(self, size: int, what: str) -> None:
-        if self.seekable and size > COPY:
+        if self.seekable and size > SKIP:
             self.stream.seek(size - 1, os.SEEK_CUR)
             self.at += size - 1
             size = 1  # reading the last byte tells whether it is there

@@ -3,7 +3,8 @@
 In: locations of shards: paths, http(s) addresses, what fsspec opens, `pipe:` commands. Out: entries as annotation files
 hold them, and the bytes of their media. With an index beside each shard, question n is one read at an offset, so shards
 are map-style data: order, exactly-once and resume are those of `runners.data_order`, for any number of ranks and
-workers. What has no index is scanned when the run starts; a pipe, which has no offsets, is first copied to a folder.
+workers. Of what has no index, headers and JSON are read when the run starts, because that order needs to know how many
+there are; a pipe, which has no offsets, is first copied to a folder.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import logging
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -25,10 +28,11 @@ from lavis_lstp.data.video import read_flow_file
 from lavis_lstp.errors import AnnotationError, ConfigError, ShardError
 from webdataset_tools.format import MEDIA_MEMBERS, StoredFrames, check_sample, parse_flow, parse_frames, parse_json
 from webdataset_tools.index import ShardSet
-from webdataset_tools.storage import RETRY, Retry, expand, open_stream, scheme
+from webdataset_tools.storage import RETRY, Retry, expand, knows_ranges, open_stream, scheme
 
 logger = logging.getLogger(__name__)
 
+COPIES_AT_ONCE = 4
 KEPT = 8
 """Samples whose bytes a loader process keeps: the questions of one are often asked one after the other."""
 
@@ -72,7 +76,7 @@ class ShardQuestions(Sequence):
         kind: video, image or text: take these alone and leave others to other data sets; None = all.
         flow: locations of a parallel set with the samples' flow, where it is not in the shards themselves.
         flow_root: folder written by `lavis-lstp flow`, instead.
-        cache: folder that pipes are copied to.
+        cache: folder that pipes are copied to, and what a server has that knows no ranges.
         check: compare what is read with its SHA-256.
         section: of the configuration, for messages.
 
@@ -94,8 +98,8 @@ class ShardQuestions(Sequence):
     ):
         self.section = section
         self._flow_root = flow_root
-        self._set = ShardSet(_seekable(expand(storage), cache, retry, section), retry=retry, check=check)
-        self._flow = ShardSet(expand(flow), retry=retry, check=check) if flow else None
+        self._set = ShardSet(_seekable(expand(storage), cache, retry, section), retry=retry, check=check, quick=True)
+        self._flow = ShardSet(expand(flow), retry=retry, check=check, quick=True) if flow else None
         self.kinds = {kind} if kind else self._set.kinds()
         self._numbers, self.blocks = self._choose(kind)
         if not len(self):
@@ -302,7 +306,7 @@ class ShardQuestions(Sequence):
                 f"expected {num_frames}; make it again with `python -m webdataset_tools flow`",
                 "flow",
             )
-        return flow.astype(np.float16)
+        return flow.astype(np.float16, copy=False)
 
 
 def unpack_frames(
@@ -330,24 +334,30 @@ def unpack_frames(
         picture = cv2.imdecode(np.frombuffer(raw, np.uint8), cv2.IMREAD_COLOR)
         if picture is None or picture.shape != (size, size, 3):
             raise ShardError(f"{name}.frames: frame {number} cannot be decoded", "frames")
-        frames[number] = picture[:, :, ::-1].transpose(2, 0, 1)
+        cv2.split(picture, list(frames[number, ::-1]))  # BGR, straight into the planes
     return frames
 
 
 def _seekable(shards: Sequence[str], cache: str | Path | None, retry: Retry, section: str) -> list[str]:
-    """The same, with pipes as files in `cache`, copied there by the first process."""
-    pipes = [shard for shard in shards if scheme(shard) == "pipe"]
-    if not pipes:
+    """The same, with pipes, and what a server without ranges has, as files in `cache`, copied by the first process."""
+    hosts = {urlsplit(shard).netloc: shard for shard in shards if cache and scheme(shard) == "http"}
+    whole = {host for host, shard in hosts.items() if not knows_ranges(shard, retry)}
+    streams = [shard for shard in shards if scheme(shard) == "pipe" or whole and urlsplit(shard).netloc in whole]
+    if not streams:
         return list(shards)
     if cache is None:
         raise ConfigError(
-            f"{section}.shards.cache is needed for {pipes[0]!r}: a pipe cannot be read at an offset, so it is copied "
+            f"{section}.shards.cache is needed for {streams[0]!r}: a pipe cannot be read at an offset, so it is copied "
             "to that folder, once"
         )
-    copies = {
-        shard: Path(cache).expanduser() / f"{hashlib.sha256(shard.encode()).hexdigest()[:24]}.tar" for shard in pipes
-    }
-    first_process_alone(lambda: [_copy(shard, path, retry) for shard, path in copies.items()])
+    folder = Path(cache).expanduser()
+    copies = {shard: folder / f"{hashlib.sha256(shard.encode()).hexdigest()[:24]}.tar" for shard in streams}
+
+    def copy_all() -> None:
+        with ThreadPoolExecutor(COPIES_AT_ONCE) as pool:
+            list(pool.map(lambda one: _copy(*one, retry), copies.items()))
+
+    first_process_alone(copy_all)
     return [str(copies.get(shard, shard)) for shard in shards]
 
 
