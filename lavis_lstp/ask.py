@@ -153,12 +153,12 @@ def _where_the_run_stood(manifest: Path, path: str) -> str:
         ) from error
 
 
-def recorded_frames(checkpoint: str | None) -> int:
-    """T of the run that wrote the checkpoint, the largest of its data sets; `DEFAULT_FRAMES` where nothing says."""
+def recorded_frames(checkpoint: str | None, default: int = DEFAULT_FRAMES) -> int:
+    """T of the run that wrote the checkpoint, the largest of its data sets; `default` where nothing says."""
     datasets = _recorded_run(checkpoint)[1].get("datasets") if checkpoint is not None else None
     sections = datasets.values() if isinstance(datasets, Mapping) else ()
     counts = [section.get("num_frames") for section in sections if isinstance(section, Mapping)]
-    return max((count for count in counts if isinstance(count, int) and count > 0), default=DEFAULT_FRAMES)
+    return max((count for count in counts if isinstance(count, int) and count > 0), default=default)
 
 
 def ask(model: Any, video: str | Path, question: str, *, num_frames: int = DEFAULT_FRAMES) -> dict[str, Any]:
