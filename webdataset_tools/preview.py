@@ -1,23 +1,24 @@
 """`preview`: a contact sheet of some samples, as an HTML page or a PNG: frames, flow, spans, questions and answers.
 
 Samples are taken evenly from the whole set. Flow that is in the shards, or in a parallel set named with --flow, is
-drawn in the usual colour wheel, shown at the left, with one scale a clip. Under the frames, gold spans are yellow,
-pseudo spans blue.
+drawn in the usual colour wheel, shown at the left, with one scale a clip. Under the frames are their times in seconds,
+gold spans in yellow, and pseudo spans, which are in the shards or a set named with --spans, in blue.
 """
 
 from __future__ import annotations
 
 import argparse
-import base64
 import html
 import io
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
+from tqdm import tqdm
 
 from lavis_lstp.data.qa_dataset import VideoQADataset
 from lavis_lstp.data.shards import ShardQuestions
@@ -25,12 +26,14 @@ from lavis_lstp.data.video import uniform_centres
 from lavis_lstp.errors import ConfigError
 from lavis_lstp.files import atomic_writer
 from lavis_lstp.picture import GOLD, PREDICTED, flow_colours
+from lavis_lstp.report.shell import page_of, picture_tag
 from webdataset_tools.format import parse_flow, parse_json
+from webdataset_tools.index import ShardSet
 from webdataset_tools.pack import positive
-from webdataset_tools.stats import page_of
 from webdataset_tools.storage import expand
 
 HELP = "a contact sheet of some samples, as HTML or PNG"
+SHARD_BY_SHARD = False
 MARGIN, BAR, LINE = 90, 12, 14  # px: left of the strips (wheel), height of a span's bar, of a line of text
 
 
@@ -42,44 +45,54 @@ def preview(
     frames: int = 8,
     size: int = 112,
     flow: Sequence[str] | None = None,
+    spans: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Writes the sheet to `out`, which ends with .html or .png.
 
     Args:
         count: samples on it.
         frames, size: of each video, and their side in px.
-        flow: shards of a parallel set.
+        flow, spans: shards of parallel sets.
     """
     path = Path(out)
     if path.suffix not in (".html", ".png"):
         raise ConfigError(f"{out}: expected a name that ends with .html or .png")
     questions = ShardQuestions(shards, flow=flow)
     chosen = uniform_centres(count, len(questions))
-    sheets = [_sheet(questions, number, frames, size) for number in chosen]
+    beside = None if spans is None else ShardSet(spans)
+    sheets = []
+    for number in tqdm(chosen, desc="preview", unit="sample", disable=None):
+        place = questions[number]["place"]
+        content = questions.content(place) | (beside.read(*place, ("span.json",)) if beside else {})
+        sheets.append(_sheet(questions, number, content, frames, size))
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".html":
-        body = "".join(f"<p>{html.escape(text).replace(chr(10), '<br>')}</p>{_tag(image)}" for image, text in sheets)
+        body = "".join(_section(image, text) for image, text in sheets)
         with atomic_writer(path) as file:
-            file.write(page_of(f"<h1>{len(questions)} questions, {len(chosen)} shown</h1>{body}"))
+            what = f"{len(questions)} questions, {len(chosen)} shown"
+            file.write(page_of(what, f"<h1>{what}</h1>{body}"))
     else:
         _write_png(path, [_with_text(image, text) for image, text in sheets])
     return {"out": str(path), "shown": [questions.question_id(number) for number in chosen]}
 
 
-def _sheet(questions: ShardQuestions, number: int, count: int, size: int) -> tuple[Image.Image, str]:
+def _sheet(
+    questions: ShardQuestions, number: int, content: Mapping[str, bytes], count: int, size: int
+) -> tuple[Image.Image, str]:
     """Pictures of a sample, and what is asked about it."""
     row = questions[number]
-    place, content = row["place"], questions.content(row["place"])
+    place = row["place"]
     value = parse_json(content["json"], questions.name(place))
     frames, times = _frames(questions, number, count, size)
     rows: list[tuple[np.ndarray, np.ndarray | None]] = [(frames, None)] if len(frames) else []
     if "flow" in content and len(frames) > 1:
         field = parse_flow(content["flow"], questions.name(place))[0]
-        colours = flow_colours(field[[int(t) for t in np.linspace(0, len(field) - 1, len(frames)).round()]])[0]
+        colours = flow_colours(field[((np.arange(len(frames)) + 0.5) * len(field) / len(frames)).astype(int)])[0]
         rows.append((_resized(colours, size), _wheel(MARGIN - 20)))
     duration_s = value.get("duration_s") or (times[-1] if len(times) else 0) or 1.0
     bars = _spans(row, content, duration_s)
-    picture = Image.new("RGB", (MARGIN + max(1, len(frames)) * size, len(rows) * size + BAR * len(bars) + 4), "white")
+    height = len(rows) * size + (LINE if value["kind"] == "video" else 0) + BAR * len(bars) + 4
+    picture = Image.new("RGB", (MARGIN + max(1, len(frames)) * size, height), "white")
     for line, (images, wheel) in enumerate(rows):
         for column, image in enumerate(images):
             picture.paste(Image.fromarray(image.transpose(1, 2, 0)), (MARGIN + column * size, line * size))
@@ -87,14 +100,19 @@ def _sheet(questions: ShardQuestions, number: int, count: int, size: int) -> tup
             picture.paste(Image.fromarray(wheel), (10, line * size + 10))
     draw = ImageDraw.Draw(picture)
     width = picture.width - MARGIN
+    for column, time_s in enumerate(times if value["kind"] == "video" else ()):
+        draw.text((MARGIN + column * size + 2, len(rows) * size + 1), f"{time_s:.2f} s", fill="black")
     for line, (start, end, colour) in enumerate(bars):
-        top = len(rows) * size + BAR * line
+        top = height - 4 - BAR * (len(bars) - line)
         edges = [MARGIN + width * min(1.0, share) for share in (start, end)]
         draw.rectangle([MARGIN, top + 3, picture.width, top + BAR - 2], fill="#eeeeee")
         draw.rectangle([edges[0], top + 3, max(edges[1], edges[0] + 1), top + BAR - 2], fill=colour)
-    facts = ", ".join(f"{name} {value[name]:g}" for name in ("duration_s", "fps", "num_frames") if name in value)
+    units = {"duration_s": "{:.2f} s", "fps": "{:g} frames a second", "num_frames": "{} frames"}
+    facts = ", ".join(text.format(value[name]) for name, text in units.items() if name in value)
+    options = ["Options: " + " | ".join(row["options"])] if row.get("options") else []
     lines = [f"{row['question_id']}   {value['kind']} {value.get('source', '')}   {facts}", f"Q: {row['question']}"]
-    return picture, "\n".join([*lines, f"A: {row['answer']}"])
+    lines += [*options, f"A: {'(hidden)' if row['answer'] is None else row['answer']}"]
+    return picture, "\n".join(lines)
 
 
 def _frames(questions: ShardQuestions, number: int, count: int, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -136,13 +154,21 @@ def _wheel(size: int) -> np.ndarray:
 
 
 def _with_text(picture: Image.Image, text: str) -> Image.Image:
-    lines = text.split("\n")
+    lines = [part for line in text.split("\n") for part in textwrap.wrap(line, 150) or [""]]
     whole = Image.new("RGB", (max(picture.width, 900), picture.height + LINE * len(lines) + 12), "white")
     draw = ImageDraw.Draw(whole)
     for number, line in enumerate(lines):
         draw.text((4, 4 + LINE * number), line.encode("latin-1", "replace").decode("latin-1"), fill="black")
     whole.paste(picture, (0, LINE * len(lines) + 8))
     return whole
+
+
+def _section(picture: Image.Image, text: str) -> str:
+    """A sample on the page; a wide strip is scrolled, not shrunk."""
+    head, *lines = text.split("\n")
+    words = "<br>".join(html.escape(line) for line in lines)
+    tag = picture_tag(picture, f"frames of {head}")
+    return f'<h2>{html.escape(head)}</h2><p>{words}</p><div class="scroll strip">{tag}</div>'
 
 
 def _write_png(path: Path, parts: Sequence[Image.Image]) -> None:
@@ -159,24 +185,24 @@ def _write_png(path: Path, parts: Sequence[Image.Image]) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _tag(picture: Image.Image) -> str:
-    raw = io.BytesIO()
-    picture.save(raw, "PNG")
-    return f'<img src="data:image/png;base64,{base64.b64encode(raw.getvalue()).decode()}">'
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "example: python -m webdataset_tools preview 'train-{000000..000123}.tar' --flow 'flow-{000000..000123}.tar' "
+        "--out sheet.html"
+    )
     parser.add_argument("shards", nargs="+", help="paths or addresses of shards, braces allowed")
     parser.add_argument("--out", required=True, metavar="FILE", help="sheet.html or sheet.png")
     parser.add_argument("--count", type=positive, default=12, help="samples shown; default: 12")
     parser.add_argument("--frames", type=positive, default=8, help="of each video; default: 8")
     parser.add_argument("--size", type=positive, default=112, help="px, side of a frame; default: 112")
     parser.add_argument("--flow", nargs="+", help="shards of a parallel set with flow")
+    parser.add_argument("--spans", nargs="+", help="shards of a parallel set with spans")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    flow = expand(args.flow) if args.flow else None
-    return preview(expand(args.shards), args.out, count=args.count, frames=args.frames, size=args.size, flow=flow)
+    beside = {name: expand(getattr(args, name)) for name in ("flow", "spans") if getattr(args, name)}
+    sizes = {"count": args.count, "frames": args.frames, "size": args.size}
+    return preview(expand(args.shards), args.out, **sizes, **beside)
 
 
 def show(report: dict[str, Any], args: argparse.Namespace) -> str:

@@ -6,9 +6,7 @@ Only the JSON of each sample is read. --html writes a page with a plot of each; 
 from __future__ import annotations
 
 import argparse
-import base64
 import html
-import io
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,12 +15,15 @@ from typing import Any
 import numpy as np
 
 from lavis_lstp.files import atomic_writer
+from lavis_lstp.report.shell import page_of, picture_tag
 from webdataset_tools import index
 from webdataset_tools.engine import run_jobs
 from webdataset_tools.storage import expand
 
 HELP = "counts, durations, lengths and balance, with plots in an HTML page"
 MOST_ANSWERS = 20
+FEW_VALUES = 8
+TOTALLED = ("duration_s", "num_frames", "bytes", "questions")
 NUMBERS = {
     "duration_s": "duration of a video, s",
     "fps": "frames a second",
@@ -64,10 +65,10 @@ def shard_stats(location: str) -> dict[str, Any]:
     return {"numbers": numbers, "counts": counts}
 
 
-def summary(values: Sequence[float]) -> dict[str, float]:
+def summary(values: Sequence[float], total: bool) -> dict[str, float]:
     quantiles = np.quantile(values, [0, 0.05, 0.5, 0.95, 1]).tolist()
     named = dict(zip(("least", "5 %", "median", "95 %", "most"), quantiles, strict=True))
-    return {name: round(value, 4) for name, value in {**named, "sum": float(np.sum(values))}.items()}
+    return {name: round(value, 4) for name, value in {**named, **({"sum": float(np.sum(values))} if total else {})}.items()}
 
 
 def stats(shards: Sequence[str], *, page: str | None = None, **how: Any) -> dict[str, Any]:
@@ -82,7 +83,7 @@ def stats(shards: Sequence[str], *, page: str | None = None, **how: Any) -> dict
         "samples": sum(counts["kinds"].values()),
         "questions": total,
         **{name: dict(sorted(counter.items())) for name, counter in counts.items()},
-        "numbers": {name: summary(values) for name, values in numbers.items() if values},
+        "numbers": {name: summary(values, name in TOTALLED) for name, values in numbers.items() if values},
         "answers": {
             "different": len(answers),
             "share_of_the_first": round(max(answers.values()) / total, 4) if total else 0.0,
@@ -101,44 +102,73 @@ def _most_first(item: tuple[str, int]) -> tuple[int, str]:
 
 
 def _page(report: dict[str, Any], numbers: dict[str, list[float]]) -> str:
-    from matplotlib.figure import Figure
-
-    parts = [f"<h1>{report['samples']} samples, {report['questions']} questions, {report['shards']} shards</h1>"]
+    what = headline(report)
+    parts = [f"<h1>{what}</h1>"]
     for name in ("kinds", "members", "codecs", "categories"):
-        rows = "".join(f"<tr><td>{html.escape(key)}</td><td>{n}</td></tr>" for key, n in report[name].items() if key)
-        parts.append(f"<h2>{name}</h2><table>{rows}</table>" if rows else "")
+        cells = ((html.escape(key), n) for key, n in report[name].items() if key)
+        rows = "".join(f'<tr><th scope="row">{key}</th><td>{n}</td></tr>' for key, n in cells)
+        parts.append(f'<h2>{name}</h2><div class="scroll"><table>{rows}</table></div>' if rows else "")
     for name, title in NUMBERS.items():
         if numbers[name]:
-            figure = Figure(figsize=(6, 2.2), layout="constrained")
-            axes = figure.add_subplot()
-            axes.hist(numbers[name], bins=min(40, max(1, len(set(numbers[name])))))
-            axes.set_xlabel(title)
-            facts = ", ".join(f"{key} {value:g}" for key, value in report["numbers"][name].items())
-            parts.append(f"<h2>{title}</h2><p>{facts}</p>{picture_tag(figure)}")
+            facts = facts_of(report["numbers"][name])
+            tag = picture_tag(_histogram(numbers[name]), f"Histogram: {title}. {facts}")
+            parts.append(f'<h2>{title}</h2><p>{facts}</p><div class="plots"><figure>{tag}</figure></div>')
     first = report["answers"]["first"]
     if first:
-        figure = Figure(figsize=(6, 0.25 * len(first) + 0.8), layout="constrained")
-        axes = figure.add_subplot()
-        axes.barh([name[:40].replace("$", r"\$") or "(empty)" for name, _ in first][::-1], [n for _, n in first][::-1])
-        parts.append(
-            f"<h2>{report['answers']['different']} different answers; the first ones</h2>{picture_tag(figure)}"
-        )
-    return page_of("".join(parts))
+        figure = _bars({name[:40].replace("$", r"\$") or "(empty)": n for name, n in first})
+        said = ", ".join(f"{name or '(empty)'} {n}" for name, n in first)
+        tag = picture_tag(figure, f"Bars: how often each answer occurs. {said}")
+        heading = f"<h2>{report['answers']['different']} different answers; the first ones</h2>"
+        parts.append(f'{heading}<div class="plots"><figure>{tag}</figure></div>')
+    return page_of(what, "".join(parts))
 
 
-def picture_tag(figure: Any) -> str:
-    raw = io.BytesIO()
-    figure.savefig(raw, format="png", dpi=100)
-    return f'<img src="data:image/png;base64,{base64.b64encode(raw.getvalue()).decode()}">'
+def _axes(height: float) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
 
 
-def page_of(body: str) -> str:
-    style = "body{font:14px sans-serif;max-width:1300px;margin:2em}td{padding-right:2em}h2{font-size:15px}"
-    return f'<!doctype html><html><head><meta charset="utf-8"><style>{style}</style></head><body>{body}</body></html>\n'
+def _histogram(values: Sequence[float]) -> Any:
+    """How often; a bar for each value where these are few."""
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = _axes(2.2)
+    counts = Counter(values)
+    if len(counts) <= FEW_VALUES:
+        axes.bar([say(value) for value in sorted(counts)], [counts[value] for value in sorted(counts)], width=0.6)
+    else:
+        axes.hist(values, bins=40)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+def _bars(counts: dict[str, int]) -> Any:
+    figure, axes = _axes(0.25 * len(counts) + 0.8)
+    axes.barh(list(counts)[::-1], list(counts.values())[::-1])
+    return figure
+
+
+def headline(report: dict[str, Any]) -> str:
+    counted = ((name, report[name]) for name in ("samples", "questions", "shards"))
+    return ", ".join(f"{count:,} {name if count != 1 else name[:-1]}" for name, count in counted)
+
+
+def facts_of(facts: dict[str, float]) -> str:
+    return ", ".join(f"{name} {say(value)}" for name, value in facts.items())
+
+
+def say(value: float) -> str:
+    """A number as one reads it: four digits that count, or all of a whole number."""
+    return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.4g}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shards", nargs="+", help="paths or addresses of shards, braces allowed")
+    parser.epilog = "example: python -m webdataset_tools stats 'train-{000000..000123}.tar' --html stats.html"
     parser.add_argument("--html", metavar="FILE", help="also write a page with plots")
 
 
@@ -148,12 +178,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def show(report: dict[str, Any], args: argparse.Namespace) -> str:
-    lines = [f"{report['samples']} samples, {report['questions']} questions, {report['shards']} shards"]
+    lines = [headline(report)]
     for name in ("kinds", "members", "codecs", "categories"):
         found = ", ".join(f"{key} {count}" for key, count in report[name].items() if key)
         lines += [f"{name}: {found}"] if found else []
     for name, facts in report["numbers"].items():
-        lines.append(f"{NUMBERS[name]}: " + ", ".join(f"{key} {value:g}" for key, value in facts.items()))
+        lines.append(f"{NUMBERS[name]}: {facts_of(facts)}")
     answers = report["answers"]
     lines.append(f"answers: {answers['different']} different, the first is {answers['share_of_the_first']:.1%}")
     return "\n".join(lines)

@@ -6,19 +6,15 @@ Text from data sets and models goes through Jinja's escaping in tables, and as J
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lavis_lstp import __version__
-from lavis_lstp.ablate import STAGES
 from lavis_lstp.judging.rows import Row
 from lavis_lstp.report import numbers
 from lavis_lstp.report.evaluations import Evaluation
-from lavis_lstp.report.shell import FOLDER, page_of, picture_tag
-
-LOUD = 6
-"""Evaluations in one plot at most; more cannot be told apart."""
+from lavis_lstp.report.plots import plots, stages_in_order
+from lavis_lstp.report.shell import FOLDER, page_of
 
 
 def question_order(evaluations: Sequence[Evaluation]) -> list[str]:
@@ -51,7 +47,7 @@ def write_page(
     agreements = numbers.agreements(evaluations)
     warnings = _warnings(evaluations, runs, against)
     places, uris, problems = chosen
-    drawn = {name: [Markup(tag) for tag in tags] for name, tags in _plots(runs).items()}
+    drawn = {name: [Markup(tag) for tag in tags] for name, tags in plots(runs).items()}
     has = {
         "categories": [
             (kind, [run["by_category"].get(kind) for run in runs])
@@ -63,7 +59,7 @@ def write_page(
         "sampler": _sampler_rows(runs),
         "latency": [
             (stage, [(run["latency"] or {}).get(stage) for run in runs])
-            for stage in _in_order(run["latency"] or {} for run in runs)
+            for stage in stages_in_order(run["latency"] or {} for run in runs)
         ],
     }
     sections = [("table", "Table")]
@@ -96,14 +92,6 @@ def write_page(
         **has,
     )
     return page_of(title, body, script=(FOLDER / "browse.js").read_text(encoding="utf-8")), warnings
-
-
-def _in_order(mappings: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Stages in the order in which they run, then those nobody knows, "all" last."""
-    names = dict.fromkeys(key for mapping in mappings for key in mapping)
-    known = [name for name in STAGES if name in names]
-    others = [name for name in names if name not in (*STAGES, "all")]
-    return known + others + ["all"] * ("all" in names)
 
 
 def _picture_note(places: Mapping[tuple[str, int], Any], total: int, asked: int) -> str:
@@ -286,91 +274,6 @@ def _facts(one: Evaluation) -> list[tuple[str, str]]:
         ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
     ]
     return [(name, ", ".join(map(str, v)) if isinstance(v, list) else str(v)) for name, v in facts if v]
-
-
-# ---- plots ----------------------------------------------------------------------------------------------------------
-
-
-def _plots(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
-    loud = runs[:LOUD]
-    found: dict[str, list[str]] = {"calibration": [], "sampler": [], "latency": []}
-    for kind in numbers.CONFIDENCES:
-        tables = {run["letter"]: run["calibration"][kind] for run in loud if kind in run["calibration"]}
-        if tables:
-            found["calibration"].append(_reliability_plot(tables))
-    ious = {run["letter"]: run["sampler"]["gold"]["values"] for run in loud if _has(run, "gold")}
-    if ious:
-        found["sampler"].append(_histogram(ious, "IoU of span and gold span", (0.0, 1.0)))
-    entropies = {run["letter"]: run["sampler"]["entropy"]["values"] for run in loud if _has(run, "entropy")}
-    if entropies:
-        most = max(run["sampler"]["entropy"]["possible"] for run in loud if _has(run, "entropy"))
-        found["sampler"].append(_histogram(entropies, "entropy of start and end, mean, bits", (0.0, max(most, 1e-6))))
-    times = {run["letter"]: run["latency"] for run in loud if run["latency"]}
-    if times:
-        found["latency"].append(_stages_plot(times))
-    return found
-
-
-def _has(run: Mapping[str, Any], key: str) -> bool:
-    return bool(run["sampler"] and run["sampler"][key])
-
-
-def _figure(height: float = 3.6) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.0, height), layout="constrained")
-    return figure, figure.add_subplot()
-
-
-def _reliability_plot(tables: Mapping[str, Mapping[str, Any]]) -> str:
-    figure, axes = _figure()
-    axes.plot([0, 1], [0, 1], color="#999999", linewidth=1, linestyle="--")
-    title = next(iter(tables.values()))["title"]
-    for letter, table in tables.items():
-        bins = table["bins"]
-        x, y = [row["confidence"] for row in bins], [row["accuracy"] for row in bins]
-        bars = [
-            [max(0.0, v - row["interval"][0]) for v, row in zip(y, bins, strict=True)],
-            [max(0.0, row["interval"][1] - v) for v, row in zip(y, bins, strict=True)],
-        ]
-        axes.errorbar(
-            x,
-            y,
-            yerr=bars,
-            marker="o",
-            markersize=4,
-            capsize=2,
-            label=f"{letter}: ECE {table['ece']:.3f}" if len(tables) > 1 else f"ECE {table['ece']:.3f}",
-        )
-    axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="share of right answers")
-    axes.set_title(f"Confidence of {title}", fontsize=10)
-    figure.legend(fontsize=8, loc="outside lower center", ncols=3, frameon=False)
-    words = "; ".join(f"{letter}: expected calibration error {t['ece']:.3f}" for letter, t in tables.items())
-    return picture_tag(figure, f"Reliability diagram, confidence of {title}. {words}")
-
-
-def _histogram(values: Mapping[str, Sequence[float]], label: str, limits: tuple[float, float]) -> str:
-    figure, axes = _figure()
-    axes.hist(list(values.values()), bins=10, range=limits, label=list(values))
-    axes.set(xlabel=label, ylabel="answers")
-    if len(values) > 1:
-        figure.legend(fontsize=8, loc="outside upper center", ncols=LOUD, frameon=False)
-    means = ", ".join(f"{name}: mean {math.fsum(v) / len(v):.3f}" for name, v in values.items())
-    return picture_tag(figure, f"Histogram of {label}. {means}")
-
-
-def _stages_plot(times: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
-    figure, axes = _figure(1.2 + 0.4 * len(times))
-    letters = list(times)[::-1]
-    left = [0.0] * len(letters)
-    for stage in _in_order(times.values())[:-1]:
-        widths = [times[letter].get(stage, {}).get("mean", 0.0) for letter in letters]
-        axes.barh(letters, widths, left=left, label=stage.replace("$", r"\$"))
-        left = [a + b for a, b in zip(left, widths, strict=True)]
-    axes.set_xlabel("ms a question")
-    figure.legend(fontsize=8, loc="outside upper center", ncols=5, frameon=False)
-    words = "; ".join(f"{letter}: {times[letter]['all']['mean']:.1f} ms" for letter in times)
-    return picture_tag(figure, f"Time by stage. {words}")
 
 
 # ---- the list of questions ------------------------------------------------------------------------------------------
