@@ -148,6 +148,7 @@ setup(
             "psutil>=5.9",
             "pytest>=8",
             "pytest-xdist>=3.5",
+            "ray>=2.40",
             "ruff>=0.6",
             "selenium>=4.20",
             "setuptools>=70.1",
