@@ -35,7 +35,15 @@ SIDE = 160  # px, longer side
 QUALITY = 80
 HALF_A_STEP_S = 0.0005
 """Times in predictions are rounded to a millisecond: so much later it is surely that frame, and not the next."""
-ALONE = {"flow": "none", "flow_root": None, "spans": None, "max_bad_fraction": 1.0, "quarantine": None}
+ALONE = {
+    "flow": "none",
+    "flow_root": None,
+    "spans": None,
+    "max_bad_fraction": 1.0,
+    "quarantine": None,
+    "vis_processor": None,
+    "text_processor": None,
+}
 """Settings under which a data set needs nothing but its questions and its media."""
 
 
@@ -212,9 +220,7 @@ def _questions(name: str, section: Mapping[str, Any], split: str) -> FolderQuest
         key: {split: value[split]} if key in ("annotations", "answers") and value and split in value else value
         for key, value in section["build_info"].items()
     }
-    processors = {"vis_processor": None, "text_processor": None}
-    changed = {key: value for key, value in {**ALONE, **processors}.items() if key in section}
-    config = OmegaConf.create({**section, **changed, "build_info": info})
+    config = OmegaConf.create({**section, **ALONE, "build_info": info})
     return builder(config).build_datasets()[split].annotation
 
 
