@@ -48,14 +48,14 @@ def test_resharding_there_and_back_gives_the_same_bytes(media, tmp_path):  # noq
     assert shuffled == contents(shards) and list(shuffled) != list(contents(shards))
 
 
-def parallel(shards, out: Path) -> list[str]:
-    """A set with a flow field for each sample."""
+def parallel(shards, out: Path, field=lambda n: np.full((2, 2, 2, 2), n + 1.0)) -> list[str]:
+    """A set with flow for each sample."""
     paths = []
     for number, location in enumerate(shards):
         path, samples = out / f"flow-{number:06d}.tar", []
         with ShardWriter(path) as shard:
             for n, key in enumerate(index.scan(location).keys()):
-                placed = shard.add(key, {"flow": dump_flow(np.full((2, 2, 2, 2), n + 1.0), {})})
+                placed = shard.add(key, {"flow": dump_flow(field(n), {})})
                 samples.append(index.sample_of(key, placed, None))
         index.write(index.build(samples, path.stat().st_size), path)
         paths.append(str(path))

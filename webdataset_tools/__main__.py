@@ -19,6 +19,13 @@ from webdataset_tools.engine import ENGINES
 
 VERBS = ("pack", "verify", "stats", "preview", "flow", "spans", "reshard", "repair", "extract")
 
+SESSION = (
+    "pack shards/train train.json --root videos",
+    "verify 'shards/train-{000000..000123}.tar'",
+    "flow 'shards/train-{000000..000123}.tar' --out shards/flow",
+    "preview 'shards/train-{000000..000123}.tar' --flow 'shards/flow-{000000..000123}.tar' --out sheet.html",
+)
+
 
 def build_parser(verb: str) -> argparse.ArgumentParser:
     module = _module(verb)
@@ -30,9 +37,12 @@ def build_parser(verb: str) -> argparse.ArgumentParser:
     )
     module.add_arguments(parser)
     common = parser.add_argument_group("how it runs")
-    common.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) // 2), help="processes")
-    common.add_argument("--engine", choices=ENGINES, default="local", help="local processes, or a Ray cluster")
-    common.add_argument("--ray-address", default="auto", help="of the cluster; default: auto")
+    if getattr(module, "SHARD_BY_SHARD", True):
+        half = max(1, (os.cpu_count() or 2) // 2)
+        text = f"processes, each a shard at a time; default here: {half}"
+        common.add_argument("--workers", type=int, default=half, help=text)
+        common.add_argument("--engine", choices=ENGINES, default="local", help="local processes, or a Ray cluster")
+        common.add_argument("--ray-address", default="auto", help="of the cluster; default: auto")
     common.add_argument("--json", action="store_true", help="print the report as JSON")
     return parser
 
@@ -62,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _table(argv: Sequence[str]) -> int:
     lines = [f"  {verb:<10}{_module(verb).HELP}" for verb in VERBS]
     text = "usage: python -m webdataset_tools VERB ...\n\nTar shards of questions about videos, images and texts.\n\n"
-    text += "\n".join(lines) + "\n\n`python -m webdataset_tools VERB --help` explains one."
+    text += "\n".join(lines) + "\n\n`python -m webdataset_tools VERB --help` explains one. In the usual order:\n\n"
+    text += "\n".join(f"  python -m webdataset_tools {words}" for words in SESSION)
     wrong = bool(argv) and argv[0] not in ("-h", "--help")
     if wrong:
         text = f"error: unknown verb '{argv[0]}'; known: {', '.join(VERBS)}"

@@ -21,6 +21,7 @@ from webdataset_tools.storage import expand, open_stream
 from webdataset_tools.tar import TarScan, samples
 
 HELP = "write a set's media and annotations back as files"
+SHARD_BY_SHARD = False
 
 
 def safe_path(root: Path, name: str) -> Path:
@@ -105,6 +106,7 @@ def _annotation(value: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, A
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shards", nargs="+", help="paths or addresses of shards, braces allowed; pipe:COMMAND, too")
     parser.add_argument("--out", required=True, help="a new folder")
+    parser.epilog = "example: python -m webdataset_tools extract 'train-{000000..000123}.tar' --out train"
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -63,7 +63,9 @@ def preview(
     sheets = []
     for number in tqdm(chosen, desc="preview", unit="sample", disable=None):
         place = questions[number]["place"]
-        content = questions.content(place) | (beside.read(*place, ("span.json",)) if beside else {})
+        content = dict(questions.content(place))
+        if beside is not None:
+            content |= beside.read(*place, ("span.json",))
         sheets.append(_sheet(questions, number, content, frames, size))
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".html":

@@ -40,7 +40,10 @@ def sample_spans(value: Mapping[str, Any], read: Callable[..., dict], name: str,
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = "python -m webdataset_tools spans 'train-{000000..000123}.tar' --spans spans.json --out spans/train"
+    parser.epilog = (
+        "example: python -m webdataset_tools spans 'train-{000000..000123}.tar' --spans spans.json --out spans/train\n"
+        "then:    datasets.<name>: {spans: shards, shards: {spans: 'spans/train-{000000..000123}.tar'}}"
+    )
     parser.add_argument("shards", nargs="+", help="paths or addresses of shards, braces allowed")
     parser.add_argument("--spans", required=True, help="file written by run.task=pseudo_span")
     parser.add_argument("--out", required=True, help="path and name of the parallel set")

@@ -68,7 +68,9 @@ def shard_stats(location: str) -> dict[str, Any]:
 def summary(values: Sequence[float], total: bool) -> dict[str, float]:
     quantiles = np.quantile(values, [0, 0.05, 0.5, 0.95, 1]).tolist()
     named = dict(zip(("least", "5 %", "median", "95 %", "most"), quantiles, strict=True))
-    return {name: round(value, 4) for name, value in {**named, **({"sum": float(np.sum(values))} if total else {})}.items()}
+    if total:
+        named["sum"] = float(np.sum(values))
+    return {name: round(value, 4) for name, value in named.items()}
 
 
 def stats(shards: Sequence[str], *, page: str | None = None, **how: Any) -> dict[str, Any]:
@@ -138,8 +140,10 @@ def _histogram(values: Sequence[float]) -> Any:
 
     figure, axes = _axes(2.2)
     counts = Counter(values)
-    if len(counts) <= FEW_VALUES:
-        axes.bar([say(value) for value in sorted(counts)], [counts[value] for value in sorted(counts)], width=0.6)
+    names = [say(value) for value in sorted(counts)]
+    if len(set(names)) == len(counts) <= FEW_VALUES:
+        axes.bar(names, [counts[value] for value in sorted(counts)], width=0.6)
+        axes.set_xlim(-0.6, max(4, len(names)) - 0.4)
     else:
         axes.hist(values, bins=40)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
