@@ -1,25 +1,27 @@
-"""How fast shards are written and read, beside loose files, copying, and the bare `webdataset` pipeline.
+"""How fast shards are read, beside loose files and the bare `webdataset` pipeline; `pack.py` is about writing them.
 
-    python benchmarks/shards.py [--videos 40 --length 240 --frames 16 --size 224]
+    python benchmarks/shards.py [--videos 16 --sizes 640x360x240 480x320x96 320x240x240 --frames 16 --size 224]
 
-In: nothing; videos of a moving texture are made. Out: a table in Markdown: samples a second in one process, after a
-first pass that fills the page cache, and the time to the first batch of 8; `pack` against copying and hashing the same
-bytes; one against two loader processes; how memory grows over epochs. Numbers of a busy machine mean little.
+In: nothing; videos of a moving texture are made. Out: a table in Markdown for each size (width x height x pictures):
+samples a second in one process of one thread, after a first pass that fills the page cache, and the time to the first
+batch of 8; then one against two loader processes, and how memory grows over epochs. What is compared is measured turn by
+turn, so that other work on the machine slows all alike; medians.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import platform
+import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import cv2
 import numpy as np
 import psutil
 import torch
@@ -40,7 +42,7 @@ from webdataset_tools.rewrite import about, kept_samples, rewrite
 from webdataset_tools.sources import units
 
 
-def rate(items: Iterable, seconds: float = 4.0) -> float:
+def rate(items: Iterable, seconds: float = 1.5) -> float:
     """Items a second, for so long or to the end."""
     begin, count = time.perf_counter(), 0
     for _ in items:
@@ -50,39 +52,24 @@ def rate(items: Iterable, seconds: float = 4.0) -> float:
     return count / (time.perf_counter() - begin)
 
 
-def write_data(root: Path, videos: int, length: int) -> None:
+def turn_by_turn(works: dict[str, Callable[[], float]], turns: int = 5) -> dict[str, float]:
+    """The median of what each gives."""
+    found = [{name: work() for name, work in works.items()} for _ in range(turns)]
+    return {name: statistics.median(turn[name] for turn in found) for name in works}
+
+
+def write_data(root: Path, videos: int, width: int, height: int, length: int) -> None:
     rows = []
     for n in range(videos):
-        pictures = moving_texture(length, (1.5, 0.5 + n % 3), width=640, height=360, seed=n % 5)
+        pictures = moving_texture(length, (1.5, 0.5 + n % 3), width=width, height=height, seed=n % 5)
         write_video(root / f"v{n}.mp4", pictures, fps=24)
         rows.append({"question_id": f"q{n}", "video": f"v{n}.mp4", "question": "what moves?", "answer": "texture"})
     (root / "a.json").write_text(json.dumps(rows))
 
 
-def copied_and_hashed(root: Path, out: Path) -> float:
-    """Seconds to copy all videos into one file and hash them once."""
-    begin = time.perf_counter()
-    with open(out, "wb") as target:
-        for path in sorted(root.glob("*.mp4")):
-            digest = hashlib.sha256()
-            with open(path, "rb") as source:
-                while block := source.read(1 << 20):
-                    digest.update(block)
-                    target.write(block)
-        target.flush()
-        os.fsync(target.fileno())
-    return time.perf_counter() - begin
-
-
-def timed(work: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    work()
-    return time.perf_counter() - begin
-
-
 def with_dis(dataset: VideoQADataset) -> Iterable:
     """Samples of loose videos, flow computed as the model would."""
-    extractor = build_flow("dis", flow_size=28)
+    extractor = build_flow("dis")
     for number in range(len(dataset)):
         yield extractor(dataset[number]["frames"][None])
 
@@ -95,26 +82,30 @@ def bare(shards: list[str], num: int, size: int) -> Iterable:
     for sample in webdataset.WebDataset(shards, shardshuffle=False, empty_check=False):
         json.loads(sample["json"])
         frames = unpack_frames(parse_frames(sample["frames"], "x"), "x", "x", **chosen)
-        parse_flow(sample["flow"], "x")[0].astype(np.float16)
+        parse_flow(sample["flow"], "x")
         yield torch.from_numpy(frames)
 
 
 def first_batch(make: Callable[[], VideoQADataset]) -> float:
-    def work() -> None:
-        dataset = make()
-        dataset.collater([dataset[n] for n in range(8)])
-
-    return timed(work)
-
-
-def workers_rate(dataset: VideoQADataset, workers: int, epochs: int) -> float:
-    batches = Batches(dataset, seed=0, num_workers=workers)
-    plan = [tuple(range(n, n + 4)) for n in range(0, len(dataset) - 3, 4)]
-    list(batches(plan))  # workers start
     begin = time.perf_counter()
-    for epoch in range(epochs):
-        list(batches(plan, epoch=epoch + 1))
-    return epochs * len(plan) * 4 / (time.perf_counter() - begin)
+    dataset = make()
+    dataset.collater([dataset[n] for n in range(8)])
+    return time.perf_counter() - begin
+
+
+def workers_rates(dataset: VideoQADataset, epochs: int = 8) -> dict[int, float]:
+    """Samples/s of one and of two loader processes."""
+    plan = [tuple(range(n, n + 4)) for n in range(0, len(dataset) - 3, 4)] * epochs
+    pools = {workers: Batches(dataset, seed=0, num_workers=workers) for workers in (1, 2)}
+
+    def run(workers: int) -> float:
+        begin = time.perf_counter()
+        for _ in pools[workers](plan):
+            pass
+        return len(plan) * 4 / (time.perf_counter() - begin)
+
+    turn_by_turn({workers: lambda workers=workers: run(workers) for workers in pools}, 1)  # workers start
+    return turn_by_turn({workers: lambda workers=workers: run(workers) for workers in pools})
 
 
 def memory_slope(dataset: VideoQADataset, epochs: int = 20) -> float:
@@ -128,67 +119,72 @@ def memory_slope(dataset: VideoQADataset, epochs: int = 20) -> float:
     return float(np.polyfit(range(len(half)), half, 1)[0])
 
 
-def measure(root: Path, args: argparse.Namespace) -> list[tuple[str, str]]:
-    write_data(root, args.videos, args.length)
+def write_shards(root: Path, args: argparse.Namespace) -> dict[str, list[str]]:
+    """The same videos as mp4, as frames, and as frames with flow."""
     found = units("annotation", [root / "a.json"], root=root)
-    size = sum(path.stat().st_size for path in root.glob("*.mp4"))
-    copy_s = min(copied_and_hashed(root, root / "copy") for _ in range(3))
-    runs = [timed(lambda n=n: pack(found, str(root / f"mp4_{n}/x"), root, max_count=10)) for n in range(3)]
-    quick = Settings(probe=False)
-    blind = [timed(lambda n=n: pack(found, str(root / f"blind_{n}/x"), root, settings=quick)) for n in range(3)]
+    pack(found, str(root / "mp4/x"), root, max_count=10)
     frames_set = Settings(frames=args.frames, size=args.size)
     pack(found, str(root / "frames/x"), root, settings=frames_set, max_count=10)
-    mp4, frames = (sorted(map(str, (root / name).glob("*.tar"))) for name in ("mp4_0", "frames"))
-    settings = flow.Settings(num_frames=args.frames, size=args.size, grid=args.size // 8)
+    frames = sorted(map(str, (root / "frames").glob("*.tar")))
+    settings = flow.Settings(num_frames=args.frames, size=args.size)
     derive(frames, str(root / "flow/x"), "flow", flow.sample_flow, settings, {"made_by": settings.about()})
     fields = sorted(map(str, (root / "flow").glob("*.tar")))
     joined = reshard.joined(kept_samples(frames), kept_samples(fields))
     rewrite([joined[n : n + 10] for n in range(0, len(joined), 10)], str(root / "both/x"), about=about("reshard"))
-    both = sorted(map(str, (root / "both").glob("*.tar")))
+    return {name: sorted(map(str, (root / name).glob("*.tar"))) for name in ("mp4", "frames", "both")}
+
+
+def measure(root: Path, args: argparse.Namespace) -> tuple[list[tuple[str, str]], VideoQADataset]:
+    """Rows of the table, and the data set of frames and flow."""
+    shards = write_shards(root, args)
     common = {"num_frames": args.frames, "image_size": args.size}
-    loose = VideoQADataset(read_annotation(root / "a.json"), root, **common)
     given = {**common, "flow": "precomputed"}
     sets = {
         "loose mp4": lambda: VideoQADataset(read_annotation(root / "a.json"), root, **common),
-        "mp4 shards": lambda: VideoQADataset(ShardQuestions(mp4), **common),
-        "frame shards": lambda: VideoQADataset(ShardQuestions(frames), **common),
-        "frame+flow shards": lambda: VideoQADataset(ShardQuestions(both), **given),
+        "mp4 shards": lambda: VideoQADataset(ShardQuestions(shards["mp4"]), **common),
+        "frame shards": lambda: VideoQADataset(ShardQuestions(shards["frames"]), **common),
+        "frame+flow shards": lambda: VideoQADataset(ShardQuestions(shards["both"]), **given),
     }
-    rows = [("loose mp4, flow by DIS", f"{(base := rate(with_dis(loose))):.1f} samples/s")]
-    rates = {}
-    for name, make in sets.items():
-        dataset = make()
-        rate(map(dataset.__getitem__, range(len(dataset))), 60)
-        rates[name] = max(rate(map(dataset.__getitem__, range(len(dataset)))) for _ in range(3))
-        rows.append((name, f"{rates[name]:.1f} samples/s, first batch of 8 after {first_batch(make):.2f} s"))
-    plain = max(rate(bare(both, args.frames, args.size)) for _ in range(3))
-    flow_rate = rates["frame+flow shards"]
-    rows.append(("bare webdataset, frame+flow shards", f"{plain:.1f} samples/s; ours {flow_rate / plain:.2f} of it"))
-    rows.append(("frame+flow shards over loose mp4 with DIS", f"{flow_rate / base:.1f} x"))
-    dataset = sets["frame+flow shards"]()
-    one, two = (workers_rate(dataset, workers, 5) for workers in (1, 2))
-    rows.append(("one, two loader processes", f"{one:.1f}, {two:.1f} samples/s: {two / one:.2f} x"))
-    rows.append(("memory over 20 epochs", f"{memory_slope(dataset):.2f} MB an epoch"))
-    for name, seconds in (("pack", min(runs)), ("pack --no-probe", min(blind))):
-        speed = f"{size / 1e6 / copy_s:.0f}, {size / 1e6 / seconds:.0f} MB/s: {copy_s / seconds:.2f}"
-        rows.append((f"copy and hash, {name} (videos of {size / 1e6 / args.videos:.1f} MB)", speed))
-    return rows
+    ready = {name: make() for name, make in sets.items()}
+    passes = {
+        "loose mp4, flow by DIS": lambda: with_dis(ready["loose mp4"]),
+        **{name: lambda one=one: map(one.__getitem__, range(len(one))) for name, one in ready.items()},
+        "bare webdataset, frame+flow shards": lambda: bare(shards["both"], args.frames, args.size),
+    }
+    works = {name: lambda make=make: rate(make()) for name, make in passes.items()}
+    turn_by_turn(works, 1)
+    rates = turn_by_turn(works)
+    firsts = {name: first_batch(make) for name, make in sets.items()}
+    rows = [
+        (name, f"{one:.1f} samples/s" + (f", first batch of 8 after {firsts[name]:.2f} s" if name in firsts else ""))
+        for name, one in rates.items()
+    ]
+    ours = rates["frame+flow shards"]
+    rows.append(("ours over bare webdataset", f"{ours / rates['bare webdataset, frame+flow shards']:.2f}"))
+    rows.append(("frame+flow shards over loose mp4 with DIS", f"{ours / rates['loose mp4, flow by DIS']:.1f}"))
+    return rows, ready["frame+flow shards"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--videos", type=int, default=40)
-    parser.add_argument("--length", type=int, default=240, help="pictures of a video")
+    parser.add_argument("--videos", type=int, default=16)
+    parser.add_argument("--sizes", nargs="+", default=["640x360x240", "480x320x96", "320x240x240"])
     parser.add_argument("--frames", type=int, default=16)
     parser.add_argument("--size", type=int, default=224)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        rows = measure(Path(folder), args)
-    print(f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}\n")
-    print("| | |\n|---|---|")
-    for name, text in rows:
-        print(f"| {name} | {text} |")
+    cv2.setNumThreads(1)
+    for number, size in enumerate(args.sizes):
+        with tempfile.TemporaryDirectory() as folder:
+            write_data(Path(folder), args.videos, *map(int, size.split("x")))
+            rows, dataset = measure(Path(folder), args)
+            if number + 1 == len(args.sizes):
+                one, two = workers_rates(dataset).values()
+                rows.append(("one, two loader processes", f"{one:.1f}, {two:.1f} samples/s: {two / one:.2f} x"))
+                rows.append(("memory over 20 epochs", f"{memory_slope(dataset):.2f} MB an epoch"))
+        load = f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
+        print(f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, {load}\n\n| {size} | |\n|---|---|")
+        print("\n".join(f"| {name} | {text} |" for name, text in rows) + "\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -120,12 +120,12 @@ def test_stored_frames_are_decoded_as_pil_does(media, tmp_path, encoding):  # no
 def test_stored_flow_is_given(moving, tmp_path):  # noqa: F811
     shards = shards_of(moving, tmp_path / "s", max_count=2)
     flow = flow_of(shards, tmp_path / "f")
-    options = {"flow": "precomputed", "image_size": 64, "flow_size": 8}
+    options = {"flow": "precomputed", "image_size": 64, "flow_size": 64}
     dataset = of_shards(shards, questions={"flow": flow}, **options)
     found = [dataset[number]["flow"] for number in range(3)]
-    assert [tuple(one.shape) for one in found] == [(4, 2, 8, 8), (4, 2, 8, 8), (0, 2, 8, 8)]
+    assert [tuple(one.shape) for one in found] == [(4, 2, 64, 64), (4, 2, 64, 64), (0, 2, 64, 64)]
     assert found[0].dtype == torch.float16 and found[0].abs().max() > 0.1
-    assert dataset.collater([dataset[n] for n in range(3)])["flow"].shape == (3, 4, 2, 8, 8)
+    assert dataset.collater([dataset[n] for n in range(3)])["flow"].shape == (3, 4, 2, 64, 64)
     with pytest.raises(ConfigError, match="does not hold the samples"):
         of_shards(shards, questions={"flow": flow[::-1]}, **options)
     with pytest.raises(ConfigError, match="1 shards of flow for 2"):

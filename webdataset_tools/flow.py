@@ -1,7 +1,7 @@
 """`flow`: computes optical flow once, into a parallel set of shards, for `datasets.<name>.flow: precomputed`.
 
-Flow lies between the frames that a data set with the same num_frames and image_size reads, on a grid of 1/8 of their
-size (the resolution at which RAFT computes it) in float16 with a scale: 3 kB a frame of 224 x 224. Pictures and texts
+Flow lies between the frames that a data set with the same num_frames and image_size reads, at their size, in at most
+1/50 of the bytes of the published float32 files (8 kB a frame of 224 x 224; `flow_code` tells how). Pictures and texts
 do not move and get zeros. A killed run continues; `reshard --join` puts the flow into the samples.
 """
 
@@ -36,7 +36,6 @@ class Settings:
     num_frames: int = 32
     fps: float | None = None
     size: int = 224
-    grid: int = 28
     weights: str | None = None
     device: str = "cpu"
     pairs_at_once: int = 8
@@ -52,7 +51,7 @@ class Settings:
 def _extractor(settings: Settings) -> Any:
     from lavis_lstp.models.flow import build_flow
 
-    options = {"weights": settings.weights, "flow_size": settings.grid, "pairs_at_once": settings.pairs_at_once}
+    options = {"weights": settings.weights, "pairs_at_once": settings.pairs_at_once}
     return build_flow(settings.extractor, **options).to(settings.device).eval()
 
 
@@ -65,7 +64,7 @@ def sample_flow(value: Mapping[str, Any], read: Callable[..., dict], name: str, 
 
     about = _about(settings)
     if value["kind"] != "video":
-        still = np.zeros((1 if value["kind"] == "image" else 0, 2, settings.grid, settings.grid))
+        still = np.zeros((1 if value["kind"] == "image" else 0, 2, settings.size, settings.size))
         return dump_flow(still, about)
     content = read("frames", *VIDEO_MEMBERS)
     if "frames" in content:
@@ -79,7 +78,6 @@ def sample_flow(value: Mapping[str, Any], read: Callable[..., dict], name: str, 
             fps=settings.fps,
             size=settings.size,
             motion_vectors=given,
-            flow_size=settings.grid if given else None,
             name=f"{name}.{member}",
         )
         if given:
@@ -121,7 +119,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-frames", type=positive, default=32, help="as datasets.<name>.num_frames; default: 32")
     parser.add_argument("--fps", type=float, help="as datasets.<name>.fps")
     parser.add_argument("--size", type=positive, default=224, help="px, side of the frames compared; default: 224")
-    parser.add_argument("--grid", type=positive, help="px, side of the stored field; default: --size / 8")
     parser.add_argument("--weights", help="RAFT's weights; default: torchvision's file in torch's cache")
     parser.add_argument("--device", default="cpu", help="for RAFT: cpu, cuda; default: cpu")
     parser.add_argument("--pairs-at-once", type=positive, default=8, help="RAFT's batch; default: 8")
@@ -129,10 +126,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    grid = args.grid or max(1, args.size // 8)
-    settings = Settings(
-        args.flow, args.num_frames, args.fps, args.size, grid, args.weights, args.device, args.pairs_at_once
-    )
+    settings = Settings(args.flow, args.num_frames, args.fps, args.size, args.weights, args.device, args.pairs_at_once)
     if settings.weights and not settings.extractor.startswith("raft"):
         raise ConfigError(f"--weights: flow '{settings.extractor}' has none")
     if settings.extractor != "motion_vectors":

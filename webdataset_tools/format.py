@@ -21,11 +21,15 @@ import numpy as np
 
 from lavis_lstp.data.annotation import check_options, check_seconds
 from lavis_lstp.errors import AnnotationError, ShardError
+from webdataset_tools import flow_code
 
 SAMPLE_FORMAT = "lavis_lstp.shard_sample"
 FRAMES_FORMAT = "lavis_lstp.frames"
 FLOW_FORMAT = "lavis_lstp.flow"
 VERSION = 1
+FLOW_VERSION = 2
+FLOW_LEAST = 1024
+"""Bytes that a clip's flow may always take beside its header: 1/SHARE of some thumbnails is less than the header."""
 
 KINDS = ("video", "image", "text")
 VIDEO_MEMBERS = ("mp4", "avi", "mov", "mkv", "webm", "m4v", "gif")
@@ -244,26 +248,40 @@ def parse_frames(raw: bytes, place: str) -> StoredFrames:
 
 
 def dump_flow(flow: np.ndarray, settings: Mapping[str, str]) -> bytes:
-    """float [T,2,h,w] in px per frame of its own grid, stored as float16 shares of the clip's largest component."""
+    """float [T,2,H,W] in px per frame, H x W the frames' size, in 1/SHARE of the bytes of float32 (or FLOW_LEAST).
+
+    Raises:
+        ShardError: numbers that are not finite or not of float16's range.
+    """
     from safetensors.numpy import save
 
-    flow = np.asarray(flow, dtype=np.float32)
-    scale = float(np.abs(flow).max()) if flow.size else 0.0
-    stored = (flow / scale if scale else flow).astype(np.float16)
-    header = {"format": FLOW_FORMAT, "version": str(VERSION), **settings}
-    return sorted_header(save({"flow": stored, "scale": np.asarray([scale], np.float32)}, header))
+    if not (np.abs(flow) <= np.finfo(np.float16).max).all():
+        raise ShardError(f"flow: expected finite px, at most {np.finfo(np.float16).max}", "flow")
+
+    def member(coded: flow_code.Coded) -> bytes:
+        header = {"format": FLOW_FORMAT, "version": str(FLOW_VERSION), **coded.form.about(), **settings}
+        return sorted_header(save({"data": np.frombuffer(coded.data, np.uint8), "steps": coded.steps}, header))
+
+    empty = flow_code.Coded(b"", np.zeros(len(flow), np.float32), flow_code.Form(*flow.shape[-2:], "corners", False))
+    limit = 4 * flow.size // flow_code.SHARE - len(member(empty)) - 16  # the size of the data is told, too
+    return member(flow_code.encode(flow, max(limit, FLOW_LEAST)))
 
 
 def parse_flow(raw: bytes, place: str) -> tuple[np.ndarray, dict[str, str]]:
-    """float32 [T,2,h,w] in px per frame of its own grid, and how it was made."""
-    tensors, settings = _parse_tensors(raw, place, FLOW_FORMAT, {"flow": ("F16", 4), "scale": ("F32", 1)})
-    flow, scale = tensors["flow"], tensors["scale"]
-    if flow.shape[1] != 2 or scale.shape != (1,):
-        raise ShardError(f"{place}: expected flow [T,2,h,w] and one scale, got {list(flow.shape)}", "flow")
-    return flow.astype(np.float32) * scale[0], settings
+    """float16 [T,2,H,W] in px per frame of the frames' own size, and how it was made."""
+    expected = {"data": ("U8", 1), "steps": ("F32", 1)}
+    tensors, settings = _parse_tensors(raw, place, FLOW_FORMAT, expected, FLOW_VERSION)
+    try:
+        form = flow_code.Form.of(settings)
+        flow = flow_code.decode(flow_code.Coded(tensors["data"].tobytes(), tensors["steps"], form))
+    except ValueError as error:
+        raise ShardError(f"{place}: {error}", "flow") from None
+    return flow, {name: value for name, value in settings.items() if name not in form.about()}
 
 
-def _parse_tensors(raw: bytes, place: str, wanted: str, expected: Mapping[str, tuple[str, int]]):
+def _parse_tensors(
+    raw: bytes, place: str, wanted: str, expected: Mapping[str, tuple[str, int]], version: int = VERSION
+):
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
@@ -275,9 +293,9 @@ def _parse_tensors(raw: bytes, place: str, wanted: str, expected: Mapping[str, t
         header = header.get("__metadata__", {})
     except (SafetensorError, ValueError, AttributeError, KeyError, RecursionError) as error:
         raise ShardError(f"{place}: not safetensors ({error})", what) from None
-    if (header.get("format"), header.get("version")) != (wanted, str(VERSION)):
+    if (header.get("format"), header.get("version")) != (wanted, str(version)):
         got = f"{header.get('format')!r} version {header.get('version')!r}"
-        raise ShardError(f"{place}: expected {wanted!r} version {VERSION}, got {got}", what)
+        raise ShardError(f"{place}: expected {wanted!r} version {version}, got {got}", what)
     for name, kind in expected.items():
         if kinds.get(name) != kind:
             raise ShardError(f"{place}: expected '{name}' of {kind[0]} [{kind[1]} axes], got {kinds.get(name)}", what)
