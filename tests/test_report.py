@@ -214,13 +214,26 @@ def test_what_no_judge_could_say_is_unjudged_and_counts_as_wrong(tmp_path):
         )
     ]  # one refused, five right, one failed, one that the file does not have
     write_jsonl(file.with_name("test_video_qa_judged_x.jsonl"), verdicts)
+    write_jsonl(file.with_name("test_video_qa_missing.jsonl"), [{"question_id": "x"}, {"question_id": "y"}])
     seen = page(tmp_path)
     assert seen.row("results", "right, wrong, unjudged") == ["5, 0, 3"]
     assert seen.row("results", "coverage") == ["6 of 10 (60.0 %), PARTIAL"]
     assert seen.row("results", "accuracy")[0].startswith("83.3 %")
     assert seen.row("results", "accuracy, published style")[0].startswith("100.0 %")
-    assert "PARTIAL, over 6 of 10 questions" in seen.text
+    assert "PARTIAL, over 6 of 10 questions" in seen.text and "no prediction for 2 ('x', 'y')" in seen.text
     assert [q["runs"][0]["status"] for q in seen.data["questions"]] == ["unjudged"] * 3 + ["right"] * 5
+
+
+def test_answers_that_only_the_judge_was_given(tmp_path):
+    rows = [prediction(i, pattern(i)) for i in range(6)]
+    write_jsonl(tmp_path / "answers.jsonl", [{key: row[key] for key in ("question_id", "answer")} for row in rows])
+    file = write_run(tmp_path, [{**row, "answer": None} for row in rows])
+    assert (
+        page(tmp_path).row("results", "questions") == ["6"]
+        and "answers of 6 questions are hidden" in page(tmp_path).text
+    )
+    judge(file, "--answers", tmp_path / "answers.jsonl", "--judge", "rules", cache=tmp_path / "c")
+    assert page(tmp_path).row("results", "right, wrong, unjudged") == ["4, 2, 0"]
 
 
 def test_several_evaluations_are_compared_in_pairs(tmp_path):
@@ -324,6 +337,10 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     assert "at least 0" in refused(capsys, tmp_path / "a", "--pictures", "-1")
     assert "no such folder" in refused(capsys, tmp_path / "a", "--videos", tmp_path / "gone")
     assert not (tmp_path / "a" / "report.html").exists()
+    for key, value in (("span", [1]), ("log_prob", {"sum": "x"}), ("prediction", 3), ("frame_times", "now")):
+        write_jsonl(file, [prediction(0, True, **{key: value})])
+        assert f"question_id 'q000': {key} is not of the form" in refused(capsys, tmp_path / "a")
+    file.write_text(whole)
     stale = [
         {**json.loads(row), "prediction": "other", "judge": "J", "pred": "yes", "score": 5}
         for row in whole.splitlines()

@@ -49,12 +49,16 @@ def report(
         chosen = chosen_frames(evaluations, order[:pictures], videos)
     title = title or " and ".join(dict.fromkeys(path.resolve().name for path in map(Path, paths)))
     page, warnings = write_page(evaluations, order, title=title, chosen=chosen, asked=min(pictures, len(order)))
-    with atomic_writer(target) as file:
-        file.write(page)
+    try:
+        with atomic_writer(target) as file:
+            file.write(page)
+    except OSError as error:
+        raise ConfigError(f"--out {target}: cannot be written ({error.strerror or error})") from error
     notes = [f"warning: {text}" for text in warnings] + [f"note: {text}" for text in chosen[2]]
     seen = len({key for key, _ in chosen[0]})
     size = f"{target.stat().st_size / 1e6:.1f} MB"
-    line = f"{target}: {len(evaluations)} evaluations, {len(order)} questions, {seen} with pictures, {size}"
+    several = "evaluation" if len(evaluations) == 1 else "evaluations"
+    line = f"{target}: {len(evaluations)} {several}, {len(order)} questions, {seen} with pictures, {size}"
     return target, "\n".join([*notes, line])
 
 

@@ -8,7 +8,7 @@ judge are verdicts, rows with a prediction are predictions. A verdict that is ab
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ class Evaluation:
         name: what tables call it; letter: what plots call it.
         rows: all predictions; judged: those with a gold answer. Both by question_id.
         num_questions: questions with a gold answer, more than `judged` where some have no line.
+        missing: ids of those, where the evaluation listed them.
         resamples, seed: of the bootstrap, as the judge's own result has them.
         timings: seconds by stage, a dict a question.
         manifest: of the run, {} where there is none; run_dir: its folder.
@@ -47,6 +48,7 @@ class Evaluation:
     judged: dict[str, Judged]
     verdicts: Path | None = None
     num_questions: int = 0
+    missing: list[str] = field(default_factory=list)
     resamples: int = RESAMPLES
     seed: int = 0
     timings: list[Row] = field(default_factory=list)
@@ -170,29 +172,32 @@ def _pairs(
 def _evaluation(
     rows: dict[str, Row], file: Path, verdict_file: Path | None, verdicts: Mapping[str, Row] | None
 ) -> Evaluation:
-    judged = {}
-    for key, row in rows.items():
-        if row.get("answer") is None and "judge" not in (verdicts or {}).get(key, {}):
-            continue  # the answer is hidden
-        if not isinstance(row.get("prediction"), str):
-            raise AnnotationError(f"{file}: question_id '{key}' has no prediction, got {row.get('prediction')!r}")
-        given = None if verdicts is None else verdicts.get(key)
-        judged[key] = Judged(row, _verdict(row, verdict_file, key, given))
     if verdicts is not None:
         _check_same(rows, file, verdicts, verdict_file)
+    whole, judged = {}, {}
+    for key, row in rows.items():
+        given = (verdicts or {}).get(key)
+        # a judge that was given --answers knows what the predictions do not say
+        texts = {name: given[name] for name in TEXTS if name in given} if given else {}
+        row = {"question": "", **texts, **{name: value for name, value in row.items() if value is not None}}
+        _check_row(f"{file}: question_id '{key}'", row)
+        whole[key] = row
+        if "answer" in row:  # else it is hidden
+            judged[key] = Judged(row, _verdict(row, verdict_file, key, given))
     result = _json(verdict_file.with_suffix(".json")) if verdict_file else {}
     metrics = _json(file.with_name(f"{file.stem}_metrics.json"))
     asked = [one.get("num_questions") for one in (metrics, result)]
     expected = max([len(rows), *(count for count in asked if isinstance(count, int))])
-    timings = file.with_name(f"{file.stem}_timings.jsonl")
+    timings, missing = (file.with_name(f"{file.stem}{end}") for end in NOT_PREDICTIONS)
     bootstrap = result.get("bootstrap", {})
     one = Evaluation(
         name="",
         predictions=file,
-        rows=rows,
+        rows=whole,
         judged=judged,
         verdicts=verdict_file,
-        num_questions=expected - (len(rows) - len(judged)),
+        num_questions=expected - (len(whole) - len(judged)),
+        missing=[str(row["question_id"]) for row in read_jsonl(missing)] if missing.is_file() else [],
         resamples=bootstrap.get("resamples", RESAMPLES),
         seed=bootstrap.get("seed", 0),
         timings=[row for row in read_jsonl(timings) if row.get("question_id") in rows] if timings.is_file() else [],
@@ -201,11 +206,50 @@ def _evaluation(
     return one
 
 
+TEXTS = ("question", "answer", "video_id", "category")
+
+
+def _numbers(value: Any, count: int | None = None, kinds: tuple[type, ...] = (int,)) -> bool:
+    return isinstance(value, list) and count in (None, len(value)) and all(type(one) in kinds for one in value)
+
+
+def _likelihood(value: Any) -> bool:
+    return isinstance(value, dict) and all(type(value.get(key)) in (int, float) for key in ("sum", "mean", "tokens"))
+
+
+FORMS: dict[str, Callable[[Any], bool]] = {
+    "question": lambda value: isinstance(value, str),
+    "answer": lambda value: isinstance(value, str),
+    "prediction": lambda value: isinstance(value, str),
+    "span": lambda value: _numbers(value, 2),
+    "gold_span": lambda value: _numbers(value, 2),
+    "span_s": lambda value: _numbers(value, 2, (int, float)),
+    "num_frames": lambda value: type(value) is int and value > 0,
+    "frame_index": _numbers,
+    "frame_times": lambda value: _numbers(value, None, (int, float, type(None))),
+    "entropy": lambda value: (
+        isinstance(value, dict) and _numbers([value.get("start"), value.get("end")], 2, (int, float))
+    ),
+    "log_prob": _likelihood,
+    "options": lambda value: isinstance(value, list) and all(isinstance(one, str) for one in value),
+    "choice": lambda value: isinstance(value, str) and len(value) == 1,
+    "option_log_prob": lambda value: isinstance(value, list) and all(map(_likelihood, value)),
+}
+"""What the page reads of a row, and whether a value is of the form that evaluations write."""
+
+
+def _check_row(where: str, row: Row) -> None:
+    for name, is_good in FORMS.items():
+        if (name in row or name == "prediction") and not is_good(row.get(name)):
+            raise AnnotationError(
+                f"{where}: {name} is not of the form that an evaluation writes: {row.get(name)!r:.80}"
+            )
+
+
 def _verdict(row: Row, verdict_file: Path | None, key: str, given: Row | None) -> Verdict:
     if verdict_file is not None:
-        return (
-            Verdict("nobody", MISSING) if given is None else read_verdict(f"{verdict_file}: question_id '{key}'", given)
-        )
+        where = f"{verdict_file}: question_id '{key}'"
+        return Verdict("nobody", MISSING) if given is None else read_verdict(where, given)
     if isinstance(row.get("correct"), bool):
         return Verdict(ITSELF, correct=row["correct"])
     return Verdict(EXACT, JUDGED, exact_match(row["answer"], row["prediction"]) == 1)

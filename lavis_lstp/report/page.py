@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lavis_lstp import __version__
-from lavis_lstp.judging.rows import Row
+from lavis_lstp.judging.rows import Row, named
 from lavis_lstp.report import numbers
 from lavis_lstp.report.evaluations import Evaluation
 from lavis_lstp.report.plots import plots, stages_in_order
@@ -120,7 +120,7 @@ def _warnings(
             scored = run["scored"]
             found.append(
                 f"{name}: PARTIAL, over {scored['num_scored']} of {scored['num_questions']} questions: not the score "
-                "of the data set"
+                f"of the data set{f'; no prediction for {named(one.missing)}' if one.missing else ''}"
             )
         if run["hidden"]:
             found.append(f"{name}: the answers of {run['hidden']} questions are hidden; these are not scored")

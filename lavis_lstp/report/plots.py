@@ -87,6 +87,7 @@ def _histogram(values: Mapping[str, Sequence[float]], label: str, limits: tuple[
     figure, axes = _figure()
     axes.hist(list(values.values()), bins=10, range=limits, label=list(values))
     axes.set(xlabel=label, ylabel="answers")
+    axes.yaxis.get_major_locator().set_params(integer=True)
     if len(values) > 1:
         figure.legend(fontsize=8, loc="outside upper center", ncols=LOUD, frameon=False)
     means = ", ".join(f"{name}: mean {math.fsum(v) / len(v):.3f}" for name, v in values.items())
