@@ -386,6 +386,10 @@ class ShardSet:
         """
         location, members = self.shards[shard], self.index(shard).members(sample)
         wanted = [(name, members[name]) for name in members if name in names]
+        for name, member in wanted:
+            if name.endswith("json") and member.size > JSON_LIMIT:
+                text = f"{member.size} bytes of JSON, at most {JSON_LIMIT} are read"
+                raise ShardError(f"{location}, {member.name}: {text}", "json too large")
         content: dict[str, bytes] = {}
         for run in _runs(wanted):
             start, end = run[0][1].offset, run[-1][1].offset + run[-1][1].size

@@ -95,23 +95,34 @@ class _Checker:
             with open_stream(name, self.job.retry) as stream:
                 tar = TarScan(stream, name)
                 for key, group in samples(tar):
-                    members, content, reason = {}, {}, None
-                    for member, place in group:
-                        try:
-                            raw = tar.content(JSON_LIMIT if member.endswith("json") else None)
-                        except ShardError as error:
-                            if error.cause != "json too large":
-                                raise
-                            reason = error
-                            continue
-                        members[member] = place._replace(sha256=hashlib.sha256(raw).digest())
-                        content[member] = raw
-                        self.end = place.offset + place.size
-                    self._take(key, members, content, reason)
+                    self._sample(tar, key, group)
         except ShardError as error:
             self.problem("", error.cause, str(error))
             return False
         return True
+
+    def _sample(self, tar: TarScan, key: str, group: Iterator[tuple[str, Member]]) -> None:
+        """Reads and checks one; also the last before a place where the tar is damaged."""
+        members, content, reason = {}, {}, None
+        inside = False
+        try:
+            for member, place in group:
+                inside = True
+                try:
+                    raw = tar.content(JSON_LIMIT if member.endswith("json") else None)
+                    members[member] = place._replace(sha256=hashlib.sha256(raw).digest())
+                    content[member] = raw
+                    self.end = place.offset + place.size
+                except ShardError as error:
+                    if error.cause != "json too large":
+                        raise
+                    reason = error
+                inside = False
+        except ShardError as error:
+            if not inside and error.cause != "duplicate member" and "json" in members:
+                self._take(key, members, content, reason)  # what is damaged comes after its last member
+            raise
+        self._take(key, members, content, reason)
 
     def _take(self, key: str, members: dict[str, Member], content: Mapping[str, bytes], reason=None) -> None:
         if key in self.seen:
