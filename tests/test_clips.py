@@ -71,7 +71,7 @@ def test_a_folder_of_pictures_is_a_video_at_three_a_second(videos):
         read_frames(videos / "empty", num=2)
 
 
-def test_questions_about_the_same_frames_are_grouped_short_ones_first(videos):
+def test_questions_about_the_same_frames_are_grouped_and_short_ones_come_first(videos):
     rows = [
         row(0, question="which one of these?", options=["it", "that"]),
         row(1, clip_s=[1, 2]),
@@ -81,7 +81,7 @@ def test_questions_about_the_same_frames_are_grouped_short_ones_first(videos):
         row(5, clip_s=[1, 3]),
     ]
     dataset = VideoQADataset(rows, videos, num_frames=2, image_size=32)
-    assert dataset.eval_groups() == [[2, 0], [4, 1], [3], [5]]
+    assert dataset.eval_groups() == [[4, 1], [3], [5], [2, 0]]
     media = [dataset[i]["media"] for i in range(6)]
     assert media[0] == media[2] != media[1] == media[4] and len(set(media)) == 4
     batch = dataset.collater([dataset[0], dataset[2]])

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from toy import make_runner
 
+from lavis_lstp.data import shapes_qa
 from lavis_lstp.runners import checkpoint
 
 HERE = Path(__file__).resolve().parent
@@ -97,6 +98,33 @@ def test_uneven_evaluation_equals_that_of_one_process_to_the_byte(runs, tmp_path
         assert (runs / "plain" / "result" / name).read_bytes() == (tmp_path / "result" / name).read_bytes()
     assert metrics["test"]["num_scored"] == 3
     assert len((tmp_path / "result" / "test_video_instruct.jsonl").read_text().splitlines()) == 3
+
+
+def test_lstp_answers_with_the_same_bytes_on_any_number_of_ranks(ranks, tmp_path):
+    """Units of four questions, of which one rank has more than the other. Another batch size leaves all but the last
+    digits of log-probabilities as they are: sums of floats are made in another order."""
+    sizes = {"train_videos": 0, "val_videos": 0, "test_videos": 3, "train_images": 0, "size": 32}
+    shapes_qa.generate(tmp_path / "data", workers=1, **sizes)
+    found = {}
+    for name, world_size, batch_size in (("one", 1, 4), ("two", 2, 4), ("other", 1, 7)):
+        words = [
+            f"datasets.lstp_shapes.root={tmp_path / 'data'}",
+            "datasets.lstp_shapes.num_frames=8",
+            *(f"datasets.lstp_shapes.generate.{key}={value}" for key, value in sizes.items()),
+            f"run.output_dir={tmp_path / name}",
+            f"run.batch_size_eval={batch_size}",
+            "run.evaluate=true",
+        ]
+        job = {"cfg": "projects/lstp/tiny_ft.yaml", "runs": [words]}
+        assert ranks.run(world_size, "lavis_run", job) == [0] * world_size
+        found[name] = (tmp_path / name / "result/test_video_instruct.jsonl").read_bytes()
+    assert found["one"] == found["two"]
+    one, other = ([json.loads(line) for line in found[name].splitlines()] for name in ("one", "other"))
+    assert len(one) == 18 and one[0]["log_prob"]["tokens"] > 1
+    for left, right in zip(one, other, strict=True):
+        left, right = left.pop("log_prob"), right.pop("log_prob")
+        assert left == pytest.approx(right, rel=1e-6, abs=1e-4)
+    assert one == other
 
 
 def test_resumed_on_two_ranks_to_the_bit(runs):

@@ -203,13 +203,18 @@ class VideoQADataset(Dataset):
         return self.annotation.question_ids()
 
     def eval_groups(self) -> list[list[int]]:
-        """Questions about the same frames, which are then decoded once; the short ones of a group come first."""
+        """Questions about the same frames, which are then decoded once.
+
+        What comes together is of like length: in a group short questions come first, and of groups those whose longest
+        question is short.
+        """
         groups: dict[str, list[int]] = {}
         length = []
         for index, row in enumerate(self.annotation):
             groups.setdefault(_media_name(row) or f"text {index}", []).append(index)
             length.append(len(row["question"]) + sum(map(len, row.get("options") or ())))
-        return [sorted(group, key=lambda index: (length[index], index)) for group in groups.values()]
+        ordered = [sorted(group, key=lambda index: (length[index], index)) for group in groups.values()]
+        return sorted(ordered, key=lambda group: length[group[-1]])
 
     def fingerprint(self) -> str:
         """SHA-256 of everything that decides the samples, but the videos' content."""

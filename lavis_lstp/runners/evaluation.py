@@ -2,13 +2,13 @@
 
 In: a task, a model and a data set. Out: the task's records in the order of the data set, its files, its metrics.
 
-The split is cut into fixed units, batches in which a video's questions lie together, and rank r takes every
-world_size-th one: nothing is padded, decoded or done twice, and as no unit depends on the number of ranks, neither does
-any prediction. A video with more questions than a batch holds is a unit of several batches. Each rank appends finished
-units to a file of its own below `.parts`; a process that is killed finds them there. Their header is a digest of
-configuration, weights and data, so that no record of another checkpoint is ever taken over. A unit that lacks a sample,
-because its video could not be read, is not finished: videos are no part of the digest, and this one may have been
-repaired.
+The split is cut into fixed units, batches in which a video's questions lie together, beside others of like length, and
+rank r takes every world_size-th one: nothing is padded, decoded or done twice, and as no unit depends on the number of
+ranks, neither does any prediction. A video with more questions than a batch holds is a unit of several batches. Each
+rank appends finished units to a file of its own below `.parts`; a process that is killed finds them there. Their header
+is a digest of configuration, weights and data, so that no record of another checkpoint is ever taken over. A unit that
+lacks a sample, because its video could not be read, is not finished: videos are no part of the digest, and this one may
+have been repaired.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class PartFiles:
 
     def __init__(self, folder: Path, key: str):
         self.folder = folder
-        self.header = {"format": "lavis_lstp.part", "version": 2, "key": key}
+        self.header = {"format": "lavis_lstp.part", "version": 3, "key": key}
         self.handle = None
 
     def begin(self) -> set[int]:
