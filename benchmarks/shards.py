@@ -4,8 +4,8 @@
 
 In: nothing; videos of a moving texture are made. Out: a table in Markdown for each size (width x height x pictures):
 samples a second in one process of one thread, after a first pass that fills the page cache, and the time to the first
-batch of 8; then one against two loader processes, and how memory grows over epochs. What is compared is measured turn by
-turn, so that other work on the machine slows all alike; medians.
+batch of 8; then one against two loader processes, and how memory grows over epochs. What is compared is measured turn
+by turn, so that other work on the machine slows all alike; medians.
 """
 
 from __future__ import annotations
