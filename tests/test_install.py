@@ -102,7 +102,8 @@ def test_the_wheel_holds_the_plug_in_line_the_recipes_and_nothing_that_clashes(w
     recipes = {f"lavis_lstp/{path.relative_to(checkout)}" for path in (checkout / "projects").rglob("*.yaml")}
     configs = {str(path.relative_to(ROOT)) for path in (ROOT / "lavis_lstp" / "configs").rglob("*.yaml")}
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "lavis_lstp").rglob("*.py")}
-    assert recipes | configs | sources <= names
+    page = {f"lavis_lstp/report/{name}" for name in ("report.html", "style.css", "browse.js")}
+    assert recipes | configs | sources | page <= names
     top = {name.split("/")[0] for name in names}
     assert {name for name in top if not name.endswith(".dist-info")} == {
         "lavis_lstp",
