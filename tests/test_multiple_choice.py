@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -369,6 +370,24 @@ def test_vision_and_flow_run_once_per_video_and_answers_stay(asked, family):
     assert shared["prediction"] == apart["prediction"] and torch.equal(shared["frame_index"], apart["frame_index"])
     for one, other in zip(shared["log_prob"], apart["log_prob"], strict=True):
         assert one["tokens"] == other["tokens"] and math.isclose(one["sum"], other["sum"], abs_tol=1e-4)
+
+
+def test_questions_are_answered_five_times_as_fast_as_one_by_one(monkeypatch, capsys):
+    """benchmarks/evaluation.py on two videos; it asserts that both sides give the same answers."""
+    path = Path(__file__).parent.parent / "benchmarks/evaluation.py"
+    spec = importlib.util.spec_from_file_location("evaluation_benchmark", path)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    threads = torch.get_num_threads()
+    monkeypatch.setattr("sys.argv", ["evaluation.py", "--videos", "2", "--workers", "0", "--repeats", "2"])
+    try:
+        assert benchmark.main() == 0
+    finally:
+        torch.set_num_threads(threads)
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["questions"] == 20 and found["ratio"] >= 5
+    alone, together = (found["ms"][way] for way in ("alone", "together, one process"))
+    assert all(together[stage] < alone[stage] for stage in ("decode", "flow", "vision", "language"))
 
 
 # ---- the whole of it ----------------------------------------------------------------------------------------------
