@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from test_wds_verify import causes, media, only, packed, rewritten  # noqa: F401 (a fixture)
 
 from lavis_lstp.errors import ShardError
 from webdataset_tools import index
 from webdataset_tools.__main__ import main
 from webdataset_tools.format import dump_flow
+from webdataset_tools.pack import Settings
 from webdataset_tools.repair import repair
 from webdataset_tools.tar import ShardWriter
 from webdataset_tools.verify import verify
@@ -116,6 +118,52 @@ def test_a_damaged_video_is_fetched_again(media, tmp_path):  # noqa: F811
     assert report["made_by"]["fetched"] == 1 and causes(mended) == {}
     assert contents(mended) == {key: value for key, value in before.items() if key != "v1%2Emp4"}
     assert [key for key, _ in quarantined(tmp_path / "b/x")] == ["v1%2Emp4"]
+
+
+@pytest.mark.parametrize("member", ["mp4", "frames", "folder"])
+def test_what_is_fetched_again_is_what_was_there(media, tmp_path, member):  # noqa: F811
+    """As a file, as chosen frames or as a folder of pictures, and with the flow and spans it had."""
+    root, rows = tmp_path / "media", []
+    for name in ("a", "b"):
+        source = root / ("v0" if member == "folder" else "v0.mp4")
+        source = source.with_name(source.name.replace("v0", name))
+        source.parent.mkdir(exist_ok=True)
+        if member == "folder":
+            source.mkdir()
+            for n in range(3):
+                Image.new("RGB", (20 + 4 * n, 20), (60 * n, 0, ord(name))).save(source / f"{n}.png")
+        else:
+            source.write_bytes((media / f"v{'ab'.index(name)}.mp4").read_bytes())
+        rows.append({"question_id": name, "video": source.name, "question": "?", "answer": "!"})
+    (root / "a.json").write_text(json.dumps(rows))
+    settings = Settings(frames=3, size=32, encoding="webp", quality=80) if member == "frames" else Settings()
+    shards = packed(root, tmp_path / "s", settings=settings)
+    flow = parallel(shards, tmp_path / "f", lambda n: np.full((3, 2, 2, 2), n + 1.0))
+    assert main(["reshard", *shards, "--join", *flow, "--out", str(tmp_path / "a/x"), "--workers", "1"]) == 0
+    (shard,) = (tmp_path / "a").glob("*.tar")
+    before = contents([shard])
+    name = "mp4" if member == "mp4" else "frames"
+    first = index.ShardSet([str(shard)]).index(0).members(0)
+    raw = bytearray(shard.read_bytes())
+    raw[first[name].offset + first[name].size - 9] ^= 1
+    shard.write_bytes(raw)
+    assert repair([str(shard)], str(tmp_path / "b/x"), root=root, decode=0)["made_by"]["fetched"] == 1
+    assert contents((tmp_path / "b").glob("*.tar")) == before and not list((tmp_path / "b").glob("*.jsonl"))
+    raw[first["flow"].offset + first["flow"].size - 1] ^= 1
+    shard.write_bytes(raw)
+    repair([str(shard)], str(tmp_path / "c/x"), root=root, decode=0)
+    key = next(iter(before))
+    assert set(contents((tmp_path / "c").glob("*.tar"))[key]) == set(before[key]) - {"flow"}
+    assert quarantined(tmp_path / "c/x") == [(key, "hash")]
+
+
+def test_flow_for_other_frames_is_dropped_and_listed(media, tmp_path):  # noqa: F811
+    shards = packed(media, tmp_path / "a", settings=Settings(frames=3, size=32))
+    rewritten(Path(shards[0]), only("v1%2Emp4", flow=dump_flow(np.zeros((2, 2, 4, 4)), {})))
+    repair(shards, str(tmp_path / "b/x"), root=media, decode=0)
+    mended = sorted(map(str, (tmp_path / "b").glob("*.tar")))
+    assert causes(mended) == {} and set(contents(mended)["v1%2Emp4"]) == {"frames", "json"}
+    assert quarantined(tmp_path / "b/x") == [("v1%2Emp4", "flow")]
 
 
 def test_a_file_that_has_changed_is_not_fetched(media, tmp_path):  # noqa: F811

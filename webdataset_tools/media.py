@@ -112,6 +112,16 @@ def _load_folder(path: Path, settings: Settings) -> Medium:
     return Medium("frames", dump_frames(StoredFrames(pictures, times_s, names)), sha256, facts)
 
 
+def sha256_of(path: Path) -> str:
+    """Of a file, or of a folder's pictures one after the other: what a sample's json says."""
+    if not path.is_dir():
+        return sha256_file(path)
+    digest = hashlib.sha256()
+    for picture in pictures_in(path):
+        digest.update(picture.read_bytes())
+    return digest.hexdigest()
+
+
 def _video_facts(raw: bytes | None, path: str) -> dict[str, Any]:
     info: VideoInfo = (raw and mp4_info(raw)) or probe(path)
     facts = {name: getattr(info, name) for name in ("fps", "num_frames", "width", "height", "codec")}

@@ -24,7 +24,7 @@ from lavis_lstp.files import sha256_json, write_jsonl
 from webdataset_tools import index
 from webdataset_tools.engine import run_jobs
 from webdataset_tools.format import SAMPLE_FORMAT, VERSION, check_sample, dump_json
-from webdataset_tools.media import Medium, Settings, load, read_ahead
+from webdataset_tools.media import Medium, Settings, read_ahead
 from webdataset_tools.sources import FORMS, Unit, units
 from webdataset_tools.storage import beside
 from webdataset_tools.tar import ShardWriter
@@ -119,11 +119,6 @@ def finished(path: Path, plan: str, overwrite: bool) -> index.ShardIndex | None:
             f"{path}: was packed from another input or with other settings; name another output or add --overwrite"
         )
     return found if path.stat().st_size == found.bytes else None
-
-
-def add_unit(shard: ShardWriter, unit: Unit, root: Path, settings: Settings) -> dict[str, Any]:
-    """Writes one sample; returns its json."""
-    return _write(shard, unit, load(unit, root, settings))
 
 
 def _write(shard: ShardWriter, unit: Unit, medium: Medium | None) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """`repair`: a new set without what `verify` finds wrong, and a list of what was left out.
 
-Samples that are sound are copied, shard by shard. One whose medium is damaged and whose JSON is not is packed again
-from --root, if the file there has the SHA-256 that the JSON says. Everything else goes to OUT.quarantine.jsonl, with
-shard, key, cause and error; the damaged set is not touched.
+Samples that are sound are copied, shard by shard. One whose medium is damaged and whose JSON is not gets its medium
+from --root again, as a file or as the same frames, if what lies there has the SHA-256 that the JSON says. Everything
+else goes to OUT.quarantine.jsonl, with shard, key, cause and error; the damaged set is not touched.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from lavis_lstp.errors import ShardError
-from lavis_lstp.files import sha256_file
 from webdataset_tools import index
-from webdataset_tools.format import check_sample, parse_json
-from webdataset_tools.rewrite import Kept, about, left_out, read_member, rewrite
+from webdataset_tools.format import MEDIA_MEMBERS, check_sample, parse_frames
+from webdataset_tools.media import Settings, sha256_of
+from webdataset_tools.rewrite import Again, Kept, about, left_out, rewrite
 from webdataset_tools.sources import Unit
-from webdataset_tools.storage import beside, expand, read_all
-from webdataset_tools.verify import examine
+from webdataset_tools.storage import expand
+from webdataset_tools.verify import check_derived, examine
 
 HELP = "a new set without, or with mended, samples that verify names"
 OF_THE_SET = ("no index", "no manifest", "index", "manifest", "missing shard")
@@ -47,7 +47,7 @@ def repair(
         if row["key"] and row["cause"] not in (*OF_THE_SET, "duplicate key"):
             named.setdefault((row["shard"], row["key"]), row)
     bad = [row for row in problems if not row["key"] and row["cause"] not in OF_THE_SET]
-    new: dict[str, list[Kept | Unit]] = {shard: [] for shard in shards}
+    new: dict[str, list[Kept | Again]] = {shard: [] for shard in shards}
     taken: set[str] = set()
     for shard, key, _, _, _, members in sound:
         if key in taken:
@@ -56,36 +56,75 @@ def repair(
             taken.add(key)
             new[shard].append(Kept(key, tuple((shard, member) for member in members)))
     for (shard, key), row in named.items():
-        unit = _again(shard, key, root) if row["cause"] not in ("leak", "duplicate question") else None
-        if unit is None or key in taken:
+        fetched = _again(row, root, bad) if row["cause"] not in ("leak", "duplicate question") else None
+        if fetched is None or key in taken:
             bad.append(row)
         else:
             taken.add(key)
-            new[shard].append(unit)
+            new[shard].append(fetched)
     kept = [items for items in new.values() if items]
     if not kept:
         raise ShardError(f"{shards[0]}: nothing of this set is sound; the first cause: {problems[0]['error']}", "empty")
-    facts = about("repair", fetched=sum(isinstance(item, Unit) for items in kept for item in items))
+    facts = about("repair", fetched=sum(isinstance(item, Again) for items in kept for item in items))
     return rewrite(kept, out, about=facts, bad=bad, root=str(root or ""), overwrite=overwrite, **how)
 
 
-def _again(shard: str, key: str, root: Path | None) -> Unit | None:
-    """The sample as `pack` would have it, where its JSON is whole and its medium lies below `root`."""
+def _again(row: dict[str, str], root: Path | None, bad: list[dict[str, str]]) -> Again | None:
+    """The sample with its medium of `root`, where its JSON is whole; members that are not are listed in `bad`."""
     if root is None:
         return None
+    shard, key = row["shard"], row["key"]
+    found = index.ShardSet([shard])
     try:
-        found = index.parse(read_all(beside(shard, index.INDEX_SUFFIX)), shard)
-        member = found.members(found.keys().index(key))["json"]
-        value = parse_json(read_member(shard, member), key)
+        number = found.index(0).keys().index(key)
+        value = found.read_json(0, number)
         check_sample(value, key, key)
-    except (ShardError, ValueError, KeyError):
+    except (ShardError, ValueError):
         return None
-    if value["kind"] == "text":
-        return None  # what was wrong lies in the JSON itself
+    settings = _settings(found, number)
+    if value["kind"] == "text" or settings is None:
+        return None  # what was wrong lies in the JSON itself; or nobody knows which frames there were
     path = root / value["source"]
-    if not path.is_file() or sha256_file(path) != value["sha256"]:
+    if not path.exists() or sha256_of(path) != value["sha256"]:
         return None
-    return Unit(key, value["kind"], value["video_id"], value["source"], tuple(value["questions"]))
+    unit = Unit(key, value["kind"], value["video_id"], value["source"], tuple(value["questions"]))
+    kept, derived = [], []
+    for name, member in found.index(0).members(number).items():
+        if name in (*MEDIA_MEMBERS, "frames"):
+            continue
+        try:
+            if name == row["cause"]:  # "flow", perhaps for other frames
+                raise ShardError(row["error"], name)
+            check_derived({name: found.read(0, number, (name,))[name]}, f"{shard}, {key}")
+            kept.append((shard, member))
+        except ShardError as error:
+            derived.append(left_out(shard, key, error.cause, f"{error}; the sample is kept without it"))
+    bad.extend(derived)
+    return Again(Kept(key, tuple(kept)), unit, settings)
+
+
+def _settings(found: index.ShardSet, number: int) -> Settings | None:
+    """How the sample's medium was stored: as it is, or as frames that other samples' tell how to choose."""
+    if "frames" not in found.index(0).members(number):
+        return Settings()
+    for other, sample in enumerate(found.index(0).samples()):
+        if "frames" in dict(sample.members):
+            try:
+                stored = parse_frames(found.read(0, other, ("frames",))["frames"], sample.key)
+            except ShardError:
+                continue
+            if stored.folder:
+                return Settings()
+            chosen = stored.settings
+            return Settings(
+                frames=int(chosen["num_frames"]),
+                fps=None if chosen["fps"] == "None" else float(chosen["fps"]),
+                short_videos=chosen["short_videos"],
+                size=int(chosen["size"]),
+                encoding=chosen["encoding"],
+                quality=int(chosen["quality"]),
+            )
+    return None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,8 @@ from lavis_lstp.files import sha256_json
 from webdataset_tools import index
 from webdataset_tools.engine import run_jobs
 from webdataset_tools.format import parse_json
-from webdataset_tools.pack import Settings, add_unit, check_others, finish, finished
+from webdataset_tools.media import Settings, load
+from webdataset_tools.pack import check_others, finish, finished
 from webdataset_tools.sources import Unit
 from webdataset_tools.storage import read_at
 from webdataset_tools.tar import Member, ShardWriter
@@ -38,12 +39,27 @@ class Kept(NamedTuple):
         return [self.key, [[member.name, member.sha256.hex()] for _, member in self.members]]
 
 
+class Again(NamedTuple):
+    """A sample whose medium is fetched again from a folder; its other members are as they were."""
+
+    kept: Kept
+    unit: Unit
+    settings: Settings
+
+    @property
+    def key(self) -> str:
+        return self.kept.key
+
+    def identity(self) -> list[Any]:
+        return [*self.kept.identity(), asdict(self.settings)]
+
+
 @dataclass(frozen=True)
 class Job:
-    """One shard to write: samples as they are, or media to be packed anew from `root`."""
+    """One shard to write; media of `Again` lie in `root`."""
 
     path: str
-    items: tuple[Kept | Unit, ...]
+    items: tuple[Kept | Again, ...]
     root: str
     overwrite: bool
     plan: str
@@ -65,12 +81,13 @@ def rewrite_shard(job: Job) -> dict[str, Any]:
         samples = []
         with ShardWriter(path) as shard:
             for item in job.items:
-                if isinstance(item, Unit):
-                    value = add_unit(shard, item, Path(job.root), Settings())
-                else:
-                    content = {m.name.partition(".")[2]: read_member(place, m) for place, m in item.members}
-                    shard.add(item.key, content)
-                    value = parse_json(content["json"], f"{item.key}.json") if "json" in content else None
+                kept = item.kept if isinstance(item, Again) else item
+                content = {m.name.partition(".")[2]: read_member(place, m) for place, m in kept.members}
+                value = parse_json(content["json"], f"{item.key}.json") if "json" in content else None
+                if isinstance(item, Again):
+                    medium = load(item.unit, Path(job.root), item.settings)
+                    content[medium.member] = medium.content
+                shard.add(item.key, content)
                 key, members = shard.samples[-1]
                 samples.append(index.sample_of(key, {m.name.partition(".")[2]: m for m in members}, value))
         found = index.build(samples, shard.bytes, job.plan)
@@ -79,7 +96,7 @@ def rewrite_shard(job: Job) -> dict[str, Any]:
 
 
 def rewrite(
-    shards: Sequence[Sequence[Kept | Unit]],
+    shards: Sequence[Sequence[Kept | Again]],
     out: str,
     *,
     about: dict[str, Any],
@@ -93,7 +110,7 @@ def rewrite(
     check_others(out, paths, overwrite)
     jobs = []
     for path, items in zip(paths, shards, strict=True):
-        identity = [item.identity() if isinstance(item, Kept) else list(item) for item in items]
+        identity = [item.identity() for item in items]
         jobs.append(Job(path, tuple(items), root, overwrite, sha256_json([about, identity])))
     entries = run_jobs(rewrite_shard, jobs, desc=Path(out).name, **how)
     return finish(out, paths, entries, bad, about)

@@ -177,7 +177,7 @@ def check_content(key: str, content: Mapping[str, bytes], place: str, decode: in
     """
     if "json" not in content:
         if set(content) <= {"flow", "span.json"}:  # of a parallel set
-            _check_derived(content, place, None)
+            check_derived(content, place)
             return "none", "", []
         raise ShardError(f"{place}: has no json; it has {', '.join(content)}", "missing member")
     value = parse_json(content["json"], f"{place}.json")
@@ -199,11 +199,12 @@ def check_content(key: str, content: Mapping[str, bytes], place: str, decode: in
             raise ShardError(f"{place}.{name}: its SHA-256 is not that of its json", "hash")
         if decode:
             _decode(kind, content[name], f"{place}.{name}", decode)
-    _check_derived(content, place, decode, digest)
+    check_derived(content, place, decode, digest)
     return kind, digest, ids
 
 
-def _check_derived(content: Mapping[str, bytes], place: str, decode: int | None, digest: str = "") -> None:
+def check_derived(content: Mapping[str, bytes], place: str, decode: int | None = None, digest: str = "") -> None:
+    """Raises ShardError or VideoError where frames, flow or spans are not of their form, or frames not of `digest`."""
     count = None
     if "frames" in content:
         frames = parse_frames(content["frames"], f"{place}.frames")
