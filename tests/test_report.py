@@ -362,12 +362,12 @@ def pictures_of(seen: Reader, key: str, run: int = 0) -> list[np.ndarray]:
 
 @pytest.fixture(scope="module")
 def own_videos(tmp_path_factory) -> Path:
-    """A run on two numbered videos of 10 frames a second, and its manifest with paths relative to where it stood."""
+    """A run on two numbered videos of 30 frames a second, whose times are rounded, and its manifest."""
     root = tmp_path_factory.mktemp("own")
     (root / "videos").mkdir()
     for name in ("v000", "v001"):
-        numbered_video(root / "videos" / f"{name}.mp4", 36, fps=10)
-    rows = [prediction(i, i > 0, frame_times=[0.0, 0.333, 1.7, 3.5], frame_index=[0, 1, 2, 3]) for i in range(4)]
+        numbered_video(root / "videos" / f"{name}.mp4", 36, fps=30)
+    rows = [prediction(i, i > 0, frame_times=[0.0, 0.033, 0.567, 1.167], frame_index=[0, 1, 2, 3]) for i in range(4)]
     keys = ("question_id", "video_id", "question", "answer")
     annotation = [{**{key: row[key] for key in keys}, "video": f"{row['video_id']}.mp4"} for row in rows]
     (root / "test.json").write_text(json.dumps(annotation))
@@ -387,7 +387,7 @@ def write_manifest(root: Path, run: str, annotations: dict) -> None:
 def test_pictures_are_the_frames_that_were_chosen(own_videos):
     seen = page(own_videos / "out", pictures=3)
     for key in ("q000", "q001"):
-        assert [read_number(frame) for frame in pictures_of(seen, key)] == [0, 3, 17, 35]
+        assert [read_number(frame) for frame in pictures_of(seen, key)] == [0, 1, 17, 35]
     assert {frame.shape for frame in pictures_of(seen, "q000")} == {(3, 96, 160)}, "the video's own proportions"
     shown = [q["id"] for q in seen.data["questions"] if "pictures" in q["runs"][0]]
     assert shown == ["q000", "q001", "q002"] and "shown for 3 of 4 questions" in seen.text
@@ -409,7 +409,7 @@ def test_pictures_come_out_of_shards_and_from_another_folder(own_videos, tmp_pat
         page(alone, pictures=2, videos=str(own_videos / "videos")),
         page(alone, pictures=2, videos=str(shard)),
     ):
-        assert [read_number(frame) for frame in pictures_of(seen, "q000")] == [0, 3, 17, 35]
+        assert [read_number(frame) for frame in pictures_of(seen, "q000")] == [0, 1, 17, 35]
     assert "2 without pictures: no manifest in" in page(alone, pictures=2).text
 
 
@@ -512,7 +512,7 @@ def test_the_page_in_a_browser(browser, own_videos, tmp_path):
     assert browser.texts(".question h3")[0] == "what is number 0?", "the wrong one first"
     assert browser.texts(".badge") == ["wrong", "right", "right", "right"]
     loaded = "[...document.querySelectorAll('.frames img')].map(i => [i.naturalWidth, i.alt])"
-    assert browser.script(loaded)[:2] == [[160, "frame at 0 s"], [160, "frame at 0.333 s"]]
+    assert browser.script(loaded)[:2] == [[160, "frame at 0 s"], [160, "frame at 0.033 s"]]
     assert len(browser.script(loaded)) == 16
     assert "span 0 to 4 (0 to 2 s); gold 1 to 5" in browser.script("document.querySelector('.track').ariaLabel")
     place = (
