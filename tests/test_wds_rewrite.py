@@ -154,7 +154,8 @@ def test_what_is_fetched_again_is_what_was_there(media, tmp_path, member):  # no
     repair([str(shard)], str(tmp_path / "c/x"), root=root, decode=0)
     key = next(iter(before))
     assert set(contents((tmp_path / "c").glob("*.tar"))[key]) == set(before[key]) - {"flow"}
-    assert quarantined(tmp_path / "c/x") == [(key, "hash")]
+    ((named, cause),) = quarantined(tmp_path / "c/x")
+    assert named == key and cause in ("hash", "flow")  # whichever is noticed first
 
 
 def test_flow_for_other_frames_is_dropped_and_listed(media, tmp_path):  # noqa: F811
