@@ -88,7 +88,7 @@ def test_flow_is_small_and_made_once(moving, tmp_path, capsys):
     shards = shards_of(moving, tmp_path / "s")
     (path,) = flow_of(shards, tmp_path / "f")
     per_frame = index.scan(path).members(0)["flow"].size / 4
-    assert per_frame < 2 * 64 * 64 * 4 / 50  # of the published float32 files
+    assert per_frame < 2 * 224 * 224 * 4 / 50  # of the published float32 files
     date = Path(path).stat().st_mtime_ns
     assert flow_of(shards, tmp_path / "f") == [path] and Path(path).stat().st_mtime_ns == date
     assert main(["flow", *shards, "--out", str(tmp_path / "f/f"), "--num-frames", "3"]) == 2

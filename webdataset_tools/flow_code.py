@@ -1,4 +1,4 @@
-"""A clip's flow at the size of its frames <-> at most 1/50 of the bytes that float32 takes.
+"""A clip's flow at the size of its frames <-> at most 1/50 of the bytes of the published files.
 
 In: float [T,2,H,W] in px per frame, of any extractor. Out: a deflate stream, a step per field and a `Form`; and back,
 float16. Means over 8 x 8 px, as the published network computes them, are not enough: a sampler reads each pixel, and
@@ -11,7 +11,7 @@ the extractor. The first lattice that carries the field within 1/1000 of its RMS
   cosine transforms of the 8 x 8 px of each point. The smaller of the two is taken.
 
 Values are rounded to multiples of a step, differenced along both axes, and deflated. A field's step is a share of its
-RMS, the same for all fields of a clip: the least power of 2^(1/4), from 1/256 on, that fits.
+RMS, the same for all fields of a clip: the least that fits, FINEST times a power of 2^(1/4).
 """
 
 from __future__ import annotations
@@ -26,12 +26,11 @@ import numpy as np
 LATTICES = ("corners", "half", "full")
 CELL = 8
 """px, a side of the cells of the cosine transform, and what one px of RAFT's own grid stands for."""
-SHARE = 50
-"""The published files (float32) are at least so many times larger."""
 FIT = 1e-3
 """RMS of what a lattice may miss of a field, over the field's."""
 FINEST = 1 / 256
-OCTAVES = 10
+"""At 224 x 224 px, and finer for fewer: the error of rounding averages out over what a sampler sums up."""
+OCTAVES = 20
 STILL_PX = 1 / 8
 """Fields that move less than this (RMS) are rounded like this: beside position and bias a sampler cannot tell them."""
 LARGEST = 8191
@@ -92,12 +91,13 @@ def encode(flow: np.ndarray, limit: int) -> Coded:
     forms = [(form, values)]
     if form.lattice == "full" and form._replace(cosine=True).fits() and flow.size:
         forms.append((form._replace(cosine=True), _to_cells(values)))
+    finest = FINEST * np.sqrt(form.height * form.width) / 224 * rms
     for octave in range(OCTAVES + 1):
-        found = [_coded(*one, FINEST * 2.0**octave * rms) for one in forms]
+        found = [_coded(*one, 2.0**octave * finest) for one in forms]
         best = min(range(len(found)), key=lambda n: len(found[n].data))
         if len(found[best].data) <= limit:
             break
-    finer = [_coded(*forms[best], FINEST * 2 ** (octave - part / 4) * rms) for part in (3, 2, 1) if octave]
+    finer = [_coded(*forms[best], 2 ** (octave - part / 4) * finest) for part in (3, 2, 1) if octave]
     return next((one for one in finer if len(one.data) <= limit), found[best])
 
 

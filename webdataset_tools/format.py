@@ -28,8 +28,10 @@ FRAMES_FORMAT = "lavis_lstp.frames"
 FLOW_FORMAT = "lavis_lstp.flow"
 VERSION = 1
 FLOW_VERSION = 2
-FLOW_LEAST = 1024
-"""Bytes that a clip's flow may always take beside its header: 1/SHARE of some thumbnails is less than the header."""
+PUBLISHED_FLOW = 2 * 224 * 224 * 4
+"""Bytes of a field in the published files, float32 [T,2,224,224]."""
+FLOW_SHARE = 50
+"""They are at least so many times larger than ours."""
 
 KINDS = ("video", "image", "text")
 VIDEO_MEMBERS = ("mp4", "avi", "mov", "mkv", "webm", "m4v", "gif")
@@ -248,7 +250,9 @@ def parse_frames(raw: bytes, place: str) -> StoredFrames:
 
 
 def dump_flow(flow: np.ndarray, settings: Mapping[str, str]) -> bytes:
-    """float [T,2,H,W] in px per frame, H x W the frames' size, in 1/SHARE of the bytes of float32 (or FLOW_LEAST).
+    """float [T,2,H,W] in px per frame, H x W the frames' size, in 1/FLOW_SHARE of the published files' bytes.
+
+    Fields of more than 224 x 224 px may take as many bytes a px.
 
     Raises:
         ShardError: numbers that are not finite or not of float16's range.
@@ -263,8 +267,8 @@ def dump_flow(flow: np.ndarray, settings: Mapping[str, str]) -> bytes:
         return sorted_header(save({"data": np.frombuffer(coded.data, np.uint8), "steps": coded.steps}, header))
 
     empty = flow_code.Coded(b"", np.zeros(len(flow), np.float32), flow_code.Form(*flow.shape[-2:], "corners", False))
-    limit = 4 * flow.size // flow_code.SHARE - len(member(empty)) - 16  # the size of the data is told, too
-    return member(flow_code.encode(flow, max(limit, FLOW_LEAST)))
+    allowed = max(4 * flow.size, len(flow) * PUBLISHED_FLOW) // FLOW_SHARE
+    return member(flow_code.encode(flow, allowed - len(member(empty)) - 16))  # its header tells the size of the data
 
 
 def parse_flow(raw: bytes, place: str) -> tuple[np.ndarray, dict[str, str]]:
