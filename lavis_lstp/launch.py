@@ -76,6 +76,7 @@ def run(args: argparse.Namespace, evaluate_only: bool = False) -> None:
         task = tasks.setup_task(cfg)
         datasets = task.build_datasets(cfg)
         model = task.build_model(cfg)
+        warn_of_unused_flow(cfg)
         if cfg.run_cfg.evaluate:
             warn_of_random_weights(model, cfg)
         runner_cls = registry.get_runner_class(cfg.run_cfg.runner)
@@ -86,6 +87,19 @@ def run(args: argparse.Namespace, evaluate_only: bool = False) -> None:
             runner.train()
     finally:
         destroy_processes()
+
+
+def warn_of_unused_flow(cfg) -> None:
+    """One warning for each data set that brings flow which the model computes itself or does without."""
+    from lavis_lstp.models.flow import GIVEN
+
+    used = (cfg.model_cfg.get("flow") or {}).get("name")
+    for name, section in cfg.datasets_cfg.items():
+        if used not in GIVEN and section.get("flow") in GIVEN:
+            log.warning(
+                "datasets.%s.flow is %s: it is read and not used, as model.flow.name is %s; set datasets.%s.flow=none",
+                *(name, section.flow, used, name),
+            )
 
 
 def warn_of_random_weights(model, cfg) -> None:

@@ -116,12 +116,29 @@ def test_only_rank_0_logs(trained):
 
 def test_evaluate_answers_every_question_of_the_split(trained):
     folder, _ = trained
-    done = python("-m", "lavis.evaluate", "--cfg-path", "run.yaml", "--options", *EVALUATE, cwd=folder)
+    flow = "datasets.lstp_shapes.flow=motion_vectors"
+    done = python("-m", "lavis.evaluate", "--cfg-path", "run.yaml", "--options", *EVALUATE, flow, cwd=folder)
     assert "random" not in done.stderr
+    assert "datasets.lstp_shapes.flow is motion_vectors: it is read and not used, as model.flow" in done.stderr
     questions = json.loads((folder / "data" / "test.json").read_text())
     (written,) = (folder / "answers").rglob("test_video_qa.jsonl")
     answered = [json.loads(line)["question_id"] for line in written.read_text().splitlines()]
     assert sorted(answered) == sorted(question["question_id"] for question in questions)
+
+
+def test_flow_that_is_read_for_nothing_is_said(caplog):
+    def warned(used: str | None, *read: str) -> list[str]:
+        caplog.clear()
+        datasets = {f"data{i}": {"flow": flow} for i, flow in enumerate(read)} | {"of_lavis": {}}
+        model = {"flow": {"name": used}} if used else {}
+        launch.warn_of_unused_flow(
+            SimpleNamespace(model_cfg=OmegaConf.create(model), datasets_cfg=OmegaConf.create(datasets))
+        )
+        return [record.getMessage().split(":")[0] for record in caplog.records]
+
+    assert warned("dis", "none", "motion_vectors") == ["datasets.data1.flow is motion_vectors"]
+    assert len(warned("none", "precomputed", "motion_vectors")) == len(warned(None, "precomputed", "precomputed")) == 2
+    assert not warned("precomputed", "precomputed") and not warned("motion_vectors", "motion_vectors", "none")
 
 
 def test_evaluating_random_weights_is_said(caplog):
