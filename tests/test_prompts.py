@@ -7,7 +7,7 @@ import json
 import pytest
 from conftest import GOLDEN
 
-from lavis_lstp.data.prompts import chat_prompt, conversation_prompt, question_prompt
+from lavis_lstp.data.prompts import conversation_prompt, question_prompt
 from lavis_lstp.errors import AnnotationError
 from lavis_lstp.models.variants import BASE, load_variant
 
@@ -36,12 +36,6 @@ def test_questions_about_videos_alone_equal_published():
     golden = PROMPTS["videoinstruct"]
     assert question_prompt("What is it?") == golden["question"]
     assert "{answer} </s>".replace("{answer}", "A dog.") == golden["answer"]
-
-
-def test_the_demo_equals_published():
-    one, two = PROMPTS["demo_lstp_template_two_turns"]
-    assert chat_prompt("Why is this funny?") == one
-    assert chat_prompt("And then?", [("Why is this funny?", "Because.")]) == two
 
 
 def test_the_models_template_is_the_published_evaluations():

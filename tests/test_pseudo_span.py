@@ -9,7 +9,7 @@ from conftest import GOLDEN
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lavis_lstp.models.pseudo_span import flow_index, flow_span, pseudo_span
+from lavis_lstp.models.pseudo_span import pseudo_span
 from lavis_lstp.schema import Span
 
 CASES = json.loads((GOLDEN / "pseudo_span.json").read_text())["cases"]
@@ -30,21 +30,9 @@ def test_equals_published(key, subtract_min):
     assert crashed == (3 if key == "span" else 0)
 
 
-def test_flow_span_equals_published():
-    for case in CASES:
-        if case["flow_span"] is None or isinstance(case["flow_span"], str):
-            continue
-        n, l = len(case["scores"]), case["of_length"]
-        assert [flow_index(i, n, l) for i in case["span"]] == case["flow_span"]
-        if n:
-            assert flow_span(Span.from_inclusive(*case["span"]), n, l) == Span.from_inclusive(*case["flow_span"])
-
-
 def test_defined_where_published_crashed():
     assert pseudo_span([-0.1, 0.2, -0.3], False) == Span(1, 2)
     assert pseudo_span([-1.0, -1.0], False) == Span(0, 2)
-    assert flow_span(Span(0, 1), num_frames=1, num_flows=32) == Span(0, 1)
-    assert flow_span(Span(0, 0), num_frames=0, num_flows=8) == Span(0, 0)
 
 
 def test_subtracting_the_minimum_finds_a_peak_on_a_plateau():
@@ -84,18 +72,3 @@ def test_is_the_largest_rectangle(scores, subtract_min):
         assert span == Span(0, len(scores))
     else:  # of equal areas, the one that closes first
         assert span.end == min(j for (_, j), value in area.items() if value == best)
-
-
-def test_flow_index_falls_short_as_published():
-    assert [flow_index(i, 91, 91) for i in (51, 52, 53)] == [51, 51, 53]
-
-
-@given(st.integers(1, 100), st.integers(1, 100), st.data())
-def test_flow_span_is_valid(num_frames, num_flows, data):
-    start = data.draw(st.integers(0, num_frames - 1))
-    end = data.draw(st.integers(start + 1, num_frames))
-    mapped = flow_span(Span(start, end), num_frames, num_flows)
-    assert 0 <= mapped.start < mapped.end <= num_flows
-    exact = [i * (num_flows - 1) / max(1, num_frames - 1) for i in (start, end - 1)]
-    # rounded down, and one less where float64 falls short of a whole number: 52 of 91 -> 51 of 91 (published)
-    assert all(-1 <= f - e <= 1e-9 for f, e in zip(mapped.to_inclusive(), exact, strict=True))

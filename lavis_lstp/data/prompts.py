@@ -71,16 +71,6 @@ def question_prompt(question: str) -> str:
     return f"USER: {question}ASSISTANT: "
 
 
-def chat_prompt(question: str, history: Sequence[tuple[str, str]] = ()) -> str:
-    """The published demo's prompt.
-
-    Args:
-        history: (question, answer) of the turns so far, oldest first.
-    """
-    past = "".join(f"USER: <video>\n{asked} ASSISTANT: {answer}</s>" for asked, answer in history)
-    return f" {past}USER: <video>\n{question} ASSISTANT:"
-
-
 def without_tokens(text: str) -> str:
     """`text` without media tokens and outer blanks."""
     for token in MEDIA_TOKENS:

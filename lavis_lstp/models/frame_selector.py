@@ -2,7 +2,7 @@
 
 In: start and end logits [B,T] and the mask of real frames. Out: `frame_index` [B,K], sorted, and the half-open
 `span` they come from. Indices only: the language model's loss gives the sampler no gradient (paper). The published
-rules (`select_frames`) draw two noisy candidates and join them; the default here takes the best span, without noise.
+rules (`candidate_frames`) draw two noisy candidates and join them; the default here takes the best span, without noise.
 """
 
 from __future__ import annotations
@@ -49,7 +49,15 @@ def published_grid(num_frames: int, size: int) -> list[int]:
 def candidate_frames(
     candidates: Iterable[tuple[int, int]], num_frames: int, num_flows: int, mapping: str = "ends"
 ) -> list[int]:
-    """Frames inside any candidate, sorted; all N frames where there is none. See `select_frames`."""
+    """Frames inside any candidate, sorted; all N frames where there is none: published, in its float32 arithmetic.
+
+    Args:
+        candidates: (start, end) in flows, as drawn from the logits; they need not be valid spans. One that lies
+            behind the last flow, and (0, 0), stand for the whole video. The last frame can not be reached by any.
+        num_frames: N, of the video.
+        num_flows: V, of the video.
+        mapping: of flows to frames, one of `MAPPINGS`.
+    """
     frames: set[int] = set()
     for start, end in candidates:
         start, end = int(start), int(end)
@@ -66,30 +74,6 @@ MAPPINGS: dict[str, Callable[[int, int, int], int]] = {
 }
 """Flow x of V -> frame of N, in float32. Published evaluation: ends for BLIP-2 (and self-refinement), ratio for
 InstructBLIP, whose candidates therefore reach the last frame but one of N = V."""
-
-
-def select_frames(
-    candidates: Iterable[tuple[int, int]], num_frames: int, num_selected: int, num_flows: int
-) -> list[int]:
-    """The published selection rules, SPEC 4, in their float32 arithmetic.
-
-    Args:
-        candidates: (start, end) in flows, as drawn from the logits; they need not be valid spans. One that lies
-            behind the last flow, and (0, 0), stand for the whole video.
-        num_frames: N, of the video.
-        num_selected: K.
-        num_flows: V, of the video.
-
-    Returns:
-        K frame indices, sorted, repeated where the candidates hold fewer than K frames. The last frame can not be
-        reached by a candidate (published), only where all candidates are empty.
-
-    Raises:
-        ValueError: no frame or none asked for.
-    """
-    if num_frames < 1 or num_selected < 1:
-        raise ValueError(f"expected num_frames >= 1 and num_selected >= 1, got {num_frames} and {num_selected}")
-    return spread(candidate_frames(candidates, num_frames, num_flows), num_selected)
 
 
 def best_spans(start_logits: Tensor, end_logits: Tensor, frame_mask: Tensor) -> Tensor:

@@ -54,22 +54,3 @@ def _moving_average(values: np.ndarray, window: int) -> np.ndarray:
     total = np.convolve(values, np.ones(window))[centred]
     count = np.convolve(np.ones(len(values)), np.ones(window))[centred]
     return (total / count).astype(np.float32)
-
-
-def flow_index(frame_index: int, num_frames: int, num_flows: int) -> int:
-    """Frame i of N -> flow int(i / (N-1) * (L-1)); 0 where there is one frame.
-
-    In float64 as published, which loses one where the product falls short of a whole number (14 of 56 -> 13 of
-    56): for labels of the published form only. Where L = T, as everywhere in this package, a span needs no map.
-    """
-    if num_frames == 1:
-        return 0
-    return int(frame_index / (num_frames - 1) * (num_flows - 1))
-
-
-def flow_span(span: Span, num_frames: int, num_flows: int) -> Span:
-    """A span in frames -> the span in flows; both ends, inclusive, are mapped. An empty one stays empty."""
-    if not len(span):
-        return Span(0, 0)
-    first, last = span.to_inclusive()
-    return Span.from_inclusive(flow_index(first, num_frames, num_flows), flow_index(last, num_frames, num_flows))
