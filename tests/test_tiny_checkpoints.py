@@ -366,10 +366,11 @@ def test_command_line(tmp_path, capsys):
     assert stored["query_tokens"].shape == (1, DEFAULT.queries, 32)
 
 
-def test_options_are_those_of_a_recipes_data_sets_and_of_a_chains_steps(tmp_path, capsys):
+def test_options_are_those_of_a_recipes_or_evaluations_data_sets_and_of_a_chains_steps(tmp_path, capsys):
     video, image = "datasets.lstp_video_instruct.image_size=28", "datasets.lstp_image_instruct.image_size=28"
     frames = "datasets.lstp_video_instruct.num_frames=8"
     cases = {"vicuna_ft": [image, video, frames], "sampler_vicuna7b": [video, frames]}
+    cases["eval/nextqa_lstp_flant5xl"] = ["datasets.lstp_nextqa.image_size=28", "datasets.lstp_nextqa.num_frames=8"]
     for name, options in cases.items():
         assert main([str(tmp_path / "o"), "--options-for", f"projects/lstp/{name}.yaml"]) == 0
         assert capsys.readouterr().out.split() == [*size_options(), *options]
@@ -383,7 +384,7 @@ def test_options_are_those_of_a_recipes_data_sets_and_of_a_chains_steps(tmp_path
     ("arguments", "message"),
     [
         (["--options-for", "projects/lstp/vicuna_fft.yaml"], "did you mean 'projects/lstp/vicuna_ft.yaml'?"),
-        (["--options-for", str(Path(__file__))], "expected a recipe or one of the package's chains"),
+        (["--options-for", str(Path(__file__))], "expected a recipe, an evaluation or one of the"),
         (["--only", "blip2-flan-t5"], "unknown tiny checkpoint 'blip2-flan-t5'; did you mean 'blip2-flan-t5-xl'?"),
         (["--image-size", "30"], "expected an image size that is a multiple of 14, got 30"),
         (["--queries", "0"], "expected at least 1 query token, got 0"),

@@ -16,13 +16,12 @@ import io
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from lavis_lstp.errors import ConfigError, LstpError, unknown_name
@@ -46,6 +45,8 @@ MARKER = "tiny_checkpoints.json"
 DEFAULT = Sizes()
 NUM_FRAMES = 8
 """Of a video, in the options that are printed."""
+STILL = ("lstp_image_instruct", "lstp_text_instruct")
+"""Data sets that have no number of frames."""
 LORA_RANK = 8
 LORA_TARGETS = {"llama": ("q_proj", "v_proj"), "t5": ("q", "v")}
 TRAINED = ("qformer.", "query_tokens", "language_projection.")
@@ -300,12 +301,12 @@ def size_options(sizes: Sizes = DEFAULT) -> list[str]:
 
 def data_options(datasets: Sequence[str], sizes: Sizes = DEFAULT) -> list[str]:
     """The same of the data sets with these names, and few frames."""
-    frames = [f"datasets.{name}.num_frames={NUM_FRAMES}" for name in datasets if "video" in name]
+    frames = [f"datasets.{name}.num_frames={NUM_FRAMES}" for name in datasets if name not in STILL]
     return [*(f"datasets.{name}.image_size={sizes.image_size}" for name in datasets), *frames]
 
 
 def options_for(path: str, sizes: Sizes = DEFAULT) -> list[str]:
-    """The `--options` by which a recipe, or each step of a chain, takes these weights.
+    """The `--options` by which a recipe, an evaluation, or each step of a chain takes these weights.
 
     Raises:
         ConfigError: it is neither.
@@ -321,14 +322,16 @@ def options_for(path: str, sizes: Sizes = DEFAULT) -> list[str]:
 
 
 def _datasets(recipe: str) -> list[str]:
-    from lavis_lstp.config import find_config
+    from lavis_lstp.config import find_config, load_recipe
 
+    expected = f"{recipe}: expected a recipe, an evaluation or one of the package's chains"
     try:
-        return list(yaml.safe_load(find_config(recipe).read_text(encoding="utf-8"))["datasets"])
-    except (yaml.YAMLError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"{recipe}: expected a recipe or one of the package's chains, with the section 'datasets'"
-        ) from error
+        found = load_recipe(find_config(recipe)).get("datasets")
+    except ConfigError as error:
+        raise ConfigError(f"{expected} ({error})") from None
+    if not isinstance(found, Mapping):
+        raise ConfigError(f"{expected}, with the section 'datasets'")
+    return list(found)
 
 
 # ---- command line ---------------------------------------------------------------------------------------------
@@ -345,9 +348,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", default="float32", help=f"of the folders: {', '.join(DTYPES)}")
     parser.add_argument("--image-size", type=int, default=DEFAULT.image_size, help="px, a multiple of 14")
     parser.add_argument("--queries", type=int, default=DEFAULT.queries, help="query tokens; published: 32")
-    parser.add_argument(
-        "--options-for", metavar="FILE", help="write nothing; print the options that make this recipe or chain tiny"
-    )
+    help_ = "write nothing; print the options that make this recipe, evaluation or chain tiny"
+    parser.add_argument("--options-for", metavar="FILE", help=help_)
     args = parser.parse_args(argv)
     sizes = Sizes(image_size=args.image_size, queries=args.queries)
     try:
