@@ -125,8 +125,8 @@ class Chain:
         started, done, output = folder / "command.json", folder / "done.json", folder / "output.txt"
         if started.is_file() and json.loads(started.read_text(encoding="utf-8")) != command:
             raise ConfigError(
-                f"{folder} holds this step with other options ({started}); choose another --out, or run it and what "
-                f"follows again with --from {name}"
+                f"{folder} holds this step with other options ({started}); choose another --out, remove that folder, "
+                f"or in a chain run it and what follows again with --from {name}"
             )
         digest = _digest(recipe) if recipe else None
         if done.is_file():

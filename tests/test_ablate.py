@@ -7,11 +7,14 @@ import json
 from math import comb
 from pathlib import Path
 
+import lavis_tiny
 import pytest
+from omegaconf import OmegaConf
 
 from lavis_lstp import ablate, chain, cli, evaluate
 from lavis_lstp.errors import ConfigError, CoverageError
 from lavis_lstp.files import read_jsonl, write_json, write_jsonl
+from lavis_lstp.testing.tiny_benchmarks import write_benchmarks
 
 SHAPES = "projects/lstp/eval/shapes_qa_lstp_tiny.yaml"
 
@@ -146,9 +149,43 @@ def test_the_command_evaluates_and_tabulates_and_goes_on_where_it_was(tmp_path, 
     assert cli.main(command) == 0 and len(in_process) == 4, "what is done is not done again"
 
 
-def test_an_oracle_needs_gold_spans(tmp_path, monkeypatch, capsys, in_process):
-    from lavis_lstp.testing.tiny_benchmarks import write_benchmarks
+def test_laviss_own_models_stand_in_the_table_on_the_same_questions(tmp_path, capsys, in_process):
+    """`arch: blip2_t5` and `blip2_opt`, in evaluations composed of a user's own files. The tiny OPT reads 64 tokens."""
+    own = {"image_size": lavis_tiny.IMAGE_SIZE, "flow": "none"}
+    theirs = own | {"vis_processor": {"eval": {"name": "blip_image_eval", "image_size": lavis_tiny.IMAGE_SIZE}}}
+    said = {"prompt": "Q: {}", "max_len": 3, "num_beams": 1}
+    lstp = {"arch": "lstp_tiny", "flow": {"name": "dis"}}
+    models: dict = {"lstp_tiny": {"model": lstp, "datasets": {"*": {"image_size": 64, "flow": "none"}}}}
+    with lavis_tiny.hub(tmp_path):
+        write_benchmarks(tmp_path, ["msvd_qa"])
+        for arch in ("blip2_t5", "blip2_opt"):
+            models[arch] = {"model": lavis_tiny.config(arch, tmp_path), "datasets": {"*": theirs}, "run": said}
+        run = {"task": "video_qa", "test_splits": ["test"], "device": "cpu", "num_workers": 0, "batch_size_eval": 4}
+        files = {f"models/{name}": model for name, model in models.items()}
+        files["benchmarks/msvd_qa"] = {"datasets": {"lstp_msvd_qa": {"num_frames": 4}}, "run": run}
+        for name, content in files.items():
+            file = tmp_path / "mine" / f"{name}.yaml"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            OmegaConf.save(content, file)
+        recipes = [f"mine/msvd_qa_{name}.yaml" for name in models]
+        command = ["ablate", "--cfg-path", *recipes, "--frames", "uniform", "lstp", "--num-frames", "2", "--out", "out"]
+        assert cli.main(command) == 0, capsys.readouterr().err
+    table = json.loads((tmp_path / "out" / "table.json").read_text())["rows"]
+    assert [row["title"].removeprefix("msvd_qa_") for row in table] == [
+        "lstp_tiny: evenly spaced, 2 frames",
+        "lstp_tiny: LSTP (predicted span), 2 frames",
+        "blip2_t5: evenly spaced, 2 frames",
+        "blip2_opt: evenly spaced, 2 frames",
+    ]
+    asked = [list(read_jsonl(tmp_path / "out" / row["name"] / "result" / "test_video_qa.jsonl")) for row in table]
+    for records in asked[1:]:
+        for key in ("question_id", "question", "answer", "video_id"):
+            assert [record[key] for record in records] == [record[key] for record in asked[0]]
+    assert {row["questions"] for row in table} == {6}
+    assert (tmp_path / "out" / "table.md").read_text() in capsys.readouterr().out
 
+
+def test_an_oracle_needs_gold_spans(tmp_path, monkeypatch, capsys, in_process):
     write_benchmarks(tmp_path, ["star"])
     monkeypatch.chdir(tmp_path)
     options = ["model.checkpoint=null", "datasets.lstp_star.num_frames=4"]
