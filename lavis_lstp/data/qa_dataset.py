@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from lavis_lstp.data.annotation import SECTION, read_annotation
 from lavis_lstp.data.folder import FolderQuestions, kind_of
@@ -370,7 +370,7 @@ class VideoQADataset(Dataset):
                     f"'{key}' of question {ids[0]!r} is {list(shapes[0])}, of {ids[1]!r} {list(shapes[1])}: they "
                     f"cannot share a batch; set {'flow_size' if key == 'flow' else 'image_size'} in {self.section}"
                 )
-        return torch.stack(values)
+        return default_collate(values)  # in a loader process straight into shared memory
 
 
 def _media_name(row: Mapping[str, Any]) -> str:
