@@ -413,6 +413,23 @@ def test_pictures_come_out_of_shards_and_from_another_folder(own_videos, tmp_pat
     assert "2 without pictures: no manifest in" in page(alone, pictures=2).text
 
 
+def test_two_splits_of_a_run_have_their_own_videos(own_videos):
+    rows = list(read_jsonl(own_videos / "out" / "result" / "test_video_qa.jsonl"))
+    write_run(own_videos / "two", rows)
+    write_jsonl(
+        own_videos / "two" / "result" / "val_video_qa.jsonl",
+        [{**row, "question_id": f"x{row['question_id']}"} for row in rows],
+    )
+    annotation = json.loads((own_videos / "test.json").read_text())
+    (own_videos / "val.json").write_text(
+        json.dumps([{**row, "question_id": f"x{row['question_id']}"} for row in annotation])
+    )
+    write_manifest(own_videos, "two", {split: {"storage": f"{split}.json"} for split in ("test", "val")})
+    seen = page(own_videos / "two", pictures=9)
+    assert "shown for 8 of 8 questions" in seen.text
+    assert "A and B: nothing to compare: no question has a verdict in both files" in seen.text
+
+
 def test_a_video_that_is_gone_or_damaged_is_said(own_videos, tmp_path):
     write_run(tmp_path / "out", list(read_jsonl(own_videos / "out" / "result" / "test_video_qa.jsonl")))
     (tmp_path / "test.json").write_bytes((own_videos / "test.json").read_bytes())

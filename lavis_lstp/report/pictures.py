@@ -125,7 +125,7 @@ def chosen_frames(
     known: dict[str, Media | str] = {}
     for number, one in enumerate(evaluations):
         asked = [key for key in keys if any(t is not None for t in one.rows.get(key, {}).get("frame_times") or ())]
-        home = videos or str(one.run_dir.resolve())
+        home = videos or str(one.predictions.resolve())  # the splits of one run have their own questions
         if asked and home not in known:
             known[home] = _media(one, videos)
         for key in asked:
