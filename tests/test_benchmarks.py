@@ -234,7 +234,7 @@ def test_quotes_are_text_where_tabs_part_the_cells(tmp_path):
     path.write_text(
         'gif_name\tquestion\tanswer\ttype\tvid_id\tkey\tdescription\ng\twhat is "it ?\ta "cat\t0\tF1\t1\td\n'
     )
-    (row,) = read_benchmark("lstp_tgif_qa", [path], tmp_path)
+    (row,) = read_benchmark(BENCHMARKS["lstp_tgif_qa"], [path], tmp_path)
     assert (row["question"], row["answer"], row["category"]) == ('what is "it ?', 'a "cat', "object")
 
 

@@ -174,7 +174,7 @@ def test_a_benchmarks_files_are_joined_by_id(media, tmp_path):
         ("v 1.mp4", "a1", "3"),
     ]
     (tmp_path / "a.json").write_text(json.dumps([{"answer": "a", "question_id": 1}]))
-    with pytest.raises(AnnotationError, match="'0' has no answer"):
+    with pytest.raises(AnnotationError, match=r"1 questions have no answer here \(0\)"):
         units("qa", [tmp_path / "q.json"], root=media / "clips", answers=tmp_path / "a.json")
 
 

@@ -6,6 +6,7 @@ is done already, so it may run twice: after a kill, or when a node of the cluste
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -16,6 +17,11 @@ from typing import Any
 from lavis_lstp.errors import ConfigError, ShardError
 
 ENGINES = ("local", "ray")
+
+
+def how(args: argparse.Namespace) -> dict[str, Any]:
+    """Options of the command line -> those of `run_jobs`."""
+    return {"engine": args.engine, "workers": args.workers, "address": args.ray_address}
 
 
 def run_jobs(

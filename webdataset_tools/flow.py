@@ -20,6 +20,7 @@ from lavis_lstp.data.video import read_frames
 from lavis_lstp.errors import ConfigError
 from lavis_lstp.files import sha256_file
 from webdataset_tools.derive import derive
+from webdataset_tools.engine import how
 from webdataset_tools.format import VIDEO_MEMBERS, dump_flow, parse_frames
 from webdataset_tools.pack import positive
 from webdataset_tools.storage import expand
@@ -131,9 +132,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError(f"--weights: flow '{settings.extractor}' has none")
     if settings.extractor != "motion_vectors":
         _extractor(settings)  # says now what is missing
-    how = {"engine": args.engine, "workers": args.workers, "address": args.ray_address}
     about = {"made_by": {"verb": "flow", **settings.about()}}
-    return derive(expand(args.shards), args.out, "flow", sample_flow, settings, about, overwrite=args.overwrite, **how)
+    return derive(
+        expand(args.shards), args.out, "flow", sample_flow, settings, about, overwrite=args.overwrite, **how(args)
+    )
 
 
 def show(report: dict[str, Any], args: argparse.Namespace) -> str:

@@ -22,7 +22,7 @@ from lavis_lstp.data.picture_folder import pictures_in
 from lavis_lstp.errors import ConfigError, ShardError, VideoError
 from lavis_lstp.files import sha256_json, write_jsonl
 from webdataset_tools import index
-from webdataset_tools.engine import run_jobs
+from webdataset_tools.engine import how, run_jobs
 from webdataset_tools.format import SAMPLE_FORMAT, VERSION, check_sample, dump_json
 from webdataset_tools.media import Medium, Settings, read_ahead
 from webdataset_tools.sources import FORMS, Unit, units
@@ -299,9 +299,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         shuffle=args.shuffle,
         skip_bad=args.skip_bad,
         overwrite=args.overwrite,
-        engine=args.engine,
-        workers=args.workers,
-        address=args.ray_address,
+        **how(args),
     )
 
 

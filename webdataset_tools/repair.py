@@ -16,10 +16,10 @@ from lavis_lstp.errors import ShardError
 from webdataset_tools import index
 from webdataset_tools.format import MEDIA_MEMBERS, check_sample, parse_frames
 from webdataset_tools.media import Settings, sha256_of
-from webdataset_tools.rewrite import Again, Kept, about, left_out, rewrite
+from webdataset_tools.rewrite import Again, Kept, about, rewrite
 from webdataset_tools.sources import Unit
 from webdataset_tools.storage import expand
-from webdataset_tools.verify import check_derived, examine
+from webdataset_tools.verify import add_check_arguments, check_derived, checks, examine, problem_row
 
 HELP = "a new set without, or with mended, samples that verify names"
 OF_THE_SET = ("no index", "no manifest", "index", "manifest", "missing shard")
@@ -51,7 +51,7 @@ def repair(
     taken: set[str] = set()
     for shard, key, _, _, _, members in sound:
         if key in taken:
-            bad.append(left_out(shard, key, "duplicate key", f"{shard}: key {key!r} was there before"))
+            bad.append(problem_row(shard, key, "duplicate key", f"{shard}: key {key!r} was there before"))
         elif (shard, key) not in named:
             taken.add(key)
             new[shard].append(Kept(key, tuple((shard, member) for member in members)))
@@ -98,7 +98,7 @@ def _again(row: dict[str, str], root: Path | None, bad: list[dict[str, str]]) ->
             check_derived({name: found.read(0, number, (name,))[name]}, f"{shard}, {key}")
             kept.append((shard, member))
         except ShardError as error:
-            derived.append(left_out(shard, key, error.cause, f"{error}; the sample is kept without it"))
+            derived.append(problem_row(shard, key, error.cause, f"{error}; the sample is kept without it"))
     bad.extend(derived)
     return Again(Kept(key, tuple(kept)), unit, settings)
 
@@ -134,25 +134,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shards", nargs="+", help="paths or addresses of shards, braces allowed")
     parser.add_argument("--out", required=True, help="path and name of the new set")
     parser.add_argument("--root", type=Path, help="folder of the media, to pack damaged samples again from")
-    parser.add_argument(
-        "--against", nargs="+", default=(), help="shards of other splits: what is also there is dropped"
-    )
-    parser.add_argument("--decode", type=int, default=8, help="frames decoded of each video; 0 = decode nothing")
+    add_check_arguments(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace a set of other input")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    return repair(
-        expand(args.shards),
-        args.out,
-        against=expand(args.against) if args.against else (),
-        root=args.root,
-        decode=args.decode,
-        overwrite=args.overwrite,
-        engine=args.engine,
-        workers=args.workers,
-        address=args.ray_address,
-    )
+    return repair(expand(args.shards), args.out, root=args.root, overwrite=args.overwrite, **checks(args))
 
 
 def show(report: dict[str, Any], args: argparse.Namespace) -> str:

@@ -11,6 +11,7 @@ import random
 from typing import Any
 
 from lavis_lstp.errors import ConfigError
+from webdataset_tools.engine import how
 from webdataset_tools.format import MEMBERS
 from webdataset_tools.pack import add_size_arguments, plan_shards
 from webdataset_tools.rewrite import Kept, about, kept_samples, rewrite
@@ -59,9 +60,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         random.Random(f"pack {args.shuffle}").shuffle(samples)
     limits = {"max_size": args.max_size, "max_count": args.max_count, "min_shards": args.min_shards}
     parts = plan_shards([one.size for one in samples], **limits)
-    how = {"engine": args.engine, "workers": args.workers, "address": args.ray_address}
     chosen = [[samples[number] for number in part] for part in parts]
-    return rewrite(chosen, args.out, about=about("reshard"), overwrite=args.overwrite, **how)
+    return rewrite(chosen, args.out, about=about("reshard"), overwrite=args.overwrite, **how(args))
 
 
 def show(report: dict[str, Any], args: argparse.Namespace) -> str:

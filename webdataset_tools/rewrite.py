@@ -128,11 +128,6 @@ def kept_samples(shards: Sequence[str], drop: Sequence[str] = ()) -> list[Kept]:
     return samples
 
 
-def left_out(shard: str, key: str, cause: str, error: str) -> dict[str, str]:
-    """A line of a quarantine list."""
-    return {"shard": shard, "key": key, "cause": cause, "error": error}
-
-
 def about(verb: str, **facts: Any) -> dict[str, Any]:
     """What the manifest of a rewritten set says about how it was made."""
     return {"made_by": json.loads(json.dumps({"verb": verb, **facts}))}

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lavis_lstp.data.annotation import check_object, parse_rows, read_annotation, read_text
-from lavis_lstp.data.benchmarks import BENCHMARKS, read_benchmark
+from lavis_lstp.data.benchmarks import BENCHMARKS, QUESTIONS, read_benchmark
 from lavis_lstp.data.instruct import read_instructions
 from lavis_lstp.data.picture_folder import pictures_in
-from lavis_lstp.data.video import VIDEO_ENDINGS
 from lavis_lstp.errors import AnnotationError, ConfigError, VideoError
 from webdataset_tools.format import IMAGE_MEMBERS, VIDEO_MEMBERS, media_key, media_path
 
@@ -66,12 +65,11 @@ def units(
         rows = [row for path in files for row in read_annotation(path, section="pack")]
     elif form == "video-llava":
         rows = [row for kind in ("image", "video", "text") for row in _instructions(files, kind)]
-    elif form in BENCHMARKS:
-        rows = read_benchmark(form, files, root, answers=answers, video_names=video_names, section="pack")
     else:
-        if len(files) != 1 or answers is None:
+        if form == "qa" and (len(files) != 1 or answers is None):
             raise ConfigError("--from qa takes one question file and --answers FILE")
-        rows = _benchmark(files[0], answers, root)
+        given = {"answers": answers, "video_names": video_names, "section": "pack"}
+        rows = read_benchmark(BENCHMARKS.get(form, QUESTIONS), files, root, **given)
     return _grouped(rows, root)
 
 
@@ -92,40 +90,6 @@ def _instructions(files: Sequence[Path], kind: str) -> list[dict[str, Any]]:
             entry.pop(key)
         entry["conversations"] = row["conversations"]
     return entries
-
-
-def _benchmark(questions: Path, answers: Path, root: Path) -> list[dict[str, Any]]:
-    """[{video_name, question, question_id}] and [{answer, question_id}], joined by id."""
-    given: dict[str, Any] = {}
-    for place, row in parse_rows(read_text(answers, section="pack"), answers):
-        check_object(row, place, ("question_id", "answer"), ("answer",))
-        if given.setdefault(str(row["question_id"]), row) is not row:
-            raise AnnotationError(f"{place}: question_id {row['question_id']!r} occurs twice")
-    found, files = [], {}
-    for place, row in parse_rows(read_text(questions, section="pack"), questions):
-        check_object(row, place, ("video_name", "question", "question_id"), ("video_name", "question"))
-        name, question_id = row["video_name"], str(row["question_id"])
-        if question_id not in given:
-            raise AnnotationError(f"{place}: question_id {question_id!r} has no answer in {answers}")
-        if name not in files:
-            files[name] = _video_of(root, name)
-        entry = {"question_id": question_id, "video_id": name, "video": files[name], "question": row["question"]}
-        kind = given[question_id].get("type")
-        entry["answer"] = given[question_id]["answer"]
-        found.append(entry if kind is None else {**entry, "category": str(kind)})
-    ids = [row["question_id"] for row in found]
-    if len(set(ids)) < len(ids):
-        raise AnnotationError(f"{questions}: a question_id occurs twice")
-    return found
-
-
-def _video_of(root: Path, name: str) -> str:
-    """ActivityNet's files have "v_" in front of what its question files call them."""
-    stem = media_path(name)
-    for candidate in (stem, *(f"{prefix}{stem}{ending}" for prefix in ("", "v_") for ending in VIDEO_ENDINGS)):
-        if (root / candidate).is_file():
-            return candidate
-    raise VideoError(f"{root / stem}: no such video with an ending of {', '.join(VIDEO_ENDINGS)}, also not with 'v_'")
 
 
 def _grouped(rows: Sequence[Mapping[str, Any]], root: Path) -> list[Unit]:

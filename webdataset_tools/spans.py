@@ -20,6 +20,7 @@ from lavis_lstp.errors import AnnotationError
 from lavis_lstp.files import sha256_file
 from webdataset_tools import index
 from webdataset_tools.derive import derive
+from webdataset_tools.engine import how
 from webdataset_tools.format import dump_json
 from webdataset_tools.storage import expand
 
@@ -67,10 +68,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     without = [question for question in ids if question not in content["spans"]]
     if len(without) == len(ids) or (without and args.strict):
         raise AnnotationError(f"{path}: no span for {len(without)} of {len(ids)} questions, first {without[:1]}")
-    how = {"engine": args.engine, "workers": args.workers, "address": args.ray_address}
     about = {"made_by": {"verb": "spans", "file_sha256": sha256_file(path), **header, "without": len(without)}}
     return derive(
-        shards, args.out, "span.json", sample_spans, str(path.resolve()), about, overwrite=args.overwrite, **how
+        shards, args.out, "span.json", sample_spans, str(path.resolve()), about, overwrite=args.overwrite, **how(args)
     )
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from lavis_lstp.files import atomic_writer
 from lavis_lstp.report.shell import page_of, picture_tag
 from webdataset_tools import index
-from webdataset_tools.engine import run_jobs
+from webdataset_tools.engine import how, run_jobs
 from webdataset_tools.storage import expand
 
 HELP = "counts, durations, lengths and balance, with plots in an HTML page"
@@ -177,8 +177,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    how = {"engine": args.engine, "workers": args.workers, "address": args.ray_address}
-    return stats(expand(args.shards), page=args.html, **how)
+    return stats(expand(args.shards), page=args.html, **how(args))
 
 
 def show(report: dict[str, Any], args: argparse.Namespace) -> str:

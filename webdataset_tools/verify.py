@@ -18,7 +18,7 @@ from typing import Any
 
 from lavis_lstp.errors import LstpError, ShardError, VideoError
 from webdataset_tools import index
-from webdataset_tools.engine import run_jobs
+from webdataset_tools.engine import how, run_jobs
 from webdataset_tools.format import (
     IMAGE_MEMBERS,
     JSON_LIMIT,
@@ -289,19 +289,21 @@ def _duplicates(sound: Sequence[tuple]) -> Iterator[dict[str, str]]:
     ids: dict[tuple[str, str], str] = {}
     for shard, key, kind, _, questions, _ in sound:
         if keys.setdefault(key, shard) != shard:
-            yield _row(shard, key, "duplicate key", f"{shard}: key {key!r} is also in {keys[key]}")
+            yield problem_row(shard, key, "duplicate key", f"{shard}: key {key!r} is also in {keys[key]}")
             continue
         for name in questions:
             if ids.setdefault((kind, name), key) != key:
                 text = f"{shard}: question {name!r} of {key!r} is also one of {ids[kind, name]!r}"
-                yield _row(shard, key, "duplicate question", text)
+                yield problem_row(shard, key, "duplicate question", text)
 
 
 def _leaks(sound: Sequence[tuple], others: Sequence[tuple]) -> Iterator[dict[str, str]]:
     elsewhere = {(kind, digest): f"{shard}, {key}" for shard, key, kind, digest, *_ in others if digest}
     for shard, key, kind, digest, *_ in sound:
         if (kind, digest) in elsewhere:
-            yield _row(shard, key, "leak", f"{shard}: the {kind} of {key!r} is also in {elsewhere[kind, digest]}")
+            yield problem_row(
+                shard, key, "leak", f"{shard}: the {kind} of {key!r} is also in {elsewhere[kind, digest]}"
+            )
 
 
 def _manifests(shards: Sequence[str], retry: Retry, damaged: set[str]) -> Iterator[dict[str, str]]:
@@ -310,23 +312,24 @@ def _manifests(shards: Sequence[str], retry: Retry, damaged: set[str]) -> Iterat
         try:
             entries = {entry["name"]: entry for entry in index.read_manifest(place, retry)["shards"]}
         except ShardError as error:
-            yield _row(place, "", "no manifest" if error.cause == "not found" else error.cause, str(error))
+            yield problem_row(place, "", "no manifest" if error.cause == "not found" else error.cause, str(error))
             continue
         mine = [shard for shard in shards if can_seek(shard) and index.manifest_location(shard) == place]
         for shard in mine:
             name = shard[shard.rfind("/") + 1 :]
             if name not in entries:
-                yield _row(shard, "", "manifest", f"{shard}: the manifest {place} does not name it")
+                yield problem_row(shard, "", "manifest", f"{shard}: the manifest {place} does not name it")
             elif shard not in damaged:
                 raw = read_all(beside(shard, index.INDEX_SUFFIX), retry)
                 if index.shard_entry(name, index.parse(raw, shard)) != entries[name]:
-                    yield _row(shard, "", "manifest", f"{shard}: is not what the manifest {place} says")
+                    yield problem_row(shard, "", "manifest", f"{shard}: is not what the manifest {place} says")
         names = {shard[shard.rfind("/") + 1 :] for shard in mine}
         for name in sorted(entries.keys() - names) if len(mine) > 1 or len(entries) == 1 else ():
-            yield _row(place, "", "missing shard", f"{place}: names {name}, which was not given")
+            yield problem_row(place, "", "missing shard", f"{place}: names {name}, which was not given")
 
 
-def _row(shard: str, key: str, cause: str, error: str) -> dict[str, str]:
+def problem_row(shard: str, key: str, cause: str, error: str) -> dict[str, str]:
+    """A line of a report, and of a quarantine list."""
     return {"shard": shard, "key": key, "cause": cause, "error": error}
 
 
@@ -338,19 +341,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "example: python -m webdataset_tools verify 'shards/train-{000000..000123}.tar' --against val-000000.tar"
     )
     parser.add_argument("shards", nargs="+", help="paths or addresses of shards, braces allowed; pipe:COMMAND, too")
+    add_check_arguments(parser)
+
+
+def add_check_arguments(parser: argparse.ArgumentParser) -> None:
+    """What decides what counts as wrong, here and in `repair`."""
     parser.add_argument("--against", nargs="+", default=(), help="shards of other splits: nothing may be in both")
-    parser.add_argument("--decode", type=int, default=8, help="frames decoded of each video; 0 = decode nothing")
+    text = "frames decoded of each video; 0 = decode nothing; default: 8"
+    parser.add_argument("--decode", type=int, default=8, help=text)
+
+
+def checks(args: argparse.Namespace) -> dict[str, Any]:
+    """Options of the command line -> those of `verify` and `repair`."""
+    return {"against": expand(args.against) if args.against else (), "decode": args.decode, **how(args)}
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    return verify(
-        expand(args.shards),
-        expand(args.against) if args.against else (),
-        decode=args.decode,
-        engine=args.engine,
-        workers=args.workers,
-        address=args.ray_address,
-    )
+    return verify(expand(args.shards), **checks(args))
 
 
 def show(report: dict[str, Any], args: argparse.Namespace) -> str:

@@ -200,8 +200,14 @@ BENCHMARKS: dict[str, Benchmark] = {
 }
 
 
+QUESTIONS = Benchmark(
+    {"questions": questions_form("{video_name}", "v_{video_name}", category=lambda row: str(row.get("type", "")))}, {}
+)
+"""Anybody's question file and answer file. ActivityNet's videos have "v_" in front of what its questions call them."""
+
+
 def read_benchmark(
-    name: str,
+    benchmark: Benchmark,
     paths: Sequence[Path],
     root: Path,
     *,
@@ -214,7 +220,6 @@ def read_benchmark(
     """Entries of a split.
 
     Args:
-        name: of BENCHMARKS.
         paths: question files, or a folder of them.
         root: folder of the videos.
         split: only to say when it has another number of questions than published.
@@ -226,7 +231,6 @@ def read_benchmark(
         ConfigError: the form is not known.
         AnnotationError: file, row and key that are wrong, questions without answer or answers without question.
     """
-    benchmark = BENCHMARKS[name]
     form = form or next(iter(benchmark.forms))
     if form not in benchmark.forms:
         raise ConfigError(unknown_name(f"{section}.form", form, benchmark.forms))

@@ -207,7 +207,7 @@ class BenchmarkBuilder(VideoQABuilder):
                 raise ConfigError(unknown_name(where, known, info["annotations"]))
         storage = (answers.get(split) or {}).get("storage")
         return read_benchmark(
-            self.name,
+            BENCHMARKS[self.name],
             paths,
             folder,
             split=split,
