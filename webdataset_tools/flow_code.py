@@ -124,12 +124,14 @@ def decode(coded: Coded) -> np.ndarray:
         raise ValueError(f"expected {length} fields of 2 x {rows} x {columns} numbers")
     zigzag = large[: len(places)] | large[len(places) :].astype(np.int32) << 8
     numbers[places] = (zigzag >> 1) ^ -(zigzag & 1)
-    out = torch.empty(length, 2, form.height, form.width, dtype=torch.float16)
-    spread = _spread(form)
-    for field, found, step in zip(out, numbers.reshape(length, 2, rows * columns), steps.tolist(), strict=True):
-        for plane, one in zip(field, found, strict=True):
-            plane.copy_(torch.from_numpy(spread(one, step)))
-    return out.numpy()
+    out = torch.empty(2 * length, form.height, form.width, dtype=torch.float16)
+    if count:
+        one = np.empty((form.height, form.width), np.float32)  # goes out from the processor's cache
+        shown, spread = torch.from_numpy(one), _spread(form)
+        for plane, values in zip(out.unbind(), _summed(numbers, form) * steps.repeat(2)[:, None, None], strict=True):
+            spread(values, one)
+            plane.copy_(shown)
+    return out.view(length, 2, form.height, form.width).numpy()
 
 
 _NIBBLES = np.stack([np.arange(256) & 15, np.arange(256) >> 4], axis=1)
@@ -147,7 +149,8 @@ def _coded(form: Form, values: np.ndarray, steps: np.ndarray) -> Coded:
     units = values / steps.reshape(-1, *[1] * (values.ndim - 1)).astype(np.float64)
     numbers = np.rint(units).astype(np.int32)
     smooth = numbers[:, :, 0] if form.cosine else numbers
-    smooth[...] = np.diff(np.diff(smooth, axis=-1, prepend=0), axis=-2, prepend=0)
+    tall = smooth.reshape(-1, smooth.shape[-1])
+    smooth[...] = np.diff(np.diff(tall, axis=1, prepend=0), axis=0, prepend=0).reshape(smooth.shape)
     zigzag = ((numbers << 1) ^ (numbers >> 31)).reshape(-1)
     pairs, large = np.minimum(zigzag, 15).astype(np.uint8), zigzag[zigzag >= 15]
     raw = (pairs[::2] | pairs[1::2] << 4).tobytes()
@@ -199,33 +202,36 @@ def _to_cells(flow: np.ndarray) -> np.ndarray:
     return np.moveaxis(cells.reshape(length, 2, height // CELL, width // CELL, CELL * CELL), -1, 2)
 
 
-def _spread(form: Form) -> Callable[[np.ndarray, float], np.ndarray]:
-    """(differences of one plane, float32 [rows * columns]; px per unit) -> float32 [H,W] in px."""
+def _spread(form: Form) -> Callable[[np.ndarray, np.ndarray], object]:
+    """(numbers of one plane in px, as `_summed` gives them; where float32 [H,W] goes) -> nothing of interest."""
     import cv2
 
-    rows, columns = form.grid
     if form.cosine:
         table = np.kron(_cosines(), _cosines()).astype(np.float32)  # [coefficient, px of a cell]
-        shape = (rows // CELL, columns // CELL)
+        rows, columns = form.height // CELL, form.width // CELL
 
-        def cells(found: np.ndarray, step: float) -> np.ndarray:
-            found = found.reshape(CELL * CELL, -1)
-            found[0] = _summed(found[0].reshape(shape)).reshape(-1)
-            pixels = found.T @ (table * np.float32(step))
-            return pixels.reshape(*shape, CELL, CELL).swapaxes(1, 2).reshape(rows, columns)
+        def cells(values: np.ndarray, out: np.ndarray) -> None:
+            pixels = (values.T @ table).reshape(rows, columns, CELL, CELL)
+            out.reshape(rows, CELL, columns, CELL)[...] = pixels.swapaxes(1, 2)
 
         return cells
     if form.lattice == "full":
-        return lambda found, step: _summed(found.reshape(rows, columns)) * np.float32(step)
+        return lambda values, out: np.copyto(out, values)
     if form.lattice == "half":
-        size = (form.width, form.height)
-        return lambda found, step: cv2.resize(_summed(found.reshape(rows, columns)) * np.float32(step), size)
+        return lambda values, out: cv2.resize(values, out.shape[::-1], dst=out)
     down, right = (_interpolation(form.lattice, side).astype(np.float32) for side in (form.height, form.width))
-    return lambda found, step: down @ (_summed(found.reshape(rows, columns)) * np.float32(step)) @ right.T
+    return lambda values, out: np.matmul(down @ values, right.T, out=out)
 
 
-def _summed(found: np.ndarray) -> np.ndarray:
-    """Undoes the differences along both axes; float32 is exact, all sums are below 2^24."""
+def _summed(numbers: np.ndarray, form: Form) -> np.ndarray:
+    """Undoes the differences: float32 [planes,h,w], or [planes,CELL*CELL,cells]. Exact: all sums are below 2^24."""
     import cv2
 
-    return cv2.integral(found, sdepth=cv2.CV_32F)[1:, 1:]
+    rows, columns = form.grid
+    if not form.cosine:
+        tall = cv2.integral(numbers.reshape(-1, columns), sdepth=cv2.CV_32F)
+        return tall[1:, 1:].reshape(-1, rows, columns)
+    numbers = numbers.reshape(-1, CELL * CELL, rows * columns // CELL**2)
+    tall = cv2.integral(numbers[:, 0].reshape(-1, columns // CELL), sdepth=cv2.CV_32F)
+    numbers[:, 0] = tall[1:, 1:].reshape(len(numbers), -1)
+    return numbers
