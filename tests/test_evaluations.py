@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -135,6 +139,21 @@ def test_laviss_own_models_answer_the_same_questions(work, name):
     assert len(records) == 6 and all(isinstance(record["prediction"], str) for record in records)
     start = "Q: what colour" if short else "Question: what colour"
     assert records[0]["prompt"].startswith(start) and ("\n(A) " in records[0]["prompt"]) == (benchmark == "nextqa")
+
+
+@pytest.mark.slow
+def test_the_documents_walk_through_an_empty_folder(tmp_path):
+    """docs/benchmarks.md, line by line: evaluate, ablate, compare, judge, report."""
+    (lines,) = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "benchmarks.md").read_text(), re.S)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    env = {**os.environ, "PATH": path, "XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    command = ["bash", "-euo", "pipefail", "-c", lines]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for said in ("| LSTP (predicted span), 4 frames |", "McNemar   only a right", "rules     ", "report.html: 1 evalu"):
+        assert said in done.stdout
+    result = tmp_path / "output/lstp/eval/msvd_qa_lstp_vicuna7b/result"
+    assert len(list(read_jsonl(result / "test_video_qa_judged_rules.jsonl"))) == 6
 
 
 # ---- several frames through LAVIS's generate ----------------------------------------------------------------------
