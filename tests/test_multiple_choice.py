@@ -26,6 +26,7 @@ from lavis_lstp.models.backbone import _left_padded
 from lavis_lstp.models.likelihood import IGNORED
 from lavis_lstp.models.lstp import LSTP
 from lavis_lstp.runners.data_order import eval_units
+from lavis_lstp.runners.evaluation import steps
 from lavis_lstp.tasks import VideoQATask
 from lavis_lstp.testing.tiny_benchmarks import write_benchmarks
 
@@ -370,6 +371,39 @@ def test_vision_and_flow_run_once_per_video_and_answers_stay(asked, family):
     assert shared["prediction"] == apart["prediction"] and torch.equal(shared["frame_index"], apart["frame_index"])
     for one, other in zip(shared["log_prob"], apart["log_prob"], strict=True):
         assert one["tokens"] == other["tokens"] and math.isclose(one["sum"], other["sum"], abs_tol=1e-4)
+
+
+def test_flow_runs_once_for_a_video_with_more_questions_than_a_batch(asked):
+    model, ran = LSTP.from_config(model_config()).eval(), []
+    model.flow.register_forward_pre_hook(lambda _, args: ran.append(len(args[0])))
+    samples = asked.collater([asked[i] for i in (0, 2, 4, 5, 6)])
+    (whole,) = steps(lambda batch: [model.answer(batch)], samples, 5)
+    model._last_video = None
+    parts = steps(lambda batch: [model.answer(batch)], samples, 2)
+    assert ran == [1, 1] and len(parts) == 3
+    for key in ("start_logits", "flow"):
+        torch.testing.assert_close(torch.cat([part[key] for part in parts]), whole[key])
+    other = asked.collater([asked[1]])
+    other["frames"] = 255 - other["frames"].flip(1)
+    assert not torch.equal(model.answer(other)["flow"][0], whole["flow"][0]) and len(ran) == 3
+    model.train()
+    model.compute_flow(other)
+    assert len(ran) == 4, "of the training step nothing is kept"
+
+
+@pytest.mark.parametrize("language", ["llama", "t5"])
+def test_each_token_is_read_once(language):
+    """The KV cache is on, whatever a checkpoint's generation config says."""
+    model = LSTP.from_config(model_config("instructblip", language, selector={"name": "uniform"})).eval()
+    told = model.backbone.language_model
+    told.generation_config.use_cache = False
+    first = told.decoder.block[0] if language == "t5" else told.model.layers[0]
+    widths = []
+    first.register_forward_pre_hook(
+        lambda _, args, kwargs: widths.append((args[0] if args else kwargs["hidden_states"]).shape[1]), with_kwargs=True
+    )
+    model.answer(batch((8, 5)))
+    assert len(widths) > 2 and set(widths[1:]) == {1}
 
 
 def test_questions_are_answered_five_times_as_fast_as_one_by_one(monkeypatch, capsys):

@@ -274,7 +274,7 @@ class Backbone(nn.Module):
                 attention_mask=mask,
                 pad_token_id=self._pad_id,
                 eos_token_id=self._end_ids,
-                **settings,
+                **{"use_cache": True, **settings},
             )
 
     @property

@@ -98,6 +98,7 @@ class LSTP(BaseModel):
         self.generation = dict(generation or {})
         self.seed = seed
         self.train_parts = tuple(train)
+        self._last_video = self._last_flow = None
         check_settings(self)
         parts.freeze_all_but(self, self.train_parts)
         self.sampler.freeze_unused_layers(self.sampler_mode)
@@ -217,14 +218,20 @@ class LSTP(BaseModel):
     # ---- the path from frames to a prefix -----------------------------------------------------------------------
 
     def compute_flow(self, samples: Mapping) -> Tensor:
-        """[B,T,2,S,S]; of a video that several questions are about it is computed once."""
+        """[B,T,2,S,S]; of a video that several questions are about it is computed once, over several batches, too."""
         first, which = distinct_media(samples)
         frames, mask, given = (
             None if value is None else value[first.to(value.device)].to(self.device)
             for value in (samples["frames"], samples["frame_mask"], samples.get("flow"))
         )
-        with torch.no_grad():
-            return self.flow(frames, mask, flow=given)[which.to(self.device)]
+        alone = len(first) == 1 and given is None and not self.training  # a video with more questions than a batch has
+        if not (alone and self._last_video and all(map(torch.equal, self._last_video, (frames, mask)))):
+            with torch.no_grad():
+                flow = self.flow(frames, mask, flow=given)
+            if not alone:
+                return flow[which.to(self.device)]
+            self._last_video, self._last_flow = (frames, mask), flow
+        return self._last_flow[which.to(self.device)]
 
     def sampler_logits(self, samples: Mapping, flow: Tensor | None = None) -> SamplerOutput:
         """Start and end logits [B,T] of the videos; 0 for images and texts, which do not reach the sampler.
