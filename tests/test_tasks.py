@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -184,6 +188,38 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(tmp_path):
     name = "result/train_video_qa.jsonl"
     assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert not (tmp_path / "parts/result/.parts/train_video_qa").exists()
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from test_tasks import evaluator
+runner, batches = evaluator(Path(sys.argv[2]), test_splits=["train"]), []
+plain = runner.task.valid_step
+def step(model, samples):
+    batches.append(samples["question_id"])
+    if len(batches) > int(sys.argv[3]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    with open("asked.txt", "a") as file:
+        file.writelines(f"{key}\\n" for key in samples["question_id"])
+    return plain(model, samples)
+runner.task.valid_step = step
+runner.evaluate()
+"""
+
+
+def test_a_killed_evaluation_asks_nothing_twice(tmp_path):
+    tests = str(Path(__file__).parent)
+    for batches, status in ((3, -signal.SIGKILL), (2, -signal.SIGKILL), (99, 0)):
+        command = [sys.executable, "-c", KILLED, tests, str(tmp_path / "run"), str(batches)]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert done.returncode == status, done.stderr[-2000:]
+    evaluator(tmp_path / "whole", test_splits=["train"]).evaluate()
+    name = "result/train_video_qa.jsonl"
+    assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    ids = [record["question_id"] for record in result(tmp_path / "run", "train_video_qa.jsonl")]
+    assert sorted((tmp_path / "asked.txt").read_text().split()) == sorted(ids)
 
 
 def test_records_of_other_weights_or_settings_are_never_taken_over(tmp_path):
