@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -11,6 +16,7 @@ from omegaconf import OmegaConf
 from test_wds_flow import flow_of, moving, shards_of  # noqa: F401 (a fixture)
 from test_wds_loader import assert_same
 from test_wds_verify import media, packed  # noqa: F401 (a fixture)
+from video_files import moving_texture, write_video
 
 from lavis_lstp import evaluate, train
 from lavis_lstp.data.builders import ShardsBuilder, VideoInstructBuilder, VideoQABuilder, pack_once
@@ -180,6 +186,24 @@ def test_a_sampler_learns_spans_of_shards_as_it_learns_those_of_files(tmp_path):
     (one, curve), (other, other_curve) = results
     assert curve == other_curve and len(curve) == 2
     assert one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_the_documents_walk_from_two_videos_to_a_run(tmp_path):
+    """docs/data_format.md, its commands as they stand, but for where the two videos come from."""
+    text = Path("docs/data_format.md").read_text()
+    part = text.partition("## From two videos to a training run\n\n")[2]
+    lines = list(itertools.takewhile(lambda line: line.startswith("    "), part.splitlines()))
+    first, *rest = textwrap.dedent("\n".join(lines)).splitlines()
+    assert first.startswith("mkdir clips && cp ../shared/videos/*.mp4 clips/")
+    (tmp_path / "clips").mkdir()
+    for name in ("peppers_9s", "living_room_6s"):
+        write_video(tmp_path / f"clips/{name}.mp4", moving_texture(20, (2.0, 1.0)))
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    script = "\n".join(["set -e", *rest])
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "whole: 1 shards, 2 sound samples" in done.stdout and "<img" in (tmp_path / "sheet.html").read_text()
+    assert (tmp_path / "out/checkpoints/last/model.safetensors").is_file()
 
 
 def test_evaluation_over_shards_writes_the_bytes_of_files(tmp_path):
