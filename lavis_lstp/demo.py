@@ -1,8 +1,8 @@
 """`lavis-lstp demo`: from nothing to a trained and measured LSTP, in the order of the paper.
 
-In: a folder to work in. Out, in it: Shapes-QA, one run per step, `table.md`, `table.json` and `explanation.png`. The
-steps are those of projects/lstp/chains/tiny.yaml, then LSTP again on evenly spaced frames, and the evaluations; `chain`
-runs them, so an interrupted demo goes on where it was.
+In: a folder to work in. Out, in it: Shapes-QA, one run per step, and `FILES`. The steps are those of
+projects/lstp/chains/tiny.yaml, then LSTP again on evenly spaced frames, and the evaluations; `chain` runs them, so an
+interrupted demo goes on where it was.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from lavis_lstp.data.shapes_scene import FPS, NUM_FRAMES
 from lavis_lstp.data.video import uniform_centres
 from lavis_lstp.files import atomic_writer, write_json
 from lavis_lstp.metrics.grounding import evaluate_spans
+from lavis_lstp.report.command import report
 from lavis_lstp.schema import Span
 
 MIN_GAIN = 0.20
@@ -34,6 +35,7 @@ MIN_SHARE_OF_ORACLE = 0.90
 """What LSTP must reach: points above uniform, with intervals apart, and share of the oracle's accuracy."""
 CHAIN = "projects/lstp/chains/tiny.yaml"
 """The steps up to a trained LSTP."""
+FILES = ("table.md", "table.json", "explanation.png", "report.html")
 
 
 @dataclass(frozen=True)
@@ -177,6 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = demo.run()
     print("\n" + table(result))
     code = explain(demo)
-    files = ", ".join(str(args.out / name) for name in ("table.md", "table.json", "explanation.png"))
+    report([args.out], title="Shapes-QA")
+    files = ", ".join(str(args.out / name) for name in FILES)
     print(f"\n{time.perf_counter() - started:.0f} s. Written: {files}")
     return code or (0 if result["verdict"]["met"] else 1)

@@ -84,7 +84,7 @@ def test_the_whole_demo_tiny(tmp_path, capsys):
     code = demo.main(["--out", str(tmp_path / "demo"), "--options", *options, "run.max_epoch=1"])
     out = capsys.readouterr().out
     assert code == 1 and "NOT met" in out  # nothing can be learnt from so little
-    for name in ("table.md", "table.json", "explanation.png"):
+    for name in demo.FILES:
         assert (tmp_path / "demo" / name).stat().st_size > 0
     table = json.loads((tmp_path / "demo" / "table.json").read_text())
     assert [r["questions"] for r in table["rows"]] == [18] * 5
