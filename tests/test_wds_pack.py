@@ -294,6 +294,8 @@ def test_the_command_line(media, tmp_path, capsys):
     assert "2 shards, 6 samples, 12 questions" in capsys.readouterr().out
     assert main([*arguments, "--min-shards", "9"]) == 2
     assert "there are only 6 samples" in capsys.readouterr().err
+    assert main(["pack", str(tmp_path / "y"), "gone.json"]) == 2
+    assert capsys.readouterr().err == "error: gone.json: no such file\n"
     assert main(["pak"]) == 2 and "unknown verb 'pak'" in capsys.readouterr().err
     assert main(["--help"]) == 0 and "pack" in capsys.readouterr().out
     with pytest.raises(SystemExit):

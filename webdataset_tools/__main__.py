@@ -65,7 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LstpError as error:
         print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 2
-    print(json.dumps(report, indent=2, ensure_ascii=False) if args.json else module.show(report, args))
+    try:
+        print(json.dumps(report, indent=2, ensure_ascii=False) if args.json else module.show(report, args), flush=True)
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1 if report.get("failed") else 0
 
 

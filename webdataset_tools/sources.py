@@ -61,6 +61,9 @@ def units(
         if len(files) != 1 or not (files[0] / f"{split}.json").is_file():
             raise ConfigError(f"{files[0]}: holds no {split}.json; expected a folder of lavis_lstp.data.shapes_qa")
         files, root, form = [files[0] / f"{split}.json"], files[0], "annotation"
+    for path in (*files, *(path for path in (answers, video_names) if path)):
+        if not path.exists():
+            raise AnnotationError(f"{path}: no such file")
     if form == "annotation":
         rows = [row for path in files for row in read_annotation(path, section="pack")]
     elif form == "video-llava":
