@@ -1,10 +1,11 @@
 """Questions a second, against asking them one at a time: taskset -c 0,1 python benchmarks/evaluation.py [--out FILE]
 
 Shapes-QA with ten questions a video, LSTP at tiny size with random weights, both through this package. `alone` is what
-the published code does: for each question the video is decoded anew, its flow computed anew, a batch of one goes
-through vision and language model, and each token reads the whole text again (no KV cache). `together` is the evaluation
-as `lavis.evaluate` runs it. Both must give the same predictions, spans and frames. They run in turn, the fastest of
-each counts. What each stage takes is measured in one process; in `together` a worker decodes meanwhile.
+the published code does: for each question the video is decoded anew, its flow computed anew, and a batch of one goes
+through vision and language model. `together` is the evaluation as `lavis.evaluate` runs it. Both keep keys and values
+while they generate: transformers does so for any decoder-only model that is given embeddings, in the release of the
+published code, too. Both must give the same predictions, spans and frames. They run in turn, and the fastest of each
+counts. What each stage takes is measured in one process; in `together` a worker decodes meanwhile.
 
 The judge's share are the rules, which see each prediction first (more: benchmarks/judge.py). Prints a table, then one
 line of JSON; exits 1 below the target of five times.
@@ -66,15 +67,14 @@ class Sides:
         self.data = VideoQADataset(rows, folder / "data", num_frames=64, image_size=64)
         self.model = LSTP.from_config(load_variant(MODEL_TYPES["lstp_tiny"]["default"]).model).eval()
         self.task, self.folder, self.batch_size = VideoQATask(), folder, batch_size
-        self.generation = dict(self.model.generation)
 
     @torch.no_grad()
     def alone(self) -> Records:
         """Each question by itself."""
-        self.model.generation = {**self.generation, "use_cache": False}
         found = []
         for index in range(len(self.data)):
-            self.data.__dict__.update(self.data.__getstate__())  # forgets the last video
+            self.data.__dict__.update(self.data.__getstate__())  # forgets the last video's frames
+            self.model._last_video = None  # and its flow
             samples = self.data.collater([self.data[index]])
             found += self.task.valid_step(self.model, samples)
         return found
@@ -83,7 +83,6 @@ class Sides:
         """As `runners.evaluation.evaluate_split` does it."""
         from lavis_lstp.runners.evaluation import PartFiles, run_evaluation
 
-        self.model.generation = self.generation
         self.data.__dict__.update(self.data.__getstate__())
         parts = PartFiles(self.folder / "parts", "benchmark")
         found = run_evaluation(

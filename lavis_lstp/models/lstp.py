@@ -24,7 +24,7 @@ from lavis_lstp.models.building import build_parts, check_settings
 from lavis_lstp.models.frame_fusion import FrameFusion
 from lavis_lstp.models.frame_selector import sample_generators
 from lavis_lstp.models.refinement import ROWS, Refinement, pseudo_scores
-from lavis_lstp.models.rows import blank_video, distinct_media, moves, several_ranks, take_rows
+from lavis_lstp.models.rows import blank_video, distinct_media, moves, several_ranks, take_rows, weights_are_divided
 from lavis_lstp.models.temporal_sampler import SamplerOutput, TemporalSampler, span_loss
 from lavis_lstp.models.variants import MODEL_TYPES, complete, load_variant
 from lavis_lstp.schema import NO_SPAN
@@ -224,7 +224,8 @@ class LSTP(BaseModel):
             None if value is None else value[first.to(value.device)].to(self.device)
             for value in (samples["frames"], samples["frame_mask"], samples.get("flow"))
         )
-        alone = len(first) == 1 and given is None and not self.training  # a video with more questions than a batch has
+        # a video with more questions than a batch has
+        alone = len(first) == 1 and given is None and not (self.training or weights_are_divided(self))
         if not (alone and self._last_video and all(map(torch.equal, self._last_video, (frames, mask)))):
             with torch.no_grad():
                 flow = self.flow(frames, mask, flow=given)

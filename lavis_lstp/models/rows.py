@@ -37,6 +37,11 @@ def several_ranks() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def weights_are_divided(model: nn.Module) -> bool:
+    """Among ranks (ZeRO-3): each must then run the same modules in the same order, also those without weights."""
+    return several_ranks() and hasattr(next(model.parameters()), "ds_id")
+
+
 def in_pieces(items: Sequence, size: int, model: nn.Module) -> Iterator[Sequence]:
     """`items`, `size` at a time; where the model's weights are divided among ranks (ZeRO-3), as often on each.
 
@@ -44,9 +49,8 @@ def in_pieces(items: Sequence, size: int, model: nn.Module) -> Iterator[Sequence
     they run something that counts for nothing. Elsewhere ranks go their own ways, and may be asked other often.
     """
     count = -(-len(items) // size)
-    weight = next(model.parameters())
-    if several_ranks() and hasattr(weight, "ds_id"):
-        most = torch.tensor([count], device=weight.device)
+    if weights_are_divided(model):
+        most = torch.tensor([count], device=next(model.parameters()).device)
         dist.all_reduce(most, dist.ReduceOp.MAX)
         count = int(most)
     for i in range(count):
