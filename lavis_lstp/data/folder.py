@@ -128,8 +128,8 @@ class FolderQuestions(Sequence):
         elif missing:
             path, question = missing[0]
             raise VideoError(
-                f"{path}: no such file, needed by question {question!r} and missing with {len(missing) - 1} others of "
-                f"{len(paths)}; check the folder in {self.section}.build_info"
+                f"{path}: no such file, needed by question {question!r}; {len(missing)} of {len(paths)} files are "
+                f"missing. Check the folder in {self.section}.build_info"
             )
 
     # ---- media ------------------------------------------------------------------------------------------------
