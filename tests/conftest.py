@@ -29,8 +29,14 @@ def no_log_handler_is_left():
 
 @pytest.fixture(autouse=True, scope="module")
 def no_process_group_is_left():
-    """A run of one process makes a group where LAVIS or DeepSpeed asks for one, and a process can have but one."""
+    """A run of one process makes a group where LAVIS or DeepSpeed asks for one, and a process can have but one.
+
+    DeepSpeed also wants LOCAL_RANK, from which accelerate would conclude that there are several processes.
+    """
+    launched = "LOCAL_RANK" in os.environ
     yield
+    if not launched:
+        os.environ.pop("LOCAL_RANK", None)
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
