@@ -201,3 +201,21 @@ def test_nothing_sound_is_an_error(media, tmp_path, capsys):  # noqa: F811
         repair([shard], str(tmp_path / "b/x"), decode=0)
     assert main(["repair", shard, "--out", str(tmp_path / "b/x"), "--workers", "1"]) == 2
     assert "empty (0 bytes)" in capsys.readouterr().err
+
+
+def test_a_file_that_was_never_sound_is_not_fetched(media, tmp_path):  # noqa: F811
+    """`pack` reads its header alone; what lies below --root is the same film without pictures."""
+    raw = bytearray((media / "v0.mp4").read_bytes())
+    start = raw.index(b"mdat") + 4
+    size = int.from_bytes(raw[start - 8 : start - 4], "big") - 8
+    raw[start : start + size] = bytes(size)
+    root = tmp_path / "media"
+    root.mkdir()
+    (root / "v0.mp4").write_bytes(raw)
+    (root / "v1.mp4").write_bytes((media / "v1.mp4").read_bytes())
+    rows = [{"question_id": v, "video": f"{v}.mp4", "question": "?", "answer": "!"} for v in ("v0", "v1")]
+    (root / "a.json").write_text(json.dumps(rows))
+    shards = packed(root, tmp_path / "a")
+    report = repair(shards, str(tmp_path / "b/x"), root=root, decode=4)
+    assert report["made_by"]["fetched"] == 0 and causes(sorted(map(str, (tmp_path / "b").glob("*.tar")))) == {}
+    assert quarantined(tmp_path / "b/x") == [("v0%2Emp4", "undecodable")]

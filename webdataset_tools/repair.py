@@ -84,6 +84,8 @@ def _again(row: dict[str, str], root: Path | None, bad: list[dict[str, str]]) ->
     settings = _settings(found, number)
     if value["kind"] == "text" or settings is None:
         return None  # what was wrong lies in the JSON itself; or nobody knows which frames there were
+    if row["cause"] == "undecodable" and not settings.frames:
+        return None  # its bytes are those that the JSON states: those below root are no better
     path = root / value["source"]
     if not path.exists() or sha256_of(path) != value["sha256"]:
         return None
