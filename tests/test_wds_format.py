@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lavis_lstp.errors import ConfigError, ShardError
+from webdataset_tools import flow_code, index, storage
 from webdataset_tools import format as fmt
-from webdataset_tools import index, storage
 from webdataset_tools.tar import END, ShardWriter, TarScan, header, samples
 
 DIGEST = "0" * 64
@@ -127,6 +127,15 @@ def test_large_flow_does_not_overflow():
     for wrong in (7e4, np.nan):
         with pytest.raises(ShardError, match="expected finite px"):
             fmt.dump_flow(np.full((1, 2, 2, 2), wrong), {})
+
+
+@pytest.mark.parametrize("step", [np.nan, np.inf, -1.0])
+def test_flow_with_steps_that_are_no_length_is_refused(step):
+    coded = flow_code.encode(np.ones((2, 2, 8, 8)), 1 << 20)
+    flow_code.decode(coded)
+    coded.steps[1] = step
+    with pytest.raises(ValueError, match="finite steps"):
+        flow_code.decode(coded)
 
 
 @given(st.dictionaries(st.text("abcdef_", min_size=1, max_size=5), st.text(max_size=5), max_size=6))

@@ -112,6 +112,8 @@ def decode(coded: Coded) -> np.ndarray:
     data, steps, form = coded
     (rows, columns), length = form.grid, len(steps)
     count = length * 2 * rows * columns
+    if not ((steps >= 0) & (steps < np.inf)).all():
+        raise ValueError("expected finite steps of at least 0")
     inflate = zlib.decompressobj(-15)
     try:
         raw = inflate.decompress(data, 3 * count + 1)
