@@ -138,6 +138,16 @@ def test_flow_with_steps_that_are_no_length_is_refused(step):
         flow_code.decode(coded)
 
 
+def test_a_few_bytes_of_flow_cannot_take_all_memory(monkeypatch):
+    form = flow_code.Form(8192, 8192, "corners", False)
+    with pytest.raises(ValueError, match="5 fields of 8192 x 8192 px are more than"):
+        flow_code.decode(flow_code.Coded(b"", np.ones(5, np.float32), form))
+    monkeypatch.setattr(flow_code, "LARGEST_CLIP", 4 * 8 * 8)
+    fmt.dump_flow(np.ones((1, 2, 8, 8)), {})
+    with pytest.raises(ShardError, match=r"\[2, 2, 8, 8\] takes more than"):
+        fmt.dump_flow(np.ones((2, 2, 8, 8)), {})
+
+
 @given(st.dictionaries(st.text("abcdef_", min_size=1, max_size=5), st.text(max_size=5), max_size=6))
 @settings(max_examples=20)
 def test_equal_flow_is_equal_bytes(about):

@@ -33,6 +33,8 @@ FINEST = 1 / 256
 OCTAVES = 20
 STILL_PX = 1 / 8
 """Fields that move less than this (RMS) are rounded like this: beside position and bias a sampler cannot tell them."""
+LARGEST_CLIP = 1 << 30
+"""Bytes of a clip as it is handed out: what a few bytes claim to be must not take all memory."""
 LARGEST = 8191
 """Multiples of a step: their second differences fit 16 bits."""
 
@@ -112,6 +114,8 @@ def decode(coded: Coded) -> np.ndarray:
     data, steps, form = coded
     (rows, columns), length = form.grid, len(steps)
     count = length * 2 * rows * columns
+    if 4 * length * form.height * form.width > LARGEST_CLIP:  # u and v, two bytes each
+        raise ValueError(f"{length} fields of {form.height} x {form.width} px are more than {LARGEST_CLIP} bytes")
     if not ((steps >= 0) & (steps < np.inf)).all():
         raise ValueError("expected finite steps of at least 0")
     inflate = zlib.decompressobj(-15)

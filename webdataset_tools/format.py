@@ -255,10 +255,12 @@ def dump_flow(flow: np.ndarray, settings: Mapping[str, str]) -> bytes:
     Fields of more than 224 x 224 px may take as many bytes a px.
 
     Raises:
-        ShardError: numbers that are not finite or not of float16's range.
+        ShardError: numbers that are not finite or not of float16's range, or more than a reader takes.
     """
     from safetensors.numpy import save
 
+    if 2 * flow.size > flow_code.LARGEST_CLIP:
+        raise ShardError(f"flow: {list(flow.shape)} takes more than {flow_code.LARGEST_CLIP} bytes in float16", "flow")
     if not (np.abs(flow) <= np.finfo(np.float16).max).all():
         raise ShardError(f"flow: expected finite px, at most {np.finfo(np.float16).max}", "flow")
 
