@@ -378,7 +378,7 @@ def test_flow_runs_once_for_a_video_with_more_questions_than_a_batch(asked):
     model.flow.register_forward_pre_hook(lambda _, args: ran.append(len(args[0])))
     samples = asked.collater([asked[i] for i in (0, 2, 4, 5, 6)])
     (whole,) = steps(lambda batch: [model.answer(batch)], samples, 5)
-    model._last_video = None
+    model._last_flow = None
     parts = steps(lambda batch: [model.answer(batch)], samples, 2)
     assert ran == [1, 1] and len(parts) == 3
     for key in ("start_logits", "flow"):
@@ -386,9 +386,13 @@ def test_flow_runs_once_for_a_video_with_more_questions_than_a_batch(asked):
     other = asked.collater([asked[1]])
     other["frames"] = 255 - other["frames"].flip(1)
     assert not torch.equal(model.answer(other)["flow"][0], whole["flow"][0]) and len(ran) == 3
+    model.double().compute_flow(other)
+    model.eval().compute_flow(other)
+    assert len(ran) == 5, "what other weights, or weights elsewhere, made is not kept"
     model.train()
     model.compute_flow(other)
-    assert len(ran) == 4, "of the training step nothing is kept"
+    model.compute_flow(other)
+    assert len(ran) == 7, "of the training step nothing is kept"
 
 
 @pytest.mark.parametrize("language", ["llama", "t5"])

@@ -98,7 +98,7 @@ class LSTP(BaseModel):
         self.generation = dict(generation or {})
         self.seed = seed
         self.train_parts = tuple(train)
-        self._last_video = self._last_flow = None
+        self._last_flow: tuple[Tensor, Tensor, Tensor] | None = None
         check_settings(self)
         parts.freeze_all_but(self, self.train_parts)
         self.sampler.freeze_unused_layers(self.sampler_mode)
@@ -143,6 +143,7 @@ class LSTP(BaseModel):
     def train(self, mode: bool = True) -> LSTP:
         """Frozen parts stay in eval mode."""
         super().train(mode)
+        self._last_flow = None  # weights may change between
         parts.set_frozen_to_eval(self, self.train_parts)
         return self
 
@@ -226,13 +227,17 @@ class LSTP(BaseModel):
         )
         # a video with more questions than a batch has
         alone = len(first) == 1 and given is None and not (self.training or weights_are_divided(self))
-        if not (alone and self._last_video and all(map(torch.equal, self._last_video, (frames, mask)))):
+        if alone and self._last_flow and all(map(torch.equal, self._last_flow, (frames, mask))):
+            flow = self._last_flow[-1]
+        else:
             with torch.no_grad():
                 flow = self.flow(frames, mask, flow=given)
-            if not alone:
-                return flow[which.to(self.device)]
-            self._last_video, self._last_flow = (frames, mask), flow
-        return self._last_flow[which.to(self.device)]
+            self._last_flow = (frames, mask, flow) if alone else None
+        return flow[which.to(self.device)]
+
+    def _apply(self, *args, **kwargs) -> LSTP:
+        self._last_flow = None  # it lies where the weights were
+        return super()._apply(*args, **kwargs)
 
     def sampler_logits(self, samples: Mapping, flow: Tensor | None = None) -> SamplerOutput:
         """Start and end logits [B,T] of the videos; 0 for images and texts, which do not reach the sampler.
