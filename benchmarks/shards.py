@@ -1,11 +1,12 @@
 """How fast shards are read, beside loose files and the bare `webdataset` pipeline; `pack.py` is about writing them.
 
-    python benchmarks/shards.py [--videos 16 --sizes 640x360x240 480x320x96 320x240x240 --frames 16 --size 224]
+    python benchmarks/shards.py [--videos 16 --sizes 640x360x240 480x320x96 320x240x240 --clips FOLDER --frames 16]
 
-In: nothing; videos of a moving texture are made. Out: a table in Markdown for each size (width x height x pictures):
-samples a second in one process of one thread, after a first pass that fills the page cache, and the time to the first
-batch of 8; then one against two loader processes, and how memory grows over epochs. What is compared is measured turn
-by turn, so that other work on the machine slows all alike; medians.
+In: videos of a moving texture are made; with --clips also copies of the videos of a folder. Out: a table in Markdown
+for each size (width x height x pictures) and the clips: samples a second in one process of one thread, after a first
+pass that fills the page cache, and the time to the first batch of 8; then one against two loader processes, and how
+memory grows over epochs. What is compared is measured turn by turn, so that other work on the machine slows all alike;
+medians.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import statistics
 import sys
 import tempfile
@@ -58,11 +60,16 @@ def turn_by_turn(works: dict[str, Callable[[], float]], turns: int = 5) -> dict[
     return {name: statistics.median(turn[name] for turn in found) for name in works}
 
 
-def write_data(root: Path, videos: int, width: int, height: int, length: int) -> None:
-    rows = []
+def write_data(root: Path, videos: int, what: str) -> None:
+    """Videos of a size, or copies of those of a folder, and questions."""
+    clips, rows = sorted(Path(what).glob("*.mp4")), []
     for n in range(videos):
-        pictures = moving_texture(length, (1.5, 0.5 + n % 3), width=width, height=height, seed=n % 5)
-        write_video(root / f"v{n}.mp4", pictures, fps=24)
+        if clips:
+            shutil.copy(clips[n % len(clips)], root / f"v{n}.mp4")
+        else:
+            width, height, length = map(int, what.split("x"))
+            pictures = moving_texture(length, (1.5, 0.5 + n % 3), width=width, height=height, seed=n % 5)
+            write_video(root / f"v{n}.mp4", pictures, fps=24)
         rows.append({"question_id": f"q{n}", "video": f"v{n}.mp4", "question": "what moves?", "answer": "texture"})
     (root / "a.json").write_text(json.dumps(rows))
 
@@ -169,21 +176,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--videos", type=int, default=16)
     parser.add_argument("--sizes", nargs="+", default=["640x360x240", "480x320x96", "320x240x240"])
+    parser.add_argument("--clips", metavar="FOLDER", help="of mp4 files")
     parser.add_argument("--frames", type=int, default=16)
     parser.add_argument("--size", type=int, default=224)
     args = parser.parse_args()
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
-    for number, size in enumerate(args.sizes):
+    kinds = [*args.sizes, *([args.clips] if args.clips else [])]
+    for number, kind in enumerate(kinds):
         with tempfile.TemporaryDirectory() as folder:
-            write_data(Path(folder), args.videos, *map(int, size.split("x")))
+            write_data(Path(folder), args.videos, kind)
             rows, dataset = measure(Path(folder), args)
-            if number + 1 == len(args.sizes):
+            if number + 1 == len(kinds):
                 one, two = workers_rates(dataset).values()
                 rows.append(("one, two loader processes", f"{one:.1f}, {two:.1f} samples/s: {two / one:.2f} x"))
                 rows.append(("memory over 20 epochs", f"{memory_slope(dataset):.2f} MB an epoch"))
         load = f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
-        print(f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, {load}\n\n| {size} | |\n|---|---|")
+        print(f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, {load}\n\n| {Path(kind).name} | |\n|---|---|")
         print("\n".join(f"| {name} | {text} |" for name, text in rows) + "\n", flush=True)
 
 
