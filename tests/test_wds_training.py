@@ -192,7 +192,8 @@ def test_the_documents_walk_from_two_videos_to_a_run(tmp_path):
     """docs/data_format.md, its commands as they stand, but for where the two videos come from."""
     text = Path("docs/data_format.md").read_text()
     part = text.partition("## From two videos to a training run\n\n")[2]
-    lines = list(itertools.takewhile(lambda line: line.startswith("    "), part.splitlines()))
+    lines = itertools.dropwhile(lambda line: not line.startswith("    "), part.splitlines())
+    lines = list(itertools.takewhile(lambda line: line.startswith("    "), lines))
     first, *rest = textwrap.dedent("\n".join(lines)).splitlines()
     assert first.startswith("mkdir clips && cp ../shared/videos/*.mp4 clips/")
     (tmp_path / "clips").mkdir()
