@@ -219,3 +219,30 @@ def test_a_file_that_was_never_sound_is_not_fetched(media, tmp_path):  # noqa: F
     report = repair(shards, str(tmp_path / "b/x"), root=root, decode=4)
     assert report["made_by"]["fetched"] == 0 and causes(sorted(map(str, (tmp_path / "b").glob("*.tar")))) == {}
     assert quarantined(tmp_path / "b/x") == [("v0%2Emp4", "undecodable")]
+
+
+@pytest.mark.parametrize("now", ["not a video", "folder", "gone"])
+def test_one_bad_file_below_the_root_ends_no_repair(media, tmp_path, now):  # noqa: F811
+    """Its sample is listed, and the others are mended."""
+    root = tmp_path / "media"
+    root.mkdir()
+    for name in ("v0.mp4", "v1.mp4", "v2.mp4"):
+        (root / name).write_bytes((media / name).read_bytes())
+    if now == "not a video":
+        (root / "v0.mp4").write_bytes(b"no film" * 1000)
+    rows = [{"question_id": v, "video": f"{v}.mp4", "question": "?", "answer": "!"} for v in ("v0", "v1", "v2")]
+    (root / "a.json").write_text(json.dumps(rows))
+    shards = packed(root, tmp_path / "a", settings=Settings(probe=False))
+    for number, row in enumerate(index.ShardSet([shards[0]]).index(0).samples()):
+        member = dict(row.members)["mp4"]
+        if number < 2:  # v0 and v1
+            raw = bytearray(Path(shards[0]).read_bytes())
+            raw[member.offset + 40] ^= 255
+            Path(shards[0]).write_bytes(raw)
+    if now != "not a video":
+        (root / "v0.mp4").unlink()
+    if now == "folder":
+        (root / "v0.mp4").mkdir()
+    report = repair(shards, str(tmp_path / "b/x"), root=root, decode=4)
+    assert report["made_by"]["fetched"] == 1 and report["totals"]["samples"] == 2
+    assert [key for key, _ in quarantined(tmp_path / "b/x")] == ["v0%2Emp4"]

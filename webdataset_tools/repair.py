@@ -12,14 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lavis_lstp.errors import ShardError
+from lavis_lstp.errors import ShardError, VideoError
 from webdataset_tools import index
 from webdataset_tools.format import MEDIA_MEMBERS, check_sample, parse_frames
-from webdataset_tools.media import Settings, sha256_of
+from webdataset_tools.media import Settings, load, sha256_of
 from webdataset_tools.rewrite import Again, Kept, about, rewrite
 from webdataset_tools.sources import Unit
 from webdataset_tools.storage import expand
-from webdataset_tools.verify import add_check_arguments, check_derived, checks, examine, problem_row
+from webdataset_tools.verify import add_check_arguments, check_decodable, check_derived, checks, examine, problem_row
 
 HELP = "a new set without, or with mended, samples that verify names"
 OF_THE_SET = ("no index", "no manifest", "index", "manifest", "missing shard")
@@ -56,7 +56,7 @@ def repair(
             taken.add(key)
             new[shard].append(Kept(key, tuple((shard, member) for member in members)))
     for (shard, key), row in named.items():
-        fetched = _again(row, root, bad) if row["cause"] not in ("leak", "duplicate question") else None
+        fetched = _again(row, root, bad, decode) if row["cause"] not in ("leak", "duplicate question") else None
         if fetched is None or key in taken:
             bad.append(row)
         else:
@@ -69,8 +69,11 @@ def repair(
     return rewrite(kept, out, about=facts, bad=bad, root=str(root or ""), overwrite=overwrite, **how)
 
 
-def _again(row: dict[str, str], root: Path | None, bad: list[dict[str, str]]) -> Again | None:
-    """The sample with its medium of `root`, where its JSON is whole; members that are not are listed in `bad`."""
+def _again(row: dict[str, str], root: Path | None, bad: list[dict[str, str]], decode: int) -> Again | None:
+    """The sample with its medium of `root`, where its JSON is whole and what lies there is what it says and sound.
+
+    Members that are not sound are listed in `bad`.
+    """
     if root is None:
         return None
     shard, key = row["shard"], row["key"]
@@ -84,12 +87,16 @@ def _again(row: dict[str, str], root: Path | None, bad: list[dict[str, str]]) ->
     settings = _settings(found, number)
     if value["kind"] == "text" or settings is None:
         return None  # what was wrong lies in the JSON itself; or nobody knows which frames there were
-    if row["cause"] == "undecodable" and not settings.frames:
-        return None  # its bytes are those that the JSON states: those below root are no better
     path = root / value["source"]
-    if not path.exists() or sha256_of(path) != value["sha256"]:
-        return None
     unit = Unit(key, value["kind"], value["video_id"], value["source"], tuple(value["questions"]))
+    try:
+        if sha256_of(path) != value["sha256"]:
+            return None
+        medium = load(unit, root, settings)
+        if decode and medium.member in MEDIA_MEMBERS:
+            check_decodable(unit.kind, medium.content, str(path), decode)
+    except (VideoError, OSError):
+        return None
     kept, derived = [], []
     for name, member in found.index(0).members(number).items():
         if name in (*MEDIA_MEMBERS, "frames"):

@@ -14,6 +14,7 @@ import io
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lavis_lstp.errors import LstpError, ShardError, VideoError
@@ -198,7 +199,7 @@ def check_content(key: str, content: Mapping[str, bytes], place: str, decode: in
         if hashlib.sha256(content[name]).hexdigest() != digest:
             raise ShardError(f"{place}.{name}: its SHA-256 is not that of its json", "hash")
         if decode:
-            _decode(kind, content[name], f"{place}.{name}", decode)
+            check_decodable(kind, content[name], f"{place}.{name}", decode)
     check_derived(content, place, decode, digest)
     return kind, digest, ids
 
@@ -212,7 +213,7 @@ def check_derived(content: Mapping[str, bytes], place: str, decode: int | None =
         if frames.folder and hashlib.sha256(b"".join(frames.pictures)).hexdigest() != digest:
             raise ShardError(f"{place}.frames: the SHA-256 of its pictures is not that of its json", "hash")
         for number, picture in enumerate(frames.pictures if decode else ()):
-            _decode("image", picture, f"{place}.frames, {number}", 1)
+            check_decodable("image", picture, f"{place}.frames, {number}", 1)
     if "flow" in content:
         flow, _ = parse_flow(content["flow"], f"{place}.flow")
         if count not in (None, len(flow)):
@@ -221,7 +222,8 @@ def check_derived(content: Mapping[str, bytes], place: str, decode: int | None =
         parse_json(content["span.json"], f"{place}.span.json")
 
 
-def _decode(kind: str, raw: bytes, place: str, decode: int) -> None:
+def check_decodable(kind: str, raw: bytes | Path, place: str, decode: int) -> None:
+    """Raises VideoError where `decode` frames of a video, or a picture, cannot be decoded."""
     from PIL import Image
 
     from lavis_lstp.data.video import read_frames
@@ -230,7 +232,7 @@ def _decode(kind: str, raw: bytes, place: str, decode: int) -> None:
         read_frames(raw, num=decode, size=64, name=place)
         return
     try:
-        with Image.open(io.BytesIO(raw)) as picture:
+        with Image.open(raw if isinstance(raw, Path) else io.BytesIO(raw)) as picture:
             picture.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise VideoError(f"{place}: cannot be read as a picture ({error})") from None
