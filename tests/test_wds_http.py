@@ -16,6 +16,7 @@ from test_wds_format import write_shard
 from test_wds_loader import COMMON, assert_same, of_files
 from test_wds_verify import media, packed  # noqa: F401 (a fixture)
 
+from lavis_lstp.data import shards as shards_module
 from lavis_lstp.data.qa_dataset import VideoQADataset
 from lavis_lstp.data.shards import ShardQuestions
 from lavis_lstp.errors import ShardError
@@ -192,6 +193,20 @@ def test_a_server_without_ranges_is_copied_where_a_folder_is_named(bulky, tmp_pa
         assert len(list((tmp_path / "cache").glob("*.tar"))) == 2 and len(whole) == 4  # asked twice, two copied once
 
 
+def test_processes_that_hear_different_things_of_a_server_do_not_wait_for_each_other(bulky, tmp_path, monkeypatch):
+    """All pass the same barrier, whatever they were answered; and a server that refuses is not one without ranges."""
+    met = []
+    monkeypatch.setattr(shards_module, "first_process_alone", lambda work: (met.append(work), work()))
+    for ranges in (True, False):
+        with serving(tmp_path, ranges=ranges) as server:
+            ShardQuestions(locations(server, bulky), retry=QUICK, cache=tmp_path / f"cache {ranges}")
+    assert len(met) == 2
+    names = {Path(shard).name: 403 for shard in bulky}
+    with serving(tmp_path, always=names) as server, pytest.raises(ShardError, match="403"):
+        ShardQuestions(locations(server, bulky), retry=QUICK, cache=tmp_path / "cache")
+    assert len(met) == 3
+
+
 def test_scans_agree(media, tmp_path):  # noqa: F811
     """Headers and JSON give the index that reading everything gives: places, counts, and a video's SHA-256."""
     shards = packed(media, tmp_path, max_count=2)
@@ -231,7 +246,7 @@ def test_a_server_that_knows_no_ranges_is_refused(media, tmp_path):  # noqa: F81
     shards = packed(media, tmp_path)
     with serving(tmp_path, ranges=False) as server:
         dataset = VideoQADataset(ShardQuestions(locations(server, shards), retry=QUICK), max_bad_fraction=1, **COMMON)
-        assert dataset[0] is None and dataset.left_out.by_cause() == {"refused": 1}
+        assert dataset[0] is None and dataset.left_out.by_cause() == {"no ranges": 1}
 
 
 def test_no_server_at_all():

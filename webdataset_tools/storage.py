@@ -2,7 +2,7 @@
 
 In: a storage as configurations write it, "set-{000000..000123}.tar" or a list of those. Out: the shards' locations, a
 stream of a whole one, or the bytes at an offset of one. A `ShardError` has the cause to count by: not found, refused,
-connection, short read.
+no ranges, connection, truncated.
 
 What can pass is tried again, with waits that double: a connection that breaks or stalls, a server's error, too many
 requests. What cannot (404, 403, a missing file) is not.
@@ -187,7 +187,7 @@ def knows_ranges(location: str, retry: Retry = RETRY) -> bool:
     try:
         _up_to(location, 0, 1, retry)
     except ShardError as error:
-        if error.cause != "refused":
+        if error.cause != "no ranges":
             raise
         return False
     return True
@@ -279,7 +279,7 @@ def _http_range(location: str, offset: int, size: int, timeout_s: float) -> byte
                 raise ShardError(
                     f"{location}: the server answers range requests with {response.status}; expected 206. Name a "
                     "folder in shards.cache, to which they are copied, or serve them by a server that knows ranges",
-                    "refused",
+                    "no ranges",
                 )
             data, stated = response.read(), response.headers.get("Content-Range", "")
     except urllib.error.HTTPError as error:

@@ -17,7 +17,7 @@ import torch
 from lavis_lstp.errors import ShardError, VideoError
 
 CAUSES = ("undecodable", "connection", "not found", "refused", "truncated", "hash", "missing member", "schema", "json")
-CAUSES += ("frames", "flow", "index", "other")
+CAUSES += ("no ranges", "frames", "flow", "index", "other")
 """What `ShardError.cause` may say of one sample; a video or picture that cannot be decoded is undecodable."""
 
 logger = logging.getLogger(__name__)

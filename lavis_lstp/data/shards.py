@@ -340,20 +340,23 @@ def unpack_frames(
 
 def _seekable(shards: Sequence[str], cache: str | Path | None, retry: Retry, section: str) -> list[str]:
     """The same, with pipes, and what a server without ranges has, as files in `cache`, copied by the first process."""
+    pipes = [shard for shard in shards if scheme(shard) == "pipe"]
     hosts = {urlsplit(shard).netloc: shard for shard in shards if cache and scheme(shard) == "http"}
-    whole = {host for host, shard in hosts.items() if not knows_ranges(shard, retry)}
-    streams = [shard for shard in shards if scheme(shard) == "pipe" or whole and urlsplit(shard).netloc in whole]
-    if not streams:
+    if not pipes and not hosts:
         return list(shards)
     if cache is None:
         raise ConfigError(
-            f"{section}.shards.cache is needed for {streams[0]!r}: a pipe cannot be read at an offset, so it is copied "
+            f"{section}.shards.cache is needed for {pipes[0]!r}: a pipe cannot be read at an offset, so it is copied "
             "to that folder, once"
         )
     folder = Path(cache).expanduser()
-    copies = {shard: folder / f"{hashlib.sha256(shard.encode()).hexdigest()[:24]}.tar" for shard in streams}
+    copies: dict[str, Path] = {}
 
-    def copy_all() -> None:
+    def copy_all() -> None:  # asks the servers, too: processes that got different answers would wait for each other
+        whole = {host for host, shard in hosts.items() if not knows_ranges(shard, retry)}
+        streams = pipes + [shard for shard in shards if scheme(shard) == "http" and urlsplit(shard).netloc in whole]
+        for shard in streams:
+            copies[shard] = folder / f"{hashlib.sha256(shard.encode()).hexdigest()[:24]}.tar"
         with ThreadPoolExecutor(COPIES_AT_ONCE) as pool:
             list(pool.map(lambda one: _copy(*one, retry), copies.items()))
 
