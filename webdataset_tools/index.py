@@ -12,6 +12,7 @@ import bisect
 import functools
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,6 +27,8 @@ from lavis_lstp.files import write_json
 from webdataset_tools.format import JSON_LIMIT, MEDIA_MEMBERS, VERSION, check_sample, parse_json, sorted_header
 from webdataset_tools.storage import RETRY, Retry, beside, open_scan, open_stream, read_all, read_at
 from webdataset_tools.tar import Member, TarScan, samples
+
+logger = logging.getLogger(__name__)
 
 INDEX_FORMAT = "lavis_lstp.shard_index"
 MANIFEST_FORMAT = "lavis_lstp.shards"
@@ -343,6 +346,10 @@ class ShardSet:
         if missing:
             with ThreadPoolExecutor(min(AT_ONCE, len(missing))) as pool:
                 list(pool.map(self.index, missing))
+        derived = set().union(*(one.member_names() for one in self._scanned.values())) - {"json", *MEDIA_MEMBERS}
+        if self.quick and self.check and derived:
+            names = ", ".join(sorted(derived))
+            logger.warning("%s: no index, so %s cannot be compared with a SHA-256", self.shards[missing[0]], names)
         return [known.get(shard) or shard_entry(shard, self.index(n)) for n, shard in enumerate(self.shards)]
 
     def index(self, shard: int) -> ShardIndex:
