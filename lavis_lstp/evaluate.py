@@ -15,4 +15,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    from lavis_lstp.launch import leave
+
+    leave(main())

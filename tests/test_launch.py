@@ -109,6 +109,37 @@ def test_deepspeed_by_every_launcher(trained, tmp_path, launcher):
     assert not (tmp_path / "built").exists(), "nothing was compiled"
 
 
+SLOW_RELEASE = """
+import atexit, sys, time
+import torch, torch.distributed as dist
+from lavis_lstp import launch
+
+class Slow(torch.Tensor):  # is still being released, by gloo's thread, when the interpreter comes to its end
+    def __del__(self):
+        while not sys.is_finalizing():
+            time.sleep(0.001)
+
+sys.modules["deepspeed"] = None  # whose groups outlive destroy_process_group, as this one does
+atexit.register(print, "registered")
+dist.init_process_group("gloo")
+group = dist.group.WORLD
+if dist.get_rank():
+    time.sleep(0.3)
+    dist.all_reduce(torch.ones(4))
+else:
+    dist.all_reduce(torch.ones(4).as_subclass(Slow), async_op=True)
+    time.sleep(0.6)
+launch.destroy_processes()
+launch.leave(0)
+"""
+
+
+def test_a_tensor_that_gloo_releases_late_does_not_abort_a_finished_run(tmp_path):
+    (tmp_path / "slow.py").write_text(SLOW_RELEASE)
+    done = python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "slow.py", cwd=tmp_path)
+    assert done.stdout.splitlines() == ["registered"] * 2
+
+
 def test_only_rank_0_logs(trained):
     _, done = trained
     assert done.stderr.count("=====  Running Parameters    =====") == 1
