@@ -40,9 +40,9 @@ def main(argv: Sequence[str] | None = None, evaluate_only: bool = False) -> int:
 def leave(status: int) -> NoReturn:
     """End this process with `status`; after DeepSpeed without taking the interpreter apart.
 
-    DeepSpeed keeps its process groups, so nobody joins gloo's threads. One of them may still be releasing tensors of the
-    last collective, and before Python 3.14 a thread that asks for the interpreter's lock at its end aborts the process:
-    a run that went well would exit with -6. Output is flushed, and what `atexit` knows is done, all the same.
+    DeepSpeed keeps its process groups, so nobody joins gloo's threads. One of them may still be releasing tensors of
+    the last collective, and before Python 3.14 a thread that asks for the interpreter's lock at its end aborts the
+    process: a run that went well exited with -6. Output is flushed, and what `atexit` knows is done, all the same.
     """
     if "deepspeed" not in sys.modules:
         sys.exit(status)
