@@ -30,7 +30,7 @@ class Ranks:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.server = subprocess.Popen([sys.executable, __file__], env=env, **pipes)
 
-    def run(self, world_size: int, job: str, options: dict, *, timeout_s: float = 60) -> list:
+    def run(self, world_size: int, job: str, options: dict, *, timeout_s: float = 300) -> list:
         """Exit statuses by rank, negative for a signal; `HUNG` for one that had to be ended.
 
         Args:

@@ -163,7 +163,7 @@ def test_without_the_hub_it_takes_seconds_to_say_what_to_put_where(tmp_path, off
     """In offline mode, and where nothing answers at the hub's address (it would be asked for 25 s a file)."""
     env = {**os.environ, "HF_HUB_OFFLINE": offline, "HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}
     env.pop("LAVIS_LSTP_WEIGHTS", None)
-    done = subprocess.run([sys.executable, "-c", OFFLINE], env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", OFFLINE], env=env, capture_output=True, text=True, timeout=300)
     lines = done.stdout.splitlines()
     assert len(lines) == 2, done.stderr
     for line, name in zip(lines, ("Salesforce/instructblip-vicuna-7b", "google-bert/bert-base-uncased"), strict=True):

@@ -75,7 +75,7 @@ def test_every_stage_gives_the_losses_of_plain_pytorch(ranks, plain, tmp_path, w
     kinds = {**{f"zero{stage}": zero(stage) for stage in range(4)}, "offload2": offload(2), "offload3": offload(3)}
     kinds.update({path.stem: {"runner": "runner_deepspeed", "deepspeed": str(path)} for path in READY})
     runs = [{**PLAIN, **batch(world_size), **kind, "output_dir": str(tmp_path / n)} for n, kind in kinds.items()]
-    assert ranks.run(world_size, "toy", runs, timeout_s=120) == [0] * world_size
+    assert ranks.run(world_size, "toy", runs) == [0] * world_size
     expected = curve(plain[world_size])
     assert len(expected) == 20
     for name in kinds:

@@ -53,7 +53,7 @@ def test_the_tiny_recipe_has_one_loss_curve(ranks, data, tmp_path, world_size):
     """Stages 0 to 3 and plain PyTorch (DDP on two processes), fp32, 20 steps."""
     kinds = {"plain": {}, **{f"zero{stage}": zero(stage) for stage in range(4)}}
     runs = [words(data, tmp_path / name, world_size, **kind) for name, kind in kinds.items()]
-    assert ranks.run(world_size, "lavis_run", {"cfg": RECIPE, "runs": runs}, timeout_s=200) == [0] * world_size
+    assert ranks.run(world_size, "lavis_run", {"cfg": RECIPE, "runs": runs}) == [0] * world_size
     expected = curve(tmp_path / "plain")
     assert len(expected) == STEPS
     for name in kinds:
@@ -72,7 +72,7 @@ def test_ranks_that_draw_other_kinds_of_samples_do_not_wait_for_ever(ranks, tmp_
     for stage in (0, 3):
         options = {"family": family, "language": language, "stage": stage, "config": config}
         options["output"] = str(tmp_path / f"zero{stage}")
-        assert ranks.run(2, "draws", options, timeout_s=90) == [0, 0], "no rank hangs, none fails"
+        assert ranks.run(2, "draws", options) == [0, 0], "no rank hangs, none fails"
         found[stage] = [json.loads((tmp_path / f"zero{stage}.{rank}").read_text()) for rank in range(2)]
     for whole, divided in zip(found[0], found[3], strict=True):
         for left, right in zip(whole[:6], divided[:6], strict=True):
@@ -93,9 +93,9 @@ def test_adapters_are_all_that_a_checkpoint_holds_and_resume_to_the_bit(ranks, d
     ]
     run = {**zero(3), "max_steps": 8, "save_every_steps": 2, "keep_last": 9, "resume_ckpt_path": "auto"}
     jobs = {name: {"cfg": RECIPE, "runs": [words(data, tmp_path / name, 2, *settings, **run)]} for name in ("a", "b")}
-    assert ranks.run(2, "lavis_run", jobs["a"], timeout_s=90) == [0, 0]
-    assert ranks.run(2, "lavis_run", {**jobs["b"], "kill_at": 5}, timeout_s=90) != [0, 0]
-    assert ranks.run(2, "lavis_run", jobs["b"], timeout_s=90) == [0, 0]
+    assert ranks.run(2, "lavis_run", jobs["a"]) == [0, 0]
+    assert ranks.run(2, "lavis_run", {**jobs["b"], "kill_at": 5}) != [0, 0]
+    assert ranks.run(2, "lavis_run", jobs["b"]) == [0, 0]
     assert_equal_runs(tmp_path / "a", tmp_path / "b")
     last = checkpoint.find(tmp_path / "a")
     entries = []
@@ -113,11 +113,11 @@ def test_three_questions_on_two_ranks_are_answered_as_by_one_process(ranks, data
     evaluation = {"test_splits": ["test"], "max_steps": 1}
     run = {**evaluation, **zero(3)}
     job = {"cfg": RECIPE, "runs": [words(data, tmp_path / "trained", 2, **run)]}
-    assert ranks.run(2, "lavis_run", job, timeout_s=90) == [0, 0]
+    assert ranks.run(2, "lavis_run", job) == [0, 0]
     alone = {**evaluation, "evaluate": True, "resume_ckpt_path": str(tmp_path / "trained")}
     for name, world_size, kind in (("divided", 2, zero(3)), ("one", 1, {})):
         job = {"cfg": RECIPE, "runs": [words(data, tmp_path / name, world_size, **{**alone, **kind})]}
-        assert ranks.run(world_size, "lavis_run", job, timeout_s=90) == [0] * world_size
+        assert ranks.run(world_size, "lavis_run", job) == [0] * world_size
     answers = [
         (tmp_path / name / "result/test_video_instruct.jsonl").read_bytes() for name in ("trained", "divided", "one")
     ]
@@ -131,7 +131,7 @@ def test_ranks_label_pseudo_spans_in_any_number_of_batches(ranks, data, tmp_path
     for name, (world_size, kind) in kinds.items():
         options = words(data, tmp_path / name, world_size, "model.checkpoint=null", test_splits=["test"], **kind)
         job = {"cfg": "projects/lstp/tiny_spans.yaml", "runs": [[*options, "run.spans_out=null"]]}
-        assert ranks.run(world_size, "lavis_run", job, timeout_s=60) == [0] * world_size, name
+        assert ranks.run(world_size, "lavis_run", job) == [0] * world_size, name
     files = [(tmp_path / name / "spans_test.json").read_bytes() for name in kinds]
     assert len(json.loads(files[0])["spans"]) == 3 and len(set(files)) == 1
 

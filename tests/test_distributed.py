@@ -43,7 +43,7 @@ def torchrun(*runs: dict) -> subprocess.CompletedProcess:
         env={**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
     )
 
 

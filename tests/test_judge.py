@@ -487,7 +487,7 @@ def test_of_two_calls_at_once_the_first_verdict_is_everybodys(tmp_path, asked):
             time.sleep(0.01)
         (name,) = {row["judge"] for row in _rows_of_the_other_call(tmp_path, server, cases[0])}
         server.open.set()
-        assert first.result(30) == 0
+        assert first.result(300) == 0
     (row,), _ = results(tmp_path)
     assert (row["judge"], row["score"], row["note"]) == (name, 3, {"model": "the other call's"})
 
@@ -537,12 +537,12 @@ def test_killed_and_restarted_asks_nothing_twice(tmp_path, asked, monkeypatch):
             "4",
         ]
         process = subprocess.Popen([sys.executable, "-m", "lavis_lstp", *words], cwd=tmp_path, env=environment)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while len(server.requests) < 24 and time.monotonic() < deadline:  # 20 answered, each of 4 workers waits
             time.sleep(0.02)
         assert len(server.requests) == 24 and process.poll() is None
         process.send_signal(signal.SIGKILL)
-        process.wait(10)
+        process.wait(60)
         assert len(server.answered) == 20
         server.answered.clear()
         held = {tuple(row) for row in _cached_cases(tmp_path / "c.sqlite")}

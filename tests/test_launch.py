@@ -101,7 +101,7 @@ def test_deepspeed_by_every_launcher(trained, tmp_path, launcher):
         envs = [{**env, **meet, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(2)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     running = [subprocess.Popen(c, cwd=folder, env=e, **pipes) for c, e in zip(commands, envs, strict=True)]
-    said = [process.communicate(timeout=120)[0] for process in running]
+    said = [process.communicate(timeout=300)[0] for process in running]
     assert [process.returncode for process in running] == [0] * len(running), "\n".join(said)[-4000:]
     manifest = json.loads((tmp_path / "run_manifest.json").read_text())
     assert manifest["status"] == "finished" and manifest["world_size"] == (1 if launcher == "alone" else 2)

@@ -92,7 +92,7 @@ def run_toy(folder: Path, **options) -> subprocess.CompletedProcess:
         env={**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
 
 
@@ -210,7 +210,7 @@ def start(command: list[str], folder: Path) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen) -> None:
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=300)
     assert process.returncode == 0, said.decode()[-3000:]
 
 
@@ -218,7 +218,7 @@ def test_lstp_killed_at_a_random_moment_ends_with_the_weights_of_an_unbroken_run
     """The kill comes from outside, so it may also hit a checkpoint that is being written."""
     unbroken = start(lstp_command, tmp_path / "unbroken")
     killed = start(lstp_command, tmp_path / "killed")
-    at, deadline = random.SystemRandom().randrange(2, LSTP_STEPS - 4), time.monotonic() + 120
+    at, deadline = random.SystemRandom().randrange(2, LSTP_STEPS - 4), time.monotonic() + 300
     log = tmp_path / "killed" / "log.jsonl"
     while killed.poll() is None and time.monotonic() < deadline:
         if log.is_file() and log.read_text().count('"kind": "train"') >= at:
@@ -226,7 +226,7 @@ def test_lstp_killed_at_a_random_moment_ends_with_the_weights_of_an_unbroken_run
         time.sleep(0.002)
     time.sleep(random.SystemRandom().uniform(0, 0.05))
     killed.kill()
-    _, said = killed.communicate(timeout=60)
+    _, said = killed.communicate(timeout=300)
     finish(unbroken)
     assert killed.returncode == -signal.SIGKILL, said.decode()[-3000:]
     done = len(losses(tmp_path / "killed"))

@@ -93,7 +93,7 @@ def wait_for(condition) -> None:
 def stop(job: subprocess.Popen, work: Path) -> int:
     wait_for((work / "up").exists)
     job.send_signal(signal.SIGTERM)
-    return job.wait(timeout=60)
+    return job.wait(timeout=300)
 
 
 def calls(work: Path) -> list[str]:
@@ -109,14 +109,14 @@ def test_a_job_that_is_stopped_saves_is_queued_again_and_goes_on(work):
     command = f"python -m lavis.train {' '.join(RECIPE)} --options run.resume_ckpt_path=auto"
     first = ["scontrol show hostnames node[3-4]", f"srun {command}", command, "node3 20007 6 6"]
     assert calls(work) == [*first, "scontrol requeue 20007"]
-    assert submit(work, "lavis.train", *RECIPE).wait(timeout=60) == 0
+    assert submit(work, "lavis.train", *RECIPE).wait(timeout=300) == 0
     assert calls(work)[5:] == first
 
 
 def test_a_task_that_slurm_stops_itself_is_queued_again_too(work):
     """On preemption Slurm signals the tasks; the script sees no more than their exit status."""
     (work / "state").write_text("143")
-    assert submit(work, "lavis.train", *RECIPE, REQUEUE_STATUS="1").wait(timeout=60) == 143
+    assert submit(work, "lavis.train", *RECIPE, REQUEUE_STATUS="1").wait(timeout=300) == 143
     assert calls(work)[-1] == "scontrol requeue 20007"
 
 
@@ -125,7 +125,7 @@ def test_a_chain_whose_task_slurm_stops_itself_is_queued_again_too(work):
     (work / "c.yaml").write_text("steps: {one: {train: projects/lstp/tiny_ft.yaml}}")
     (work / "bin" / "lavis-lstp").write_text(f'#!/bin/bash\nexec {sys.executable} -m lavis_lstp "$@"\n')
     job = submit(work, "chain", "c.yaml", "--out", "o")
-    assert job.wait(timeout=60) == 143, job.stdout.read()
+    assert job.wait(timeout=300) == 143, job.stdout.read()
     task = "python -m lavis.train --cfg-path projects/lstp/tiny_ft.yaml --options"
     assert any(line.startswith(f"srun {task}") for line in calls(work))
     assert calls(work)[-1] == "scontrol requeue 20007"
@@ -134,7 +134,7 @@ def test_a_chain_whose_task_slurm_stops_itself_is_queued_again_too(work):
 @pytest.mark.parametrize("status", [0, 1, 2])
 def test_what_ends_by_itself_is_not_queued_again(work, status):
     (work / "state").write_text(str(status))
-    assert submit(work, "lavis.train", *RECIPE).wait(timeout=60) == status
+    assert submit(work, "lavis.train", *RECIPE).wait(timeout=300) == status
     assert "requeue" not in "".join(calls(work))
 
 
@@ -149,13 +149,13 @@ def test_another_status_after_sigterm_is_a_stop_and_success_is_not(work):
 
 def test_evaluations_and_chains_run_too_and_anything_else_is_an_error(work):
     (work / "state").write_text("0")
-    assert submit(work, "lavis.evaluate", *RECIPE).wait(timeout=60) == 0
+    assert submit(work, "lavis.evaluate", *RECIPE).wait(timeout=300) == 0
     assert calls(work)[2] == f"python -m lavis.evaluate {' '.join(RECIPE)}"  # "auto" would mean other weights there
     (work / "calls").unlink()
-    assert submit(work, "chain", "c.yaml", "--out", "o").wait(timeout=60) == 0
+    assert submit(work, "chain", "c.yaml", "--out", "o").wait(timeout=300) == 0
     assert calls(work)[1] == "python chain c.yaml --out o --launcher srun python"
     job = submit(work, "train.py")
-    assert job.wait(timeout=60) == 2
+    assert job.wait(timeout=300) == 2
     assert (
         job.stdout.read() == "error: expected lavis.train, lavis.evaluate or chain and its arguments, got 'train.py'\n"
     )
@@ -182,7 +182,7 @@ def test_training_goes_on_after_a_stop(work):
     job = submit(work, *command, SLURM_CPUS_PER_TASK="1")
     wait_for(lambda: len(steps()) > 2 or job.poll() is not None)
     job.send_signal(signal.SIGTERM)
-    assert job.wait(timeout=60) == 143, job.stdout.read()
+    assert job.wait(timeout=300) == 143, job.stdout.read()
     assert calls(work)[-1] == "scontrol requeue 20007"
     before = len(steps())
     assert 2 < before < steps_in_all

@@ -213,7 +213,7 @@ def test_a_killed_evaluation_asks_nothing_twice(tmp_path):
     tests = str(Path(__file__).parent)
     for batches, status in ((3, -signal.SIGKILL), (2, -signal.SIGKILL), (99, 0)):
         command = [sys.executable, "-c", KILLED, tests, str(tmp_path / "run"), str(batches)]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
         assert done.returncode == status, done.stderr[-2000:]
     evaluator(tmp_path / "whole", test_splits=["train"]).evaluate()
     name = "result/train_video_qa.jsonl"
