@@ -19,8 +19,10 @@ from test_wds_verify import media, packed  # noqa: F401 (a fixture)
 from lavis_lstp.data import shards as shards_module
 from lavis_lstp.data.qa_dataset import VideoQADataset
 from lavis_lstp.data.shards import ShardQuestions
-from lavis_lstp.errors import ShardError
+from lavis_lstp.errors import ConfigError, ShardError
+from lavis_lstp.files import write_json
 from webdataset_tools import index, storage
+from webdataset_tools.__main__ import main
 from webdataset_tools.pack import Settings
 from webdataset_tools.verify import verify
 
@@ -183,7 +185,7 @@ def test_the_first_sample_of_a_set_without_indexes_needs_little_of_it(bulky, tmp
 
 def test_a_server_without_ranges_is_copied_where_a_folder_is_named(bulky, tmp_path):
     with serving(tmp_path, ranges=False) as server:
-        with pytest.raises(ShardError, match="Name a folder in shards.cache"):
+        with pytest.raises(ShardError, match="a folder named in its shards.cache"):
             ShardQuestions(locations(server, bulky), retry=QUICK)[0]
         server.served.clear()
         for _ in range(2):
@@ -191,6 +193,26 @@ def test_a_server_without_ranges_is_copied_where_a_folder_is_named(bulky, tmp_pa
             assert read_whole(questions) == read_whole(ShardQuestions(bulky))
         whole = [name for name, *_ in server.served if name.endswith(".tar")]
         assert len(list((tmp_path / "cache").glob("*.tar"))) == 2 and len(whole) == 4  # asked twice, two copied once
+
+
+def test_parallel_sets_are_copied_too(media, tmp_path):  # noqa: F811
+    """Flow and spans on a server without ranges, or out of a pipe: `shards.cache` is for them as for the media."""
+    [shard] = packed(media, tmp_path)
+    flow, spans, cache = tmp_path / "f-000000.tar", tmp_path / "s-000000.tar", tmp_path / "cache"
+    made = {key: {"span": [0, 2]} for key in ShardQuestions(shard).video_question_ids()}
+    form = {"format": "lavis_lstp.spans", "version": 1, "unit": "frames", "num_frames": 4, "made_by": {}}
+    write_json(tmp_path / "spans.json", {**form, "fps": None, "short_videos": "keep", "spans": made})
+    assert main(["flow", shard, "--out", str(tmp_path / "f"), "--num-frames", "4", "--size", "32"]) == 0
+    assert main(["spans", shard, "--out", str(tmp_path / "s"), "--spans", str(tmp_path / "spans.json")]) == 0
+    local = ShardQuestions(shard, flow=str(flow))
+    with serving(tmp_path, ranges=False) as server:
+        for of_flow, of_spans in (locations(server, [flow, spans]), (f"pipe:cat {flow}", f"pipe:cat {spans}")):
+            there = ShardQuestions(shard, flow=of_flow, cache=cache, retry=QUICK)
+            assert (there.flow((0, 0), 4) == local.flow((0, 0), 4)).all() and there.identity() == local.identity()
+            frames = {"num_frames": 4, "fps": None, "short_videos": "keep"}
+            assert there.spans(of_spans, **frames) == local.spans(str(spans), **frames)
+    with pytest.raises(ConfigError, match="shards.cache is needed"):
+        ShardQuestions(shard, flow=f"pipe:cat {flow}")
 
 
 def test_processes_that_hear_different_things_of_a_server_do_not_wait_for_each_other(bulky, tmp_path, monkeypatch):

@@ -277,8 +277,9 @@ def _http_range(location: str, offset: int, size: int, timeout_s: float) -> byte
         with urllib.request.urlopen(_request(location, headers), timeout=timeout_s) as response:
             if response.status != 206:
                 raise ShardError(
-                    f"{location}: the server answers range requests with {response.status}; expected 206. Name a "
-                    "folder in shards.cache, to which they are copied, or serve them by a server that knows ranges",
+                    f"{location}: the server answers range requests with {response.status}; expected 206. Copy the "
+                    "shards to a disk or a server that knows ranges; a data set copies them to a folder named in its "
+                    "shards.cache",
                     "no ranges",
                 )
             data, stated = response.read(), response.headers.get("Content-Range", "")

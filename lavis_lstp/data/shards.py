@@ -99,7 +99,9 @@ class ShardQuestions(Sequence):
         self.section = section
         self._flow_root = flow_root
         self._set = ShardSet(_seekable(expand(storage), cache, retry, section), retry=retry, check=check, quick=True)
-        self._flow = ShardSet(expand(flow), retry=retry, check=check, quick=True) if flow else None
+        flow = _seekable(expand(flow), cache, retry, section) if flow else None
+        self._flow = ShardSet(flow, retry=retry, check=check, quick=True) if flow else None
+        self._cache = cache
         self.kinds = {kind} if kind else self._set.kinds()
         self._numbers, self.blocks = self._choose(kind)
         if not len(self):
@@ -147,7 +149,8 @@ class ShardQuestions(Sequence):
         """
         source = self._set
         if storage:
-            source = ShardSet(expand(storage), retry=self._set.retry, check=self._set.check)
+            storage = _seekable(expand(storage), self._cache, self._set.retry, self.section)
+            source = ShardSet(storage, retry=self._set.retry, check=self._set.check)
             self._check_parallel(source, "spans")
         found: dict[str, Any] = {}
         for shard in range(len(source.shards)):
