@@ -11,6 +11,7 @@ import re
 import socket
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -113,7 +114,8 @@ class _Handler(BaseHTTPRequestHandler):
         pred, score = truth(case)
         verdict = json.dumps({"pred": pred, "score": score})
         if deed.isdigit():
-            error = {"error": {"message": f"wrong key sk-loop****cdef: {self.headers['Authorization']}", "code": None}}
+            said = f"half \ud83d, wrong key sk-loop****cdef: {self.headers['Authorization']}"
+            error = {"error": {"message": said, "code": None}}
             return self._send(int(deed), error, QUICK)
         if deed == "slow down":
             return self._send(429, {"error": {"message": "slow down"}}, {"Retry-After": "0.6"})
@@ -123,6 +125,18 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.settimeout(20)
             try:
                 self.connection.recv(1)
+            except OSError:
+                pass
+            self.close_connection = True
+            return None
+        if deed == "drip":  # a byte now and then, as servers do that keep a connection open
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            try:
+                for _ in range(100):
+                    self.wfile.write(b" ")
+                    time.sleep(0.2)
             except OSError:
                 pass
             self.close_connection = True
@@ -138,6 +152,8 @@ class _Handler(BaseHTTPRequestHandler):
             "fence": f"```json\n{verdict}\n```",
             "half json": verdict[:-5],
             "empty": "",
+            "half character": verdict + "\ud83d",
+            "brackets": "[" * 100_000,
             "wrong keys": json.dumps({"pred": pred}),
             "wrong range": json.dumps({"pred": pred, "score": 7}),
         }.get(deed, verdict)
@@ -153,6 +169,8 @@ class _Handler(BaseHTTPRequestHandler):
             "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
             "usage": {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110},
         }
+        if deed == "half name":
+            body["model"] += "\ud83d"
         if deed == "no choices":
             body["choices"] = []
         return self._send(200, body, cut=deed in ("cut", "half body"), close=deed == "half body", case=case)

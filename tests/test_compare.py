@@ -192,6 +192,20 @@ def test_compare_refuses(judged, tmp_path, capsys):
 # ---- calibrate ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("command", ["compare", "calibrate"])
+def test_a_comparison_replaces_none_of_its_files(tmp_path, capsys, command):
+    path = str(write(tmp_path / "a.jsonl", rows("yn")))
+    before = open(path).read()
+    for name, said in ((path, "would replace the verdicts"), (f"{path}/c.json", "c.json: cannot be written")):
+        assert main([command, path, path, "--out", name]) == 2
+        assert said in capsys.readouterr().err
+    assert open(path).read() == before
+    for words in (["--resamples", "0"], ["--bootstrap-seed", "-1"]):
+        with pytest.raises(SystemExit):
+            main([command, path, path, *words])
+        assert "expected at least" in capsys.readouterr().err
+
+
 def test_two_judges(judged, tmp_path, capsys):
     a = rows("y" * 25 + "n" * 25 + "yu")
     b = rows("y" * 20 + "n" * 5 + "y" * 10 + "n" * 15 + "uy", "local model=l")

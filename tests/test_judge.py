@@ -406,9 +406,10 @@ def test_rate_limits_are_kept(tmp_path, asked):
         assert len(server.requests) == 3
 
 
-def test_stalls_end(tmp_path, asked):
+@pytest.mark.parametrize("deed", ["stall", "drip"])
+def test_stalls_end(tmp_path, asked, deed):
     cases = write_predictions(tmp_path / "p.jsonl", 6)
-    with JudgeServer(lambda number, case: "stall" if number in (1, 3) else "ok") as server:
+    with JudgeServer(lambda number, case: deed if number in (1, 3) else "ok") as server:
         start = time.monotonic()
         assert asked(server, "--timeout", 1.5) == 0
         assert time.monotonic() - start < 15
@@ -434,6 +435,22 @@ def test_what_fails_is_no_verdict_and_is_asked_at_the_next_call(tmp_path, asked)
         assert asked(server) == 0
         assert server.answered == Counter([cases[n] for n in (1, 4, 6, 7)])
     assert_true_verdicts(results(tmp_path)[0], cases)
+
+
+def test_texts_that_no_file_can_hold_end_no_call(tmp_path, asked):
+    cases = write_predictions(tmp_path / "p.jsonl", 5)
+    bad = dict(zip(cases, ["half character", "brackets", "half name", "422"], strict=False))
+    with JudgeServer(lambda number, case: bad.get(case, "ok")) as server:
+        with pytest.raises(CoverageError, match="failed 1 .*half [?], wrong key"):
+            asked(server)
+        assert len(server.requests) == 5
+        bad.clear()
+        assert asked(server) == 0
+        assert len(server.requests) == 6, "only the one that failed is asked again"
+    rows, result = results(tmp_path)
+    assert [row["status"] for row in rows] == ["unparsable", "unparsable", "judged", "judged", "judged"]
+    assert rows[0]["note"]["text"].endswith("}?") and rows[2]["note"]["model"].endswith("?")
+    assert result["unjudged"]["unparsable"] == ["q0", "q1"]
 
 
 def test_refusals_and_prose_are_answers_but_no_verdicts(tmp_path, asked, capsys):
@@ -730,6 +747,9 @@ def test_answers_from_a_file_of_their_own(tmp_path):
         ('{"question": "q", "answer": "a", "prediction": "p"}\n', AnnotationError, "expected a question_id, got None"),
         ("[]", AnnotationError, "holds no row"),
         ("[3]", AnnotationError, "entry 0: expected an object, got int"),
+        ('{"question_id": "1", "question": "q \\ud83d"}\n', AnnotationError, "line 1: half a character"),
+        ('{"question_id": "1", "x": ' + "[" * 100_000, AnnotationError, "line 1: no complete JSON"),
+        ('{"question_id": "1", "x": ' + "9" * 5000 + "}\n", AnnotationError, "line 1: no complete JSON"),
     ],
 )
 def test_bad_predictions(tmp_path, text, error, message):
@@ -748,6 +768,8 @@ def test_bad_words(tmp_path):
         ([path, "--judge", "replay"], "needs --verdicts"),
         ([path, "--judge", "rules", "--out", str(tmp_path / "p.x")], "would replace another file"),
         ([path, "--judge", "rules", "--out", str(tmp_path / "v.json")], "would replace another file"),
+        ([path, "--judge", "rules", "--out", str(tmp_path / "p.json" / "v.jsonl")], "v.jsonl: cannot be written"),
+        (["--export", str(tmp_path / "p.json" / "v.jsonl")], "v.jsonl: cannot be written"),
     ):
         with pytest.raises(ConfigError, match=message):
             judge([*words, "--cache", str(tmp_path / "c")])

@@ -11,14 +11,15 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from lavis_lstp.errors import CoverageError
+from lavis_lstp.errors import ConfigError, CoverageError
 from lavis_lstp.files import write_json
 from lavis_lstp.judging.replay import is_rules, read_verdict
-from lavis_lstp.judging.rows import Row, by_question_id, named
+from lavis_lstp.judging.rows import Row, by_question_id, named, writing
 from lavis_lstp.judging.verdict import JUDGED, OPEN, Verdict
 from lavis_lstp.metrics.agreement import mcnemar_exact
 from lavis_lstp.metrics.resampling import RESAMPLES, group_rows, percentile_interval, resampled_sums, two_sided_p
@@ -169,6 +170,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
 
 
+def at_least(lowest: int) -> Callable[[str], int]:
+    """The type of a command line's whole number."""
+
+    def number(text: str) -> int:
+        value = int(text)
+        if value < lowest:
+            raise argparse.ArgumentTypeError(f"expected at least {lowest}")
+        return value
+
+    return number
+
+
 def pair_command(
     name: str,
     description: str,
@@ -185,11 +198,16 @@ def pair_command(
     parser.add_argument("a", help="verdict file of `lavis-lstp judge`")
     parser.add_argument("b", help="another")
     parser.add_argument("--out", help="write the result as JSON, too")
-    parser.add_argument("--resamples", type=int, default=RESAMPLES, help="of the bootstrap (default: %(default)s)")
-    parser.add_argument("--bootstrap-seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument(
+        "--resamples", type=at_least(1), default=RESAMPLES, help="of the bootstrap (default: %(default)s)"
+    )
+    parser.add_argument("--bootstrap-seed", type=at_least(0), default=0, help="default: %(default)s")
     args = parser.parse_args(argv)
+    if args.out and Path(args.out).resolve() in {Path(args.a).resolve(), Path(args.b).resolve()}:
+        raise ConfigError(f"--out {args.out} would replace the verdicts that it is about; name another file")
     result = compute(read_judged(args.a), read_judged(args.b), resamples=args.resamples, seed=args.bootstrap_seed)
     if args.out:
-        write_json(args.out, {"a": str(args.a), "b": str(args.b), **result})
+        with writing(args.out):
+            write_json(args.out, {"a": str(args.a), "b": str(args.b), **result})
     print(show(result))
     return 0

@@ -11,6 +11,7 @@ answer, although no verdict: kept, counted as wrong and never asked again.
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import os
 import re
@@ -20,7 +21,7 @@ from urllib.parse import urlsplit
 
 from lavis_lstp.errors import ConfigError, LstpError
 from lavis_lstp.judging.prompts import Prompt
-from lavis_lstp.judging.verdict import FAILED, REFUSED, SCHEMA, Case, Verdict, identity, parse_verdict
+from lavis_lstp.judging.verdict import FAILED, REFUSED, SCHEMA, Case, Verdict, identity, parse_verdict, storable
 
 KEY, ADDRESS = "OPENAI_API_KEY", "OPENAI_BASE_URL"
 DEFAULT_ADDRESS = "https://api.openai.com/v1"
@@ -142,7 +143,10 @@ class EndpointJudge:
 
         # Environment proxies and certificates are the client's business; so is the key, which it reads itself.
         async with openai.AsyncOpenAI(
-            base_url=self.address, max_retries=self.retries, timeout=self.timeout_s
+            base_url=self.address,
+            max_retries=self.retries,
+            timeout=self.timeout_s,
+            http_client=_http_client(self.timeout_s),
         ) as client:
             workers = [asyncio.create_task(work(client)) for _ in range(self.concurrency)]
             try:
@@ -185,19 +189,36 @@ class EndpointJudge:
             content, refusal = message.get("content"), message.get("refusal")
             if not isinstance(content, str | None) or not isinstance(refusal, str | None):
                 raise TypeError
-        except (ValueError, LookupError, TypeError, AttributeError):
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             text = " ".join(body.split())[:200]
             return Verdict(self.identity, FAILED, note={"error": f"no complete chat completion came back: {text}"})
         note: dict[str, Any] = {}
         for name, key in (("model", "model"), ("fingerprint", "system_fingerprint")):
             if isinstance(response.get(key), str):
-                note[name] = response[key]
+                note[name] = storable(response[key])
         usage = response.get("usage")
         if isinstance(usage, dict) and all(isinstance(usage.get(key), int) for key in _TOKENS):
             note["tokens"] = [usage[key] for key in _TOKENS]
         if refusal or choice.get("finish_reason") == "content_filter":
-            return Verdict(self.identity, REFUSED, note={**note, "text": (refusal or content or "")[:1000]})
+            return Verdict(self.identity, REFUSED, note={**note, "text": storable(refusal or content)})
         return parse_verdict(content, self.identity, note)
+
+
+def _http_client(timeout_s: float) -> Any:
+    """The openai package's own, but an attempt ends: its timeout begins anew with each byte that comes."""
+    import openai
+
+    own = openai.DefaultAsyncHttpxClient
+    http = importlib.import_module(own.__bases__[0].__module__.partition(".")[0])  # httpx, or httpx2 from openai 3 on
+
+    class Client(own):
+        async def send(self, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return await asyncio.wait_for(super().send(*args, **kwargs), timeout_s)
+            except asyncio.TimeoutError:
+                raise http.ReadTimeout(f"no whole answer in {timeout_s:g} s") from None
+
+    return Client(timeout=timeout_s)
 
 
 def _address() -> str:
@@ -221,4 +242,4 @@ def _said(error: Exception) -> str:
     if key := os.environ.get(KEY):
         text = text.replace(key, "[key]")
     text = re.sub(r"sk-[\w*.-]+", "[key]", text)
-    return f"{type(error).__name__}: {text[:300]}"
+    return f"{type(error).__name__}: {storable(text[:300])}"

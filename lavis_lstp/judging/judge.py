@@ -20,10 +20,11 @@ from typing import Any, Protocol
 from lavis_lstp.errors import ConfigError, CoverageError
 from lavis_lstp.files import sha256_file, write_json, write_jsonl
 from lavis_lstp.judging.cache import VerdictCache, default_path
+from lavis_lstp.judging.compare import at_least
 from lavis_lstp.judging.endpoint import EndpointJudge, OnVerdict, refuse_keys
 from lavis_lstp.judging.prompts import PRESETS, Prompt, preset
 from lavis_lstp.judging.replay import Replay
-from lavis_lstp.judging.rows import Row, case_of, named, read_predictions, verdict_row
+from lavis_lstp.judging.rows import Row, case_of, named, read_predictions, verdict_row, writing
 from lavis_lstp.judging.rules import decide, rules_identity, undecided
 from lavis_lstp.judging.scores import format_result, score_verdicts
 from lavis_lstp.judging.verdict import FAILED, MISSING, OPEN, UNASKED, Case, Verdict, case_key
@@ -121,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     refuse_keys(argv)
     args = _parser().parse_args(argv)
     if args.export:
-        with VerdictCache(args.cache) as cache:
+        with VerdictCache(args.cache) as cache, writing(args.export):
             print(f"{cache.export(args.export)} verdicts written to {args.export}")
         return 0
     if not args.predictions or not args.judge:
@@ -184,8 +185,9 @@ def _finish(
         Path(p).resolve() for p in (predictions, args.answers, args.verdicts) if p
     }:
         raise ConfigError(f"--out {out} or the result, {result_file}, would replace another file; name a *.jsonl")
-    result_file.unlink(missing_ok=True)  # an earlier result must not stand beside these verdicts
-    write_jsonl(out, (verdict_row(key, rows[key], verdict) for key, verdict in verdicts.items()))
+    with writing(out):
+        result_file.unlink(missing_ok=True)  # an earlier result must not stand beside these verdicts
+        write_jsonl(out, (verdict_row(key, rows[key], verdict) for key, verdict in verdicts.items()))
     waiting = {key: verdict for key, verdict in verdicts.items() if verdict.status in OPEN}
     if waiting and not args.allow_partial:
         raise CoverageError(_waiting_line(waiting, len(rows), out))
@@ -229,8 +231,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", help="verdict file, *.jsonl; the result goes beside it as .json (default: beside the predictions)")
     add("--cache", default=default_path(), help="SQLite file of all verdicts (default: %(default)s)")
     add("--allow-partial", action="store_true", help="score although verdicts or predictions are missing, and say so")
-    add("--resamples", type=_positive, default=RESAMPLES, help="of the bootstrap (default: %(default)s)")
-    add("--bootstrap-seed", type=int, default=0, help="default: %(default)s")
+    add("--resamples", type=at_least(1), default=RESAMPLES, help="of the bootstrap (default: %(default)s)")
+    add("--bootstrap-seed", type=at_least(0), default=0, help="default: %(default)s")
     add(
         "--export",
         metavar="FILE",
@@ -239,34 +241,20 @@ def _parser() -> argparse.ArgumentParser:
     asked = parser.add_argument_group("--judge openai, local")
     asked.add_argument("--model", help="the endpoint's name of a model; a hub id or a folder")
     asked.add_argument("--prompt", default="published", help=f"{', '.join(PRESETS)} (default: %(default)s)")
-    asked.add_argument("--limit", type=_not_negative, help="ask at most so many cases in this call")
+    asked.add_argument("--limit", type=at_least(0), help="ask at most so many cases in this call")
     asked.add_argument("--preview", action="store_true", help="say what asking would take, and stop")
     asked.add_argument("--price-in", type=float, help="price of a million tokens in, for the preview")
     asked.add_argument("--price-out", type=float, help="price of a million tokens out")
     openai = parser.add_argument_group("--judge openai")
-    openai.add_argument("--concurrency", type=_positive, default=8, help="requests at a time (default: %(default)s)")
-    openai.add_argument("--retries", type=_not_negative, default=6, help="of a request (default: %(default)s)")
+    openai.add_argument("--concurrency", type=at_least(1), default=8, help="requests at a time (default: %(default)s)")
+    openai.add_argument("--retries", type=at_least(0), default=6, help="of a request (default: %(default)s)")
     openai.add_argument("--timeout", type=float, default=60.0, help="seconds for one attempt (default: %(default)s)")
     openai.add_argument("--seed", type=int, default=0, help="given to the endpoint (default: %(default)s)")
     local = parser.add_argument_group("--judge local")
     local.add_argument("--revision", help="commit of a hub id; required for one")
     local.add_argument("--weights-sha256", help="refuse weights with another digest than this")
-    local.add_argument("--batch-size", type=_positive, default=8, help="cases at a time (default: %(default)s)")
+    local.add_argument("--batch-size", type=at_least(1), default=8, help="cases at a time (default: %(default)s)")
     replay = parser.add_argument_group("--judge replay")
     replay.add_argument("--verdicts", help="the record: an export, or the verdict file of an earlier call")
     replay.add_argument("--only", metavar="TEXT", help="of the recorded judges the one with TEXT in its identity")
     return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("expected at least 1")
-    return value
-
-
-def _not_negative(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError("expected at least 0")
-    return value

@@ -6,13 +6,14 @@ cannot be read is an error with its line, never a row less.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lavis_lstp.errors import AnnotationError, CoverageError
+from lavis_lstp.errors import AnnotationError, ConfigError, CoverageError
 from lavis_lstp.judging.verdict import JUDGED, Case, Verdict
 from lavis_lstp.metrics.coverage import join_by_id
 
@@ -46,9 +47,15 @@ def read_rows(path: str | os.PathLike) -> list[tuple[str, Row]]:
 
 def _json(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise AnnotationError(f"{where}: no complete JSON ({error}); was its writer stopped? let it finish") from None
+    if "\\u" in text:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise AnnotationError(f"{where}: half a character (a lone \\ud800 to \\udfff), which no text has") from None
+    return value
 
 
 def by_question_id(path: str | os.PathLike) -> dict[str, Row]:
@@ -121,6 +128,15 @@ def verdict_fields(verdict: Verdict) -> Row:
     if verdict.rule:
         fields["rule"] = verdict.rule
     return {**fields, "judge": verdict.judge, **({"note": dict(sorted(verdict.note.items()))} if verdict.note else {})}
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike) -> Iterator[None]:
+    """Turns what the system says against writing `path` into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written ({error.strerror or error}); name another file") from None
 
 
 def named(ids: Iterable[str], count: int = 5) -> str:

@@ -80,7 +80,7 @@ def parse_verdict(text: str | None, judge: str, note: dict[str, Any] | None = No
     note = dict(note or {})
     try:
         value = json.loads(text or "", object_pairs_hook=_no_key_twice, parse_constant=_refuse)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if (
         isinstance(value, dict)
@@ -90,7 +90,12 @@ def parse_verdict(text: str | None, judge: str, note: dict[str, Any] | None = No
         and 0 <= value["score"] <= MAX_SCORE
     ):
         return Verdict(judge, JUDGED, value["pred"] == "yes", value["score"], note=note)
-    return Verdict(judge, UNPARSABLE, note={**note, "text": (text or "")[:1000]})
+    return Verdict(judge, UNPARSABLE, note={**note, "text": storable(text)})
+
+
+def storable(text: str | None) -> str:
+    """As much of what a judge said as is kept; of half a character, which JSON may hold, '?' stays."""
+    return (text or "")[:1000].encode("utf-8", "replace").decode()
 
 
 def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
