@@ -441,7 +441,7 @@ def test_texts_that_no_file_can_hold_end_no_call(tmp_path, asked):
     cases = write_predictions(tmp_path / "p.jsonl", 5)
     bad = dict(zip(cases, ["half character", "brackets", "half name", "422"], strict=False))
     with JudgeServer(lambda number, case: bad.get(case, "ok")) as server:
-        with pytest.raises(CoverageError, match="failed 1 .*half [?], wrong key"):
+        with pytest.raises(CoverageError, match="failed 1 .*half .*, wrong key"):
             asked(server)
         assert len(server.requests) == 5
         bad.clear()
