@@ -120,6 +120,11 @@ def test_a_hub_id_needs_a_commit(folder, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"x")
     with pytest.raises(WeightsError, match="no causal language model"):
         LocalJudge(str(tmp_path), preset("strict"))
+    other = tmp_path / "clip"
+    shutil.copytree(folder, other)
+    (other / "config.json").write_text('{"model_type": "clip"}')
+    with pytest.raises(WeightsError, match=r"no causal language model of transformers \(.{,160}\)$"):
+        LocalJudge(str(other), preset("strict"))
 
 
 def test_too_long_is_unjudged(folder):

@@ -84,7 +84,8 @@ class LocalJudge:
             self._tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
         except (OSError, ValueError, KeyError) as error:
-            raise WeightsError(f"{folder}: no causal language model of transformers ({error})") from None
+            said = " ".join(str(error).split())[:160]  # transformers lists all models it knows
+            raise WeightsError(f"{folder}: no causal language model of transformers ({said})") from None
         self._end = self._tokenizer.eos_token_id
         if self._end is None:
             raise ConfigError(f"{folder}: the tokenizer has no eos_token, so a verdict would have no end")
