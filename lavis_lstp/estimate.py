@@ -283,6 +283,7 @@ def of_recipe(args: argparse.Namespace) -> tuple[Estimate, str]:
     from lavis_lstp import register
     from lavis_lstp.config import Config
     from lavis_lstp.runners import deepspeed_config
+    from lavis_lstp.runners.deepspeed_engine import import_deepspeed
     from lavis_lstp.runners.settings import RunSettings
 
     if args.gpus < 1:
@@ -291,6 +292,7 @@ def of_recipe(args: argparse.Namespace) -> tuple[Estimate, str]:
     cfg = Config(args)
     run = cfg.to_dict()["run"]
     if run["runner"] == "runner_deepspeed":
+        import_deepspeed(torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # it reads its configuration
         given = deepspeed_config.load(run.get("deepspeed") or {})
         settings = deepspeed_config.settings_with(run, given)
         deepspeed = deepspeed_config.complete(given, settings, args.gpus)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 from lavis.common.registry import registry
 from omegaconf import OmegaConf
@@ -77,9 +79,14 @@ def test_the_command_says_whether_it_fits(capsys):
     assert cli.main([*refining, "--memory", "80"]) == 0, "generates nothing, although the recipe does in each step"
 
 
-def test_what_cannot_be_estimated_is_said(capsys):
+def test_what_cannot_be_estimated_is_said(capsys, monkeypatch):
     recipe = ["estimate", "--cfg-path", "projects/lstp/vicuna_ft.yaml"]
     assert cli.main([*recipe, "--options", "model.backbone.weights=some/model"]) == 2
     assert "the sizes of some/model are not known; known: " in capsys.readouterr().err
     assert cli.main([*recipe, "--gpus", "0"]) == 2
     assert "--gpus must be at least 1, got 0" in capsys.readouterr().err
+    for name in {"deepspeed", *(name for name in sys.modules if name.startswith("deepspeed."))}:
+        monkeypatch.setitem(sys.modules, name, None)
+    zero3 = ["run.runner=runner_deepspeed", "run.deepspeed=projects/lstp/deepspeed/zero3.json"]
+    assert cli.main([*recipe, "--options", *zero3]) == 2
+    assert "pip install 'lavis-lstp[deepspeed]'" in capsys.readouterr().err
