@@ -179,6 +179,15 @@ def test_wrong_rows_say_where(here):
     change(here / "msrvtt_qa/test_qa.json", lambda rows: rows[1].update(id=100))
     with pytest.raises(AnnotationError, match="entry 1: question id '100' occurs twice"):
         build("msrvtt_qa")
+    change(here / "msvd_qa/test_qa.json", lambda rows: rows[1].update(answer=" "))
+    with pytest.raises(AnnotationError, match="1 of 6 questions have no answer: 101"):
+        build("msvd_qa")
+    change(here / "msvd_qa/test_qa.json", lambda rows: rows[1].update(answer=["red"]))
+    with pytest.raises(AnnotationError, match=r"entry 1: 'answer' must be a text or a number, got \['red'\]"):
+        build("msvd_qa")
+    change(here / "msvd_qa/test_qa.json", lambda rows: rows[1].update(answer="red", question="what \ud83d?"))
+    with pytest.raises(AnnotationError, match="test_qa.json, file: not JSON .*surrogates"):
+        build("msvd_qa")
     (here / "mvbench/json/state_change.json").unlink()
     with pytest.raises(AnnotationError, match="lacks 1 of 20 files, first state_change.json"):
         build("mvbench")
@@ -236,6 +245,22 @@ def test_quotes_are_text_where_tabs_part_the_cells(tmp_path):
     )
     (row,) = read_benchmark(BENCHMARKS["lstp_tgif_qa"], [path], tmp_path)
     assert (row["question"], row["answer"], row["category"]) == ('what is "it ?', 'a "cat', "object")
+
+
+@pytest.mark.parametrize("cells", ["1,2,why,5,0,CW,3,a,b,c,d,e,and f", "1,2,why,5,0,CW,3,a,b,c,d"])
+def test_a_row_of_another_width_is_refused(tmp_path, cells):
+    path = tmp_path / "val.csv"
+    path.write_text(f"video,frame_count,question,answer,qid,type,width,a0,a1,a2,a3,a4\n{cells}\n")
+    with pytest.raises(AnnotationError, match="val.csv, line 2: expected 12 cells, as in the first line"):
+        read_benchmark(BENCHMARKS["lstp_nextqa"], [path], tmp_path)
+
+
+def test_a_line_of_json_may_hold_other_ends_of_lines(tmp_path):
+    path = tmp_path / "test_qa.json"
+    rows = [{"id": n, "video_id": 1, "question": "two\u2028lines\u0085?", "answer": "yes"} for n in range(2)]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    found = read_benchmark(BENCHMARKS["lstp_msvd_qa"], [path], tmp_path)
+    assert [row["question"] for row in found] == ["two\u2028lines\u0085?"] * 2
 
 
 # ---- in shards ----------------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ def parse_rows(text: str, path: Path) -> list[tuple[str, Any]]:
     if text.lstrip()[:1] == "[":
         rows = [(f"{path}, entry {i}", row) for i, row in enumerate(parse(text, path, "file"))]
     else:
-        lines = enumerate(text.splitlines(), start=1)
+        lines = enumerate(text.split("\n"), start=1)  # not splitlines: a JSON string may hold U+2028
         rows = [(f"{path}, line {n}", parse(line, path, f"line {n}")) for n, line in lines if line.strip()]
     if not rows:
         raise AnnotationError(f"{path}: holds no question")
@@ -69,8 +69,11 @@ def parse(text: str, path: Path, place: str) -> Any:
         AnnotationError: it is none.
     """
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
+        value = json.loads(text)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()  # an escape may hold half a character, which no text has
+        return value
+    except (ValueError, RecursionError) as error:
         raise AnnotationError(f"{path}, {place}: not JSON ({error}); expected a list or JSON lines") from None
 
 

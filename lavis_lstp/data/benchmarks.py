@@ -244,7 +244,7 @@ def read_benchmark(
         by_id[key] = place, row
     if answers is not None:
         by_id = _with_answers(by_id, read_answers(answers, section), answers, benchmark.answers_choose)
-    unknown = [key for key, (_, row) in by_id.items() if row.get(spec.answer) is None]
+    unknown = [key for key, (place, row) in by_id.items() if _answer(row, spec, place) is None]
     if unknown and len(unknown) < len(by_id):
         raise AnnotationError(
             f"{', '.join(map(str, paths))}: {len(unknown)} of {len(by_id)} questions have no answer: {_some(unknown)}"
@@ -314,6 +314,9 @@ def _rows(path: Path, spec: Form, section: str, form: str) -> list[tuple[str, Ro
         quoting = csv.QUOTE_NONE if spec.delimiter == "\t" else csv.QUOTE_MINIMAL
         table = csv.DictReader(io.StringIO(text.lstrip("\ufeff")), delimiter=spec.delimiter, quoting=quoting)
         rows = [(f"{path}, line {table.line_num}", row) for row in table]
+        for place, row in rows:
+            if None in row or None in row.values():
+                raise AnnotationError(f"{place}: expected {len(table.fieldnames)} cells, as in the first line")
     if not rows:
         raise AnnotationError(f"{path}: holds no question")
     more = {"file": path.stem, **spec.of_file.get(path.stem, {})}
@@ -351,17 +354,25 @@ def _entry(key: str, row: Row, spec: Form, place: str, root: Path, names: Mappin
         files[candidates] = _video_file(root, [names.get(name, name) for name in candidates])
     video, video_id = files[candidates]
     entry = {"question_id": key, "video_id": video_id, "video": video, "question": row[spec.question].strip()}
-    answer = row.get(spec.answer)
+    answer = _answer(row, spec, place)
     if spec.options:
         entry["options"] = _options(row, spec, place)
         answer = _chosen(answer, entry["options"], spec, place)
         check_options(entry["options"], answer, place)
-    entry["answer"] = None if answer is None else str(answer)
+    entry["answer"] = answer
     entry["category"] = spec.category(row)
     if spec.clip_s and row.get("bounded", True) and row.get(spec.clip_s[0]) is not None:
         entry["clip_s"] = [row[column] for column in spec.clip_s if column in row]
         check_seconds(entry["clip_s"], " and ".join(spec.clip_s), place)
     return entry
+
+
+def _answer(row: Row, spec: Form, place: str) -> str | None:
+    """The answer as a text, None where there is none; nothing but blanks is none."""
+    answer = row.get(spec.answer)
+    if answer is not None and type(answer) not in (str, int, float):
+        raise AnnotationError(f"{place}: '{spec.answer}' must be a text or a number, got {answer!r}")
+    return None if answer is None or not str(answer).strip() else str(answer)
 
 
 def _options(row: Row, spec: Form, place: str) -> list[str]:
@@ -372,12 +383,12 @@ def _options(row: Row, spec: Form, place: str) -> list[str]:
     return [str(item.get("choice") if isinstance(item, dict) else item) for item in row[spec.options]]
 
 
-def _chosen(answer: Any, options: Sequence[str], spec: Form, place: str) -> str | None:
+def _chosen(answer: str | None, options: Sequence[str], spec: Form, place: str) -> str | None:
     if answer is None or not spec.answer_is_index:
-        return None if answer is None else str(answer)
-    if not str(answer).isdigit() or int(answer) >= len(options):
+        return answer
+    if not answer.isdigit() or int(answer) >= len(options):
         raise AnnotationError(
-            f"{place}: '{spec.answer}' must be the number of an option, 0 to {len(options) - 1}, got {answer!r}"
+            f"{place}: '{spec.answer}' must be the number of an option, 0 to {len(options) - 1}, got {answer}"
         )
     return options[int(answer)]
 
