@@ -192,6 +192,13 @@ def test_compare_refuses(judged, tmp_path, capsys):
 # ---- calibrate ------------------------------------------------------------------------------------------------
 
 
+def test_videos_may_be_called_anything(judged):
+    files = [
+        judged([{**row, "video_id": [n % 25]} for n, row in enumerate(rows(words * 25))]) for words in ("yn", "ny")
+    ]
+    assert compare(*files, resamples=10)["bootstrap"]["of"] == "videos"
+
+
 @pytest.mark.parametrize("command", ["compare", "calibrate"])
 def test_a_comparison_replaces_none_of_its_files(tmp_path, capsys, command):
     path = str(write(tmp_path / "a.jsonl", rows("yn")))

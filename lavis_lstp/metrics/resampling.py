@@ -15,10 +15,12 @@ MIN_GROUPS = 20
 """With fewer videos than this, resampling them says nothing; questions are resampled instead."""
 
 
-def group_rows(groups: Sequence[str | None] | None) -> Sequence[str] | None:
-    """`groups` if every row has one and there are enough of them, else None: resample rows."""
-    known = groups is not None and all(group is not None for group in groups) and len(set(groups)) >= MIN_GROUPS
-    return groups if known else None
+def group_rows(groups: Sequence[object] | None) -> Sequence[str] | None:
+    """`groups` as texts if every row has one and there are enough of them, else None: resample rows."""
+    if groups is None or any(group is None for group in groups):
+        return None
+    names = [str(group) for group in groups]
+    return names if len(set(names)) >= MIN_GROUPS else None
 
 
 def resampled_sums(
