@@ -340,6 +340,11 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     for key, value in (("span", [1]), ("log_prob", {"sum": "x"}), ("prediction", 3), ("frame_times", "now")):
         write_jsonl(file, [prediction(0, True, **{key: value})])
         assert f"question_id 'q000': {key} is not of the form" in refused(capsys, tmp_path / "a")
+    likely = {"sum": -1.0, "mean": -1.0, "tokens": 1}
+    for choice, count in (("C", 2), ("A", 3)):
+        chosen = {"options": ["a", "b"], "choice": choice, "option_log_prob": [likely] * count}
+        write_jsonl(file, [prediction(0, True, **chosen)])
+        assert "choice or option_log_prob are not about its 2 options" in refused(capsys, tmp_path / "a")
     file.write_text(whole)
     stale = [
         {**json.loads(row), "prediction": "other", "judge": "J", "pred": "yes", "score": 5}

@@ -19,6 +19,7 @@ from lavis_lstp.judging.compare import ITSELF, Judged
 from lavis_lstp.judging.replay import read_verdict
 from lavis_lstp.judging.rows import Row, by_question_id, named
 from lavis_lstp.judging.verdict import JUDGED, MISSING, Case, Verdict
+from lavis_lstp.metrics.choice import LETTERS
 from lavis_lstp.metrics.qa import exact_match
 from lavis_lstp.metrics.resampling import RESAMPLES
 
@@ -244,6 +245,9 @@ def _check_row(where: str, row: Row) -> None:
             raise AnnotationError(
                 f"{where}: {name} is not of the form that an evaluation writes: {row.get(name)!r:.80}"
             )
+    count = len(row.get("options", ()))
+    if row.get("choice", "A") not in LETTERS[: max(1, count)] or len(row.get("option_log_prob", "." * count)) != count:
+        raise AnnotationError(f"{where}: choice or option_log_prob are not about its {count} options")
 
 
 def _verdict(row: Row, verdict_file: Path | None, key: str, given: Row | None) -> Verdict:
