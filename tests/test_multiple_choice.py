@@ -481,6 +481,8 @@ def test_missing_questions_are_listed_and_a_partial_score_says_so(tmp_path, monk
     assert {row["video_id"] for row in missing} == {"0101/4001"}
     command = ["--cfg-path", "run.yaml", "--options", "run.output_dir=strict"]
     assert evaluate.main([*command, "datasets.lstp_nextqa.max_bad_fraction=0.7"]) == 2
-    assert "4 of 6 questions have a prediction; 2 ids ('4001_0', '4001_1') missing" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "4 of 6 questions have a prediction; 2 ids ('4001_0', '4001_1') missing" in said
+    assert "run.allow_partial" in said
     assert not Path("strict/result/val_video_qa_metrics.json").exists()
     assert len(list(read_jsonl("strict/result/val_video_qa_missing.jsonl"))) == 2

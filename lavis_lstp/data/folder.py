@@ -129,7 +129,7 @@ class FolderQuestions(Sequence):
             path, question = missing[0]
             raise VideoError(
                 f"{path}: no such file, needed by question {question!r}; {len(missing)} of {len(paths)} files are "
-                f"missing. Check the folder in {self.section}.build_info"
+                f"missing. Check the folder in {self.section}.build_info; {self.section}.max_bad_fraction allows some"
             )
 
     # ---- media ------------------------------------------------------------------------------------------------

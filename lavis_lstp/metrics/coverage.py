@@ -40,7 +40,8 @@ def join_by_id(
     if (missing or extra) and not allow_partial:
         raise CoverageError(
             f"{len(ids)} of {len(expected)} questions have a prediction; {_named(missing)} missing, "
-            f"{_named(extra)} unknown; predict every question once, or allow a partial score"
+            f"{_named(extra)} unknown; predict every question once, or allow a partial score "
+            "(run.allow_partial; of a judge --allow-partial)"
         )
     if not ids:
         raise CoverageError(
