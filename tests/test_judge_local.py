@@ -9,6 +9,7 @@ from collections import Counter
 import pytest
 import torch
 from judge_server import write_predictions
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lavis_lstp.errors import ConfigError, WeightsError
@@ -124,6 +125,32 @@ def test_a_hub_id_needs_a_commit(folder, tmp_path):
     shutil.copytree(folder, other)
     (other / "config.json").write_text('{"model_type": "clip"}')
     with pytest.raises(WeightsError, match=r"no causal language model of transformers \(.{,160}\)$"):
+        LocalJudge(str(other), preset("strict"))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_that_are_not_all_there_are_refused(folder, tmp_path, tied):
+    other = tmp_path / "part"
+    shutil.copytree(folder, other)
+    if tied:
+        model = LlamaForCausalLM.from_pretrained(folder, tie_word_embeddings=True)
+        model.tie_weights()
+        model.save_pretrained(other)
+        LocalJudge(str(other), preset("strict"))  # one matrix in two places is not missing
+    weights = load_file(other / "model.safetensors")
+    assert tied != ("lm_head.weight" in weights)
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(WeightsError, match="lack 1 of the model's, first model.layers.1.mlp.up_proj.weight"):
+        LocalJudge(str(other), preset("strict"))
+    whole = (folder / "model.safetensors").read_bytes()
+    (other / "model.safetensors").write_bytes(whole[:100])
+    with pytest.raises(WeightsError, match="no causal language model"):
+        LocalJudge(str(other), preset("strict"))
+    (other / "model.safetensors").write_bytes(whole)
+    config = json.loads((folder / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "intermediate_size": 40}))
+    with pytest.raises(WeightsError, match="no causal language model"):
         LocalJudge(str(other), preset("strict"))
 
 

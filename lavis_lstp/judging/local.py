@@ -76,16 +76,24 @@ class LocalJudge:
 
     def _load(self, folder: Path) -> None:
         import torch
+        from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = "auto" if device == "cuda" else torch.float32
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
-        except (OSError, ValueError, KeyError) as error:
+            model, found = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, use_safetensors=True, output_loading_info=True
+            )
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             said = " ".join(str(error).split())[:160]  # transformers lists all models it knows
             raise WeightsError(f"{folder}: no causal language model of transformers ({said})") from None
+        if missing := sorted(found["missing_keys"]):
+            raise WeightsError(
+                f"{folder}: the weights lack {len(missing)} of the model's, first {missing[0]}; transformers draws those "
+                "anew each time, and the verdicts with them"
+            )
         self._end = self._tokenizer.eos_token_id
         if self._end is None:
             raise ConfigError(f"{folder}: the tokenizer has no eos_token, so a verdict would have no end")
