@@ -91,8 +91,8 @@ class LocalJudge:
             raise WeightsError(f"{folder}: no causal language model of transformers ({said})") from None
         if missing := sorted(found["missing_keys"]):
             raise WeightsError(
-                f"{folder}: the weights lack {len(missing)} of the model's, first {missing[0]}; transformers draws those "
-                "anew each time, and the verdicts with them"
+                f"{folder}: the weights lack {len(missing)} of the model's, first {missing[0]}; transformers draws "
+                "those anew each time, and the verdicts with them"
             )
         self._end = self._tokenizer.eos_token_id
         if self._end is None:
