@@ -185,6 +185,7 @@ def child(row: dict, rank: int, store: str) -> None:
     import torch
 
     torch.set_num_threads(1)
+    torch.manual_seed(0)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(row["world_size"]))
     status = 0
     try:

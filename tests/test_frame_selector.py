@@ -82,7 +82,7 @@ def test_spread():
 
 
 @given(st.integers(1, 5), st.integers(1, 20), st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_best_span_is_the_best_of_all(rows, length, data):
     counts = [data.draw(st.integers(0, length)) for _ in range(rows)]
     # few distinct values, so that ties occur
@@ -100,7 +100,7 @@ def test_best_span_is_the_best_of_all(rows, length, data):
 
 
 @given(st.sampled_from(sorted(SELECTORS)), st.integers(1, 9), st.integers(0, 3), st.data())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_every_selector_gives_sorted_frames_inside_its_span(name, num_selected, context, data):
     lengths = data.draw(st.lists(st.integers(0, 20), min_size=1, max_size=4))
     mask = mask_of(*lengths, width=20)

@@ -165,7 +165,7 @@ def test_padded_flows_are_masked_by_default():
 
 
 @given(st.integers(1, 6), st.integers(1, 12), st.data())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_span_loss_is_the_mean_negative_log_likelihood(rows, length, data):
     g = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     start_logits, end_logits = torch.randn(2, rows, length, generator=g)

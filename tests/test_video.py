@@ -12,7 +12,7 @@ import threading
 import av
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from video_files import audio_file, corners, numbered_picture, numbered_video, read_number, write_video
 
@@ -35,7 +35,6 @@ def test_uniform_centres_equal_the_golden_table(golden):
     assert [uniform_centres(num, length) for num, length, _ in cases] == [wanted for *_, wanted in cases]
 
 
-@settings(deadline=None)
 @given(st.integers(1, 300), st.integers(0, 100_000))
 def test_uniform_centres_are_ascending_inside_and_even(num, length):
     centres = uniform_centres(num, length)
@@ -47,7 +46,6 @@ def test_uniform_centres_are_ascending_inside_and_even(num, length):
     assert all(type(i) is int for i in centres)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 64), st.integers(1, 200))
 def test_sample_indices_always_give_the_number_asked_for(num, length):
     indices = sample_indices(num, length)
@@ -263,7 +261,6 @@ def test_real_footage_is_the_same_from_both_backends_and_from_decoding_it_all(re
         assert video.info.fps == pytest.approx(24000 / 1001)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 40), st.integers(1, 40), st.integers(0, 9))
 def test_resize_equals_torch_within_its_own_rounding(height, width, new_height, new_width, seed):
     """Within what truncation makes of a rounding error; see below for equality to the bit."""

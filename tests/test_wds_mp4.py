@@ -113,7 +113,7 @@ def test_a_header_that_cuts_frames_or_contradicts_itself(film, kind, at, form, v
     assert mp4_info(edited(raw, kind, at, form, *values)) is None
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.data())
 def test_cut_and_damaged_files_are_never_an_accident(film, data):
     raw = film.read_bytes()
