@@ -64,6 +64,15 @@ def test_the_prompt_is_changed_on_purpose_only():
         ("D: a dog house", 3),
         ("The answer is (C).", 2),
         ("the right option is C", 2),
+        ("Answer: (C)", 2),
+        ("(B) the blue one. (B)", 1),
+        ("(A) or (B)", None),
+        ("A, B", None),
+        ("A) or C)", None),
+        ("(B) the blue one (A) red", None),
+        ("A: red because the blue one is wrong", None),
+        ("it is not red", None),
+        ("It isn't red", None),
         ("Red.", 0),
         ("It is red, I think.", 0),
         ("A dog", 2),  # words, not the letter A
@@ -87,6 +96,12 @@ def test_an_answer_names_one_option_or_none(text, number):
 def test_equal_options_are_one_answer():
     assert parse_choice("it is red", ["blue", "red", "red"]) == 1
     assert parse_choice("two", ["one", "two", "two"]) == 1
+    assert parse_choice("(C) two", ["one", "two", "two"]) == 2
+
+
+def test_options_may_hold_letters_and_not():
+    assert parse_choice("(A) plan B", ["plan B", "plan A"]) == 0
+    assert parse_choice("He does not fall.", ["does not fall", "he jumps"]) == 0
 
 
 def test_accuracy_has_an_interval_for_each_kind():

@@ -1,7 +1,7 @@
 """Multiple choice: what is asked, which option an answer names, and the share of right ones by kind of question.
 
-An answer that names no option, several, or a letter and another option's words, is *unparsable*: wrong, counted, and
-never guessed at.
+An answer that names no option, several, or a letter and another option's words, or that says what it is not, is
+*unparsable*: wrong, counted, and never guessed at.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ from lavis_lstp.metrics.qa import accuracy_interval, normalise
 
 LETTERS = string.ascii_uppercase
 _FIRST = re.compile(r"\(([A-Za-z])\)|([A-Za-z])[).:,]|([A-Za-z])$")
-_NAMED = re.compile(r"\b(?:answer|option|choice)(?: is)?:? ?(?:\(([A-Za-z])\)|([A-Z])(?=[).:,]|$|\s))")
+_NAMED = re.compile(r"\b(?i:answer|option|choice)(?: is)?:? ?(?:\(([A-Za-z])\)|([A-Z])(?=[).:,]|$|\s))")
+_MORE = re.compile(r"\(([A-Za-z])\)|\b([A-Z])(?=[).:,]|$)")
+"""Letters after the one that an answer begins with: "(A) or (B)", "A, B"."""
+_DENIES = frozenset("not never neither nor isnt arent wasnt werent doesnt dont didnt cannot cant".split())
 
 
 def choice_prompt(question: str, options: Sequence[str]) -> str:
@@ -36,16 +39,26 @@ def parse_choice(text: str, options: Sequence[str]) -> int | None:
     exact = [i for i, option in enumerate(options) if normalise(option) == normalise(text)]
     if exact and not first:  # equal options are the same answer
         return exact[0]
-    letters = {next(filter(None, found)).upper() for found in ([first.groups()] if first else _NAMED.findall(text))}
     rest = text[first.end() :].strip() if first else text
     named = _options_in(rest, options)
+    found = [first.groups(), *_MORE.findall(rest)] if first else _NAMED.findall(text)
+    letters = list(dict.fromkeys(next(filter(None, groups)).upper() for groups in found))
     if not letters:
-        return named[0] if len(named) == 1 else None
-    number = LETTERS.index(letters.pop())
-    if letters or number >= len(options):
+        return named[0] if len(named) == 1 and not _denied(rest, options[named[0]]) else None
+    number = LETTERS.index(letters[0])
+    if number >= len(options):
         return None
-    # words that are another option's contradict the letter
-    return number if not named or number in named else None
+    if normalise(rest) == normalise(options[number]):  # also where it ends like a letter: "(A) plan B"
+        return number
+    # further letters, and words that are another option's, contradict the letter
+    agrees = all(normalise(options[i]) == normalise(options[number]) for i in named)
+    return number if len(letters) == 1 and agrees else None
+
+
+def _denied(text: str, option: str) -> bool:
+    """Whether "not" or the like stands beside the words of an option: "it is not red"."""
+    beside = f" {normalise(text)} ".replace(f" {normalise(option)} ", " ")
+    return not _DENIES.isdisjoint(beside.split())
 
 
 def _options_in(text: str, options: Sequence[str]) -> list[int]:
