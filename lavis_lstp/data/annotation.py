@@ -14,6 +14,8 @@ from lavis_lstp.errors import AnnotationError
 SECTION = "datasets.<name>"
 """Where in a configuration the settings of a data set lie; builders know the name."""
 
+MOST_OPTIONS = 26
+
 
 def read_annotation(path: str | Path, *, section: str = SECTION) -> list[dict[str, Any]]:
     """Entries of an annotation file, checked.
@@ -102,6 +104,8 @@ def check_options(options: Any, answer: str | None, place: str) -> None:
     """Raises AnnotationError for options that cannot be told apart by what they say, or lack the answer."""
     if not isinstance(options, list) or len(options) < 2 or not all(isinstance(o, str) and o for o in options):
         raise AnnotationError(f"{place}: 'options' must be two texts or more, got {options!r}")
+    if len(options) > MOST_OPTIONS:
+        raise AnnotationError(f"{place}: 'options' must be {MOST_OPTIONS} at most, one a letter, got {len(options)}")
     if answer is not None and answer not in options:
         raise AnnotationError(f"{place}: the answer {answer!r} is none of the options {options!r}")
 
