@@ -116,6 +116,13 @@ def table_lines(rows: Sequence[Mapping[str, Any]], first: str) -> list[str]:
     return lines
 
 
+def judge_line(rows: Sequence[Mapping[str, Any]]) -> str:
+    """By whose word an answer is right in these rows."""
+    chosen = {row.get("unparsable") is not None for row in rows}
+    words = {True: "the right option was chosen", False: "exact match after normalising, no judge was asked"}
+    return f"Judged by: {'; '.join(words[kind] for kind in sorted(chosen))}."
+
+
 def _times(milliseconds: Mapping[str, float] | None) -> str | None:
     if milliseconds is None:
         return None
@@ -195,7 +202,7 @@ def ablate(
         rows.append({**facts, **row})
         write_json(out / "table.json", {"rows": rows, "options": list(options)})
         with atomic_writer(out / "table.md") as file:
-            file.write("\n".join(table_lines(rows, "frames")) + "\n")
+            file.write("\n".join([*table_lines(rows, "frames"), "", judge_line(rows)]) + "\n")
     return rows
 
 
@@ -216,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     launcher = ["torchrun", "--standalone", f"--nproc-per-node={args.nproc}"] if args.nproc > 1 else []
     out = args.out or Path("output/ablate", Path(args.cfg_path[0]).stem)
     rows = ablate(cells, out, args.options, launcher)
-    print("\n" + "\n".join(table_lines(rows, "frames")))
+    print("\n" + "\n".join([*table_lines(rows, "frames"), "", judge_line(rows)]))
     first = ", ".join(dict.fromkeys(row["compared_with"] for row in rows if row["compared_with"]))
     print(f"\n{rows[0]['questions']} questions." + (f" p: exact McNemar test against {first}." if first else ""))
     print(f"Written: {out / 'table.md'}, {out / 'table.json'}")

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lavis_lstp.ablate import FRAMES, measure, no_flow, paired_p, table_lines
+from lavis_lstp.ablate import FRAMES, judge_line, measure, no_flow, paired_p, table_lines
 from lavis_lstp.chain import Chain, Step, check_options, find_chain, read_chain
 from lavis_lstp.data.qa_dataset import read_annotation
 from lavis_lstp.data.shapes_scene import FPS, NUM_FRAMES
@@ -145,7 +145,7 @@ def table(result: dict[str, Any]) -> str:
     lines += [
         "",
         f"Chance from the question alone: {result['chance']:.1%}. {result['rows'][0]['questions']} test questions. "
-        f"p: exact McNemar test against {result['rows'][0]['title']}.",
+        f"p: exact McNemar test against {result['rows'][0]['title']}. {judge_line(result['rows'])}",
         f"LSTP is {100 * check['gain_over_uniform']:.1f} points above evenly spaced frames "
         f"(wanted: {100 * MIN_GAIN:.0f}) and reaches {check['share_of_oracle']:.1%} of the oracle "
         f"(wanted: {MIN_SHARE_OF_ORACLE:.0%}): {'met' if check['met'] else 'NOT met'}.",

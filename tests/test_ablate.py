@@ -101,6 +101,7 @@ def test_choices_count_as_they_were_judged_and_partial_scores_say_so(tmp_path):
     row, right = ablate.measure(folder, "test_video_qa")
     assert list(right.values()) == [True, True] and row["milliseconds"] is None
     lines = ablate.table_lines([{"title": "x", **row}], "frames")
+    assert ablate.judge_line([row]) == "Judged by: the right option was chosen."
     assert "| unparsable | coverage |" in lines[0] and "| 1 | 50.0% |" in lines[2] and "ms per" not in lines[0]
 
 
@@ -137,7 +138,8 @@ def test_the_command_evaluates_and_tabulates_and_goes_on_where_it_was(tmp_path, 
     said = capsys.readouterr().out
     assert len(in_process) == 4 and "12 questions. p: exact McNemar test against shapes_qa_lstp_tiny_uniform_2" in said
     table = Path("out/table.md").read_text()
-    assert table in said and table.count("\n") == 6
+    assert table in said and table.count("\n") == 6 + 2
+    assert table.endswith("|\n\nJudged by: exact match after normalising, no judge was asked.\n")
     rows = {row["name"].split("_")[-2]: row for row in json.loads(Path("out/table.json").read_text())["rows"]}
     assert rows["oracle"]["span_iou"] == 1.0 and rows["lstp"]["span_iou"] < 1.0
     assert rows["lstp"]["milliseconds"]["sampler"] > 0 == rows["uniform"]["milliseconds"]["sampler"]
