@@ -374,6 +374,12 @@ def test_an_index_is_the_same_in_each_process(tmp_path):
     assert len(seen) == 1
 
 
+def test_what_is_no_tar_is_not_read_as_its_own_manifest(tmp_path):
+    (tmp_path / "v.mp4").write_bytes(b"\0\0\0\x20ftypisom" * 100)
+    with pytest.raises(ShardError, match="v.mp4: no tar header at byte 0"):
+        index.ShardSet([str(tmp_path / "v.mp4")])
+
+
 def test_a_manifest_spares_the_indexes(tmp_path):
     made = [write_shard(tmp_path / f"x-{n:06d}.tar", range(n, n + 1)) for n in range(2)]
     path, content = index.write_manifest(

@@ -260,7 +260,8 @@ def _digest(tar: TarScan) -> bytes:
 
 def manifest_location(shard: str) -> str:
     """The manifest of the set that a shard belongs to: its name without number."""
-    return re.sub(r"(-\d+)?\.tar(?=$|\?)", MANIFEST_SUFFIX, shard)
+    named = re.sub(r"(-\d+)?\.tar(?=$|\?)", MANIFEST_SUFFIX, shard)
+    return named if named != shard else shard + MANIFEST_SUFFIX
 
 
 def shard_entry(name: str, index: ShardIndex) -> dict[str, Any]:
