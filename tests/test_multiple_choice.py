@@ -7,6 +7,7 @@ import json
 import math
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -159,11 +160,14 @@ def test_the_language_model_reads_the_options_and_the_sampler_the_question():
     assert metrics["chosen_by"] == "generate" and metrics["by_category"]["x"]["accuracy"] == 1.0
 
 
-def test_hidden_answers_give_predictions_and_no_score():
+def test_hidden_answers_give_predictions_and_no_score(tmp_path):
     task = VideoQATask()
     records = task.valid_step(Says("B", "A"), questions(text_output=["", ""], answer=[None, None]))
     assert [(r["answer"], r["choice"], r["correct"]) for r in records] == [(None, "B", None), (None, "A", None)]
-    assert "nothing was scored" in task.metrics(records)["note"]
+    asked = SimpleNamespace(question_ids=["q0", "q1"], annotation=[{}, {}])
+    found = task.after_evaluation(records, "test", 0, dataset=asked, result_dir=tmp_path)
+    assert "nothing was scored" in found["note"]
+    assert (found["num_questions"], found["num_scored"], found["num_missing"]) == (2, 0, 0)
 
 
 def test_laviss_models_read_the_options_as_their_question():

@@ -107,7 +107,10 @@ class LSTPTask(BaseTask):
             write_jsonl(missing_file, missing)
         pairs = [(record["question_id"], record) for record in records]
         *_, covered = join_by_id(pairs, [(name, None) for name in expected], allow_partial=allow_partial)
-        metrics = {**self.metrics(records), **covered}
+        found = self.metrics(records)
+        metrics = {**found, **covered}
+        if found.get("num_scored") == 0:  # hidden answers: all predicted, none scored
+            metrics["num_scored"] = 0
         write_json(metrics_file, metrics)
         return metrics
 

@@ -138,7 +138,7 @@ class VideoQATask(LSTPTask):
     def metrics(self, records: list[dict[str, Any]]) -> dict[str, Any]:
         scored = {r["question_id"]: r for r in records if r.get("answer") is not None}
         if not scored:
-            return {"agg_metrics": 0.0, "note": "the data have no answers; nothing was scored"}
+            return {"agg_metrics": 0.0, "num_scored": 0, "note": "the data have no answers; nothing was scored"}
         predictions = {name: record["prediction"] for name, record in scored.items()}
         answers = {name: record["answer"] for name, record in scored.items()}
         categories = {name: record.get("category", "") for name, record in scored.items()}
