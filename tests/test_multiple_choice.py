@@ -102,6 +102,7 @@ def test_equal_options_are_one_answer():
 
 def test_options_may_hold_letters_and_not():
     assert parse_choice("(A) plan B", ["plan B", "plan A"]) == 0
+    assert parse_choice("A. It waves in the U.S.", OPTIONS) == 0  # no option has the letter U or S
     assert parse_choice("He does not fall.", ["does not fall", "he jumps"]) == 0
 
 

@@ -41,8 +41,11 @@ def parse_choice(text: str, options: Sequence[str]) -> int | None:
         return exact[0]
     rest = text[first.end() :].strip() if first else text
     named = _options_in(rest, options)
-    found = [first.groups(), *_MORE.findall(rest)] if first else _NAMED.findall(text)
+    found = [first.groups()] if first else _NAMED.findall(text)
     letters = list(dict.fromkeys(next(filter(None, groups)).upper() for groups in found))
+    if first:  # a letter that no option has is a word's: "A. in the U.S."
+        others = (next(filter(None, groups)).upper() for groups in _MORE.findall(rest))
+        letters += [letter for letter in others if letter != letters[0] and letter in LETTERS[: len(options)]]
     if not letters:
         return named[0] if len(named) == 1 and not _denied(rest, options[named[0]]) else None
     number = LETTERS.index(letters[0])
