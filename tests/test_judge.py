@@ -528,6 +528,8 @@ def test_limit_and_preview(tmp_path, asked, capsys):
         assert "10 different cases: 0 decided by rules, 0 in the cache, 10 to ask\n" in out
         tokens = int(out.split(" tokens in")[0].split()[-1].replace(",", ""))
         assert 1000 < tokens < 5000 and f"about {tokens / 100:.2f} at these prices" in out
+        assert asked(server, "--preview", "--price-in", 1, "--price-out", 0) == 0
+        assert f"about {tokens / 1e6:.2g} at these prices" in capsys.readouterr().out, "little is not nothing"
         with pytest.raises(CoverageError, match=r"4 of 10 questions have a verdict; not asked 6"):
             asked(server, "--limit", 4)
         with pytest.raises(CoverageError, match=r"8 of 10"):

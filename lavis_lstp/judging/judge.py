@@ -108,7 +108,8 @@ class Docket:
         tokens_in, tokens_out = self.judge.tokens(self.to_ask)
         cost = "cost unknown without --price-in and --price-out"
         if price_in is not None and price_out is not None:
-            cost = f"about {(tokens_in * price_in + tokens_out * price_out) / 1e6:.2f} at these prices"
+            money = (tokens_in * price_in + tokens_out * price_out) / 1e6
+            cost = f"about {money:{',.2f' if money >= 1 else '.2g'}} at these prices"
         left = self.num_waiting - len(self.to_ask)
         return (
             f"{len(self.verdicts)} different cases: {self.num_decided} decided by rules, {self.num_cached} in the "
