@@ -73,7 +73,8 @@ def parse(text: str, path: Path, place: str) -> Any:
     try:
         value = json.loads(text)
         if "\\u" in text:
-            json.dumps(value, ensure_ascii=False).encode()  # an escape may hold half a character, which no text has
+            # An escape may hold half a character, which no text has, but a file's name, where it is a byte of no text.
+            json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogateescape")
         return value
     except (ValueError, RecursionError) as error:
         raise AnnotationError(f"{path}, {place}: not JSON ({error}); expected a list or JSON lines") from None
