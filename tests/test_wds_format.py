@@ -358,6 +358,43 @@ def test_a_damaged_index_is_an_error(tmp_path, raw):
         index.ShardSet([str(tmp_path / "x-000000.tar")])
 
 
+DAMAGE = {
+    "a column is gone": lambda columns: columns.pop("member_size"),
+    "another type": lambda columns: columns.update(member_size=columns["member_size"].astype("float32")),
+    "too short": lambda columns: columns.update(sample_kind=columns["sample_kind"][:-1]),
+    "negative": lambda columns: columns["member_offset"].__setitem__(0, -1),
+    "falls": lambda columns: columns["sample_member_end"].__setitem__(0, 10**6),
+    "past its end": lambda columns: columns["key_end"].__setitem__(-1, 10**6),
+    "inside a letter": lambda columns: (
+        columns["question_id"].__setitem__(slice(0, 2), (0xC3, 0xA9)) or columns["question_id_end"].__setitem__(0, 1)
+    ),
+    "no name": lambda columns: columns["member_name"].__setitem__(0, 200),
+    "not UTF-8": lambda columns: columns["key"].__setitem__(0, 0xFF),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_columns_of_an_index_that_do_not_go_together(tmp_path, damage):
+    write_shard(tmp_path / "x-000000.tar")
+    path = tmp_path / "x-000000.index"
+    whole = index.parse(path.read_bytes(), "x")
+    columns = {name: np.array(column) for name, column in whole._columns.items()}
+    DAMAGE[damage](columns)
+    index.write(index.ShardIndex(columns, whole.facts), tmp_path / "x-000000.tar")
+    with pytest.raises(ShardError, match="a damaged index") as caught:
+        index.parse(path.read_bytes(), "x")
+    assert caught.value.cause == "index"
+
+
+@pytest.mark.parametrize("entry", [7, {"name": "x-000000.tar"}])
+def test_a_manifest_whose_lines_are_not_of_the_form(tmp_path, entry):
+    path = tmp_path / "x.manifest.json"
+    content = {"format": index.MANIFEST_FORMAT, "version": index.VERSION, "shards": [entry]}
+    path.write_text(json.dumps(content))
+    with pytest.raises(ShardError, match="shard 0 must have name"):
+        index.read_manifest(str(path))
+
+
 def test_an_index_is_the_same_in_each_process(tmp_path):
     """Hash maps are ordered differently in each process."""
     code = (

@@ -228,6 +228,32 @@ def test_a_killed_run_continues_with_the_same_bytes(media, tmp_path):
     assert kills and content_of(out) == content_of(tmp_path / "whole")
 
 
+def test_no_worker_outlives_a_killed_run(media, tmp_path):
+    command = [sys.executable, "-m", "webdataset_tools", "pack", str(tmp_path / "x"), str(media / "annotation.json")]
+    command += ["--max-count", "1", "--workers", "2", "--frames", "6"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while process.poll() is None and not list(tmp_path.glob("*.index")):
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)  # ends when the last process that holds the pipe does
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_what_another_set_is_writing_is_left_alone(media, tmp_path):
+    mine, theirs = tmp_path / ".x-000004.tar.1.tmp", tmp_path / ".x-flow-000000.tar.1.tmp"
+    for path in (mine, theirs):
+        path.write_bytes(b"half a shard")
+    packed(media, tmp_path)
+    assert theirs.is_file() and not mine.exists()
+
+
+def test_a_place_that_cannot_be_written_is_named_in_one_line(media, tmp_path, capsys):
+    (tmp_path / "file").write_bytes(b"")
+    assert main(["pack", str(tmp_path / "file/x"), str(media / "annotation.json"), "--workers", "1"]) == 2
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("error: ") and "file" in said and "\n" not in said
+
+
 def test_a_shard_cut_after_it_was_written_is_packed_again(media, tmp_path):
     packed(media, tmp_path, max_count=2)
     before = content_of(tmp_path)

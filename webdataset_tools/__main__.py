@@ -1,7 +1,7 @@
 """`python -m webdataset_tools VERB ...`: a table of verbs, each a module with HELP, add_arguments, run and show.
 
 Exit status: 0; 1 where the verb found what it looks for (`verify`: something wrong); 2, after one line on stderr, where
-the input is at fault.
+the input is at fault or a file cannot be written; 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -65,6 +65,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LstpError as error:
         print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 2
+    except OSError as error:  # a folder that cannot be written, a full disk
+        print(f"error: {error.filename or verb}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
     try:
         print(json.dumps(report, indent=2, ensure_ascii=False) if args.json else module.show(report, args), flush=True)
     except BrokenPipeError:  # `| head` has read enough

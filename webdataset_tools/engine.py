@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from typing import Any
 
 from lavis_lstp.errors import ConfigError, ShardError
@@ -57,7 +58,7 @@ def run_jobs(
 
 
 def _processes(function: Callable, jobs: Sequence[Any], workers: int) -> Iterator[tuple[int, Any]]:
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_end_with_parent) as pool:
         futures = {pool.submit(function, job): number for number, job in enumerate(jobs)}
         try:
             for future in as_completed(futures):
@@ -70,6 +71,17 @@ def _processes(function: Callable, jobs: Sequence[Any], workers: int) -> Iterato
         finally:
             for future in futures:
                 future.cancel()
+
+
+def _end_with_parent() -> None:
+    """Lets a worker end when the command does, also by SIGKILL; else it would wait for jobs, and keep its memory."""
+    parent = parent_process()
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _from_folder(folder: str, function: Callable, job: Any) -> Any:

@@ -184,12 +184,45 @@ def parse(raw: bytes, place: str) -> ShardIndex:
     try:
         columns = load(raw)
         facts = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")]).get("__metadata__", {})
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, KeyError) as error:
         raise ShardError(f"{place}: not an index ({error}); remove it, or pack again", "index") from None
     if (facts.get("format"), facts.get("version")) != (INDEX_FORMAT, str(VERSION)):
         got = f"{facts.get('format')!r} version {facts.get('version')!r}"
         raise ShardError(f"{place}: expected {INDEX_FORMAT!r} version {VERSION}, got {got}; make it anew", "index")
+    try:
+        _check_columns(columns, facts)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ShardError(f"{place}: a damaged index ({error}); remove it, or pack again", "index") from None
     return ShardIndex(columns, facts)
+
+
+def _check_columns(columns: Mapping[str, np.ndarray], facts: Mapping[str, str]) -> None:
+    """Raises ValueError, TypeError or KeyError where columns are not there or do not go together."""
+    names, kinds = json.loads(facts["members"]), json.loads(facts["kinds"])
+    facts["digest"], facts["plan"], int(facts["bytes"])
+    samples, members, questions = (len(columns[name]) for name in ("key_end", "member_offset", "question_id_end"))
+    lengths = {"key_end": samples, "question_id_end": questions}
+    lengths |= dict.fromkeys(("sample_member_end", "sample_question_end", "sample_kind", "sample_duration_s"), samples)
+    lengths |= dict.fromkeys(("member_name", "member_offset", "member_size", "member_sha256"), members)
+    for name, length in lengths.items():
+        wanted = (length, 32) if name == "member_sha256" else (length,)
+        real = name == "sample_duration_s"
+        if columns[name].shape != wanted or columns[name].dtype.kind not in ("f" if real else "iu"):
+            raise ValueError(f"'{name}' is {columns[name].dtype} {list(columns[name].shape)}, expected {list(wanted)}")
+        if not real and length and columns[name].min() < 0:
+            raise ValueError(f"'{name}' holds a negative number")
+    totals = {"key": len(columns["key"]), "question_id": len(columns["question_id"])}
+    for name, total in {**totals, "sample_member": members, "sample_question": questions}.items():
+        ends = columns[f"{name}_end"]
+        if (np.diff(ends) < 0).any() or (ends[-1] if len(ends) else 0) != total:
+            raise ValueError(f"'{name}_end' does not rise to {total}")
+        if name in totals and (columns[name][ends[:-1][ends[:-1] < total]] & 0xC0 == 0x80).any():
+            raise ValueError(f"'{name}_end' cuts a letter")
+    for name, known in (("member_name", names), ("sample_kind", kinds)):
+        if len(columns[name]) and columns[name].max() >= len(known):
+            raise ValueError(f"'{name}' holds a number without a name")
+    for name in totals:
+        columns[name].tobytes().decode("utf-8")
 
 
 def write(index: ShardIndex, shard: str | os.PathLike) -> Path:
@@ -297,6 +330,11 @@ def read_manifest(location: str, retry: Retry = RETRY) -> dict[str, Any]:
         raise ShardError(f"{location}: expected {MANIFEST_FORMAT!r} version {VERSION}, got {got}", "index")
     if not isinstance(value.get("shards"), list):
         raise ShardError(f"{location}: 'shards' must be a list", "index")
+    kinds = {"name": str, "digest": str, "bytes": int, "samples": int, "questions": int, "kinds": dict}
+    for number, entry in enumerate(value["shards"]):
+        if not isinstance(entry, dict) or any(type(entry.get(name)) is not kind for name, kind in kinds.items()):
+            text = f"{location}: shard {number} must have {', '.join(kinds)}; `repair` makes a new manifest"
+            raise ShardError(text, "index")
     return value
 
 

@@ -9,9 +9,11 @@ sizes, and a shard is there when its index is.
 from __future__ import annotations
 
 import argparse
+import glob
 import json
 import os
 import random
+import re
 import stat
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -203,15 +205,19 @@ def finish(
         write_jsonl(quarantine, bad)
     else:
         quarantine.unlink(missing_ok=True)
-    for partial in Path(out).parent.glob(f".{Path(out).name}-*.tmp"):
-        partial.unlink(missing_ok=True)  # of runs that were killed; nothing is being written now
+    partials = re.compile(rf"\.{re.escape(Path(out).name)}-\d{{6,}}\.(tar|index)\.\d+\.tmp")
+    for partial in Path(out).parent.iterdir():
+        if partials.fullmatch(partial.name):  # of runs that were killed; nothing of this set is being written now
+            partial.unlink(missing_ok=True)
     return index.write_manifest(paths[0], entries, {**about, "left_out": len(bad)})[1]
 
 
 def check_others(out: str, paths: Sequence[str], overwrite: bool) -> None:
     """Shards of this name that this run will not write: of another set."""
     name = Path(out).name
-    there = {path for path in Path(out).parent.glob(f"{name}-*.tar") if path.stem[len(name) + 1 :].isdigit()}
+    there = {
+        path for path in Path(out).parent.glob(f"{glob.escape(name)}-*.tar") if path.stem[len(name) + 1 :].isdigit()
+    }
     others = sorted(there - {Path(path) for path in paths})
     if others and not overwrite:
         raise ConfigError(f"{others[0]}: is of another set of this name; name another output or add --overwrite")
