@@ -67,8 +67,10 @@ def test_verify_counts_it_and_repair_keeps_the_rest(hazard, tmp_path, capsys):
 def test_the_other_verbs_say_it_in_one_line_and_leave_nothing(hazard, tmp_path, capsys):
     cause, path = hazard
     out = str(tmp_path / "out/x")
-    for words in (["extract"], ["reshard"], ["flow", "--num-frames", "2", "--size", "32"]):
-        assert main([words[0], str(path), *words[1:], "--out", out]) == 2, words
+    flow = ["flow", "--num-frames", "2", "--size", "32", "--out"]
+    for words in (["extract", "--out"], ["reshard", "--out"], flow, ["stats", "--html"], ["preview", "--out"]):
+        page = ".html" if words[0] in ("stats", "preview") else ""
+        assert main([words[0], str(path), *words[1:], out + page]) == 2, words
         said = capsys.readouterr().err.strip()
         assert said.startswith("error: ") and "x-000000.tar" in said and "\n" not in said
         assert not [left for left in (tmp_path / "out").rglob("*") if left.is_file()]

@@ -79,6 +79,15 @@ def test_the_plan_keeps_order_and_limits(sizes, max_size, max_count, min_shards)
     assert not max_count or all(len(part) <= max_count for part in parts)
 
 
+@pytest.mark.parametrize(
+    "option", ["--frames=-3", "--quality=500", "--fps=nan", "--fps=-1", "--workers=0", "--size=0", "--max-size=0"]
+)
+def test_numbers_that_cannot_be_are_refused(option, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["pack", "x", "none.json", option])
+    assert f"argument {option.partition('=')[0]}: expected a" in capsys.readouterr().err
+
+
 def test_sizes():
     assert [parse_size(x) for x in ("1GB", "1.5 MB", "2KiB", "7")] == [10**9, 1_500_000, 2048, 7]
 

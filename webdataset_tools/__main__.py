@@ -40,7 +40,8 @@ def build_parser(verb: str) -> argparse.ArgumentParser:
     if getattr(module, "SHARD_BY_SHARD", True):
         half = max(1, (os.cpu_count() or 2) // 2)
         text = f"processes, each a shard at a time; default here: {half}"
-        common.add_argument("--workers", type=int, default=half, help=text)
+        positive = _module("pack").positive
+        common.add_argument("--workers", type=positive, default=half, help=text)
         common.add_argument("--engine", choices=ENGINES, default="local", help="local processes, or a Ray cluster")
         common.add_argument("--ray-address", default="auto", help="of the cluster; default: auto")
     common.add_argument("--json", action="store_true", help="print the report as JSON")

@@ -22,7 +22,7 @@ from lavis_lstp.files import sha256_file
 from webdataset_tools.derive import derive
 from webdataset_tools.engine import how
 from webdataset_tools.format import VIDEO_MEMBERS, dump_flow, parse_frames
-from webdataset_tools.pack import positive
+from webdataset_tools.pack import positive, rate
 from webdataset_tools.storage import expand
 
 HELP = "compute optical flow into a parallel set"
@@ -118,7 +118,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, help="path and name of the parallel set")
     parser.add_argument("--flow", choices=EXTRACTORS, default="dis", help="default: dis")
     parser.add_argument("--num-frames", type=positive, default=32, help="as datasets.<name>.num_frames; default: 32")
-    parser.add_argument("--fps", type=float, help="as datasets.<name>.fps")
+    parser.add_argument("--fps", type=rate, help="as datasets.<name>.fps")
     parser.add_argument("--size", type=positive, default=224, help="px, side of the frames compared; default: 224")
     parser.add_argument("--weights", help="RAFT's weights; default: torchvision's file in torch's cache")
     parser.add_argument("--device", default="cpu", help="for RAFT: cpu, cuda; default: cpu")

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lavis_lstp.data.annotation import check_options, check_seconds
+from lavis_lstp.data.prompts import conversation_prompt
 from lavis_lstp.errors import AnnotationError, ShardError
 from webdataset_tools import flow_code
 
@@ -190,16 +191,19 @@ def _check_question(row: Any, place: str) -> None:
     for name in ("prompt", "category"):
         if not isinstance(row.get(name, ""), str):
             raise ShardError(f"{place}: '{name}' must be a string, got {row[name]!r}", "schema")
-    turns = row.get("conversations", [])
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+    turns = row.get("conversations")
+    if "conversations" in row and not (isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns)):
         raise ShardError(f"{place}: 'conversations' must be a list of {{from, value}}", "schema")
     try:
+        if turns is not None:
+            conversation_prompt(turns)  # what a data set makes of it
         for name in ("span_s", "clip_s"):
             check_seconds(row.get(name), name, place)
         if row.get("options"):
             check_options(row["options"], row.get("answer"), place)
     except AnnotationError as error:
-        raise ShardError(str(error), "schema") from None
+        said = str(error)
+        raise ShardError(said if said.startswith(place) else f"{place}: {said}", "schema") from None
 
 
 # ---------------------------------------------------------------- frames and flow

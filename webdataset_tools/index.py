@@ -330,11 +330,9 @@ def read_manifest(location: str, retry: Retry = RETRY) -> dict[str, Any]:
         raise ShardError(f"{location}: expected {MANIFEST_FORMAT!r} version {VERSION}, got {got}", "index")
     if not isinstance(value.get("shards"), list):
         raise ShardError(f"{location}: 'shards' must be a list", "index")
-    kinds = {"name": str, "digest": str, "bytes": int, "samples": int, "questions": int, "kinds": dict}
     for number, entry in enumerate(value["shards"]):
-        if not isinstance(entry, dict) or any(type(entry.get(name)) is not kind for name, kind in kinds.items()):
-            text = f"{location}: shard {number} must have {', '.join(kinds)}; `repair` makes a new manifest"
-            raise ShardError(text, "index")
+        if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+            raise ShardError(f"{location}: shard {number} must be an object with a 'name'", "index")
     return value
 
 
@@ -381,6 +379,11 @@ class ShardSet:
                 continue
             folder = location[: location.rfind("/") + 1]
             known.update({folder + entry["name"]: entry for entry in entries})
+        kinds = {"digest": str, "samples": int, "questions": int, "kinds": dict}
+        for shard in self.shards:
+            if shard in known and any(type(known[shard].get(name)) is not kind for name, kind in kinds.items()):
+                said = f"{manifest_location(shard)}: says not all of {', '.join(kinds)} of {shard}; remove it"
+                raise ShardError(said, "index")
         missing = [n for n, shard in enumerate(self.shards) if shard not in known]
         if missing:
             with ThreadPoolExecutor(min(AT_ONCE, len(missing))) as pool:

@@ -1,9 +1,9 @@
 """`pack`: annotation files and media -> shards, their indexes and a manifest.
 
-In: what `sources` reads. Out: OUT-000000.tar, OUT-000000.index, ..., OUT.manifest.json last; with --skip-bad also
-OUT.quarantine.jsonl. The same input gives the same bytes, with any number of workers, on any engine, in one go or after
-kills: which sample goes to which shard is decided before anything is written, from the annotations and the files'
-sizes, and a shard is there when its index is.
+In: files of the form that --from names, see below. Out: OUT-000000.tar, OUT-000000.index, ..., OUT.manifest.json last;
+with --skip-bad also OUT.quarantine.jsonl. The same input gives the same bytes, with any number of workers, on any
+engine, in one go or after kills: which sample goes to which shard is decided before anything is written, from the
+annotations and the files' sizes, and a shard is there when its index is.
 """
 
 from __future__ import annotations
@@ -248,13 +248,41 @@ def parse_size(text: str) -> int:
 
 
 def positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return whole(text, 1)
+
+
+def whole(text: str, least: int = 0) -> int:
+    if not (text.isascii() and text.isdigit()) or int(text) < least:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r}")
     return int(text)
+
+
+def percent(text: str) -> int:
+    if positive(text) > 100:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to 100, got {text!r}")
+    return int(text)
+
+
+def rate(text: str) -> float:
+    """Frames a second."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number greater than 0, got {text!r}")
+    return value
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
+        "forms of --from:\n"
+        '  annotation   JSON list or JSON lines: {"question_id", "video" or "image", "question", "answer"}, and what\n'
+        "               docs/data_format.md names beside\n"
+        "  shapes       a folder written by python -m lavis_lstp.data.shapes_qa\n"
+        "  video-llava  rows of conversations about videos, images or nothing (text), as Video-LLaVA has them\n"
+        "  qa           a file of questions and one of answers (--answers), joined by question_id\n"
+        "  lstp_...     the files of that benchmark's authors\n\n"
         "examples:\n"
         "  python -m webdataset_tools pack shards/train --from annotation train.json --root videos\n"
         "  python -m webdataset_tools pack shards/val --from shapes ~/shapes_qa --split val --max-count 100\n"
@@ -270,12 +298,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--answers", type=Path, help="answer file of --from qa, or of a benchmark")
     parser.add_argument("--video-names", type=Path, help="file of other names of a benchmark's videos")
     add_size_arguments(parser)
-    parser.add_argument("--frames", type=int, default=0, metavar="N", help="store N frames instead of each video")
-    parser.add_argument("--fps", type=float, help="as datasets.<name>.fps, for --frames")
+    parser.add_argument("--frames", type=whole, default=0, metavar="N", help="store N frames instead of each video")
+    parser.add_argument("--fps", type=rate, help="as datasets.<name>.fps, for --frames")
     parser.add_argument("--short-videos", choices=("keep", "double"), default="keep", help="for --frames")
     parser.add_argument("--size", type=positive, default=224, help="px, side of stored frames; default: 224")
     parser.add_argument("--encoding", choices=ENCODINGS, default="jpeg", help="of stored frames; default: jpeg")
-    parser.add_argument("--quality", type=positive, default=95, help="of stored frames, 1..100; default: 95")
+    parser.add_argument("--quality", type=percent, default=95, help="of stored frames, 1..100; default: 95")
     parser.add_argument("--no-probe", action="store_true", help="do not look into media, not even into headers")
     parser.add_argument("--skip-bad", action="store_true", help="leave out what cannot be opened, and list it")
 

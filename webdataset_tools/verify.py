@@ -31,6 +31,7 @@ from webdataset_tools.format import (
     parse_frames,
     parse_json,
 )
+from webdataset_tools.pack import whole
 from webdataset_tools.storage import RETRY, Retry, beside, can_seek, expand, open_stream, read_all, read_at
 from webdataset_tools.tar import Member, TarScan, samples
 
@@ -350,7 +351,7 @@ def add_check_arguments(parser: argparse.ArgumentParser) -> None:
     """What decides what counts as wrong, here and in `repair`."""
     parser.add_argument("--against", nargs="+", default=(), help="shards of other splits: nothing may be in both")
     text = "frames decoded of each video; 0 = decode nothing; default: 8"
-    parser.add_argument("--decode", type=int, default=8, help=text)
+    parser.add_argument("--decode", type=whole, default=8, help=text)
 
 
 def checks(args: argparse.Namespace) -> dict[str, Any]:
