@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from test_wds_rewrite import contents
-from test_wds_verify import causes, media, packed  # noqa: F401 (a fixture)
+from test_wds_verify import causes, media, only, packed, rewritten  # noqa: F401 (a fixture)
 from video_files import moving_texture, write_video
 
 from lavis_lstp.data.video import read_frames
@@ -70,6 +70,14 @@ def test_flow_is_that_of_the_frames(moving, tmp_path):
         assert error_of(found, wanted) < 0.02 and found.dtype == np.float16
         assert found.shape == (4, 2, 64, 64) and np.abs(found).max() > 0.1
     assert causes(paths) == {}
+
+
+def test_a_sample_without_its_video_is_named(media, tmp_path, capsys):  # noqa: F811
+    (shard,) = packed(media, tmp_path)
+    rewritten(Path(shard), only("v1%2Emp4", mp4=None))
+    Path(shard).with_suffix(".index").unlink(missing_ok=True)
+    assert main(["flow", shard, "--out", str(tmp_path / "f"), "--num-frames", "2", "--size", "32"]) == 2
+    assert "v1%2Emp4: expected one video, it has none" in capsys.readouterr().err
 
 
 def test_other_extractors_and_stored_frames(moving, tmp_path):

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from lavis_lstp.data.video import read_frames
-from lavis_lstp.errors import ConfigError
+from lavis_lstp.errors import ConfigError, ShardError
 from lavis_lstp.files import sha256_file
 from webdataset_tools.derive import derive
 from webdataset_tools.engine import how
@@ -70,6 +70,8 @@ def sample_flow(value: Mapping[str, Any], read: Callable[..., dict], name: str, 
     content = read("frames", *VIDEO_MEMBERS)
     if "frames" in content:
         frames = _stored(content["frames"], name, settings)
+    elif len(content) != 1:
+        raise ShardError(f"{name}: expected one video, it has {', '.join(content) or 'none'}", "missing member")
     else:
         (member,) = content
         given = settings.extractor == "motion_vectors"
