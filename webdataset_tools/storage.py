@@ -54,6 +54,8 @@ class Retry:
 
 
 RETRY = Retry()
+LONG_S = 2.0
+"""A pause of this length is a warning: a host that is down would otherwise be waited for in silence."""
 
 
 def expand(storage: str | Sequence[str]) -> list[str]:
@@ -252,7 +254,8 @@ def _again(location: str, retry: Retry, attempt: Callable[[], Any]) -> Any:
             said = str(getattr(error, "reason", None) or error) or type(error).__name__
         if number < retry.attempts:
             pause_s = retry.wait_s * 2 ** (number - 1) * (1 + random.random())
-            logger.info("%s: %s; attempt %d of %d in %.1f s", location, said, number + 1, retry.attempts, pause_s)
+            level = logging.INFO if pause_s < LONG_S else logging.WARNING
+            logger.log(level, "%s: %s; attempt %d of %d in %.1f s", location, said, number + 1, retry.attempts, pause_s)
             time.sleep(pause_s)
     raise ShardError(f"{location}: {said}, {retry.attempts} times", "connection")
 
