@@ -215,12 +215,19 @@ def test_a_split_of_the_published_size_is_not_remarked_upon(here, caplog, monkey
     assert "published are" not in caplog.text
 
 
-def test_a_missing_video_is_named_and_may_stay_open(here):
+def test_a_missing_video_is_named_and_may_stay_open(here, caplog):
     (here / "tgif_qa/gifs/tumblr_1_250.gif").unlink()
     with pytest.raises(VideoError, match=r"tumblr_1_250.mp4: no such file, needed by question 'FRAMEQA2'"):
         build("tgif_qa")
     dataset = build("tgif_qa", "max_bad_fraction=0.4")["test"]
     assert [dataset[i] is None for i in range(6)] == [False, False, True, True, False, False]
+    gone = sorted((here / "tgif_qa/gifs").iterdir())
+    for gif in gone:
+        gif.unlink()
+    with pytest.raises(VideoError, match=r"3 of 3 files are missing"):
+        build("tgif_qa")
+    (listed,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert all(gif.stem in listed for gif in gone) and listed.count("\n") == 3
 
 
 def test_the_document_has_the_sizes_of_the_table():

@@ -127,6 +127,8 @@ class FolderQuestions(Sequence):
             logger.warning("%s, %d questions about them stay open: %s", what, open_questions, names)
         elif missing:
             path, question = missing[0]
+            if len(missing) > 1:  # all of them, so that one go is enough to bring them
+                logger.error("missing files:\n%s", "\n".join(str(path) for path, _ in missing))
             raise VideoError(
                 f"{path}: no such file, needed by question {question!r}; {len(missing)} of {len(paths)} files are "
                 f"missing. Check the folder in {self.section}.build_info; {self.section}.max_bad_fraction allows some"
