@@ -16,7 +16,7 @@ from video_files import moving_texture, write_video
 from lavis_lstp.data.video import read_frames
 from lavis_lstp.models.flow import UNINITIALISED, build_flow, radius_normalised
 from lavis_lstp.models.temporal_sampler import TemporalSampler
-from webdataset_tools import flow_code, index
+from webdataset_tools import flow_code, index, sets
 from webdataset_tools.__main__ import main
 from webdataset_tools.format import dump_flow, parse_flow
 from webdataset_tools.pack import Settings, pack
@@ -48,7 +48,7 @@ def flow_of(shards, out: Path, *options: str) -> list[str]:
 
 
 def fields(paths) -> list[np.ndarray]:
-    found = index.ShardSet(paths)
+    found = sets.ShardSet(paths)
     places = [(n, k) for n in range(len(paths)) for k in range(found.index(n).num_samples)]
     return [parse_flow(found.read(*place, ("flow",))["flow"], "x")[0] for place in places]
 

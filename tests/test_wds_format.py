@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lavis_lstp.errors import ConfigError, ShardError
-from webdataset_tools import flow_code, index, storage
+from webdataset_tools import flow_code, index, sets, storage
 from webdataset_tools import format as fmt
 from webdataset_tools.tar import END, ShardWriter, TarScan, header, samples
 
@@ -312,7 +312,7 @@ def test_a_json_of_100_mb_is_not_read(tmp_path):
 def test_each_question_is_found_by_number(tmp_path):
     for shard, numbers in enumerate([range(3), range(3, 4), range(4, 9)]):
         write_shard(tmp_path / f"x-{shard:06d}.tar", numbers, questions=2)
-    found = index.ShardSet(storage.expand(str(tmp_path / "x-{000000..000002}.tar")))
+    found = sets.ShardSet(storage.expand(str(tmp_path / "x-{000000..000002}.tar")))
     ids = [f"q{n}-{k}" for n in range(9) for k in range(2)]
     assert len(found) == 18 and found.question_ids() == ids and found.kinds() == {"video"}
     for number, name in enumerate(ids):
@@ -331,9 +331,9 @@ def test_a_scan_gives_what_the_writer_gave(tmp_path):
 
 def test_a_set_without_indexes_is_the_same(tmp_path):
     write_shard(tmp_path / "x-000000.tar", range(2))
-    with_index = index.ShardSet([str(tmp_path / "x-000000.tar")])
+    with_index = sets.ShardSet([str(tmp_path / "x-000000.tar")])
     (tmp_path / "x-000000.index").unlink()
-    without = index.ShardSet([str(tmp_path / "x-000000.tar")])
+    without = sets.ShardSet([str(tmp_path / "x-000000.tar")])
     assert without.question_ids() == with_index.question_ids() and without.digest() == with_index.digest()
 
 
@@ -343,7 +343,7 @@ def test_changed_bytes_are_noticed(tmp_path):
     raw = bytearray(path.read_bytes())
     raw[place.offset] ^= 1
     path.write_bytes(raw)
-    found = index.ShardSet([str(path)])
+    found = sets.ShardSet([str(path)])
     with pytest.raises(ShardError) as caught:
         found.read(0, 1, ("mp4",))
     assert caught.value.cause == "hash" and "v1%2Emp4.mp4" in str(caught.value)
@@ -358,7 +358,7 @@ def test_a_damaged_index_is_an_error(tmp_path, raw):
     write_shard(tmp_path / "x-000000.tar")
     (tmp_path / "x-000000.index").write_bytes(raw)
     with pytest.raises(ShardError, match="x-000000.index"):
-        index.ShardSet([str(tmp_path / "x-000000.tar")])
+        sets.ShardSet([str(tmp_path / "x-000000.tar")])
 
 
 DAMAGE = {
@@ -392,10 +392,10 @@ def test_columns_of_an_index_that_do_not_go_together(tmp_path, damage):
 @pytest.mark.parametrize("entry", [7, {"name": "x-000000.tar"}])
 def test_a_manifest_whose_lines_are_not_of_the_form(tmp_path, entry):
     path = tmp_path / "x.manifest.json"
-    content = {"format": index.MANIFEST_FORMAT, "version": index.VERSION, "shards": [entry]}
+    content = {"format": sets.MANIFEST_FORMAT, "version": index.VERSION, "shards": [entry]}
     path.write_text(json.dumps(content))
     with pytest.raises(ShardError, match="x.manifest.json: .*(must be an object|says not all)") as caught:
-        index.ShardSet([str(tmp_path / "x-000000.tar")])
+        sets.ShardSet([str(tmp_path / "x-000000.tar")])
     assert caught.value.cause == "index"
 
 
@@ -418,21 +418,21 @@ def test_an_index_is_the_same_in_each_process(tmp_path):
 def test_what_is_no_tar_is_not_read_as_its_own_manifest(tmp_path):
     (tmp_path / "v.mp4").write_bytes(b"\0\0\0\x20ftypisom" * 100)
     with pytest.raises(ShardError, match="v.mp4: no tar header at byte 0"):
-        index.ShardSet([str(tmp_path / "v.mp4")])
+        sets.ShardSet([str(tmp_path / "v.mp4")])
 
 
 def test_a_manifest_spares_the_indexes(tmp_path):
     made = [write_shard(tmp_path / f"x-{n:06d}.tar", range(n, n + 1)) for n in range(2)]
-    path, content = index.write_manifest(
-        tmp_path / "x-000000.tar", [index.shard_entry(f"x-{n:06d}.tar", one) for n, one in enumerate(made)], {}
+    path, content = sets.write_manifest(
+        tmp_path / "x-000000.tar", [sets.shard_entry(f"x-{n:06d}.tar", one) for n, one in enumerate(made)], {}
     )
     assert path.name == "x.manifest.json" and content["totals"]["questions"] == 2
     (tmp_path / "x-000001.index").write_bytes(b"damaged")
-    found = index.ShardSet(storage.expand(str(tmp_path / "x-{000000..000001}.tar")))
+    found = sets.ShardSet(storage.expand(str(tmp_path / "x-{000000..000001}.tar")))
     assert len(found) == 2 and found.locate(0) == (0, 0, 0)
     path.write_text(json.dumps(content | {"version": 9}))
     with pytest.raises(ShardError, match="version 9"):
-        index.ShardSet([str(tmp_path / "x-000000.tar")])
+        sets.ShardSet([str(tmp_path / "x-000000.tar")])
 
 
 # ---------------------------------------------------------------- storages

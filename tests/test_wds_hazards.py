@@ -17,7 +17,7 @@ from test_wds_verify import media, packed  # noqa: F401 (a fixture)
 
 from lavis_lstp.data.shards import ShardQuestions
 from lavis_lstp.errors import ShardError
-from webdataset_tools import index
+from webdataset_tools import index, sets
 from webdataset_tools.__main__ import main
 from webdataset_tools.format import dump_json
 from webdataset_tools.tar import BLOCK, END, Member, header
@@ -94,7 +94,7 @@ def test_a_json_of_100_mb_behind_an_index_is_not_read(tmp_path):
     tracemalloc.start()
     try:
         with pytest.raises(ShardError) as caught:
-            index.ShardSet([str(path)]).read_json(0, 0)
+            sets.ShardSet([str(path)]).read_json(0, 0)
         assert caught.value.cause == "json too large"
         assert tracemalloc.get_traced_memory()[1] < GREAT / 10
     finally:

@@ -21,7 +21,7 @@ from lavis_lstp.data.qa_dataset import VideoQADataset
 from lavis_lstp.data.shards import ShardQuestions
 from lavis_lstp.errors import ConfigError, ShardError
 from lavis_lstp.files import write_json
-from webdataset_tools import index, storage
+from webdataset_tools import index, sets, storage
 from webdataset_tools.__main__ import main
 from webdataset_tools.pack import Settings
 from webdataset_tools.verify import verify
@@ -131,7 +131,7 @@ def test_a_sample_is_one_request_of_its_bytes(media, tmp_path):  # noqa: F811
         dataset[2]  # the index comes with the first sample
         server.served.clear()
         dataset[1]
-        place = index.ShardSet(shards).index(0).members(1)["mp4"]
+        place = sets.ShardSet(shards).index(0).members(1)["mp4"]
         assert server.served == [("x-000000.tar", place.offset, "fine")]
 
 

@@ -21,7 +21,7 @@ from lavis_lstp.data.qa_dataset import VideoQADataset
 from lavis_lstp.data.shards import ShardQuestions, is_shards, unpack_frames
 from lavis_lstp.errors import AnnotationError, ConfigError, ShardError, VideoError
 from lavis_lstp.runners.data_order import Batches, Sampling, TrainOrder
-from webdataset_tools import index
+from webdataset_tools import index, sets
 from webdataset_tools.pack import Settings
 
 COMMON = {"num_frames": 4, "image_size": 32}
@@ -244,7 +244,7 @@ def test_after_a_kill_the_rest_is_the_same_for_any_ranks_and_workers(uneven):
 def test_what_fails_is_counted_by_cause_and_listed(media, tmp_path, caplog):  # noqa: F811
     shards = packed(media, tmp_path / "s", max_count=2)
     rewritten(Path(shards[0]), only("v0%2Emp4", mp4=b"no film"))
-    found = index.ShardSet(shards)
+    found = sets.ShardSet(shards)
     raw = bytearray(Path(shards[0]).read_bytes())
     raw[found.index(0).members(1)["mp4"].offset] ^= 1
     Path(shards[0]).write_bytes(raw)

@@ -21,7 +21,7 @@ from lavis_lstp.data.instruct import read_instructions
 from lavis_lstp.data.prompts import conversation_prompt
 from lavis_lstp.errors import AnnotationError, ConfigError, ShardError, VideoError
 from lavis_lstp.testing.tiny_instruct import write_instruct
-from webdataset_tools import index, storage
+from webdataset_tools import sets, storage
 from webdataset_tools.__main__ import main
 from webdataset_tools.format import check_sample, media_key, parse_frames
 from webdataset_tools.pack import Settings, pack, parse_size, plan_shards
@@ -50,8 +50,8 @@ def content_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def opened(folder: Path, name: str = "x") -> index.ShardSet:
-    return index.ShardSet(sorted(map(str, folder.glob(f"{name}-*.tar"))))
+def opened(folder: Path, name: str = "x") -> sets.ShardSet:
+    return sets.ShardSet(sorted(map(str, folder.glob(f"{name}-*.tar"))))
 
 
 def packed(media: Path, out: Path, **options) -> dict:

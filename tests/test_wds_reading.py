@@ -19,7 +19,7 @@ from lavis_lstp.data.shards import ShardQuestions
 from lavis_lstp.errors import VideoError
 from lavis_lstp.runners.data_order import Batches, Sampling, TrainOrder, eval_units, sampling_of
 from lavis_lstp.runners.splits import join
-from webdataset_tools import index
+from webdataset_tools import index, sets
 from webdataset_tools.pack import pack
 from webdataset_tools.sources import units
 
@@ -144,9 +144,9 @@ def test_processes_count_together_and_nothing_takes_the_place(media, tmp_path): 
 
 def test_a_member_that_is_missing(media, tmp_path):  # noqa: F811
     (shard,) = packed(media, tmp_path)
-    samples = {one.key: one for one in index.ShardSet([shard]).index(0).samples()}
+    samples = {one.key: one for one in sets.ShardSet([shard]).index(0).samples()}
     rewritten(Path(shard), only("v1%2Emp4", mp4=None))
-    found = index.ShardSet([shard]).index(0).samples()
+    found = sets.ShardSet([shard]).index(0).samples()
     said = [one._replace(question_ids=samples[one.key].question_ids, kind=samples[one.key].kind) for one in found]
     index.write(index.build(said, Path(shard).stat().st_size), shard)
     dataset = of_shards([shard], max_bad_fraction=0.25)

@@ -11,7 +11,7 @@ from PIL import Image
 from test_wds_verify import causes, media, only, packed, rewritten  # noqa: F401 (a fixture)
 
 from lavis_lstp.errors import ShardError
-from webdataset_tools import index
+from webdataset_tools import index, sets
 from webdataset_tools.__main__ import main
 from webdataset_tools.format import dump_flow
 from webdataset_tools.pack import Settings
@@ -21,7 +21,7 @@ from webdataset_tools.verify import verify
 
 
 def contents(shards) -> dict[str, dict[str, bytes]]:
-    found = index.ShardSet(sorted(map(str, shards)))
+    found = sets.ShardSet(sorted(map(str, shards)))
     samples = [(n, k, one) for n in range(len(found.shards)) for k, one in enumerate(found.index(n).samples())]
     return {one.key: found.read(n, k, dict(one.members)) for n, k, one in samples}
 
@@ -82,7 +82,7 @@ def test_a_parallel_set_is_joined_and_dropped(media, tmp_path, capsys):  # noqa:
 
 def test_changed_bytes_are_not_copied(media, tmp_path):  # noqa: F811
     (shard,) = packed(media, tmp_path)
-    place = index.ShardSet([shard]).index(0).members(1)["mp4"]
+    place = sets.ShardSet([shard]).index(0).members(1)["mp4"]
     raw = bytearray(Path(shard).read_bytes())
     raw[place.offset] ^= 1
     Path(shard).write_bytes(raw)
@@ -96,7 +96,7 @@ def test_changed_bytes_are_not_copied(media, tmp_path):  # noqa: F811
 def test_a_truncated_shard_gives_what_is_before_the_cut(media, tmp_path):  # noqa: F811
     shards = packed(media, tmp_path / "a", max_count=2)
     before = contents(shards)
-    place = index.ShardSet(shards).index(0).members(1)["mp4"]
+    place = sets.ShardSet(shards).index(0).members(1)["mp4"]
     Path(shards[0]).write_bytes(Path(shards[0]).read_bytes()[: place.offset + 7])
     report = repair(shards, str(tmp_path / "b/x"), decode=4)
     mended = sorted(map(str, (tmp_path / "b").glob("*.tar")))
@@ -108,7 +108,7 @@ def test_a_truncated_shard_gives_what_is_before_the_cut(media, tmp_path):  # noq
 def test_a_damaged_video_is_fetched_again(media, tmp_path):  # noqa: F811
     shards = packed(media, tmp_path / "a", max_count=2)
     before = contents(shards)
-    found = index.ShardSet(shards).index(0)
+    found = sets.ShardSet(shards).index(0)
     raw = bytearray(Path(shards[0]).read_bytes())
     raw[found.members(0)["mp4"].offset + 99] ^= 1
     raw[found.members(1)["json"].offset + 5] ^= 1
@@ -143,7 +143,7 @@ def test_what_is_fetched_again_is_what_was_there(media, tmp_path, member):  # no
     (shard,) = (tmp_path / "a").glob("*.tar")
     before = contents([shard])
     name = "mp4" if member == "mp4" else "frames"
-    first = index.ShardSet([str(shard)]).index(0).members(0)
+    first = sets.ShardSet([str(shard)]).index(0).members(0)
     raw = bytearray(shard.read_bytes())
     raw[first[name].offset + first[name].size - 9] ^= 1
     shard.write_bytes(raw)
@@ -233,7 +233,7 @@ def test_one_bad_file_below_the_root_ends_no_repair(media, tmp_path, now):  # no
     rows = [{"question_id": v, "video": f"{v}.mp4", "question": "?", "answer": "!"} for v in ("v0", "v1", "v2")]
     (root / "a.json").write_text(json.dumps(rows))
     shards = packed(root, tmp_path / "a", settings=Settings(probe=False))
-    for number, row in enumerate(index.ShardSet([shards[0]]).index(0).samples()):
+    for number, row in enumerate(sets.ShardSet([shards[0]]).index(0).samples()):
         member = dict(row.members)["mp4"]
         if number < 2:  # v0 and v1
             raw = bytearray(Path(shards[0]).read_bytes())

@@ -13,7 +13,7 @@ from test_wds_format import pax, raw_tar
 from video_files import audio_file, numbered_video
 
 from lavis_lstp.errors import ConfigError, ShardError
-from webdataset_tools import index, storage
+from webdataset_tools import index, sets, storage
 from webdataset_tools.__main__ import main
 from webdataset_tools.extract import extract
 from webdataset_tools.format import dump_flow, dump_json, media_key
@@ -53,7 +53,7 @@ def causes(shards, **options) -> dict[str, int]:
 
 def rewritten(path: Path, change) -> None:
     """The shard with `change(key, {member: bytes})` for each sample's members, and an index that fits."""
-    found = index.ShardSet([str(path)])
+    found = sets.ShardSet([str(path)])
     content = [(one.key, found.read(0, n, dict(one.members))) for n, one in enumerate(found.index(0).samples())]
     changed = [change(key, dict(members)) for key, members in content]
     samples = []
@@ -104,7 +104,7 @@ def test_a_damaged_tar(media, tmp_path, damage, cause):
 
 def test_samples_behind_a_damaged_header_are_found_by_the_index(media, tmp_path):
     shards = packed(media, tmp_path)
-    path, place = Path(shards[0]), index.ShardSet(shards).index(0).members(1)["mp4"]
+    path, place = Path(shards[0]), sets.ShardSet(shards).index(0).members(1)["mp4"]
     raw = bytearray(path.read_bytes())
     raw[place.offset - 512 : place.offset] = b"x" * 512
     path.write_bytes(raw)
@@ -114,7 +114,7 @@ def test_samples_behind_a_damaged_header_are_found_by_the_index(media, tmp_path)
 
 def test_a_flipped_bit_in_a_video(media, tmp_path):
     shards = packed(media, tmp_path)
-    path, place = Path(shards[0]), index.ShardSet(shards).index(0).members(1)["mp4"]
+    path, place = Path(shards[0]), sets.ShardSet(shards).index(0).members(1)["mp4"]
     raw = bytearray(path.read_bytes())
     raw[place.offset + place.size // 2] ^= 1
     path.write_bytes(raw)

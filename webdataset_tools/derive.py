@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lavis_lstp.files import sha256_json
-from webdataset_tools import index
+from webdataset_tools import index, sets
 from webdataset_tools.engine import run_jobs
 from webdataset_tools.pack import check_others, finish, finished
 from webdataset_tools.tar import ShardWriter
@@ -40,7 +40,7 @@ def derive_shard(job: Job) -> dict[str, Any]:
     path = Path(job.path)
     found = finished(path, job.plan, job.overwrite)
     if found is None:
-        source, samples = index.ShardSet([job.location]), []
+        source, samples = sets.ShardSet([job.location]), []
         with ShardWriter(path) as shard:
             for number, one in enumerate(source.index(0).samples()):
                 value = source.read_json(0, number)
@@ -52,7 +52,7 @@ def derive_shard(job: Job) -> dict[str, Any]:
                 samples.append(index.sample_of(one.key, shard.add(one.key, {job.member: made}), None))
         found = index.build(samples, shard.bytes, job.plan)
         index.write(found, path)
-    return index.shard_entry(path.name, found)
+    return sets.shard_entry(path.name, found)
 
 
 def derive(
@@ -71,7 +71,7 @@ def derive(
     Args:
         about: what decides the members beside the shards' content; goes to the manifest.
     """
-    digests = [entry["digest"] for entry in index.ShardSet(shards).entries]
+    digests = [entry["digest"] for entry in sets.ShardSet(shards).entries]
     paths = [f"{out}-{number:06d}.tar" for number in range(len(shards))]
     check_others(out, paths, overwrite)
     jobs = [

@@ -23,7 +23,7 @@ from typing import Any
 from lavis_lstp.data.picture_folder import pictures_in
 from lavis_lstp.errors import ConfigError, ShardError, VideoError
 from lavis_lstp.files import sha256_json, write_jsonl
-from webdataset_tools import index
+from webdataset_tools import index, sets
 from webdataset_tools.engine import how, run_jobs
 from webdataset_tools.format import SAMPLE_FORMAT, VERSION, check_sample, dump_json
 from webdataset_tools.media import Medium, Settings, read_ahead
@@ -103,7 +103,7 @@ def pack_shard(job: Job) -> dict[str, Any]:
         found = index.build(entries, shard.bytes, job.plan)
         found.facts["left_out"] = json.dumps(bad)
         index.write(found, path)
-    return {**index.shard_entry(path.name, found), "left_out": json.loads(found.facts["left_out"])}
+    return {**sets.shard_entry(path.name, found), "left_out": json.loads(found.facts["left_out"])}
 
 
 def finished(path: Path, plan: str, overwrite: bool) -> index.ShardIndex | None:
@@ -209,7 +209,7 @@ def finish(
     for partial in Path(out).parent.iterdir():
         if partials.fullmatch(partial.name):  # of runs that were killed; nothing of this set is being written now
             partial.unlink(missing_ok=True)
-    return index.write_manifest(paths[0], entries, {**about, "left_out": len(bad)})[1]
+    return sets.write_manifest(paths[0], entries, {**about, "left_out": len(bad)})[1]
 
 
 def check_others(out: str, paths: Sequence[str], overwrite: bool) -> None:

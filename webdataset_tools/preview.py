@@ -28,8 +28,8 @@ from lavis_lstp.files import atomic_writer
 from lavis_lstp.picture import GOLD, PREDICTED, flow_colours
 from lavis_lstp.report.shell import page_of, picture_tag
 from webdataset_tools.format import parse_flow, parse_json
-from webdataset_tools.index import ShardSet
 from webdataset_tools.pack import positive
+from webdataset_tools.sets import ShardSet
 from webdataset_tools.storage import expand
 
 HELP = "a contact sheet of some samples, as HTML or PNG"

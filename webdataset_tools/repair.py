@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lavis_lstp.errors import ShardError, VideoError
-from webdataset_tools import index
+from webdataset_tools import sets
 from webdataset_tools.format import MEDIA_MEMBERS, check_sample, parse_frames
 from webdataset_tools.media import Settings, load, sha256_of
 from webdataset_tools.rewrite import Again, Kept, about, rewrite
@@ -77,7 +77,7 @@ def _again(row: dict[str, str], root: Path | None, bad: list[dict[str, str]], de
     if root is None:
         return None
     shard, key = row["shard"], row["key"]
-    found = index.ShardSet([shard])
+    found = sets.ShardSet([shard])
     try:
         number = found.index(0).keys().index(key)
         value = found.read_json(0, number)
@@ -112,7 +112,7 @@ def _again(row: dict[str, str], root: Path | None, bad: list[dict[str, str]], de
     return Again(Kept(key, tuple(kept)), unit, settings)
 
 
-def _settings(found: index.ShardSet, number: int) -> Settings | None:
+def _settings(found: sets.ShardSet, number: int) -> Settings | None:
     """How the sample's medium was stored: as it is, or as frames that other samples' tell how to choose."""
     if "frames" not in found.index(0).members(number):
         return Settings()

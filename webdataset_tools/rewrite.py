@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from lavis_lstp.errors import ShardError
 from lavis_lstp.files import sha256_json
-from webdataset_tools import index
+from webdataset_tools import index, sets
 from webdataset_tools.engine import run_jobs
 from webdataset_tools.format import parse_json
 from webdataset_tools.media import Settings, load
@@ -92,7 +92,7 @@ def rewrite_shard(job: Job) -> dict[str, Any]:
                 samples.append(index.sample_of(key, {m.name.partition(".")[2]: m for m in members}, value))
         found = index.build(samples, shard.bytes, job.plan)
         index.write(found, path)
-    return index.shard_entry(path.name, found)
+    return sets.shard_entry(path.name, found)
 
 
 def rewrite(
@@ -118,7 +118,7 @@ def rewrite(
 
 def kept_samples(shards: Sequence[str], drop: Sequence[str] = ()) -> list[Kept]:
     """All samples of a set, in order, without some members."""
-    found = index.ShardSet(shards)
+    found = sets.ShardSet(shards)
     samples = []
     for number, location in enumerate(found.shards):
         for one in found.index(number).samples():

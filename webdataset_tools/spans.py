@@ -18,7 +18,7 @@ from lavis_lstp.data.annotation import parse, read_text
 from lavis_lstp.data.spans import SPANS_FORMAT, SPANS_VERSION, read_spans
 from lavis_lstp.errors import AnnotationError
 from lavis_lstp.files import sha256_file
-from webdataset_tools import index
+from webdataset_tools import sets
 from webdataset_tools.derive import derive
 from webdataset_tools.engine import how
 from webdataset_tools.format import dump_json
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     frames = {"fps": header.get("fps"), "short_videos": header.get("short_videos", "keep")}
     read_spans(path, header.get("num_frames"), section="--spans", **frames)  # says what is wrong with a span
     shards = expand(args.shards)
-    found = index.ShardSet(shards)
+    found = sets.ShardSet(shards)
     samples = [sample for n in range(len(shards)) for sample in found.index(n).samples() if sample.kind == "video"]
     ids = [question for sample in samples for question in sample.question_ids]
     without = [question for question in ids if question not in content["spans"]]

@@ -16,7 +16,7 @@ import numpy as np
 
 from lavis_lstp.files import atomic_writer
 from lavis_lstp.report.shell import page_of, picture_tag
-from webdataset_tools import index
+from webdataset_tools import sets
 from webdataset_tools.engine import how, run_jobs
 from webdataset_tools.storage import expand
 
@@ -38,7 +38,7 @@ NUMBERS = {
 
 def shard_stats(location: str) -> dict[str, Any]:
     """Counters and lists of numbers of one shard."""
-    found = index.ShardSet([location])
+    found = sets.ShardSet([location])
     numbers: dict[str, list[float]] = {name: [] for name in NUMBERS}
     counts: dict[str, Counter] = {name: Counter() for name in ("kinds", "members", "codecs", "categories", "answers")}
     for sample, one in enumerate(found.index(0).samples()):

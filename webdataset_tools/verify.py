@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lavis_lstp.errors import LstpError, ShardError, VideoError
-from webdataset_tools import index
+from webdataset_tools import index, sets
 from webdataset_tools.engine import how, run_jobs
 from webdataset_tools.format import (
     IMAGE_MEMBERS,
@@ -311,20 +311,20 @@ def _leaks(sound: Sequence[tuple], others: Sequence[tuple]) -> Iterator[dict[str
 
 def _manifests(shards: Sequence[str], retry: Retry, damaged: set[str]) -> Iterator[dict[str, str]]:
     """Manifests against the indexes of shards that are sound themselves."""
-    for place in sorted({index.manifest_location(shard) for shard in shards if can_seek(shard)}):
+    for place in sorted({sets.manifest_location(shard) for shard in shards if can_seek(shard)}):
         try:
-            entries = {entry["name"]: entry for entry in index.read_manifest(place, retry)["shards"]}
+            entries = {entry["name"]: entry for entry in sets.read_manifest(place, retry)["shards"]}
         except ShardError as error:
             yield problem_row(place, "", "no manifest" if error.cause == "not found" else error.cause, str(error))
             continue
-        mine = [shard for shard in shards if can_seek(shard) and index.manifest_location(shard) == place]
+        mine = [shard for shard in shards if can_seek(shard) and sets.manifest_location(shard) == place]
         for shard in mine:
             name = shard[shard.rfind("/") + 1 :]
             if name not in entries:
                 yield problem_row(shard, "", "manifest", f"{shard}: the manifest {place} does not name it")
             elif shard not in damaged:
                 raw = read_all(beside(shard, index.INDEX_SUFFIX), retry)
-                if index.shard_entry(name, index.parse(raw, shard)) != entries[name]:
+                if sets.shard_entry(name, index.parse(raw, shard)) != entries[name]:
                     yield problem_row(shard, "", "manifest", f"{shard}: is not what the manifest {place} says")
         names = {shard[shard.rfind("/") + 1 :] for shard in mine}
         for name in sorted(entries.keys() - names) if len(mine) > 1 or len(entries) == 1 else ():

@@ -27,7 +27,7 @@ from lavis_lstp.data.spans import Spans, checked_spans
 from lavis_lstp.data.video import read_flow_file
 from lavis_lstp.errors import AnnotationError, ConfigError, ShardError
 from webdataset_tools.format import MEDIA_MEMBERS, StoredFrames, check_sample, parse_flow, parse_frames, parse_json
-from webdataset_tools.index import ShardSet
+from webdataset_tools.sets import ShardSet
 from webdataset_tools.storage import RETRY, Retry, expand, knows_ranges, open_stream, scheme
 
 logger = logging.getLogger(__name__)
