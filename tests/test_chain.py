@@ -112,7 +112,8 @@ def start(out: Path) -> subprocess.Popen:
         f"work.step('last', ['-c', {WRITES!r}, str(out / 'last.txt'), 'x'])"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(out)], stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: (out / "counts.txt").exists() or process.poll() is not None)
+    counts = out / "counts.txt"
+    wait_for(lambda: (counts.exists() and counts.stat().st_size) or process.poll() is not None)
     return process
 
 
@@ -135,19 +136,19 @@ def at_work(folder: Path) -> bool:
 def test_a_chain_that_was_killed_goes_on_where_it_was(tmp_path, sent):
     process = start(tmp_path)
     process.send_signal(sent)
-    process.communicate(timeout=3000)
+    process.communicate(timeout=300)
     assert process.returncode == (143 if sent == signal.SIGTERM else -signal.SIGKILL)
     assert (tmp_path / "counts.txt").read_text() == "0" and not Chain(tmp_path).is_done("counts")
     if sent == signal.SIGKILL:  # the step outlives the chain, and must not get a twin
         again = start(tmp_path)
-        assert "a process of an earlier call still works here" in again.communicate(timeout=3000)[1]
+        assert "a process of an earlier call still works here" in again.communicate(timeout=300)[1]
         assert again.returncode == 1 and (tmp_path / "counts.txt").read_text() == "0"
     (tmp_path / "go").touch()
     if sent == signal.SIGKILL:
         wait_for(lambda: (tmp_path / "counts.txt").read_text() == "0123")
         wait_for(lambda: not at_work(tmp_path / "counts"))
     again = start(tmp_path)
-    assert again.wait(timeout=3000) == 0, again.stderr.read()
+    assert again.wait(timeout=300) == 0, again.stderr.read()
     assert (tmp_path / "counts.txt").read_text() == "0123"  # nothing twice
     assert (tmp_path / "first.txt").read_text() == (tmp_path / "last.txt").read_text() == "x"
 
