@@ -133,7 +133,7 @@ setup(
         "lavis_lstp.models",
         "lavis_lstp.report",
         "lavis_lstp.runners",
-        "lavis_lstp.shims",
+        "lavis_lstp.host.shims",
         "lavis_lstp.tasks",
         "lavis_lstp.testing",
         "webdataset_tools",
@@ -167,8 +167,8 @@ setup(
         ],
     },
     entry_points={
-        "console_scripts": ["lavis-lstp = lavis_lstp.cli:main"],
-        "lmms_eval.models": ["lavis_lstp = lavis_lstp.lmms:manifests"],
+        "console_scripts": ["lavis-lstp = lavis_lstp.commands.cli:main"],
+        "lmms_eval.models": ["lavis_lstp = lavis_lstp.inference.lmms:manifests"],
     },
     cmdclass={"build_py": BuildWithPlugin, "editable_wheel": EditableWithPlugin},
     classifiers=[

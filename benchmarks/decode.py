@@ -33,7 +33,7 @@ if how == "all":  # as published: every frame in memory, then pick
     frames = np.stack(every[:: max(1, len(every) // 32)][:32])
     decoded = len(every)
 else:
-    from lavis_lstp.data.video import read_frames
+    from lavis_lstp.data.video.reading import read_frames
     video = read_frames(path, num=32, size=size, backend=how)
     frames, decoded = video.frames, video.count.pictures
 seconds = time.perf_counter() - start
@@ -95,7 +95,7 @@ def main() -> None:
         path = args.video or Path(folder) / "long.mp4"
         if args.video is None:
             make_video(path, args.seconds)
-        from lavis_lstp.data.video import probe
+        from lavis_lstp.data.video.reading import probe
 
         info = probe(path)
         result = {

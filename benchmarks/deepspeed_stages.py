@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from lavis_lstp import plugin
+from lavis_lstp.host import plugin
 
 KINDS = ("plain", "zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
 GENERATE = {"train_videos": 8, "val_videos": 1, "test_videos": 1, "train_images": 4, "size": 64}
@@ -47,8 +47,9 @@ def make_runner(args: argparse.Namespace, folder: Path, kind: str):
     import lavis.tasks as tasks
     from lavis.common.registry import registry
 
-    from lavis_lstp import launch, register
+    from lavis_lstp import register
     from lavis_lstp.config import Config
+    from lavis_lstp.host import launch
 
     register()
     config = Config(launch.parse_args(["--cfg-path", args.recipe, "--options", *options(args, folder, kind)], "bench"))
@@ -121,8 +122,8 @@ def peak_bytes(device: torch.device) -> int:
 
 def worker(args: argparse.Namespace) -> None:
     """One process of one kind; rank 0 writes what was measured."""
-    from lavis_lstp import launch
-    from lavis_lstp.runners import distributed
+    from lavis_lstp import distributed
+    from lavis_lstp.host import launch
 
     runner = make_runner(args, args.folder, args.worker)
     runner._prepare_training()
@@ -204,7 +205,7 @@ def bare(args: argparse.Namespace, folder: Path) -> float:
     """What a DeepSpeed script does: initialize, forward, backward, step, read the loss."""
     import deepspeed
 
-    from lavis_lstp.runners import distributed
+    from lavis_lstp import distributed
     from lavis_lstp.runners.engine import parameter_groups
 
     runner = make_runner(args, folder / "unused", args.kinds[0])

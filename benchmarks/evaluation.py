@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from lavis_lstp import plugin
+from lavis_lstp.host import plugin
 
 TARGET = 5.0
 STAGES = ("decode", "flow", "sampler", "selection", "vision", "language", "judge")
@@ -55,9 +55,9 @@ class Sides:
     """The two ways over one model and one data set."""
 
     def __init__(self, folder: Path, videos: int, batch_size: int):
-        from lavis_lstp.data import shapes_qa
         from lavis_lstp.data.annotation import read_annotation
         from lavis_lstp.data.qa_dataset import VideoQADataset
+        from lavis_lstp.data.shapes import shapes_qa
         from lavis_lstp.models.lstp import LSTP
         from lavis_lstp.models.variants import MODEL_TYPES, load_variant
         from lavis_lstp.tasks import VideoQATask

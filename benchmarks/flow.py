@@ -25,8 +25,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from video_files import moving_texture, write_video
 
-from lavis_lstp.data.video import read_frames
-from lavis_lstp.models.flow import build_flow
+from lavis_lstp.data.video.reading import read_frames
+from lavis_lstp.models.where.flow import build_flow
 
 VELOCITY = (2.0, -1.0)
 

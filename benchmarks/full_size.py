@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 
-from lavis_lstp import plugin
+from lavis_lstp.host import plugin
 
 GIB = 2**30
 
@@ -28,7 +28,7 @@ def build(recipe: str | None, name: str, device: torch.device):
     from lavis.common.registry import registry
 
     from lavis_lstp.config import complete_model, find_config
-    from lavis_lstp.models.published_sizes import PUBLISHED_SIZES
+    from lavis_lstp.models.weights.published_sizes import PUBLISHED_SIZES
 
     given = OmegaConf.load(find_config(recipe)) if recipe else OmegaConf.create({"model": {"arch": name}})
     model_cfg = complete_model(given).model

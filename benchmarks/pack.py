@@ -26,7 +26,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from video_files import moving_texture, write_video
 
-from lavis_lstp.data import shapes_qa
+from lavis_lstp.data.shapes import shapes_qa
 from webdataset_tools.media import Settings
 from webdataset_tools.pack import pack
 from webdataset_tools.sources import Unit, units

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from torch import nn
 from torch.utils.data import Dataset
 
-from lavis_lstp import plugin
+from lavis_lstp.host import plugin
 
 BATCH = 32
 

@@ -33,12 +33,12 @@ from video_files import moving_texture, write_video
 
 from lavis_lstp.data.annotation import read_annotation
 from lavis_lstp.data.qa_dataset import VideoQADataset
-from lavis_lstp.data.shards import ShardQuestions, unpack_frames
-from lavis_lstp.models.flow import build_flow
+from lavis_lstp.data.shards.format import parse_flow, parse_frames
+from lavis_lstp.data.shards.questions import ShardQuestions, unpack_frames
+from lavis_lstp.models.where.flow import build_flow
 from lavis_lstp.runners.data_order import Batches
 from webdataset_tools import flow, reshard
 from webdataset_tools.derive import derive
-from webdataset_tools.format import parse_flow, parse_frames
 from webdataset_tools.pack import Settings, pack
 from webdataset_tools.rewrite import about, kept_samples, rewrite
 from webdataset_tools.sources import units

@@ -32,12 +32,12 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from video_files import moving_texture, write_video
 
-from lavis_lstp.data.shapes_qa import generate
-from lavis_lstp.data.video import read_frames
-from lavis_lstp.models.flow import UNINITIALISED, build_flow, radius_normalised, resize_flow
-from lavis_lstp.models.temporal_sampler import TemporalSampler, span_loss
-from lavis_lstp.models.tiny_tokenizer import tiny_tokenizer
-from webdataset_tools.format import PUBLISHED_FLOW, dump_flow, parse_flow
+from lavis_lstp.data.shapes.shapes_qa import generate
+from lavis_lstp.data.shards.format import PUBLISHED_FLOW, dump_flow, parse_flow
+from lavis_lstp.data.video.reading import read_frames
+from lavis_lstp.models.answer.tiny_tokenizer import tiny_tokenizer
+from lavis_lstp.models.where.flow import UNINITIALISED, build_flow, radius_normalised, resize_flow
+from lavis_lstp.models.where.temporal_sampler import TemporalSampler, span_loss
 
 QUESTIONS = ("what colour is the shape that shakes?", "which shape moves left?", "how many shapes turn?")
 
@@ -104,7 +104,7 @@ def trained(root: Path, steps: int) -> Reader:
 
 
 def of_run(checkpoint: str) -> Reader:
-    from lavis_lstp.ask import build_model
+    from lavis_lstp.commands.ask import build_model
 
     sampler = build_model("lstp_tiny", None, checkpoint, [])[0].sampler.eval()
     return Reader("tiny, trained run, 64 px", 64, logits_of(sampler, lambda field: field, "multi_modal"))

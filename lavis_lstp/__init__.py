@@ -24,7 +24,7 @@ WATCHED = NEEDS_LAVIS | {"lavis", "lavis.train", "lavis.evaluate"}
 
 def register():
     """Make LAVIS know this package's data sets, models, tasks and runners; any number of times."""
-    from lavis_lstp import plugin
+    from lavis_lstp.host import plugin
 
     plugin.register()
 
@@ -35,7 +35,7 @@ class Finder:
     def find_spec(self, fullname, path=None, target=None):
         if fullname not in WATCHED:
             return None
-        from lavis_lstp import _hook
+        from lavis_lstp.host import hook as _hook
 
         return _hook.find_spec(self, fullname, path, target)
 

@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lavis_lstp.config_keys import check_dataset, check_model, check_roots, check_run, is_ours
 from lavis_lstp.errors import ConfigError, unknown_name
-from lavis_lstp.plugin import resolve_model
+from lavis_lstp.host.plugin import resolve_model
 from lavis_lstp.run_keys import run_defaults
 
 PACKAGE = Path(__file__).resolve().parent

@@ -67,8 +67,8 @@ def lavis_run(options: dict) -> None:
     import lavis.tasks as tasks
     from lavis.common.registry import registry
 
-    from lavis_lstp import launch
     from lavis_lstp.config import Config
+    from lavis_lstp.host import launch
 
     for words in options["runs"]:
         config = Config(launch.parse_args(["--cfg-path", options["cfg"], "--options", *words], "test"))
@@ -98,9 +98,10 @@ def draws(options: dict) -> None:
     from test_lstp import model_config
     from test_mixed_batches import ALL_PARTS, mixed
 
+    from lavis_lstp import distributed
     from lavis_lstp.models.lstp import LSTP
-    from lavis_lstp.runners import deepspeed_config, distributed
-    from lavis_lstp.runners.deepspeed_engine import DeepSpeedEngine
+    from lavis_lstp.runners.deepspeed import config as deepspeed_config
+    from lavis_lstp.runners.deepspeed.engine import DeepSpeedEngine
     from lavis_lstp.runners.settings import RunSettings
 
     rank = distributed.rank()
@@ -139,8 +140,8 @@ def memory(options: dict) -> None:
     from test_estimate import KINDS, prepared
     from torch.profiler import ProfilerActivity, profile, record_function
 
-    from lavis_lstp.estimate import Alive
-    from lavis_lstp.runners.deepspeed_engine import DeepSpeedEngine
+    from lavis_lstp.commands.estimate import Alive
+    from lavis_lstp.runners.deepspeed.engine import DeepSpeedEngine
     from lavis_lstp.runners.engine import TorchEngine
 
     device, (precision, accumulate, _) = torch.device("cpu"), KINDS[options["kind"]]
@@ -242,7 +243,7 @@ def main() -> None:
     import toy  # noqa: F401
 
     from lavis_lstp import register
-    from lavis_lstp.runners.deepspeed_engine import import_deepspeed
+    from lavis_lstp.runners.deepspeed.engine import import_deepspeed
 
     register()
     import_deepspeed(torch.device("cpu"))

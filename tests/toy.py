@@ -18,8 +18,8 @@ from omegaconf import OmegaConf
 from torch import nn
 from torch.utils.data import Dataset
 
-from lavis_lstp import plugin
 from lavis_lstp.errors import LstpError
+from lavis_lstp.host import plugin
 
 plugin.before_lavis()
 

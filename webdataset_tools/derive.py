@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lavis_lstp.data.shards import index, sets
+from lavis_lstp.data.shards.tar import ShardWriter
 from lavis_lstp.files import sha256_json
-from webdataset_tools import index, sets
 from webdataset_tools.engine import run_jobs
 from webdataset_tools.pack import check_others, finish, finished
-from webdataset_tools.tar import ShardWriter
 
 
 @dataclass(frozen=True)

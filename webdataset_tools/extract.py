@@ -14,11 +14,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lavis_lstp.data.shards.format import JSON_LIMIT, MEDIA_MEMBERS, check_sample, media_path, parse_frames, parse_json
+from lavis_lstp.data.shards.storage import expand, open_stream
+from lavis_lstp.data.shards.tar import TarScan, samples
 from lavis_lstp.errors import ConfigError, ShardError
 from lavis_lstp.files import complete_folder, write_json
-from webdataset_tools.format import JSON_LIMIT, MEDIA_MEMBERS, check_sample, media_path, parse_frames, parse_json
-from webdataset_tools.storage import expand, open_stream
-from webdataset_tools.tar import TarScan, samples
 
 HELP = "write a set's media and annotations back as files"
 SHARD_BY_SHARD = False

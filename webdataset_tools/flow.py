@@ -16,14 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from lavis_lstp.data.video import read_frames
+from lavis_lstp.data.shards.format import VIDEO_MEMBERS, dump_flow, parse_frames
+from lavis_lstp.data.shards.storage import expand
+from lavis_lstp.data.video.reading import read_frames
 from lavis_lstp.errors import ConfigError, ShardError
 from lavis_lstp.files import sha256_file
 from webdataset_tools.derive import derive
 from webdataset_tools.engine import how
-from webdataset_tools.format import VIDEO_MEMBERS, dump_flow, parse_frames
 from webdataset_tools.pack import positive, rate
-from webdataset_tools.storage import expand
 
 HELP = "compute optical flow into a parallel set"
 EXTRACTORS = ("dis", "raft_large", "raft_small", "motion_vectors")
@@ -50,7 +50,7 @@ class Settings:
 
 @functools.lru_cache(maxsize=1)
 def _extractor(settings: Settings) -> Any:
-    from lavis_lstp.models.flow import build_flow
+    from lavis_lstp.models.where.flow import build_flow
 
     options = {"weights": settings.weights, "pairs_at_once": settings.pairs_at_once}
     return build_flow(settings.extractor, **options).to(settings.device).eval()

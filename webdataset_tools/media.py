@@ -18,12 +18,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lavis_lstp.data.picture_folder import folder_index, pictures_in
-from lavis_lstp.data.video import probe, read_frames
-from lavis_lstp.data.video_index import VideoInfo
+from lavis_lstp.data.shards.format import StoredFrames, dump_frames
+from lavis_lstp.data.video.index import VideoInfo
+from lavis_lstp.data.video.picture_folder import folder_index, pictures_in
+from lavis_lstp.data.video.reading import probe, read_frames
 from lavis_lstp.errors import VideoError
 from lavis_lstp.files import sha256_file
-from webdataset_tools.format import StoredFrames, dump_frames
 from webdataset_tools.mp4_header import mp4_info
 from webdataset_tools.sources import Unit, member_of
 

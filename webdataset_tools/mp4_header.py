@@ -1,6 +1,6 @@
 """What the header of an MP4 says about its video: length, rate and size, without opening it as FFmpeg does.
 
-In: the file's bytes, or a map of them. Out: what `lavis_lstp.data.video.probe` says, in a hundredth of the time; or
+In: the file's bytes, or a map of them. Out: what `lavis_lstp.data.video.reading.probe` says, in a hundredth of the time; or
 None where the header leaves a question open, which only opening the file answers: fragments, edits that cut frames,
 several video tracks, a rotation, a codec other than H.264 and HEVC, a sample that is not in the file.
 
@@ -16,7 +16,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from lavis_lstp.data.video_index import VideoInfo, frame_rate
+from lavis_lstp.data.video.index import VideoInfo, frame_rate
 
 CODECS = {b"avc1": "h264", b"avc3": "h264", b"hvc1": "hevc", b"hev1": "hevc"}
 UPRIGHT = (1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)

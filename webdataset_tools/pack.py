@@ -20,16 +20,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lavis_lstp.data.picture_folder import pictures_in
+from lavis_lstp.data.shards import index, sets
+from lavis_lstp.data.shards.format import SAMPLE_FORMAT, VERSION, check_sample, dump_json
+from lavis_lstp.data.shards.storage import beside
+from lavis_lstp.data.shards.tar import ShardWriter
+from lavis_lstp.data.video.picture_folder import pictures_in
 from lavis_lstp.errors import ConfigError, ShardError, VideoError
 from lavis_lstp.files import sha256_json, write_jsonl
-from webdataset_tools import index, sets
 from webdataset_tools.engine import how, run_jobs
-from webdataset_tools.format import SAMPLE_FORMAT, VERSION, check_sample, dump_json
 from webdataset_tools.media import Medium, Settings, read_ahead
 from webdataset_tools.sources import FORMS, Unit, units
-from webdataset_tools.storage import beside
-from webdataset_tools.tar import ShardWriter
 
 HELP = "write shards from annotation files and their videos, images and texts"
 DEFAULTS = Settings()
@@ -279,7 +279,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "forms of --from:\n"
         '  annotation   JSON list or JSON lines: {"question_id", "video" or "image", "question", "answer"}, and what\n'
         "               docs/data_format.md names beside\n"
-        "  shapes       a folder written by python -m lavis_lstp.data.shapes_qa\n"
+        "  shapes       a folder written by python -m lavis_lstp.data.shapes.shapes_qa\n"
         "  video-llava  rows of conversations about videos, images or nothing (text), as Video-LLaVA has them\n"
         "  qa           a file of questions and one of answers (--answers), joined by question_id\n"
         "  lstp_...     the files of that benchmark's authors\n\n"

@@ -21,16 +21,16 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from lavis_lstp.data.qa_dataset import VideoQADataset
-from lavis_lstp.data.shards import ShardQuestions
-from lavis_lstp.data.video import uniform_centres
+from lavis_lstp.data.shards.format import parse_flow, parse_json
+from lavis_lstp.data.shards.questions import ShardQuestions
+from lavis_lstp.data.shards.sets import ShardSet
+from lavis_lstp.data.shards.storage import expand
+from lavis_lstp.data.video.reading import uniform_centres
 from lavis_lstp.errors import ConfigError
 from lavis_lstp.files import atomic_writer
-from lavis_lstp.picture import GOLD, PREDICTED, flow_colours
+from lavis_lstp.report.explanation import GOLD, PREDICTED, flow_colours
 from lavis_lstp.report.shell import page_of, picture_tag
-from webdataset_tools.format import parse_flow, parse_json
 from webdataset_tools.pack import positive
-from webdataset_tools.sets import ShardSet
-from webdataset_tools.storage import expand
 
 HELP = "a contact sheet of some samples, as HTML or PNG"
 SHARD_BY_SHARD = False

@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lavis_lstp.data.shards import sets
+from lavis_lstp.data.shards.format import MEDIA_MEMBERS, check_sample, parse_frames
+from lavis_lstp.data.shards.storage import expand
 from lavis_lstp.errors import ShardError, VideoError
-from webdataset_tools import sets
-from webdataset_tools.format import MEDIA_MEMBERS, check_sample, parse_frames
 from webdataset_tools.media import Settings, load, sha256_of
 from webdataset_tools.rewrite import Again, Kept, about, rewrite
 from webdataset_tools.sources import Unit
-from webdataset_tools.storage import expand
 from webdataset_tools.verify import add_check_arguments, check_decodable, check_derived, checks, examine, problem_row
 
 HELP = "a new set without, or with mended, samples that verify names"

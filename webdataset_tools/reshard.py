@@ -10,12 +10,12 @@ import argparse
 import random
 from typing import Any
 
+from lavis_lstp.data.shards.format import MEMBERS
+from lavis_lstp.data.shards.storage import expand
 from lavis_lstp.errors import ConfigError
 from webdataset_tools.engine import how
-from webdataset_tools.format import MEMBERS
 from webdataset_tools.pack import add_size_arguments, plan_shards
 from webdataset_tools.rewrite import Kept, about, kept_samples, rewrite
-from webdataset_tools.storage import expand
 
 HELP = "other sizes, another order, joined with flow or spans"
 

@@ -13,16 +13,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lavis_lstp.data.shards import index, sets
+from lavis_lstp.data.shards.format import parse_json
+from lavis_lstp.data.shards.storage import read_at
+from lavis_lstp.data.shards.tar import Member, ShardWriter
 from lavis_lstp.errors import ShardError
 from lavis_lstp.files import sha256_json
-from webdataset_tools import index, sets
 from webdataset_tools.engine import run_jobs
-from webdataset_tools.format import parse_json
 from webdataset_tools.media import Settings, load
 from webdataset_tools.pack import check_others, finish, finished
 from webdataset_tools.sources import Unit
-from webdataset_tools.storage import read_at
-from webdataset_tools.tar import Member, ShardWriter
 
 
 class Kept(NamedTuple):

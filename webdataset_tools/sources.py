@@ -1,7 +1,7 @@
 """What is packed: annotation files of these forms -> media with their questions, in the order of the files.
 
     annotation   this package's form, a JSON list or JSON lines (`lavis_lstp.data.qa_dataset`), videos and images
-    shapes       a folder written by `python -m lavis_lstp.data.shapes_qa`, with the split to take
+    shapes       a folder written by `python -m lavis_lstp.data.shapes.shapes_qa`, with the split to take
     video-llava  Video-LLaVA's layout: rows of conversations about images, videos and nothing (text)
     qa           a benchmark's question file and answer file, joined by question_id, never by position
     lstp_nextqa and the other names of `lavis_lstp.data.benchmarks`: the files of its authors
@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 from lavis_lstp.data.annotation import check_object, parse_rows, read_annotation, read_text
 from lavis_lstp.data.benchmarks import BENCHMARKS, QUESTIONS, read_benchmark
 from lavis_lstp.data.instruct import read_instructions
-from lavis_lstp.data.picture_folder import pictures_in
+from lavis_lstp.data.shards.format import IMAGE_MEMBERS, VIDEO_MEMBERS, media_key, media_path
+from lavis_lstp.data.video.picture_folder import pictures_in
 from lavis_lstp.errors import AnnotationError, ConfigError, VideoError
-from webdataset_tools.format import IMAGE_MEMBERS, VIDEO_MEMBERS, media_key, media_path
 
 FORMS = ("annotation", "shapes", "video-llava", "qa", *BENCHMARKS)
 
@@ -59,7 +59,9 @@ def units(
     """
     if form == "shapes":
         if len(files) != 1 or not (files[0] / f"{split}.json").is_file():
-            raise ConfigError(f"{files[0]}: holds no {split}.json; expected a folder of lavis_lstp.data.shapes_qa")
+            raise ConfigError(
+                f"{files[0]}: holds no {split}.json; expected a folder of lavis_lstp.data.shapes.shapes_qa"
+            )
         files, root, form = [files[0] / f"{split}.json"], files[0], "annotation"
     for path in (*files, *(path for path in (answers, video_names) if path)):
         if not path.exists():

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from lavis_lstp.data.annotation import parse, read_text
+from lavis_lstp.data.shards import sets
+from lavis_lstp.data.shards.format import dump_json
+from lavis_lstp.data.shards.storage import expand
 from lavis_lstp.data.spans import SPANS_FORMAT, SPANS_VERSION, read_spans
 from lavis_lstp.errors import AnnotationError
 from lavis_lstp.files import sha256_file
-from webdataset_tools import sets
 from webdataset_tools.derive import derive
 from webdataset_tools.engine import how
-from webdataset_tools.format import dump_json
-from webdataset_tools.storage import expand
 
 HELP = "attach pseudo spans as a parallel set"
 

@@ -17,10 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lavis_lstp.errors import LstpError, ShardError, VideoError
-from webdataset_tools import index, sets
-from webdataset_tools.engine import how, run_jobs
-from webdataset_tools.format import (
+from lavis_lstp.data.shards import index, sets
+from lavis_lstp.data.shards.format import (
     IMAGE_MEMBERS,
     JSON_LIMIT,
     MEDIA_MEMBERS,
@@ -31,9 +29,11 @@ from webdataset_tools.format import (
     parse_frames,
     parse_json,
 )
+from lavis_lstp.data.shards.storage import RETRY, Retry, beside, can_seek, expand, open_stream, read_all, read_at
+from lavis_lstp.data.shards.tar import Member, TarScan, samples
+from lavis_lstp.errors import LstpError, ShardError, VideoError
+from webdataset_tools.engine import how, run_jobs
 from webdataset_tools.pack import whole
-from webdataset_tools.storage import RETRY, Retry, beside, can_seek, expand, open_stream, read_all, read_at
-from webdataset_tools.tar import Member, TarScan, samples
 
 HELP = "check shards; exit status 1 and a table of causes where something is wrong"
 
@@ -227,7 +227,7 @@ def check_decodable(kind: str, raw: bytes | Path, place: str, decode: int) -> No
     """Raises VideoError where `decode` frames of a video, or a picture, cannot be decoded."""
     from PIL import Image
 
-    from lavis_lstp.data.video import read_frames
+    from lavis_lstp.data.video.reading import read_frames
 
     if kind == "video":
         read_frames(raw, num=decode, size=64, name=place)

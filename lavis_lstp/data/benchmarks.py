@@ -18,7 +18,7 @@ from string import Formatter
 from typing import Any
 
 from lavis_lstp.data.annotation import SECTION, check_object, check_options, check_seconds, parse, parse_rows, read_text
-from lavis_lstp.data.video import VIDEO_ENDINGS
+from lavis_lstp.data.video.reading import VIDEO_ENDINGS
 from lavis_lstp.errors import AnnotationError, ConfigError, unknown_name
 
 logger = logging.getLogger(__name__)

@@ -17,12 +17,12 @@ from lavis.common.registry import registry
 from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
 from omegaconf import OmegaConf
 
-from lavis_lstp.data import shapes_qa
 from lavis_lstp.data.annotation import read_annotation
 from lavis_lstp.data.benchmarks import BENCHMARKS, read_benchmark
 from lavis_lstp.data.instruct import read_instructions
 from lavis_lstp.data.qa_dataset import VideoQADataset
-from lavis_lstp.data.shards import ShardQuestions, first_process_alone, is_shards, of_split, shard_options
+from lavis_lstp.data.shapes import shapes_qa
+from lavis_lstp.data.shards.questions import ShardQuestions, first_process_alone, is_shards, of_split, shard_options
 from lavis_lstp.data.spans import read_spans
 from lavis_lstp.errors import ConfigError, unknown_name
 

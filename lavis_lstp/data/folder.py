@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from lavis_lstp.data.annotation import SECTION
-from lavis_lstp.data.video import read_flow_file
+from lavis_lstp.data.video.reading import read_flow_file
 from lavis_lstp.errors import AnnotationError, VideoError
 
 logger = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ from typing import Any
 
 from lavis_lstp.data.annotation import SECTION, check_object, parse, parse_rows, read_text
 from lavis_lstp.data.prompts import conversation_prompt, ends_with_user, question_prompt
-from lavis_lstp.data.video import VIDEO_ENDINGS
+from lavis_lstp.data.video.reading import VIDEO_ENDINGS
 from lavis_lstp.errors import AnnotationError, ConfigError, unknown_name
 
 logger = logging.getLogger(__name__)

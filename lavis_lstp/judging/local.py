@@ -19,7 +19,7 @@ from lavis_lstp.files import sha256_file, sha256_json
 from lavis_lstp.judging.endpoint import OnVerdict
 from lavis_lstp.judging.prompts import Prompt
 from lavis_lstp.judging.verdict import MAX_SCORE, PREDS, REFUSED, Case, Verdict, identity
-from lavis_lstp.models.hub import local_path, where_to_put
+from lavis_lstp.models.weights.hub import local_path, where_to_put
 
 _BESIDE_WEIGHTS = (".json", ".jinja", ".model", ".txt")
 _VERDICTS = {

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lavis_lstp.models.likelihood import ReadPrompts
-from lavis_lstp.models.rows import in_pieces, moves
+from lavis_lstp.batch import in_pieces, moves
+from lavis_lstp.models.answer.likelihood import ReadPrompts
 
 
 @torch.no_grad()

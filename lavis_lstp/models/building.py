@@ -14,16 +14,16 @@ import torch
 from torch import nn
 
 from lavis_lstp.errors import ConfigError, WeightsError, unknown_name
-from lavis_lstp.models.backbone import Backbone
-from lavis_lstp.models.backbone_loading import DTYPES
-from lavis_lstp.models.flow import UNINITIALISED, build_flow
-from lavis_lstp.models.frame_fusion import FrameFusion
-from lavis_lstp.models.frame_selector import build_selector
-from lavis_lstp.models.hub import is_missing, local_path, where_from, where_to_put
+from lavis_lstp.models.answer.fusion import FrameFusion
+from lavis_lstp.models.answer.loading import DTYPES
+from lavis_lstp.models.answer.qformer import Backbone
+from lavis_lstp.models.answer.tiny_tokenizer import tiny_tokenizer
 from lavis_lstp.models.refinement import Refinement
-from lavis_lstp.models.temporal_sampler import TemporalSampler
-from lavis_lstp.models.tiny_tokenizer import tiny_tokenizer
-from lavis_lstp.models.weights import load_bert_into_sampler, weights_file
+from lavis_lstp.models.weights.hub import is_missing, local_path, where_from, where_to_put
+from lavis_lstp.models.weights.reading import load_bert_into_sampler, weights_file
+from lavis_lstp.models.where.flow import UNINITIALISED, build_flow
+from lavis_lstp.models.where.frame_selector import build_selector
+from lavis_lstp.models.where.temporal_sampler import TemporalSampler
 
 LOSSES = ("lm", "span")
 SOURCES = ("hub", "lavis")
@@ -130,7 +130,7 @@ def build_backbone(
     if source == "hub":
         backbone = _hub_backbone(family, attention=attention, quantization=quantization, **common)
     else:
-        from lavis_lstp.models.lavis_backbone import build_lavis_backbone
+        from lavis_lstp.models.answer.lavis_models import build_lavis_backbone
 
         for key, value in (("attention", attention), ("quantization", quantization)):
             if value:

@@ -16,17 +16,17 @@ from lavis.models.base_model import BaseModel
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from lavis_lstp.batch import blank_video, distinct_media, moves, several_ranks, take_rows, weights_are_divided
 from lavis_lstp.errors import ConfigError, unknown_name
-from lavis_lstp.models import parts
+from lavis_lstp.models.answer.fusion import FrameFusion
+from lavis_lstp.models.answer.qformer import Backbone
 from lavis_lstp.models.answering import answer, score_options
-from lavis_lstp.models.backbone import Backbone
 from lavis_lstp.models.building import build_parts, check_settings
-from lavis_lstp.models.frame_fusion import FrameFusion
-from lavis_lstp.models.frame_selector import sample_generators
 from lavis_lstp.models.refinement import ROWS, Refinement, pseudo_scores
-from lavis_lstp.models.rows import blank_video, distinct_media, moves, several_ranks, take_rows, weights_are_divided
-from lavis_lstp.models.temporal_sampler import SamplerOutput, TemporalSampler, span_loss
 from lavis_lstp.models.variants import MODEL_TYPES, complete, load_variant
+from lavis_lstp.models.weights import parts
+from lavis_lstp.models.where.frame_selector import sample_generators
+from lavis_lstp.models.where.temporal_sampler import SamplerOutput, TemporalSampler, span_loss
 from lavis_lstp.schema import NO_SPAN
 
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lavis_lstp.batch import distinct_media, in_pieces, moves
 from lavis_lstp.metrics.qa import token_recall
-from lavis_lstp.models.pseudo_span import pseudo_span
-from lavis_lstp.models.rows import distinct_media, in_pieces, moves
+from lavis_lstp.models.where.pseudo_span import pseudo_span
 from lavis_lstp.schema import NO_SPAN
 
 ROWS = 512

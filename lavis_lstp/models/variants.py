@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lavis_lstp.errors import ConfigError
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "models"
+CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "models"
 BASE = CONFIGS / "lstp.yaml"
 
 MODEL_TYPES: dict[str, dict[str, Path]] = {

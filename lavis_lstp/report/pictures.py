@@ -21,8 +21,8 @@ import numpy as np
 from PIL import Image
 
 from lavis_lstp.data.folder import FolderQuestions, kind_of
-from lavis_lstp.data.shards import ShardQuestions, is_shards
-from lavis_lstp.data.video import VIDEO_ENDINGS, read_frames
+from lavis_lstp.data.shards.questions import ShardQuestions, is_shards
+from lavis_lstp.data.video.reading import VIDEO_ENDINGS, read_frames
 from lavis_lstp.errors import ConfigError, LstpError, VideoError
 from lavis_lstp.judging.rows import Row
 from lavis_lstp.report.evaluations import Evaluation

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from lavis_lstp.ablate import STAGES
+from lavis_lstp.commands.ablate import STAGES
 from lavis_lstp.report import numbers
 from lavis_lstp.report.shell import picture_tag
 

@@ -18,8 +18,9 @@ from lavis.models.base_model import BaseModel
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lavis_lstp import distributed
 from lavis_lstp.errors import ConfigError, WeightsError
-from lavis_lstp.runners import checkpoint, distributed
+from lavis_lstp.runners import checkpoint
 from lavis_lstp.runners.settings import OPTIMIZERS
 
 log = logging.getLogger(__name__)

@@ -28,10 +28,11 @@ from lavis.tasks.base_task import BaseTask
 from torch.utils.data import ConcatDataset, Dataset
 
 import lavis_lstp
+from lavis_lstp import distributed
+from lavis_lstp.batch import take_rows
 from lavis_lstp.errors import ConfigError, CoverageError
 from lavis_lstp.files import read_jsonl, sha256_json, write_jsonl
-from lavis_lstp.models.rows import take_rows
-from lavis_lstp.runners import distributed, resume
+from lavis_lstp.runners import resume
 from lavis_lstp.runners.data_order import Batches, eval_batches, eval_units
 from lavis_lstp.runners.engine import WholeModel, autocast
 from lavis_lstp.runners.randomness import borrowed

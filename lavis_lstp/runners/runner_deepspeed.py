@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from lavis.common.registry import registry
 
+from lavis_lstp import distributed
 from lavis_lstp.errors import ConfigError
-from lavis_lstp.runners import deepspeed_config, distributed
-from lavis_lstp.runners.deepspeed_engine import DeepSpeedEngine, DividedModel, import_deepspeed
+from lavis_lstp.runners.deepspeed import config as deepspeed_config
+from lavis_lstp.runners.deepspeed.engine import DeepSpeedEngine, DividedModel, import_deepspeed
 from lavis_lstp.runners.runner_lstp import RunnerLSTP
 from lavis_lstp.runners.settings import RunSettings
 

@@ -20,9 +20,10 @@ import torch
 from lavis.common.registry import registry
 from lavis.runners.runner_base import RunnerBase
 
+from lavis_lstp import distributed
 from lavis_lstp.errors import ConfigError
 from lavis_lstp.files import sha256_json
-from lavis_lstp.runners import checkpoint, distributed, resume
+from lavis_lstp.runners import checkpoint, resume
 from lavis_lstp.runners import settings as run_settings
 from lavis_lstp.runners.data_order import Batches, TrainOrder, sampling_of
 from lavis_lstp.runners.engine import TorchEngine, WholeModel

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from lavis_lstp.runners import checkpoint, distributed, resume
+from lavis_lstp import distributed
+from lavis_lstp.runners import checkpoint, resume
 from lavis_lstp.runners.engine import WholeModel
 from lavis_lstp.runners.randomness import derived_seed, rng_state, seed_everything, set_rng_state
 from lavis_lstp.runners.record import git_revision, versions

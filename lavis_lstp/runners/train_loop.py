@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from lavis_lstp import distributed
 from lavis_lstp.errors import LstpError
-from lavis_lstp.runners import distributed
 from lavis_lstp.runners.record import JsonLog, progress
 
 log = logging.getLogger(__name__)

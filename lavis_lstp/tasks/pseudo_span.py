@@ -16,11 +16,11 @@ import torch
 from lavis.common.registry import registry
 from torch.utils.data import Dataset
 
+from lavis_lstp.batch import moves
 from lavis_lstp.data.spans import SPANS_FORMAT, SPANS_VERSION
 from lavis_lstp.errors import ConfigError
 from lavis_lstp.files import write_json
-from lavis_lstp.models.pseudo_span import pseudo_span
-from lavis_lstp.models.rows import moves
+from lavis_lstp.models.where.pseudo_span import pseudo_span
 from lavis_lstp.tasks.base import LSTPTask, sample_ids
 
 

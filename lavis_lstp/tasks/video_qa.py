@@ -19,7 +19,7 @@ from lavis_lstp.metrics.choice import LETTERS, accuracy, choice_prompt, parse_ch
 from lavis_lstp.metrics.coverage import join_by_id
 from lavis_lstp.metrics.grounding import entropy_bits
 from lavis_lstp.metrics.qa import evaluate_answers, exact_match
-from lavis_lstp.models.lavis_frames import several_frames
+from lavis_lstp.models.answer.lavis_frames import several_frames
 from lavis_lstp.schema import Span
 from lavis_lstp.tasks.base import TIMINGS, LSTPTask, sample_ids
 

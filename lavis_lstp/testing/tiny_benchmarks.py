@@ -19,9 +19,9 @@ from typing import Any
 
 from PIL import Image
 
-from lavis_lstp.data import shapes_scene as world
 from lavis_lstp.data.benchmarks import MVBENCH
-from lavis_lstp.data.shapes_qa import write_video
+from lavis_lstp.data.shapes import scene as world
+from lavis_lstp.data.shapes.shapes_qa import write_video
 from lavis_lstp.errors import ConfigError, unknown_name
 from lavis_lstp.files import atomic_writer, write_json
 from lavis_lstp.testing.tiny_instruct import Clip, make_clip

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lavis_lstp.errors import ConfigError, LstpError, unknown_name
 from lavis_lstp.files import write_json
-from lavis_lstp.models.backbone_loading import DTYPES
+from lavis_lstp.models.answer.loading import DTYPES
 from lavis_lstp.testing.published_layout import bert_shapes, lavis_shapes, raft_shapes, sampler_shapes
 from lavis_lstp.testing.tiny_backbones import (
     BACKBONES,
@@ -311,7 +311,7 @@ def options_for(path: str, sizes: Sizes = DEFAULT) -> list[str]:
     Raises:
         ConfigError: it is neither.
     """
-    from lavis_lstp.chain import find_chain, read_chain
+    from lavis_lstp.commands.chain import find_chain, read_chain
     from lavis_lstp.config import project_files
 
     if path not in project_files("lstp/chains/*.yaml"):

@@ -16,7 +16,7 @@ import io
 import json
 import string
 
-from lavis_lstp.models.tiny_tokenizer import WORDS
+from lavis_lstp.models.answer.tiny_tokenizer import WORDS
 
 SENTENCES = (
     "USER: <video>\nwhat does the red circle do after it turns? ASSISTANT: it moves to the left.</s>",

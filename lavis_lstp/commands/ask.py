@@ -1,0 +1,272 @@
+"""`lavis-lstp ask VIDEO "question"`: an answer, the frames it came from, the time it took, and a picture of all that.
+
+In: any video file, and a run's folder or checkpoint (without one, the model's default weights). Out: text or JSON, and
+a PNG. The model is the one that was trained: its config lies in the checkpoint's manifest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lavis_lstp.errors import ConfigError, LstpError, WeightsError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+logger = logging.getLogger(__name__)
+
+PICTURE_SIDE = 320  # px, longer side of a frame in the picture
+DEFAULT_FRAMES = 64  # T where no run says how many
+CONVERTED = "lavis-lstp convert"
+"""What a manifest that `lavis-lstp convert` wrote says of its writer."""
+RANDOM_WEIGHTS = (
+    "the model has random weights, so its answer means nothing; train one (make demo), then --checkpoint RUN"
+)
+
+
+def build_model(name: str, model_type: str | None, checkpoint: str | None, options: Sequence[str]):
+    """The model in eval mode, and notes: lines that whoever reads its answers should see.
+
+    Args:
+        checkpoint: a run's folder, one of its checkpoints, or a weights file. With a manifest beside the weights, the
+            model is built as it was trained, the checkpoints that run began with included.
+        options: `model.a.b=c` overrides.
+    """
+    chosen = {"arch": name, **({"model_type": model_type} if model_type else {})}
+    recorded = recorded_model(checkpoint) if checkpoint is not None else {}
+    model_class, config = model_config({**chosen, **recorded}, [] if checkpoint is None else [checkpoint], options)
+    notes = []
+    if config.flow.name == "precomputed":
+        notes.append("flow is computed with dis, as nobody has precomputed this video's")
+        config.flow.name = "dis"
+    if not config.checkpoint and not config.backbone.weights:
+        notes.append(RANDOM_WEIGHTS)
+    model = model_class.from_config(config).eval()
+    if model.selector.needs_span:
+        raise ConfigError(
+            f"selector '{model.selector.name}' takes spans from a data set, and a video alone has none; "
+            "add --options model.selector.name=lstp"
+        )
+    return model, notes
+
+
+def model_config(section: Mapping[str, Any], checkpoints: Sequence[str], options: Sequence[str]):
+    """The class and the complete config of a model.
+
+    Args:
+        section: `model` of a config, however short.
+        checkpoints: loaded after those that `section` names.
+
+    Raises:
+        ConfigError: not a model of LSTP, or an option that nobody reads.
+    """
+    from lavis_lstp import register
+
+    register()
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from lavis_lstp.config import complete_model, with_options
+    from lavis_lstp.host.plugin import resolve_model
+    from lavis_lstp.models.lstp import LSTP
+
+    given = with_options(OmegaConf.create({"model": dict(section)}), options)
+    if set(given) != {"model"} or not isinstance(given.model, DictConfig):
+        raise ConfigError(f"--options of this command begin with 'model.', got {' '.join(options)}")
+    model_class, _ = resolve_model(given.model.get("arch"), given.model.get("model_type"))
+    if not issubclass(model_class, LSTP):
+        raise ConfigError(f"this command is for LSTP models, '{given.model.arch}' is {model_class.__name__}")
+    try:
+        config = OmegaConf.create(OmegaConf.to_container(complete_model(given), resolve=True)).model
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"cannot apply --options {' '.join(options)}: {str(error).splitlines()[0]}") from error
+    if checkpoints:
+        earlier = config.checkpoint or []
+        config.checkpoint = [*([earlier] if isinstance(earlier, str) else earlier), *checkpoints]
+    return model_class, config
+
+
+def _recorded_run(checkpoint: str) -> tuple[Path, dict[str, Any]]:
+    """The manifest beside a checkpoint's weights, and the config in it; empty where there is no manifest.
+
+    Raises:
+        WeightsError: no weights there, or a manifest that is damaged or not a run's.
+    """
+    from lavis_lstp.models.weights.reading import weights_file
+
+    manifest = weights_file(checkpoint).parent / "manifest.json"
+    if not manifest.is_file():
+        return manifest, {}
+    try:
+        recorded = json.loads(manifest.read_text(encoding="utf-8"))
+        config = recorded["config"]
+        if recorded.get("written_by") == CONVERTED and "arch" not in config["model"]:
+            return manifest, {}  # RAFT or a sampler alone: of any model
+        config["model"]["arch"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise WeightsError(
+            f"{manifest}: not the manifest of a run's checkpoint ({type(error).__name__}: {error}); "
+            "name the weights of a run, or move the file away and choose --model"
+        ) from error
+    return manifest, config
+
+
+def recorded_model(checkpoint: str) -> dict[str, Any]:
+    """The model section of the run that wrote the checkpoint, with the checkpoints it began with where they lie."""
+    manifest, config = _recorded_run(checkpoint)
+    if not config:
+        return {}
+    earlier = config["model"].get("checkpoint") or []
+    earlier = [earlier] if isinstance(earlier, str) else earlier
+    return config["model"] | {"checkpoint": [_where_the_run_stood(manifest, path) for path in earlier]}
+
+
+def _where_the_run_stood(manifest: Path, path: str) -> str:
+    """A relative path in a run's config, looked for in the folders above the run before the current one.
+
+    The run was started in one of those, as a rule. Only there is it the run's own: another `output/demo/base` may lie
+    in the current folder.
+
+    Raises:
+        WeightsError: it is in none of them.
+    """
+    from lavis_lstp.models.weights.reading import checkpoint_source
+
+    given = Path(path).expanduser()
+    for folder in () if given.is_absolute() else manifest.resolve().parents:
+        if (folder / given).exists():
+            return str(folder / given)
+    try:
+        return str(checkpoint_source(path))  # below the current folder, among the user's weights, or on the hub
+    except WeightsError as error:
+        where = "" if given.is_absolute() else ", neither in the current folder nor in one above that run"
+        raise WeightsError(
+            f"the run of {manifest} began with the weights '{path}', which are gone{where}; "
+            f"put them back there, or start `ask` in the folder where the run was started ({error})"
+        ) from error
+
+
+def recorded_frames(checkpoint: str | None, default: int = DEFAULT_FRAMES) -> int:
+    """T of the run that wrote the checkpoint, the largest of its data sets; `default` where nothing says."""
+    datasets = _recorded_run(checkpoint)[1].get("datasets") if checkpoint is not None else None
+    sections = datasets.values() if isinstance(datasets, Mapping) else ()
+    counts = [section.get("num_frames") for section in sections if isinstance(section, Mapping)]
+    return max((count for count in counts if isinstance(count, int) and count > 0), default=default)
+
+
+def ask(model: Any, video: str | Path, question: str, *, num_frames: int = DEFAULT_FRAMES) -> dict[str, Any]:
+    """Answers one question about one video file.
+
+    Args:
+        model: an LSTP in eval mode.
+        num_frames: T, evenly spaced frames read from the file.
+
+    Returns:
+        video, question, prediction, span_s [start, end] in seconds, frame_times_s of the K chosen frames,
+        milliseconds by stage, and `evidence`, the arguments of `picture.explanation_picture` that are arrays.
+
+    Raises:
+        VideoError: the file is missing or not a readable video.
+    """
+    import torch
+
+    from lavis_lstp.data.video.reading import read_frames
+    from lavis_lstp.schema import Span
+
+    codec = model.flow.name == "motion_vectors"
+    started = time.perf_counter()
+    clip = read_frames(video, num=num_frames, size=model.backbone.image_size, motion_vectors=codec)
+    decoding = time.perf_counter() - started
+    samples = {
+        "frames": torch.from_numpy(clip.frames)[None],
+        "frame_mask": torch.ones(1, len(clip.frames), dtype=torch.long),
+        "text_input": [question],
+        "question_id": [Path(video).name],
+    }
+    if codec:
+        samples["flow"] = torch.from_numpy(clip.flow)[None]
+    answer = model.answer(samples)
+    span = Span(*answer["span"][0].tolist())
+    chosen = [int(i) for i in answer["frame_index"][0]]
+    return {
+        "video": str(video),
+        "question": question,
+        "prediction": answer["prediction"][0],
+        "span_s": [round(edge, 3) for edge in span.to_seconds(clip.times_s, clip.info.duration_s)],
+        "frame_times_s": [round(float(clip.times_s[i]), 3) for i in chosen],
+        "milliseconds": {k: round(1000 * v, 1) for k, v in {"decode": decoding, **answer["seconds"]}.items()},
+        "evidence": {
+            "frames": clip.frames,
+            "flow": answer["flow"][0].cpu().numpy() if "flow" in answer else None,
+            "frame_times": clip.times_s,
+            "span": list(span),
+            "frame_index": chosen,
+            **{key: answer[key][0].tolist() for key in ("start_logits", "end_logits") if key in answer},
+        },
+    }
+
+
+def picture_frames(video: str | Path, num_frames: int) -> np.ndarray:
+    """uint8 [T,3,h,w]: the frames of `ask` once more in the video's own proportions, where the model sees squares."""
+    from lavis_lstp.data.video.reading import probe, read_frames
+
+    info = probe(video)
+    scale = min(1.0, PICTURE_SIDE / max(info.height, info.width))
+    size = (max(1, round(info.height * scale)), max(1, round(info.width * scale)))
+    return read_frames(video, num=num_frames, size=size).frames
+
+
+def as_text(result: Mapping[str, Any]) -> str:
+    start_s, end_s = result["span_s"]
+    times = ", ".join(f"{t:.2f}" for t in result["frame_times_s"])
+    stages = ", ".join(f"{stage} {value:.0f}" for stage, value in result["milliseconds"].items())
+    total = sum(result["milliseconds"].values())
+    return (
+        f"question  {result['question']}\nanswer    {result['prediction']}\n"
+        f"span      {start_s:.2f} to {end_s:.2f} s\nframes    {times} s\n"
+        f"time      {total:.0f} ms ({stages})\npicture   {result['picture']}"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="lavis-lstp ask", description=__doc__.splitlines()[0])
+    parser.add_argument("video", help="video file")
+    parser.add_argument("question")
+    parser.add_argument("--checkpoint", help="a run's folder, one of its checkpoints, or a weights file")
+    parser.add_argument("--model", default="lstp_tiny", help="without a run's folder (default: lstp_tiny)")
+    parser.add_argument("--model-type", help="default: the model's default type")
+    parser.add_argument("--num-frames", type=int, help="frames to read, evenly spaced (default: as the run; else 64)")
+    parser.add_argument("--picture", type=Path, help="PNG to write (default: <video>_lstp.png in this folder)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--options", nargs="*", default=[], metavar="model.A=B", help="overrides of the model config")
+    args = parser.parse_args(argv)
+    if args.num_frames is not None and args.num_frames < 1:
+        raise ConfigError(f"--num-frames must be at least 1, got {args.num_frames}")
+    if not Path(args.video).is_file():  # before the seconds that a model takes
+        raise LstpError(f"{args.video}: no such video file")
+    model, notes = build_model(args.model, args.model_type, args.checkpoint, args.options)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    num_frames = args.num_frames or recorded_frames(args.checkpoint)
+    result = ask(model, args.video, args.question, num_frames=num_frames)
+
+    from lavis_lstp.report.explanation import explanation_picture
+
+    evidence = result.pop("evidence")
+    picture = args.picture or Path(f"{Path(args.video).stem}_lstp.png")
+    evidence["frames"] = picture_frames(args.video, num_frames)
+    texts = {"question": args.question, "prediction": result["prediction"], "title": Path(args.video).name}
+    try:
+        explanation_picture(picture, **texts, **evidence)
+    except OSError as error:
+        raise ConfigError(f"--picture {picture}: cannot be written ({error.strerror or error})") from error
+    result["picture"] = str(picture)
+    print(json.dumps(result, ensure_ascii=False) if args.json else as_text(result))
+    return 0

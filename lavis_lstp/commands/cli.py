@@ -1,0 +1,82 @@
+"""`lavis-lstp COMMAND ...`: a table of commands, each a `main(argv)` in a module that is imported when asked for.
+
+In: the words of a command line. Out: the command's output and its exit status; 2, after one line on stderr, where the
+input is at fault.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from lavis_lstp import __version__
+from lavis_lstp.errors import LstpError
+
+COMMANDS = {
+    "ablate": ("lavis_lstp.commands.ablate:main", "compare ways of choosing frames: does the sampler help?"),
+    "ask": ("lavis_lstp.commands.ask:main", "ask a question about a video file"),
+    "calibrate": ("lavis_lstp.judging.calibrate:main", "say how far two judges of the same answers agree"),
+    "chain": ("lavis_lstp.commands.chain:main", "run the steps of a chain file, from where the last call stopped"),
+    "compare": ("lavis_lstp.judging.compare:main", "test whether one model answers better than another"),
+    "convert": ("lavis_lstp.commands.convert:main", "turn published weights into a small folder for model.checkpoint"),
+    "demo": ("lavis_lstp.commands.demo:main", "generate data, train, evaluate and print the table"),
+    "doctor": ("lavis_lstp.commands.doctor:main", "say what works on this machine, and why the rest does not"),
+    "estimate": ("lavis_lstp.commands.estimate:main", "say how much memory a training run takes, before it is started"),
+    "export": ("lavis_lstp.commands.export:main", "write a folder that plain transformers loads, LoRA merged"),
+    "flow": ("lavis_lstp.commands.flow:main", "compute optical flow once, for `flow: precomputed`"),
+    "judge": ("lavis_lstp.judging.judge:main", "say which answers are right: rules, a language model, or a record"),
+    "report": ("lavis_lstp.commands.report:main", "write one HTML page about evaluations: tables, plots, questions"),
+    "list": ("lavis_lstp.commands.cli:list_names", "list models, datasets, tasks, runners or recipes"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit status, 2 for an error of the user's."""
+    width = max(map(len, COMMANDS)) + 2
+    table = "\n".join(f"  {name:<{width}}{text}" for name, (_, text) in sorted(COMMANDS.items()))
+    parser = argparse.ArgumentParser(
+        prog="lavis-lstp",
+        description="LSTP for LAVIS: look at the frames a question asks for.",
+        epilog=f"commands:\n{table}\n\n`lavis-lstp COMMAND --help` explains one.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"lavis_lstp {__version__}")
+    parser.add_argument("command", choices=sorted(COMMANDS), metavar="COMMAND")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="what the command takes")
+    args = parser.parse_args(argv)
+    module, _, function = COMMANDS[args.command][0].partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)(args.arguments) or 0
+    except LstpError as error:
+        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        return 2
+
+
+def list_names(argv: Sequence[str] | None = None) -> int:
+    """Print the names LAVIS knows, this package's and its own, one a line."""
+    kinds = ("models", "datasets", "tasks", "runners", "recipes")
+    parser = argparse.ArgumentParser(prog="lavis-lstp list", description="Names that a configuration may use.")
+    parser.add_argument("kind", choices=kinds)
+    kind = parser.parse_args(argv).kind
+    for line in _names(kind):
+        print(line)
+    return 0
+
+
+def _names(kind: str) -> list[str]:
+    from lavis_lstp import register
+
+    register()
+    if kind == "recipes":
+        from lavis_lstp.config import recipes
+
+        return recipes()
+    if kind == "models":
+        from lavis.models import model_zoo
+
+        return [f"{name}  {', '.join(types)}" for name, types in sorted(model_zoo)]
+    from lavis.common.registry import registry
+
+    return {"datasets": registry.list_datasets, "tasks": registry.list_tasks, "runners": registry.list_runners}[kind]()

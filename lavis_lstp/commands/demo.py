@@ -1,0 +1,185 @@
+"""`lavis-lstp demo`: from nothing to a trained and measured LSTP, in the order of the paper.
+
+In: a folder to work in. Out, in it: Shapes-QA, one run per step, and `FILES`. The steps are those of
+projects/lstp/chains/tiny.yaml, then LSTP again on evenly spaced frames, and the evaluations; `chain` runs them, so an
+interrupted demo goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lavis_lstp.commands.ablate import FRAMES, judge_line, measure, no_flow, paired_p, table_lines
+from lavis_lstp.commands.chain import Chain, Step, check_options, find_chain, read_chain
+from lavis_lstp.commands.report import report
+from lavis_lstp.data.qa_dataset import read_annotation
+from lavis_lstp.data.shapes.scene import FPS, NUM_FRAMES
+from lavis_lstp.data.video.reading import uniform_centres
+from lavis_lstp.files import atomic_writer, write_json
+from lavis_lstp.metrics.grounding import evaluate_spans
+from lavis_lstp.schema import Span
+
+MIN_GAIN = 0.20
+MIN_SHARE_OF_ORACLE = 0.90
+"""What LSTP must reach: points above uniform, with intervals apart, and share of the oracle's accuracy."""
+CHAIN = "projects/lstp/chains/tiny.yaml"
+"""The steps up to a trained LSTP."""
+FILES = ("table.md", "table.json", "explanation.png", "report.html")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: who trained on what, and who chooses the frames."""
+
+    name: str
+    title: str
+    options: tuple[str, ...]
+    answerer: str = "lstp"
+
+
+NO_FLOW = no_flow(["lstp_shapes"])
+CHOOSE = {name: options for name, (_, options) in FRAMES.items()}
+TITLES = {name: title for name, (title, _) in FRAMES.items()}
+ROWS = (
+    Row("uniform", TITLES["uniform"], (*CHOOSE["uniform"], *NO_FLOW)),
+    Row("uniform_trained", "evenly spaced, trained on such", (*CHOOSE["uniform"], *NO_FLOW), "uniform"),
+    Row("random", TITLES["random"], (*CHOOSE["random"], *NO_FLOW)),
+    # flow is computed here, not read, so that the table shows what it costs
+    Row("lstp", TITLES["lstp"], (*CHOOSE["lstp"], "model.flow.name=dis", NO_FLOW[1])),
+    Row("oracle", TITLES["oracle"], (*CHOOSE["oracle"], *NO_FLOW)),
+)
+
+
+class Demo:
+    """The steps, each in a folder of its own below `out`.
+
+    Args:
+        out: working folder.
+        options: further `--options` for every step, for tests and for trying things.
+    """
+
+    def __init__(self, out: Path, options: Sequence[str] = ()):
+        self.out = out
+        self.steps = read_chain(find_chain(CHAIN))
+        check_options(options, self.steps)
+        self.chain = Chain(out, options)
+
+    def run(self) -> dict[str, Any]:
+        """All steps; returns what `table.json` holds."""
+        self.chain.run(self.steps)
+        lstp = self.steps[-1]
+        without_sampler = "model.selector.name=uniform", *NO_FLOW
+        self.chain.run([replace(lstp, name="uniform", options=(*lstp.options, *without_sampler))])
+        for row in ROWS:
+            parts = ",".join(f"{{out}}/{name}" for name in ("base", "sampler", row.answerer))
+            options = *lstp.options, f"model.checkpoint=[{parts}]", "run.test_splits=[test]", *row.options
+            self.chain.run([Step(f"eval_{row.name}", "evaluate", "projects/lstp/tiny_eval.yaml", options=options)])
+        return self.report()
+
+    # ---- results ------------------------------------------------------------------------------------------------
+
+    def report(self) -> dict[str, Any]:
+        measured = {row.name: measure(self.out / f"eval_{row.name}" / "result", "test_video_qa") for row in ROWS}
+        first = measured[ROWS[0].name][1]
+        rows = [
+            {"name": row.name, "title": row.title, "p_value": paired_p(first, right) if i else None, **found}
+            for i, (row, (found, right)) in enumerate(zip(ROWS, measured.values(), strict=True))
+        ]
+        manifest = json.loads((self.out / "shapes_qa" / "manifest.json").read_text(encoding="utf-8"))
+        result = {
+            "chance": manifest["chance"]["overall"],
+            "rows": rows,
+            "verdict": verdict({row["name"]: row for row in rows}),
+            "spans": self._label_quality(),
+            "seconds_by_step": {name: round(value, 1) for name, value in self.chain.seconds.items()},
+            # of the largest process, and only of those that this call started; Linux counts KiB
+            "peak_memory_mib": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024),
+        }
+        write_json(self.out / "table.json", result)
+        with atomic_writer(self.out / "table.md") as file:
+            file.write(table(result) + "\n")
+        return result
+
+    def _label_quality(self) -> dict[str, float]:
+        """IoU of the training split's pseudo spans with the gold spans, which no training step has read."""
+        content = json.loads((self.out / "spans_train.json").read_text(encoding="utf-8"))
+        times = [i / FPS for i in uniform_centres(content["num_frames"], NUM_FRAMES)]
+        gold = {
+            row["question_id"]: list(Span.from_seconds(*row["span_s"], times))
+            for row in read_annotation(self.out / "shapes_qa" / "train.json")
+        }
+        found = {name: row["span"] for name, row in content["spans"].items()}
+        return evaluate_spans(found, gold)
+
+
+def verdict(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Whether LSTP does what it claims, against both uniform baselines, the better of the two counting."""
+    lstp, oracle = rows["lstp"], rows["oracle"]
+    uniform = max(rows["uniform"], rows["uniform_trained"], key=lambda row: row["accuracy"])
+    gain = lstp["accuracy"] - uniform["accuracy"]
+    share = lstp["accuracy"] / oracle["accuracy"] if oracle["accuracy"] else 0.0
+    apart = lstp["interval"][0] > uniform["interval"][1]
+    return {
+        "gain_over_uniform": gain,
+        "share_of_oracle": share,
+        "intervals_apart": apart,
+        "met": gain >= MIN_GAIN and share >= MIN_SHARE_OF_ORACLE and apart,
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown: the table of `ablate` for each row, and what it says of LSTP."""
+    lines = table_lines(result["rows"], "frames (4 of 64)")
+    check = result["verdict"]
+    lines += [
+        "",
+        f"Chance from the question alone: {result['chance']:.1%}. {result['rows'][0]['questions']} test questions. "
+        f"p: exact McNemar test against {result['rows'][0]['title']}. {judge_line(result['rows'])}",
+        f"LSTP is {100 * check['gain_over_uniform']:.1f} points above evenly spaced frames "
+        f"(wanted: {100 * MIN_GAIN:.0f}) and reaches {check['share_of_oracle']:.1%} of the oracle "
+        f"(wanted: {MIN_SHARE_OF_ORACLE:.0%}): {'met' if check['met'] else 'NOT met'}.",
+        f"Pseudo spans of the training questions: IoU {result['spans']['iou']:.2f} with the gold spans. "
+        f"Largest process: {result['peak_memory_mib']} MiB.",
+    ]
+    return "\n".join(lines)
+
+
+def explain(demo: Demo) -> int:
+    """Asks the first test question through the command line and leaves the picture."""
+    question = json.loads((demo.out / "shapes_qa" / "test.json").read_text(encoding="utf-8"))[0]
+    command = ["-m", "lavis_lstp", "ask", str(demo.out / "shapes_qa" / question["video"]), question["question"]]
+    command += ["--checkpoint", str(demo.out / "lstp"), "--picture", str(demo.out / "explanation.png")]
+    print(f"\n$ lavis-lstp {' '.join(repr(part) if ' ' in part else part for part in command[2:])}", flush=True)
+    code = subprocess.run([sys.executable, *command], check=False).returncode
+    print(f"(the annotation says: {question['answer']}, {question['span_s'][0]} to {question['span_s'][1]} s)")
+    return code
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 when LSTP met what it claims, 1 when not."""
+    parser = argparse.ArgumentParser(prog="lavis-lstp demo", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("output/demo"), help="working folder (default: output/demo)")
+    parser.add_argument("--options", nargs="*", default=[], metavar="A.B=C", help="overrides for every step")
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
+    os.environ.setdefault("OMP_NUM_THREADS", "2")
+    started = time.perf_counter()
+    demo = Demo(args.out, args.options)
+    result = demo.run()
+    print("\n" + table(result))
+    code = explain(demo)
+    report([args.out], title="Shapes-QA")
+    files = ", ".join(str(args.out / name) for name in FILES)
+    print(f"\n{time.perf_counter() - started:.0f} s. Written: {files}")
+    return code or (0 if result["verdict"]["met"] else 1)

@@ -1,0 +1,226 @@
+"""`lavis-lstp flow INPUT OUT`: flow of many videos, computed once, for `datasets.<name>.flow: precomputed`.
+
+In: a folder of videos, or an annotation file that names them. Out: `<OUT>/<video_id>.safetensors` for each, with
+"flow" float16 [T,2,h,w] in px per frame of its own grid, between the frames that a data set with the same
+`num_frames` decodes, and in its metadata how it was made and of which file. Worth it for RAFT, which takes seconds a
+pair where training needs milliseconds.
+
+A file appears under its name when it is complete, so the command can be killed and called again: finished videos are
+skipped. Videos that fail are listed at the end and the exit status says so; the others are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lavis_lstp.data.video.reading import BACKENDS, FLOW_FILE_VERSION, VIDEO_ENDINGS, read_frames
+from lavis_lstp.errors import AnnotationError, ConfigError, LstpError, VideoError
+from lavis_lstp.files import sha256_file
+from lavis_lstp.models.weights.hub import local_path, where_to_put
+
+logger = logging.getLogger(__name__)
+
+EXTRACTORS = ("dis", "raft_large", "raft_small", "motion_vectors")
+
+
+def find_videos(source: str | os.PathLike, root: str | os.PathLike | None = None) -> dict[str, Path]:
+    """Video id -> file. In a folder the id is the name without its ending; an annotation file says `video_id`, `video`.
+
+    Args:
+        root: where the annotation's relative paths begin; its own folder if None.
+
+    Raises:
+        AnnotationError: no such input, not the documented form, or two files under one id.
+    """
+    source = Path(source)
+    if source.is_dir():
+        pairs = [
+            (path.stem, path, str(path))
+            for path in sorted(source.rglob("*"))
+            if path.suffix.lower() in VIDEO_ENDINGS and not path.name.startswith(".")
+        ]
+        if not pairs:
+            raise AnnotationError(f"{source}: no video in this folder; looked for {', '.join(VIDEO_ENDINGS)}")
+    elif source.is_file():
+        base = Path(root) if root is not None else source.parent
+        pairs = [(video_id, base / video, where) for video_id, video, where in _annotated(source)]
+    else:
+        raise AnnotationError(f"{source}: no such folder or annotation file")
+    found: dict[str, Path] = {}
+    for video_id, path, where in pairs:
+        if found.setdefault(video_id, path) != path:
+            raise AnnotationError(f"{where}: video_id '{video_id}' also belongs to {found[video_id]}")
+        if video_id in ("", ".", "..") or "/" in video_id or os.sep in video_id or "\0" in video_id:
+            raise AnnotationError(f"{where}: video_id '{video_id}' cannot be a file name")
+    return found
+
+
+def _annotated(source: Path) -> list[tuple[str, str, str]]:
+    """(video_id, video, where it stands) of each entry of a JSON list or JSON lines."""
+    try:
+        text = source.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise AnnotationError(f"{source}: cannot be read ({error})") from None
+    try:
+        if text.lstrip().startswith("["):
+            entries = [(f"{source}: entry {n}", entry) for n, entry in enumerate(json.loads(text))]
+        else:
+            lines = enumerate(text.splitlines(), 1)
+            entries = [(f"{source}: line {n}", json.loads(line)) for n, line in lines if line.strip()]
+    except json.JSONDecodeError as error:
+        raise AnnotationError(f"{source}: neither a JSON list nor JSON lines ({error})") from None
+    rows = []
+    for where, entry in entries:
+        for key in ("video_id", "video"):
+            if not isinstance(entry, dict) or not isinstance(entry.get(key), str):
+                got = repr(entry.get(key)) if isinstance(entry, dict) else type(entry).__name__
+                raise AnnotationError(f"{where}: expected a text under '{key}', got {got}")
+        rows.append((entry["video_id"], entry["video"], where))
+    return rows
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, str]:
+    """What must agree for a finished file to be kept."""
+    return {
+        "version": str(FLOW_FILE_VERSION),
+        "extractor": args.flow,
+        "requested_frames": str(args.num_frames),
+        "frame_size": str(args.size),
+        "flow_size": str(args.flow_size or args.size),
+        "weights": sha256_file(args.weights) if args.weights else "",
+    }
+
+
+def is_finished(target: Path, video: Path, settings: dict[str, str]) -> bool:
+    """Whether `target` holds this video's flow, made in this way.
+
+    Raises:
+        ConfigError: it was made in another way, or of another file: overwriting hours of work takes a word.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not target.is_file():
+        return False
+    try:
+        with safe_open(target, framework="numpy") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError):
+        metadata = {}
+    wanted = settings | {"source_bytes": str(video.stat().st_size) if video.is_file() else ""}
+    other = [f"{k} {metadata.get(k)!r}, not {v!r}" for k, v in wanted.items() if metadata.get(k) != v]
+    if other:
+        raise ConfigError(f"{target}: made with {'; '.join(other)}; name another folder or add --overwrite")
+    return True
+
+
+def video_flow(video: Path, args: argparse.Namespace, extractor: Any) -> np.ndarray:
+    """float16 [T,2,h,w] of one video."""
+    import torch
+
+    given = args.flow == "motion_vectors"
+    clip = read_frames(
+        video,
+        num=args.num_frames,
+        size=args.size,
+        backend=args.backend,
+        motion_vectors=given,
+        flow_size=args.flow_size if given else None,
+        threads=args.threads,
+    )
+    if given:
+        return clip.flow.astype(np.float16)
+    frames = torch.from_numpy(clip.frames)[None].to(args.device)
+    return extractor(frames)[0].cpu().numpy().astype(np.float16)
+
+
+def write_flow(target: Path, flow: np.ndarray, metadata: dict[str, str]) -> None:
+    """Writes under a temporary name and renames."""
+    from safetensors.numpy import save_file
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        save_file({"flow": np.ascontiguousarray(flow)}, partial, metadata)
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lavis-lstp flow", description=__doc__.split("\n\n")[0])
+    parser.add_argument("input", help="a folder of videos, or an annotation file (JSON list or JSON lines)")
+    parser.add_argument("out", help="folder for <video_id>.safetensors")
+    parser.add_argument("--flow", default="dis", choices=EXTRACTORS, help="default: dis")
+    parser.add_argument("--weights", help="RAFT's weights; default: torchvision's file in torch's cache")
+    parser.add_argument("--num-frames", type=int, default=64, help="as datasets.<name>.num_frames; default: 64")
+    parser.add_argument("--size", type=int, default=224, help="px, side of the frames that are compared; default: 224")
+    parser.add_argument("--flow-size", type=int, help="px, side of the stored field; default: --size")
+    parser.add_argument("--videos", help="where an annotation's relative paths begin; default: its own folder")
+    parser.add_argument("--backend", default="pyav", choices=BACKENDS)
+    parser.add_argument("--device", default="cpu", help="for RAFT: cpu, cuda, ...; default: cpu")
+    parser.add_argument("--threads", type=int, default=1, help="decoder threads; default: 1")
+    parser.add_argument("--overwrite", action="store_true", help="replace files made with other settings")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Computes what is missing; 0 when every video has its file.
+
+    Raises:
+        LstpError: wrong input or settings, or videos that failed.
+    """
+    from tqdm import tqdm
+
+    args = _parser().parse_args(argv)
+    for name in ("num_frames", "size", "threads"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
+    if args.weights:
+        if not args.flow.startswith("raft"):
+            raise ConfigError(f"--weights: flow '{args.flow}' has no weights; leave it out")
+        found = local_path(args.weights)
+        if found is None or not found.is_file():
+            raise ConfigError(f"--weights: no such file {args.weights}; {where_to_put(args.weights)}")
+        args.weights = str(found)
+    videos, out, settings = find_videos(args.input, args.videos), Path(args.out), settings_of(args)
+    targets = {video_id: out / f"{video_id}.safetensors" for video_id in videos}
+    if not args.overwrite:
+        videos = {i: path for i, path in videos.items() if not is_finished(targets[i], path, settings)}
+    extractor = _extractor(args) if videos else None
+    failed: list[str] = []
+    for video_id, path in tqdm(videos.items(), desc=f"flow {args.flow}", unit="video", disable=None):
+        try:
+            flow = video_flow(path, args, extractor)
+        except VideoError as error:
+            failed.append(str(error))
+            continue
+        source = {"source": path.name, "source_bytes": str(path.stat().st_size), "source_sha256": sha256_file(path)}
+        write_flow(targets[video_id], flow, settings | source | {"num_frames": str(len(flow))})
+    kept = len(targets) - len(videos)
+    print(f"{out}: flow of {len(targets) - len(failed)} videos, {kept} of them there already, {len(failed)} failed")
+    if failed:
+        raise LstpError(f"{len(failed)} of {len(targets)} videos have no flow: {'; '.join(failed[:5])}")
+    return 0
+
+
+def _extractor(args: argparse.Namespace) -> Any:
+    import torch
+
+    from lavis_lstp.models.where.flow import build_flow
+
+    try:
+        device = torch.device(args.device)
+        extractor = build_flow(args.flow, weights=args.weights, flow_size=args.flow_size)
+        return extractor.to(device).eval()
+    except (RuntimeError, AssertionError) as error:
+        if isinstance(error, LstpError):
+            raise
+        raise ConfigError(f"--device {args.device}: not usable ({str(error).splitlines()[0]})") from None

@@ -1,0 +1,396 @@
+"""Video file or bytes in, the frames asked for out: by number, by time, or evenly spaced; nothing else is decoded.
+
+    info = probe("film.mp4")
+    video = read_frames("film.mp4", num=32, size=224)       # or indices=[0, 50], or times_s=[0.5, 2.0]
+    video.frames    uint8 [T,3,H,W] RGB      video.times_s   seconds since the first frame
+
+Everything here is NumPy: importing torch would cost more memory (0.5 GB) than reading 32 frames does (0.1 GB).
+Frame i is the i-th picture a viewer sees, whatever the order, times and hidden parts of the file. Every failure
+is a `VideoError` that begins with the name of the file. Not noticed: flipped bits that still decode, because video
+formats carry no checksums, and where a raw stream (.h264), which carries no lengths, was cut off.
+
+Backends: `pyav` (default) and `decord` give the same pixels. torchcodec would too, but it is no faster here and
+needs the FFmpeg of the system, which the other two bring along.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from lavis_lstp.data.video.decode import (
+    DecodeCount,
+    IndexMismatch,
+    Orientation,
+    decode_decord,
+    decode_pyav,
+    orientation,
+)
+from lavis_lstp.data.video.index import (
+    Source,
+    VideoIndex,
+    VideoInfo,
+    count_frames,
+    open_video,
+    source_name,
+    video_index,
+)
+from lavis_lstp.data.video.picture_folder import folder_index, pictures_in, read_pictures
+from lavis_lstp.errors import ConfigError, VideoError, unknown_name
+from lavis_lstp.schema import Span
+
+__all__ = ["VideoFrames", "VideoInfo", "probe", "read_flow_file", "read_frames", "resize_frames"]
+__all__ += ["sample_indices", "uniform_centres", "BACKENDS", "FLOW_FILE_VERSION", "SHORT_VIDEOS", "VIDEO_ENDINGS"]
+
+BACKENDS = ("pyav", "decord")
+SHORT_VIDEOS = ("keep", "double")
+VIDEO_ENDINGS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v")
+FLOW_FILE_VERSION = 1
+
+
+@dataclass
+class VideoFrames:
+    """Frames read from one video, in the order they were asked for.
+
+    Attributes:
+        frames: uint8 [T,3,H,W], RGB, upright.
+        times_s: float64 [T], seconds since the first frame of the video.
+        indices: T frame numbers.
+        flow: None or float32 [T,2,h,w], (u, v) in px of its own h x w grid from each frame to the next one here,
+            x right, y down; the last repeats the one before, a single frame has zeros.
+        count: what decoding cost (PyAV).
+    """
+
+    frames: np.ndarray
+    times_s: np.ndarray
+    indices: list[int]
+    info: VideoInfo
+    flow: np.ndarray | None = None
+    count: DecodeCount | None = None
+
+
+def uniform_centres(num: int, length: int) -> list[int]:
+    """Centres of `num` equal intervals of `length` frames; all of them where there are no more (SPEC 4).
+
+    >>> uniform_centres(4, 16)
+    [1, 5, 9, 13]
+    """
+    if num < 1 or length < 0:
+        raise ValueError(f"expected num >= 1 and length >= 0, got num={num}, length={length}")
+    if length <= num:
+        return list(range(length))
+    edges = np.linspace(0, length, num + 1).astype(int)
+    return [int(a + b - 1) // 2 for a, b in zip(edges[:-1], edges[1:], strict=True)]
+
+
+def sample_indices(num: int, length: int) -> list[int]:
+    """`num` frames of a video of any length, as in published training (SPEC 5); `uniform_centres` where it is long.
+
+    In a shorter video every frame is doubled until there are at least `num`, and the centres of those are taken,
+    so frames repeat in order: 3 frames to 4 gives the centres of 0 0 1 1 2 2, [0, 0, 1, 2].
+    """
+    if length < 1:
+        raise ValueError(f"expected a video of at least one frame, got length={length}")
+    indices = list(range(length))
+    while len(indices) < num:
+        indices = [i for i in indices for _ in range(2)]
+    return [indices[i] for i in uniform_centres(num, len(indices))]
+
+
+@lru_cache(maxsize=32)
+def _taps(source: int, target: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Neighbours and weights (float32, held as float64) of bilinear resampling along one axis, half-pixel centres."""
+    scale, half = np.float32(source) / np.float32(target), np.float32(0.5)
+    centre = (scale * (np.arange(target, dtype=np.float32) + half) - half).clip(0)
+    low = np.minimum(centre.astype(np.int64), source - 1)
+    high = np.minimum(low + 1, source - 1)
+    weight = (centre - low.astype(np.float32)).clip(0, 1)
+    return low, high, (np.float32(1) - weight).astype(np.float64), weight.astype(np.float64)
+
+
+def _resize_picture(picture: np.ndarray, height: int, width: int) -> np.ndarray:
+    """uint8 [H,W,3] to [height,width,3], truncated.
+
+    Bit-equal to torch's `interpolate(float, mode="bilinear", align_corners=False)` of a clip [3,T,H,W] with T > 3, the
+    published layout, on CPUs with fused multiply-add: rows first, then columns. Which sum comes first matters, because
+    flat areas sit on whole numbers and truncation drops 1 for an error of 1e-6. A float64 sum rounded to float32 is
+    what that instruction does.
+    """
+    if picture.shape[:2] == (height, width):
+        return picture
+    top, bottom, w_top, w_bottom = _taps(picture.shape[0], height)
+    left, right, w_left, w_right = _taps(picture.shape[1], width)
+    far = (picture.take(right, axis=1) * w_right[:, None]).astype(np.float32)
+    rows = (picture.take(left, axis=1) * w_left[:, None] + far).astype(np.float32).astype(np.float64)
+    far = (rows.take(bottom, axis=0) * w_bottom[:, None, None]).astype(np.float32)
+    return (rows.take(top, axis=0) * w_top[:, None, None] + far).astype(np.float32).astype(np.uint8)
+
+
+def _height_width(size: int | Sequence[int]) -> tuple[int, int]:
+    height, width = (size, size) if isinstance(size, (int, np.integer)) else size
+    if height < 1 or width < 1:
+        raise ConfigError(f"expected a frame size of at least 1 x 1, got {height} x {width}")
+    return int(height), int(width)
+
+
+def resize_frames(frames: np.ndarray, size: int | Sequence[int]) -> np.ndarray:
+    """Bilinear without antialias, aspect not kept, on 0..255, truncated: the published preprocessing (SPEC 5).
+
+    Args:
+        frames: uint8 [T,3,H,W].
+        size: S for S x S, or (height, width).
+
+    Returns: uint8 [T,3,height,width].
+    """
+    height, width = _height_width(size)
+    out = np.empty((len(frames), 3, height, width), dtype=np.uint8)
+    for t, frame in enumerate(np.asarray(frames)):
+        out[t] = _resize_picture(frame.transpose(1, 2, 0), height, width).transpose(2, 0, 1)
+    return out
+
+
+def probe(source: Source, *, name: str | None = None) -> VideoInfo:
+    """What a video holds. Reads all its packets and decodes its first frame, so what it says can be decoded.
+
+    Raises:
+        VideoError: not a video, no picture track, or less of it than the file promises.
+    """
+    if _is_pictures(source):
+        return _read_folder(source, name, num=1).info
+    name = source_name(source, name)
+    index = video_index(source, name)
+    _refuse_incomplete(index)
+    return _info(source, index)[0]
+
+
+def _refuse_incomplete(index: VideoIndex) -> None:
+    if index.missing:
+        raise VideoError(f"{index.name}: {index.missing}")
+
+
+def _info(source: Source, index: VideoIndex) -> tuple[VideoInfo, Orientation]:
+    """Size and rotation come from the first picture: headers of the container may be wrong about both."""
+    with open_video(source, index.name) as (container, stream):
+        first = next(container.decode(stream), None)
+        if first is None:
+            raise VideoError(f"{index.name}: its first frame cannot be decoded")
+        turn = orientation(first)
+        height, width = (first.width, first.height) if turn.transpose else (first.height, first.width)
+        rotation = int(first.rotation) % 360
+    return VideoInfo(index.num_frames, index.fps, index.duration_s, width, height, rotation, index.codec), turn
+
+
+def _at_times(index: VideoIndex, times_s: Sequence[float]) -> list[int]:
+    """The frame on screen at each time. The end of the video still shows its last frame."""
+    for t in times_s:
+        if not 0 <= t <= index.duration_s + 1e-3:
+            raise VideoError(
+                f"{index.name}: no frame at {t:g} s; it lasts from 0 to {index.duration_s:.3f} s after its first frame"
+            )
+    # Some slack, so that the time a frame was given out with, even as float32, finds the same frame again.
+    slack = min(1e-4, 0.25 / index.fps)
+    at = np.searchsorted(index.times_s, np.asarray(times_s, dtype=np.float64) + slack, side="right")
+    return [int(i) - 1 for i in at]
+
+
+def _spread(
+    index: VideoIndex, num: int, fps: float | None, short_videos: str, between_s: Sequence[float] | None
+) -> list[int]:
+    """At most `num` frames, or exactly that many where short videos are doubled; see `read_frames`."""
+    _refuse_incomplete(index)
+    chosen = frames_between(index.times_s, between_s)
+    if fps is not None and fps < index.num_frames / index.duration_s:
+        at_fps = set(_at_times(index, np.arange(max(1, math.ceil(index.duration_s * fps - 1e-6))) / fps)) & set(chosen)
+        chosen = sorted(at_fps) if 0 < len(at_fps) <= num else chosen
+    spread = sample_indices if short_videos == "double" else uniform_centres
+    return [chosen[i] for i in spread(num, len(chosen))]
+
+
+def frames_between(times_s: Sequence[float], between_s: Sequence[float] | None) -> list[int]:
+    """Frames whose time lies in [start, end) seconds; the nearest to the middle where none does; None = all frames."""
+    if between_s is None:
+        return list(range(len(times_s)))
+    span = Span.from_seconds(*between_s, np.asarray(times_s).round(6).tolist())
+    return list(range(*span))
+
+
+def _choose(index: VideoIndex, indices, times_s, num, fps, short_videos, between_s) -> list[int]:
+    if sum(x is not None for x in (indices, times_s, num)) != 1:
+        raise TypeError("give exactly one of indices, times_s and num")
+    if times_s is not None:
+        return _at_times(index, list(times_s))
+    if num is not None:
+        return _spread(index, num, fps, short_videos, between_s)
+    chosen = [int(i) for i in indices]
+    for i in chosen:
+        if not 0 <= i < index.num_frames:
+            cause = f" ({index.missing})" if index.missing else ""
+            raise VideoError(f"{index.name}: no frame {i}, it has {index.num_frames} frames{cause}")
+    return chosen
+
+
+def read_frames(
+    source: Source,
+    *,
+    indices: Sequence[int] | None = None,
+    times_s: Sequence[float] | None = None,
+    num: int | None = None,
+    fps: float | None = None,
+    short_videos: str = "keep",
+    between_s: Sequence[float] | None = None,
+    size: int | Sequence[int] | None = None,
+    backend: str = "pyav",
+    motion_vectors: bool = False,
+    flow_size: int | Sequence[int] | None = None,
+    threads: int = 1,
+    name: str | None = None,
+) -> VideoFrames:
+    """Reads frames given by number, by time, or `num` uniform centres (fewer in a shorter video).
+
+    One picture is held in full size at a time; with `size` each is resized as it is decoded (SPEC 5).
+
+    Args:
+        source: path, bytes, or seekable binary file; or, with `num`, a folder of pictures (`picture_folder`), or a
+            list of its pictures' bytes.
+        indices: frame numbers from 0, in any order, repeats allowed.
+        times_s: seconds since the first frame; the frame on screen then.
+        fps: with `num`: the frames on screen at 0, 1/fps, 2/fps, ... seconds, each once, where these are at most `num`;
+            otherwise, and where the video has no more frames a second than that, `num` uniform centres of all frames.
+        short_videos: with `num`: "keep" gives fewer frames where there are fewer; "double" repeats them in order to
+            exactly `num`, as published training did (`sample_indices`).
+        between_s: with `num`: choose among the frames of [start, end) seconds, not of the whole video.
+        size: S, or (height, width); None keeps the video's own.
+        motion_vectors: also give `flow` from the codec's motion vectors. Everything between the first and the last
+            chosen frame is decoded then.
+        flow_size: grid of that flow, its values scaled along; None is the size of the frames.
+        threads: decoder threads; 1 suits loaders with several workers.
+        name: what errors call the source, for bytes.
+
+    Raises:
+        VideoError: nothing there, not a video, no such frame, or one that is damaged.
+        ConfigError: unknown backend or treatment of short videos, motion vectors from decord, or fps not positive.
+    """
+    if _is_pictures(source):
+        chosen = {"num": num, "fps": fps, "short_videos": short_videos, "between_s": between_s}
+        return _read_folder(source, name, **chosen, size=size, motion_vectors=motion_vectors)
+    if backend not in BACKENDS:
+        raise ConfigError(unknown_name("video backend", backend, BACKENDS))
+    if short_videos not in SHORT_VIDEOS:
+        raise ConfigError(unknown_name("short_videos", short_videos, SHORT_VIDEOS))
+    if fps is not None and not fps > 0:
+        raise ConfigError(f"fps must be greater than 0, got {fps!r}")
+    if motion_vectors and backend != "pyav":
+        raise ConfigError(f"motion vectors need backend 'pyav', got '{backend}'")
+    name = source_name(source, name)
+    index = video_index(source, name)
+    asked = (indices, times_s, num, fps, short_videos, between_s)
+    try:
+        return _read(source, index, asked, size, backend, motion_vectors, flow_size, threads)
+    except IndexMismatch:
+        kept = ("name", "codec", "container", "missing", "time_base")
+        facts = {key: getattr(index, key) for key in kept}
+        index = count_frames(source, name, None, facts)
+        return _read(source, index, asked, size, backend, motion_vectors, flow_size, threads)
+
+
+def _is_pictures(source: Source | Sequence[bytes]) -> bool:
+    return isinstance(source, list) or (isinstance(source, (str, os.PathLike)) and os.path.isdir(source))
+
+
+def _read_folder(
+    source, name, *, num, fps=None, short_videos="keep", between_s=None, size=None, motion_vectors=False
+) -> VideoFrames:
+    """`num` frames of a folder of pictures, or of a list of them as bytes."""
+    if isinstance(source, list):
+        pictures = [(f"{name}, picture {number}", raw) for number, raw in enumerate(source)]
+    else:
+        pictures = [(str(path), path) for path in pictures_in(Path(source))]
+    name = source_name(source, name)
+    if motion_vectors:
+        raise ConfigError(f"{name}: pictures have no motion vectors; use flow none and let the model compute it")
+    index = folder_index(name, len(pictures))
+    chosen = _choose(index, None, None, num, fps, short_videos, between_s)
+    wanted = [pictures[i] for i in chosen]
+    frames = read_pictures(wanted, None if size is None else _height_width(size), _resize_picture)
+    info = VideoInfo(len(pictures), index.fps, index.duration_s, frames.shape[3], frames.shape[2], 0, index.codec)
+    return VideoFrames(frames, index.times_s[chosen], chosen, info)
+
+
+def _read(source, index, asked, size, backend, motion_vectors, flow_size, threads) -> VideoFrames:
+    chosen = _choose(index, *asked)
+    if not chosen:
+        raise VideoError(f"{index.name}: no frames were asked for")
+    wanted = sorted(set(chosen))
+    info, turn = _info(source, index)
+    height, width = _height_width(size) if size is not None else (info.height, info.width)
+    count = DecodeCount()
+    motion = None
+    if motion_vectors:
+        from lavis_lstp.data.video.codec_motion import CodecMotion
+
+        motion = CodecMotion(index.name)
+    if backend == "decord":
+        if turn.mirrored:
+            raise VideoError(f"{index.name}: is stored mirrored, which decord ignores; use backend 'pyav'")
+        pictures = decode_decord(source, index, wanted, threads=threads)
+    else:
+        visit = motion.add if motion else None
+        pictures = decode_pyav(source, index, wanted, threads=threads, visit=visit, count=count)
+    # Filled in the order of decoding; the caller's order and repeats come last, as one gather.
+    frames = np.empty((len(wanted), 3, height, width), dtype=np.uint8)
+    for t, (i, picture) in enumerate(pictures):
+        assert wanted[t] == i
+        if size is None and picture.shape[:2] != (height, width):
+            raise VideoError(
+                f"{index.name}: frame {i} is {picture.shape[1]} x {picture.shape[0]}, the first is "
+                f"{width} x {height}; give a size to bring them together"
+            )
+        frames[t] = _resize_picture(picture, height, width).transpose(2, 0, 1)
+        if motion:
+            motion.mark()
+    flow = None
+    if motion:
+        if chosen != wanted:
+            raise VideoError(f"{index.name}: motion vectors need ascending frames without repeats")
+        flow = motion.flow(_height_width(flow_size) if flow_size is not None else (height, width))
+    if chosen != wanted:
+        frames = frames[np.searchsorted(wanted, chosen)]
+    return VideoFrames(frames, index.times_s[chosen], chosen, info, flow, count)
+
+
+def read_flow_file(path: str | os.PathLike, expect_num_frames: int | None = None) -> np.ndarray:
+    """Flow written by `lavis-lstp flow`: float16 [T,2,h,w], px per frame of its own grid, x right, y down.
+
+    Raises:
+        VideoError: missing, not a flow file, of another version, or for another number of frames.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = os.fspath(path)
+    if not os.path.isfile(path):
+        raise VideoError(f"{path}: no such flow file; make it with `lavis-lstp flow`")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            if "flow" not in file.keys():
+                raise VideoError(f"{path}: expected a tensor 'flow', found {sorted(file.keys())}")
+            flow = file.get_tensor("flow")
+    except (SafetensorError, OSError) as error:
+        raise VideoError(f"{path}: not a flow file ({error}); make it again with `lavis-lstp flow`") from None
+    version = metadata.get("version")
+    if version != str(FLOW_FILE_VERSION):
+        raise VideoError(f"{path}: flow file of version {version}, expected {FLOW_FILE_VERSION}; make it again")
+    if flow.ndim != 4 or flow.shape[1] != 2:
+        raise VideoError(f"{path}: expected flow of shape [T,2,h,w], got {list(flow.shape)}")
+    if expect_num_frames is not None and len(flow) != expect_num_frames:
+        raise VideoError(
+            f"{path}: flow for {len(flow)} frames, expected {expect_num_frames}; "
+            f"make it again with `lavis-lstp flow --num-frames {expect_num_frames}`"
+        )
+    return flow

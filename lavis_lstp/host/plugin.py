@@ -1,0 +1,150 @@
+"""What the import hook does around `import lavis`: shims before it, our registration after it.
+
+Both halves may be called by hand and any number of times. LAVIS itself is reached only through names that 1.0.2
+and its git main share: the registry, `lavis.models`, `lavis.common.config`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import sys
+from types import ModuleType
+
+from lavis_lstp.errors import ConfigError, unknown_name
+
+REGISTERING = ("lavis_lstp.data.builders", "lavis_lstp.models.lstp", "lavis_lstp.tasks", "lavis_lstp.runners")
+"""Importing one of these registers what it defines; they lie in the order in which imports may point."""
+
+_state: dict = {"prepared": False, "registering": False, "registered": False, "failure": None}
+
+
+def before_lavis() -> None:
+    """Let LAVIS 1.0.2 import under today's transformers, and import no more than it needs. Idempotent."""
+    if _state["failure"] is not None:  # LAVIS cannot be imported twice; say again what went wrong
+        raise _state["failure"]
+    if _state["prepared"]:
+        return
+    # Before decord, which LAVIS imports and whose bundled codec libraries otherwise replace those of PyAV in the whole
+    # process: opening an encoder of VP9 then fails with "Invalid argument".
+    import av  # noqa: F401
+
+    from lavis_lstp.host import lazy_imports, shims
+
+    shims.apply()
+    lazy_imports.install()
+    _state["prepared"] = True
+
+
+def register() -> None:
+    """Register data sets, models, tasks and runners with LAVIS and complete its entry points. Idempotent.
+
+    Raises:
+        ImportError: LAVIS is missing or too old; the message says what to type.
+    """
+    from lavis_lstp.host import hook as _hook
+    from lavis_lstp.host import shims
+
+    if "lavis" not in sys.modules:
+        _hook.check_lavis(importlib.util.find_spec("lavis"))
+    before_lavis()
+    import lavis  # the hook, where it is installed, calls this function from inside this import
+
+    if _state["registered"] or _state["registering"]:
+        return
+    _state["registering"] = True
+    try:
+        shims.apply_to_lavis()
+        for name in REGISTERING:
+            importlib.import_module(name)
+        _complete(lavis)
+        _state["registered"] = True
+    except Exception as error:
+        _state["failure"] = error
+        if hasattr(error, "add_note"):  # Python 3.11
+            error.add_note("raised while lavis_lstp registered itself; LAVIS_LSTP_DISABLE=1 turns lavis_lstp off")
+        raise
+    finally:
+        _state["registering"] = False
+
+
+def default_model_type(model_cls: type) -> str:
+    """The type meant where none is named: "default", else the class's DEFAULT_MODEL_TYPE, else its first one.
+
+    Raises:
+        ConfigError: the class has no types at all (LAVIS's base classes).
+    """
+    types = list(getattr(model_cls, "PRETRAINED_MODEL_CONFIG_DICT", {}))
+    if "default" in types:
+        return "default"
+    named = getattr(model_cls, "DEFAULT_MODEL_TYPE", None)
+    if named is not None:
+        return named
+    if not types:
+        raise ConfigError(f"model class {model_cls.__name__} has no model types to choose from")
+    return types[0]
+
+
+def resolve_model(name: str, model_type: str | None) -> tuple[type, str]:
+    """The registered class and a type it has.
+
+    Raises:
+        ConfigError: no such model, or no such type of it; the nearest known name is in the message.
+    """
+    from lavis.common.registry import registry
+
+    model_cls = registry.get_model_class(name)
+    if model_cls is None:
+        raise ConfigError(unknown_name("model", name, registry.list_models()))
+    model_type = model_type or default_model_type(model_cls)
+    if model_type not in model_cls.PRETRAINED_MODEL_CONFIG_DICT:
+        raise ConfigError(unknown_name(f"model_type of {name}", model_type, model_cls.PRETRAINED_MODEL_CONFIG_DICT))
+    return model_cls, model_type
+
+
+def _complete(lavis: ModuleType) -> None:
+    """Patch the entry points that LAVIS's users call, in `lavis` and `lavis.models` alike."""
+    import lavis.common.config as config_module
+    import lavis.datasets.builders as builders
+    import lavis.models as models
+
+    from lavis_lstp.config import Config
+
+    patched = {
+        "load_model": _with_default_type(models.load_model),
+        "load_model_and_preprocess": _with_default_preprocess(models.load_model_and_preprocess, models),
+    }
+    for module in (models, lavis):
+        for name, function in patched.items():
+            if hasattr(module, name):
+                setattr(module, name, function)
+    config_module.Config = Config
+    # Both zoos are snapshots taken while LAVIS was imported; they are brought up to date in place.
+    models.model_zoo.__init__()
+    builders.dataset_zoo.__init__()
+
+
+def _with_default_type(load_model):
+    @functools.wraps(load_model)
+    def load_model_by_name(name, model_type=None, *args, **kwargs):
+        return load_model(name, resolve_model(name, model_type)[1], *args, **kwargs)
+
+    return load_model_by_name
+
+
+def _with_default_preprocess(load_model_and_preprocess, models):
+    """LAVIS's function fails for a model without a `preprocess` section; LSTP normalises frames itself."""
+
+    @functools.wraps(load_model_and_preprocess)
+    def load_model_and_preprocess_by_name(name, model_type=None, is_eval=False, device="cpu"):
+        from omegaconf import OmegaConf
+
+        model_cls, model_type = resolve_model(name, model_type)
+        config = OmegaConf.load(model_cls.default_config_path(model_type))
+        if config.get("preprocess") is not None:
+            return load_model_and_preprocess(name, model_type, is_eval, device)
+        model = models.load_model(name, model_type, is_eval, str(device))
+        return model, *models.load_preprocess({})
+
+    return load_model_and_preprocess_by_name

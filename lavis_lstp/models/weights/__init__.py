@@ -1,0 +1,1 @@
+"""Weights: where they are looked for, how files are read, which part of a model a key belongs to."""

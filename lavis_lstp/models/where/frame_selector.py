@@ -1,0 +1,363 @@
+"""Logits, a given span or nothing -> the K frames the language model sees.
+
+In: start and end logits [B,T] and the mask of real frames. Out: `frame_index` [B,K], sorted, and the half-open
+`span` they come from. Indices only: the language model's loss gives the sampler no gradient (paper). The published
+rules (`candidate_frames`) draw two noisy candidates and join them; the default here takes the best span, without noise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lavis_lstp.data.video.reading import uniform_centres
+from lavis_lstp.errors import AnnotationError, ConfigError, unknown_name
+
+NUM_CANDIDATES = 2
+"""Published: spans drawn per sample."""
+SPAN_KEYS = ("span", "gold_span")
+FEW_FRAMES = ("double", "keep")
+
+
+def spread(frames: Sequence[int], num_selected: int) -> list[int]:
+    """K frames evenly from a list; fewer than K are first doubled, each beside itself, until there are enough."""
+    frames = list(frames)
+    while len(frames) < num_selected:
+        frames = [frame for frame in frames for _ in range(2)]
+    return [frames[i] for i in uniform_centres(num_selected, len(frames))]
+
+
+def published_grid(num_frames: int, size: int) -> list[int]:
+    """The frames that the published evaluation chooses among: not interval centres, but the second of each interval.
+
+    Fewer than `size` are doubled, as in `spread`; exactly `size` are all taken.
+    """
+    frames = list(range(num_frames))
+    while len(frames) < size:
+        frames = [frame for frame in frames for _ in range(2)]
+    if len(frames) == size:
+        return frames
+    edges = np.linspace(0, len(frames), size + 1).astype(int)[:-1]
+    return [frames[edge + 1] for edge in edges]
+
+
+def candidate_frames(
+    candidates: Iterable[tuple[int, int]], num_frames: int, num_flows: int, mapping: str = "ends"
+) -> list[int]:
+    """Frames inside any candidate, sorted; all N frames where there is none: published, in its float32 arithmetic.
+
+    Args:
+        candidates: (start, end) in flows, as drawn from the logits; they need not be valid spans. One that lies
+            behind the last flow, and (0, 0), stand for the whole video. The last frame can not be reached by any.
+        num_frames: N, of the video.
+        num_flows: V, of the video.
+        mapping: of flows to frames, one of `MAPPINGS`.
+    """
+    frames: set[int] = set()
+    for start, end in candidates:
+        start, end = int(start), int(end)
+        if start >= num_flows or end >= num_flows or start == end == 0:
+            start, end = 0, num_flows - 1
+        if num_flows > 1:  # else the published code divides by zero; here one flow says nothing, all frames count
+            frames.update(range(*(MAPPINGS[mapping](flow, num_frames, num_flows) for flow in (start, end))))
+    return sorted(frames) or list(range(num_frames))
+
+
+MAPPINGS: dict[str, Callable[[int, int, int], int]] = {
+    "ends": lambda x, n, v: int(np.float32(x * (n - 1)) / np.float32(v - 1)),
+    "ratio": lambda x, n, v: int(np.float32(x) / np.float32(v) * np.float32(n)),
+}
+"""Flow x of V -> frame of N, in float32. Published evaluation: ends for BLIP-2 (and self-refinement), ratio for
+InstructBLIP, whose candidates therefore reach the last frame but one of N = V."""
+
+
+def best_spans(start_logits: Tensor, end_logits: Tensor, frame_mask: Tensor) -> Tensor:
+    """The half-open span with the largest start plus end logit among real frames, start <= last frame.
+
+    Of equal ones the earliest end, then the earliest start. A row without real frames gives (0, 0).
+
+    Args:
+        start_logits, end_logits, frame_mask: [B,T].
+
+    Returns:
+        int64 [B,2].
+    """
+    real = frame_mask.bool()
+    start = start_logits.float().masked_fill(~real, -torch.inf)
+    end = end_logits.float().masked_fill(~real, -torch.inf)
+    best_start, first = _running_max(start)
+    last = (best_start + end).argmax(dim=1, keepdim=True)
+    span = torch.cat([first.gather(1, last), last + 1], dim=1)
+    return span * real.any(dim=1, keepdim=True)
+
+
+def _running_max(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest value so far along dim 1, and the first index it was seen at (torch.cummax gives the last)."""
+    running = values.cummax(dim=1).values
+    is_new = torch.ones_like(running, dtype=torch.bool)
+    is_new[:, 1:] = running[:, 1:] > running[:, :-1]
+    places = torch.arange(values.shape[1], device=values.device).expand_as(values)
+    return running, (places * is_new).cummax(dim=1).values
+
+
+class Selection(NamedTuple):
+    """frame_index int64 [B,K], sorted, -1 where a sample has no frame; span int64 [B,2], half-open."""
+
+    frame_index: Tensor
+    span: Tensor
+
+
+class Row(NamedTuple):
+    """What a rule sees of one sample: N real frames, its logits on the CPU, best and given span, generator."""
+
+    num_frames: int
+    start_logits: Tensor | None
+    end_logits: Tensor | None
+    best: tuple[int, int] | None
+    given: tuple[int, int] | None
+    generator: torch.Generator | None
+    grid: int | None = None
+    mapping: str = "ends"
+
+
+Rule = Callable[[Row, int], tuple[list[int], tuple[int, int]]]
+"""(row, K) -> K frames or fewer to spread over, and the span they come from."""
+
+
+def _uniform(row: Row, num_selected: int) -> tuple[list[int], tuple[int, int]]:
+    return list(range(row.num_frames)), (0, row.num_frames)
+
+
+def _random(row: Row, num_selected: int) -> tuple[list[int], tuple[int, int]]:
+    order = torch.randperm(row.num_frames, generator=row.generator)
+    return sorted(order[:num_selected].tolist()), (0, row.num_frames)
+
+
+def _best(row: Row, num_selected: int) -> tuple[list[int], tuple[int, int]]:
+    return list(range(*row.best)), row.best
+
+
+def _given(row: Row, num_selected: int) -> tuple[list[int], tuple[int, int]]:
+    start, end = row.given[0], min(row.given[1], row.num_frames)
+    return list(range(start, end)), (start, end)
+
+
+def _argmax(row: Row, num_selected: int) -> tuple[list[int], tuple[int, int]]:
+    return _published(row, [(int(row.start_logits.argmax()), int(row.end_logits.argmax()))])
+
+
+def _gumbel(row: Row, num_selected: int) -> tuple[list[int], tuple[int, int]]:
+    # published: arg max of softmax((logits + noise) / 0.5); neither softmax nor temperature moves an arg max
+    candidates = []
+    for _ in range(NUM_CANDIDATES):
+        noise = -torch.empty(2, len(row.start_logits)).exponential_(generator=row.generator).log()
+        noisy = torch.stack([row.start_logits, row.end_logits]) + noise
+        candidates.append(tuple(noisy.argmax(dim=1).tolist()))
+    return _published(row, candidates)
+
+
+def _published(row: Row, candidates: list[tuple[int, int]]) -> tuple[list[int], tuple[int, int]]:
+    grid = published_grid(row.num_frames, row.grid) if row.grid else range(row.num_frames)
+    frames = [grid[i] for i in candidate_frames(candidates, len(grid), row.num_frames, row.mapping)]
+    return frames, (frames[0], frames[-1] + 1)
+
+
+class _Kind(NamedTuple):
+    rule: Rule
+    needs_logits: bool = False
+    needs_span: bool = False
+    needs_generator: bool = False
+
+
+SELECTORS: dict[str, _Kind] = {
+    "best_span": _Kind(_best, needs_logits=True),
+    "lstp": _Kind(_best, needs_logits=True),
+    "argmax": _Kind(_argmax, needs_logits=True),
+    "gumbel": _Kind(_gumbel, needs_logits=True, needs_generator=True),
+    "uniform": _Kind(_uniform),
+    "random": _Kind(_random, needs_generator=True),
+    "given": _Kind(_given, needs_span=True),
+}
+"""best_span (also called lstp): the most likely span. argmax: likeliest start and likeliest end, each for itself,
+under the published rules. gumbel: published, two noisy candidates. uniform: K interval centres of the video. random:
+K different frames. given: a span that comes with the sample (pseudo span, or gold span as oracle)."""
+
+
+class FrameSelector:
+    """Picks K frames for each sample of a batch. Made by `build_selector`.
+
+    Attributes:
+        needs_logits, needs_span, needs_generator: which arguments a call must bring.
+        span_key: name in the sample of the span that "given" takes.
+        Others: see `build_selector`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        num_selected: int,
+        span_key: str,
+        context: int,
+        few_frames: str,
+        grid: int | None,
+        mapping: str,
+        mask_padding: bool,
+    ):
+        self.name = name
+        self.num_selected = num_selected
+        self.span_key = span_key
+        self.context = context
+        self.few_frames = few_frames
+        self.grid = grid
+        self.mapping = mapping
+        self.mask_padding = mask_padding
+        self.rule, self.needs_logits, self.needs_span, self.needs_generator = SELECTORS[name]
+
+    def __repr__(self) -> str:
+        return f"FrameSelector({self.name}, num_selected={self.num_selected})"
+
+    def __call__(
+        self,
+        frame_mask: Tensor,
+        start_logits: Tensor | None = None,
+        end_logits: Tensor | None = None,
+        span: Tensor | None = None,
+        generators: Sequence[torch.Generator] | torch.Generator | None = None,
+    ) -> Selection:
+        """Selects frames.
+
+        Args:
+            frame_mask: [B,T], 1 = real, real ones first.
+            start_logits, end_logits: [B,T], one flow for each frame.
+            span: int64 [B,2], half-open, for "given".
+            generators: on the CPU; one for each row makes a sample's frames independent of its batch.
+
+        Returns:
+            On the device of `frame_mask`.
+
+        Raises:
+            AnnotationError: "given" and a row whose span is missing or outside its frames.
+            ValueError: an argument that this selector needs is missing.
+        """
+        for argument, value, is_needed in (
+            ("start_logits", start_logits, self.needs_logits),
+            ("end_logits", end_logits, self.needs_logits),
+            ("span", span, self.needs_span),
+            ("generators", generators, self.needs_generator),
+        ):
+            if is_needed and value is None:
+                raise ValueError(f"selector '{self.name}' needs {argument}")
+        starts = start_logits.detach().float().cpu() if self.needs_logits else None
+        ends = end_logits.detach().float().cpu() if self.needs_logits else None
+        has_frames = bool(frame_mask.any())
+        best = best_spans(starts, ends, frame_mask.cpu()).tolist() if self.needs_logits and has_frames else None
+        given = span.tolist() if self.needs_span else None
+        index, spans = [], []
+        for b, count in enumerate(int(n) for n in frame_mask.sum(dim=1).tolist()):
+            if not count:  # a sample without a video
+                index.append([-1] * self.num_selected)
+                spans.append((0, 0))
+                continue
+            if given:
+                self._check_span(b, given[b], count)
+            seen = count if self.mask_padding else None
+            row = Row(
+                num_frames=count,
+                start_logits=starts[b, :seen] if self.needs_logits else None,
+                end_logits=ends[b, :seen] if self.needs_logits else None,
+                best=self._widen(best[b], count) if best else None,
+                given=self._widen(given[b], count) if given else None,
+                generator=generators[b] if isinstance(generators, Sequence) else generators,
+                grid=self.grid,
+                mapping=self.mapping,
+            )
+            frames, found = self.rule(row, self.num_selected)
+            missing = self.num_selected - len(frames)
+            keeps = self.few_frames == "keep" and missing > 0
+            index.append([*frames, *[-1] * missing] if keeps else spread(frames, self.num_selected))
+            spans.append(found)
+        device = frame_mask.device
+        return Selection(
+            torch.tensor(index, dtype=torch.long, device=device).view(-1, self.num_selected),
+            torch.tensor(spans, dtype=torch.long, device=device).view(-1, 2),
+        )
+
+    def _widen(self, span: Sequence[int], num_frames: int) -> tuple[int, int]:
+        return max(0, span[0] - self.context), min(num_frames, span[1] + self.context)
+
+    def _check_span(self, row: int, span: Sequence[int], num_frames: int) -> None:
+        start, end = span
+        if not 0 <= start < min(end, num_frames):
+            raise AnnotationError(
+                f"selector 'given' needs a span within the {num_frames} frames for every sample, row {row} of the "
+                f"batch has [{start}, {end}) in '{self.span_key}'; (-1, -1) means that the sample brings none"
+            )
+
+
+def build_selector(
+    name: str = "best_span",
+    *,
+    num_selected: int = 4,
+    span_key: str = "span",
+    context: int = 0,
+    few_frames: str = "double",
+    grid: int | None = None,
+    mapping: str = "ends",
+    mask_padding: bool = True,
+) -> FrameSelector:
+    """A selector by its name in SELECTORS.
+
+    Args:
+        num_selected: K; the published configurations all have 4.
+        span_key: for "given": "span" (pseudo spans) or "gold_span" (oracle).
+        context: frames added on both sides of a best or given span.
+        few_frames: of a span with fewer than K frames: "double" them until there are enough (published evaluation),
+            or "keep" them, with -1 behind (published image and video training).
+        grid: argmax and gumbel choose among so many evenly spaced frames (32 in the published evaluation, whatever
+            the number of flows); null = all.
+        mapping: argmax and gumbel: one of MAPPINGS.
+        mask_padding: False lets padded flows be drawn by argmax and gumbel, as published; one that is drawn stands
+            for the whole video.
+
+    Raises:
+        ConfigError: unknown name or key, or a number below its least value.
+    """
+    if name not in SELECTORS:
+        raise ConfigError(unknown_name("selector (model.selector.name)", name, SELECTORS))
+    for key, value, known in (
+        ("span_key", span_key, SPAN_KEYS),
+        ("few_frames", few_frames, FEW_FRAMES),
+        ("mapping", mapping, MAPPINGS),
+    ):
+        if value not in known:
+            raise ConfigError(unknown_name(f"model.selector.{key}", value, known))
+    for key, value, least in (("num_selected", num_selected, 1), ("context", context, 0), ("grid", grid, 1)):
+        if (value is not None or key != "grid") and (not isinstance(value, int) or value < least):
+            raise ConfigError(f"model.selector.{key} is {value!r}; expected a whole number of at least {least}")
+    if (grid or mapping != "ends") and SELECTORS[name].rule not in (_argmax, _gumbel):
+        raise ConfigError(f"model.selector.grid and mapping belong to argmax and gumbel, the selector is '{name}'")
+    return FrameSelector(
+        name,
+        num_selected=num_selected,
+        span_key=span_key,
+        context=context,
+        few_frames=few_frames,
+        grid=grid,
+        mapping=mapping,
+        mask_padding=mask_padding,
+    )
+
+
+def sample_generators(ids: Iterable[str], seed: int = 0) -> list[torch.Generator]:
+    """A generator for each question id: the same draw whatever the batch, order or process (evaluation)."""
+    generators = []
+    for key in ids:
+        digest = hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=8).digest()
+        generators.append(torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1))
+    return generators

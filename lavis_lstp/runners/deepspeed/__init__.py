@@ -1,0 +1,1 @@
+"""DeepSpeed behind the runner: its configuration, its engine, what a checkpoint keeps."""

@@ -1,0 +1,198 @@
+"""One command for "does the sampler help?": what is evaluated for each row, and what the table says of it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from math import comb
+from pathlib import Path
+
+import lavis_tiny
+import pytest
+from omegaconf import OmegaConf
+
+from lavis_lstp.commands import ablate, chain, cli
+from lavis_lstp.errors import ConfigError, CoverageError
+from lavis_lstp.files import read_jsonl, write_json, write_jsonl
+from lavis_lstp.host import evaluate
+from lavis_lstp.testing.tiny_benchmarks import write_benchmarks
+
+SHAPES = "projects/lstp/eval/shapes_qa_lstp_tiny.yaml"
+
+
+def test_each_row_has_its_own_frames_and_the_first_is_what_the_others_are_compared_with():
+    cells = ablate.cells_of([SHAPES], ["uniform", "lstp", "oracle"], [4, 8], [])
+    assert [cell.name for cell in cells] == [
+        f"shapes_qa_lstp_tiny_{way}_{count}" for count in (4, 8) for way in ("uniform", "lstp", "oracle")
+    ]
+    by_name = {cell.name.removeprefix("shapes_qa_lstp_tiny_"): cell for cell in cells}
+    assert {cell.baseline for cell in cells[3:]} == {"shapes_qa_lstp_tiny_uniform_8"}
+    without_flow = ("model.flow.name=none", "datasets.lstp_shapes.flow=none")
+    assert by_name["uniform_8"].options == (
+        "model.selector.name=uniform",
+        "model.selector.num_selected=8",
+        *without_flow,
+    )
+    assert by_name["lstp_4"].options == ("model.selector.num_selected=4",), "the recipe's own selector and flow"
+    assert by_name["oracle_4"].options[:2] == ("model.selector.name=given", "model.selector.span_key=gold_span")
+    kept = ablate.cells_of([SHAPES], ["lstp"], [4], ["model.selector.name=argmax"])
+    assert kept[0].options == ("model.selector.num_selected=4",)
+    (other,) = ablate.cells_of([SHAPES], ["lstp"], [4], ["model.selector.name=uniform"])
+    assert other.options[0] == "model.selector.name=lstp"
+
+
+def test_laviss_models_have_a_row_of_evenly_spaced_frames_for_each_number():
+    recipes = [f"projects/lstp/eval/nextqa_{model}.yaml" for model in ("lstp_vicuna7b", "blip2_t5")]
+    cells = ablate.cells_of(recipes, ["uniform", "lstp"], [2, 4], [])
+    assert [cell.name for cell in cells[4:]] == ["nextqa_blip2_t5_uniform_2", "nextqa_blip2_t5_uniform_4"]
+    assert cells[5].options == ("datasets.lstp_nextqa.image_frames=4",) and cells[5].split == "val"
+    assert cells[0].title == "nextqa_lstp_vicuna7b: evenly spaced, 2 frames"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["run.test_splits=[test,val]"], r"one split in run.test_splits, got video_qa and \['test', 'val'\]"),
+        (["run.task=temporal_grounding"], "wants run.task video_qa"),
+        (["model.selector.nam=x"], "did you mean 'model.selector.name'"),
+    ],
+)
+def test_what_cannot_be_ablated_is_said_before_anything_runs(options, said):
+    with pytest.raises(ConfigError, match=said):
+        ablate.cells_of([SHAPES], ["uniform"], [4], options)
+    with pytest.raises(ConfigError, match="--num-frames must be at least 1, got 0"):
+        ablate.main(["--cfg-path", SHAPES, "--num-frames", "0"])
+
+
+def test_the_paired_test_is_exact():
+    first = {f"q{i}": i < 3 for i in range(20)}
+    second = {f"q{i}": i >= 2 for i in range(20)} | {"other": True}
+    # 2 questions only the first has right, 17 only the second; q2 both
+    assert ablate.paired_p(first, second) == pytest.approx(2 * sum(comb(19, k) for k in range(3)) / 2**19)
+    assert ablate.paired_p(first, first) == 1.0
+
+
+def result(folder: Path, rights: list[bool], **record) -> Path:
+    folder.mkdir(parents=True)
+    rows = [
+        {"question_id": f"q{i}", "answer": "a cat", "prediction": "Cat." if right else "dog", **record}
+        for i, right in enumerate(rights)
+    ]
+    write_jsonl(folder / "test_video_qa.jsonl", rows)
+    write_json(folder / "test_video_qa_metrics.json", {"coverage": 1.0})
+    return folder
+
+
+def test_a_row_says_what_its_files_say(tmp_path):
+    folder = result(tmp_path / "a", [True, True, False, True], span=[0, 2], gold_span=[1, 2])
+    times = [{"question_id": f"q{i}", "vision": 0.002, "language": 0.001 * i} for i in range(4)]
+    write_jsonl(folder / "test_video_qa_timings.jsonl", times)
+    row, right = ablate.measure(folder, "test_video_qa")
+    assert right == {"q0": True, "q1": True, "q2": False, "q3": True}
+    assert (row["accuracy"], row["questions"], row["span_iou"]) == (0.75, 4, 0.5)
+    assert row["milliseconds"]["vision"] == pytest.approx(2) and row["milliseconds"]["language"] == pytest.approx(1.5)
+    (head, _, line) = ablate.table_lines([{"title": "x", **row, "p_value": None}], "frames")
+    assert head.split(" | ")[-2:][0] == "span IoU" and "p, paired" not in head and "unparsable" not in head
+    assert line.startswith("| x | 75.0% | 30.1% to 95.4% | 0.50 | 0.0 + 0.0 + 0.0 + 2.0 + 1.5 = 3.5 |")
+
+
+def test_choices_count_as_they_were_judged_and_partial_scores_say_so(tmp_path):
+    folder = result(tmp_path / "a", [True, False], options=["x", "y"], correct=True)
+    write_json(folder / "test_video_qa_metrics.json", {"coverage": 0.5, "num_unparsable": 1})
+    row, right = ablate.measure(folder, "test_video_qa")
+    assert list(right.values()) == [True, True] and row["milliseconds"] is None
+    lines = ablate.table_lines([{"title": "x", **row}], "frames")
+    assert ablate.judge_line([row]) == "Judged by: the right option was chosen."
+    assert "| unparsable | coverage |" in lines[0] and "| 1 | 50.0% |" in lines[2] and "ms per" not in lines[0]
+
+
+def test_nothing_to_score_is_an_error(tmp_path):
+    with pytest.raises(CoverageError, match="no question has an answer to compare with"):
+        ablate.measure(result(tmp_path / "a", [True], answer=None), "test_video_qa")
+
+
+# ---- the command --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def in_process(monkeypatch) -> list[str]:
+    """Evaluations run here; gives the steps that did."""
+    ran = []
+
+    def call(whole, output, lock):
+        ran.append(whole)
+        with open(output, "a") as log, contextlib.redirect_stderr(log):
+            return evaluate.main(whole[whole.index("--cfg-path") :]), False
+
+    monkeypatch.setattr(chain, "_call", call)
+    return ran
+
+
+def test_the_command_evaluates_and_tabulates_and_goes_on_where_it_was(tmp_path, monkeypatch, capsys, in_process):
+    monkeypatch.chdir(tmp_path)
+    sizes = {"train_videos": 1, "val_videos": 1, "test_videos": 2, "train_images": 1, "size": 64}
+    small = [f"datasets.lstp_shapes.generate.{name}={value}" for name, value in sizes.items()]
+    small += ["datasets.lstp_shapes.num_frames=8", "model.checkpoint=null", "run.batch_size_eval=4"]
+    command = ["ablate", "--cfg-path", SHAPES, "--frames", "uniform", "random", "lstp", "oracle", "--num-frames", "2"]
+    command += ["--out", "out", "--options", *small]
+    assert cli.main(command) == 0
+    said = capsys.readouterr().out
+    assert len(in_process) == 4 and "12 questions. p: exact McNemar test against shapes_qa_lstp_tiny_uniform_2" in said
+    table = Path("out/table.md").read_text()
+    assert table in said and table.count("\n") == 6 + 2
+    assert table.endswith("|\n\nJudged by: exact match after normalising, no judge was asked.\n")
+    rows = {row["name"].split("_")[-2]: row for row in json.loads(Path("out/table.json").read_text())["rows"]}
+    assert rows["oracle"]["span_iou"] == 1.0 and rows["lstp"]["span_iou"] < 1.0
+    assert rows["lstp"]["milliseconds"]["sampler"] > 0 == rows["uniform"]["milliseconds"]["sampler"]
+    assert rows["uniform"]["p_value"] is None and 0 < rows["lstp"]["p_value"] <= 1
+    records = {way: list(read_jsonl(f"out/shapes_qa_lstp_tiny_{way}_2/result/test_video_qa.jsonl")) for way in rows}
+    assert all(record["span"] == record["gold_span"] for record in records["oracle"])
+    assert {tuple(record["frame_index"]) for record in records["uniform"]} == {(1, 5)}
+    assert len({tuple(record["frame_index"]) for record in records["random"]}) > 1
+    assert cli.main(command) == 0 and len(in_process) == 4, "what is done is not done again"
+
+
+def test_laviss_own_models_stand_in_the_table_on_the_same_questions(tmp_path, capsys, in_process):
+    """`arch: blip2_t5` and `blip2_opt`, in evaluations composed of a user's own files. The tiny OPT reads 64 tokens."""
+    own = {"image_size": lavis_tiny.IMAGE_SIZE, "flow": "none"}
+    theirs = own | {"vis_processor": {"eval": {"name": "blip_image_eval", "image_size": lavis_tiny.IMAGE_SIZE}}}
+    said = {"prompt": "Q: {}", "max_len": 3, "num_beams": 1}
+    lstp = {"arch": "lstp_tiny", "flow": {"name": "dis"}}
+    models: dict = {"lstp_tiny": {"model": lstp, "datasets": {"*": {"image_size": 64, "flow": "none"}}}}
+    with lavis_tiny.hub(tmp_path):
+        write_benchmarks(tmp_path, ["msvd_qa"])
+        for arch in ("blip2_t5", "blip2_opt"):
+            models[arch] = {"model": lavis_tiny.config(arch, tmp_path), "datasets": {"*": theirs}, "run": said}
+        run = {"task": "video_qa", "test_splits": ["test"], "device": "cpu", "num_workers": 0, "batch_size_eval": 4}
+        files = {f"models/{name}": model for name, model in models.items()}
+        files["benchmarks/msvd_qa"] = {"datasets": {"lstp_msvd_qa": {"num_frames": 4}}, "run": run}
+        for name, content in files.items():
+            file = tmp_path / "mine" / f"{name}.yaml"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            OmegaConf.save(content, file)
+        recipes = [f"mine/msvd_qa_{name}.yaml" for name in models]
+        command = ["ablate", "--cfg-path", *recipes, "--frames", "uniform", "lstp", "--num-frames", "2", "--out", "out"]
+        assert cli.main(command) == 0, capsys.readouterr().err
+    table = json.loads((tmp_path / "out" / "table.json").read_text())["rows"]
+    assert [row["title"].removeprefix("msvd_qa_") for row in table] == [
+        "lstp_tiny: evenly spaced, 2 frames",
+        "lstp_tiny: LSTP (predicted span), 2 frames",
+        "blip2_t5: evenly spaced, 2 frames",
+        "blip2_opt: evenly spaced, 2 frames",
+    ]
+    asked = [list(read_jsonl(tmp_path / "out" / row["name"] / "result" / "test_video_qa.jsonl")) for row in table]
+    for records in asked[1:]:
+        for key in ("question_id", "question", "answer", "video_id"):
+            assert [record[key] for record in records] == [record[key] for record in asked[0]]
+    assert {row["questions"] for row in table} == {6}
+    assert (tmp_path / "out" / "table.md").read_text() in capsys.readouterr().out
+
+
+def test_an_oracle_needs_gold_spans(tmp_path, monkeypatch, capsys, in_process):
+    write_benchmarks(tmp_path, ["star"])
+    monkeypatch.chdir(tmp_path)
+    options = ["model.checkpoint=null", "datasets.lstp_star.num_frames=4"]
+    recipe = "projects/lstp/eval/star_lstp_tiny.yaml"
+    command = ["ablate", "--cfg-path", recipe, "--frames", "oracle", "--num-frames", "2", "--options", *options]
+    assert cli.main(command) == 2
+    assert "selector 'given' needs a span" in capsys.readouterr().err

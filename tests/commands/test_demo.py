@@ -1,0 +1,91 @@
+"""The demo's steps and verdict; the whole of it, tiny, is slow and belongs to `make test-slow`."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from lavis_lstp.commands import demo
+from lavis_lstp.commands.ablate import STAGES
+from lavis_lstp.metrics.qa import accuracy_interval
+
+
+def row(name: str, right: int, questions: int = 600) -> dict:
+    return {
+        "name": name,
+        "title": name,
+        "questions": questions,
+        "accuracy": right / questions,
+        "interval": list(accuracy_interval(right, questions)),
+        "span_iou": 0.5,
+        "milliseconds": dict.fromkeys(STAGES, 1.0),
+    }
+
+
+def rows(uniform: int, trained: int, lstp: int, oracle: int) -> dict[str, dict]:
+    counts = {"uniform": uniform, "uniform_trained": trained, "random": 90, "lstp": lstp, "oracle": oracle}
+    return {name: row(name, right) for name, right in counts.items()}
+
+
+@pytest.mark.parametrize(
+    ("counts", "met"),
+    [
+        ((10, 90, 500, 510), True),
+        ((10, 90, 440, 510), False),  # 86 % of the oracle
+        ((10, 400, 500, 510), False),  # 17 points above the uniform model that trained on such frames
+        ((400, 10, 500, 510), False),  # the better of the two counts
+        ((0, 0, 0, 0), False),
+    ],
+)
+def test_verdict_compares_with_the_better_uniform_baseline_and_with_the_oracle(counts, met):
+    assert demo.verdict(rows(*counts))["met"] is met
+
+
+def test_table_says_when_the_claim_is_not_met():
+    for counts, said in (((10, 90, 500, 510), ": met."), ((10, 90, 440, 510), "NOT met")):
+        found = rows(*counts)
+        result = {"chance": 0.146, "rows": list(found.values()), "verdict": demo.verdict(found)}
+        text = demo.table({**result, "spans": {"iou": 0.8}, "peak_memory_mib": 1000})
+        assert said in text and text.count("\n|") == 6
+        assert "1.0 + 1.0 + 1.0 + 1.0 + 1.0 = 5.0" in text
+
+
+def test_each_row_of_the_table_is_evaluated_with_its_own_frames_and_answerer(tmp_path):
+    ran = []
+    work = demo.Demo(tmp_path, ["run.max_epoch=1"])
+    work.chain.step = lambda name, command, **_: ran.append((name, command))
+    work.report = dict
+    work.run()
+    commands = dict(ran)
+    evaluations = [f"eval_{row.name}" for row in demo.ROWS]
+    assert list(commands) == ["base", "flow", "spans", "sampler", "lstp", "uniform", *evaluations]
+
+    def last(name: str, key: str) -> str:
+        return [word.partition("=")[2] for word in commands[name] if word.startswith(f"{key}=")][-1]
+
+    parts = {name: last(name, "model.checkpoint").strip("[]").split(",") for name in ("lstp", "uniform", *evaluations)}
+    for name in evaluations:
+        answerer = "uniform" if name == "eval_uniform_trained" else "lstp"
+        assert parts[name] == [str(tmp_path / part) for part in ("base", "sampler", answerer)]
+        assert last(name, "run.test_splits") == "[test]"
+    assert parts["lstp"] == parts["uniform"] == [str(tmp_path / "base"), str(tmp_path / "sampler")]
+    flows = {name: last(name, "model.flow.name") for name in evaluations}
+    assert flows.pop("eval_lstp") == "dis" and set(flows.values()) == {"none"}
+    assert last("eval_oracle", "model.selector.span_key") == "gold_span"
+    assert last("uniform", "model.selector.name") == last("eval_uniform_trained", "model.selector.name") == "uniform"
+    assert all("run.max_epoch=1" in command for name, command in commands.items() if name != "flow")
+
+
+@pytest.mark.slow
+def test_the_whole_demo_tiny(tmp_path, capsys):
+    sizes = {"train_videos": 4, "val_videos": 2, "test_videos": 3, "train_images": 16}
+    options = [f"datasets.lstp_shapes.generate.{key}={value}" for key, value in sizes.items()]
+    code = demo.main(["--out", str(tmp_path / "demo"), "--options", *options, "run.max_epoch=1"])
+    out = capsys.readouterr().out
+    assert code == 1 and "NOT met" in out  # nothing can be learnt from so little
+    for name in demo.FILES:
+        assert (tmp_path / "demo" / name).stat().st_size > 0
+    table = json.loads((tmp_path / "demo" / "table.json").read_text())
+    assert [r["questions"] for r in table["rows"]] == [18] * 5
+    assert next(r for r in table["rows"] if r["name"] == "oracle")["span_iou"] == 1.0

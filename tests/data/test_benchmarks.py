@@ -1,0 +1,364 @@
+"""Benchmarks in their authors' files, made small: read by default, joined by id, refused with a line."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lavis.common.registry import registry
+from lavis.datasets.builders import load_dataset
+from test_wds_verify import rewritten
+
+from lavis_lstp.config import Config
+from lavis_lstp.data.benchmarks import BENCHMARKS, MVBENCH, read_benchmark
+from lavis_lstp.data.shards.format import dump_frames, parse_frames
+from lavis_lstp.errors import AnnotationError, ConfigError, VideoError
+from lavis_lstp.host import evaluate
+from lavis_lstp.testing import tiny_benchmarks
+from lavis_lstp.testing.tiny_benchmarks import WRITERS, write_benchmarks
+from webdataset_tools.__main__ import main as tools
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("benchmarks")
+    write_benchmarks(root)
+    return root
+
+
+@pytest.fixture
+def here(files, tmp_path, monkeypatch) -> Path:
+    """A copy to stand in and change."""
+    shutil.copytree(files / "inputs", tmp_path / "inputs")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "inputs"
+
+
+def build(name: str, *options: str) -> dict:
+    """Data sets by split, as `lavis.evaluate` builds them from a YAML that only names the benchmark."""
+    path = Path("run.yaml")
+    path.write_text(f"model: {{arch: lstp_tiny}}\ndatasets: {{lstp_{name}: {{}}}}\nrun: {{task: video_qa}}\n")
+    given = ["num_frames=4", "image_size=64", *options]
+    config = Config(SimpleNamespace(cfg_path="run.yaml", options=[f"datasets.lstp_{name}.{o}" for o in given]))
+    section = config.datasets_cfg[f"lstp_{name}"]
+    return registry.get_builder_class(f"lstp_{name}")(section).build_datasets()
+
+
+def answers(dataset) -> list[tuple]:
+    return [(row["question_id"], row["question"], row["answer"]) for row in dataset.annotation]
+
+
+def test_every_benchmark_has_a_writer_a_file_and_a_builder():
+    names = {name.removeprefix("lstp_") for name in BENCHMARKS}
+    assert names == set(WRITERS)
+    assert all(registry.get_builder_class(f"lstp_{name}") is not None for name in names)
+
+
+COUNTS = {"egoschema": {"subset": 2}, "mvbench": {"test": 20}, "nextqa": {"val": 6, "test": 6}, "star": {"val": 6}}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_defaults_read_the_authors_files_and_every_sample_has_frames(here, name):
+    found = build(name)
+    assert {split: len(dataset) for split, dataset in found.items()} == COUNTS.get(name, {"test": 6})
+    for dataset in found.values():
+        for row, sample in zip(dataset.annotation, map(dataset.__getitem__, range(len(dataset))), strict=True):
+            assert sample["frames"].shape[0] >= 2 and sample["frames"].shape[1:] == (3, 64, 64)
+            assert row["answer"] and sample["text_output"] == row["answer"]
+            assert sample["options"] == row.get("options", [])
+            if sample["options"]:
+                assert row["answer"] in sample["options"] and len(sample["options"]) in (3, 4, 5)
+
+
+def test_lavis_load_dataset_finds_a_benchmark_by_name(here):
+    assert len(load_dataset("lstp_activitynet_qa")["test"]) == 6
+
+
+def test_ids_kinds_and_names_are_the_published_ones(here):
+    # of a task whose videos are shown whole, as published
+    change(here / "mvbench/json/action_count.json", lambda rows: rows[0].update(start=0.1, end=0.2))
+    msvd = build("msvd_qa")["test"].annotation
+    assert [row["question_id"] for row in msvd] == [str(100 + i) for i in range(6)]
+    assert msvd[0]["video"] == "vid1.avi" and msvd[0]["category"] == "what"
+    activitynet = build("activitynet_qa")["test"].annotation
+    assert [row["video"] for row in activitynet[::2]] == ["clip-0.mp4", "v_clip-1.mkv", "v_clip-2.mov"]
+    assert [row["category"] for row in activitynet[:2]] == ["color", "object"]  # type 4 and 5
+    tgif = build("tgif_qa")["test"].annotation
+    assert tgif[1]["question_id"] == "FRAMEQA1" and tgif[1]["video"] == "tumblr_0_250.gif"
+    assert [row["category"] for row in tgif[:2]] == ["color", "object"]
+    nextqa = build("nextqa")["val"].annotation
+    assert nextqa[3]["question_id"] == "4001_1" and nextqa[3]["video"] == "0101/4001.mp4"
+    assert nextqa[3]["category"] == "TN" and len(nextqa[3]["options"]) == 5
+    star = build("star")["val"].annotation
+    assert star[0]["category"] == "Interaction" and star[0]["clip_s"] == [0.1, 0.6] and len(star[0]["options"]) == 4
+    egoschema = build("egoschema")["subset"].annotation
+    assert [row["question_id"] for row in egoschema] == ["uid-0", "uid-2"]
+    mvbench = {row["category"]: row for row in build("mvbench")["test"].annotation}
+    assert list(mvbench) == list(MVBENCH) and len(MVBENCH) == 20
+    assert [task for task, row in mvbench.items() if "clip_s" in row] == [t for t, f in MVBENCH.items() if f["bounded"]]
+    assert mvbench["episodic_reasoning"]["video"] == "tvqa/frames_fps3_hq/clip"
+    assert mvbench["action_antonym"]["question_id"] == "action_antonym/0"
+
+
+def test_the_form_of_question_and_answer_files_is_joined_by_id(here):
+    """The same questions in the form that Video-ChatGPT brought MSVD-QA into; the answers lie in another order."""
+    rows = json.loads((here / "msvd_qa/test_qa.json").read_text())
+    named = [{"video_name": f"vid{r['video_id']}", "question": r["question"], "question_id": r["id"]} for r in rows]
+    (here / "msvd_qa/test_q.json").write_text(json.dumps(named))
+    given = [{"answer": r["answer"], "question_id": r["id"]} for r in reversed(rows)]
+    (here / "msvd_qa/test_a.json").write_text(json.dumps(given))
+    info = "build_info"
+    form = ["form=questions", f"{info}.annotations.test.storage=inputs/msvd_qa/test_q.json"]
+    form += [f"{info}.answers.test.storage=inputs/msvd_qa/test_a.json"]
+    assert answers(build("msvd_qa", *form)["test"]) == answers(build("msvd_qa")["test"])
+    with pytest.raises(
+        AnnotationError, match=r"key 'question_id' is missing; .* read as datasets.lstp_msvd_qa.form: questions"
+    ):
+        build("msvd_qa", "form=questions")
+    with pytest.raises(AnnotationError, match="key 'id' is missing.* read as datasets.lstp_msvd_qa.form: authors"):
+        build("msvd_qa", *form[1:])
+    with pytest.raises(ConfigError, match=r"unknown datasets.lstp_msvd_qa.form 'question'; did you mean 'questions'"):
+        build("msvd_qa", "form=question")
+
+
+def test_videos_under_their_old_names_are_found_by_the_mapping(here):
+    folder = here / "msvd_qa"
+    old = {f"vid{i}": f"aB-{i}_5_15" for i in (1, 2, 3)}
+    for name, other in old.items():
+        (folder / f"videos/{name}.avi").rename(folder / f"videos/{other}.avi")
+    (folder / "youtube_mapping.txt").write_text("".join(f"{other} {name}\n" for name, other in old.items()))
+    with pytest.raises(VideoError, match=r"vid1.mp4: no such file"):
+        build("msvd_qa")
+    names = "build_info.videos.names=inputs/msvd_qa/youtube_mapping.txt"
+    assert build("msvd_qa", names)["test"].annotation[0]["video"] == "aB-1_5_15.avi"
+
+
+def change(path: Path, edit) -> None:
+    content = json.loads(path.read_text())
+    edit(content)
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (lambda rows: rows.pop(), r"1 questions have no answer here \(v_clip-0_0\) and 0 answers no question \(none\)"),
+        (lambda rows: rows[0].update(question_id="v_x"), r"1 questions .* \(v_clip-2_1\) and 1 answers .* \(v_x\)"),
+        (
+            lambda rows: rows.append({"answer": "no", "question_id": "v_x"}),
+            r"0 questions .* and 1 answers no question \(v_x\)",
+        ),
+        (lambda rows: rows[0].pop("question_id"), "test_a.json, entry 0: key 'question_id' is missing"),
+        (lambda rows: rows[0].update(rows[1]), "entry 1: question id 'v_clip-2_0' occurs twice"),
+    ],
+)
+def test_answers_that_do_not_belong_to_the_questions_are_refused(here, edit, said):
+    change(here / "activitynet_qa/test_a.json", edit)
+    with pytest.raises(AnnotationError, match=said):
+        build("activitynet_qa")
+
+
+def test_wrong_rows_say_where(here):
+    change(here / "egoschema/subset_answers.json", lambda answers: answers.update({"uid-0": 5}))
+    with pytest.raises(AnnotationError, match="entry 0: 'answer' must be the number of an option, 0 to 4, got 5"):
+        build("egoschema")
+    change(here / "star/STAR_val.json", lambda rows: rows[2].update(answer="The sun."))
+    with pytest.raises(AnnotationError, match="entry 2: the answer 'The sun.' is none of the options"):
+        build("star")
+    change(here / "star/STAR_val.json", lambda rows: rows[2].pop("answer"))
+    with pytest.raises(AnnotationError, match="1 of 6 questions have no answer: Interaction_T1_2"):
+        build("star")
+    change(here / "msrvtt_qa/test_qa.json", lambda rows: rows[1].update(id=100))
+    with pytest.raises(AnnotationError, match="entry 1: question id '100' occurs twice"):
+        build("msrvtt_qa")
+    change(here / "msvd_qa/test_qa.json", lambda rows: rows[1].update(answer=" "))
+    with pytest.raises(AnnotationError, match="1 of 6 questions have no answer: 101"):
+        build("msvd_qa")
+    change(here / "msvd_qa/test_qa.json", lambda rows: rows[1].update(answer=["red"]))
+    with pytest.raises(AnnotationError, match=r"entry 1: 'answer' must be a text or a number, got \['red'\]"):
+        build("msvd_qa")
+    change(here / "msvd_qa/test_qa.json", lambda rows: rows[1].update(answer="red", question="what \ud83d?"))
+    with pytest.raises(AnnotationError, match="test_qa.json, file: not JSON .*surrogates"):
+        build("msvd_qa")
+    (here / "mvbench/json/state_change.json").unlink()
+    with pytest.raises(AnnotationError, match="lacks 1 of 20 files, first state_change.json"):
+        build("mvbench")
+    with pytest.raises(ConfigError, match=r"build_info.answers\) 'tset'; did you mean 'test'"):
+        build("activitynet_qa", "build_info.answers.tset.storage=x")
+
+
+def test_single_tasks_of_mvbench_may_be_named(here):
+    storage = "build_info.annotations.test.storage=[inputs/mvbench/json/action_count.json]"
+    assert [row["category"] for row in build("mvbench", storage)["test"].annotation] == ["action_count"]
+
+
+def test_hidden_answers_are_none_and_said(here, caplog):
+    with caplog.at_level(logging.WARNING):
+        dataset = build("star", "build_info.annotations={test: {storage: inputs/star/STAR_test.json}}")["test"]
+    assert {row["answer"] for row in dataset.annotation} == {None} and dataset[0]["text_output"] == ""
+    assert "the 6 questions have no answers; predictions are written, not scored" in caplog.text
+    assert "split test has 6 questions, published are 7377" in caplog.text
+
+
+def test_a_split_of_the_published_size_is_not_remarked_upon(here, caplog, monkeypatch):
+    monkeypatch.setitem(BENCHMARKS["lstp_tgif_qa"].sizes, "test", 6)
+    with caplog.at_level(logging.WARNING):
+        build("tgif_qa")
+    assert "published are" not in caplog.text
+
+
+def test_a_missing_video_is_named_and_may_stay_open(here, caplog):
+    (here / "tgif_qa/gifs/tumblr_1_250.gif").unlink()
+    with pytest.raises(VideoError, match=r"tumblr_1_250.mp4: no such file, needed by question 'FRAMEQA2'"):
+        build("tgif_qa")
+    dataset = build("tgif_qa", "max_bad_fraction=0.4")["test"]
+    assert [dataset[i] is None for i in range(6)] == [False, False, True, True, False, False]
+    gone = sorted((here / "tgif_qa/gifs").iterdir())
+    for gif in gone:
+        gif.unlink()
+    with pytest.raises(VideoError, match=r"3 of 3 files are missing"):
+        build("tgif_qa")
+    (listed,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert all(gif.stem in listed for gif in gone) and listed.count("\n") == 3
+
+
+def test_the_document_has_the_sizes_of_the_table():
+    text = (ROOT / "docs/benchmarks.md").read_text()
+    for name, benchmark in BENCHMARKS.items():
+        line, _ = [line for line in text.splitlines() if line.startswith(f"| `{name}`")]
+        assert set(benchmark.sizes.values()) == {int(n.replace(",", "")) for n in re.findall(r"\d[\d,]{2,}", line)}
+
+
+def test_the_tool_writes_what_it_is_asked_for(tmp_path, capsys):
+    assert tiny_benchmarks.main([str(tmp_path), "--only", "egoschema"]) == 0
+    assert "egoschema" in capsys.readouterr().out
+    assert {p.name for p in (tmp_path / "inputs").iterdir()} == {"egoschema"}
+    with pytest.raises(ConfigError, match="unknown benchmark 'egoshema'; did you mean 'egoschema'"):
+        write_benchmarks(tmp_path, ["egoshema"])
+
+
+def test_quotes_are_text_where_tabs_part_the_cells(tmp_path):
+    path = tmp_path / "Test_frameqa_question.csv"
+    path.write_text(
+        'gif_name\tquestion\tanswer\ttype\tvid_id\tkey\tdescription\ng\twhat is "it ?\ta "cat\t0\tF1\t1\td\n'
+    )
+    (row,) = read_benchmark(BENCHMARKS["lstp_tgif_qa"], [path], tmp_path)
+    assert (row["question"], row["answer"], row["category"]) == ('what is "it ?', 'a "cat', "object")
+
+
+@pytest.mark.parametrize("cells", ["1,2,why,5,0,CW,3,a,b,c,d,e,and f", "1,2,why,5,0,CW,3,a,b,c,d"])
+def test_a_row_of_another_width_is_refused(tmp_path, cells):
+    path = tmp_path / "val.csv"
+    path.write_text(f"video,frame_count,question,answer,qid,type,width,a0,a1,a2,a3,a4\n{cells}\n")
+    with pytest.raises(AnnotationError, match="val.csv, line 2: expected 12 cells, as in the first line"):
+        read_benchmark(BENCHMARKS["lstp_nextqa"], [path], tmp_path)
+
+
+def test_a_line_of_json_may_hold_other_ends_of_lines(tmp_path):
+    path = tmp_path / "test_qa.json"
+    rows = [{"id": n, "video_id": 1, "question": "two\u2028lines\u0085?", "answer": "yes"} for n in range(2)]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    found = read_benchmark(BENCHMARKS["lstp_msvd_qa"], [path], tmp_path)
+    assert [row["question"] for row in found] == ["two\u2028lines\u0085?"] * 2
+
+
+# ---- in shards ----------------------------------------------------------------------------------------------------
+
+
+def pack_benchmark(name: str, *more: str) -> tuple[str, list[str]]:
+    """Packs the first split to be tested to shards/; returns it, and the options by which its builder reads those."""
+    config = Config(SimpleNamespace(cfg_path=f"projects/lstp/eval/{name}_lstp_tiny.yaml", options=[])).config
+    split = config.run.test_splits[0]
+    info = config.datasets[f"lstp_{name}"].build_info
+    words = ["pack", f"shards/{name}", info.annotations[split].storage, "--from", f"lstp_{name}", *more]
+    words += ["--root", info.videos.storage, "--workers", "1", "--max-count", "2"]
+    if info.answers.get(split):
+        words += ["--answers", info.answers[split].storage]
+    if info.videos.names:
+        words += ["--video-names", info.videos.names]
+    assert tools(words) == 0
+    count = len(list(Path("shards").glob(f"{name}-*.tar")))
+    storage = f"shards/{name}-{{000000..{count - 1:06d}}}.tar"
+    return split, [f"build_info.annotations.{split}.storage={storage}", "build_info.answers={}"]
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_shards_of_a_benchmark_give_its_samples(here, name):
+    """Packed from the authors' files, then read by the same builder: options, clips, kinds and frames stay."""
+    split, storage = pack_benchmark(name)
+    whole, packed = build(name)[split], build(name, *storage)[split]
+    assert len(packed) == len(whole)
+    samples = {sample["question_id"]: sample for sample in map(packed.__getitem__, range(len(packed)))}
+    for sample in map(whole.__getitem__, range(len(whole))):
+        other = samples[sample["question_id"]]
+        assert sample.keys() == other.keys()
+        for key in sample.keys() - {"media"}:
+            same = torch.equal if torch.is_tensor(sample[key]) else lambda a, b: a == b
+            assert same(sample[key], other[key]), key
+    assert sorted(map(len, packed.eval_groups())) == sorted(map(len, whole.eval_groups()))
+    assert any(row.get("clip_s") for row in packed.annotation) == (name in ("star", "mvbench"))
+
+
+def test_a_folder_of_pictures_is_a_video_in_shards_too(here, tmp_path, capsys):
+    """Every picture byte for byte, checked, written back, packed again to the same bytes, and shown."""
+    _, storage = pack_benchmark("mvbench")
+    found = tools(["verify", "--json", *sorted(map(str, Path("shards").glob("*.tar"))), "--workers", "1"])
+    assert found == 0, capsys.readouterr().out
+    shards = storage[0].partition("=")[2]
+    assert tools(["extract", shards, "--out", "back"]) == 0
+    folder = "tvqa/frames_fps3_hq/clip"
+    before = {p.name: p.read_bytes() for p in (here / "mvbench/video" / folder).iterdir()}
+    assert {p.name: p.read_bytes() for p in Path("back", folder).iterdir()} == before and len(before) > 3
+    assert tools(["pack", "again/mvbench", "back/annotation.json", "--max-count", "2", "--workers", "1"]) == 0
+    for path in Path("shards").iterdir():
+        assert path.read_bytes() == Path("again", path.name).read_bytes(), path.name
+    assert tools(["preview", shards, "--out", "sheet.png", "--count", "20", "--size", "32"]) == 0
+    assert tools(["flow", shards, "--out", "flow/x", "--num-frames", "4", "--size", "64", "--workers", "1"]) == 0
+    damaged = next(path for path in sorted(Path("shards").glob("*.tar")) if b"frames_fps3" in path.read_bytes())
+    rewritten(damaged, lambda key, members: {name: other_picture(name, raw) for name, raw in members.items()})
+    assert tools(["verify", str(damaged), "--workers", "1"]) == 1
+    assert "the SHA-256 of its pictures is not that of its json" in capsys.readouterr().out
+
+
+def other_picture(name: str, raw: bytes) -> bytes:
+    if name != "frames":
+        return raw
+    stored = parse_frames(raw, "x")
+    return dump_frames(stored._replace(pictures=[stored.pictures[1], *stored.pictures[1:]]))
+
+
+def test_questions_about_parts_of_videos_refuse_frames_and_flow_of_the_whole(here, capsys):
+    with pytest.raises(AssertionError):
+        pack_benchmark("star", "--frames", "4")
+    assert "are about a part of it (clip_s)" in capsys.readouterr().err
+    split, storage = pack_benchmark("star")
+    shards = storage[0].partition("=")[2]
+    assert tools(["flow", shards, "--out", "flow/star", "--num-frames", "4", "--size", "64", "--workers", "1"]) == 0
+    dataset = build("star", *storage, "flow=precomputed", f"shards.flow={shards.replace('shards/', 'flow/')}")[split]
+    with pytest.raises(ConfigError, match="precomputed is of whole videos"):
+        dataset[0]
+
+
+@pytest.mark.parametrize("name", ["tgif_qa", "mvbench"])
+def test_evaluation_over_shards_answers_as_over_files(here, name):
+    """GIFs and folders of pictures, through `lavis.evaluate`."""
+    split, storage = pack_benchmark(name)
+    command = ["--cfg-path", f"projects/lstp/eval/{name}_lstp_tiny.yaml", "--options", "model.checkpoint=null"]
+    command += [f"datasets.lstp_{name}.flow=none", "model.flow.name=dis"]  # neither has motion vectors
+    rows = []
+    for out, more in (("files", []), ("shards", [f"datasets.lstp_{name}.{option}" for option in storage])):
+        assert evaluate.main([*command, f"run.output_dir={out}", *more]) == 0
+        rows.append(sorted(Path(out, f"result/{split}_video_qa.jsonl").read_text().splitlines()))
+    assert [drop_times(row) for row in rows[0]] == [drop_times(row) for row in rows[1]] and len(rows[0]) > 4
+
+
+def drop_times(line: str) -> dict:
+    return {key: value for key, value in json.loads(line).items() if "time" not in key or key == "frame_times"}

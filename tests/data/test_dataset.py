@@ -1,0 +1,682 @@
+"""Annotation files and videos become samples and batches; each mistake is named with its file, entry and key."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import pickle
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN
+from PIL import Image
+from safetensors.numpy import save_file
+from torch.utils.data import DataLoader
+from video_files import audio_file, numbered_video, read_number
+
+from lavis_lstp.commands import flow as flow_files
+from lavis_lstp.data import qa_dataset
+from lavis_lstp.data.qa_dataset import VideoQADataset, read_annotation
+from lavis_lstp.data.shapes import shapes_qa
+from lavis_lstp.data.spans import read_spans
+from lavis_lstp.data.video.reading import read_frames, sample_indices, uniform_centres
+from lavis_lstp.errors import AnnotationError, ConfigError, CoverageError, VideoError
+from lavis_lstp.metrics.coverage import join_by_id
+from lavis_lstp.runners.data_order import Batches
+from lavis_lstp.schema import Span
+
+SHAPES = {"seed": 0, "train_videos": 2, "val_videos": 1, "test_videos": 3, "train_images": 3, "size": 64}
+
+
+def entry(number: int = 0, **changes) -> dict:
+    row = {"question_id": f"q{number}", "video": "long.mp4", "question": f"what is {number}?", "answer": "grey"}
+    row.update(changes)
+    row.setdefault("video_id", Path(str(row["video"])).stem)
+    return {key: value for key, value in row.items() if value is not None}
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory) -> Path:
+    """long.mp4 and short.mp4 with 30 and 5 numbered frames, still.png, and broken.mp4, which has no pictures."""
+    root = tmp_path_factory.mktemp("videos")
+    numbered_video(root / "long.mp4", 30)
+    numbered_video(root / "short.mp4", 5)
+    audio_file(root / "broken.mp4")
+    Image.fromarray(np.full((40, 60, 3), (10, 200, 30), dtype=np.uint8)).save(root / "still.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("shapes")
+    shapes_qa.generate(root, workers=1, **SHAPES)
+    return root
+
+
+# ---------------------------------------------------------------- annotation files
+
+
+def test_a_list_and_json_lines_are_the_same(tmp_path):
+    rows = [entry(0, video_id=None), entry(1, video="film/b.mp4", video_id=None, category="colour", span_s=[0.5, 2])]
+    (tmp_path / "list.json").write_text(json.dumps(rows, indent=1))
+    (tmp_path / "lines.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
+    found = read_annotation(tmp_path / "list.json")
+    assert found == read_annotation(tmp_path / "lines.jsonl")
+    assert [row["video_id"] for row in found] == ["long", "b"]  # the file's name, where none is given
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([entry(0), entry(1, answer=None)], ["entry 1", "'q1'", "'answer' is missing"]),
+        ([entry(0, question_id=None)], ["entry 0", "'question_id' is missing"]),
+        ([entry(0, video=None)], ["entry 0", "'video' is missing"]),
+        ([entry(0, question=7)], ["entry 0", "'q0'", "'question' must be a string, got int 7"]),
+        ([entry(0, question_id=7)], ["entry 0", "'question_id' must be a string, got int 7"]),
+        ([entry(0), "text"], ["entry 1", "expected an object, got str"]),
+        ([entry(0), entry(0)], ["entry 1", "'q0' occurs twice"]),
+        ([entry(0, span_s=[2.0, 1.0])], ["'q0'", "'span_s' must be [start, end]", "[2.0, 1.0]"]),
+        ([entry(0, span_s="1-2")], ["'q0'", "'span_s'", "'1-2'"]),
+        ([entry(0, span_s=[True, 2])], ["'q0'", "'span_s'"]),
+        ([], ["holds no question"]),
+    ],
+)
+def test_what_is_wrong_with_an_entry(tmp_path, rows, said):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(rows))
+    with pytest.raises(AnnotationError) as error:
+        read_annotation(path)
+    assert "\n" not in str(error.value)
+    for part in [str(path), *said]:
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b'{"question_id": "q0"\n', "line 1: not JSON"),
+        (b"[1, 2", "file: not JSON"),
+        (b"", "holds no question"),
+        (b"\xff\xfe[]", "cannot be read as UTF-8"),
+        (None, "no such annotation file"),
+    ],
+)
+def test_what_is_wrong_with_a_file(tmp_path, content, said):
+    path = tmp_path / "a.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(AnnotationError) as error:
+        read_annotation(path)
+    assert str(path) in str(error.value) and said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_line_of_a_wrong_entry_counts_blank_ones(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(entry(0)) + "\n\n" + json.dumps(entry(1, video=3)) + "\n")
+    with pytest.raises(AnnotationError, match="line 3 .*'q1'.*'video' must be a string"):
+        read_annotation(path)
+
+
+# ---------------------------------------------------------------- samples
+
+
+def test_a_sample_holds_evenly_spaced_frames_and_their_times(videos):
+    dataset = VideoQADataset([entry(0, video_id="v", span_s=[0.4, 0.8])], videos, num_frames=8)
+    sample = dataset[0]
+    expected = uniform_centres(8, 30)
+    assert sample["frames"].shape == (8, 3, 96, 160) and sample["frames"].dtype == torch.uint8
+    assert [read_number(frame.numpy()) for frame in sample["frames"]] == expected
+    assert sample["frame_times"].dtype == torch.float32
+    torch.testing.assert_close(sample["frame_times"], torch.tensor(expected) / 25)
+    inside = [t for t, i in enumerate(expected) if 10 <= i < 20]
+    assert sample["gold_span"].tolist() == [inside[0], inside[-1] + 1]
+    assert sample["span"].tolist() == [-1, -1]
+    text = ("text_input", "text_output", "question_id", "video_id")
+    assert [sample[key] for key in text] == ["what is 0?", "grey", "q0", "v"]
+    assert "flow" not in sample and "image" not in sample
+
+
+def test_frames_are_resized_as_published(videos):
+    frames = VideoQADataset([entry()], videos, num_frames=3, image_size=32)[0]["frames"]
+    full = VideoQADataset([entry()], videos, num_frames=3)[0]["frames"]
+    wanted = torch.nn.functional.interpolate(full.float(), (32, 32), mode="bilinear", align_corners=False)
+    assert (frames.int() - wanted.to(torch.uint8).int()).abs().max() <= 1
+
+
+def test_gold_spans_are_exact_at_the_rate_of_the_demo(shapes):
+    """Every gold span is the frames its seconds name, though 1.8 s is no float32."""
+    rows = read_annotation(shapes / "test.json")
+    dataset = VideoQADataset(rows, shapes, num_frames=64, cache_videos=3)
+    read = uniform_centres(64, 128)
+    for row, sample in zip(rows, (dataset[i] for i in range(len(rows))), strict=True):
+        first, last = (round(10 * edge) for edge in row["span_s"])
+        inside = [t for t, i in enumerate(read) if first <= i < last]
+        assert sample["gold_span"].tolist() == [inside[0], inside[-1] + 1], row["span_s"]
+        start, end = sample["gold_span"].tolist()
+        colour = (sample["frames"].amax(1).int() - sample["frames"].amin(1)).gt(60).sum((1, 2))
+        assert colour[start:end].min() > 40  # of 64 x 64 pixels
+
+
+def test_pictures_are_resized_as_published(videos, tmp_path):
+    """Bicubic, with antialias: one-pixel stripes become an even grey, where taking every tenth pixel keeps them."""
+    stripes = np.zeros((40, 40, 3), dtype=np.uint8)
+    stripes[:, ::2] = 255
+    Image.fromarray(stripes).save(tmp_path / "stripes.png")
+    row = {**entry(video=None), "image": "stripes.png"}
+    frames = VideoQADataset([row], tmp_path, image_size=4)[0]["frames"]
+    wanted = Image.fromarray(stripes).resize((4, 4), Image.Resampling.BICUBIC)
+    assert np.array_equal(frames[0].permute(1, 2, 0).numpy(), np.array(wanted))
+    assert (frames.int() - 127).abs().max() < 8
+
+
+def test_a_picture_is_a_sample_of_one_frame(videos):
+    row = {**entry(video=None), "image": "still.png"}
+    sample = VideoQADataset([row], videos, num_frames=8, image_size=16)[0]
+    assert sample["frames"].shape == (1, 3, 16, 16) and sample["frame_times"].tolist() == [0.0]
+    assert sample["frames"][0, :, 8, 8].tolist() == [10, 200, 30]
+    assert sample["gold_span"].tolist() == [-1, -1]
+    flow = VideoQADataset([row], videos, flow="motion_vectors")[0]["flow"]
+    assert flow.shape == (1, 2, 40, 60) and not flow.any()
+
+
+def test_backends_give_the_same_sample(videos):
+    one, two = (VideoQADataset([entry()], videos, num_frames=5, backend=name)[0] for name in ("pyav", "decord"))
+    assert torch.equal(one["frames"], two["frames"]) and torch.equal(one["frame_times"], two["frame_times"])
+
+
+def test_laviss_processors_see_the_middle_frame_and_the_question(videos):
+    dataset = VideoQADataset(
+        [entry()],
+        videos,
+        num_frames=5,
+        vis_processor=lambda picture: torch.from_numpy(np.array(picture)).permute(2, 0, 1).float(),
+        text_processor=str.upper,
+    )
+    sample = dataset[0]
+    assert read_number(sample["image"].numpy()) == uniform_centres(5, 30)[2]
+    assert sample["text_input"] == "WHAT IS 0?"
+    assert dataset.collater([sample, sample])["image"].shape == (2, 3, 96, 160)
+
+
+def test_flow_of_the_codec_and_of_files(shapes, tmp_path):
+    rows = read_annotation(shapes / "test.json")[:1]
+    sample = VideoQADataset(rows, shapes, num_frames=64, flow="motion_vectors", flow_size=32)[0]
+    assert sample["flow"].shape == (64, 2, 32, 32) and sample["flow"].dtype == torch.float16
+    direct = read_frames(shapes / rows[0]["video"], num=64, motion_vectors=True, flow_size=32)
+    assert sample["flow"].any() and np.array_equal(sample["flow"].numpy(), direct.flow.astype(np.float16))
+
+    stored = np.random.default_rng(0).normal(size=(64, 2, 8, 8)).astype(np.float16)
+    path = tmp_path / f"{rows[0]['video_id']}.safetensors"
+    save_file({"flow": stored}, path, metadata={"version": "1", "num_frames": "64", "extractor": "dis"})
+    dataset = VideoQADataset(rows, shapes, num_frames=64, flow="precomputed", flow_root=tmp_path)
+    assert np.array_equal(dataset[0]["flow"].numpy(), stored)
+    with pytest.raises(VideoError, match=r"test-00000-q0.*flow"):  # 64 stored, 32 frames read
+        VideoQADataset(rows, shapes, num_frames=32, flow="precomputed", flow_root=tmp_path)[0]
+    with pytest.raises(VideoError, match="no such flow file"):
+        VideoQADataset(rows, shapes, num_frames=64, flow="precomputed", flow_root=tmp_path / "gone")[0]
+
+
+def test_flow_written_by_the_command_is_what_a_sample_holds(videos, tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([entry(0), entry(1, video="short.mp4")]))
+    source, out = str(tmp_path / "a.json"), str(tmp_path / "flow")
+    command = [source, out, "--videos", str(videos), "--flow", "motion_vectors", "--num-frames", "6", "--size", "32"]
+    assert flow_files.main(command) == 0
+    rows = read_annotation(source)
+    stored, read = (
+        VideoQADataset(rows, videos, num_frames=6, image_size=32, flow=kind, flow_root=out)
+        for kind in ("precomputed", "motion_vectors")
+    )
+    for i in range(2):
+        assert stored[i]["flow"].shape[0] == stored[i]["frames"].shape[0]
+        assert torch.equal(stored[i]["flow"], read[i]["flow"]), i
+
+
+def test_videos_are_decoded_once_while_the_cache_holds_them(videos, monkeypatch):
+    calls = []
+
+    def counted(source, **kw):
+        calls.append(Path(source).name)
+        return read_frames(source, **kw)
+
+    monkeypatch.setattr(qa_dataset, "read_frames", counted)
+    rows = [entry(0), entry(1), entry(2, video="short.mp4"), entry(3)]
+    dataset = VideoQADataset(rows, videos, num_frames=4, cache_videos=2)
+    batches = [dataset.collater([dataset[i] for i in range(4)]) for _ in range(2)]
+    assert calls == ["long.mp4", "short.mp4"]
+    batches[0]["frames"].zero_()  # a batch is a copy: what a model does to it does not reach the cache
+    assert all(frames.any() for frames in batches[1]["frames"])
+    assert dataset[0]["frames"].any()
+    calls.clear()
+    dataset = VideoQADataset(rows, videos, num_frames=4)
+    for i in range(4):
+        dataset[i]
+    assert len(calls) == 3, "the last video is always kept, and the first two questions are about the same one"
+
+
+# ---------------------------------------------------------------- which frames
+
+# long.mp4 has 30 frames at 25 a second, short.mp4 five.
+CHOICES = [
+    ("long.mp4", {"num_frames": 8, "fps": 5}, [0, 5, 10, 15, 20, 25]),
+    ("long.mp4", {"num_frames": 6, "fps": 5}, [0, 5, 10, 15, 20, 25]),
+    ("long.mp4", {"num_frames": 5, "fps": 5}, uniform_centres(5, 30)),  # more than fit
+    ("long.mp4", {"num_frames": 40, "fps": 10}, [0, 2, 5, 7, 10, 12, 15, 17, 20, 22, 25, 27]),
+    ("long.mp4", {"num_frames": 40, "fps": 100}, list(range(30))),  # no more than there are, each once
+    ("long.mp4", {"num_frames": 8, "fps": 100}, uniform_centres(8, 30)),
+    ("long.mp4", {"num_frames": 8, "fps": 0.1}, [0]),
+    ("long.mp4", {"num_frames": 8, "short_videos": "double"}, uniform_centres(8, 30)),
+    ("short.mp4", {"num_frames": 8}, [0, 1, 2, 3, 4]),
+    ("short.mp4", {"num_frames": 8, "short_videos": "double"}, [0, 0, 1, 1, 2, 3, 3, 4]),
+    ("short.mp4", {"num_frames": 5, "short_videos": "double"}, [0, 1, 2, 3, 4]),
+    ("long.mp4", {"num_frames": 4, "fps": 2.5, "short_videos": "double"}, [0, 0, 10, 20]),
+]
+
+
+@pytest.mark.parametrize(("video", "settings", "expected"), CHOICES)
+def test_frames_by_rate_and_of_short_videos(videos, video, settings, expected):
+    sample = VideoQADataset([entry(video=video)], videos, **settings)[0]
+    assert [read_number(frame.numpy()) for frame in sample["frames"]] == expected
+    torch.testing.assert_close(sample["frame_times"], torch.tensor(expected) / 25)
+
+
+def test_doubled_frames_are_the_published_ones(videos):
+    sample = VideoQADataset([entry(video="short.mp4")], videos, short_videos="double")[0]
+    assert [read_number(frame.numpy()) for frame in sample["frames"]] == sample_indices(32, 5)
+
+
+def test_frames_by_rate_bring_their_flow(videos):
+    flow = VideoQADataset([entry()], videos, num_frames=8, fps=5, image_size=16, flow="motion_vectors")[0]["flow"]
+    assert flow.shape == (6, 2, 16, 16)
+
+
+# ---------------------------------------------------------------- texts
+
+
+def test_a_text_is_a_sample_without_frames(videos):
+    row = entry(0, video=None, video_id="", prompt="USER: hello ASSISTANT: ")
+    sample = VideoQADataset([row], videos, image_size=16, flow="motion_vectors", flow_size=8, spans={})[0]
+    assert sample["frames"].shape == (0, 3, 16, 16) and sample["frames"].dtype == torch.uint8
+    assert sample["frame_times"].shape == (0,) and sample["flow"].shape == (0, 2, 8, 8)
+    assert sample["span"].tolist() == sample["gold_span"].tolist() == [-1, -1]
+    assert (sample["prompt"], sample["text_input"]) == ("USER: hello ASSISTANT: ", "what is 0?")
+
+
+def test_every_kind_gives_the_same_keys(videos):
+    rows = [entry(0), {**entry(1, video=None), "image": "still.png"}, entry(2, video=None, video_id="")]
+    for flow in ("none", "motion_vectors"):
+        dataset = VideoQADataset(rows, videos, num_frames=4, image_size=16, flow=flow)
+        video, image, text = (dataset[i] for i in range(3))
+        assert list(video) == list(image) == list(text) and ("flow" in video) == (flow != "none")
+        assert [sample["prompt"] for sample in (video, image, text)] == [""] * 3
+        batch = dataset.collater([text, image, video])
+        assert batch["frame_mask"].tolist() == [[0, 0, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]]
+        assert not batch["frames"][0].any()
+        alone = dataset.collater([text])
+        assert alone["frames"].shape == (1, 1, 3, 16, 16) and alone["frame_mask"].tolist() == [[0]]
+
+
+def test_samples_of_different_sizes_are_named(videos):
+    dataset = VideoQADataset([entry(0), {**entry(1, video=None), "image": "still.png"}], videos, num_frames=2)
+    with pytest.raises(ConfigError, match=r"'frames' of question 'q0' is \[2, 3, 96, 160\], of 'q1' .*image_size"):
+        dataset.collater([dataset[0], dataset[1]])
+
+
+# ---------------------------------------------------------------- pseudo spans
+
+
+def spans_file(path: Path, **changes) -> Path:
+    content = {
+        "format": "lavis_lstp.spans",
+        "version": 1,
+        "unit": "frames",
+        "num_frames": 8,
+        "made_by": {},
+        "spans": {"q0": {"span": [2, 5], "scores": [0.0] * 8}},
+    }
+    path.write_text(json.dumps({**content, **changes}))
+    return path
+
+
+def test_spans_reach_the_sample(videos, tmp_path):
+    spans = read_spans(spans_file(tmp_path / "s.json"), 8)
+    assert spans == {"q0": Span(2, 5)}
+    assert VideoQADataset([entry(0)], videos, num_frames=8, spans=spans)[0]["span"].tolist() == [2, 5]
+    with pytest.raises(AnnotationError, match="no span for 1 of 2 questions, first 'q1'"):
+        VideoQADataset([entry(0), entry(1)], videos, num_frames=8, spans=spans)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_frames": 16}, "spans count 16 frames per video, datasets.<name>.num_frames is 8"),
+        ({"format": "other"}, "expected format 'lavis_lstp.spans' version 1"),
+        ({"version": 2}, "expected format 'lavis_lstp.spans' version 1"),
+        ({"spans": {"q0": {"span": [5, 5]}}}, "'q0' must have span"),
+        ({"spans": {"q0": {"span": [2, 9]}}}, "'q0' must have span"),
+        ({"spans": {"q0": {"span": [0.2, 0.5]}}}, "'q0' must have span"),
+        ({"spans": {"q0": [2, 5]}}, "'q0' must have span"),
+        ({"spans": {"q0": {}}}, "'q0' must have span"),
+        ({"fps": 2}, "spans were made with fps 2, datasets.<name>.fps is None"),
+        ({"short_videos": "double"}, "spans were made with short_videos double, datasets.<name>.short_videos is keep"),
+        ({"spans": [1]}, "'spans' must be an object"),
+    ],
+)
+def test_what_is_wrong_with_a_span_file(tmp_path, changes, said):
+    path = spans_file(tmp_path / "s.json", **changes)
+    with pytest.raises(AnnotationError) as error:
+        read_spans(path, 8)
+    assert str(path) in str(error.value) and said in str(error.value)
+
+
+def test_what_does_not_move_has_no_span(videos, tmp_path):
+    spans = read_spans(spans_file(tmp_path / "s.json", spans={"q0": {"span": None, "scores": []}}), 8)
+    rows = [entry(0), {**entry(1, video=None), "image": "still.png"}]
+    dataset = VideoQADataset(rows, videos, num_frames=8, spans=spans)  # a picture needs no entry
+    assert [dataset[i]["span"].tolist() for i in range(2)] == [[-1, -1], [-1, -1]]
+    assert dataset.fingerprint() != VideoQADataset(rows, videos, num_frames=8).fingerprint()
+
+
+def test_a_span_beyond_the_video_is_refused(videos):
+    dataset = VideoQADataset([entry(video="short.mp4")], videos, num_frames=8, spans={"q0": Span(2, 7)})
+    with pytest.raises(AnnotationError, match=r"'q0' has the span \[2, 7\], its video gives 5 frames"):
+        dataset[0]
+
+
+def test_published_spans_equal_published(videos, tmp_path):
+    """The recorded pairs of start and end, for 32 frames; the one whose start is behind its end is refused."""
+    cases = json.loads((GOLDEN / "prompts.json").read_text())["iv"]
+    cases = [(case["pseudo_label"], case["out"]) for case in cases if "pseudo_label" in case]
+    path = tmp_path / "pseudo_label.json"
+    for label, out in cases:
+        path.write_text(json.dumps({"q0": label}))
+        if label[0] > label[1]:
+            with pytest.raises(AnnotationError, match=r"'q0' must have \[first, last\], numbers of 0..1"):
+                read_spans(path, 32, form="fractions")
+            continue
+        spans = read_spans(path, 32, form="fractions")
+        sample = VideoQADataset([entry(video="short.mp4")], videos, short_videos="double", spans=spans)[0]
+        assert Span(*sample["span"].tolist()).to_inclusive() == (out["start"], out["end"])
+    assert len(cases) == 4
+
+
+def test_published_spans_go_there_and_back(tmp_path):
+    every = [Span(a, b) for a in range(32) for b in range(a + 1, 33)]
+    path = tmp_path / "pseudo_label.json"
+    path.write_text(json.dumps({str(i): span.to_inclusive() for i, span in enumerate(every)}))
+    indices = read_spans(path, 32, form="indices")
+    path.write_text(json.dumps({str(i): span.to_fractions(32) for i, span in enumerate(every)}))
+    fractions = read_spans(path, 32, form="fractions")
+    assert indices == fractions and len(indices) == 528
+    assert [Span.from_fractions(*indices[str(i)], 32) for i in range(528)] == every
+    for length in (1, 2, 5, 20):
+        spans = [Span(a, b) for a in range(length) for b in range(a + 1, length + 1)]
+        assert [Span.from_fractions(*span.to_fractions(length), length) for span in spans] == spans
+
+
+@pytest.mark.parametrize(
+    ("content", "form", "said"),
+    [
+        ({"q0": [0.25, 0.75]}, "indices", "whole numbers of 0..31 as datasets.<name>.spans_form 'indices' says"),
+        ({"q0": [7, 23]}, "fractions", "numbers of 0..1 as datasets.<name>.spans_form 'fractions' says, got [7, 23]"),
+        ({"q0": [0, 32]}, "indices", "whole numbers of 0..31"),
+        ({"q0": [5, 4]}, "indices", "whole numbers of 0..31"),
+        ({"q0": [0, True]}, "indices", "whole numbers of 0..31"),
+        ({"q0": {"span": [0, 1]}}, "indices", "must have [first, last]"),
+        ([[0, 1]], "fractions", "expected {question id: [first, last]}, got list"),
+        ({"format": "lavis_lstp.spans", "version": 1}, "indices", "is of the form 'lavis_lstp'"),
+        ({"q0": [0, 1]}, "lavis_lstp", "files of the published code need datasets.<name>.spans_form"),
+        ({"q0": [0, 1]}, "fraction", "unknown datasets.<name>.spans_form 'fraction'; did you mean 'fractions'?"),
+    ],
+)
+def test_forms_of_span_files_are_never_guessed(tmp_path, content, form, said):
+    path = tmp_path / "pseudo_label.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises((AnnotationError, ConfigError)) as error:
+        read_spans(path, 32, form=form)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_missing_span_file_says_how_to_make_it(tmp_path):
+    with pytest.raises(AnnotationError, match="run.task=pseudo_span"):
+        read_spans(tmp_path / "gone.json", 8)
+
+
+# ---------------------------------------------------------------- batches
+
+
+def test_batches_are_padded_and_masked(videos):
+    rows = [entry(0), entry(1, video="short.mp4"), {**entry(2, video=None), "image": "still.png"}]
+    dataset = VideoQADataset(rows, videos, num_frames=8, image_size=16, flow="motion_vectors")
+    batch = next(iter(DataLoader(dataset, batch_size=3, collate_fn=dataset.collater)))
+    assert batch["frames"].shape == (3, 8, 3, 16, 16) and batch["flow"].shape == (3, 8, 2, 16, 16)
+    assert batch["frame_mask"].tolist() == [[1] * 8, [1] * 5 + [0] * 3, [1] + [0] * 7]
+    assert not batch["frames"][1, 5:].any() and not batch["frame_times"][1, 5:].any()
+    assert batch["span"].dtype == torch.int64 and batch["span"].shape == (3, 2)
+    assert batch["question_id"] == ["q0", "q1", "q2"] and isinstance(batch["text_output"], list)
+
+
+def test_workers_give_the_same_batches(videos):
+    dataset = VideoQADataset(
+        [entry(i, video=name) for i, name in enumerate(["long.mp4", "short.mp4"] * 2)],
+        videos,
+        num_frames=4,
+        cache_videos=2,
+    )
+    dataset[0]
+    copy = pickle.loads(pickle.dumps(dataset))  # a warm cache does not keep a data set from a spawned worker
+    assert torch.equal(copy[1]["frames"], dataset[1]["frames"])
+    here, there = (list(DataLoader(dataset, batch_size=2, num_workers=n, collate_fn=dataset.collater)) for n in (0, 2))
+    assert [b["question_id"] for b in here] == [b["question_id"] for b in there]
+    assert all(torch.equal(a["frames"], b["frames"]) for a, b in zip(here, there, strict=True))
+
+
+def test_workers_count_what_they_leave_out_together(videos):
+    rows = [entry(0), *(entry(i, video="broken.mp4") for i in (1, 2, 3))]
+    dataset = VideoQADataset(rows, videos, num_frames=2, max_bad_fraction=0.5)
+    loader = Batches(dataset, seed=0, num_workers=2)
+    said = []
+    try:
+        list(loader([(0,), (1,), (2,), (3,)]))
+    except VideoError as error:
+        said.append(str(error))
+    assert "3 of 4 questions cannot be read" in said[0]  # no worker has seen more than two
+    assert "Traceback" not in said[0] and "\n" not in said[0]
+    started = time.perf_counter()
+    del loader
+    gc.collect()
+    assert time.perf_counter() - started < 4  # torch waits 5 s for a worker that does not hear that it is over
+
+
+def test_fingerprint_tells_contents_and_settings_apart(videos):
+    def made(rows=None, **kw) -> str:
+        return VideoQADataset(rows or [entry(0)], videos, **{"num_frames": 4, **kw}).fingerprint()
+
+    assert made() == made()
+    others = [
+        made([entry(0, answer="blue")]),
+        made([entry(0), entry(1)]),
+        made(num_frames=5),
+        made(image_size=8),
+        made(fps=2),
+        made(short_videos="double"),
+        made(flow="motion_vectors"),
+        made(spans={"q0": Span(0, 1)}),
+    ]
+    assert len({made(), *others}) == 9
+
+
+# ---------------------------------------------------------------- what can be wrong with the videos
+
+
+def test_a_missing_video_is_named_before_anything_runs(videos):
+    with pytest.raises(VideoError) as error:
+        VideoQADataset([entry(0), entry(1, video="gone.mp4"), entry(2, video="lost.mp4")], videos)
+    assert "gone.mp4: no such file" in str(error.value) and "'q1'" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["../long.mp4", "/etc/hostname", "a/../../long.mp4"])
+def test_paths_stay_in_their_folder(videos, name):
+    with pytest.raises(AnnotationError, match="'q0'.*leads out of"):
+        VideoQADataset([entry(0, video=name)], videos)
+
+
+def test_a_folder_may_hold_links(videos, tmp_path):
+    (tmp_path / "linked.mp4").symlink_to(videos / "long.mp4")
+    assert len(VideoQADataset([entry(0, video="linked.mp4")], tmp_path, num_frames=2)[0]["frames"]) == 2
+
+
+def test_an_unreadable_video_stops_the_run_and_is_named(videos):
+    dataset = VideoQADataset([entry(0), entry(1, video="broken.mp4")], videos, num_frames=2)
+    with pytest.raises(VideoError, match=r"'q1': .*broken\.mp4.*max_bad_fraction allows 0"):
+        dataset[1]
+
+
+def test_a_few_unreadable_ones_are_left_out_and_never_replaced(videos, caplog):
+    rows = [entry(i) for i in range(4)] + [entry(4, video="broken.mp4"), entry(5, video="broken.mp4")]
+    dataset = VideoQADataset(rows, videos, num_frames=2, max_bad_fraction=0.2)
+    with caplog.at_level(logging.WARNING):
+        batch = dataset.collater([dataset[i] for i in (0, 4, 1)])
+        assert dataset[4] is None  # the second epoch does not count it again
+    assert batch["question_id"] == ["q0", "q1"] and batch["frames"].shape[0] == 2
+    assert [r.message for r in caplog.records if "left out" in r.message] == [caplog.records[0].message]
+    assert "'q4'" in caplog.text and "broken.mp4" in caplog.text
+    assert dataset.collater([None, None]) is None
+    with pytest.raises(VideoError, match="2 of 6 questions cannot be read"):
+        dataset[5]
+
+
+def test_no_score_over_what_is_left(videos):
+    rows = [entry(0), entry(1), entry(2, video="broken.mp4")]
+    dataset = VideoQADataset(rows, videos, num_frames=2, max_bad_fraction=0.5)
+    batch = dataset.collater([dataset[i] for i in range(3)])
+    answered = dict.fromkeys(batch["question_id"], "grey")
+    expected = dict.fromkeys(dataset.question_ids(), "grey")
+    with pytest.raises(CoverageError, match=r"2 of 3 questions have a prediction; 1 ids \('q2'\) missing"):
+        join_by_id(answered, expected)
+    *_, report = join_by_id(answered, expected, allow_partial=True)
+    assert report["partial"] and report["coverage"] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"flow": "motion_vector"}, "did you mean 'motion_vectors'"),
+        ({"flow": "precomputed"}, "needs flow_root"),
+        ({"num_frames": 0}, "num_frames must be a whole number of at least 1, got 0"),
+        ({"num_frames": "64"}, "num_frames must be a whole number of at least 1, got '64'"),
+        ({"image_size": 0}, "image_size"),
+        ({"cache_videos": -1}, "cache_videos"),
+        ({"max_bad_fraction": 2}, "max_bad_fraction must lie in 0..1"),
+        ({"fps": 0}, "fps must be a number greater than 0 or null, got 0"),
+        ({"fps": "2"}, "fps must be a number greater than 0 or null, got '2'"),
+        ({"fps": 2, "flow": "precomputed", "flow_root": "x"}, "fps does not go with flow: precomputed"),
+        ({"short_videos": "doubled"}, "unknown datasets.<name>.short_videos 'doubled'; did you mean 'double'?"),
+        ({"short_videos": "double", "flow": "motion_vectors"}, "does not go with flow: motion_vectors"),
+        ({"flow": "precomputed", "flow_root": "x", "image_size": 16}, "precomputed needs flow_size"),
+        ({}, "image_size is needed for texts"),
+        ({"image_size": 16, "vis_processor": str}, "vis_processor: a text has no picture"),
+    ],
+)
+def test_settings_out_of_range(videos, settings, said):
+    with pytest.raises(ConfigError) as error:
+        VideoQADataset([entry(0), entry(1, video=None, video_id="")], videos, **settings)
+    assert said in str(error.value)
+
+
+# ---------------------------------------------------------------- builders
+
+
+def test_builder_of_shapes_generates_what_is_missing(build, shapes, tmp_path):
+    sizes = {"num_frames": 64, "image_size": 64, "flow_size": 16}
+    found = build("lstp_shapes", root=str(tmp_path / "new"), generate=SHAPES, **sizes)
+    assert {split: len(dataset) for split, dataset in found.items()} == {
+        "train": 12,
+        "val": 6,
+        "test": 18,
+        "train_images": 6,
+    }
+    again = build("lstp_shapes", root=str(shapes), generate=SHAPES, **sizes)
+    assert again["test"].fingerprint() == found["test"].fingerprint()  # made elsewhere from the same seed
+    batch = again["test"].collater([again["test"][0], again["train_images"][0]])
+    assert batch["frames"].shape == (2, 64, 3, 64, 64) and batch["flow"].shape == (2, 64, 2, 16, 16)
+    with pytest.raises(ConfigError, match="seed: there 0, wanted 1"):
+        build("lstp_shapes", root=str(shapes), generate={**SHAPES, "seed": 1})
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"datasets\.lstp_shapes\.root: cannot write"):
+        build("lstp_shapes", root=str(tmp_path / "file" / "x"), generate=SHAPES)
+
+
+def test_builder_of_ones_own_videos(build, videos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.json").write_text(json.dumps([entry(0)]))
+    (tmp_path / "b.jsonl").write_text(json.dumps(entry(1, video="short.mp4")))
+    (tmp_path / "double.json").write_text(json.dumps([entry(0)]))
+    spans = spans_file(tmp_path / "s.json")
+    (tmp_path / "videos").symlink_to(videos)
+
+    def own(annotations, folder="videos", **changes):
+        info = {"annotations": annotations, "videos": {"storage": folder}}
+        return build("lstp_video_qa", build_info=info, **{"num_frames": 8, "image_size": 16, **changes})
+
+    train = {"train": {"storage": ["a.json", "b.jsonl"]}, "unseen": {"storage": "b.jsonl"}}
+    found = own(train)
+    assert {split: data.question_ids() for split, data in found.items()} == {"train": ["q0", "q1"], "unseen": ["q1"]}
+    assert own({"train": {"storage": "a.json"}, "val": {"storage": "b.jsonl"}}, spans=str(spans))["train"][0][
+        "span"
+    ].tolist() == [2, 5]
+    processed = own(train, vis_processor={"train": {"name": "blip_image_eval", "image_size": 32}})
+    assert processed["train"][0]["image"].shape == (3, 32, 32)
+
+    def refused(kind, annotations, said, folder="videos", **changes):
+        with pytest.raises(kind) as error:
+            own(annotations, folder, **changes)
+        assert said in str(error.value) and "\n" not in str(error.value)
+        assert "<name>" not in str(error.value)
+
+    here = "datasets.lstp_video_qa"
+    refused(ConfigError, {}, f"{here}.build_info.annotations names no file")
+    refused(ConfigError, {"train": {"storage": 3}}, f"{here}.build_info.annotations.train.storage must be a file")
+    refused(ConfigError, {"train": {}}, "names no file")
+    refused(AnnotationError, {"train": {"storage": "gone.json"}}, "gone.json: no such annotation file")
+    refused(AnnotationError, {"train": {"storage": "gone.json"}}, f"({here}.build_info.annotations)")
+    refused(AnnotationError, {"train": {"storage": ["a.json", "double.json"]}}, "'q0' occurs 2 times")
+    refused(ConfigError, train, f"{here}.build_info.videos.storage: no such folder: nowhere", folder="nowhere")
+    refused(AnnotationError, train, f"{here}.spans has no span for 1 of 2 questions", spans=str(spans))
+    refused(AnnotationError, train, f"({here}.spans)", spans="gone.json")
+    refused(AnnotationError, train, f"{here}.num_frames is 4", spans=str(spans), num_frames=4)
+    refused(ConfigError, train, f"{here}.cache_videos must be", cache_videos=-1)
+    refused(ConfigError, train, f"unknown {here}.flow 'dis'", flow="dis")
+
+
+@pytest.mark.parametrize("train, evaluate", [("blip2_image_train", "blip_image_eval"), ("blip_image_train", None)])
+def test_laviss_own_processors_by_split(build, shapes, train, evaluate):
+    """A split whose kind has no processor gives no `image`."""
+    processors = {"train": {"name": train, "image_size": 32}}
+    if evaluate:
+        processors["eval"] = {"name": evaluate, "image_size": 48}
+    found = build("lstp_shapes", root=str(shapes), generate=SHAPES, num_frames=4, vis_processor=processors)
+    image = found["train"][0]["image"]
+    assert image.shape == (3, 32, 32) and image.dtype == torch.float32
+    assert found["train_images"][0]["image"].shape == (3, 32, 32)
+    sample = found["test"][0]
+    assert ("image" in sample) == bool(evaluate)
+    if evaluate:
+        assert sample["image"].shape == (3, 48, 48)
+        assert torch.equal(sample["image"], found["test"][0]["image"])
+
+
+def test_one_video_id_for_two_files(tmp_path):
+    """Flow files and decoded videos go by the id: one of the two would silently get the other's."""
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "same.mp4").touch()
+    rows = [{"question_id": f, "video": f"{f}/same.mp4", "question": "?", "answer": ""} for f in "ab"]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    with pytest.raises(AnnotationError, match="'same' names two files, 'a/same.mp4' and 'b/same.mp4'"):
+        VideoQADataset(read_annotation(tmp_path / "rows.json"), tmp_path)
+    (tmp_path / "rows.json").write_text(json.dumps([{**row, "video_id": row["question_id"]} for row in rows]))
+    assert len(VideoQADataset(read_annotation(tmp_path / "rows.json"), tmp_path)) == 2

@@ -1,0 +1,517 @@
+"""`lavis_lstp.data.video.reading`: the frames asked for and no others, from ordinary, odd and broken files."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import av
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from video_files import audio_file, corners, numbered_picture, numbered_video, read_number, write_video
+
+from lavis_lstp.data.video.reading import (
+    probe,
+    read_flow_file,
+    read_frames,
+    resize_frames,
+    sample_indices,
+    uniform_centres,
+)
+from lavis_lstp.errors import ConfigError, VideoError
+
+# ---- which frames ---------------------------------------------------------------------------------------------
+
+
+def test_uniform_centres_equal_the_golden_table(golden):
+    cases = json.loads((golden / "sample_frames.json").read_text())["uniform"]
+    assert len(cases) == 270
+    assert [uniform_centres(num, length) for num, length, _ in cases] == [wanted for *_, wanted in cases]
+
+
+@given(st.integers(1, 300), st.integers(0, 100_000))
+def test_uniform_centres_are_ascending_inside_and_even(num, length):
+    centres = uniform_centres(num, length)
+    assert len(centres) == min(num, length)
+    assert all(a < b for a, b in zip(centres, centres[1:], strict=False))
+    assert not centres or (0 <= centres[0] and centres[-1] < length)
+    gaps = np.diff(centres)
+    assert not len(gaps) or gaps.max() - gaps.min() <= 2
+    assert all(type(i) is int for i in centres)
+
+
+@given(st.integers(1, 64), st.integers(1, 200))
+def test_sample_indices_always_give_the_number_asked_for(num, length):
+    indices = sample_indices(num, length)
+    assert len(indices) == num
+    assert indices == sorted(indices) and 0 <= indices[0] and indices[-1] < length
+    if length >= num:
+        assert indices == uniform_centres(num, length)
+    else:
+        repeats = np.bincount(indices, minlength=length)
+        assert repeats.min() >= 1 and repeats.max() - repeats.min() <= 2
+
+
+def test_sample_indices_double_every_element():
+    assert sample_indices(4, 3) == [0, 0, 1, 2]  # centres of 0 0 1 1 2 2
+    assert sample_indices(8, 2) == [0, 0, 0, 0, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("bad", [(0, 5), (-1, 5), (3, -1)])
+def test_uniform_centres_refuse_nonsense(bad):
+    with pytest.raises(ValueError, match="num="):
+        uniform_centres(*bad)
+
+
+# ---- odd files: every frame is found, under the right number and time --------------------------------------------
+
+COUNT = 30
+VARIABLE = np.cumsum([0] + [1 + (i * 7) % 5 for i in range(COUNT - 1)]).tolist()
+ODD = {
+    "plain.mp4": {},
+    "late_start.mp4": {"shift": 50},
+    "late_start.mkv": {"shift": 50},
+    "variable.mp4": {"ticks": VARIABLE},
+    "one_key_frame.mp4": {"gop": 250},
+    "many_b.mp4": {"options": {"g": "12", "bf": "8", "b_strategy": "0", "crf": "12"}},
+    "open_gop.mp4": {"options": {"g": "8", "bf": "3", "flags": "-cgop", "x264-params": "open-gop=1", "crf": "12"}},
+    "open_gop.ts": {"options": {"g": "8", "bf": "3", "flags": "-cgop", "x264-params": "open-gop=1", "crf": "12"}},
+    "stream.ts": {},
+    "reordered.avi": {},
+    "raw.h264": {},
+    "hevc.mp4": {"codec": "libx265", "options": {"crf": "10", "x265-params": "keyint=10:bframes=3:log-level=0"}},
+    "vp9.webm": {"codec": "libvpx-vp9", "options": {"g": "10", "crf": "15", "b": "0", "cpu-used": "8"}},
+    "vp8_hidden.webm": {
+        "codec": "libvpx",
+        "options": {"g": "15", "auto-alt-ref": "1", "lag-in-frames": "12", "arnr-maxframes": "3", "b": "2M"},
+    },
+    "mpeg4.avi": {"codec": "mpeg4", "options": {"g": "10", "bf": "2", "qscale": "2", "b": "4M"}},
+    "mpeg2.mpg": {"codec": "mpeg2video", "options": {"g": "10", "bf": "2", "b": "8M"}},
+    "fragments.mp4": {"container_options": {"movflags": "frag_keyframe+empty_moov"}},
+}
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("odd")
+    return {name: numbered_video(folder / name, COUNT, **kw) for name, kw in ODD.items()}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_every_frame_is_found_under_its_number(odd, name):
+    video = read_frames(odd[name], indices=range(COUNT))
+    assert video.info.num_frames == COUNT
+    assert [read_number(f) for f in video.frames] == list(range(COUNT))
+    for few in ([17], [29], [0, 11, 23], [9, 10, 12]):
+        assert (read_frames(odd[name], indices=few).frames == video.frames[few]).all(), few
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_times_start_at_zero_and_find_their_frames_again(odd, name):
+    video = read_frames(odd[name], num=7)
+    ticks = VARIABLE if name == "variable.mp4" else list(range(COUNT))
+    assert video.times_s == pytest.approx([ticks[i] / 25 for i in video.indices], abs=2e-3)
+    again = read_frames(odd[name], times_s=video.times_s)
+    assert again.indices == video.indices
+    between = read_frames(odd[name], times_s=video.times_s + 0.02)
+    assert between.indices == video.indices  # the frame on screen, not the nearest one
+
+
+def test_frames_come_in_the_order_asked_for_with_repeats(odd):
+    video = read_frames(odd["plain.mp4"], indices=[20, 3, 3, 11])
+    assert [read_number(f) for f in video.frames] == [20, 3, 3, 11]
+    assert video.times_s == pytest.approx([0.8, 0.12, 0.12, 0.44])
+
+
+def test_the_first_and_last_moment_show_the_first_and_last_frame(odd):
+    info = probe(odd["variable.mp4"])
+    assert read_frames(odd["variable.mp4"], times_s=[0.0, info.duration_s]).indices == [0, COUNT - 1]
+    with pytest.raises(VideoError, match="variable.mp4: no frame at"):
+        read_frames(odd["variable.mp4"], times_s=[info.duration_s + 0.1])
+    with pytest.raises(VideoError, match="no frame at -0.1 s"):
+        read_frames(odd["variable.mp4"], times_s=[-0.1])
+
+
+def test_probe_tells_what_the_frames_are(odd):
+    info = probe(odd["plain.mp4"])
+    assert (info.num_frames, info.fps, info.width, info.height) == (COUNT, 25.0, 160, 96)
+    assert (info.rotation, info.codec) == (0, "h264")
+    assert info.duration_s == pytest.approx(COUNT / 25, abs=1e-3)
+    slow = probe(odd["variable.mp4"])
+    assert slow.fps == pytest.approx((COUNT - 1) / (VARIABLE[-1] / 25), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("degrees", "hflip"), [(90, False), (180, False), (270, False), (0, True), (90, True), (270, True)]
+)
+@pytest.mark.parametrize("backend", ["pyav", "decord"])
+def test_rotation_and_mirroring_are_applied(tmp_path, degrees, hflip, backend):
+    path = numbered_video(tmp_path / "turned.mp4", 5, rotation=degrees if degrees < 180 else degrees - 360, hflip=hflip)
+    if backend == "decord" and hflip:
+        with pytest.raises(VideoError, match="mirrored, which decord ignores"):
+            read_frames(path, num=1, backend=backend)
+        return
+    video = read_frames(path, indices=[0, 4], backend=backend)
+    wanted = np.rot90(numbered_picture(0), degrees // 90)
+    wanted = wanted[:, ::-1] if hflip else wanted
+    assert video.frames.shape[2:] == wanted.shape[:2] == (video.info.height, video.info.width)
+    assert corners(video.frames[0]) == corners(wanted.transpose(2, 0, 1))
+    assert video.info.rotation == degrees or hflip
+
+
+def test_frames_hidden_by_an_edit_list_do_not_count(tmp_path):
+    path = numbered_video(
+        tmp_path / "trimmed.mp4", shift=-13, container_options={"avoid_negative_ts": "disabled", "use_editlist": "1"}
+    )
+    video = read_frames(path, indices=range(COUNT - 13))
+    assert video.info.num_frames == COUNT - 13
+    assert [read_number(f) for f in video.frames] == list(range(13, COUNT))
+    assert video.times_s[0] == 0
+    with pytest.raises(VideoError, match="edit list.*use backend 'pyav'"):
+        read_frames(path, indices=[0], backend="decord")
+
+
+def test_a_video_of_one_frame(tmp_path):
+    path = numbered_video(tmp_path / "one.mp4", 1)
+    video = read_frames(path, num=8, motion_vectors=True)
+    assert video.indices == [0] and video.frames.shape == (1, 3, 96, 160)
+    assert video.times_s.tolist() == [0.0] and not video.flow.any()
+    assert probe(path).duration_s == pytest.approx(0.04, abs=1e-3)
+    assert read_frames(path, num=8, backend="decord").indices == [0]
+
+
+def test_a_change_of_picture_size_needs_a_size(tmp_path):
+    parts = [numbered_video(tmp_path / f"{w}.ts", 6, width=w, height=96) for w in (160, 128)]
+    path = tmp_path / "both.ts"
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("libx264", rate=25)
+        stream.width, stream.height = 160, 96
+        offset = 0
+        for part in parts:
+            with av.open(str(part)) as source:
+                for packet in source.demux(video=0):
+                    if packet.size:
+                        packet.stream = stream
+                        packet.pts, packet.dts = packet.pts + offset, packet.dts + offset
+                        out.mux(packet)
+            offset += 6 * 3600
+    with pytest.raises(VideoError, match="frame 6 is 128 x 96, the first is 160 x 96"):
+        read_frames(path, indices=[0, 6])
+    assert read_frames(path, indices=[0, 6], size=(48, 80)).frames.shape == (2, 3, 48, 80)
+
+
+# ---- sources, backends, sizes ------------------------------------------------------------------------------------
+
+
+def test_bytes_files_and_paths_are_the_same(odd):
+    path = odd["plain.mp4"]
+    wanted = read_frames(path, num=4).frames
+    data = path.read_bytes()
+    for source in (str(path), data, bytearray(data), io.BytesIO(data)):
+        assert (read_frames(source, num=4).frames == wanted).all()
+    with open(path, "rb") as file:
+        file.seek(100)
+        assert (read_frames(file, num=4).frames == wanted).all()
+        assert not file.closed and probe(file).num_frames == COUNT
+    assert (read_frames(data, num=4, backend="decord").frames == wanted).all()
+
+
+DECORD_READS = ["plain.mp4", "late_start.mp4", "late_start.mkv", "variable.mp4", "one_key_frame.mp4", "many_b.mp4"]
+
+
+@pytest.mark.parametrize("name", DECORD_READS)
+def test_both_backends_give_the_same_frames(odd, name):
+    for choice in ({"num": 9}, {"indices": [28, 3, 3, 14]}, {"times_s": [0.0, 0.3, 0.9]}):
+        ours, theirs = (read_frames(odd[name], backend=b, **choice) for b in ("pyav", "decord"))
+        assert ours.indices == theirs.indices
+        assert (ours.times_s == theirs.times_s).all()
+        assert (ours.frames == theirs.frames).all()
+
+
+@pytest.mark.parametrize("name", ["stream.ts", "reordered.avi", "raw.h264", "open_gop.ts"])
+def test_decord_is_refused_where_it_returns_wrong_frames(odd, name):
+    with pytest.raises(VideoError, match=f"{name}: .*use backend 'pyav'"):
+        read_frames(odd[name], num=4, backend="decord")
+
+
+def test_decord_reads_after_its_bridge_was_set_as_lavis_does(odd):
+    script = (
+        "import sys, decord; decord.bridge.set_bridge('torch')\n"
+        "from lavis_lstp.data.video.reading import read_frames\n"
+        "a, b = (read_frames(sys.argv[1], num=3, backend=n).frames for n in ('pyav', 'decord'))\n"
+        "assert (a == b).all() and decord.bridge.bridge_out.__globals__['_CURRENT_BRIDGE'].type == 'torch'\n"
+    )
+    subprocess.run([sys.executable, "-c", script, str(odd["plain.mp4"])], check=True, timeout=300)
+
+
+def test_real_footage_is_the_same_from_both_backends_and_from_decoding_it_all(real_videos):
+    for path in real_videos:
+        video = read_frames(path, num=6)
+        with av.open(str(path)) as container:
+            every = [f for i, f in enumerate(container.decode(video=0)) if i in video.indices]
+        wanted = np.stack([f.to_ndarray(format="rgb24").transpose(2, 0, 1) for f in every])
+        assert (video.frames == wanted).all()
+        assert (read_frames(path, num=6, backend="decord").frames == wanted).all()
+        assert video.info.fps == pytest.approx(24000 / 1001)
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 40), st.integers(1, 40), st.integers(0, 9))
+def test_resize_equals_torch_within_its_own_rounding(height, width, new_height, new_width, seed):
+    """Within what truncation makes of a rounding error; see below for equality to the bit."""
+    import torch
+
+    frames = np.random.default_rng(seed).integers(0, 256, (2, 3, height, width), dtype=np.uint8)
+    exact = torch.nn.functional.interpolate(
+        torch.from_numpy(frames).double(), size=(new_height, new_width), mode="bilinear", align_corners=False
+    ).numpy()
+    ours = resize_frames(frames, (new_height, new_width))
+    assert ours.dtype == np.uint8
+    assert ((ours <= exact + 1e-3) & (ours > exact - 1 - 1e-3)).all()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("shape", [(360, 640), (336, 596), (48, 50), (1080, 1920)])
+def test_resize_is_bit_equal_to_the_published_call(shape, threads):
+    """Of a clip [3,T,H,W]: for three channels or less torch takes another path, and rounds otherwise."""
+    import torch
+
+    if torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+        pytest.skip("this CPU has no fused multiply-add, torch rounds otherwise here")
+    frames = np.random.default_rng(0).integers(0, 256, (4, 3, *shape), dtype=np.uint8)
+    frames[:, :, : shape[0] // 2] &= 0xC0  # flat areas: whole numbers, where truncation shows every rounding
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        clip = torch.from_numpy(frames).float().transpose(0, 1)
+        theirs = torch.nn.functional.interpolate(clip, size=(224, 224), mode="bilinear", align_corners=False)
+    finally:
+        torch.set_num_threads(before)
+    assert (resize_frames(frames, 224) == theirs.to(torch.uint8).transpose(0, 1).numpy()).all()
+
+
+def test_size_resizes_while_reading(odd):
+    full, small = read_frames(odd["plain.mp4"], num=4), read_frames(odd["plain.mp4"], num=4, size=(40, 56))
+    assert small.frames.shape == (4, 3, 40, 56) and (small.info.height, small.info.width) == (96, 160)
+    assert (small.frames == resize_frames(full.frames, (40, 56))).all()
+
+
+# ---- cost --------------------------------------------------------------------------------------------------------
+
+
+def test_only_what_is_needed_is_decoded(tmp_path):
+    """8 of 400 frames, a key frame every 20: at most one group of pictures each, less those nothing refers to."""
+    path = numbered_video(tmp_path / "long.mp4", 400, gop=20)
+    video = read_frames(path, num=8)
+    assert [read_number(f) for f in video.frames] == [i % 38 for i in video.indices]
+    assert video.count.packets <= 8 * 25 and video.count.pictures <= 8 * 14
+    assert video.count.seeks == 8
+    near = read_frames(path, indices=[200, 201, 203])
+    assert near.count.seeks == 1 and near.count.packets < 15
+
+
+def test_reading_imports_no_torch(odd):
+    script = (
+        "import sys; from lavis_lstp.data.video.reading import read_frames\nread_frames(sys.argv[1], num=2, size=32)\n"
+    )
+    script += "assert 'torch' not in sys.modules and 'lavis' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script, str(odd["plain.mp4"])], check=True, timeout=300)
+
+
+def test_readers_work_in_threads_and_after_a_fork(odd):
+    wanted = read_frames(odd["plain.mp4"], num=5).frames
+    same = []
+    workers = [
+        threading.Thread(target=lambda: same.append((read_frames(odd["plain.mp4"], num=5).frames == wanted).all()))
+        for _ in range(4)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert same == [True] * 4
+    script = (
+        "import os, sys; from lavis_lstp.data.video.reading import read_frames\n"
+        "a = {b: read_frames(sys.argv[1], num=3, backend=b).frames for b in ('pyav', 'decord')}\n"
+        "pid = os.fork()\n"
+        "ok = all((read_frames(sys.argv[1], num=3, backend=b).frames == a[b]).all() for b in a)\n"
+        "os._exit(not ok) if pid == 0 else sys.exit(os.waitpid(pid, 0)[1])\n"
+    )
+    subprocess.run([sys.executable, "-c", script, str(odd["plain.mp4"])], check=True, timeout=300)
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_several_decoder_threads_change_nothing(odd, name):
+    wanted = read_frames(odd[name], indices=[0, 8, 13, 29]).frames
+    assert (read_frames(odd[name], indices=[0, 8, 13, 29], threads=3).frames == wanted).all()
+
+
+def test_the_table_of_frames_follows_a_file_that_changes(tmp_path):
+    path = numbered_video(tmp_path / "a.mp4", 10)
+    assert probe(path).num_frames == 10
+    os.replace(numbered_video(tmp_path / "b.mp4", 20), path)
+    assert probe(path).num_frames == 20
+
+
+# ---- broken files: one line that names the file, never a wrong frame ---------------------------------------------
+
+
+def broken_files(folder, odd):
+    data = odd["plain.mp4"].read_bytes()
+    files = {"zero.mp4": b"", "noise.mp4": bytes(range(256)) * 40, "text.mp4": b"this is no video\n" * 500}
+    files["no_end.mp4"] = data[: len(data) // 2]  # the table of contents comes last
+    files["playlist.mp4"] = b"#EXTM3U\n#EXTINF:10,\nplain.mp4\n"
+    files["script.mp4"] = f"ffconcat version 1.0\nfile {odd['plain.mp4']}\n".encode()
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    audio_file(folder / "sound.mp4")
+    (folder / "folder.mp4").mkdir()
+    os.mkfifo(folder / "pipe.mp4")  # opening it would wait for ever
+    return [*files, "sound.mp4", "folder.mp4", "pipe.mp4", "missing.mp4"]
+
+
+@pytest.mark.parametrize("backend", ["pyav", "decord"])
+def test_broken_files_are_one_clear_line(tmp_path, odd, backend):
+    for name in broken_files(tmp_path, odd):
+        for call in (lambda p: read_frames(p, num=4, backend=backend), probe):
+            with pytest.raises(VideoError) as caught:
+                call(tmp_path / name)
+            line = str(caught.value)
+            assert line.startswith(str(tmp_path / name)) and "\n" not in line and len(line) < 300, name
+    with pytest.raises(VideoError, match="empty"):
+        read_frames(b"", num=1)
+    with pytest.raises(VideoError, match="^clip 7: cannot be read as a video"):
+        read_frames(b"no video", num=1, name="clip 7")
+    with pytest.raises(VideoError, match="no video stream, only audio"):
+        read_frames(tmp_path / "sound.mp4", num=1)
+
+
+def test_sound_with_a_cover_picture_is_no_video(tmp_path):
+    cover = numbered_picture(3, 64, 64)
+    with av.open(str(tmp_path / "song.m4a"), "w", format="mp4") as container:
+        sound = container.add_stream("aac", rate=16000, layout="mono")
+        picture = container.add_stream("mjpeg", rate=1)
+        picture.width = picture.height = 64
+        picture.pix_fmt = "yuvj420p"
+        picture.disposition = av.stream.Disposition.attached_pic
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.float32), format="fltp", layout="mono")
+        frame.sample_rate, frame.pts = 16000, 0
+        image = av.VideoFrame.from_ndarray(cover, format="rgb24")
+        image.pts = 0
+        packets = [*picture.encode(image), *picture.encode(None), *sound.encode(frame), *sound.encode(None)]
+        for packet in packets:
+            container.mux(packet)
+    with pytest.raises(VideoError, match="no video stream"):
+        probe(tmp_path / "song.m4a")
+
+
+@pytest.mark.parametrize("ending", ["mp4", "mkv", "avi", "ts"])
+def test_a_file_cut_off_gives_its_whole_frames_or_an_error(tmp_path, ending):
+    options = {"movflags": "faststart"} if ending == "mp4" else {}
+    pictures = [np.random.default_rng(i).integers(0, 256, (96, 160, 3), dtype=np.uint8) for i in range(60)]
+    coding = {"g": "10", "bf": "3", "b_strategy": "0"}  # frames stored behind later ones, all along
+    path = write_video(tmp_path / f"whole.{ending}", pictures, options=coding, container_options=options)
+    whole = read_frames(path, indices=range(60)).frames
+    cut = tmp_path / f"cut.{ending}"
+    cut.write_bytes(path.read_bytes()[: path.stat().st_size * 6 // 10])
+    for backend in ("pyav", "decord"):
+        for choice in ({"num": 8}, {"indices": [59]}, {"times_s": [2.2]}, {"indices": range(60)}):
+            with pytest.raises(VideoError, match=f"cut.{ending}"):
+                read_frames(cut, backend=backend, **choice)
+    with pytest.raises(VideoError, match=f"cut.{ending}: truncated"):
+        probe(cut)
+    right = 0
+    for i in range(60):
+        try:
+            frame = read_frames(cut, indices=[i]).frames[0]
+        except VideoError:
+            continue
+        assert (frame == whole[i]).all(), i
+        right += 1
+    assert 20 <= right < 45
+
+
+@pytest.mark.parametrize("name", [name for name in ODD if name != "raw.h264"])
+def test_a_cut_anywhere_never_shows_another_frame(odd, name):
+    """Not for raw streams: nothing in them says where a picture ends."""
+    whole, data = read_frames(odd[name], indices=range(COUNT)).frames, odd[name].read_bytes()
+    random = np.random.default_rng(3)
+    for cut in random.integers(1, len(data), 25).tolist():
+        i = int(random.integers(COUNT))
+        try:
+            assert (read_frames(data[:cut], indices=[i]).frames[0] == whole[i]).all(), (cut, i)
+        except VideoError as error:
+            assert str(error).startswith("<bytes>: ")
+
+
+def test_damage_in_the_middle_is_an_error_only_where_it_shows(odd, tmp_path):
+    pictures = [np.random.default_rng(i).integers(0, 256, (96, 160, 3), dtype=np.uint8) for i in range(60)]
+    path = write_video(tmp_path / "whole.mp4", pictures, options={"g": "10", "bf": "2", "keyint_min": "10"})
+    whole = read_frames(path, indices=range(60)).frames
+    data = bytearray(path.read_bytes())
+    start = len(data) // 2
+    data[start : start + 40_000] = bytes(40_000)
+    found = {}
+    for i in range(60):
+        try:
+            found[i] = (read_frames(bytes(data), indices=[i], name="damaged.mp4").frames[0] == whole[i]).all()
+        except VideoError as error:
+            assert "damaged.mp4: frame" in str(error)
+    assert all(found.values()) and 30 < len(found) < 60
+    assert 0 in found and 59 in found
+
+
+# ---- wrong calls -------------------------------------------------------------------------------------------------
+
+
+def test_wrong_calls_are_told_apart_from_broken_files(odd):
+    path = odd["plain.mp4"]
+    with pytest.raises(ConfigError, match="unknown video backend 'pyva'; did you mean 'pyav'"):
+        read_frames(path, num=1, backend="pyva")
+    with pytest.raises(ConfigError, match="motion vectors need backend 'pyav'"):
+        read_frames(path, num=1, backend="decord", motion_vectors=True)
+    with pytest.raises(VideoError, match="plain.mp4: no frame 30, it has 30 frames"):
+        read_frames(path, indices=[30])
+    with pytest.raises(VideoError, match="no frame -1"):
+        read_frames(path, indices=[-1])
+    with pytest.raises(VideoError, match="no frames were asked for"):
+        read_frames(path, indices=[])
+    with pytest.raises(ConfigError, match="0 x 8"):
+        read_frames(path, num=1, size=(0, 8))
+    for wrong in ({}, {"num": 1, "indices": [0]}):
+        with pytest.raises(TypeError, match="exactly one"):
+            read_frames(path, **wrong)
+    with pytest.raises(TypeError, match="path, bytes or"):
+        read_frames(3, num=1)
+
+
+# ---- flow files --------------------------------------------------------------------------------------------------
+
+
+def test_flow_files_are_checked(tmp_path):
+    from safetensors.numpy import save_file
+
+    flow = np.ones((4, 2, 6, 8), np.float16)
+    save_file({"flow": flow}, tmp_path / "a.safetensors", {"version": "1", "num_frames": "4"})
+    assert (read_flow_file(tmp_path / "a.safetensors", 4) == flow).all()
+    with pytest.raises(VideoError, match="a.safetensors: flow for 4 frames, expected 8.*--num-frames 8"):
+        read_flow_file(tmp_path / "a.safetensors", 8)
+    with pytest.raises(VideoError, match="no such flow file"):
+        read_flow_file(tmp_path / "b.safetensors")
+    (tmp_path / "text.safetensors").write_text("no tensors here")
+    save_file({"of": flow}, tmp_path / "name.safetensors", {"version": "1"})
+    save_file({"flow": flow}, tmp_path / "old.safetensors", {"version": "0"})
+    save_file({"flow": flow[0]}, tmp_path / "shape.safetensors", {"version": "1"})
+    for name, line in [
+        ("text", "not a flow file"),
+        ("name", r"expected a tensor 'flow', found \['of'\]"),
+        ("old", "version 0, expected 1"),
+        ("shape", r"got \[2, 6, 8\]"),
+    ]:
+        with pytest.raises(VideoError, match=line):
+            read_flow_file(tmp_path / f"{name}.safetensors")

@@ -1,0 +1,268 @@
+"""Frame selection: the published table, and what every selector promises."""
+
+import json
+
+import pytest
+import torch
+from conftest import GOLDEN
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lavis_lstp.data.video.reading import sample_indices
+from lavis_lstp.errors import AnnotationError, ConfigError
+from lavis_lstp.models.where.frame_selector import (
+    SELECTORS,
+    best_spans,
+    build_selector,
+    candidate_frames,
+    published_grid,
+    sample_generators,
+    spread,
+)
+
+CASES = json.loads((GOLDEN / "frame_selection.json").read_text())["cases"]
+IDS = ("q1", "q2", "q3", "q4")
+
+
+def logits(rows: int, length: int, seed: int = 0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, length, generator=g), torch.randn(rows, length, generator=g)
+
+
+def mask_of(*lengths: int, width: int | None = None) -> torch.Tensor:
+    return (torch.arange(width or max(lengths)) < torch.tensor(lengths)[:, None]).long()
+
+
+def select_frames(candidates, num_frames: int, num_selected: int, num_flows: int) -> list[int]:
+    """The published selection, of which the selectors take the two parts one after the other."""
+    return spread(candidate_frames(candidates, num_frames, num_flows), num_selected)
+
+
+@pytest.mark.parametrize("variant", ["sf_eval", "eval_blip2"])
+@pytest.mark.parametrize("make", [int, torch.tensor])
+def test_equals_published(variant, make):
+    crashed = 0
+    for case in CASES:
+        n, k, v = case["num_frames"], case["nframe"], case["of_length"]
+        candidates = [(make(s), make(e)) for s, e in zip(case["cand_start"], case["cand_end"], strict=True)]
+        frames = select_frames(candidates, n, k, v)
+        if isinstance(case[variant], str):  # one flow: the whole video
+            crashed += 1
+            assert v == 1 and frames == spread(range(n), k)
+        else:
+            assert frames == case[variant], case
+    assert crashed == 20
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 130), st.integers(0, 130)), max_size=3),
+    st.integers(1, 130),
+    st.integers(1, 12),
+    st.integers(0, 130),
+)
+def test_select_frames_always_gives_k_sorted_valid_indices(candidates, num_frames, num_selected, num_flows):
+    frames = select_frames(candidates, num_frames, num_selected, num_flows)
+    assert len(frames) == num_selected
+    assert frames == sorted(frames)
+    assert all(type(f) is int and 0 <= f < num_frames for f in frames)
+
+
+@pytest.mark.parametrize(("end", "num_frames"), [(24, 32), (8951, 30_001), (5369, 50_001)])
+def test_flows_map_to_frames_in_float32(end, num_frames):
+    """As published, with 0-dim tensors; float64 or whole numbers would keep 8951 of 30001."""
+    mapped = int(torch.tensor(end) * (num_frames - 1) / (num_frames - 1))
+    assert (mapped == end) == (num_frames == 32)
+    assert candidate_frames([(0, end)], num_frames, num_frames) == list(range(mapped))
+
+
+def test_spread():
+    assert spread([5], 3) == [5, 5, 5]
+    assert spread([0, 1, 2], 4) == [0, 0, 1, 2]
+    assert spread(range(10, 26), 4) == [11, 15, 19, 23]
+
+
+@given(st.integers(1, 5), st.integers(1, 20), st.data())
+@settings(max_examples=60)
+def test_best_span_is_the_best_of_all(rows, length, data):
+    counts = [data.draw(st.integers(0, length)) for _ in range(rows)]
+    # few distinct values, so that ties occur
+    value = st.lists(st.integers(-2, 2), min_size=length, max_size=length)
+    start, end = (torch.tensor([data.draw(value) for _ in range(rows)]).float() for _ in range(2))
+    spans = best_spans(start, end, torch.arange(length) < torch.tensor(counts)[:, None]).tolist()
+    for row, count in enumerate(counts):
+        scores = {(s, e + 1): start[row, s] + end[row, e] for e in range(count) for s in range(e + 1)}
+        if not scores:
+            assert spans[row] == [0, 0]
+            continue
+        best = max(scores.values())
+        ties = [span for span, score in scores.items() if score == best]
+        assert tuple(spans[row]) == min(ties, key=lambda span: (span[1], span[0]))
+
+
+@given(st.sampled_from(sorted(SELECTORS)), st.integers(1, 9), st.integers(0, 3), st.data())
+@settings(max_examples=80)
+def test_every_selector_gives_sorted_frames_inside_its_span(name, num_selected, context, data):
+    lengths = data.draw(st.lists(st.integers(0, 20), min_size=1, max_size=4))
+    mask = mask_of(*lengths, width=20)
+    spans = []
+    for n in lengths:
+        start = data.draw(st.integers(0, max(0, n - 1)))
+        spans.append((start, data.draw(st.integers(start + 1, max(start + 1, n)))))
+    selector = build_selector(name, num_selected=num_selected, context=context)
+    found = selector(mask, *logits(len(lengths), 20), torch.tensor(spans), sample_generators(IDS[: len(lengths)]))
+    assert found.frame_index.shape == (len(lengths), num_selected)
+    assert found.frame_index.dtype == found.span.dtype == torch.long
+    for index, (start, end), n in zip(found.frame_index.tolist(), found.span.tolist(), lengths, strict=True):
+        if not n:
+            assert index == [-1] * num_selected and (start, end) == (0, 0)
+            continue
+        assert 0 <= start < end <= n
+        assert index == sorted(index)
+        assert all(start <= i < end for i in index)
+
+
+def test_best_span_picks_the_peaks_and_ignores_padding():
+    start, end = torch.zeros(2, 20), torch.zeros(2, 20)
+    start[0, 4], end[0, 11] = 5, 5
+    start[1, 15], end[1, 18] = 9, 9  # padding
+    start[1, 2], end[1, 2] = 5, 5
+    found = build_selector("best_span")(mask_of(20, 10), start, end)
+    assert found.span.tolist() == [[4, 12], [2, 3]]
+    assert found.frame_index.tolist() == [[4, 6, 8, 10], [2, 2, 2, 2]]
+    wider = build_selector("lstp", context=1)(mask_of(20, 10), start, end)
+    assert wider.span.tolist() == [[3, 13], [1, 4]]
+
+
+def test_end_before_start_is_no_span():
+    start, end = torch.zeros(1, 10), torch.zeros(1, 10)
+    start[0, 8], end[0, 1], end[0, 9] = 5, 6, 2
+    assert build_selector("best_span")(mask_of(10), start, end).span.tolist() == [[8, 10]]
+    # the published rule reaches for both peaks, finds nothing between them and takes the whole video
+    assert build_selector("argmax")(mask_of(10), start, end).span.tolist() == [[0, 10]]
+
+
+def test_argmax_follows_the_published_rules():
+    start, end = torch.zeros(1, 16), torch.zeros(1, 16)
+    start[0, 3], end[0, 11] = 5, 5
+    found = build_selector("argmax")(mask_of(16), start, end)
+    assert found.frame_index[0].tolist() == select_frames([(3, 11)], 16, 4, 16)
+    assert found.span.tolist() == [[3, 11]]  # the end flow is not part of it, as published
+
+
+def test_gumbel_follows_the_published_distribution():
+    start = torch.tensor([[1.0, 0.0, 0.5, -9.0, -9.0, -9.0]])
+    end = torch.tensor([[-9.0, -9.0, -9.0, 0.4, 0.0, 1.0]])
+    selector, counts = build_selector("gumbel", num_selected=1), torch.zeros(6)
+    generator = torch.Generator().manual_seed(0)
+    trials = 2000
+    for _ in range(trials):
+        found = selector(mask_of(6), start, end, generators=generator)
+        counts[found.span[0, 0]] += 1
+    # first frame of the union of two draws: the earlier start; P(first) = 1 - (1 - p)^2, with p from softmax(logits):
+    # the temperature scales logits and noise alike and does not change the arg max
+    p = start[0].softmax(0)
+    assert counts[0].item() / trials == pytest.approx((1 - (1 - p[0]) ** 2).item(), abs=0.04)
+
+
+def test_random_frames_differ_by_question_and_not_by_batch():
+    selector = build_selector("random")
+    together = selector(mask_of(30, 30, 30, 30), generators=sample_generators(IDS)).frame_index
+    alone = [selector(mask_of(30), generators=sample_generators([i])).frame_index[0].tolist() for i in IDS]
+    assert together.tolist() == alone
+    assert len({tuple(row) for row in alone}) == 4
+    assert all(len(set(row)) == 4 for row in alone), "drawn without replacement"
+    other = selector(mask_of(30, 30, 30, 30), generators=sample_generators(IDS, seed=1)).frame_index
+    assert other.tolist() != alone
+    counts = torch.zeros(8)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(1000):
+        counts[selector(mask_of(8), generators=generator).frame_index[0]] += 1
+    assert counts.min() > 430 and counts.max() < 570  # 500 each
+
+
+def test_uniform_and_given():
+    mask = mask_of(16, 8)
+    assert build_selector("uniform")(mask).frame_index.tolist() == [[1, 5, 9, 13], [0, 2, 4, 6]]
+    given_spans = torch.tensor([[8, 16], [7, 8]])
+    found = build_selector("given", span_key="gold_span")(mask, span=given_spans)
+    assert found.frame_index.tolist() == [[8, 10, 12, 14], [7, 7, 7, 7]]
+    assert torch.equal(found.span, given_spans)
+
+
+@pytest.mark.parametrize("span", [(-1, -1), (3, 3), (9, 12), (5, 2)])
+def test_given_without_a_span_is_an_error(span):
+    with pytest.raises(AnnotationError, match=rf"row 1 of the batch has \[{span[0]}, {span[1]}\) in 'gold_span'"):
+        selector = build_selector("given", span_key="gold_span")
+        selector(mask_of(16, 8), span=torch.tensor([[0, 4], span]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "uniformm"}, "unknown selector .*did you mean 'uniform'"),
+        ({"name": "given", "span_key": "gold"}, "did you mean 'gold_span'"),
+        ({"num_selected": 0}, "num_selected is 0"),
+        ({"num_selected": "4"}, "num_selected is '4'"),
+        ({"context": -1}, "context is -1"),
+    ],
+)
+def test_bad_settings(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        build_selector(**arguments)
+
+
+@pytest.mark.parametrize(("name", "needed"), [("lstp", "start_logits"), ("random", "generators"), ("given", "span")])
+def test_missing_arguments(name, needed):
+    with pytest.raises(ValueError, match=f"'{name}' needs {needed}"):
+        build_selector(name)(mask_of(4))
+
+
+def test_few_frames_are_kept_where_asked():
+    mask = torch.ones(2, 8, dtype=torch.long)
+    span = torch.tensor([[2, 4], [1, 8]])
+    kept = build_selector("given", few_frames="keep")(mask, span=span)
+    assert kept.frame_index.tolist() == [[2, 3, -1, -1], [1, 2, 4, 6]]
+    assert kept.span.tolist() == span.tolist()
+    doubled = build_selector("given")(mask, span=span)
+    assert doubled.frame_index.tolist() == [[2, 2, 3, 3], [1, 2, 4, 6]]
+
+
+@given(st.integers(2, 200), st.integers(1, 40), st.data())
+def test_the_grid_is_that_of_the_published_evaluation(num_flows, grid, data):
+    """Candidates in flows -> frames of the grid by float32 division -> K of them -> places among all frames."""
+    start, end = data.draw(st.integers(0, num_flows - 1)), data.draw(st.integers(0, num_flows - 1))
+    places = published_grid(num_flows, grid)
+    peaks = torch.zeros(2, 1, num_flows)
+    peaks[0, 0, start], peaks[1, 0, end] = 1.0, 1.0
+    mask = torch.ones(1, num_flows, dtype=torch.long)
+    for mapping in ("ends", "ratio"):
+        found = build_selector("argmax", grid=grid, mapping=mapping)(mask, *peaks).frame_index[0].tolist()
+        s, e = (0, num_flows - 1) if start == end == 0 else (start, end)
+        x = torch.tensor([s, e], dtype=torch.float32)
+        on_grid = x * (grid - 1) / (num_flows - 1) if mapping == "ends" else x / num_flows * grid
+        first, last = (int(value) for value in on_grid)
+        inside = list(range(first, last)) or list(range(grid))
+        assert found == [places[inside[i]] for i in sample_indices(4, len(inside))]
+
+
+def test_the_grid_takes_the_second_frame_of_each_interval():
+    assert published_grid(64, 32) == list(range(1, 64, 2))
+    assert published_grid(32, 32) == list(range(32))
+    assert published_grid(16, 32) == [i // 2 for i in range(32)]
+    assert published_grid(3, 4) == [0, 1, 2, 2]  # 0 0 1 1 2 2 in intervals that begin at 0, 1, 3, 4
+    assert published_grid(100, 32)[:5] == [1, 4, 7, 10, 13] and published_grid(100, 32)[-1] == 97
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "lstp", "grid": 32}, "belong to argmax and gumbel"),
+        ({"name": "uniform", "mapping": "ratio"}, "belong to argmax and gumbel"),
+        ({"name": "argmax", "mapping": "ration"}, "did you mean 'ratio'"),
+        ({"name": "argmax", "grid": 0}, "whole number of at least 1"),
+        ({"few_frames": "drop"}, "unknown model.selector.few_frames 'drop'"),
+    ],
+)
+def test_bad_published_settings(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        build_selector(**arguments)

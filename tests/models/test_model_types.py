@@ -1,0 +1,65 @@
+"""Every type of every full-size model, built as `load_model` builds it, from tiny weights in the hub's layout."""
+
+from __future__ import annotations
+
+import pytest
+from lavis.models import load_model
+from omegaconf import OmegaConf
+from test_lstp import batch
+
+from lavis_lstp.errors import WeightsError
+from lavis_lstp.models.lstp import LSTP
+from lavis_lstp.models.variants import MODEL_TYPES
+from lavis_lstp.models.weights import hub
+from lavis_lstp.testing.tiny_checkpoints import Sizes, size_options, write_all
+
+TYPES = [(name, kind) for name, types in MODEL_TYPES.items() if name != "lstp_tiny" for kind in types]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    out = tmp_path_factory.mktemp("weights")
+    names = ("instructblip-vicuna-7b", "instructblip-flan-t5-xl", "blip2-flan-t5-xl", "bert-base-uncased")
+    write_all(out, only=[*names, "raft-sintel", "lstp-7b"])
+    return out
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Types at the sizes of the tiny weights; nothing else of them is changed."""
+    full = LSTP.default_config.__func__
+    sizes = OmegaConf.from_dotlist(list(size_options()))
+    monkeypatch.setattr(LSTP, "default_config", classmethod(lambda cls, kind: OmegaConf.merge(full(cls, kind), sizes)))
+
+
+def samples() -> dict:
+    made = batch((3, 2, 1))
+    side = Sizes().image_size
+    return {**made, "frames": made["frames"][..., :side, :side]}
+
+
+@pytest.mark.parametrize(("name", "kind"), TYPES)
+def test_a_type_is_built_and_answers(weights, small, monkeypatch, name, kind):
+    monkeypatch.setenv(hub.ENVIRONMENT, str(weights))
+    model = load_model(name, kind, is_eval=True)
+    assert len(model.generate(samples(), max_length=2)) == 3
+    assert ("lora" in model.trained_parts()) == (kind == "lora")
+    assert model.sampler_tokenizer.truncation_side == "right"
+    # a word of the Q-Former's tokenizer alone must not be one of the sampler's
+    model.locate({**samples(), "text_input": ["[DEC] who?"] * 3})
+
+
+def test_all_that_is_missing_is_said_at_once(tmp_path, monkeypatch, weights):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(hub, "_hub_answers", lambda: False)
+    monkeypatch.setenv(hub.ENVIRONMENT, str(tmp_path))
+    with pytest.raises(WeightsError) as caught:
+        load_model("lstp_flant5xl")
+    line = str(caught.value)
+    for name in ("Salesforce/blip2-flan-t5-xl", "google-bert/bert-base-uncased", "raft-sintel.pth"):
+        assert f"put it at {tmp_path}/{name}" in line
+    assert "(model.sampler.weights, model.sampler.tokenizer)" in line and "\n" not in line
+    with pytest.raises(WeightsError, match="LSTP-7B.ckpt"):  # before 16 GB of base weights are read
+        load_model("lstp_vicuna7b")
+    assert not hub.is_missing(str(weights / "google-bert" / "bert-base-uncased"), "config.json")
+    assert hub.is_missing(str(tmp_path / "nowhere"), "config.json")
