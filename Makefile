@@ -7,10 +7,9 @@ LAVIS := salesforce-lavis==1.0.2
 # The one package that the second environment replaces, and the two whose versions it pins.
 OLD_TRANSFORMERS := "transformers==4.57.6" "tokenizers>=0.22,<=0.23.0" "huggingface_hub>=0.34,<1.0"
 # Tests that must pass on both versions of transformers.
-MATRIX_TESTS ?= $(wildcard $(addprefix tests/test_,plugin.py shims.py lavis_models.py backbone*.py lstp*.py \
-	temporal_sampler.py frame_selector.py pseudo_span.py weights.py convert.py export.py prompts.py tiny_checkpoints.py \
-	golden*.py published*.py lora.py lavis_backbone.py judge_local.py model_types.py \
-	multiple_choice.py evaluations.py ablate.py))
+MATRIX_TESTS ?= $(addprefix tests/,host/test_plugin.py host/test_shims.py host/test_lavis_models.py models \
+	metrics/test_multiple_choice.py data/test_prompts.py judging/test_judge_local.py tasks/test_evaluations.py \
+	commands/test_convert.py commands/test_export.py commands/test_ablate.py)
 export OMP_NUM_THREADS ?= 2
 
 .PHONY: help venv lint test test-slow test-matrix demo clean

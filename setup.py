@@ -12,7 +12,7 @@ import re
 import zipfile
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 from setuptools.command.editable_wheel import editable_wheel
 
@@ -125,19 +125,7 @@ setup(
     author="The lavis_lstp authors",
     python_requires=">=3.10",
     package_dir={"": "."},  # a plain .pth line for `pip install -e`, no finder that each interpreter pays for
-    packages=[
-        "lavis_lstp",
-        "lavis_lstp.data",
-        "lavis_lstp.judging",
-        "lavis_lstp.metrics",
-        "lavis_lstp.models",
-        "lavis_lstp.report",
-        "lavis_lstp.runners",
-        "lavis_lstp.host.shims",
-        "lavis_lstp.tasks",
-        "lavis_lstp.testing",
-        "webdataset_tools",
-    ],
+    packages=find_packages(include=["lavis_lstp*", "webdataset_tools*"]),
     package_data={"lavis_lstp": ["configs/**/*.yaml"], "lavis_lstp.report": ["*.html", "*.css", "*.js"]},
     install_requires=LAVIS_NEEDS + OUR_NEEDS,
     extras_require={

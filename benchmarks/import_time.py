@@ -26,7 +26,7 @@ sys.stdout.write(str(time.perf_counter() - start))
 """
 BODIES = {
     "floor": "import torch, torchvision, transformers.modeling_utils, timm.models.vision_transformer",
-    "all at once": "from lavis_lstp import lazy_imports, shims; lazy_imports.install = lambda: None; "
+    "all at once": "from lavis_lstp.host import lazy_imports, shims; lazy_imports.install = lambda: None; "
     "shims.apply(); import lavis; shims.apply_to_lavis()",
     "registered": "import lavis_lstp; lavis_lstp.register(); import lavis",
 }

@@ -1,7 +1,7 @@
 """LSTP for LAVIS: a plug-in that `import lavis` finds by itself.
 
 `lavis_lstp.pth` imports this package in every process of the environment, so this file is all that such a process
-pays for (`benchmarks/startup.py`): one finder, which hands the few names it watches to `_hook.py`.
+pays for (`benchmarks/startup.py`): one finder, which hands the few names it watches to `host/hook.py`.
 `LAVIS_LSTP_DISABLE=1` leaves `sys.meta_path` alone; `register()` does by hand what the hook does.
 """
 
@@ -19,7 +19,21 @@ NEEDS_LAVIS = {
     "lavis_lstp.tasks",
 }  # our modules that import LAVIS when they are imported; tests/test_imports.py compares this with the sources
 
-WATCHED = NEEDS_LAVIS | {"lavis", "lavis.train", "lavis.evaluate"}
+MOVED = {
+    "lavis_lstp.ask": "lavis_lstp.inference.loading",
+    "lavis_lstp.cli": "lavis_lstp.commands.cli",
+    "lavis_lstp.flow_files": "lavis_lstp.commands.flow",
+    "lavis_lstp.launch": "lavis_lstp.host.launch",
+    "lavis_lstp.lmms": "lavis_lstp.inference.lmms",
+    "lavis_lstp.models.backbone": "lavis_lstp.models.answer.qformer",
+    "lavis_lstp.models.flow": "lavis_lstp.models.where.flow",
+    "lavis_lstp.models.frame_selector": "lavis_lstp.models.where.frame_selector",
+    "lavis_lstp.models.temporal_sampler": "lavis_lstp.models.where.temporal_sampler",
+    "webdataset_tools.storage": "lavis_lstp.data.shards.storage",
+    "webdataset_tools.tar": "lavis_lstp.data.shards.tar",
+}  # old names that scripts of users import -> where the module is now
+
+WATCHED = NEEDS_LAVIS | MOVED.keys() | {"lavis", "lavis.train", "lavis.evaluate"}
 
 
 def register():
@@ -35,9 +49,9 @@ class Finder:
     def find_spec(self, fullname, path=None, target=None):
         if fullname not in WATCHED:
             return None
-        from lavis_lstp.host import hook as _hook
+        from lavis_lstp.host import hook
 
-        return _hook.find_spec(self, fullname, path, target)
+        return hook.find_spec(self, fullname, path, target)
 
 
 if os.environ.get("LAVIS_LSTP_DISABLE", "0") in ("", "0"):

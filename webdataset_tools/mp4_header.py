@@ -1,8 +1,8 @@
 """What the header of an MP4 says about its video: length, rate and size, without opening it as FFmpeg does.
 
-In: the file's bytes, or a map of them. Out: what `lavis_lstp.data.video.reading.probe` says, in a hundredth of the time; or
-None where the header leaves a question open, which only opening the file answers: fragments, edits that cut frames,
-several video tracks, a rotation, a codec other than H.264 and HEVC, a sample that is not in the file.
+In: the file's bytes, or a map of them. Out: what `data.video.reading.probe` says, in a hundredth of the time; or None
+where the header leaves a question open, which only opening the file answers: fragments, edits that cut frames, several
+video tracks, a rotation, a codec other than H.264 and HEVC, a sample that is not in the file.
 
 Opening costs 2 to 12 ms a file, of which decoding the first picture is the greater part, and PyAV keeps the interpreter
 to itself for most of the rest; copying and hashing 0.5 MB costs 0.8 ms. Nothing is decoded here, so that the pictures

@@ -20,12 +20,12 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from lavis_lstp.data.frame_numbers import uniform_centres
 from lavis_lstp.data.qa_dataset import VideoQADataset
 from lavis_lstp.data.shards.format import parse_flow, parse_json
 from lavis_lstp.data.shards.questions import ShardQuestions
 from lavis_lstp.data.shards.sets import ShardSet
 from lavis_lstp.data.shards.storage import expand
-from lavis_lstp.data.video.reading import uniform_centres
 from lavis_lstp.errors import ConfigError
 from lavis_lstp.files import atomic_writer
 from lavis_lstp.report.explanation import GOLD, PREDICTED, flow_colours

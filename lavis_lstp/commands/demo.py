@@ -23,9 +23,9 @@ from typing import Any
 from lavis_lstp.commands.ablate import FRAMES, judge_line, measure, no_flow, paired_p, table_lines
 from lavis_lstp.commands.chain import Chain, Step, check_options, find_chain, read_chain
 from lavis_lstp.commands.report import report
+from lavis_lstp.data.frame_numbers import uniform_centres
 from lavis_lstp.data.qa_dataset import read_annotation
 from lavis_lstp.data.shapes.scene import FPS, NUM_FRAMES
-from lavis_lstp.data.video.reading import uniform_centres
 from lavis_lstp.files import atomic_writer, write_json
 from lavis_lstp.metrics.grounding import evaluate_spans
 from lavis_lstp.schema import Span

@@ -175,7 +175,7 @@ def _cached(name: str, file: str) -> Path | None:
 
 def _image_processor(backbone: Backbone, processor: str) -> dict[str, Any]:
     """Written by hand, because transformers 5 puts it where 4 does not look."""
-    from lavis_lstp.models.answer.qformer import IMAGE_MEAN, IMAGE_STD
+    from lavis_lstp.models.pixels import IMAGE_MEAN, IMAGE_STD
 
     return {
         "image_processor_type": "BlipImageProcessor",

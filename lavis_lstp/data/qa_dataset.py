@@ -30,10 +30,11 @@ from torch.utils.data import Dataset, default_collate
 
 from lavis_lstp.data.annotation import SECTION, read_annotation
 from lavis_lstp.data.folder import FolderQuestions, kind_of
+from lavis_lstp.data.frame_numbers import sample_indices
 from lavis_lstp.data.left_out import LeftOut
 from lavis_lstp.data.shards.questions import ShardQuestions, unpack_frames
 from lavis_lstp.data.spans import Spans
-from lavis_lstp.data.video.reading import SHORT_VIDEOS, read_frames, sample_indices
+from lavis_lstp.data.video.reading import SHORT_VIDEOS, read_frames
 from lavis_lstp.errors import AnnotationError, ConfigError, ShardError, VideoError, unknown_name
 from lavis_lstp.schema import NO_SPAN, Span
 

@@ -4,6 +4,7 @@ LAVIS has no plug-in discovery, so these names, and no others, are answered for:
 
     lavis                         the real package, wrapped: compatibility shims, real module, our registration
     lavis.train, lavis.evaluate   files of ours, unless this LAVIS has its own
+    the modules in MOVED          old names of our modules
     the modules in NEEDS_LAVIS    ours, which import LAVIS: `lavis` is imported before they run, because half-imported
                                   they would be asked to register by the very import they make
 
@@ -12,6 +13,10 @@ Standard library only, and no torch: code that asks `importlib.util.find_spec("l
 
 import os
 import sys
+from importlib import import_module
+from importlib.machinery import ModuleSpec
+
+from lavis_lstp import MOVED
 
 INSTALL_LINE = "pip install --no-deps salesforce-lavis==1.0.2"
 """What to type where LAVIS is missing; `--no-deps` because its pins exclude every Python and torch of today."""
@@ -34,6 +39,8 @@ def find_spec(finder, fullname, path, target):
         return spec
     if fullname in SERVED:
         return _ask_others(finder, fullname, path, target) or _served_spec(fullname)
+    if fullname in MOVED:
+        return ModuleSpec(fullname, _MovedLoader(MOVED[fullname]))
     if "lavis" in sys.modules:
         return None
     spec = _ask_others(finder, fullname, path, target)
@@ -93,6 +100,21 @@ class _AfterLavisLoader(_Wrapper):
         self._hand_back(module)
         if not self._done:
             self._loader.exec_module(module)
+
+
+class _MovedLoader:
+    """Hands out the module that took the place of an old name; both names are the same object."""
+
+    def __init__(self, target):
+        self._target = target
+
+    def create_module(self, spec):
+        module = import_module(self._target)
+        self._spec = module.__spec__
+        return module
+
+    def exec_module(self, module):
+        module.__spec__ = self._spec  # which the import system has just replaced
 
 
 def _served_spec(fullname):

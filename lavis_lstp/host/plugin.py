@@ -43,11 +43,10 @@ def register() -> None:
     Raises:
         ImportError: LAVIS is missing or too old; the message says what to type.
     """
-    from lavis_lstp.host import hook as _hook
-    from lavis_lstp.host import shims
+    from lavis_lstp.host import hook, shims
 
     if "lavis" not in sys.modules:
-        _hook.check_lavis(importlib.util.find_spec("lavis"))
+        hook.check_lavis(importlib.util.find_spec("lavis"))
     before_lavis()
     import lavis  # the hook, where it is installed, calls this function from inside this import
 

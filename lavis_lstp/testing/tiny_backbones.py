@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lavis_lstp.files import write_json
-from lavis_lstp.models.answer.qformer import IMAGE_MEAN, IMAGE_STD
+from lavis_lstp.models.pixels import IMAGE_MEAN, IMAGE_STD
 from lavis_lstp.testing.published_layout import INTEGERS
 from lavis_lstp.testing.tiny_tokenizers import (
     Files,

@@ -32,10 +32,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from lavis_lstp.data.frame_numbers import sample_indices, uniform_centres
 from lavis_lstp.data.shapes import scene as world
 from lavis_lstp.data.shapes.shapes_qa import draw_background, draw_shape, write_video
 from lavis_lstp.data.spans import LAST_INDEX, SPANS_FORMAT, SPANS_VERSION
-from lavis_lstp.data.video.reading import SHORT_VIDEOS, sample_indices, uniform_centres
+from lavis_lstp.data.video.reading import SHORT_VIDEOS
 from lavis_lstp.files import write_json
 from lavis_lstp.schema import Span
 

@@ -20,10 +20,11 @@ from video_files import audio_file, numbered_video, read_number
 
 from lavis_lstp.commands import flow as flow_files
 from lavis_lstp.data import qa_dataset
+from lavis_lstp.data.frame_numbers import sample_indices, uniform_centres
 from lavis_lstp.data.qa_dataset import VideoQADataset, read_annotation
 from lavis_lstp.data.shapes import shapes_qa
 from lavis_lstp.data.spans import read_spans
-from lavis_lstp.data.video.reading import read_frames, sample_indices, uniform_centres
+from lavis_lstp.data.video.reading import read_frames
 from lavis_lstp.errors import AnnotationError, ConfigError, CoverageError, VideoError
 from lavis_lstp.metrics.coverage import join_by_id
 from lavis_lstp.runners.data_order import Batches

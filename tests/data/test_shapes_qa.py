@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lavis_lstp.data.frame_numbers import uniform_centres
 from lavis_lstp.data.shapes import scene as shapes_scene
 from lavis_lstp.data.shapes import shapes_qa
-from lavis_lstp.data.video.reading import uniform_centres
 from lavis_lstp.errors import ConfigError
 
 SMALL = {"train_videos": 3, "val_videos": 2, "test_videos": 2, "train_images": 6, "size": 96}

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from lavis_lstp.errors import ConfigError, WeightsError
 from lavis_lstp.models.answer.lavis_models import ARCHS, begin_as_told
-from lavis_lstp.models.answer.qformer import IMAGE_MEAN, IMAGE_STD
 from lavis_lstp.models.lstp import LSTP
+from lavis_lstp.models.pixels import IMAGE_MEAN, IMAGE_STD
 from lavis_lstp.models.variants import CONFIGS, load_variant
 from lavis_lstp.models.weights.parts import part_of, prefixes_of
 

@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from lavis_lstp.data.instruct import read_instructions
 from lavis_lstp.data.spans import read_spans
 from lavis_lstp.data.video.reading import resize_frames
-from lavis_lstp.models.answer.qformer import IMAGE_MEAN, IMAGE_STD
 from lavis_lstp.models.lstp import LSTP
+from lavis_lstp.models.pixels import IMAGE_MEAN, IMAGE_STD
 from lavis_lstp.schema import Span
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden_published"

@@ -7,17 +7,11 @@ decoder-only model.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-if TYPE_CHECKING:
-    from lavis_lstp.models.answer.qformer import Backbone
-
-IGNORED = -100
-"""Label of a position that takes no part in a loss."""
+from lavis_lstp.models.answer.qformer import IGNORED, Backbone
 
 
 class ReadPrompts:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lavis_lstp.errors import ConfigError, LstpError, WeightsError, unknown_name
-from lavis_lstp.models.answer.qformer import IMAGE_MEAN, IMAGE_STD
+from lavis_lstp.models.pixels import IMAGE_MEAN, IMAGE_STD
 from lavis_lstp.models.weights.hub import local_path, where_to_put
 from lavis_lstp.models.weights.reading import convert_published, load_state_dict_file, load_strict
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lavis_lstp.data.video.reading import uniform_centres
+from lavis_lstp.data.frame_numbers import uniform_centres
 from lavis_lstp.errors import AnnotationError, ConfigError, unknown_name
 
 NUM_CANDIDATES = 2
