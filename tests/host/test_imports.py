@@ -42,7 +42,7 @@ def imports_of(module: str, at_module_level: bool = False) -> frozenset[str]:
             elif isinstance(child, ast.ImportFrom):
                 assert child.level == 0, f"{module} imports relatively in line {child.lineno}"
                 inside = {f"{child.module}.{alias.name}" for alias in child.names}
-                found |= inside if inside <= SOURCES.keys() else inside | {child.module}
+                found.update(inside if inside <= SOURCES.keys() else {*inside, child.module})
             visit(child)
 
     visit(tree)
