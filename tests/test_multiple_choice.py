@@ -288,7 +288,7 @@ def test_a_predictions_log_probability_is_the_language_models_own(family, langua
     said = made.pop()[1].sequences[0, -4]
     monkeypatch.setattr(type(backbone), "_end_ids", [int(said)])  # the first row ends with what it said second
     result = model.answer(batch((8, 5, 3)), **settings)
-    (prefix, mask, prompts), output = made[0]
+    (prefix, mask, prompts, _), output = made[0]
     text = backbone._tokenize(backbone.tokenizer, prompts, "right")
     inputs, mask, _ = backbone._with_prefix(prefix, mask, text["input_ids"], text["attention_mask"])
     start = 1 if backbone.is_encoder_decoder else 0

@@ -19,6 +19,7 @@ from lavis_lstp.models.backbone_loading import DTYPES
 from lavis_lstp.models.flow import UNINITIALISED, build_flow
 from lavis_lstp.models.frame_fusion import FrameFusion
 from lavis_lstp.models.frame_selector import build_selector
+from lavis_lstp.models.generation import checked
 from lavis_lstp.models.hub import is_missing, local_path, where_from, where_to_put
 from lavis_lstp.models.refinement import Refinement
 from lavis_lstp.models.temporal_sampler import TemporalSampler
@@ -218,6 +219,7 @@ def check_settings(model: nn.Module) -> None:
     for loss in model.losses:
         if loss not in LOSSES:
             raise ConfigError(unknown_name("loss (model.losses)", loss, LOSSES))
+    checked(model.generation, encoder_decoder=model.backbone.is_encoder_decoder)
     if model.refinement and "span" not in model.losses:
         raise ConfigError("model.refinement.in_loop makes spans for the loss 'span'; add it to model.losses")
     learning = set(model.train_parts)

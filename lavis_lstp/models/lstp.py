@@ -289,7 +289,7 @@ class LSTP(BaseModel):
             start_logits=None if logits is None else logits.start_logits,
             end_logits=None if logits is None else logits.end_logits,
             span=self._given_span(samples),
-            generators=self._generators(samples),
+            generators=self.row_generators(samples),
         )
 
     def _given_span(self, samples: Mapping) -> Tensor | None:
@@ -306,7 +306,7 @@ class LSTP(BaseModel):
         whole = torch.stack([torch.zeros_like(count), count], dim=1)
         return span.where(moves(samples)[:, None], whole)
 
-    def _generators(self, samples: Mapping) -> list[torch.Generator]:
+    def row_generators(self, samples: Mapping) -> list[torch.Generator]:
         """One a row: in training from torch's global state, which checkpoints keep; in evaluation from the
         question's id, so that the draw does not depend on batch size, order or rank."""
         if self.training:

@@ -18,7 +18,7 @@ from lavis.common.registry import registry
 
 from lavis_lstp.errors import ConfigError
 from lavis_lstp.metrics.grounding import evaluate_spans
-from lavis_lstp.tasks.base import LSTPTask, sample_ids
+from lavis_lstp.tasks.base import LSTPTask, one_each, sample_ids
 from lavis_lstp.tasks.pseudo_span import save_spans, spans_template
 
 
@@ -35,8 +35,10 @@ class TemporalGroundingTask(LSTPTask):
         if not hasattr(model, "locate"):
             raise ConfigError(f"task {self.name} needs a model with locate(samples), got {type(model).__name__}")
         found = model.locate(samples)
+        ids = sample_ids(samples)
+        one_each(found, ids, model)
         records = []
-        for row, question_id in enumerate(sample_ids(samples)):
+        for row, question_id in enumerate(ids):
             record: dict[str, Any] = {"question_id": question_id}
             if "video_id" in samples:
                 record["video_id"] = samples["video_id"][row]

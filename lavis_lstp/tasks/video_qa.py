@@ -21,7 +21,7 @@ from lavis_lstp.metrics.grounding import entropy_bits
 from lavis_lstp.metrics.qa import evaluate_answers, exact_match
 from lavis_lstp.models.lavis_frames import several_frames
 from lavis_lstp.schema import Span
-from lavis_lstp.tasks.base import TIMINGS, LSTPTask, sample_ids
+from lavis_lstp.tasks.base import TIMINGS, LSTPTask, one_each, sample_ids
 
 GENERATION = (
     "num_beams",
@@ -66,6 +66,7 @@ class VideoQATask(LSTPTask):
             predicted = self._likeliest(model, samples, options)
         else:
             predicted = self._answer(model, with_options(model, samples, options) if any(options) else samples)
+        one_each(predicted, ids, model)
         seconds = {stage: value / len(ids) for stage, value in predicted.get(TIMINGS, {}).items()}
         records = []
         for row, question_id in enumerate(ids):
