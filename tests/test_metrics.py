@@ -18,6 +18,7 @@ from lavis_lstp.metrics.qa import (
     rouge,
     token_f1,
     token_recall,
+    yes_or_no,
 )
 from lavis_lstp.schema import Span
 
@@ -42,6 +43,17 @@ def test_token_recall_equals_published(pair):
         ("a the", "a the"),
         ("?!", ""),
         ("Ärger, Öl", "ärger öl"),
+        ("-1", "-1"),
+        ("\u22121.", "-1"),
+        ("- one", "one"),
+        ("1/2 of 2-3, at 10:30!", "1/2 of 2-3 at 10:30"),
+        ("1,000", "1000"),
+        ("C#, not C++", "c# not c++"),
+        ("5 %", "5 %"),
+        ("T-shirt", "tshirt"),
+        ("cafe\u0301", "caf\u00e9"),
+        ("\u201cred\u201d \u2026", "red"),
+        ("\uff21\uff22\u3002", "ab"),
     ],
 )
 def test_normalise(answer, expected):
@@ -52,6 +64,15 @@ def test_exact_match_and_f1():
     assert exact_match("a red box", "Red box.") == 1
     assert exact_match("1.5", "15") == 0
     assert exact_match("A", "the") == 0
+    for gold, said in (("-1", "1"), ("1/2", "12"), ("2-3", "23"), ("5%", "5"), ("C#", "C++"), ("10:30", "1030")):
+        assert exact_match(gold, said) == exact_match(said, gold) == 0 and exact_match(gold, f" {gold}.") == 1
+    for gold, said in (
+        ("caf\u00e9", "cafe\u0301"),
+        ("red", "\u201cred\u201d"),
+        ("it's", "it\u2019s"),
+        ("-1", "\u22121"),
+    ):
+        assert exact_match(gold, said) == token_f1(gold, said) == rouge(gold, said)["rouge_l"] == 1
     assert token_f1("red box", "red ball") == pytest.approx(0.5)
     assert token_f1("red red box", "red") == pytest.approx(0.5)  # precision 1, recall 1/3
     assert token_f1("", "!") == 1 and token_f1("x", "") == token_f1("", "x") == 0
@@ -72,6 +93,29 @@ def test_exact_match_and_f1():
 )
 def test_rouge(gold, prediction, rouge_1, rouge_l):
     assert rouge(gold, prediction) == pytest.approx({"rouge_1": rouge_1, "rouge_l": rouge_l})
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("yes", True),
+        ("Yep.", True),
+        ("**Yes**", True),
+        ("<answer>no</answer>", False),
+        ("Answer: No", False),
+        ("No, he isn\u2019t", False),
+        ("No it is not", False),
+        ("no doubt", None),
+        ("yes or no", None),
+        ("Yes, it isn't", None),
+        ("nobody", None),
+        ("yesterday", None),
+        ("I see no dog", None),
+        ("", None),
+    ],
+)
+def test_a_plain_yes_or_no(text, said):
+    assert yes_or_no(text) is said
 
 
 @given(TEXT, TEXT)
