@@ -13,7 +13,7 @@ from contextlib import nullcontext
 import torch
 from lavis.common.registry import registry
 from lavis.models.base_model import BaseModel
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from lavis_lstp.errors import ConfigError, unknown_name
@@ -23,8 +23,17 @@ from lavis_lstp.models.backbone import Backbone
 from lavis_lstp.models.building import build_parts, check_settings
 from lavis_lstp.models.frame_fusion import FrameFusion
 from lavis_lstp.models.frame_selector import sample_generators
+from lavis_lstp.models.hub import sizes_of_weights
 from lavis_lstp.models.refinement import ROWS, Refinement, pseudo_scores
-from lavis_lstp.models.rows import blank_video, distinct_media, moves, several_ranks, take_rows, weights_are_divided
+from lavis_lstp.models.rows import (
+    blank_video,
+    distinct_media,
+    moves,
+    readable,
+    several_ranks,
+    take_rows,
+    weights_are_divided,
+)
 from lavis_lstp.models.temporal_sampler import SamplerOutput, TemporalSampler, span_loss
 from lavis_lstp.models.variants import MODEL_TYPES, complete, load_variant
 from lavis_lstp.schema import NO_SPAN
@@ -135,8 +144,15 @@ class LSTP(BaseModel):
 
     @classmethod
     def default_config(cls, model_type: str = "default") -> DictConfig:
-        """A type's whole configuration, every key of it."""
-        return load_variant(cls.default_config_path(model_type))
+        """A type's whole configuration, every key of it; sizes are those of tiny weights where they stand in.
+
+        Raises:
+            WeightsError: the file of these sizes (`hub.SIZES_FILE`) is damaged.
+        """
+        config = load_variant(cls.default_config_path(model_type))
+        if config.model.backbone.weights:  # of the published weights; a model of random ones has its own sizes
+            config = OmegaConf.merge(config, {"model": sizes_of_weights()})
+        return config
 
     # ---- parts --------------------------------------------------------------------------------------------------
 
@@ -172,6 +188,7 @@ class LSTP(BaseModel):
         Returns:
             {"loss", "lm_loss", "span_loss"}: scalars; a loss that the config does not ask for is 0 and detached.
         """
+        samples = readable(samples)
         zero = torch.zeros((), device=self.device)
         losses = {"lm_loss": zero, "span_loss": zero}
         logits = None
@@ -358,6 +375,7 @@ class LSTP(BaseModel):
             span int64 [B,2], half-open; frame_index int64 [B,K], sorted; and, where the selector or the span loss
             uses the sampler, start_logits and end_logits float32 [B,T].
         """
+        samples = readable(samples)
         logits = self.sampler_logits(samples) if self.selector.needs_logits or "span" in self.losses else None
         frame_index, span = self.select(samples, logits)
         found = {"span": span, "frame_index": frame_index}
@@ -378,7 +396,7 @@ class LSTP(BaseModel):
             [B,2], frame_index [B,K], start_logits and end_logits where there are any, flow [B,T,2,S,S] where it was
             needed, and seconds by stage (of the whole batch).
         """
-        return answer(self, samples, prompt, {**self.generation, **generation})
+        return answer(self, readable(samples), prompt, {**self.generation, **generation})
 
     def score_options(self, samples: Mapping, prompt: str | None = None) -> dict:
         """How likely each of `samples["options"]` is as the answer.
@@ -387,7 +405,7 @@ class LSTP(BaseModel):
             as `answer`, but in place of prediction and log_prob, for each row and each of its options, option_log_prob,
             and option_greedy: whether greedy search would give just this option.
         """
-        return score_options(self, samples, prompt)
+        return score_options(self, readable(samples), prompt)
 
     def generate(
         self,
@@ -409,6 +427,7 @@ class LSTP(BaseModel):
             ("num_beams", num_beams),
             ("max_new_tokens", max_length),
             ("min_new_tokens", min_length),
+            ("num_return_sequences", settings.pop("num_captions", None)),  # LAVIS's name
         ):
             if value is not None:
                 settings.setdefault(name, value)
@@ -436,7 +455,7 @@ class LSTP(BaseModel):
 
     def pseudo_scores(self, samples: Mapping, rows: int = ROWS) -> Tensor:
         """How well each frame alone answers the question, float32 [B,T] of 0..1; see `refinement.pseudo_scores`."""
-        return pseudo_scores(self, samples, self.generation, rows)
+        return pseudo_scores(self, readable(samples), self.generation, rows)
 
 
 def register_models(names: Iterable[str] = tuple(MODEL_TYPES)) -> None:
