@@ -370,6 +370,21 @@ def test_keys_of_a_batch(tiny):
         tiny.generate(samples, num_captions=2)
 
 
+def test_a_frozen_language_model_drops_out_in_training_alone_and_where_asked():
+    """T5 has a dropout of 0.1; published training had it in frozen parts, too."""
+    for asked in (False, True):
+        model = LSTP.from_config(model_config("blip2", "t5", train=["projection"], frozen_dropout=asked)).train()
+        language_model = model.backbone.language_model
+        assert language_model.training is asked and language_model.encoder.block[0].training is asked
+        frozen = (model.backbone.vision_model, model.backbone.qformer, model.sampler, model.flow)
+        assert not any(part.training for part in frozen)
+        losses = {model(batch())["loss"].item() for _ in range(3)}
+        assert (len(losses) > 1) is asked
+        assert not any(parameter.requires_grad for parameter in language_model.parameters())
+        assert not model.eval().backbone.language_model.training
+        assert len({model(batch())["loss"].item() for _ in range(2)}) == 1
+
+
 def test_a_generation_setting_that_depends_on_the_batch_is_refused_before_a_run():
     with pytest.raises(ConfigError, match="num_return_sequences=2 is not supported"):
         LSTP.from_config(model_config(generation={"num_return_sequences": 2}))

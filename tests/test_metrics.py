@@ -1,5 +1,6 @@
 """Metrics: the published token recall, known values, and no score for half a test set."""
 
+import importlib.util
 import json
 import math
 
@@ -8,10 +9,11 @@ from conftest import GOLDEN
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lavis_lstp.errors import CoverageError
-from lavis_lstp.metrics.grounding import entropy_bits, evaluate_spans
+from lavis_lstp.errors import ConfigError, CoverageError
+from lavis_lstp.metrics.grounding import entropy_bits, evaluate_spans, published_iou
 from lavis_lstp.metrics.qa import (
     accuracy_interval,
+    bleu_1,
     evaluate_answers,
     exact_match,
     normalise,
@@ -21,6 +23,7 @@ from lavis_lstp.metrics.qa import (
     yes_or_no,
 )
 from lavis_lstp.schema import Span
+from lavis_lstp.tasks import VideoQATask
 
 PAIRS = json.loads((GOLDEN / "rouge_n.json").read_text())["pairs"]
 TEXT = st.lists(st.sampled_from(["a", "the", "red", "Red", "box", ",", ".", "box.", "1.5"]), max_size=8).map(" ".join)
@@ -127,6 +130,39 @@ def test_scores_lie_in_order(gold, prediction):
     assert 0 <= scores["rouge_l"] <= scores["rouge_1"] <= 1
     assert scores == pytest.approx(rouge(prediction, gold))
     assert exact_match(gold, prediction) <= token_f1(gold, prediction)
+
+
+def test_bleu_1_counts_words_and_punishes_short_answers():
+    """By hand: matches over words said, times exp(1 - words asked / words said) where too few are said."""
+    pytest.importorskip("sacrebleu")
+    assert bleu_1(["a red star", "two"], ["the red star", "2"]) == pytest.approx(2 / 4)
+    assert bleu_1(["a red star"], ["red"]) == pytest.approx(math.exp(1 - 3))
+    assert bleu_1(["red"], ["red red"]) == pytest.approx(1 / 2)
+    assert bleu_1(["Red."], ["red"]) == 0.0
+
+
+def test_without_sacrebleu_one_line_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="pip install sacrebleu"):
+        VideoQATask({"metric": "bleu1"})
+
+
+@pytest.mark.parametrize(
+    ("prediction", "gold", "iou"),
+    [  # half-open here, inclusive there: a frame more than the end says
+        ((2, 6), (5, 10), 0.0),  # both have frame 5, and nothing else in common
+        ((2, 7), (5, 10), 2 / 8),
+        ((3, 4), (3, 7), 0.0),
+        ((4, 5), (3, 7), 1 / 4),
+        ((3, 4), (3, 4), 1.0),
+        ((0, 2), (5, 6), 0.0),
+    ],
+)
+def test_published_iou(prediction, gold, iou):
+    assert published_iou(Span(*prediction), Span(*gold)) == pytest.approx(iou)
+    found = evaluate_spans({"a": prediction}, {"a": gold}, iou="published")
+    assert found["iou"] == pytest.approx(iou) and found["recall_0.3"] == (iou >= 0.3)
+    assert evaluate_spans({"a": prediction}, {"a": gold})["iou"] == Span(*prediction).iou(Span(*gold))
 
 
 def test_wilson_interval():

@@ -6,6 +6,7 @@ predictions with gold answers for a report: exact match, token F1, ROUGE-1 and R
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import re
 import string
@@ -13,6 +14,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 
+from lavis_lstp.errors import ConfigError
 from lavis_lstp.metrics.coverage import Items, join_by_id
 
 _QUOTES_AND_DASHES = str.maketrans(
@@ -120,6 +122,25 @@ def rouge(gold: str, prediction: str) -> dict[str, float]:
     if not a or not b:
         return {"rouge_1": 0.0, "rouge_l": 0.0}
     return {"rouge_1": _f1(a, b), "rouge_l": 2 * _longest_common_subsequence(a, b) / (len(a) + len(b))}
+
+
+def bleu_1(golds: Sequence[str], predictions: Sequence[str]) -> float:
+    """Corpus BLEU of single words, with brevity penalty, 0..1; words are parted by blanks, case counts (published).
+
+    Raises:
+        ConfigError: sacrebleu is not installed.
+    """
+    require_bleu()
+    from sacrebleu.metrics import BLEU
+
+    bleu = BLEU(max_ngram_order=1, tokenize="none", smooth_method="none")
+    return bleu.corpus_score(list(predictions), [list(golds)]).score / 100
+
+
+def require_bleu() -> None:
+    """Raises ConfigError where sacrebleu is not installed."""
+    if not importlib.util.find_spec("sacrebleu"):
+        raise ConfigError("run.metric bleu1 needs the package sacrebleu, which is not installed; pip install sacrebleu")
 
 
 def _longest_common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:

@@ -59,6 +59,7 @@ def build_parts(cfg: Mapping[str, Any]) -> dict[str, Any]:
         "losses": cfg["losses"],
         "refinement": Refinement(**refinement) if cfg["refinement"]["in_loop"] else None,
         "mask_padding": cfg["mask_padding"],
+        "frozen_dropout": cfg["frozen_dropout"],
         "generation": cfg["generation"],
         "seed": cfg["selection_seed"],
     }

@@ -55,6 +55,7 @@ class LSTP(BaseModel):
         losses: of "lm" and "span"; "span" needs samples with a span, "lm" an answer.
         refinement: how pseudo spans are made in the training step; None = they come with the samples.
         mask_padding: False lets padded flows compete in the span loss, as published.
+        frozen_dropout: True lets a language model that does not learn drop out in training, as published.
         sampler_max_tokens: questions are cut to this many tokens for the sampler.
         generation: default arguments of `generate`.
         seed: of the random frame selector in evaluation.
@@ -85,6 +86,7 @@ class LSTP(BaseModel):
         losses: Sequence[str] = ("lm",),
         refinement: Refinement | None = None,
         mask_padding: bool = True,
+        frozen_dropout: bool = False,
         sampler_max_tokens: int = 128,
         generation: Mapping | None = None,
         seed: int = 0,
@@ -103,6 +105,7 @@ class LSTP(BaseModel):
         self.losses = tuple(losses)
         self.refinement = refinement
         self.mask_padding = mask_padding
+        self.frozen_dropout = frozen_dropout
         self.sampler_max_tokens = sampler_max_tokens
         self.generation = dict(generation or {})
         self.seed = seed
@@ -157,10 +160,10 @@ class LSTP(BaseModel):
     # ---- parts --------------------------------------------------------------------------------------------------
 
     def train(self, mode: bool = True) -> LSTP:
-        """Frozen parts stay in eval mode."""
+        """Frozen parts stay in eval mode, but for a language model with `frozen_dropout`."""
         super().train(mode)
         self._last_flow = None  # weights may change between
-        parts.set_frozen_to_eval(self, self.train_parts)
+        parts.set_frozen_to_eval(self, (*self.train_parts, *(["language_model"] if self.frozen_dropout else [])))
         return self
 
     def trained_parts(self) -> dict[str, int]:
