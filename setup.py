@@ -138,12 +138,14 @@ setup(
             "pytest-xdist>=3.5",
             "ray>=2.40",
             "ruff>=0.6",
+            "sacrebleu>=2.4",
             "selenium>=4.20",
             "setuptools>=70.1",
         ],
         "deepspeed": ["deepspeed>=0.19"],
         "ray": ["ray>=2.40"],
         "judge": ["openai>=2.39"],
+        "bleu": ["sacrebleu>=2.4"],
         # What lmms-eval 0.7.3 imports. It is installed with --no-deps: it pins av<16, and tasks want 30 packages more.
         "lmms": [
             "datasets>=2.19",

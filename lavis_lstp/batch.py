@@ -11,6 +11,34 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lavis_lstp.errors import ConfigError
+
+TEXTS = ("text_input", "text_output", "prompt")
+
+
+def readable(samples: Mapping) -> Mapping:
+    """The batch with a list of texts under each key of texts; one text alone stands for all rows, as in LAVIS.
+
+    Raises:
+        ConfigError: keys are missing, or a key has more or fewer texts than there are rows.
+    """
+    missing = [key for key in ("frames", "frame_mask", "text_input") if key not in samples]
+    if missing:
+        known = ("image", "prompt")
+        hint = "image and prompt are keys of LAVIS's BLIP-2; " if any(key in samples for key in known) else ""
+        raise ConfigError(
+            f"samples have no {', '.join(missing)}, but {', '.join(sorted(map(str, samples)))}; {hint}LSTP reads "
+            "frames (uint8 [B,T,3,H,W], 0 to 255, T = 1 for an image), frame_mask (int64 [B,T], 1 = real) and "
+            "text_input (B questions)"
+        )
+    count = len(samples["frame_mask"])
+    alone = {key: [samples[key]] * count for key in TEXTS if isinstance(samples.get(key), str)}
+    read = {**samples, **alone} if alone else samples
+    for key in TEXTS:
+        if key in read and len(read[key]) != count:
+            raise ConfigError(f"samples have {len(read[key])} texts in {key} for {count} rows; expected one for each")
+    return read
+
 
 def moves(samples: Mapping) -> Tensor:
     """bool [B] on the CPU: two frames or more. Images and texts have no flow and no span."""

@@ -8,24 +8,16 @@ number, the opposite of yes or no, no answer at all.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
 from importlib.metadata import version
 
 from lavis_lstp.judging.verdict import MAX_SCORE, Case, Verdict, identity
 from lavis_lstp.judging.words import ARTICLES, fold, lemma, number, units
+from lavis_lstp.metrics.qa import yes_or_no
 
-RULES_VERSION = 1
+RULES_VERSION = 2
 """Changes with each change of a verdict, so that no two tables made by different rules look alike."""
 UNDECIDED = "undecided"
 
-_YES = frozenset(("yes", "yeah", "yep"))
-_NO = frozenset(("no", "nope", "nah"))
-_DOUBT = frozenset("but not never however maybe perhaps or unless except nobody none neither nor".split())
-_FIRST_WORD = re.compile(
-    r"\s*(yes|yeah|yep|nope|nah|no)\b\s*"
-    r"(?:$|[,.;:!\-\u2013\u2014]|(?=(?:it|he|she|they|there|the|this|that|these|those|i|we|you)\b))"
-)
 # Words that carry a sentence and no answer; "not" and "no" are none of them, nor is "can", which is also a thing.
 _FRAME = ARTICLES.union(
     "there here it its this that these those he she they i we you is are was were be been being am do does did has "
@@ -63,26 +55,15 @@ def _decision(question: str, answer: str, prediction: str) -> tuple[str, bool] |
         return "exact", True
     if not gold or not given:
         return None
-    polarity = _polarity(answer, gold)
+    polarity = yes_or_no(answer)
     if polarity is not None and len(gold) == 1:
-        said = _polarity(prediction, given)
+        said = yes_or_no(prediction)
         return None if said is None else ("yes_no", said == polarity)
     if found := _same(gold, given):
         return found, True
     if len(gold) == len(given) == 1 and number(gold[0]) is not None and number(given[0]) is not None:
         return "number", False
     return _restated(question, gold, given)
-
-
-def _polarity(text: str, words: Iterable[str]) -> bool | None:
-    """True for a plain yes, False for a plain no, None for anything else."""
-    match = _FIRST_WORD.match(text.lower())
-    if match is None:
-        return None
-    first, *rest = words
-    opposite = _NO if first in _YES else _YES
-    doubt = _DOUBT if first in _YES else _DOUBT - {"not"}
-    return None if any(word in opposite or word in doubt for word in rest) else first in _YES
 
 
 def _same(gold: list[str], given: list[str]) -> str | None:

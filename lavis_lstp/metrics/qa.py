@@ -6,18 +6,37 @@ predictions with gold answers for a report: exact match, token F1, ROUGE-1 and R
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import re
 import string
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 
+from lavis_lstp.errors import ConfigError
 from lavis_lstp.metrics.coverage import Items, join_by_id
 
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
-_DECIMAL_POINT = re.compile(r"(?<=\d)\.(?=\d)")
+_QUOTES_AND_DASHES = str.maketrans(
+    {**dict.fromkeys("\u2018\u2019\u201b\u2032\u02bc", "'"), **dict.fromkeys("\u201c\u201d\u201e\u2033", '"')}
+    | dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2015\u2212", "-")
+)
+_ARTICLES = re.compile(r"(?<!\S)(a|an|the)(?!\S)")
+_SIGNS = frozenset("%$\u20ac\u00a3+#\u00b0=<>")
+"""Symbols that make another answer: 5% is not 5, C# is not C++."""
+_OF_NUMBERS = re.compile(r"(?<=\d)[.\-/:](?=\d)|(?<![^\W_])-(?=\d)|(?<![^\W_])-(?=[.]\d)")
+"""The point, dash, slash or colon between digits (1.5, 2-3, 1/2, 10:30), and the minus of a number."""
 _WORD = re.compile(r"[^\W_]+")
+_MARKUP = re.compile(r"[*`]+|</?[A-Za-z]\w*>|\\(?:boxed|text|textbf|mathrm)\{([^{}]*)\}")
+
+_YES, _NO = frozenset(("yes", "yeah", "yep")), frozenset(("no", "nope", "nah"))
+_DOUBT = frozenset("but not never however maybe perhaps or unless except nobody none neither nor".split())
+_SPOKEN = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
+_ANSWER_IS = re.compile(r"(?:(?:so|the|my|final|correct) )*answer(?: is)?:? ")
+_FIRST_WORD = re.compile(
+    r"(yes|yeah|yep|nope|nah|no)\b\s*"
+    r"(?:$|[,.;:!\-]|(?=(?:because|it|he|she|they|there|the|this|that|these|those|i|we|you)\b))"
+)
 
 
 def token_recall(gold: str, prediction: str) -> float:
@@ -30,14 +49,50 @@ def token_recall(gold: str, prediction: str) -> float:
     return sum(token in produced for token in tokens) / len(tokens) if tokens else 0.0
 
 
-def normalise(answer: str) -> str:
-    """Lower case, no punctuation, no articles, single blanks, as in SQuAD.
+def folded(text: str) -> str:
+    """One spelling of equal characters: NFKC, straight quotes, one dash, lower case, single blanks."""
+    return " ".join(unicodedata.normalize("NFKC", text).translate(_QUOTES_AND_DASHES).lower().split())
 
-    Two exceptions keep different answers apart: the point of 1.5 stays, and an answer made of articles alone ("A",
-    as a choice) stays.
+
+def without_markup(text: str) -> str:
+    """A text without bold marks, tags and boxes around words; in NFKC, its case and lines as they were."""
+    text = unicodedata.normalize("NFKC", text).translate(_QUOTES_AND_DASHES)
+    return _MARKUP.sub(lambda match: match.group(1) or "", text).strip()
+
+
+def normalise(answer: str) -> str:
+    """Lower case, no punctuation, no articles, single blanks, as in SQuAD; equal characters are spelt alike.
+
+    What makes another answer stays: marks inside numbers (1.5, 1/2, 2-3), a minus, symbols such as % and #, and an
+    answer made of articles alone ("A", as a choice).
     """
-    text = _DECIMAL_POINT.sub("\0", answer.lower()).translate(_PUNCTUATION).replace("\0", ".")
+    text = folded(answer)
+    inside = {match.start() for match in _OF_NUMBERS.finditer(text)}
+    text = "".join(c for i, c in enumerate(text) if i in inside or c in _SIGNS or not _is_punctuation(c))
     return " ".join(_ARTICLES.sub(" ", text).split()) or " ".join(text.split())
+
+
+def _is_punctuation(character: str) -> bool:
+    return character in string.punctuation or unicodedata.category(character)[0] == "P"
+
+
+def yes_or_no(text: str) -> bool | None:
+    """True for a plain yes, False for a plain no, None for anything else, a yes or no in doubt included.
+
+    >>> yes_or_no("Yes, it is."), yes_or_no("No, there isn't."), yes_or_no("Yes, but not now")
+    (True, False, None)
+    """
+    text = _ANSWER_IS.sub("", folded(without_markup(text)).lstrip(" \"'([{"), count=1)
+    match = _FIRST_WORD.match(text)
+    if match is None:
+        return None
+    words: list[str] = []
+    for word in _SPOKEN.findall(text):
+        words += [word[:-3], "not"] if word.endswith("n't") else [word]
+    first, *rest = words
+    opposite = _NO if first in _YES else _YES
+    doubt = _DOUBT if first in _YES else _DOUBT - {"not"}
+    return None if any(word in opposite or word in doubt for word in rest) else first in _YES
 
 
 def exact_match(gold: str, prediction: str) -> float:
@@ -63,10 +118,29 @@ def rouge(gold: str, prediction: str) -> dict[str, float]:
     Words are runs of letters and digits, lower case, not stemmed; for ASCII text the numbers are those of the
     `rouge-score` package, whose words are ASCII only.
     """
-    a, b = _WORD.findall(gold.lower()), _WORD.findall(prediction.lower())
+    a, b = _WORD.findall(folded(gold)), _WORD.findall(folded(prediction))
     if not a or not b:
         return {"rouge_1": 0.0, "rouge_l": 0.0}
     return {"rouge_1": _f1(a, b), "rouge_l": 2 * _longest_common_subsequence(a, b) / (len(a) + len(b))}
+
+
+def bleu_1(golds: Sequence[str], predictions: Sequence[str]) -> float:
+    """Corpus BLEU of single words, with brevity penalty, 0..1; words are parted by blanks, case counts (published).
+
+    Raises:
+        ConfigError: sacrebleu is not installed.
+    """
+    require_bleu()
+    from sacrebleu.metrics import BLEU
+
+    bleu = BLEU(max_ngram_order=1, tokenize="none", smooth_method="none")
+    return bleu.corpus_score(list(predictions), [list(golds)]).score / 100
+
+
+def require_bleu() -> None:
+    """Raises ConfigError where sacrebleu is not installed."""
+    if not importlib.util.find_spec("sacrebleu"):
+        raise ConfigError("run.metric bleu1 needs the package sacrebleu, which is not installed; pip install sacrebleu")
 
 
 def _longest_common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:

@@ -28,7 +28,10 @@ def answer(model: nn.Module, samples: Mapping, prompt: str | None, generation: M
     """
     result, prefix, mask = look(model, samples, prompt)
     with timed(model, result["seconds"], "language"):
-        texts, sums, counts = model.backbone.generate_scored(prefix, mask, result["prompt"], **generation)
+        generators = model.row_generators(samples) if generation.get("do_sample") else None
+        texts, sums, counts = model.backbone.generate_scored(
+            prefix, mask, result["prompt"], generators=generators, **generation
+        )
     result["prediction"], result["log_prob"] = texts, rounded(sums, counts)
     return result
 
@@ -44,10 +47,11 @@ def score_options(model: nn.Module, samples: Mapping, prompt: str | None) -> dic
         read = ReadPrompts(model.backbone, prefix, mask, result["prompt"])
         # no more rows at once than questions: memory is that of answering
         for part in in_pieces(pairs, len(options), model):
-            asked = part or [(0, "")]  # where the other ranks have more options to weigh than this one
+            # one that does not count where the other ranks have more options to weigh than this one
+            asked = part or [(0, "")]
             answers = [model.answer_template.replace("{answer}", option) for _, option in asked]
-            sums, counts, greedy = read.log_probs([row for row, _ in asked], answers)
-            for (row, _), log_prob, said in zip(part, rounded(sums, counts), greedy.tolist(), strict=False):
+            sums, counts, greedy = (x[: len(part)] for x in read.log_probs([row for row, _ in asked], answers))
+            for (row, _), log_prob, said in zip(part, rounded(sums, counts), greedy.tolist(), strict=True):
                 scored["option_log_prob"][row].append(log_prob)
                 scored["option_greedy"][row].append(said)
     return {**result, **scored}

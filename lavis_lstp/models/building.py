@@ -18,6 +18,7 @@ from lavis_lstp.models.answer.fusion import FrameFusion
 from lavis_lstp.models.answer.loading import DTYPES
 from lavis_lstp.models.answer.qformer import Backbone
 from lavis_lstp.models.answer.tiny_tokenizer import tiny_tokenizer
+from lavis_lstp.models.generation import checked
 from lavis_lstp.models.refinement import Refinement
 from lavis_lstp.models.weights.hub import is_missing, local_path, where_from, where_to_put
 from lavis_lstp.models.weights.reading import load_bert_into_sampler, weights_file
@@ -58,6 +59,7 @@ def build_parts(cfg: Mapping[str, Any]) -> dict[str, Any]:
         "losses": cfg["losses"],
         "refinement": Refinement(**refinement) if cfg["refinement"]["in_loop"] else None,
         "mask_padding": cfg["mask_padding"],
+        "frozen_dropout": cfg["frozen_dropout"],
         "generation": cfg["generation"],
         "seed": cfg["selection_seed"],
     }
@@ -218,6 +220,7 @@ def check_settings(model: nn.Module) -> None:
     for loss in model.losses:
         if loss not in LOSSES:
             raise ConfigError(unknown_name("loss (model.losses)", loss, LOSSES))
+    checked(model.generation, encoder_decoder=model.backbone.is_encoder_decoder)
     if model.refinement and "span" not in model.losses:
         raise ConfigError("model.refinement.in_loop makes spans for the loss 'span'; add it to model.losses")
     learning = set(model.train_parts)

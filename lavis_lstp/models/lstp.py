@@ -13,10 +13,18 @@ from contextlib import nullcontext
 import torch
 from lavis.common.registry import registry
 from lavis.models.base_model import BaseModel
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from lavis_lstp.batch import blank_video, distinct_media, moves, several_ranks, take_rows, weights_are_divided
+from lavis_lstp.batch import (
+    blank_video,
+    distinct_media,
+    moves,
+    readable,
+    several_ranks,
+    take_rows,
+    weights_are_divided,
+)
 from lavis_lstp.errors import ConfigError, unknown_name
 from lavis_lstp.models.answer.fusion import FrameFusion
 from lavis_lstp.models.answer.qformer import Backbone
@@ -25,6 +33,7 @@ from lavis_lstp.models.building import build_parts, check_settings
 from lavis_lstp.models.refinement import ROWS, Refinement, pseudo_scores
 from lavis_lstp.models.variants import MODEL_TYPES, complete, load_variant
 from lavis_lstp.models.weights import parts
+from lavis_lstp.models.weights.hub import sizes_of_weights
 from lavis_lstp.models.where.frame_selector import sample_generators
 from lavis_lstp.models.where.temporal_sampler import SamplerOutput, TemporalSampler, span_loss
 from lavis_lstp.schema import NO_SPAN
@@ -46,6 +55,7 @@ class LSTP(BaseModel):
         losses: of "lm" and "span"; "span" needs samples with a span, "lm" an answer.
         refinement: how pseudo spans are made in the training step; None = they come with the samples.
         mask_padding: False lets padded flows compete in the span loss, as published.
+        frozen_dropout: True lets a language model that does not learn drop out in training, as published.
         sampler_max_tokens: questions are cut to this many tokens for the sampler.
         generation: default arguments of `generate`.
         seed: of the random frame selector in evaluation.
@@ -76,6 +86,7 @@ class LSTP(BaseModel):
         losses: Sequence[str] = ("lm",),
         refinement: Refinement | None = None,
         mask_padding: bool = True,
+        frozen_dropout: bool = False,
         sampler_max_tokens: int = 128,
         generation: Mapping | None = None,
         seed: int = 0,
@@ -94,6 +105,7 @@ class LSTP(BaseModel):
         self.losses = tuple(losses)
         self.refinement = refinement
         self.mask_padding = mask_padding
+        self.frozen_dropout = frozen_dropout
         self.sampler_max_tokens = sampler_max_tokens
         self.generation = dict(generation or {})
         self.seed = seed
@@ -135,16 +147,23 @@ class LSTP(BaseModel):
 
     @classmethod
     def default_config(cls, model_type: str = "default") -> DictConfig:
-        """A type's whole configuration, every key of it."""
-        return load_variant(cls.default_config_path(model_type))
+        """A type's whole configuration, every key of it; sizes are those of tiny weights where they stand in.
+
+        Raises:
+            WeightsError: the file of these sizes (`hub.SIZES_FILE`) is damaged.
+        """
+        config = load_variant(cls.default_config_path(model_type))
+        if config.model.backbone.weights:  # of the published weights; a model of random ones has its own sizes
+            config = OmegaConf.merge(config, {"model": sizes_of_weights()})
+        return config
 
     # ---- parts --------------------------------------------------------------------------------------------------
 
     def train(self, mode: bool = True) -> LSTP:
-        """Frozen parts stay in eval mode."""
+        """Frozen parts stay in eval mode, but for a language model with `frozen_dropout`."""
         super().train(mode)
         self._last_flow = None  # weights may change between
-        parts.set_frozen_to_eval(self, self.train_parts)
+        parts.set_frozen_to_eval(self, (*self.train_parts, *(["language_model"] if self.frozen_dropout else [])))
         return self
 
     def trained_parts(self) -> dict[str, int]:
@@ -172,6 +191,7 @@ class LSTP(BaseModel):
         Returns:
             {"loss", "lm_loss", "span_loss"}: scalars; a loss that the config does not ask for is 0 and detached.
         """
+        samples = readable(samples)
         zero = torch.zeros((), device=self.device)
         losses = {"lm_loss": zero, "span_loss": zero}
         logits = None
@@ -289,7 +309,7 @@ class LSTP(BaseModel):
             start_logits=None if logits is None else logits.start_logits,
             end_logits=None if logits is None else logits.end_logits,
             span=self._given_span(samples),
-            generators=self._generators(samples),
+            generators=self.row_generators(samples),
         )
 
     def _given_span(self, samples: Mapping) -> Tensor | None:
@@ -306,7 +326,7 @@ class LSTP(BaseModel):
         whole = torch.stack([torch.zeros_like(count), count], dim=1)
         return span.where(moves(samples)[:, None], whole)
 
-    def _generators(self, samples: Mapping) -> list[torch.Generator]:
+    def row_generators(self, samples: Mapping) -> list[torch.Generator]:
         """One a row: in training from torch's global state, which checkpoints keep; in evaluation from the
         question's id, so that the draw does not depend on batch size, order or rank."""
         if self.training:
@@ -358,6 +378,7 @@ class LSTP(BaseModel):
             span int64 [B,2], half-open; frame_index int64 [B,K], sorted; and, where the selector or the span loss
             uses the sampler, start_logits and end_logits float32 [B,T].
         """
+        samples = readable(samples)
         logits = self.sampler_logits(samples) if self.selector.needs_logits or "span" in self.losses else None
         frame_index, span = self.select(samples, logits)
         found = {"span": span, "frame_index": frame_index}
@@ -378,7 +399,7 @@ class LSTP(BaseModel):
             [B,2], frame_index [B,K], start_logits and end_logits where there are any, flow [B,T,2,S,S] where it was
             needed, and seconds by stage (of the whole batch).
         """
-        return answer(self, samples, prompt, {**self.generation, **generation})
+        return answer(self, readable(samples), prompt, {**self.generation, **generation})
 
     def score_options(self, samples: Mapping, prompt: str | None = None) -> dict:
         """How likely each of `samples["options"]` is as the answer.
@@ -387,7 +408,7 @@ class LSTP(BaseModel):
             as `answer`, but in place of prediction and log_prob, for each row and each of its options, option_log_prob,
             and option_greedy: whether greedy search would give just this option.
         """
-        return score_options(self, samples, prompt)
+        return score_options(self, readable(samples), prompt)
 
     def generate(
         self,
@@ -409,6 +430,7 @@ class LSTP(BaseModel):
             ("num_beams", num_beams),
             ("max_new_tokens", max_length),
             ("min_new_tokens", min_length),
+            ("num_return_sequences", settings.pop("num_captions", None)),  # LAVIS's name
         ):
             if value is not None:
                 settings.setdefault(name, value)
@@ -436,7 +458,7 @@ class LSTP(BaseModel):
 
     def pseudo_scores(self, samples: Mapping, rows: int = ROWS) -> Tensor:
         """How well each frame alone answers the question, float32 [B,T] of 0..1; see `refinement.pseudo_scores`."""
-        return pseudo_scores(self, samples, self.generation, rows)
+        return pseudo_scores(self, readable(samples), self.generation, rows)
 
 
 def register_models(names: Iterable[str] = tuple(MODEL_TYPES)) -> None:

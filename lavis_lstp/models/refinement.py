@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lavis_lstp.batch import distinct_media, in_pieces, moves
 from lavis_lstp.metrics.qa import token_recall
+from lavis_lstp.models.where.frame_selector import sample_generators
 from lavis_lstp.models.where.pseudo_span import pseudo_span
 from lavis_lstp.schema import NO_SPAN
 
@@ -81,7 +82,7 @@ def pseudo_scores(model: nn.Module, samples: Mapping, generation: Mapping, rows:
         # a black frame where the other ranks have more to look at than this one
         chosen = frames[places[:, 0], places[:, 1]] if chunk else frames.new_zeros(1, *frames.shape[2:])
         looked = model.image_features(chosen.to(model.device))
-        features.update(zip(chunk, looked, strict=False))
+        features.update(zip(chunk, looked[: len(chunk)], strict=True))
     pairs = [(row, step) for row in videos for step in range(int(mask[row].sum()))]
     for chunk in in_pieces(pairs, rows, model):
         chosen = torch.stack([features[owner[row], step] for row, step in chunk]) if chunk else looked[:1]
@@ -89,7 +90,11 @@ def pseudo_scores(model: nn.Module, samples: Mapping, generation: Mapping, rows:
         tokens = model.backbone.frame_tokens(chosen, texts)
         one = torch.ones(len(texts), 1, dtype=torch.long, device=tokens.device)
         prefix, prefix_mask = model.fusion(tokens[:, None], one, model.backbone.project)
-        answers = model.backbone.generate(prefix, prefix_mask, texts, **generation)
-        for (row, step), answer in zip(chunk, answers, strict=False):
+        generators = None
+        if generation.get("do_sample"):
+            names = samples.get("question_id") or samples["text_input"]
+            generators = sample_generators((f"{names[row]} {step}" for row, step in chunk or [(0, 0)]), model.seed)
+        answers = model.backbone.generate(prefix, prefix_mask, texts, generators=generators, **generation)
+        for (row, step), answer in zip(chunk, answers[: len(chunk)], strict=True):
             scores[row, step] = token_recall(samples["text_output"][row], answer)
     return scores

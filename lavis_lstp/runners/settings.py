@@ -28,7 +28,7 @@ RUN_KEYS: dict[str, str] = {
     "eval_every_epochs": "evaluate valid_splits every so many epochs (default 1); the last epoch always",
     "early_stop_epochs": "stop when run.metric has not improved for so many validations; null (default) does not",
     "metric": "which metric of the first valid split picks the best checkpoint (default agg_metrics); higher wins, but "
-    "lower for a name that ends in 'loss'",
+    "lower for a name that ends in 'loss'; bleu1 (published) is computed where it is asked for, with sacrebleu",
     "resume_ckpt_path": "training: checkpoint to go on from, auto or a run's folder meaning the last complete one; "
     "evaluation: weights to evaluate, auto or a run's folder meaning its best checkpoint, else its last",
     "allow_partial": "report metrics although some questions have no prediction (default false)",

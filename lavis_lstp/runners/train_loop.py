@@ -65,7 +65,7 @@ class StepLosses:
         flags = torch.tensor([float(stop), float(save)], device=device)
         total = distributed.sum_over_ranks(torch.cat([own, flags]))
         numbers = torch.cat([total, grad_norm.float().reshape(1), own[names.index("loss")].reshape(1)]).tolist()
-        self.means = {name: value / self.samples for name, value in zip(names, numbers, strict=False)}
+        self.means = {name: value / self.samples for name, value in zip(names, numbers[: len(names)], strict=True)}
         self.stop, self.save = numbers[-4] > 0, numbers[-3] > 0
         self.grad_norm, self.own_loss = numbers[-2:]
 

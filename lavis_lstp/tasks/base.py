@@ -151,6 +151,21 @@ def sample_ids(samples: Mapping[str, Any]) -> list[str]:
     return [str(item) for item in (ids.tolist() if torch.is_tensor(ids) else ids)]
 
 
+def one_each(found: Mapping[str, Any], ids: list[str], model: torch.nn.Module) -> None:
+    """Refuses what a model says of a batch if it is not of one row for each question.
+
+    Raises:
+        ConfigError: more rows than questions, or fewer: no row could be told whose it is.
+    """
+    for key, value in found.items():
+        by_row = isinstance(value, list) or (torch.is_tensor(value) and value.ndim)
+        if by_row and len(value) != len(ids):
+            raise ConfigError(
+                f"{type(model).__name__} gave {len(value)} of '{key}' for {len(ids)} questions, the first "
+                f"'{ids[0]}'; expected one for each (a setting such as num_return_sequences gives several)"
+            )
+
+
 def plain(value: Any) -> Any:
     """OmegaConf nodes as plain containers."""
     from omegaconf import OmegaConf

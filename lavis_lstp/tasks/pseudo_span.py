@@ -21,7 +21,7 @@ from lavis_lstp.data.spans import SPANS_FORMAT, SPANS_VERSION
 from lavis_lstp.errors import ConfigError
 from lavis_lstp.files import write_json
 from lavis_lstp.models.where.pseudo_span import pseudo_span
-from lavis_lstp.tasks.base import LSTPTask, sample_ids
+from lavis_lstp.tasks.base import LSTPTask, one_each, sample_ids
 
 
 @registry.register_task("pseudo_span")
@@ -43,9 +43,11 @@ class PseudoSpanTask(LSTPTask):
         if not hasattr(model, "pseudo_scores"):
             raise ConfigError(f"task {self.name} needs a model with pseudo_scores(samples), got {type(model).__name__}")
         scores = model.pseudo_scores(samples).float().cpu()  # [B,T]
+        ids = sample_ids(samples)
+        one_each({"scores": scores}, ids, model)
         frames = samples["frame_mask"].sum(1).tolist()  # real ones, of each sample
         records = []
-        for row, (question_id, moving) in enumerate(zip(sample_ids(samples), moves(samples).tolist(), strict=True)):
+        for row, (question_id, moving) in enumerate(zip(ids, moves(samples).tolist(), strict=True)):
             own = scores[row, : frames[row]].tolist() if moving else []
             span = list(pseudo_span(own, self.subtract_min, smooth=self.smooth)) if moving else None
             records.append({"question_id": question_id, "span": span, "scores": [round(s, 4) for s in own]})

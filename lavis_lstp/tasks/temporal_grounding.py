@@ -16,27 +16,35 @@ from typing import Any
 import torch
 from lavis.common.registry import registry
 
-from lavis_lstp.errors import ConfigError
-from lavis_lstp.metrics.grounding import evaluate_spans
-from lavis_lstp.tasks.base import LSTPTask, sample_ids
+from lavis_lstp.errors import ConfigError, unknown_name
+from lavis_lstp.metrics.grounding import IOUS, evaluate_spans
+from lavis_lstp.tasks.base import LSTPTask, one_each, sample_ids
 from lavis_lstp.tasks.pseudo_span import save_spans, spans_template
 
 
 @registry.register_task("temporal_grounding")
 class TemporalGroundingTask(LSTPTask):
     name = "temporal_grounding"
-    RUN_KEYS = {"spans_out": "file to write the spans found to; {split} is replaced (default: none)"}
+    RUN_KEYS = {
+        "spans_out": "file to write the spans found to; {split} is replaced (default: none)",
+        "iou": "frames (default): frames in common; published: 0 for spans that meet in one frame alone",
+    }
 
     def __init__(self, run: Mapping[str, Any] | None = None):
         super().__init__(run)
         self.spans_out = spans_template(self.run)
+        self.iou = self.run.get("iou") or IOUS[0]
+        if self.iou not in IOUS:
+            raise ConfigError(unknown_name("run.iou", self.iou, IOUS))
 
     def valid_step(self, model: torch.nn.Module, samples: dict[str, Any]) -> list[dict[str, Any]]:
         if not hasattr(model, "locate"):
             raise ConfigError(f"task {self.name} needs a model with locate(samples), got {type(model).__name__}")
         found = model.locate(samples)
+        ids = sample_ids(samples)
+        one_each(found, ids, model)
         records = []
-        for row, question_id in enumerate(sample_ids(samples)):
+        for row, question_id in enumerate(ids):
             record: dict[str, Any] = {"question_id": question_id}
             if "video_id" in samples:
                 record["video_id"] = samples["video_id"][row]
@@ -54,7 +62,7 @@ class TemporalGroundingTask(LSTPTask):
             if scored:
                 spans = {name: record["span"] for name, record in scored.items()}
                 targets = {name: record[target] for name, record in scored.items()}
-                scores = evaluate_spans(spans, targets)
+                scores = evaluate_spans(spans, targets, iou=self.iou)
                 kept = {name: value for name, value in scores.items() if name.startswith(("iou", "recall"))}
                 result.update({f"{prefix}{name}": value for name, value in kept.items()})
                 result[f"num_{target}s"] = len(scored)

@@ -18,10 +18,10 @@ from lavis_lstp.errors import ConfigError, unknown_name
 from lavis_lstp.metrics.choice import LETTERS, accuracy, choice_prompt, parse_choice
 from lavis_lstp.metrics.coverage import join_by_id
 from lavis_lstp.metrics.grounding import entropy_bits
-from lavis_lstp.metrics.qa import evaluate_answers, exact_match
+from lavis_lstp.metrics.qa import bleu_1, evaluate_answers, exact_match, require_bleu
 from lavis_lstp.models.answer.lavis_frames import several_frames
 from lavis_lstp.schema import Span
-from lavis_lstp.tasks.base import TIMINGS, LSTPTask, sample_ids
+from lavis_lstp.tasks.base import TIMINGS, LSTPTask, one_each, sample_ids
 
 GENERATION = (
     "num_beams",
@@ -52,6 +52,9 @@ class VideoQATask(LSTPTask):
         super().__init__(run)
         self.choose = self._one_of("choose", CHOOSE)
         self.option_score = self._one_of("option_score", OPTION_SCORES)
+        self.with_bleu = self.run.get("metric") == "bleu1"
+        if self.with_bleu:
+            require_bleu()  # before the first epoch and not behind it
 
     def _one_of(self, key: str, known: tuple[str, ...]) -> str:
         value = self.run.get(key) or known[0]
@@ -66,6 +69,7 @@ class VideoQATask(LSTPTask):
             predicted = self._likeliest(model, samples, options)
         else:
             predicted = self._answer(model, with_options(model, samples, options) if any(options) else samples)
+        one_each(predicted, ids, model)
         seconds = {stage: value / len(ids) for stage, value in predicted.get(TIMINGS, {}).items()}
         records = []
         for row, question_id in enumerate(ids):
@@ -146,6 +150,8 @@ class VideoQATask(LSTPTask):
         chosen = [record for record in scored.values() if "options" in record]
         if not chosen:
             scores = evaluate_answers(predictions, answers)
+            if self.with_bleu:
+                scores["bleu1"] = bleu_1(*([table[name] for name in scored] for table in (answers, predictions)))
             kinds = accuracy(right, categories).get("by_category")
             return {**scores, **({"by_category": kinds} if kinds else {}), "agg_metrics": scores["exact_match"]}
         *_, coverage = join_by_id(predictions, answers)

@@ -27,6 +27,7 @@ from torch import Tensor
 from lavis_lstp.errors import ConfigError, LstpError, unknown_name
 from lavis_lstp.files import write_json
 from lavis_lstp.models.answer.loading import DTYPES
+from lavis_lstp.models.weights.hub import SIZES_FILE
 from lavis_lstp.testing.published_layout import bert_shapes, lavis_shapes, raft_shapes, sampler_shapes
 from lavis_lstp.testing.tiny_backbones import (
     BACKBONES,
@@ -40,8 +41,8 @@ from lavis_lstp.testing.tiny_backbones import (
 )
 from lavis_lstp.testing.tiny_tokenizers import bert_files, bert_vocabulary
 
-MARKER = "tiny_checkpoints.json"
-"""What a folder was written with; only a folder that has it is written to again."""
+MARKER = SIZES_FILE
+"""What a folder was written with, and its sizes; only a folder that has it is written to again."""
 DEFAULT = Sizes()
 NUM_FRAMES = 8
 """Of a video, in the options that are printed."""
@@ -252,7 +253,7 @@ def write_all(
             f"'{out}' is not empty and has no {MARKER}: expected a new folder or one that has tiny checkpoints; "
             "nothing was written"
         )
-    write_json(out / MARKER, {"written_by": "lavis_lstp.testing.tiny_checkpoints"})
+    write_json(out / MARKER, {"written_by": "lavis_lstp.testing.tiny_checkpoints", "model": model_sizes(sizes)})
     written = {}
     for name in names:
         place, write = WRITERS[name]
@@ -276,8 +277,8 @@ def _replace(path: Path, write: Callable[[Path], None]) -> Path:
     return path
 
 
-def size_options(sizes: Sizes = DEFAULT) -> list[str]:
-    """The `--options` by which a full-size config takes these weights: sizes that no config.json brings.
+def model_sizes(sizes: Sizes = DEFAULT) -> dict[str, dict[str, int]]:
+    """What a full-size `model` section has otherwise: sizes that no config.json brings.
 
     RAFT is of real size here, and goes one of its twenty rounds.
     """
@@ -292,11 +293,13 @@ def size_options(sizes: Sizes = DEFAULT) -> list[str]:
         "fusion_layer": sizes.fusion_layer,
         "flow_size": sizes.flow_size,
     }
-    return [
-        *(f"model.sampler.{key}={value}" for key, value in sampler.items()),
-        f"model.flow.flow_size={sizes.flow_size}",
-        "model.flow.iterations=1",
-    ]
+    return {"sampler": sampler, "flow": {"flow_size": sizes.flow_size, "iterations": 1}}
+
+
+def size_options(sizes: Sizes = DEFAULT) -> list[str]:
+    """The same as `--options`, for a folder that is not LAVIS_LSTP_WEIGHTS, whose sizes are read from its own file."""
+    sections = model_sizes(sizes).items()
+    return [f"model.{section}.{key}={value}" for section, values in sections for key, value in values.items()]
 
 
 def data_options(datasets: Sequence[str], sizes: Sizes = DEFAULT) -> list[str]:
@@ -363,8 +366,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for path in written.values():
         files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
         print(f"{path}  {sum(file.stat().st_size for file in files) / 1e6:.1f} MB")
-    every = [*size_options(sizes), *data_options(["NAME"], sizes)]
-    print(f"use them: LAVIS_LSTP_WEIGHTS={args.out}, with --options {' '.join(every)}")
+    every = data_options(["NAME"], sizes)
+    print(f"use them: LAVIS_LSTP_WEIGHTS={args.out}, whose sizes come along, with --options {' '.join(every)}")
     print("where NAME is each data set of the recipe; or, written out, --options of --options-for RECIPE")
     print(f"or one alone, such as model.backbone.weights={args.out / BACKBONES['instructblip-vicuna-7b'].hub_id}")
     return 0

@@ -1,5 +1,6 @@
 """Metrics: the published token recall, known values, and no score for half a test set."""
 
+import importlib.util
 import json
 import math
 
@@ -8,18 +9,21 @@ from conftest import GOLDEN
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lavis_lstp.errors import CoverageError
-from lavis_lstp.metrics.grounding import entropy_bits, evaluate_spans
+from lavis_lstp.errors import ConfigError, CoverageError
+from lavis_lstp.metrics.grounding import entropy_bits, evaluate_spans, published_iou
 from lavis_lstp.metrics.qa import (
     accuracy_interval,
+    bleu_1,
     evaluate_answers,
     exact_match,
     normalise,
     rouge,
     token_f1,
     token_recall,
+    yes_or_no,
 )
 from lavis_lstp.schema import Span
+from lavis_lstp.tasks import VideoQATask
 
 PAIRS = json.loads((GOLDEN / "rouge_n.json").read_text())["pairs"]
 TEXT = st.lists(st.sampled_from(["a", "the", "red", "Red", "box", ",", ".", "box.", "1.5"]), max_size=8).map(" ".join)
@@ -42,6 +46,17 @@ def test_token_recall_equals_published(pair):
         ("a the", "a the"),
         ("?!", ""),
         ("Ärger, Öl", "ärger öl"),
+        ("-1", "-1"),
+        ("\u22121.", "-1"),
+        ("- one", "one"),
+        ("1/2 of 2-3, at 10:30!", "1/2 of 2-3 at 10:30"),
+        ("1,000", "1000"),
+        ("C#, not C++", "c# not c++"),
+        ("5 %", "5 %"),
+        ("T-shirt", "tshirt"),
+        ("cafe\u0301", "caf\u00e9"),
+        ("\u201cred\u201d \u2026", "red"),
+        ("\uff21\uff22\u3002", "ab"),
     ],
 )
 def test_normalise(answer, expected):
@@ -52,6 +67,15 @@ def test_exact_match_and_f1():
     assert exact_match("a red box", "Red box.") == 1
     assert exact_match("1.5", "15") == 0
     assert exact_match("A", "the") == 0
+    for gold, said in (("-1", "1"), ("1/2", "12"), ("2-3", "23"), ("5%", "5"), ("C#", "C++"), ("10:30", "1030")):
+        assert exact_match(gold, said) == exact_match(said, gold) == 0 and exact_match(gold, f" {gold}.") == 1
+    for gold, said in (
+        ("caf\u00e9", "cafe\u0301"),
+        ("red", "\u201cred\u201d"),
+        ("it's", "it\u2019s"),
+        ("-1", "\u22121"),
+    ):
+        assert exact_match(gold, said) == token_f1(gold, said) == rouge(gold, said)["rouge_l"] == 1
     assert token_f1("red box", "red ball") == pytest.approx(0.5)
     assert token_f1("red red box", "red") == pytest.approx(0.5)  # precision 1, recall 1/3
     assert token_f1("", "!") == 1 and token_f1("x", "") == token_f1("", "x") == 0
@@ -74,6 +98,29 @@ def test_rouge(gold, prediction, rouge_1, rouge_l):
     assert rouge(gold, prediction) == pytest.approx({"rouge_1": rouge_1, "rouge_l": rouge_l})
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("yes", True),
+        ("Yep.", True),
+        ("**Yes**", True),
+        ("<answer>no</answer>", False),
+        ("Answer: No", False),
+        ("No, he isn\u2019t", False),
+        ("No it is not", False),
+        ("no doubt", None),
+        ("yes or no", None),
+        ("Yes, it isn't", None),
+        ("nobody", None),
+        ("yesterday", None),
+        ("I see no dog", None),
+        ("", None),
+    ],
+)
+def test_a_plain_yes_or_no(text, said):
+    assert yes_or_no(text) is said
+
+
 @given(TEXT, TEXT)
 def test_scores_lie_in_order(gold, prediction):
     for score in (token_recall, exact_match, token_f1):
@@ -83,6 +130,39 @@ def test_scores_lie_in_order(gold, prediction):
     assert 0 <= scores["rouge_l"] <= scores["rouge_1"] <= 1
     assert scores == pytest.approx(rouge(prediction, gold))
     assert exact_match(gold, prediction) <= token_f1(gold, prediction)
+
+
+def test_bleu_1_counts_words_and_punishes_short_answers():
+    """By hand: matches over words said, times exp(1 - words asked / words said) where too few are said."""
+    pytest.importorskip("sacrebleu")
+    assert bleu_1(["a red star", "two"], ["the red star", "2"]) == pytest.approx(2 / 4)
+    assert bleu_1(["a red star"], ["red"]) == pytest.approx(math.exp(1 - 3))
+    assert bleu_1(["red"], ["red red"]) == pytest.approx(1 / 2)
+    assert bleu_1(["Red."], ["red"]) == 0.0
+
+
+def test_without_sacrebleu_one_line_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="pip install sacrebleu"):
+        VideoQATask({"metric": "bleu1"})
+
+
+@pytest.mark.parametrize(
+    ("prediction", "gold", "iou"),
+    [  # half-open here, inclusive there: a frame more than the end says
+        ((2, 6), (5, 10), 0.0),  # both have frame 5, and nothing else in common
+        ((2, 7), (5, 10), 2 / 8),
+        ((3, 4), (3, 7), 0.0),
+        ((4, 5), (3, 7), 1 / 4),
+        ((3, 4), (3, 4), 1.0),
+        ((0, 2), (5, 6), 0.0),
+    ],
+)
+def test_published_iou(prediction, gold, iou):
+    assert published_iou(Span(*prediction), Span(*gold)) == pytest.approx(iou)
+    found = evaluate_spans({"a": prediction}, {"a": gold}, iou="published")
+    assert found["iou"] == pytest.approx(iou) and found["recall_0.3"] == (iou >= 0.3)
+    assert evaluate_spans({"a": prediction}, {"a": gold})["iou"] == Span(*prediction).iou(Span(*gold))
 
 
 def test_wilson_interval():

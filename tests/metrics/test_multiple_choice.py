@@ -93,6 +93,89 @@ def test_an_answer_names_one_option_or_none(text, number):
     assert parse_choice(text, OPTIONS) == number
 
 
+YES_NO, THREE = ["yes", "no", "not sure"], ["a dog", "a person", "a car"]
+
+
+@pytest.mark.parametrize(
+    ("options", "text", "number"),
+    [
+        # yes and no are read alike, and as `lavis-lstp judge` reads them
+        (YES_NO, "No, there isn't.", 1),
+        (YES_NO, "No, there isn\u2019t.", 1),
+        (YES_NO, "Yes, it is.", 0),
+        (YES_NO, "Yeah!", 0),
+        (YES_NO, "**No**", 1),
+        (YES_NO, "The answer is no.", 1),
+        (YES_NO, "The answer is no because he left", 1),
+        (YES_NO, "I think yes", 0),
+        (YES_NO, "B. No, it isn't", 1),
+        (YES_NO, "No\nThere is nothing on the table.", 1),
+        (YES_NO, "Not sure.", 2),
+        (YES_NO, "No, I am not sure", None),
+        (YES_NO, "A. No", None),
+        (YES_NO, "Yes and no", None),
+        (YES_NO, "Yes, but not really", None),
+        (YES_NO, "There is no doubt about it", None),
+        (YES_NO, "No\nYes", None),
+        # words before letters, the text as it is before what is left of it without punctuation
+        (["p.m.", "a.m."], "a.m.", 1),
+        (["a.m.", "p.m."], "P.M.", 1),
+        (["-1", "1"], "1", 1),
+        (["-1", "1"], "\u22121", 0),
+        (["-1", "1"], "It is 1.", 1),
+        (["-5 degrees", "5 degrees"], "5 degrees", 1),
+        (["-5 degrees", "5 degrees"], "about 5 degrees", 1),
+        (["11-1", "1-11"], "1-11", 1),
+        (["1-11", "11-1"], "they won 11-1", 1),
+        (["a+b", "a-b"], "a-b", 1),
+        (["C++", "C#", "C"], "C#", 1),
+        (["C++", "C#", "C"], "It is written in C#.", 1),
+        (["C++", "C#", "C"], "C", 2),
+        (["50", "50%"], "50%", 1),
+        (["1/2", "12"], "It is 12", 1),
+        (["caf\u00e9", "bar"], "the cafe\u0301", 0),
+        (["the dog\u2019s", "a cat"], "The dog's.", 0),
+        (["rock-n-roll", "rock'n'roll!"], "rocknroll", None),  # equal without punctuation, and different options
+        (["<answer>", "<b>"], "<b>", 1),
+        # a letter that is a word too
+        (["M", "A", "T"], "T", 2),
+        (["M", "A", "T"], "A", None),
+        (["M", "A", "T"], "(B)", 1),
+        (["B", "A"], "a", None),
+        (["A", "B"], "B", 1),
+        # as models write letters
+        (THREE, "**B**", 1),
+        (THREE, "[B]", 1),
+        (THREE, "`b`", 1),
+        (THREE, "\uff08\uff22\uff09", 1),
+        (THREE, "B\u3002", 1),
+        (THREE, "\\boxed{B}", 1),
+        (THREE, "<answer>B</answer>", 1),
+        (THREE, "<think>(A) or (C)?</think>\n<answer> (B) a person </answer>", 1),
+        (THREE, "<answer>A</answer> <answer>B</answer>", None),
+        (THREE, "<answer>A</answer> <answer>who knows</answer>", None),
+        (THREE, "The answer is **B**.", 1),
+        (THREE, "B - a person", 1),
+        (THREE, "B - a dog", None),
+        (THREE, "B\nExplanation: the dog is not there.", 1),
+        (THREE, "There is a dog and a person.\n\nB", 1),
+        (THREE, "B\nSo the answer is (C).", None),
+        (THREE, "A\nB", None),
+        (THREE, "(B)\n(B)", 1),
+    ],
+)
+def test_one_reading_or_none(options, text, number):
+    assert parse_choice(text, options) == number
+
+
+@pytest.mark.parametrize("options", [YES_NO, THREE, OPTIONS, ["-1", "1", "+1"], ["a.m.", "p.m."], ["C", "C++", "C#"]])
+@pytest.mark.parametrize("written", ["{}", " {}\n", "{}.", '"{}"', "\u201c{}\u201d", "**{}**", "<answer>{}</answer>"])
+def test_every_option_is_read_from_its_own_words(options, written):
+    for number, option in enumerate(options):
+        found = parse_choice(written.format(option), options)
+        assert found == number or (found is None and option == "C"), "C is the letter of C# as well"
+
+
 def test_equal_options_are_one_answer():
     assert parse_choice("it is red", ["blue", "red", "red"]) == 1
     assert parse_choice("two", ["one", "two", "two"]) == 1
@@ -287,7 +370,7 @@ def test_a_predictions_log_probability_is_the_language_models_own(family, langua
     said = made.pop()[1].sequences[0, -4]
     monkeypatch.setattr(type(backbone), "_end_ids", [int(said)])  # the first row ends with what it said second
     result = model.answer(batch((8, 5, 3)), **settings)
-    (prefix, mask, prompts), output = made[0]
+    (prefix, mask, prompts, _), output = made[0]
     text = backbone._tokenize(backbone.tokenizer, prompts, "right")
     inputs, mask, _ = backbone._with_prefix(prefix, mask, text["input_ids"], text["attention_mask"])
     start = 1 if backbone.is_encoder_decoder else 0

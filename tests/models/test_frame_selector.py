@@ -245,6 +245,23 @@ def test_the_grid_is_that_of_the_published_evaluation(num_flows, grid, data):
         assert found == [places[inside[i]] for i in sample_indices(4, len(inside))]
 
 
+@pytest.mark.parametrize(
+    ("peak", "frames"),
+    [  # by hand, N = 32: V = 34, flow x -> frame int(x / 34 * 32)
+        ((0, 31), range(29)),
+        ((16, 31), range(15, 29)),
+        ((0, 0), range(31)),  # the whole video: flow 33, of which there are 32
+        ((20, 10), range(32)),  # none inside: all
+    ],
+)
+def test_flows_are_counted_with_their_marks_as_in_the_published_video_recipes(peak, frames):
+    peaks = torch.zeros(2, 1, 32)
+    peaks[0, 0, peak[0]], peaks[1, 0, peak[1]] = 1.0, 1.0
+    selector = build_selector("argmax", mapping="ratio", marks=2)
+    found = selector(torch.ones(1, 32, dtype=torch.long), *peaks).frame_index[0].tolist()
+    assert found == [frames[i] for i in sample_indices(4, len(frames))]
+
+
 def test_the_grid_takes_the_second_frame_of_each_interval():
     assert published_grid(64, 32) == list(range(1, 64, 2))
     assert published_grid(32, 32) == list(range(32))
@@ -259,6 +276,8 @@ def test_the_grid_takes_the_second_frame_of_each_interval():
         ({"name": "lstp", "grid": 32}, "belong to argmax and gumbel"),
         ({"name": "uniform", "mapping": "ratio"}, "belong to argmax and gumbel"),
         ({"name": "argmax", "mapping": "ration"}, "did you mean 'ratio'"),
+        ({"name": "lstp", "marks": 2}, "belong to argmax and gumbel"),
+        ({"name": "argmax", "marks": -1}, "marks is -1; expected a whole number of at least 0"),
         ({"name": "argmax", "grid": 0}, "whole number of at least 1"),
         ({"few_frames": "drop"}, "unknown model.selector.few_frames 'drop'"),
     ],

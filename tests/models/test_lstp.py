@@ -351,6 +351,45 @@ def test_lavis_names(tiny):
         model.predict_answers(samples, inference_method="rank")
 
 
+def test_keys_of_a_batch(tiny):
+    """LAVIS's BLIP-2 keys are named in one line; one text stands for all rows, as in LAVIS."""
+    samples = batch((8, 8))
+    wanted = tiny.generate({**samples, "text_input": ["what?", "what?"]}, num_captions=1)
+    assert tiny.generate({**samples, "text_input": "what?"}) == wanted
+    learnt = tiny({**samples, "text_input": "what?", "text_output": "red"})["loss"]
+    assert learnt == tiny({**samples, "text_input": ["what?"] * 2, "text_output": ["red"] * 2})["loss"]
+    for call in (tiny.generate, tiny.answer, tiny.locate, tiny.score_options, tiny.pseudo_scores, tiny.forward):
+        with pytest.raises(ConfigError) as caught:
+            call({"image": torch.zeros(1, 3, 64, 64), "prompt": "what is this?"})
+        assert str(caught.value).startswith(
+            "samples have no frames, frame_mask, text_input, but image, prompt; image and prompt are keys of LAVIS's "
+        )
+        with pytest.raises(ConfigError, match="samples have 3 texts in text_input for 2 rows"):
+            call({**samples, "text_input": ["a", "b", "c"]})
+    with pytest.raises(ConfigError, match="num_return_sequences=2"):
+        tiny.generate(samples, num_captions=2)
+
+
+def test_a_frozen_language_model_drops_out_in_training_alone_and_where_asked():
+    """T5 has a dropout of 0.1; published training had it in frozen parts, too."""
+    for asked in (False, True):
+        model = LSTP.from_config(model_config("blip2", "t5", train=["projection"], frozen_dropout=asked)).train()
+        language_model = model.backbone.language_model
+        assert language_model.training is asked and language_model.encoder.block[0].training is asked
+        frozen = (model.backbone.vision_model, model.backbone.qformer, model.sampler, model.flow)
+        assert not any(part.training for part in frozen)
+        losses = {model(batch())["loss"].item() for _ in range(3)}
+        assert (len(losses) > 1) is asked
+        assert not any(parameter.requires_grad for parameter in language_model.parameters())
+        assert not model.eval().backbone.language_model.training
+        assert len({model(batch())["loss"].item() for _ in range(2)}) == 1
+
+
+def test_a_generation_setting_that_depends_on_the_batch_is_refused_before_a_run():
+    with pytest.raises(ConfigError, match="num_return_sequences=2 is not supported"):
+        LSTP.from_config(model_config(generation={"num_return_sequences": 2}))
+
+
 def test_training_a_span_loss_needs_a_data_set_with_spans():
     from types import SimpleNamespace
 

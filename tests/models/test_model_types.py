@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import pytest
+from lavis.common.registry import registry
 from lavis.models import load_model
-from omegaconf import OmegaConf
 from test_lstp import batch
 
 from lavis_lstp.errors import WeightsError
-from lavis_lstp.models.lstp import LSTP
 from lavis_lstp.models.variants import MODEL_TYPES
 from lavis_lstp.models.weights import hub
-from lavis_lstp.testing.tiny_checkpoints import Sizes, size_options, write_all
+from lavis_lstp.testing.tiny_checkpoints import Sizes, write_all
 
 TYPES = [(name, kind) for name, types in MODEL_TYPES.items() if name != "lstp_tiny" for kind in types]
 
@@ -24,14 +23,6 @@ def weights(tmp_path_factory):
     return out
 
 
-@pytest.fixture
-def small(monkeypatch):
-    """Types at the sizes of the tiny weights; nothing else of them is changed."""
-    full = LSTP.default_config.__func__
-    sizes = OmegaConf.from_dotlist(list(size_options()))
-    monkeypatch.setattr(LSTP, "default_config", classmethod(lambda cls, kind: OmegaConf.merge(full(cls, kind), sizes)))
-
-
 def samples() -> dict:
     made = batch((3, 2, 1))
     side = Sizes().image_size
@@ -39,7 +30,8 @@ def samples() -> dict:
 
 
 @pytest.mark.parametrize(("name", "kind"), TYPES)
-def test_a_type_is_built_and_answers(weights, small, monkeypatch, name, kind):
+def test_a_type_is_built_and_answers(weights, monkeypatch, name, kind):
+    """The folder brings its sizes along."""
     monkeypatch.setenv(hub.ENVIRONMENT, str(weights))
     model = load_model(name, kind, is_eval=True)
     assert len(model.generate(samples(), max_length=2)) == 3
@@ -47,6 +39,33 @@ def test_a_type_is_built_and_answers(weights, small, monkeypatch, name, kind):
     assert model.sampler_tokenizer.truncation_side == "right"
     # a word of the Q-Former's tokenizer alone must not be one of the sampler's
     model.locate({**samples(), "text_input": ["[DEC] who?"] * 3})
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (
+            '{"model": {"sampler": {"hidden_size": "${oc.env:HOME}"}}}',
+            r"at least 1, got hidden_size: '\$",
+        ),
+        ('{"model": {"flow": {"a.b": 3}}}', "got a.b: 3"),
+        ('{"model": []', "cannot be read as sizes"),
+        ("[1]", "cannot be read as sizes"),
+        ('{"model": {"sampler": 3}}', "cannot be read as sizes"),
+    ],
+)
+def test_sizes_are_whole_numbers_and_nothing_else(tmp_path, monkeypatch, text, line):
+    (tmp_path / hub.SIZES_FILE).write_text(text)
+    monkeypatch.setenv(hub.ENVIRONMENT, str(tmp_path))
+    with pytest.raises(WeightsError, match=line):
+        load_model("lstp_vicuna7b", "base")
+
+
+def test_a_model_of_random_weights_keeps_its_own_sizes(weights, monkeypatch):
+    cls = registry.get_model_class("lstp_tiny")
+    before = cls.default_config()
+    monkeypatch.setenv(hub.ENVIRONMENT, str(weights))
+    assert cls.default_config() == before
 
 
 def test_all_that_is_missing_is_said_at_once(tmp_path, monkeypatch, weights):

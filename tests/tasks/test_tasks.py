@@ -21,7 +21,7 @@ from lavis_lstp.models.where.pseudo_span import pseudo_span
 from lavis_lstp.runners import RunnerLSTP
 from lavis_lstp.runners.engine import weights_digest
 from lavis_lstp.schema import Span
-from lavis_lstp.tasks import TemporalGroundingTask, VideoInstructTask, VideoQATask
+from lavis_lstp.tasks import PseudoSpanTask, TemporalGroundingTask, VideoInstructTask, VideoQATask
 
 
 def evaluator(folder, task="video_qa", **options) -> RunnerLSTP:
@@ -126,6 +126,46 @@ def test_models_that_only_generate_are_asked_one_question_at_a_time():
     assert predictions == ["Question: who? Answer:/7/5", "Question: what? Answer:/8/5"]
     with pytest.raises(ConfigError, match="needs a model with predict_answers or generate, got Linear"):
         task.valid_step(torch.nn.Linear(1, 1), samples)
+
+
+def test_a_checkpoint_may_be_chosen_by_bleu_1():
+    pytest.importorskip("sacrebleu")
+    records = [
+        {"question_id": "a", "answer": "a red star", "prediction": "the red star"},
+        {"question_id": "b", "answer": "two", "prediction": "2"},
+        {"question_id": "c", "answer": None, "prediction": "who knows"},
+    ]
+    assert VideoQATask({"metric": "bleu1"}).metrics(records)["bleu1"] == pytest.approx(0.5)
+    assert VideoInstructTask({"metric": "bleu1", "valid_on": "answers"}).metrics(records)["bleu1"] == pytest.approx(0.5)
+    assert "bleu1" not in VideoQATask({}).metrics(records)
+
+
+def test_spans_may_be_measured_as_published():
+    records = [{"question_id": "a", "span": [2, 6], "gold_span": [5, 10]}]
+    assert TemporalGroundingTask({}).metrics(records)["iou"] == pytest.approx(1 / 8)
+    assert TemporalGroundingTask({"iou": "published"}).metrics(records)["iou"] == 0.0
+    with pytest.raises(ConfigError, match="unknown run.iou 'publish'"):
+        TemporalGroundingTask({"iou": "publish"})
+
+
+@pytest.mark.parametrize(("said", "count"), [(["red", "redder", "blue", "bluer"], 4), (["red"], 1)])
+def test_answers_that_are_not_one_for_each_question_are_refused(said, count):
+    """Two beams a question came back as the first question's, given to the first two questions."""
+
+    class Several(torch.nn.Module):
+        def answer(self, samples):
+            return {"prediction": said}
+
+        def locate(self, samples):
+            return {"span": torch.zeros(count, 2, dtype=torch.long)}
+
+        def pseudo_scores(self, samples):
+            return torch.zeros(count, 4)
+
+    samples = {"question_id": ["a", "b"], "text_input": ["who?", "what?"], "frame_mask": torch.ones(2, 4)}
+    for task, key in ((VideoQATask(), "prediction"), (TemporalGroundingTask(), "span"), (PseudoSpanTask(), "scores")):
+        with pytest.raises(ConfigError, match=f"Several gave {count} of '{key}' for 2 questions, the first 'a'"):
+            task.valid_step(Several(), samples)
 
 
 def drop_q1(runner) -> None:

@@ -89,10 +89,10 @@ class LavisBackbone(Backbone):
         return [self.model.eos_token_id] if self.language == "opt" else super()._end_ids
 
     @torch.no_grad()
-    def _generate(self, prefix: Tensor, prefix_mask: Tensor, prompts: list[str], **settings):
+    def _generate(self, prefix: Tensor, prefix_mask: Tensor, prompts: list[str], settings: Mapping):
         """As the parent's; LAVIS's copy of OPT goes on from token ids behind `query_embeds`, not from embeddings."""
         if not self._behind_queries:
-            return super()._generate(prefix, prefix_mask, prompts, **settings)
+            return super()._generate(prefix, prefix_mask, prompts, settings)
         inputs, mask = _left_padded(*self.prompt_inputs(prefix, prefix_mask, prompts))
         last = torch.tensor([ids[-1:] for ids in self._ids(prompts)], device=inputs.device)
         made = self.language_model.generate(

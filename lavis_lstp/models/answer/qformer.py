@@ -8,7 +8,7 @@ with image placeholders changed between transformers releases. Checkpoints are t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from lavis_lstp.models.answer.loading import (
     untie_as_in,
 )
 from lavis_lstp.models.answer.lora import add_lora, matched, merge_lora
+from lavis_lstp.models.generation import arguments, checked
 from lavis_lstp.models.pixels import IMAGE_MEAN, IMAGE_STD
 
 IGNORED = -100
@@ -185,8 +186,25 @@ class Backbone(nn.Module):
         return self.tokenizer(texts, truncation=True, max_length=self.max_text_tokens)["input_ids"]
 
     def answer_ids(self, answers: list[str]) -> list[list[int]]:
-        """Tokens that follow a prompt in a decoder-only model: without their beginning-of-text mark."""
-        return [ids[1:] for ids in self._ids(answers)]
+        """Tokens that follow a prompt in a decoder-only model: without what the tokenizer puts in front of a text."""
+        front = self._marks_in_front()
+        return [ids[front:] for ids in self._ids(answers)]
+
+    def _marks_in_front(self) -> int:
+        """How many tokens the tokenizer puts in front of every text: 1 for LLaMA and OPT, 0 where it has no begin mark.
+
+        Raises:
+            ConfigError: the tokens of a text are not found again between the marks.
+        """
+        marked = self.tokenizer("a")["input_ids"]
+        bare = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+        for front in range(len(marked) - len(bare) + 1):
+            if marked[front : front + len(bare)] == bare:
+                return front
+        raise ConfigError(
+            f"the language model's tokenizer gives a text other tokens between its marks ({marked}) than without "
+            f"marks ({bare}); answers could not be cut from it"
+        )
 
     def decoder_targets(self, answers: list[str], device: torch.device) -> tuple[Tensor, Tensor]:
         """Of an encoder-decoder model: labels [B,A], IGNORED where there is padding, and what the decoder is given."""
@@ -232,13 +250,35 @@ class Backbone(nn.Module):
         logits = self.language_model(inputs_embeds=inputs, attention_mask=mask, use_cache=False).logits
         return logits[:, :-1], labels[:, 1:]
 
-    def generate(self, prefix: Tensor, prefix_mask: Tensor, prompts: list[str], **settings) -> list[str]:
-        """Answers, one string a row; `settings` are transformers' generation arguments (max_new_tokens, ...)."""
-        return self._texts(self._generate(prefix, prefix_mask, prompts, **settings))
+    def generate(
+        self,
+        prefix: Tensor,
+        prefix_mask: Tensor,
+        prompts: list[str],
+        *,
+        generators: Sequence[torch.Generator] | None = None,
+        **settings,
+    ) -> list[str]:
+        """Answers, one string a row.
+
+        Args:
+            generators: one a row, where tokens are drawn (do_sample).
+            settings: transformers' generation arguments (max_new_tokens, ...); see `models/generation.py`.
+
+        Raises:
+            ConfigError: a setting is not known or not supported.
+        """
+        return self._texts(self._generate(prefix, prefix_mask, prompts, self._arguments(settings, prompts, generators)))
 
     @torch.no_grad()
     def generate_scored(
-        self, prefix: Tensor, prefix_mask: Tensor, prompts: list[str], **settings
+        self,
+        prefix: Tensor,
+        prefix_mask: Tensor,
+        prompts: list[str],
+        *,
+        generators: Sequence[torch.Generator] | None = None,
+        **settings,
     ) -> tuple[list[str], Tensor, Tensor]:
         """Answers as `generate` gives them, and how sure the language model was of each.
 
@@ -247,9 +287,8 @@ class Backbone(nn.Module):
             the number of these tokens, int64 [B]. Probabilities are the model's own, before temperature, top_p and
             penalties.
         """
-        made = self._generate(
-            prefix, prefix_mask, prompts, return_dict_in_generate=True, output_logits=True, **settings
-        )
+        wanted = {**self._arguments(settings, prompts, generators), "return_dict_in_generate": True}
+        made = self._generate(prefix, prefix_mask, prompts, {**wanted, "output_logits": True})
         scores = self.language_model.compute_transition_scores(
             made.sequences, made.logits, getattr(made, "beam_indices", None), normalize_logits=True
         ).float()
@@ -261,8 +300,16 @@ class Backbone(nn.Module):
     def _texts(self, ids: Tensor) -> list[str]:
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
+    def _arguments(
+        self, settings: Mapping, prompts: list[str], generators: Sequence[torch.Generator] | None
+    ) -> dict[str, object]:
+        """Arguments of transformers' `generate`, but for inputs and special ids."""
+        settings = checked(settings, encoder_decoder=self.is_encoder_decoder)
+        model = self.language_model
+        return arguments(settings, model.generation_config, len(prompts), generators, self.query_tokens.device)
+
     @torch.no_grad()
-    def _generate(self, prefix: Tensor, prefix_mask: Tensor, prompts: list[str], **settings):
+    def _generate(self, prefix: Tensor, prefix_mask: Tensor, prompts: list[str], settings: Mapping):
         """What transformers' `generate` gives: ids of the answers [B,S], or with return_dict_in_generate more."""
         inputs, mask = self.prompt_inputs(prefix, prefix_mask, prompts)
         if not self.is_encoder_decoder:
@@ -274,7 +321,7 @@ class Backbone(nn.Module):
                 attention_mask=mask,
                 pad_token_id=self._pad_id,
                 eos_token_id=self._end_ids,
-                **{"use_cache": True, **settings},
+                **settings,
             )
 
     @property
@@ -283,13 +330,20 @@ class Backbone(nn.Module):
 
     @property
     def _end_ids(self) -> list[int]:
-        """Of an answer. With published LLaMA checkpoints 0 is an end as well, and so is the end of their text config,
-        1, which is not their tokenizer's, 2."""
-        ids = [self.tokenizer.eos_token_id]
+        """Ids that end an answer: the end marks of the tokenizer, the generation config and the model's config.
+
+        A decoder-only model ends at the padding of its config as well, and at the begin mark of its config where that
+        is not the tokenizer's. The text config of published LLaMA checkpoints has 0 and 1 as marks, their tokenizer 1
+        and 2; with them, an id 0 in an output means the end.
+        """
+        config, generation = self.language_model.config, self.language_model.generation_config
+        marks = [self.tokenizer.eos_token_id, generation.eos_token_id]
         if not self.is_encoder_decoder:
-            configured = self.language_model.config.eos_token_id
-            ids += [0] + ([configured] if isinstance(configured, int) else [])
-        return list(dict.fromkeys(ids))
+            marks += [config.pad_token_id, config.eos_token_id]
+            if config.bos_token_id != self.tokenizer.bos_token_id:
+                marks.append(config.bos_token_id)
+        ids = [i for mark in marks for i in (mark if isinstance(mark, list | tuple) else [mark])]
+        return list(dict.fromkeys(i for i in ids if i is not None and i >= 0))
 
     def _with_prefix(
         self, prefix: Tensor, prefix_mask: Tensor, ids: Tensor, mask: Tensor, labels: Tensor | None = None

@@ -7,13 +7,18 @@ environment variable LAVIS_LSTP_WEIGHTS names, and else the hub (its cache first
 from __future__ import annotations
 
 import functools
+import json
 import os
 import socket
 import urllib.error
 import urllib.request
 from pathlib import Path
 
+from lavis_lstp.errors import WeightsError
+
 ENVIRONMENT = "LAVIS_LSTP_WEIGHTS"
+SIZES_FILE = "tiny_checkpoints.json"
+"""In that folder: sizes of the model that its weights are of, where these are not the published ones."""
 
 
 def local_path(name: str) -> Path | None:
@@ -24,6 +29,27 @@ def local_path(name: str) -> Path | None:
         if path.exists():
             return path
     return None
+
+
+def sizes_of_weights() -> dict[str, dict[str, int]]:
+    """Sections of a `model` config, sampler and flow, with the sizes of the weights below LAVIS_LSTP_WEIGHTS.
+
+    Raises:
+        WeightsError: the folder's file of sizes is damaged.
+    """
+    below = os.environ.get(ENVIRONMENT)
+    path = Path(below).expanduser() / SIZES_FILE if below else None
+    if path is None or not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")).get("model", {})
+        sections = {key: dict(found[key]) for key in ("sampler", "flow") if key in found}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise WeightsError(f"{path}: cannot be read as sizes of a model ({error}); write the folder again") from None
+    for key, value in ((key, value) for values in sections.values() for key, value in values.items()):
+        if not key.isidentifier() or type(value) is not int or value < 1:
+            raise WeightsError(f"{path}: expected sizes of at least 1, got {key}: {value!r}; write the folder again")
+    return sections
 
 
 def where_to_put(name: str) -> str:

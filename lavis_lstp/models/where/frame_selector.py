@@ -123,6 +123,7 @@ class Row(NamedTuple):
     generator: torch.Generator | None
     grid: int | None = None
     mapping: str = "ends"
+    marks: int = 0
 
 
 Rule = Callable[[Row, int], tuple[list[int], tuple[int, int]]]
@@ -163,7 +164,7 @@ def _gumbel(row: Row, num_selected: int) -> tuple[list[int], tuple[int, int]]:
 
 def _published(row: Row, candidates: list[tuple[int, int]]) -> tuple[list[int], tuple[int, int]]:
     grid = published_grid(row.num_frames, row.grid) if row.grid else range(row.num_frames)
-    frames = [grid[i] for i in candidate_frames(candidates, len(grid), row.num_frames, row.mapping)]
+    frames = [grid[i] for i in candidate_frames(candidates, len(grid), row.num_frames + row.marks, row.mapping)]
     return frames, (frames[0], frames[-1] + 1)
 
 
@@ -207,6 +208,7 @@ class FrameSelector:
         few_frames: str,
         grid: int | None,
         mapping: str,
+        marks: int,
         mask_padding: bool,
     ):
         self.name = name
@@ -216,6 +218,7 @@ class FrameSelector:
         self.few_frames = few_frames
         self.grid = grid
         self.mapping = mapping
+        self.marks = marks
         self.mask_padding = mask_padding
         self.rule, self.needs_logits, self.needs_span, self.needs_generator = SELECTORS[name]
 
@@ -276,6 +279,7 @@ class FrameSelector:
                 generator=generators[b] if isinstance(generators, Sequence) else generators,
                 grid=self.grid,
                 mapping=self.mapping,
+                marks=self.marks,
             )
             frames, found = self.rule(row, self.num_selected)
             missing = self.num_selected - len(frames)
@@ -309,6 +313,7 @@ def build_selector(
     few_frames: str = "double",
     grid: int | None = None,
     mapping: str = "ends",
+    marks: int = 0,
     mask_padding: bool = True,
 ) -> FrameSelector:
     """A selector by its name in SELECTORS.
@@ -322,6 +327,9 @@ def build_selector(
         grid: argmax and gumbel choose among so many evenly spaced frames (32 in the published evaluation, whatever
             the number of flows); null = all.
         mapping: argmax and gumbel: one of MAPPINGS.
+        marks: argmax and gumbel count so many flows beyond the video's. The published InstructBLIP video recipes count
+            2, the marks around the flows (V = N + 2, with the mapping "ratio"), so that the last frames are reached by
+            no candidate.
         mask_padding: False lets padded flows be drawn by argmax and gumbel, as published; one that is drawn stands
             for the whole video.
 
@@ -337,11 +345,18 @@ def build_selector(
     ):
         if value not in known:
             raise ConfigError(unknown_name(f"model.selector.{key}", value, known))
-    for key, value, least in (("num_selected", num_selected, 1), ("context", context, 0), ("grid", grid, 1)):
+    for key, value, least in (
+        ("num_selected", num_selected, 1),
+        ("context", context, 0),
+        ("grid", grid, 1),
+        ("marks", marks, 0),
+    ):
         if (value is not None or key != "grid") and (not isinstance(value, int) or value < least):
             raise ConfigError(f"model.selector.{key} is {value!r}; expected a whole number of at least {least}")
-    if (grid or mapping != "ends") and SELECTORS[name].rule not in (_argmax, _gumbel):
-        raise ConfigError(f"model.selector.grid and mapping belong to argmax and gumbel, the selector is '{name}'")
+    if (grid or marks or mapping != "ends") and SELECTORS[name].rule not in (_argmax, _gumbel):
+        raise ConfigError(
+            f"model.selector.grid, mapping and marks belong to argmax and gumbel, the selector is '{name}'"
+        )
     return FrameSelector(
         name,
         num_selected=num_selected,
@@ -350,6 +365,7 @@ def build_selector(
         few_frames=few_frames,
         grid=grid,
         mapping=mapping,
+        marks=marks,
         mask_padding=mask_padding,
     )
 
