@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from lavis_lstp.errors import ConfigError
+from lavis_lstp.models.answer.generation import arguments, checked
 from lavis_lstp.models.answer.loading import (
     checkpoint_gradients,
     dtype_of,
@@ -24,7 +25,6 @@ from lavis_lstp.models.answer.loading import (
     untie_as_in,
 )
 from lavis_lstp.models.answer.lora import add_lora, matched, merge_lora
-from lavis_lstp.models.generation import arguments, checked
 from lavis_lstp.models.pixels import IMAGE_MEAN, IMAGE_STD
 
 IGNORED = -100
