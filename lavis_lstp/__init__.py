@@ -20,17 +20,17 @@ NEEDS_LAVIS = {
 }  # our modules that import LAVIS when they are imported; tests/test_imports.py compares this with the sources
 
 MOVED = {
-    "lavis_lstp.commands.ask": "lavis_lstp.inference.loading",
-    "lavis_lstp.commands.cli": "lavis_lstp.commands.cli",
-    "lavis_lstp.commands.flow": "lavis_lstp.commands.flow",
-    "lavis_lstp.host.launch": "lavis_lstp.host.launch",
-    "lavis_lstp.inference.lmms": "lavis_lstp.inference.lmms",
-    "lavis_lstp.models.answer.qformer": "lavis_lstp.models.answer.qformer",
-    "lavis_lstp.models.where.flow": "lavis_lstp.models.where.flow",
-    "lavis_lstp.models.where.frame_selector": "lavis_lstp.models.where.frame_selector",
-    "lavis_lstp.models.where.temporal_sampler": "lavis_lstp.models.where.temporal_sampler",
-    "lavis_lstp.data.shards.storage": "lavis_lstp.data.shards.storage",
-    "lavis_lstp.data.shards.tar": "lavis_lstp.data.shards.tar",
+    "lavis_lstp.ask": "lavis_lstp.inference.loading",
+    "lavis_lstp.cli": "lavis_lstp.commands.cli",
+    "lavis_lstp.flow_files": "lavis_lstp.commands.flow",
+    "lavis_lstp.launch": "lavis_lstp.host.launch",
+    "lavis_lstp.lmms": "lavis_lstp.inference.lmms",
+    "lavis_lstp.models.backbone": "lavis_lstp.models.answer.qformer",
+    "lavis_lstp.models.flow": "lavis_lstp.models.where.flow",
+    "lavis_lstp.models.frame_selector": "lavis_lstp.models.where.frame_selector",
+    "lavis_lstp.models.temporal_sampler": "lavis_lstp.models.where.temporal_sampler",
+    "webdataset_tools.storage": "lavis_lstp.data.shards.storage",
+    "webdataset_tools.tar": "lavis_lstp.data.shards.tar",
 }  # old names that scripts of users import -> where the module is now
 
 WATCHED = NEEDS_LAVIS | MOVED.keys() | {"lavis", "lavis.train", "lavis.evaluate"}
