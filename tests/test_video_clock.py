@@ -79,7 +79,7 @@ LATE = {
     "mkv": ({}, 1.0, (0.0, 2.5)),
     "ts": ({}, 1.0, (0.0, 2.5)),
     "flv": ({}, 1.0, (0.0, 2.5)),
-    "fragments.mp4": ({"movflags": "frag_keyframe+empty_moov"}, 1.0, (0.0, 2.5)),
+    "fragments.mp4": ({"movflags": "frag_keyframe+delay_moov"}, 1.0, (0.0, 2.5)),
     "far.ts": ({"output_ts_offset": "95000"}, 1.0, (0.0, 2.5)),
     "far.mkv": ({"output_ts_offset": "7000"}, 1.0, (0.0, 2.5)),
     "copyts.mp4": ({}, 4.0, (3.0, 5.5)),  # as `-ss 3 -c copy -copyts` leaves it: nothing at all for three seconds
@@ -149,12 +149,13 @@ def test_questions_about_seconds_meet_the_pictures_that_a_player_shows_then(tmp_
     assert sample["gold_span"].tolist() == [2, 5]
 
 
+@pytest.mark.parametrize("edits", ["0", "1"])
 @pytest.mark.parametrize("begins_s", [0.0, 0.4])
-def test_the_header_of_an_mp4_says_the_same_of_a_late_picture_or_nothing(tmp_path, begins_s):
-    for order in ("video first", "sound first"):
-        path = write_tracks(tmp_path / f"{order}.mp4", Track(12, begins_s=begins_s), sound_s=(0.0, 1.0))
-        found = mp4_info(path.read_bytes())
-        assert found in (None, probe(path)) and (found is not None) == (begins_s == 0)
+def test_the_header_of_an_mp4_says_the_same_of_a_late_picture_or_nothing(tmp_path, begins_s, edits):
+    path = write_tracks(tmp_path / "v.mp4", Track(12, begins_s=begins_s), sound_s=(0.0, 1.0), use_editlist=edits)
+    late = first_picture_s(path) > 0
+    assert late == (begins_s > 0 or edits == "0"), "B-frames without an edit list begin late, too"
+    assert mp4_info(path.read_bytes()) == (None if late else probe(path))
 
 
 # ---- which track ---------------------------------------------------------------------------------------------------
@@ -181,7 +182,7 @@ def test_the_film_is_read_where_there_are_several_tracks(tmp_path, caplog, name)
     path = write_tracks(tmp_path / f"several.{ending}", *tracks)
     with av.open(str(path)) as container:
         best = container.streams.best("video").index
-    assert best == expected or name == "a thumbnail that is the default"
+    assert best == expected or name in ("a thumbnail that is the default", "a thumbnail in an MP4")
     with caplog.at_level(logging.WARNING):
         info = probe(path)
     film = tracks[expected]
@@ -196,7 +197,7 @@ def test_the_film_is_read_where_there_are_several_tracks(tmp_path, caplog, name)
     except VideoError as error:
         assert "use backend 'pyav'" in str(error)
     else:
-        assert (theirs.frames == video.frames).all() and name != "a thumbnail that is the default"
+        assert (theirs.frames == video.frames).all()
 
 
 def test_one_track_is_read_without_a_word(tmp_path, caplog):
@@ -207,10 +208,9 @@ def test_one_track_is_read_without_a_word(tmp_path, caplog):
 # ---- recordings joined with `cat` ----------------------------------------------------------------------------------
 
 
-def part(path: Path, first: int, offset_s: float, codec: str, **container) -> Path:
-    """20 numbered pictures from `first` on, stamped from `offset_s` on."""
-    options = {"output_ts_offset": str(offset_s)} | container
-    return write_tracks(path, Track(20, first, codec, bit_rate=2_000_000), **options)
+def part(path: Path, first: int, offset_s: float, codec: str, count: int = 20) -> Path:
+    """Numbered pictures from `first` on, stamped from `offset_s` on."""
+    return write_tracks(path, Track(count, first, codec, bit_rate=2_000_000), output_ts_offset=str(offset_s))
 
 
 JOINED = {
@@ -242,7 +242,7 @@ def test_joined_recordings_go_on_in_the_order_of_decoding(tmp_path, name):
     assert shown == [number % 38 for number in range(40)]
     assert video.times_s == pytest.approx(np.arange(40) / 25, abs=0.05)
     assert read_frames(path, indices=[25, 19, 20, 39]).frames.tolist() == video.frames[[25, 19, 20, 39]].tolist()
-    assert read_frames(path, num=40, between_s=(0.82, 1.58)).indices == pytest.approx(list(range(21, 40)))
+    assert read_frames(path, num=40, between_s=(video.times_s[21] - 0.01, 9)).indices == list(range(21, 40))
 
 
 def test_three_parts_and_their_sound(tmp_path):
@@ -258,14 +258,14 @@ def test_three_parts_and_their_sound(tmp_path):
 
 def test_a_pause_in_a_recording_is_kept(tmp_path):
     """Up to ten seconds a step forward is time that passed; further, as FFmpeg has it, another clock."""
-    raw = b"".join(part(tmp_path / "p.ts", 20 * n, 6 * n, "libx264").read_bytes() for n in range(2))
+    raw = b"".join(part(tmp_path / "p.ts", 20 * n, 1 + 6 * n, "libx264").read_bytes() for n in range(2))
     assert read_frames(raw, indices=[19, 20]).times_s == pytest.approx([0.76, 6.0], abs=1e-3)
     slides = numbered_video(tmp_path / "slides.mkv", 4, ticks=[0, 400, 800, 1200])  # a picture every 16 s
     assert read_frames(slides, num=4).times_s == pytest.approx([0, 16, 32, 48], abs=1e-2)
 
 
 def test_a_joint_where_the_first_part_was_cut_off_never_shows_another_frame(tmp_path):
-    raw = [part(tmp_path / "p.ts", 20 * n, 20 - 20 * n, "libx264").read_bytes() for n in range(2)]
+    raw = [part(tmp_path / "p.ts", 20 * n, 20 - 20 * n, "libx264", 20 - 5 * n).read_bytes() for n in range(2)]
     for packets in (3, 7, 12):
         joined = raw[0][: -188 * packets] + raw[1]
         try:
@@ -274,7 +274,7 @@ def test_a_joint_where_the_first_part_was_cut_off_never_shows_another_frame(tmp_
             assert str(error).startswith("cut.ts: ")
         else:
             shown = [read_number(frame) for frame in video.frames]
-            assert shown == sorted(shown) and set(shown) >= set(range(20, 38))
+            assert shown == sorted(shown) and shown[-15:] == list(range(20, 35))
 
 
 # ---- the published rate --------------------------------------------------------------------------------------------

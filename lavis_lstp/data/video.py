@@ -156,9 +156,7 @@ def resize_frames(frames: np.ndarray, size: int | Sequence[int]) -> np.ndarray:
     return out
 
 
-def probe(
-    source: Source, *, name: str | None = None, max_megapixels: float = DEFAULT_MAX_MEGAPIXELS
-) -> VideoInfo:
+def probe(source: Source, *, name: str | None = None, max_megapixels: float = DEFAULT_MAX_MEGAPIXELS) -> VideoInfo:
     """What a video holds. Reads all its packets and decodes its first frame, so what it says can be decoded.
 
     Raises:
@@ -191,7 +189,7 @@ def _info(source: Source, index: VideoIndex) -> tuple[VideoInfo, Orientation]:
 
 
 def _at_times(index: VideoIndex, times_s: Sequence[float]) -> list[int]:
-    """The frame on screen at each time: the first one up to its end, as `ffmpeg -ss` gives it, the last one at the end."""
+    """The frame on screen at each time; before the first one begins it, as `ffmpeg -ss` has it, at the end the last."""
     for t in times_s:
         if not 0 <= t <= index.duration_s + 1e-3:
             raise VideoError(f"{index.name}: no frame at {t:g} s; it lasts from 0 to {index.duration_s:.3f} s")

@@ -345,9 +345,7 @@ def _read_packets(container: Any, stream: Any) -> tuple[list[_Packet], str | Non
                 # VP8 stores pictures that are only referred to as packets of their own; a header bit tells.
                 shown = not packet.is_discard and not (is_vp8 and not bytes(packet)[0] & 0x10)
                 ticks = packet.duration or 0
-                packets.append(
-                    _Packet(packet.pts, packet.dts, ticks, packet.is_keyframe, shown, packet.is_corrupt)
-                )
+                packets.append(_Packet(packet.pts, packet.dts, ticks, packet.is_keyframe, shown, packet.is_corrupt))
     except av.FFmpegError as error:
         missing = f"truncated: reading stops after {len(packets)} frames ({error.strerror})"
     if container.format.name == "mpegts" and packets and all(container.size % n for n in TS_PACKET):
