@@ -192,6 +192,11 @@ def open_video(
             stream.codec_context.thread_count = threads
             stream.codec_context.thread_type = "SLICE" if threads == 1 else "AUTO"
             yield container, stream
+    except (
+        av.ArgumentError
+    ) as error:  # among others what a decoder says of pictures that its container kept quiet about
+        larger = f"or its pictures are larger than {max_megapixels:g} megapixels (max_megapixels)"
+        raise VideoError(f"{name}: cannot be read as a video ({error.strerror}), {larger}") from None
     except av.FFmpegError as error:
         raise VideoError(f"{name}: cannot be read as a video ({error.strerror})") from None
 
