@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import tokenize
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,8 @@ from lavis_lstp.data.video import uniform_centres
 from lavis_lstp.errors import VideoError
 
 ENDING = "_raft.npy"
+# What NumPy's parser of headers, Python's own for literals, raises for noise.
+NOISE = (SyntaxError, TypeError, RecursionError, MemoryError, OverflowError, tokenize.TokenError)
 LARGEST_BYTES = 2 << 30  # 5,350 fields of 224 px; the published files hold at most 64
 
 
@@ -66,12 +69,6 @@ def _header(file) -> tuple[tuple[int, ...], bool, np.dtype, int]:
         raise ValueError(f"version {version} of .npy, expected {' or '.join(map(str, readers))}")
     try:
         shape, fortran, dtype = readers[version](file)
-    except (
-        SyntaxError,
-        TypeError,
-        RecursionError,
-        MemoryError,
-        OverflowError,
-    ) as error:  # what its parser says of noise
+    except NOISE as error:
         raise ValueError(f"its header is damaged ({type(error).__name__})") from None
     return shape, fortran, dtype, file.tell()
