@@ -3,16 +3,17 @@
 Axis letters used in every shape comment of this package:
 
     B batch      T frames decoded per video (N in the paper)   K frames shown to the language model
-    L flow fields (= T)    Q query tokens per frame    S text tokens    D features    C, H, W image axes
+    L flow fields (T without flow_mask)    Q query tokens per frame    S text tokens    D features    C, H, W image axes
 
 A *sample* is a dict. A dataset item holds it without the batch axis; the collater adds it. An image is a sample of one
 frame, a text one of none: [0,3,H,W], and its frame_mask is all 0. Every data set of this package gives every key but
-flow, whatever the sample is.
+flow, flow_mask and no_moment, whatever the sample is.
 
     frames       uint8 [B,T,3,H,W]  RGB, 0..255, not normalised (models normalise, so flow sees pixels)
     frame_mask   int64 [B,T]        1 = real frame, 0 = padding
     frame_times  float32 [B,T]      seconds from the start of the video, 0 where padded
     flow         float32 [B,T,2,h,w]  only where the data set brings it: (u, v) in px per frame, x right, y down
+    flow_mask    int64 [B,L]        only with flow [B,L,2,h,w] that is not one field a frame (the published files)
     text_input   list of B str      the question alone
     prompt       list of B str      the whole prompt where the data bring one (a conversation), '' = the model makes it
     options      list of B lists of str   what to choose from, [] = the answer is open
@@ -21,6 +22,7 @@ flow, whatever the sample is.
     text_output  list of B str      the answer to learn or to be compared with, without an end mark, '' = unknown
     answer       list of B str      the same, None = unknown
     span         int64 [B,2]        half-open frame span to learn from (a pseudo span), (-1, -1) = none
+    no_moment    int64 [B]          only where a row of a span file says that there is no span: 1, the others 0
     gold_span    int64 [B,2]        for evaluation alone, (-1, -1) = unknown; no training code reads it
     question_id, video_id, instance_id    list of B str
 """

@@ -2,7 +2,8 @@
 
 In: the file's bytes, or a map of them. Out: what `data.video.reading.probe` says, in a hundredth of the time; or None
 where the header leaves a question open, which only opening the file answers: fragments, edits that cut frames, several
-video tracks, a rotation, a codec other than H.264 and HEVC, a sample that is not in the file.
+video tracks, pictures that may begin later than other tracks, a rotation, a codec other than H.264 and HEVC, a sample
+that is not in the file.
 
 Opening costs 2 to 12 ms a file, of which decoding the first picture is the greater part, and PyAV keeps the interpreter
 to itself for most of the rest; copying and hashing 0.5 MB costs 0.8 ms. Nothing is decoded here, so that the pictures
@@ -66,7 +67,9 @@ def _video(raw, tracks: list[dict[bytes, Part]], movie_timescale: int) -> VideoI
     if not timescale or not movie_timescale or not (shown[1:] > shown[:-1]).all():
         raise Unclear
     first, last = int(shown[0]), int(shown[-1])
-    _check_edit(raw, track, first, last, movie_timescale / timescale)
+    begins = _check_edit(raw, track, first, last, movie_timescale / timescale)
+    if begins < first and len(tracks) > 1:
+        raise Unclear  # seconds count from the earliest track
     tick_s, total = 1 / timescale, int(ticks.sum())
     fps = frame_rate((shown - first) * tick_s, Fraction(timescale * len(shown), total))
     duration_s = (int((pts + ticks).max()) - first) * tick_s
@@ -93,19 +96,20 @@ def _check_places(raw, table: dict[bytes, Part], sizes: np.ndarray) -> None:
         raise Unclear
 
 
-def _check_edit(raw, track: dict[bytes, Part], first: int, last: int, movie_ticks: float) -> None:
-    """An edit list that shows every frame, as encoders write to hide the delay of reordering."""
+def _check_edit(raw, track: dict[bytes, Part], first: int, last: int, movie_ticks: float) -> int:
+    """Where an edit list begins that shows every frame, as encoders write to hide the delay of reordering."""
     edits = _inside(raw, track[b"edts"]) if b"edts" in track else {}
     if b"elst" not in edits:
-        return
+        return 0
     start = edits[b"elst"][0]
     version, count = raw[start], _u32(raw, start + 4)
     if not count:
-        return
+        return 0
     lasts, begins, speed = struct.unpack_from(">qqi" if version else ">Iii", raw, start + 8)
     ends = begins + lasts / movie_ticks
     if count > 1 or speed != 1 << 16 or not 0 <= begins <= first or ends <= last + 1 / movie_ticks:
         raise Unclear
+    return begins
 
 
 def _description(raw, part: Part) -> tuple[str, int, int]:

@@ -39,6 +39,7 @@ SETTINGS = (
     "flow",
     "flow_root",
     "flow_size",
+    "max_flows",
     "backend",
     "cache_videos",
     "max_bad_fraction",

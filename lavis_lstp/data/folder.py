@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from lavis_lstp.data.annotation import SECTION
+from lavis_lstp.data.published_flow import ENDING
 from lavis_lstp.data.video.reading import read_flow_file
 from lavis_lstp.errors import AnnotationError, VideoError
 
@@ -35,7 +36,7 @@ class FolderQuestions(Sequence):
     Args:
         annotation: entries.
         root: folder that "video" and "image" paths are relative to; none leads out of it.
-        flow_root: folder written by `lavis-lstp flow`.
+        flow_root: folder written by `lavis-lstp flow`, or of the published code's flow (`published_flow`).
         section: of the configuration, for messages.
     """
 
@@ -148,6 +149,13 @@ class FolderQuestions(Sequence):
     def frames(self, place: Place) -> None:
         """A folder holds videos, not frames of them."""
         return None
+
+    def published_flow(self, place: Place) -> Path | None:
+        """The flow file of the published code, where it lies in place of ours."""
+        if self.flow_root is None or (self.flow_root / f"{place[1]}.safetensors").is_file():
+            return None
+        path = self.flow_root / f"{place[1]}{ENDING}"
+        return path if path.is_file() else None
 
     def flow(self, place: Place, num_frames: int) -> np.ndarray:
         """float16 [T,2,h,w] in px of its own grid."""

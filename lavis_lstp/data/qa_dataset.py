@@ -32,6 +32,7 @@ from lavis_lstp.data.annotation import SECTION, read_annotation
 from lavis_lstp.data.folder import FolderQuestions, kind_of
 from lavis_lstp.data.frame_numbers import sample_indices
 from lavis_lstp.data.left_out import LeftOut
+from lavis_lstp.data.published_flow import read_published_flow
 from lavis_lstp.data.shards.questions import ShardQuestions, unpack_frames
 from lavis_lstp.data.spans import Spans
 from lavis_lstp.data.video.reading import SHORT_VIDEOS, read_frames
@@ -58,7 +59,9 @@ class VideoQADataset(Dataset):
         fps: frames a second to read where these are at most num_frames; None = num_frames of any video.
         short_videos: keep, or double: repeat the frames of a shorter video to num_frames; see `read_frames`.
         image_size: side in px that frames are resized to (bilinear, aspect not kept); None = as stored.
-        flow: none, motion_vectors (read while decoding) or precomputed (`flow_root`/<video_id>.safetensors).
+        flow: none, motion_vectors (read while decoding) or precomputed: `flow_root`/<video_id>.safetensors, or as
+            published <video_id>_raft.npy, which has its own number of fields, and so `flow_mask` [L] beside `flow`.
+        max_flows: of published flow files with more fields so many are taken; published training took 64.
         flow_size: side in px of motion vectors' field, and of the still flow of images and texts; None = that of the
             frames.
         spans: pseudo spans by question id, or None; see `data.spans`.
@@ -90,6 +93,7 @@ class VideoQADataset(Dataset):
         flow: str = "none",
         flow_root: str | Path | None = None,
         flow_size: int | None = None,
+        max_flows: int | None = None,
         spans: Spans | None = None,
         backend: str = "pyav",
         cache_videos: int = 0,
@@ -112,6 +116,7 @@ class VideoQADataset(Dataset):
         self.image_size = image_size
         self.flow = flow
         self.flow_size = flow_size
+        self.max_flows = max_flows
         self.spans = spans
         self.backend = backend
         self.cache_videos = cache_videos
@@ -136,6 +141,8 @@ class VideoQADataset(Dataset):
             raise ConfigError(unknown_name(f"{self.section}.short_videos", self.short_videos, SHORT_VIDEOS))
         if self.fps is not None and (type(self.fps) not in (int, float) or not self.fps > 0):
             raise ConfigError(f"{self.section}.fps must be a number greater than 0 or null, got {self.fps!r}")
+        if self.max_flows is not None and self.flow != "precomputed":
+            raise ConfigError(f"{self.section}.max_flows is for flow: precomputed, flow is {self.flow}")
         if self.flow == "precomputed" and self.fps is not None:
             raise ConfigError(
                 f"{self.section}.fps does not go with flow: precomputed; `lavis-lstp flow` reads num_frames frames"
@@ -150,10 +157,11 @@ class VideoQADataset(Dataset):
             ("image_frames", 1),
             ("image_size", 1),
             ("flow_size", 1),
+            ("max_flows", 1),
             ("cache_videos", 0),
         ):
             value = getattr(self, name)
-            optional = value is None and name.endswith("_size")
+            optional = value is None and (name.endswith("_size") or name == "max_flows")
             if not optional and (type(value) is not int or value < least):
                 raise ConfigError(f"{self.section}.{name} must be a whole number of at least {least}, got {value!r}")
         share = self.max_bad_fraction
@@ -222,6 +230,7 @@ class VideoQADataset(Dataset):
         settings = [self.num_frames, self.image_size, self.flow, self.flow_size, self.backend]
         if self.fps is not None or self.short_videos != "keep":
             settings += [self.fps, self.short_videos]
+        settings += [self.max_flows] if self.max_flows is not None else []
         spans = {name: span and list(span) for name, span in (self.spans or {}).items()}
         content = json.dumps([self.annotation.identity(), settings, spans], sort_keys=True, default=str)
         return hashlib.sha256(content.encode()).hexdigest()
@@ -264,9 +273,16 @@ class VideoQADataset(Dataset):
         }
         if flow is not None:
             sample["flow"] = flow
+        if self.flow == "precomputed" and kind_of(row) == "video" and self._published_flow(row):
+            sample["flow_mask"] = torch.ones(len(flow), dtype=torch.long)
+        if self.spans is not None and kind_of(row) == "video" and self.spans[row["question_id"]] is None:
+            sample["no_moment"] = torch.tensor(1)
         if self.vis_processor is not None:
             sample["image"] = self._image(frames)
         return sample
+
+    def _published_flow(self, row: Mapping[str, Any]) -> bool:
+        return self.annotation.published_flow(self.annotation.place(row)) is not None
 
     def _image(self, frames: torch.Tensor) -> torch.Tensor:
         """The middle frame [3,h,w]; or K evenly spaced ones [K,3,h,w], repeated in order where there are fewer."""
@@ -277,7 +293,7 @@ class VideoQADataset(Dataset):
         return torch.stack(pictures) if count > 1 else pictures[0]
 
     def _media(self, row: Mapping[str, Any]) -> tuple[torch.Tensor, np.ndarray, torch.Tensor | None]:
-        """frames uint8 [T,3,H,W], seconds float64 [T], flow float16 [T,2,h,w] or None."""
+        """frames uint8 [T,3,H,W], seconds float64 [T], flow float16 [T,2,h,w], or as published [L,2,h,w], or None."""
         kind, place = kind_of(row), self.annotation.place(row)
         if kind != "video":
             nothing = (0, 3, self.image_size, self.image_size)
@@ -307,7 +323,11 @@ class VideoQADataset(Dataset):
         if self.flow == "precomputed":
             if clip_s:
                 raise ConfigError(_FLOW_OF_PARTS.format(section=self.section))
-            flow = self.annotation.flow(place, len(frames))
+            published = self.annotation.published_flow(place)
+            if published is not None:
+                flow = read_published_flow(published, self.max_flows)
+            else:
+                flow = self.annotation.flow(place, len(frames))
         return frames, times_s, flow
 
     def _read_image(self, place: Any) -> torch.Tensor:
@@ -352,12 +372,20 @@ class VideoQADataset(Dataset):
         samples = [sample for sample in samples if sample is not None]
         if not samples:
             return None
+        if any("flow_mask" in sample for sample in samples):  # beside others, with one field for each frame
+            samples = [
+                {"flow_mask": sample["flow"].new_ones(len(sample["flow"])).long(), **sample} for sample in samples
+            ]
+        if any("no_moment" in sample for sample in samples):
+            samples = [{"no_moment": torch.tensor(0), **sample} for sample in samples]
         length = max(1, *(len(sample["frames"]) for sample in samples))
+        flows = max([1, *(len(sample["flow_mask"]) for sample in samples if "flow_mask" in sample)])
         batch: dict[str, Any] = {}
         for key, first in samples[0].items():
             values = [sample[key] for sample in samples]
-            if key in ("frames", "frame_times", "flow"):
-                values = [_padded(value, length) for value in values]
+            if key in ("frames", "frame_times", "flow", "flow_mask"):
+                own = key.startswith("flow") and "flow_mask" in samples[0]
+                values = [_padded(value, flows if own else length) for value in values]
             batch[key] = self._stacked(key, values, samples) if torch.is_tensor(first) else values
         counts = torch.tensor([len(sample["frames"]) for sample in samples])
         batch["frame_mask"] = (torch.arange(length)[None] < counts[:, None]).long()

@@ -4,11 +4,14 @@
     indices      {question id: [first, last]}, both part of the span, 0..31: of 32 frames
     fractions    {question id: [first, last]}, both part of the span, 0..1: shares of the last frame's index
 
+The published sampler takes both ends independently, so a row of a published file may be reversed: it gives no span.
+
 Nothing in an old file says which of the two it is, and [0, 1] may be either, so `datasets.<name>.spans_form` does.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,8 @@ from typing import Any
 from lavis_lstp.data.annotation import SECTION, parse, read_text
 from lavis_lstp.errors import AnnotationError, ConfigError, unknown_name
 from lavis_lstp.schema import Span
+
+logger = logging.getLogger(__name__)
 
 SPANS_FORMAT = "lavis_lstp.spans"
 SPANS_VERSION = 1
@@ -100,22 +105,30 @@ def _own_span(row: Any, name: str, place: str, num_frames: int) -> Span | None:
     return Span(*span)
 
 
-def _read_published(path: Path, content: Any, form: str, section: str) -> dict[str, tuple[float, float]]:
-    """Fractions by question id, of either published form."""
+def _read_published(path: Path, content: Any, form: str, section: str) -> dict[str, tuple[float, float] | None]:
+    """Fractions by question id, of either published form; None for a reversed row."""
     if not isinstance(content, dict):
         raise AnnotationError(f"{path}: expected {{question id: [first, last]}}, got {type(content).__name__}")
     if content.get("format") == SPANS_FORMAT:
         raise AnnotationError(f"{path}: is of the form 'lavis_lstp', {section}.spans_form is '{form}'")
     last, kinds = (LAST_INDEX, "whole numbers") if form == "indices" else (1, "numbers")
-    spans = {}
+    spans: dict[str, tuple[float, float] | None] = {}
+    reversed_rows = []
     for name, row in content.items():
         fits = isinstance(row, list) and len(row) == 2 and all(type(edge) in (int, float) for edge in row)
         if fits and form == "indices":
             fits = all(edge == int(edge) for edge in row)
-        if not fits or not 0 <= row[0] <= row[1] <= last:
+        if not fits or not all(0 <= edge <= last for edge in row):
             raise AnnotationError(
                 f"{path}: question {name!r} must have [first, last], {kinds} of 0..{last} as {section}.spans_form "
                 f"'{form}' says, got {row!r}"
             )
-        spans[name] = (row[0] / last, row[1] / last)
+        spans[name] = (row[0] / last, row[1] / last) if row[0] <= row[1] else None
+        if spans[name] is None:
+            reversed_rows.append(name)
+    if reversed_rows:
+        logger.warning(
+            "%s: %d of %d spans end before they begin, and are read as no span, first that of question %r: %s",
+            *(path, len(reversed_rows), len(spans), reversed_rows[0], content[reversed_rows[0]]),
+        )
     return spans

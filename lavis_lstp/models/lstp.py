@@ -34,8 +34,9 @@ from lavis_lstp.models.refinement import ROWS, Refinement, pseudo_scores
 from lavis_lstp.models.variants import MODEL_TYPES, complete, load_variant
 from lavis_lstp.models.weights import parts
 from lavis_lstp.models.weights.hub import sizes_of_weights
+from lavis_lstp.models.where.flow import GIVEN
 from lavis_lstp.models.where.frame_selector import sample_generators
-from lavis_lstp.models.where.temporal_sampler import SamplerOutput, TemporalSampler, span_loss
+from lavis_lstp.models.where.temporal_sampler import SamplerOutput, TemporalSampler, span_loss, spans_in_flows
 from lavis_lstp.schema import NO_SPAN
 
 
@@ -197,11 +198,15 @@ class LSTP(BaseModel):
         logits = None
         if "span" in self.losses:
             logits = self.sampler_logits(samples)
+            target, mask = self._target_span(samples), self._flow_mask(samples)
+            if self._has_own_flow(samples):
+                counts = (m.sum(dim=1).to(target.device) for m in (samples["frame_mask"], mask))
+                target = spans_in_flows(target, *counts)
             losses["span_loss"] = span_loss(
                 logits.start_logits,
                 logits.end_logits,
-                self._target_span(samples).to(self.device),
-                samples["frame_mask"].to(self.device),
+                target.to(self.device),
+                mask.to(self.device),
                 mask_padding=self.mask_padding,
             )
         if "lm" in self.losses:
@@ -238,12 +243,21 @@ class LSTP(BaseModel):
 
     # ---- the path from frames to a prefix -----------------------------------------------------------------------
 
+    def _has_own_flow(self, samples: Mapping) -> bool:
+        """Whether the data bring flow that is not one field a frame (`flow_mask`), and the model takes it."""
+        return "flow_mask" in samples and self.flow.name in GIVEN
+
+    def _flow_mask(self, samples: Mapping) -> Tensor:
+        """[B,L], 1 = real: of the flows that the sampler sees."""
+        return samples["flow_mask" if self._has_own_flow(samples) else "frame_mask"]
+
     def compute_flow(self, samples: Mapping) -> Tensor:
         """[B,T,2,S,S]; of a video that several questions are about it is computed once, over several batches, too."""
         first, which = distinct_media(samples)
-        frames, mask, given = (
+        own = samples["flow_mask"] if self._has_own_flow(samples) else None
+        frames, mask, given, own = (
             None if value is None else value[first.to(value.device)].to(self.device)
-            for value in (samples["frames"], samples["frame_mask"], samples.get("flow"))
+            for value in (samples["frames"], samples["frame_mask"], samples.get("flow"), own)
         )
         # a video with more questions than a batch has
         alone = len(first) == 1 and given is None and not (self.training or weights_are_divided(self))
@@ -251,7 +265,7 @@ class LSTP(BaseModel):
             flow = self._last_flow[-1]
         else:
             with torch.no_grad():
-                flow = self.flow(frames, mask, flow=given)
+                flow = self.flow(frames, mask, flow=given, flow_mask=own)
             self._last_flow = (frames, mask, flow) if alone else None
         return flow[which.to(self.device)]
 
@@ -269,7 +283,7 @@ class LSTP(BaseModel):
         if is_video.all():
             return self._video_logits(samples, flow)
         rows = is_video.nonzero()[:, 0]
-        zeros = torch.zeros(samples["frame_mask"].shape, device=self.device)
+        zeros = torch.zeros(self._flow_mask(samples).shape, device=self.device)
         if len(rows):
             videos = take_rows(samples, rows)
             found = self._video_logits(videos, None if flow is None else flow[rows.to(flow.device)])
@@ -294,7 +308,7 @@ class LSTP(BaseModel):
             return_tensors="pt",
             return_token_type_ids=False,
         ).to(self.device)
-        mask = samples["frame_mask"].to(self.device)
+        mask = self._flow_mask(samples).to(self.device)
         grad = nullcontext() if "sampler" in self.train_parts else torch.no_grad()
         with grad:
             return self.sampler(flow, mask, tokens["input_ids"], tokens["attention_mask"], mode=self.sampler_mode)
@@ -310,6 +324,7 @@ class LSTP(BaseModel):
             end_logits=None if logits is None else logits.end_logits,
             span=self._given_span(samples),
             generators=self.row_generators(samples),
+            flow_mask=self._flow_mask(samples).cpu() if self._has_own_flow(samples) else None,
         )
 
     def _given_span(self, samples: Mapping) -> Tensor | None:
@@ -324,7 +339,10 @@ class LSTP(BaseModel):
             raise ConfigError(f"selector 'given' needs samples with '{key}'; set datasets.<name>.spans")
         span, count = samples[key].cpu(), samples["frame_mask"].sum(dim=1).cpu()
         whole = torch.stack([torch.zeros_like(count), count], dim=1)
-        return span.where(moves(samples)[:, None], whole)
+        known = moves(samples)
+        if key == "span" and "no_moment" in samples:  # a span file knows the question, and no moment of its video
+            known = known & ~samples["no_moment"].cpu().bool()
+        return span.where(known[:, None], whole)
 
     def row_generators(self, samples: Mapping) -> list[torch.Generator]:
         """One a row: in training from torch's global state, which checkpoints keep; in evaluation from the

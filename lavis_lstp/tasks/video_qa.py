@@ -246,7 +246,10 @@ def _evidence(predicted: Mapping[str, Any], samples: Mapping[str, Any], row: int
             found["num_frames"] = len(times)
             found["span_s"] = [round(edge, 3) for edge in Span(*found["span"]).to_seconds(times)]
     if predicted.get("start_logits") is not None and len(times) > 1:
-        logits = {edge: predicted[f"{edge}_logits"][row][: len(times)] for edge in ("start", "end")}
+        logits = {edge: predicted[f"{edge}_logits"][row] for edge in ("start", "end")}
+        mask = samples.get("flow_mask")
+        flows = int(mask[row].sum()) if mask is not None and len(mask[row]) == len(logits["start"]) else len(times)
+        logits = {edge: value[:flows] for edge, value in logits.items()}
         found["entropy"] = {edge: round(entropy_bits(value.tolist()), 4) for edge, value in logits.items()}
     if predicted.get("frame_index") is not None:
         index = [int(i) for i in predicted["frame_index"][row]]

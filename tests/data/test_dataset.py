@@ -388,20 +388,36 @@ def test_a_span_beyond_the_video_is_refused(videos):
 
 
 def test_published_spans_equal_published(videos, tmp_path):
-    """The recorded pairs of start and end, for 32 frames; the one whose start is behind its end is refused."""
+    """The recorded pairs of start and end, for 32 frames; the one whose start is behind its end is no span."""
     cases = json.loads((GOLDEN / "prompts.json").read_text())["iv"]
     cases = [(case["pseudo_label"], case["out"]) for case in cases if "pseudo_label" in case]
     path = tmp_path / "pseudo_label.json"
     for label, out in cases:
         path.write_text(json.dumps({"q0": label}))
-        if label[0] > label[1]:
-            with pytest.raises(AnnotationError, match=r"'q0' must have \[first, last\], numbers of 0..1"):
-                read_spans(path, 32, form="fractions")
-            continue
         spans = read_spans(path, 32, form="fractions")
         sample = VideoQADataset([entry(video="short.mp4")], videos, short_videos="double", spans=spans)[0]
+        if label[0] > label[1]:
+            assert sample["span"].tolist() == [-1, -1] and sample["no_moment"] == 1
+            continue
         assert Span(*sample["span"].tolist()).to_inclusive() == (out["start"], out["end"])
     assert len(cases) == 4
+
+
+@pytest.mark.parametrize(
+    ("form", "rows"), [("fractions", [[0.9, 0.1], [0.1, 0.9], [1, 0]]), ("indices", [[9, 1], [1, 9], [31, 0]])]
+)
+def test_reversed_rows_of_a_published_file_are_no_spans_and_counted(videos, tmp_path, caplog, form, rows):
+    path = tmp_path / "pseudo_label.json"
+    path.write_text(json.dumps({f"q{i}": row for i, row in enumerate(rows)}))
+    with caplog.at_level("WARNING"):
+        spans = read_spans(path, 32, form=form)
+    line = f"2 of 3 spans end before they begin, and are read as no span, first that of question 'q0': {rows[0]}"
+    assert [record.getMessage() for record in caplog.records] == [f"{path}: {line}"]
+    assert spans["q0"] is spans["q2"] is None and spans["q1"] is not None
+    dataset = VideoQADataset([entry(i) for i in range(3)], videos, num_frames=30, spans=spans)
+    batch = dataset.collater([dataset[i] for i in range(3)])
+    assert batch["no_moment"].tolist() == [1, 0, 1] and batch["span"][0].tolist() == [-1, -1]
+    assert "no_moment" not in dataset.collater([dataset[1]])
 
 
 def test_published_spans_go_there_and_back(tmp_path):
@@ -424,7 +440,8 @@ def test_published_spans_go_there_and_back(tmp_path):
         ({"q0": [0.25, 0.75]}, "indices", "whole numbers of 0..31 as datasets.<name>.spans_form 'indices' says"),
         ({"q0": [7, 23]}, "fractions", "numbers of 0..1 as datasets.<name>.spans_form 'fractions' says, got [7, 23]"),
         ({"q0": [0, 32]}, "indices", "whole numbers of 0..31"),
-        ({"q0": [5, 4]}, "indices", "whole numbers of 0..31"),
+        ({"q0": [5, -4]}, "indices", "whole numbers of 0..31"),
+        ({"q0": [1.5, 0.1]}, "fractions", "numbers of 0..1"),
         ({"q0": [0, True]}, "indices", "whole numbers of 0..31"),
         ({"q0": {"span": [0, 1]}}, "indices", "must have [first, last]"),
         ([[0, 1]], "fractions", "expected {question id: [first, last]}, got list"),

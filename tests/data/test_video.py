@@ -247,12 +247,15 @@ def test_decord_reads_after_its_bridge_was_set_as_lavis_does(odd):
 def test_real_footage_is_the_same_from_both_backends_and_from_decoding_it_all(real_videos):
     for path in real_videos:
         video = read_frames(path, num=6)
+        if video.info.duration_s > 60:
+            continue  # decoding all of it would take minutes
         with av.open(str(path)) as container:
+            rate = container.streams.video[0].average_rate
             every = [f for i, f in enumerate(container.decode(video=0)) if i in video.indices]
         wanted = np.stack([f.to_ndarray(format="rgb24").transpose(2, 0, 1) for f in every])
         assert (video.frames == wanted).all()
         assert (read_frames(path, num=6, backend="decord").frames == wanted).all()
-        assert video.info.fps == pytest.approx(24000 / 1001)
+        assert video.info.fps == pytest.approx(float(rate))
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 40), st.integers(1, 40), st.integers(0, 9))

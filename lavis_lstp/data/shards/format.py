@@ -214,7 +214,7 @@ class StoredFrames(NamedTuple):
 
     Attributes:
         pictures: N JPEG or WebP files; of a folder JPEG or PNG.
-        times_s: float64 [N], seconds since the first frame of the video.
+        times_s: float64 [N], seconds since the start of the video file.
         settings: how they were chosen: num_frames, fps, short_videos, size, encoding, as texts. Of a folder nothing
             was: num_frames is "all", and "names" are its files', parted by "/".
     """

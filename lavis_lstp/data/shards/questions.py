@@ -295,6 +295,10 @@ class ShardQuestions(Sequence):
     def _stored(self, place: Place) -> StoredFrames:
         return parse_frames(self.content(place)["frames"], f"{self.name(place)}.frames")
 
+    def published_flow(self, place: Place) -> None:
+        """Shards hold flow of this package's form alone."""
+        return None
+
     def flow(self, place: Place, num_frames: int) -> np.ndarray:
         """float16 [T,2,h,w] in px of its own grid.
 

@@ -20,7 +20,7 @@ import numpy as np
 from av.video.frame import PictureType
 from av.video.reformatter import VideoReformatter
 
-from lavis_lstp.data.video.index import REORDER, Source, VideoIndex, check_source, open_video
+from lavis_lstp.data.video.index import REORDER, Source, VideoIndex, check_source, reopen
 from lavis_lstp.errors import VideoError
 
 # Codecs whose decoders honour `skip_frame` per packet and store one picture in each.
@@ -65,8 +65,9 @@ def decode_pyav(
         IndexMismatch: where the table of packets cannot be trusted.
     """
     count = count if count is not None else DecodeCount()
-    with open_video(source, index.name, threads) as (container, stream):
-        options = {"err_detect": "explode"}  # a damaged picture is an error, not a patched-up neighbour
+    with reopen(source, index, threads) as (container, stream):
+        options = dict(stream.codec_context.options)
+        options["err_detect"] = "explode"  # a damaged picture is an error, not a patched-up neighbour
         if visit:
             options["flags2"] = "+export_mvs"
         stream.codec_context.options = options
@@ -322,14 +323,28 @@ def decode_decord(
             line = f"decord counts {len(reader)} frames, not {index.num_frames}"
             raise VideoError(f"{index.name}: {line}; use backend 'pyav'")
         stamps = reader.get_frame_timestamp([0, *wanted])[:, 0].astype(np.float64)
-        off_s = np.abs((stamps[1:] - stamps[0]) - index.times_s[list(wanted)])
+        off_s = np.abs((stamps[1:] - stamps[0]) - (index.times_s[list(wanted)] - index.times_s[0]))
         if off_s.size and off_s.max() > 0.5 / index.fps:
             raise VideoError(f"{index.name}: decord places frames at other times; use backend 'pyav'")
+        if len(index.tracks) > 1:
+            _check_track(source, index, reader, sorted({wanted[0], wanted[-1]}))
         for i in wanted:
-            batch = reader.get_batch([i])  # one at a time: a batch holds all in full size
-            yield i, (batch.asnumpy() if hasattr(batch, "asnumpy") else np.asarray(batch))[0]
+            yield i, _decord_picture(reader, i)
     except (decord.DECORDError, RuntimeError) as error:
         if isinstance(error, VideoError):
             raise
         line = re.sub(r"\[\d+:\d+:\d+\] \S+: ?", "", str(error).strip().splitlines()[0]).strip()[:120]
         raise VideoError(f"{index.name}: cannot be read by decord ({line}); use backend 'pyav'") from None
+
+
+def _decord_picture(reader: Any, i: int) -> np.ndarray:
+    batch = reader.get_batch([i])  # one at a time: a batch holds all in full size
+    return (batch.asnumpy() if hasattr(batch, "asnumpy") else np.asarray(batch))[0]
+
+
+def _check_track(source: Source, index: VideoIndex, reader: Any, some: Sequence[int]) -> None:
+    """Refuses a file of which decord takes another track: it cannot be told which, and its FFmpeg is an older one."""
+    for i, ours in decode_pyav(source, index, some):
+        theirs = _decord_picture(reader, i)
+        if theirs.shape != ours.shape or np.abs(theirs.astype(np.int16) - ours).mean() > 1:
+            raise VideoError(f"{index.name}: decord does not read track {index.track} of it; use backend 'pyav'")

@@ -5,15 +5,22 @@ order they are stored, and from it the presentation order: frame i is the i-th f
 
 Reading packets costs about a hundredth of decoding them, and gives what headers do not: true times of a variable
 frame rate, frames hidden by an edit list, the place where a cut-off file ends. Where a container stores no
-presentation times (AVI with B-frames, raw streams) or contradicts itself, the table is made by decoding once.
+presentation times (AVI with B-frames, raw streams) or contradicts itself, the table is made by decoding once. A file
+whose clock begins anew, as in recordings joined with `cat`, contradicts itself, too: its frames follow the order of
+decoding, and their times go on where the part before ends.
+
+Seconds count from the start of the file, as players and `ffmpeg -ss` count them: FFmpeg's `start_time`, the earliest
+of all its tracks. Pictures of a file whose sound begins earlier, or of one that was cut without encoding it again,
+begin later than 0.
 """
 
 from __future__ import annotations
 
 import io
+import logging
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -26,6 +33,8 @@ from av.stream import Discard
 
 from lavis_lstp.errors import VideoError
 
+logger = logging.getLogger(__name__)
+
 Source = str | os.PathLike | bytes | bytearray | memoryview | BinaryIO
 
 # Containers a video file may be. Others of FFmpeg's are playlists and scripts, which name further files or
@@ -37,11 +46,20 @@ FORMATS = (
 REORDER = 16  # no codec here hands a picture out later than this many others
 TS_PACKET = (188, 192, 204)  # bytes
 NO_PRESENTATION_TIMES = {"avi", "h264", "hevc", "m4v", "mpegvideo", "obu"}
+# Where a clock may begin anew, a step of more than GAP_S is no pause but another clock: FFmpeg's dts_delta_threshold.
+CLOCKS_BEGIN_ANEW = {"mpegts", "mpeg", "ogg"}
+GAP_S = 10.0
+DEFAULT_MAX_MEGAPIXELS = 64.0
+"""The largest picture that is decoded; eight times the area of 4K."""
 
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a video is. `width` and `height` are those of the frames handed out, after rotation."""
+    """What a video is. `width` and `height` are those of the frames handed out, after rotation.
+
+    `duration_s` is when its last picture ends, in seconds since the start of the file. `track` is FFmpeg's number of
+    the track that is read where a file has several with pictures, else None.
+    """
 
     num_frames: int
     fps: float
@@ -50,6 +68,7 @@ class VideoInfo:
     height: int
     rotation: int  # degrees counter-clockwise already applied to the frames handed out; flips not counted
     codec: str
+    track: int | None = None
 
 
 @dataclass(frozen=True)
@@ -61,10 +80,15 @@ class VideoIndex:
         packet_key: bool [P], decoding can start here.
         packet_damaged: bool [P], known to be damaged.
         frame_packet: int64 [N], the packet that holds frame i; empty when `by_count`.
-        times_s: float64 [N], seconds since the first frame.
+        times_s: float64 [N], seconds since the start of the file.
+        duration_s: when the last frame ends, in the same seconds.
         container: FFmpeg's name of the file format.
         by_count: frames can be told only by counting decoded ones from the start of the file.
         missing: one line about what the file should hold and does not, or None.
+        track: FFmpeg's number of the track that is read.
+        tracks: the numbers of all tracks of pictures.
+        start: of the file, in seconds of its own clock; None where it has no clock.
+        max_megapixels: pictures of a larger area are refused.
     """
 
     name: str
@@ -80,10 +104,19 @@ class VideoIndex:
     missing: str | None
     codec: str
     container: str
+    track: int = 0
+    tracks: tuple[int, ...] = (0,)
+    start: Fraction | None = None
+    max_megapixels: float = DEFAULT_MAX_MEGAPIXELS
 
     @property
     def num_frames(self) -> int:
         return len(self.times_s)
+
+    def facts(self) -> dict[str, Any]:
+        """What does not depend on how its frames were found; see `count_frames`."""
+        kept = ("name", "codec", "container", "missing", "time_base", "track", "tracks", "start", "max_megapixels")
+        return {key: getattr(self, key) for key in kept}
 
 
 def source_name(source: Source, name: str | None = None) -> str:
@@ -126,65 +159,136 @@ def check_source(source: Source, name: str) -> Source:
 
 
 @contextmanager
-def open_video(source: Source, name: str, threads: int = 1) -> Iterator[tuple[Any, Any]]:
-    """Container and picture stream of a checked source; every FFmpeg error inside becomes a `VideoError`."""
+def open_video(
+    source: Source,
+    name: str,
+    threads: int = 1,
+    *,
+    track: int | None = None,
+    max_megapixels: float = DEFAULT_MAX_MEGAPIXELS,
+) -> Iterator[tuple[Any, Any]]:
+    """Container and picture stream of a checked source; every FFmpeg error inside becomes a `VideoError`.
+
+    Args:
+        track: FFmpeg's number of the stream; None takes the one that FFmpeg would (`_best_track`).
+        max_megapixels: a picture of a larger area is refused before it is decoded.
+    """
     options = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
+    most = {"max_pixels": str(round(max_megapixels * 1e6))}  # the decoder's own limit: a header may lie about the size
     try:
-        with av.open(check_source(source, name), container_options=options, metadata_errors="replace") as container:
-            picture = [s for s in container.streams.video if not s.disposition & s.disposition.attached_pic]
-            if not picture:
-                kinds = ", ".join(sorted({s.type for s in container.streams})) or "nothing"
-                raise VideoError(f"{name}: no video stream, only {kinds}; expected a video")
-            stream = picture[0]
+        with av.open(
+            check_source(source, name), options=most, container_options=options, metadata_errors="replace"
+        ) as container:
+            if track is not None and track >= len(container.streams):
+                raise VideoError(f"{name}: has no track {track} any more; it was changed while it was read")
+            stream = _best_track(container, name) if track is None else container.streams[track]
             if stream.codec_context is None:
                 raise VideoError(f"{name}: no decoder for its video stream in this build of PyAV")
+            _check_area(stream, name, max_megapixels)
             for other in container.streams:
                 if other is not stream:
                     other.discard = Discard.all
+            stream.codec_context.options = most
             stream.codec_context.thread_count = threads
             stream.codec_context.thread_type = "SLICE" if threads == 1 else "AUTO"
             yield container, stream
+    except (
+        av.ArgumentError
+    ) as error:  # among others what a decoder says of pictures that its container kept quiet about
+        larger = f"or its pictures are larger than {max_megapixels:g} megapixels (max_megapixels)"
+        raise VideoError(f"{name}: cannot be read as a video ({error.strerror}), {larger}") from None
     except av.FFmpegError as error:
         raise VideoError(f"{name}: cannot be read as a video ({error.strerror})") from None
 
 
-def video_index(source: Source, name: str) -> VideoIndex:
+def reopen(source: Source, index: VideoIndex, threads: int = 1):
+    """`open_video` for the track of an index, within its limit."""
+    return open_video(source, index.name, threads, track=index.track, max_megapixels=index.max_megapixels)
+
+
+def _picture_tracks(container: Any) -> list[Any]:
+    """Video streams that are no pictures attached to a file, such as a cover."""
+    return [s for s in container.streams.video if not s.disposition & s.disposition.attached_pic]
+
+
+def _best_track(container: Any, name: str) -> Any:
+    """The stream that FFmpeg takes by itself: by its disposition, its number of frames, its bit rate, its place."""
+    tracks = _picture_tracks(container)
+    if not tracks:
+        kinds = ", ".join(sorted({s.type for s in container.streams})) or "nothing"
+        raise VideoError(f"{name}: no video stream, only {kinds}; expected a video")
+    best = container.streams.best("video")
+    if best is not None and best.index in {s.index for s in tracks}:
+        return best
+    return max(tracks, key=lambda s: (bool(s.disposition & s.disposition.default), s.width * s.height, -s.index))
+
+
+def _check_area(stream: Any, name: str, max_megapixels: float) -> None:
+    width, height = stream.codec_context.width, stream.codec_context.height
+    if width * height > max_megapixels * 1e6:
+        raise VideoError(
+            f"{name}: its pictures of {width} x {height} are {width * height / 1e6:.0f} megapixels, more than the "
+            f"{max_megapixels:g} allowed (max_megapixels)"
+        )
+
+
+def video_index(source: Source, name: str, max_megapixels: float = DEFAULT_MAX_MEGAPIXELS) -> VideoIndex:
     """The index of a source; for paths the last 64 are kept and read again when size or date change."""
     if isinstance(source, (str, os.PathLike)):
         check_source(source, name)
         status = os.stat(source)
-        return _index_of_path(os.path.abspath(source), name, status.st_size, status.st_mtime_ns)
-    return _read_index(source, name)
+        return _index_of_path(os.path.abspath(source), name, status.st_size, status.st_mtime_ns, max_megapixels)
+    return _read_index(source, name, max_megapixels)
 
 
 @lru_cache(maxsize=64)
-def _index_of_path(path: str, name: str, size: int, mtime_ns: int) -> VideoIndex:
-    return _read_index(path, name)
+def _index_of_path(path: str, name: str, size: int, mtime_ns: int, max_megapixels: float) -> VideoIndex:
+    return _read_index(path, name, max_megapixels)
 
 
-def _read_index(source: Source, name: str) -> VideoIndex:
-    with open_video(source, name) as (container, stream):
+def _read_index(source: Source, name: str, max_megapixels: float) -> VideoIndex:
+    """The index of the track that FFmpeg takes; of the next one where that holds a single picture (a thumbnail)."""
+    index = _index_of_track(source, name, None, max_megapixels)
+    for track in index.tracks if index.num_frames == 1 else ():
+        if track != index.track:
+            other = _index_of_track(source, name, track, max_megapixels)
+            index = other if other.num_frames > index.num_frames else index
+    if len(index.tracks) > 1:
+        others = ", ".join(str(track) for track in index.tracks if track != index.track)
+        logger.warning("%s: track %d (%s) is read, not %s", name, index.track, index.codec, others)
+    return index
+
+
+def _index_of_track(source: Source, name: str, track: int | None, max_megapixels: float) -> VideoIndex:
+    with open_video(source, name, track=track, max_megapixels=max_megapixels) as (container, stream):
+        start, tracks = _start(container), tuple(s.index for s in _picture_tracks(container))
         packets, missing = _read_packets(container, stream)
         formats = set(container.format.name.split(","))
         untimed = bool(formats & NO_PRESENTATION_TIMES) and stream.codec_context.has_b_frames
         facts = {"name": name, "codec": stream.codec_context.name, "container": container.format.name}
+        facts |= {"track": stream.index, "tracks": tracks, "start": start, "max_megapixels": max_megapixels}
         facts["time_base"] = float(stream.time_base)
-        rate = stream.average_rate or stream.guessed_rate
+        rate, tick = stream.average_rate or stream.guessed_rate, stream.time_base
     stamps = [p.pts for p in packets]
     if not packets:
         raise VideoError(f"{name}: its video stream holds no frame" + (f"; {missing}" if missing else ""))
-    if untimed or None in stamps or len(set(stamps)) < len(stamps):
-        damaged = next((f"packet {n} is damaged" for n, p in enumerate(packets) if p.damaged), None)
-        return count_frames(source, name, rate, facts | {"missing": missing or damaged})
+    anew = _clocks_begin(packets, GAP_S / facts["time_base"] if formats & CLOCKS_BEGIN_ANEW else None)
+    if untimed or anew or None in stamps or len(set(stamps)) < len(stamps):
+        # FFmpeg takes what stands before a joint for damaged: the counters of MPEG-TS packets begin anew there, too.
+        joints = {n - back for n in anew for back in (1, 2)}
+        damaged = (f"packet {n} is damaged" for n, p in enumerate(packets) if p.damaged and n not in joints)
+        facts["missing"] = missing or next(damaged, None)
+        return count_frames(source, rate, facts, first_dts=packets[0].dts if untimed else None, joints=len(anew))
     visible = [n for n, p in enumerate(packets) if p.shown and not (missing and p.pts > _closed_until(stamps))]
     if not visible:
         raise VideoError(f"{name}: {missing or 'its edit list hides every frame'}")
     packet_pts = np.asarray(stamps, dtype=np.int64)
     frame_packet = np.asarray(sorted(visible, key=stamps.__getitem__), dtype=np.int64)
     ticks = packet_pts[frame_packet]
-    times_s = (ticks - ticks[0]) * facts["time_base"]
+    begins_s = _seconds_after(start, int(ticks[0]) * tick)
+    times_s = (ticks - ticks[0]) * facts["time_base"] + begins_s
     fps = frame_rate(times_s, rate)
-    end_s = (max(packets[n].pts + packets[n].ticks for n in visible) - ticks[0]) * facts["time_base"]
+    end_s = (max(packets[n].pts + packets[n].ticks for n in visible) - ticks[0]) * facts["time_base"] + begins_s
     return VideoIndex(
         packet_pts=packet_pts,
         packet_key=np.asarray([p.key for p in packets]),
@@ -199,8 +303,36 @@ def _read_index(source: Source, name: str) -> VideoIndex:
     )
 
 
+def _start(container: Any) -> Fraction | None:
+    """The start of a file in seconds of its own clock: FFmpeg's, which is rounded to microseconds, made exact."""
+    if container.start_time is None:
+        return None
+    stated = Fraction(container.start_time, av.time_base)
+    tracks = [s.start_time * s.time_base for s in container.streams if s.start_time is not None and s.time_base]
+    nearest = min(tracks, key=lambda start: abs(start - stated), default=stated)
+    return nearest if abs(nearest - stated) < Fraction(2, av.time_base) else stated
+
+
+def _seconds_after(start: Fraction | None, first: Fraction | None) -> float:
+    """When the first picture is shown, counted from the start of the file; never before it."""
+    return 0.0 if start is None or first is None else max(0.0, float(first - start))
+
+
+def _clocks_begin(packets: Sequence[_Packet], gap: float | None) -> list[int]:
+    """The packets at which another clock begins: the stamp of decoding falls, or leaps by more than `gap` ticks."""
+    found, last = [], None
+    for n, packet in enumerate(packets):
+        if packet.dts is None:
+            continue
+        if last is not None and (packet.dts < last or (gap is not None and packet.dts - last > gap)):
+            found.append(n)
+        last = packet.dts
+    return found
+
+
 class _Packet(NamedTuple):
     pts: int | None
+    dts: int | None
     ticks: int  # how long it is shown, 0 = unknown
     key: bool
     shown: bool
@@ -218,7 +350,7 @@ def _read_packets(container: Any, stream: Any) -> tuple[list[_Packet], str | Non
                 # VP8 stores pictures that are only referred to as packets of their own; a header bit tells.
                 shown = not packet.is_discard and not (is_vp8 and not bytes(packet)[0] & 0x10)
                 ticks = packet.duration or 0
-                packets.append(_Packet(packet.pts, ticks, packet.is_keyframe, shown, packet.is_corrupt))
+                packets.append(_Packet(packet.pts, packet.dts, ticks, packet.is_keyframe, shown, packet.is_corrupt))
     except av.FFmpegError as error:
         missing = f"truncated: reading stops after {len(packets)} frames ({error.strerror})"
     if container.format.name == "mpegts" and packets and all(container.size % n for n in TS_PACKET):
@@ -270,10 +402,25 @@ def _missing_seconds(stream: Any, packets: list[_Packet]) -> float:
     return short_s if short_s > max(0.05, 1.5 / float(stream.average_rate or 25)) else 0.0
 
 
-def count_frames(source: Source, name: str, rate: Fraction | None, facts: dict[str, Any]) -> VideoIndex:
-    """The index of a video without usable presentation times: decode it all once and count."""
+def count_frames(
+    source: Source,
+    rate: Fraction | None,
+    facts: dict[str, Any],
+    *,
+    first_dts: int | None = None,
+    joints: int = 0,
+) -> VideoIndex:
+    """The index of a video without usable presentation times: decode it all once and count.
+
+    Args:
+        facts: see `VideoIndex.facts`.
+        first_dts: when decoding begins, in ticks, for files that store no other times.
+        joints: how often the file's clock begins anew.
+    """
     ticks: list[int | None] = []
-    with open_video(source, name) as (container, stream):
+    name, track, most = facts["name"], facts["track"], facts["max_megapixels"]
+    with open_video(source, name, track=track, max_megapixels=most) as (container, stream):
+        tick = stream.time_base
         try:
             ticks.extend(frame.pts for frame in container.decode(stream))
         except av.FFmpegError as error:
@@ -282,9 +429,11 @@ def count_frames(source: Source, name: str, rate: Fraction | None, facts: dict[s
         ticks = ticks[:-REORDER]  # a frame shown earlier may lie behind the cut, and shift the count
     if not ticks:
         raise VideoError(f"{name}: {facts['missing'] or 'no frame of it can be decoded'}")
-    times_s = np.arange(len(ticks)) / float(rate or 25)
-    if None not in ticks and all(a < b for a, b in zip(ticks, ticks[1:], strict=False)):
-        times_s = (np.asarray(ticks, dtype=np.int64) - ticks[0]) * facts["time_base"]
+    step_s = 1 / (rate or Fraction(25))
+    known = next((n for n, pts in enumerate(ticks) if pts is not None), None)
+    first = None if known is None else ticks[known] * tick - known * step_s
+    first = first if first_dts is None else first_dts * tick
+    times_s = _joined_times(ticks, facts["time_base"], float(step_s), joints) + _seconds_after(facts["start"], first)
     fps = frame_rate(times_s, rate)
     none = np.zeros(0, dtype=np.int64)
     return VideoIndex(
@@ -300,12 +449,28 @@ def count_frames(source: Source, name: str, rate: Fraction | None, facts: dict[s
     )
 
 
+def _joined_times(ticks: Sequence[int | None], tick_s: float, step_s: float, joints: int) -> np.ndarray:
+    """float64 [N], seconds since the first frame: as stamped, going on by one step where another clock begins.
+
+    Where the stamps cannot be told from accidents, frames are evenly spaced.
+    """
+    even = np.arange(len(ticks)) * step_s
+    if None in ticks:
+        return even
+    steps_s = np.diff(np.asarray(ticks, dtype=np.int64)) * tick_s
+    anew = (steps_s <= 0) | (steps_s > GAP_S) if joints else steps_s <= 0
+    if anew.sum() > joints:
+        return even
+    return np.concatenate([[0.0], np.cumsum(np.where(anew, step_s, steps_s))])
+
+
 def frame_rate(times_s: np.ndarray, stated: Fraction | None) -> float:
     """Frames per second: the stated rate where the frames agree with it to 1 %, else what they show.
 
     The stated one is exact (24000/1001); the measured one carries the rounding of the time base.
     """
-    measured = (len(times_s) - 1) / times_s[-1] if len(times_s) > 1 and times_s[-1] > 0 else 0.0
+    lasts_s = times_s[-1] - times_s[0] if len(times_s) > 1 else 0.0
+    measured = (len(times_s) - 1) / lasts_s if lasts_s > 0 else 0.0
     if stated and (not measured or abs(float(stated) / measured - 1) < 0.01):
         return float(stated)
     return float(measured or 25.0)

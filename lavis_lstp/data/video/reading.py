@@ -2,7 +2,7 @@
 
     info = probe("film.mp4")
     video = read_frames("film.mp4", num=32, size=224)       # or indices=[0, 50], or times_s=[0.5, 2.0]
-    video.frames    uint8 [T,3,H,W] RGB      video.times_s   seconds since the first frame
+    video.frames    uint8 [T,3,H,W] RGB      video.times_s   seconds since the start of the file
 
 Everything here is NumPy: importing torch would cost more memory (0.5 GB) than reading 32 frames does (0.1 GB).
 Frame i is the i-th picture a viewer sees, whatever the order, times and hidden parts of the file. Every failure
@@ -34,11 +34,12 @@ from lavis_lstp.data.video.decode import (
     orientation,
 )
 from lavis_lstp.data.video.index import (
+    DEFAULT_MAX_MEGAPIXELS,
     Source,
     VideoIndex,
     VideoInfo,
     count_frames,
-    open_video,
+    reopen,
     source_name,
     video_index,
 )
@@ -61,7 +62,7 @@ class VideoFrames:
 
     Attributes:
         frames: uint8 [T,3,H,W], RGB, upright.
-        times_s: float64 [T], seconds since the first frame of the video.
+        times_s: float64 [T], seconds since the start of the file, as players count them.
         indices: T frame numbers.
         flow: None or float32 [T,2,h,w], (u, v) in px of its own h x w grid from each frame to the next one here,
             x right, y down; the last repeats the one before, a single frame has zeros.
@@ -128,16 +129,16 @@ def resize_frames(frames: np.ndarray, size: int | Sequence[int]) -> np.ndarray:
     return out
 
 
-def probe(source: Source, *, name: str | None = None) -> VideoInfo:
+def probe(source: Source, *, name: str | None = None, max_megapixels: float = DEFAULT_MAX_MEGAPIXELS) -> VideoInfo:
     """What a video holds. Reads all its packets and decodes its first frame, so what it says can be decoded.
 
     Raises:
-        VideoError: not a video, no picture track, or less of it than the file promises.
+        VideoError: not a video, no picture track, pictures too large, or less of it than the file promises.
     """
     if _is_pictures(source):
         return _read_folder(source, name, num=1).info
     name = source_name(source, name)
-    index = video_index(source, name)
+    index = video_index(source, name, max_megapixels)
     _refuse_incomplete(index)
     return _info(source, index)[0]
 
@@ -149,27 +150,26 @@ def _refuse_incomplete(index: VideoIndex) -> None:
 
 def _info(source: Source, index: VideoIndex) -> tuple[VideoInfo, Orientation]:
     """Size and rotation come from the first picture: headers of the container may be wrong about both."""
-    with open_video(source, index.name) as (container, stream):
+    with reopen(source, index) as (container, stream):
         first = next(container.decode(stream), None)
         if first is None:
             raise VideoError(f"{index.name}: its first frame cannot be decoded")
         turn = orientation(first)
         height, width = (first.width, first.height) if turn.transpose else (first.height, first.width)
         rotation = int(first.rotation) % 360
-    return VideoInfo(index.num_frames, index.fps, index.duration_s, width, height, rotation, index.codec), turn
+    track = index.track if len(index.tracks) > 1 else None
+    return VideoInfo(index.num_frames, index.fps, index.duration_s, width, height, rotation, index.codec, track), turn
 
 
 def _at_times(index: VideoIndex, times_s: Sequence[float]) -> list[int]:
-    """The frame on screen at each time. The end of the video still shows its last frame."""
+    """The frame on screen at each time; before the first one begins it, as `ffmpeg -ss` has it, at the end the last."""
     for t in times_s:
         if not 0 <= t <= index.duration_s + 1e-3:
-            raise VideoError(
-                f"{index.name}: no frame at {t:g} s; it lasts from 0 to {index.duration_s:.3f} s after its first frame"
-            )
+            raise VideoError(f"{index.name}: no frame at {t:g} s; it lasts from 0 to {index.duration_s:.3f} s")
     # Some slack, so that the time a frame was given out with, even as float32, finds the same frame again.
     slack = min(1e-4, 0.25 / index.fps)
     at = np.searchsorted(index.times_s, np.asarray(times_s, dtype=np.float64) + slack, side="right")
-    return [int(i) - 1 for i in at]
+    return [max(0, int(i) - 1) for i in at]
 
 
 def _spread(
@@ -178,11 +178,24 @@ def _spread(
     """At most `num` frames, or exactly that many where short videos are doubled; see `read_frames`."""
     _refuse_incomplete(index)
     chosen = frames_between(index.times_s, between_s)
-    if fps is not None and fps < index.num_frames / index.duration_s:
-        at_fps = set(_at_times(index, np.arange(max(1, math.ceil(index.duration_s * fps - 1e-6))) / fps)) & set(chosen)
-        chosen = sorted(at_fps) if 0 < len(at_fps) <= num else chosen
+    if fps is not None and fps < index.fps:
+        at_fps = sorted(set(frames_at_rate(index.num_frames, index.fps, fps)) & set(chosen))
+        chosen = at_fps if 0 < len(at_fps) <= num else chosen
     spread = sample_indices if short_videos == "double" else uniform_centres
     return [chosen[i] for i in spread(num, len(chosen))]
+
+
+def frames_at_rate(length: int, rate: float, fps: float) -> list[int]:
+    """About `fps` frames a second of `length` frames that come at `rate`, counted as the published code counts them.
+
+    A second is taken for int(rate) frames, so fps=1 gives every int(rate)-th one; below one frame a second, for `rate`.
+
+    >>> frames_at_rate(70, 23.976, 1)
+    [0, 23, 46, 69]
+    """
+    second = int(rate + 1e-6) or rate
+    found = (int(k * second / fps + 1e-9) for k in range(math.ceil(length * fps / second)))
+    return sorted({i for i in found if i < length})
 
 
 def frames_between(times_s: Sequence[float], between_s: Sequence[float] | None) -> list[int]:
@@ -223,6 +236,7 @@ def read_frames(
     flow_size: int | Sequence[int] | None = None,
     threads: int = 1,
     name: str | None = None,
+    max_megapixels: float = DEFAULT_MAX_MEGAPIXELS,
 ) -> VideoFrames:
     """Reads frames given by number, by time, or `num` uniform centres (fewer in a shorter video).
 
@@ -232,9 +246,9 @@ def read_frames(
         source: path, bytes, or seekable binary file; or, with `num`, a folder of pictures (`picture_folder`), or a
             list of its pictures' bytes.
         indices: frame numbers from 0, in any order, repeats allowed.
-        times_s: seconds since the first frame; the frame on screen then.
-        fps: with `num`: the frames on screen at 0, 1/fps, 2/fps, ... seconds, each once, where these are at most `num`;
-            otherwise, and where the video has no more frames a second than that, `num` uniform centres of all frames.
+        times_s: seconds since the start of the file; the frame on screen then.
+        fps: with `num`: so many frames a second (`frames_at_rate`) where these are at most `num`; otherwise, and where
+            the video has no more frames a second than that, `num` uniform centres of all frames.
         short_videos: with `num`: "keep" gives fewer frames where there are fewer; "double" repeats them in order to
             exactly `num`, as published training did (`sample_indices`).
         between_s: with `num`: choose among the frames of [start, end) seconds, not of the whole video.
@@ -244,6 +258,7 @@ def read_frames(
         flow_size: grid of that flow, its values scaled along; None is the size of the frames.
         threads: decoder threads; 1 suits loaders with several workers.
         name: what errors call the source, for bytes.
+        max_megapixels: a video whose pictures are larger is refused before one is decoded.
 
     Raises:
         VideoError: nothing there, not a video, no such frame, or one that is damaged.
@@ -261,14 +276,12 @@ def read_frames(
     if motion_vectors and backend != "pyav":
         raise ConfigError(f"motion vectors need backend 'pyav', got '{backend}'")
     name = source_name(source, name)
-    index = video_index(source, name)
+    index = video_index(source, name, max_megapixels)
     asked = (indices, times_s, num, fps, short_videos, between_s)
     try:
         return _read(source, index, asked, size, backend, motion_vectors, flow_size, threads)
     except IndexMismatch:
-        kept = ("name", "codec", "container", "missing", "time_base")
-        facts = {key: getattr(index, key) for key in kept}
-        index = count_frames(source, name, None, facts)
+        index = count_frames(source, None, index.facts())
         return _read(source, index, asked, size, backend, motion_vectors, flow_size, threads)
 
 

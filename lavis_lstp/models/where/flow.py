@@ -121,13 +121,20 @@ class FlowExtractor(nn.Module):
         return self
 
     @torch.no_grad()
-    def forward(self, frames: Tensor, frame_mask: Tensor | None = None, flow: Tensor | None = None) -> Tensor:
-        """float32 [B,T,2,h,w] in px per frame.
+    def forward(
+        self,
+        frames: Tensor,
+        frame_mask: Tensor | None = None,
+        flow: Tensor | None = None,
+        flow_mask: Tensor | None = None,
+    ) -> Tensor:
+        """float32 [B,T,2,h,w] in px per frame; [B,L,2,h,w] where the flow given has a mask of its own.
 
         Args:
             frames: uint8 [B,T,3,H,W].
             frame_mask: [B,T], 1 = real frame; real frames come first. None = all.
             flow: what the data set brought, [B,T,2,h,w]; used by `motion_vectors` and `precomputed`, else ignored.
+            flow_mask: [B,L], 1 = real, of a flow [B,L,2,h,w] that does not depend on the frames.
 
         Raises:
             LstpError: the extractor needs the batch's flow and there is none, or not for these frames.
@@ -140,24 +147,27 @@ class FlowExtractor(nn.Module):
         if mask.shape != (batch, length):
             raise ValueError(f"expected frame_mask {[batch, length]}, got {list(mask.shape)}")
         if self.name in GIVEN:
-            field = self._given(frames, flow)
+            field = self._given(frames, flow, flow_mask)
         elif self.name == "none":
             field = torch.zeros(batch, length, 2, *(self.flow_size or frames.shape[-2:]), device=frames.device)
         else:
             with torch.autocast(frames.device.type, enabled=False):  # as `lavis-lstp flow` computes it, in any run
                 field = self._between(frames, mask)
-        field = resize_flow(repeat_last(field, mask), self.flow_size or field.shape[-2:])
+        own = self.name in GIVEN and flow_mask is not None
+        field = field * flow_mask.to(field)[:, :, None, None, None] if own else repeat_last(field, mask)
+        field = resize_flow(field, self.flow_size or field.shape[-2:])
         return radius_normalised(field) if self.normalise else field
 
-    def _given(self, frames: Tensor, flow: Tensor | None) -> Tensor:
+    def _given(self, frames: Tensor, flow: Tensor | None, flow_mask: Tensor | None) -> Tensor:
         if flow is None:
             raise LstpError(
                 f"flow '{self.name}' takes the flow that the data set reads, and this batch has none; set "
                 f"datasets.<name>.flow: {self.name}, or choose model.flow.name: dis"
             )
-        if flow.ndim != 5 or flow.shape[:3] != (*frames.shape[:2], 2):
+        fields = (frames if flow_mask is None else flow_mask).shape[:2]
+        if flow.ndim != 5 or flow.shape[:3] != (*fields, 2):
             raise LstpError(
-                f"flow '{self.name}': expected [B,T] = {list(frames.shape[:2])} fields of 2 planes, "
+                f"flow '{self.name}': expected [B,T] = {list(fields)} fields of 2 planes, "
                 f"got flow of shape {list(flow.shape)}"
             )
         return flow.to(device=frames.device, dtype=torch.float32)

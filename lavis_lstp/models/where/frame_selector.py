@@ -105,6 +105,14 @@ def _running_max(values: Tensor) -> tuple[Tensor, Tensor]:
     return running, (places * is_new).cummax(dim=1).values
 
 
+def flows_to_frames(span: Sequence[int], num_frames: int, num_flows: int) -> tuple[int, int]:
+    """A half-open span of L flows -> of N frames: the frames as far along as its first and its last flow."""
+    if num_flows < 2 or not num_frames:
+        return 0, num_frames
+    first, last = (edge * (num_frames - 1) // (num_flows - 1) for edge in (span[0], span[1] - 1))
+    return first, last + 1
+
+
 class Selection(NamedTuple):
     """frame_index int64 [B,K], sorted, -1 where a sample has no frame; span int64 [B,2], half-open."""
 
@@ -113,9 +121,10 @@ class Selection(NamedTuple):
 
 
 class Row(NamedTuple):
-    """What a rule sees of one sample: N real frames, its logits on the CPU, best and given span, generator."""
+    """What a rule sees of one sample: N frames, V flows, its logits on the CPU, best and given span, generator."""
 
     num_frames: int
+    num_flows: int
     start_logits: Tensor | None
     end_logits: Tensor | None
     best: tuple[int, int] | None
@@ -164,7 +173,7 @@ def _gumbel(row: Row, num_selected: int) -> tuple[list[int], tuple[int, int]]:
 
 def _published(row: Row, candidates: list[tuple[int, int]]) -> tuple[list[int], tuple[int, int]]:
     grid = published_grid(row.num_frames, row.grid) if row.grid else range(row.num_frames)
-    frames = [grid[i] for i in candidate_frames(candidates, len(grid), row.num_frames + row.marks, row.mapping)]
+    frames = [grid[i] for i in candidate_frames(candidates, len(grid), row.num_flows + row.marks, row.mapping)]
     return frames, (frames[0], frames[-1] + 1)
 
 
@@ -232,14 +241,16 @@ class FrameSelector:
         end_logits: Tensor | None = None,
         span: Tensor | None = None,
         generators: Sequence[torch.Generator] | torch.Generator | None = None,
+        flow_mask: Tensor | None = None,
     ) -> Selection:
         """Selects frames.
 
         Args:
             frame_mask: [B,T], 1 = real, real ones first.
-            start_logits, end_logits: [B,T], one flow for each frame.
+            start_logits, end_logits: [B,T], one flow for each frame; [B,L] with `flow_mask`.
             span: int64 [B,2], half-open, for "given".
             generators: on the CPU; one for each row makes a sample's frames independent of its batch.
+            flow_mask: [B,L], 1 = real, real ones first, where flows are not one a frame.
 
         Returns:
             On the device of `frame_mask`.
@@ -259,19 +270,26 @@ class FrameSelector:
         starts = start_logits.detach().float().cpu() if self.needs_logits else None
         ends = end_logits.detach().float().cpu() if self.needs_logits else None
         has_frames = bool(frame_mask.any())
-        best = best_spans(starts, ends, frame_mask.cpu()).tolist() if self.needs_logits and has_frames else None
+        counts = [int(n) for n in frame_mask.sum(dim=1).tolist()]
+        flows = counts if flow_mask is None else [int(n) for n in flow_mask.sum(dim=1).tolist()]
+        best = None
+        if self.needs_logits and has_frames:
+            best = best_spans(starts, ends, (frame_mask if flow_mask is None else flow_mask).cpu()).tolist()
+            if flow_mask is not None:
+                best = [flows_to_frames(*sizes) for sizes in zip(best, counts, flows, strict=True)]
         given = span.tolist() if self.needs_span else None
         index, spans = [], []
-        for b, count in enumerate(int(n) for n in frame_mask.sum(dim=1).tolist()):
+        for b, count in enumerate(counts):
             if not count:  # a sample without a video
                 index.append([-1] * self.num_selected)
                 spans.append((0, 0))
                 continue
             if given:
                 self._check_span(b, given[b], count)
-            seen = count if self.mask_padding else None
+            seen = flows[b] if self.mask_padding else None
             row = Row(
                 num_frames=count,
+                num_flows=flows[b],
                 start_logits=starts[b, :seen] if self.needs_logits else None,
                 end_logits=ends[b, :seen] if self.needs_logits else None,
                 best=self._widen(best[b], count) if best else None,

@@ -346,6 +346,22 @@ def boundary_targets(span: Tensor, num_flows: int) -> tuple[Tensor, Tensor]:
     return torch.where(known, start, ignored), torch.where(known, end - 1, ignored)
 
 
+def spans_in_flows(span: Tensor, num_frames: Tensor, num_flows: Tensor) -> Tensor:
+    """Half-open spans int64 [B,2] in frames -> in flows, of videos whose flows are not one a frame.
+
+    As published: int(frame / (N - 1) * (L - 1)) of the first and of the last frame, in float64; the one frame of N = 1
+    is every flow. (-1, -1) and empty spans stay as they are.
+
+    Args:
+        num_frames, num_flows: int64 [B], N and L of each video.
+    """
+    ends = torch.stack([span[:, 0], span[:, 1] - 1], dim=1)
+    found = (ends.double() / (num_frames - 1).clamp(min=1)[:, None] * (num_flows - 1)[:, None]).long()
+    found[:, 1] = torch.where(num_frames > 1, found[:, 1], num_flows - 1) + 1
+    known = (span[:, 0] >= 0) & (span[:, 1] > span[:, 0])
+    return torch.where(known[:, None], found, span)
+
+
 def boundary_loss(
     start_logits: Tensor,
     end_logits: Tensor,

@@ -1,0 +1,337 @@
+"""Which track of a file is read, from when its seconds count, and recordings whose clock begins anew."""
+
+from __future__ import annotations
+
+import logging
+from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple
+
+import av
+import numpy as np
+import pytest
+from video_files import numbered_picture, numbered_video, read_number
+
+from lavis_lstp.data.qa_dataset import VideoQADataset
+from lavis_lstp.data.video.reading import frames_at_rate, probe, read_frames
+from lavis_lstp.errors import VideoError
+from webdataset_tools.mp4_header import mp4_info
+
+
+class Track(NamedTuple):
+    """Numbered pictures at 25 a second."""
+
+    count: int
+    first: int = 0
+    codec: str = "libx264"
+    begins_s: float = 0.0
+    side: int = 64
+    disposition: int | None = None
+    bit_rate: int | None = None
+
+
+def write_tracks(path: Path, *tracks: Track, sound_s: tuple[float, float] | None = None, **container) -> Path:
+    """A file of tracks of pictures and, from and to `sound_s`, of silence."""
+    with av.open(str(path), "w", options=container) as out:
+        streams = [(out.add_stream(track.codec, rate=25), track) for track in tracks]
+        for stream, track in streams:
+            stream.width = stream.height = track.side
+            stream.pix_fmt = "yuvj420p" if track.codec == "mjpeg" else "yuv420p"
+            if track.bit_rate:
+                stream.bit_rate = track.bit_rate
+            if track.codec == "libx264":
+                stream.options = {"bf": "2", "g": "10", "keyint_min": "10", "sc_threshold": "0", "b_strategy": "0"}
+            if track.disposition is not None:
+                stream.disposition = track.disposition
+        sound = out.add_stream("aac", rate=16000, layout="mono") if sound_s else None
+        packets = []
+        for stream, track in streams:
+            for i in range(track.count):
+                picture = numbered_picture(track.first + i, track.side, track.side)
+                frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+                frame.pts, frame.time_base = round(track.begins_s * 25) + i, Fraction(1, 25)
+                packets += stream.encode(frame)
+            packets += stream.encode()
+        if sound:
+            for n in range(round((sound_s[1] - sound_s[0]) * 16000 / 1024)):
+                frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+                frame.sample_rate, frame.pts = 16000, round(sound_s[0] * 16000) + 1024 * n
+                packets += sound.encode(frame)
+            packets += sound.encode()
+        for packet in sorted(packets, key=lambda packet: packet.dts * packet.time_base):
+            out.mux(packet)
+    return path
+
+
+def first_picture_s(path: Path) -> float:
+    """When FFmpeg shows the first picture of a file, from the file's start."""
+    with av.open(str(path)) as container:
+        stream = container.streams.best("video")
+        pts = min(p.pts for p in container.demux(stream) if p.size and not p.is_discard)
+        return float(pts * stream.time_base) - container.start_time / av.time_base
+
+
+# ---- seconds count from the start of the file ----------------------------------------------------------------------
+
+LATE = {
+    "mp4": ({}, 1.0, (0.0, 2.5)),
+    "mov": ({}, 1.0, (0.0, 2.5)),
+    "mkv": ({}, 1.0, (0.0, 2.5)),
+    "ts": ({}, 1.0, (0.0, 2.5)),
+    "flv": ({}, 1.0, (0.0, 2.5)),
+    "fragments.mp4": ({"movflags": "frag_keyframe+delay_moov"}, 1.0, (0.0, 2.5)),
+    "far.ts": ({"output_ts_offset": "95000"}, 1.0, (0.0, 2.5)),
+    "far.mkv": ({"output_ts_offset": "7000"}, 1.0, (0.0, 2.5)),
+    "copyts.mp4": ({}, 4.0, (3.0, 5.5)),  # as `-ss 3 -c copy -copyts` leaves it: nothing at all for three seconds
+    "wrapping.ts": ({"output_ts_offset": str(2**33 / 90000 - 2.4)}, 1.0, (0.0, 2.5)),
+    "negative.mp4": ({"avoid_negative_ts": "disabled"}, 0.0, (-1.0, 1.5)),
+}
+
+
+@pytest.mark.parametrize("backend", ["pyav", "decord"])
+@pytest.mark.parametrize("name", LATE)
+def test_pictures_that_begin_after_the_sound_have_the_times_of_players(tmp_path, name, backend):
+    container, begins_s, sound_s = LATE[name]
+    path = write_tracks(tmp_path / f"late.{name}", Track(30, begins_s=begins_s), sound_s=sound_s, **container)
+    late_s = first_picture_s(path)
+    assert name == "negative.mp4" or late_s == pytest.approx(1.0, abs=0.07), "the sound may begin with its padding"
+    if backend == "decord" and path.suffix in (".ts", ".flv"):
+        pytest.skip("decord is not used for this container")
+    info = probe(path)
+    assert info.num_frames == 30 and info.duration_s == pytest.approx(late_s + 1.2, abs=2e-3)
+    assert info.fps == pytest.approx(25, rel=1e-3)
+    video = read_frames(path, indices=range(30), backend=backend)
+    assert video.times_s == pytest.approx(late_s + np.arange(30) / 25, abs=2e-3)
+    assert [read_number(frame) for frame in video.frames] == list(range(30))
+    assert read_frames(path, times_s=video.times_s + 0.01, backend=backend).indices == video.indices
+    # 0.4 to 0.8 s after the first picture
+    part = read_frames(path, num=30, between_s=(late_s + 0.399, late_s + 0.799), backend=backend)
+    assert part.indices == list(range(10, 20))
+
+
+def test_a_time_before_the_first_picture_shows_the_first_and_none_lies_before_the_start(tmp_path):
+    path = write_tracks(tmp_path / "late.mkv", Track(30, begins_s=1.0), sound_s=(0.0, 2.0))
+    assert read_frames(path, times_s=[0.0, 0.9, 1.3]).indices == [0, 0, pytest.approx(6, abs=2)]
+    with pytest.raises(VideoError, match="no frame at -0.1 s; it lasts from 0 to 2.2"):
+        read_frames(path, times_s=[-0.1])
+
+
+def test_a_file_without_an_earlier_track_begins_at_zero(tmp_path):
+    for container in ({}, {"output_ts_offset": "3"}):
+        for ending in ("mkv", "ts", "mp4"):
+            path = write_tracks(tmp_path / f"alone.{ending}", Track(10, begins_s=2.0), **container)
+            assert read_frames(path, indices=[0]).times_s.tolist() == [0.0]
+            assert probe(path).duration_s == pytest.approx(0.4, abs=2e-3)
+
+
+def test_a_cut_that_hides_pictures_counts_from_the_first_one_shown(tmp_path):
+    """As `ffmpeg -ss 0.52 -c copy` writes MP4: pictures before the cut are kept and hidden by an edit list."""
+    whole = numbered_video(tmp_path / "whole.mp4", 30, gop=30)
+    with av.open(str(whole)) as source, av.open(str(tmp_path / "cut.mp4"), "w") as out:
+        stream = out.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                packet.pts, packet.dts = (t - round(0.52 / packet.time_base) for t in (packet.pts, packet.dts))
+                out.mux(packet)
+    video = read_frames(tmp_path / "cut.mp4", indices=range(17))
+    assert [read_number(frame) for frame in video.frames] == list(range(13, 30))
+    assert video.times_s == pytest.approx(np.arange(17) / 25, abs=1e-3)
+
+
+def test_questions_about_seconds_meet_the_pictures_that_a_player_shows_then(tmp_path):
+    write_tracks(tmp_path / "late.mp4", Track(38, begins_s=2.0), sound_s=(0.0, 3.5))
+    row = {"question_id": "q", "video_id": "late", "video": "late.mp4", "question": "?", "answer": "it"}
+    dataset = VideoQADataset([row | {"clip_s": [2.4, 2.8], "span_s": [2.48, 2.6]}], tmp_path, num_frames=38)
+    sample = dataset[0]
+    assert [read_number(frame.numpy()) for frame in sample["frames"]] == list(range(10, 20))
+    assert sample["frame_times"].tolist() == pytest.approx([2.4 + i / 25 for i in range(10)], abs=1e-3)
+    assert sample["gold_span"].tolist() == [2, 5]
+
+
+@pytest.mark.parametrize("edits", ["0", "1"])
+@pytest.mark.parametrize("begins_s", [0.0, 0.4])
+def test_the_header_of_an_mp4_says_the_same_of_a_late_picture_or_nothing(tmp_path, begins_s, edits):
+    path = write_tracks(tmp_path / "v.mp4", Track(12, begins_s=begins_s), sound_s=(0.0, 1.0), use_editlist=edits)
+    late = first_picture_s(path) > 0
+    assert late == (begins_s > 0 or edits == "0"), "B-frames without an edit list begin late, too"
+    assert mp4_info(path.read_bytes()) == (None if late else probe(path))
+
+
+# ---- which track ---------------------------------------------------------------------------------------------------
+
+THUMBNAIL, FILM = Track(1, 30, "mjpeg"), Track(30)
+DEFAULT, NONE = 1, 0
+SEVERAL = {
+    "a thumbnail before the film": ("mkv", (THUMBNAIL, FILM), 1),
+    "a thumbnail behind the film": ("mkv", (FILM, THUMBNAIL), 0),
+    "a thumbnail in an MP4": ("mp4", (Track(1, 33, "mjpeg"), FILM), 1),
+    "a thumbnail that is the default": (
+        "mkv",
+        (THUMBNAIL._replace(disposition=DEFAULT), FILM._replace(disposition=NONE)),
+        1,
+    ),
+    "the second is the default": ("mkv", (Track(30, disposition=NONE), Track(30, 4, disposition=DEFAULT)), 1),
+    "the first of equals": ("mkv", (Track(30, 2), Track(20, side=96)), 0),
+}
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_the_film_is_read_where_there_are_several_tracks(tmp_path, caplog, name):
+    ending, tracks, expected = SEVERAL[name]
+    path = write_tracks(tmp_path / f"several.{ending}", *tracks)
+    with av.open(str(path)) as container:
+        best = container.streams.best("video").index
+    assert best == expected or name in ("a thumbnail that is the default", "a thumbnail in an MP4")
+    with caplog.at_level(logging.WARNING):
+        info = probe(path)
+    film = tracks[expected]
+    assert (info.num_frames, info.codec, info.width, info.track) == (film.count, "h264", film.side, expected)
+    assert f"several.{ending}: track {expected} (h264) is read, not {1 - expected}" in caplog.text
+    video = read_frames(path, num=5, motion_vectors=True)
+    wanted = [film.first + i for i in video.indices]
+    assert [read_number(frame) for frame in video.frames] == wanted
+    assert mp4_info(path.read_bytes()) is None, "a header with several tracks is left to FFmpeg"
+    try:
+        theirs = read_frames(path, num=5, backend="decord")
+    except VideoError as error:
+        assert "use backend 'pyav'" in str(error)
+    else:
+        assert (theirs.frames == video.frames).all()
+
+
+def test_one_track_is_read_without_a_word(tmp_path, caplog):
+    assert probe(write_tracks(tmp_path / "one.mkv", FILM, sound_s=(0.0, 1.0))).track is None
+    assert not caplog.records
+
+
+# ---- recordings joined with `cat` ----------------------------------------------------------------------------------
+
+
+def part(path: Path, first: int, offset_s: float, codec: str, count: int = 20) -> Path:
+    """Numbered pictures from `first` on, stamped from `offset_s` on."""
+    return write_tracks(path, Track(count, first, codec, bit_rate=2_000_000), output_ts_offset=str(offset_s))
+
+
+JOINED = {
+    "a later clock before an earlier one, MPEG-TS": ("ts", "libx264", (20, 0)),
+    "the same clock twice, MPEG-TS": ("ts", "libx264", (0, 0)),
+    "a gap of twenty seconds, MPEG-TS": ("ts", "libx264", (0, 20)),
+    "far back, which FFmpeg takes for a clock that wraps": ("ts", "libx264", (100, 0)),
+    "a gap that is as good as a day": ("ts", "libx264", (0, 80_000)),
+    "HEVC": ("ts", "libx265", (20, 0)),
+    "MPEG-2 in MPEG-TS": ("ts", "mpeg2video", (20, 0)),
+    "MPEG-1 in MPEG-PS": ("mpg", "mpeg1video", (20, 0)),
+    "MPEG-2 in MPEG-PS": ("mpg", "mpeg2video", (20, 0)),
+    "the same clock twice, MPEG-PS": ("mpg", "mpeg1video", (0, 0)),
+    "AVI": ("avi", "mpeg4", (0, 0)),
+}
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_joined_recordings_go_on_in_the_order_of_decoding(tmp_path, name):
+    ending, codec, (before, behind) = JOINED[name]
+    parts = [part(tmp_path / f"a.{ending}", 0, before, codec), part(tmp_path / f"b.{ending}", 20, behind, codec)]
+    path = tmp_path / f"joined.{ending}"
+    path.write_bytes(b"".join(one.read_bytes() for one in parts))
+    info = probe(path)
+    assert info.num_frames == 40 and info.duration_s == pytest.approx(1.6, abs=0.05)
+    assert info.fps == pytest.approx(25, rel=0.03)
+    video = read_frames(path, indices=range(40))
+    shown = [read_number(frame) for frame in video.frames]
+    assert shown == [number % 38 for number in range(40)]
+    assert video.times_s == pytest.approx(np.arange(40) / 25, abs=0.05)
+    assert read_frames(path, indices=[25, 19, 20, 39]).frames.tolist() == video.frames[[25, 19, 20, 39]].tolist()
+    assert read_frames(path, num=40, between_s=(video.times_s[21] - 0.01, 9)).indices == list(range(21, 40))
+
+
+def test_three_parts_and_their_sound(tmp_path):
+    """The counters of MPEG-TS packets begin anew at each joint, so FFmpeg takes what stands before it for damaged."""
+    raw = b""
+    for n, offset in enumerate((50, 20, 0)):
+        one = write_tracks(tmp_path / "p.ts", Track(12, 12 * n), sound_s=(0.0, 0.48), output_ts_offset=str(offset))
+        raw += one.read_bytes()
+    video = read_frames(raw, num=36, name="joined.ts")
+    assert [read_number(frame) for frame in video.frames] == list(range(36))
+    assert np.diff(video.times_s) == pytest.approx(0.04, abs=1e-3)
+
+
+def test_a_pause_in_a_recording_is_kept(tmp_path):
+    """Up to ten seconds a step forward is time that passed; further, as FFmpeg has it, another clock."""
+    raw = b"".join(part(tmp_path / "p.ts", 20 * n, 1 + 6 * n, "libx264").read_bytes() for n in range(2))
+    assert read_frames(raw, indices=[19, 20]).times_s == pytest.approx([0.76, 6.0], abs=1e-3)
+    slides = numbered_video(tmp_path / "slides.mkv", 4, ticks=[0, 400, 800, 1200])  # a picture every 16 s
+    assert read_frames(slides, num=4).times_s == pytest.approx([0, 16, 32, 48], abs=1e-2)
+
+
+def test_a_joint_where_the_first_part_was_cut_off_never_shows_another_frame(tmp_path):
+    raw = [part(tmp_path / "p.ts", 20 * n, 20 - 20 * n, "libx264", 20 - 5 * n).read_bytes() for n in range(2)]
+    for packets in (3, 7, 12):
+        joined = raw[0][: -188 * packets] + raw[1]
+        try:
+            video = read_frames(joined, num=40, name="cut.ts")
+        except VideoError as error:
+            assert str(error).startswith("cut.ts: ")
+        else:
+            shown = [read_number(frame) for frame in video.frames]
+            assert shown == sorted(shown) and shown[-15:] == list(range(20, 35))
+
+
+# ---- the published rate --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rate", "fps", "expected"),
+    [
+        (24000 / 1001, 1, [0, 23, 46, 69, 92]),
+        (30000 / 1001, 1, [0, 29, 58, 87]),
+        (25, 1, [0, 25, 50, 75]),
+        (2.5, 1, list(range(0, 100, 2))),
+        (24000 / 1001, 0.5, [0, 46, 92]),
+        (25, 10, [0, 2, 5, 7, *range(10, 100, 5), *range(12, 100, 5)]),
+        (0.5, 0.1, list(range(0, 100, 5))),
+        (59.94, 2, [0, 29, 59, 88]),
+    ],
+)
+def test_a_second_counts_a_whole_number_of_frames_as_published(rate, fps, expected):
+    assert frames_at_rate(100, rate, fps) == sorted(expected)
+
+
+@pytest.mark.parametrize(("rate", "expected"), [(Fraction(24000, 1001), [0, 23, 46]), (Fraction(5, 2), [0, 2, 4, 6])])
+def test_one_frame_a_second_of_a_file(tmp_path, rate, expected):
+    path, count = tmp_path / "film.mp4", 2 * int(rate) + 3
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("libx264", rate=rate)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        for i in range(count):
+            frame = av.VideoFrame.from_ndarray(numbered_picture(i, 64, 64), format="rgb24")
+            frame.pts, frame.time_base = i, 1 / rate
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+    assert read_frames(path, num=32, fps=1).indices == expected
+
+
+# ---- limits --------------------------------------------------------------------------------------------------------
+
+
+def test_pictures_of_too_large_an_area_are_refused_before_they_are_decoded(tmp_path):
+    path = numbered_video(tmp_path / "v.mp4", 3, width=320, height=240)
+    line = r"v.mp4: its pictures of 320 x 240 are 0 megapixels, more than the 0.05 allowed \(max_megapixels\)"
+    for call in (lambda: probe(path, max_megapixels=0.05), lambda: read_frames(path, num=1, max_megapixels=0.05)):
+        with pytest.raises(VideoError, match=line):
+            call()
+    assert probe(path, max_megapixels=0.0768).width == 320
+
+
+@pytest.mark.parametrize(("ending", "codec"), [("avi", "mpeg4"), ("mkv", "libx264"), ("h264", "libx264")])
+def test_the_decoder_holds_the_limit_whatever_a_header_says(tmp_path, ending, codec):
+    raw = numbered_video(tmp_path / f"v.{ending}", 3, width=320, height=240, codec=codec, options={}).read_bytes()
+    if ending == "mkv":
+        small, large = b"\xb0\x82\x00\x10\xba\x81\x10", b"\xb0\x82\x01\x40\xba\x81\xf0"  # PixelWidth, PixelHeight
+        assert raw.count(large) == 1
+        raw = raw.replace(large, small)
+    for backend in ("pyav", "decord"):
+        with pytest.raises(VideoError, match=r"^v: .*0.05.*\(max_megapixels\)$") as caught:
+            read_frames(raw, num=1, max_megapixels=0.05, backend=backend, name="v")
+        assert "\n" not in str(caught.value)
