@@ -74,8 +74,8 @@ def model_config(section: Mapping[str, Any], checkpoints: Sequence[str], options
     from omegaconf.errors import OmegaConfBaseException
 
     from lavis_lstp.config import complete_model, with_options
+    from lavis_lstp.config.names import resolve_model
     from lavis_lstp.models.lstp import LSTP
-    from lavis_lstp.plugin import resolve_model
 
     given = with_options(OmegaConf.create({"model": dict(section)}), options)
     if set(given) != {"model"} or not isinstance(given.model, DictConfig):

@@ -123,7 +123,7 @@ def warn_of_unused_flow(cfg) -> None:
 
 def warn_of_random_weights(model, cfg) -> None:
     """One warning where a model of this package is evaluated and nothing in the configuration brings weights."""
-    from lavis_lstp.config_keys import is_ours
+    from lavis_lstp.config.other_keys import is_ours
 
     settings = cfg.model_cfg
     weights = (settings.get("backbone") or {}).get("weights")

@@ -98,10 +98,10 @@ def draws(options: dict) -> None:
     from test_lstp import model_config
     from test_mixed_batches import ALL_PARTS, mixed
 
+    from lavis_lstp.config.run import RunSettings
     from lavis_lstp.models.lstp import LSTP
     from lavis_lstp.runners import deepspeed_config, distributed
     from lavis_lstp.runners.deepspeed_engine import DeepSpeedEngine
-    from lavis_lstp.runners.settings import RunSettings
 
     rank = distributed.rank()
     given = {"zero_optimization": {"stage": options["stage"], "stage3_param_persistence_threshold": 0}}

@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file
 from toy import RUN, ToyConfig, ToyData, ToyModel, make_runner
 
+from lavis_lstp.config.run import RunSettings
 from lavis_lstp.errors import ConfigError, WeightsError
 from lavis_lstp.runners import checkpoint, resume
 from lavis_lstp.runners.checkpoint import CheckpointError, CheckpointStore
 from lavis_lstp.runners.data_order import Batches, TrainOrder, eval_batches
 from lavis_lstp.runners.engine import TorchEngine, parameter_groups
 from lavis_lstp.runners.schedule import warmup_cosine
-from lavis_lstp.runners.settings import RunSettings
 from lavis_lstp.runners.splits import join, training_parts
 from lavis_lstp.runners.train_loop import TrainingError, losses_of
 

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lavis_lstp.config.run import RunSettings
 from lavis_lstp.errors import ConfigError, unknown_name
-from lavis_lstp.runners.settings import RunSettings
 
 PACKAGE = Path(__file__).resolve().parent.parent
 FOLDER = "projects/lstp/deepspeed"

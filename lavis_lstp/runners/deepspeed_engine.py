@@ -25,8 +25,7 @@ from lavis_lstp.errors import ConfigError
 from lavis_lstp.files import sha256_json
 from lavis_lstp.runners import checkpoint, distributed
 from lavis_lstp.runners.deepspeed_state import OptimizerState
-from lavis_lstp.runners.engine import WholeModel, autocast, digest_of, parameter_groups
-from lavis_lstp.runners.settings import OPTIMIZERS
+from lavis_lstp.runners.engine import OPTIMIZERS, WholeModel, autocast, digest_of, parameter_groups
 
 log = logging.getLogger(__name__)
 

@@ -7,19 +7,15 @@ from __future__ import annotations
 
 from lavis.common.registry import registry
 
+from lavis_lstp.config.run import RunSettings
 from lavis_lstp.errors import ConfigError
 from lavis_lstp.runners import deepspeed_config, distributed
 from lavis_lstp.runners.deepspeed_engine import DeepSpeedEngine, DividedModel, import_deepspeed
 from lavis_lstp.runners.runner_lstp import RunnerLSTP
-from lavis_lstp.runners.settings import RunSettings
 
 
 @registry.register_runner("runner_deepspeed")
 class RunnerDeepSpeed(RunnerLSTP):
-    RUN_KEYS = {
-        "deepspeed": "DeepSpeed's configuration: a JSON file, such as projects/lstp/deepspeed/zero2.json, or a mapping"
-    }
-
     def read_settings(self) -> RunSettings:
         """Run settings and DeepSpeed's, each with what only the other says."""
         run = self.plain_config["run"]

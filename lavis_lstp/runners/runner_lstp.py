@@ -20,10 +20,10 @@ import torch
 from lavis.common.registry import registry
 from lavis.runners.runner_base import RunnerBase
 
+from lavis_lstp.config.run import RunSettings
 from lavis_lstp.errors import ConfigError
 from lavis_lstp.files import sha256_json
 from lavis_lstp.runners import checkpoint, distributed, resume
-from lavis_lstp.runners import settings as run_settings
 from lavis_lstp.runners.data_order import Batches, TrainOrder, sampling_of
 from lavis_lstp.runners.engine import TorchEngine, WholeModel
 from lavis_lstp.runners.evaluation import evaluate_split, fingerprint, is_better, metric_value, to_device
@@ -41,8 +41,6 @@ log = logging.getLogger(__name__)
 
 @registry.register_runner("runner_lstp")
 class RunnerLSTP(RunnerBase):
-    RUN_KEYS = run_settings.RUN_KEYS
-
     def __init__(self, cfg: Any, task: Any, model: Any, datasets: Mapping[str, Any], job_id: str | None = None):
         self.plain_config = plain(cfg.config)
         self.settings = self.read_settings()
@@ -60,8 +58,8 @@ class RunnerLSTP(RunnerBase):
         self.stop_request = StopRequest()
         self.spare_batch: dict[str, Any] | None = None
 
-    def read_settings(self) -> run_settings.RunSettings:
-        return run_settings.RunSettings.from_config(self.plain_config["run"])
+    def read_settings(self) -> RunSettings:
+        return RunSettings.from_config(self.plain_config["run"])
 
     # ---- what RunnerBase offers ---------------------------------------------------------------------------------
 
@@ -97,7 +95,7 @@ class RunnerLSTP(RunnerBase):
 
     def setup_output_dir(self) -> None:
         """`run.output_dir` itself; no job id is added, so a resumed run finds its own checkpoints."""
-        self.output_dir = self.settings.output_dir.expanduser().absolute()
+        self.output_dir = Path(self.settings.output_dir).expanduser().absolute()
         self.result_dir = self.output_dir / "result"
         try:
             self.result_dir.mkdir(parents=True, exist_ok=True)
