@@ -137,7 +137,7 @@ def _where_the_run_stood(manifest: Path, path: str) -> str:
     Raises:
         WeightsError: it is in none of them.
     """
-    from lavis_lstp.models.weights import checkpoint_source
+    from lavis_lstp.models.hub import checkpoint_source
 
     given = Path(path).expanduser()
     for folder in () if given.is_absolute() else manifest.resolve().parents:

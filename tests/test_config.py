@@ -49,6 +49,8 @@ run:
 def write(tmp_path, monkeypatch):
     """Writes a configuration in an otherwise empty current folder; returns what --cfg-path gets."""
     monkeypatch.chdir(tmp_path)
+    Path("questions.json").write_text("[]")
+    Path("videos").mkdir()
 
     def write_config(text: str = BASE) -> str:
         Path("run.yaml").write_text(text)

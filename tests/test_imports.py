@@ -56,7 +56,7 @@ TOP = 6
 
 
 def layer(module: str) -> int:
-    """0 foundation and config, 1 data and metrics, 2 models' parts, 3 models.lstp, 4 tasks, 5 runners, 6 what stands on all."""
+    """0 words, config, 1 data, metrics, 2 models' parts, 3 models.lstp, 4 tasks, 5 runners, 6 what stands on all."""
     if module in FOUNDATION:
         return 0
     if module == "lavis_lstp.models.lstp":

@@ -115,8 +115,10 @@ class VideoSettings(PictureSettings):
     )  # frames a second where these are at most num_frames; null = num_frames
     short_videos: str = key("keep", one_of=("keep", "double"))  # double: frames repeat to num_frames (published)
     spans: Any = key(kind=TEXT, per_split=True)  # pseudo-span file for the split train; "shards": span.json of shards
-    spans_form: str = key("lavis_lstp")  # published files: indices (0..31) or fractions (0..1), both ends inclusive
-    backend: str = key("pyav")  # pyav, decord
+    spans_form: str = key(
+        "lavis_lstp", one_of=("lavis_lstp", "indices", "fractions")
+    )  # published files: indices (0..31) or fractions (0..1), both ends inclusive
+    backend: str = key("pyav", one_of=("pyav", "decord"))  # what decodes
     cache_videos: int = key(0, least=0)  # decoded videos kept in memory by each loader process
 
 
@@ -170,7 +172,9 @@ class TextInstruct(DataSettings):
 class ShardSettings(VideoSettings):
     """Whatever is in shards: questions about videos and images, conversations, texts."""
 
-    kind: str | None = key()  # video, image or text: only these questions; null = all
+    kind: str | None = key(
+        None, one_of=("image", "text", "video")
+    )  # video, image or text: only these questions; null = all
     text_processor: dict[str, Any] | None = key(None, keys=Processors)
     build_info: Annotations = key(Annotations)
 

@@ -47,7 +47,7 @@ def find_config(path: str | os.PathLike) -> Path:
     given = Path(path).expanduser()
     if "\0" in str(given):
         raise ConfigError(f"config {str(path)!r} is no file name")
-    for root in (Path(), PACKAGE, PACKAGE.parent, *_lavis_root()):
+    for root in (Path(), PACKAGE, PACKAGE.parent, *lavis_root()):
         if os.path.isfile(root / given) or evaluation_parts(root / given):
             return (root / given).resolve()
     if os.path.isdir(given):
@@ -55,7 +55,7 @@ def find_config(path: str | os.PathLike) -> Path:
     raise ConfigError(unknown_name("config file", str(path), recipes()))
 
 
-def _lavis_root() -> list[Path]:
+def lavis_root() -> list[Path]:
     """The folder that LAVIS lies in, whether or not it has been imported."""
     module = sys.modules.get("lavis")
     spec = module.__spec__ if module is not None else importlib.util.find_spec("lavis")

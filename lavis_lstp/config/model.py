@@ -6,11 +6,12 @@ is open: transformers says which keys there are, and the numbers listed here hav
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lavis_lstp.config.fields import SEED, TEXTS, check_sampling, checked, key
+from lavis_lstp.errors import ConfigError
 
 PARTS = ("sampler", "vision", "qformer", "query_tokens", "projection", "language_model", "lora")
 FLOWS = ("raft_large", "raft_small", "dis", "motion_vectors", "precomputed", "none")
@@ -61,7 +62,9 @@ class Sampler:
     weights: str | None = key()  # BERT that a fresh sampler starts from: hub id or folder; null = random
     tokenizer: str | None = key()  # hub id or folder; null = the Q-Former's
     max_text_tokens: int = key(128, least=1)  # questions are cut to this many tokens
-    mode: str = key("fusion")  # fusion: layers from fusion_layer on; multi_modal: all layers
+    mode: str = key(
+        "fusion", one_of=("fusion", "multi_modal")
+    )  # fusion: layers from fusion_layer on; multi_modal: all layers
     hidden_size: int = key(768, least=1, most=WIDTH)
     num_layers: int = key(12, least=1, most=LAYERS)
     num_heads: int = key(12, least=1, most=WIDTH)
@@ -81,10 +84,16 @@ class Selector:
     name: str = key("lstp")  # lstp (= best_span), argmax, gumbel, uniform, random, given
     context: int = key(0, least=0)  # frames added on both sides of a found or given span
     num_selected: int = key(4, least=1)  # K, frames shown to the language model
-    span_key: str = key("span")  # given: span (pseudo spans) or gold_span (oracle, evaluation only)
-    few_frames: str = key("double")  # of a span with fewer than K frames: double them, or keep (published image+video)
+    span_key: str = key(
+        "span", one_of=("span", "gold_span")
+    )  # given: span (pseudo spans) or gold_span (oracle, evaluation only)
+    few_frames: str = key(
+        "double", one_of=("double", "keep")
+    )  # of a span with fewer than K frames: double them, or keep (published image+video)
     grid: int | None = key(None, least=1)  # argmax, gumbel: choose among so many evenly spaced frames (published: 32)
-    mapping: str = key("ends")  # argmax, gumbel: flow to frame, ends (published BLIP-2) or ratio (InstructBLIP)
+    mapping: str = key(
+        "ends", one_of=("ends", "ratio")
+    )  # argmax, gumbel: flow to frame, ends (published BLIP-2) or ratio (InstructBLIP)
 
 
 @dataclass
@@ -148,8 +157,12 @@ class Backbone:
     dtype: str = key(
         "bfloat16", one_of=("float32", "bfloat16", "float16"), called="dtype (model.backbone.dtype)"
     )  # of what does not learn
-    attention: str | None = key()  # null = transformers' choice; sdpa, eager, flash_attention_2
-    quantization: str | None = key()  # of a frozen language model: 8bit, 4bit (bitsandbytes)
+    attention: str | None = key(
+        None, one_of=("sdpa", "eager", "flash_attention_2")
+    )  # null = transformers' choice; sdpa, eager, flash_attention_2
+    quantization: str | None = key(
+        None, one_of=("8bit", "4bit")
+    )  # of a frozen language model: 8bit, 4bit (bitsandbytes)
     gradient_checkpointing: bool = key(False)
     compile: bool = key(False)  # torch.compile of vision tower, Q-Former and language model
     seed: int = key(0, least=0, most=SEED)  # of random weights, and of a fresh sampler
@@ -230,3 +243,45 @@ def checked_model(given: Mapping[str, Any]) -> dict[str, Any]:
     found = checked(given, ModelSettings, "model", MODEL_KEYS)
     check_sampling(found.get("generation") or {}, "model.generation")
     return found
+
+
+def check_together(
+    *,
+    train: Sequence[str],
+    losses: Sequence[str],
+    in_loop: bool,
+    prompt: str,
+    sampler_prompt: str,
+    answer_template: str,
+) -> None:
+    """Settings that would otherwise fail, or do nothing, in the middle of a run.
+
+    Raises:
+        ConfigError: one line on which and why.
+    """
+    for name, value in (("train", train), ("losses", losses)):
+        if len(set(value)) < len(value):
+            raise ConfigError(f"model.{name} names something twice: {list(value)}")
+    if in_loop and "span" not in losses:
+        raise ConfigError("model.refinement.in_loop makes spans for the loss 'span'; add it to model.losses")
+    learning = set(train)
+    for loss, trained_by_it in (("span", learning & {"sampler"}), ("lm", learning - {"sampler"})):
+        if learning and bool(trained_by_it) != (loss in losses):
+            parts_named = ", ".join(sorted(trained_by_it)) or "nothing"
+            raise ConfigError(
+                f"model.losses {list(losses)} and model.train {list(train)} do not go together: "
+                f"the loss '{loss}' trains {parts_named} of these; {'add' if trained_by_it else 'remove'} it"
+            )
+    templates = {"prompt": prompt, "sampler_prompt": sampler_prompt, "answer_template": answer_template}
+    for name, text in templates.items():
+        field = "answer" if name == "answer_template" else "question"
+        if f"{{{field}}}" not in text:
+            raise ConfigError(f"model.{name} must contain {{{field}}}, got {text!r}")
+
+
+def check_complete_model(model: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a value of a complete `model` section that cannot be used, or values that do not fit."""
+    checked_model(model)
+    check_sampling(model["generation"] or {}, "model.generation")
+    together = {name: model[name] for name in ("losses", "prompt", "sampler_prompt", "answer_template")}
+    check_together(train=model["train"] or (), in_loop=model["refinement"]["in_loop"], **together)

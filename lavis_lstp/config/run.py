@@ -7,12 +7,13 @@ tasks of other packages may name keys of their own in a class attribute RUN_KEYS
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from lavis_lstp.config.fields import SEED, check_sampling, checked, key, rules, unknown_key
-from lavis_lstp.errors import ConfigError
+from lavis_lstp.errors import ConfigError, unknown_name
 
 OPTIMIZERS = ("adamw", "adam")
 RUNNERS = ("runner_lstp", "runner_deepspeed")
@@ -38,7 +39,9 @@ class RunSettings:
     train_splits: list[str] = key(["train"])
     valid_splits: list[str] = key([])  # evaluated after each epoch
     test_splits: list[str] = key([])  # evaluated at the end
-    train_dataset_ratios: dict[str, int | float] | None = key(None, least=0, most=1_000_000_000)  # share in an epoch, by data set
+    train_dataset_ratios: dict[str, int | float] | None = key(
+        None, least=0, most=1_000_000_000
+    )  # share in an epoch, by data set
     batch_size_train: int = key(1, least=1)  # samples in a training batch of one process
     batch_size_eval: int = key(1, least=1)  # samples in an evaluation batch of one process
     num_workers: int = key(0, least=0, most=4096)  # loader processes
@@ -227,3 +230,33 @@ def _precision(run: Mapping[str, Any]) -> str:
     if amp is not None and bool(amp) != (precision == "bf16"):
         raise ConfigError(f"run.amp={amp} contradicts run.precision={precision}; remove one of them")
     return precision
+
+
+def check_splits(known: Mapping[str, Iterable[str]], wanted: Mapping[str, Iterable[str]]) -> None:
+    """Raise ConfigError for a split that no data set has.
+
+    Args:
+        known: data set -> its splits.
+        wanted: key of `run`, such as "train_splits" -> the splits it names.
+    """
+    known = {name: list(splits) for name, splits in known.items()}
+    there = {split for splits in known.values() for split in splits}
+    for name, splits in wanted.items():
+        for split in splits:
+            if split not in there:
+                has = "; ".join(f"{data} has {', '.join(own) or 'none'}" for data, own in known.items())
+                raise ConfigError(f"{unknown_name(f'split in run.{name}:', split, there)} ({has})")
+
+
+OLDEST_DEEPSPEED = (0, 19)
+"""0.17.6 loses accumulated gradients at stage 2, 0.18.3 divides them twice, silently; 0.18.9 fails on torch 2.15."""
+
+
+def check_deepspeed_version(version: str) -> None:
+    """Raise ConfigError for a release that trains wrongly."""
+    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < OLDEST_DEEPSPEED:
+        oldest = ".".join(map(str, OLDEST_DEEPSPEED))
+        raise ConfigError(
+            f"DeepSpeed {version} is too old, it may accumulate gradients wrongly; runner_deepspeed needs {oldest} or "
+            f"newer: pip install 'deepspeed>={oldest}'"
+        )

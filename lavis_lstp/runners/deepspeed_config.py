@@ -51,7 +51,7 @@ def load(source: str | Mapping[str, Any]) -> dict[str, Any]:
     """
     if isinstance(source, Mapping):
         return _said(source)
-    given = Path(source).expanduser()
+    given = Path(str(source)).expanduser()
     roots = (Path(), PACKAGE, PACKAGE.parent)
     found = next((root / given for root in roots if (root / given).is_file()), None)
     if found is None:

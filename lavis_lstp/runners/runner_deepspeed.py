@@ -5,6 +5,9 @@ In: what RunnerLSTP takes, and `run.deepspeed`. Out: the same files; a checkpoin
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from lavis.common.registry import registry
 
 from lavis_lstp.config.run import RunSettings
@@ -16,15 +19,18 @@ from lavis_lstp.runners.runner_lstp import RunnerLSTP
 
 @registry.register_runner("runner_deepspeed")
 class RunnerDeepSpeed(RunnerLSTP):
+    @classmethod
+    def check_run(cls, run: Mapping[str, Any]) -> None:
+        """Raise ConfigError where the two configurations do not go together, or DeepSpeed is not installed."""
+        given, settings = cls._both(run)
+        if not settings.evaluate:
+            import_deepspeed(settings.torch_device())
+            deepspeed_config.complete(given, settings, distributed.world_size())
+
     def read_settings(self) -> RunSettings:
         """Run settings and DeepSpeed's, each with what only the other says."""
         run = self.plain_config["run"]
-        if run.get("deepspeed") is None:
-            raise ConfigError(
-                "run.runner=runner_deepspeed needs run.deepspeed, for instance projects/lstp/deepspeed/zero2.json"
-            )
-        given = deepspeed_config.load(run["deepspeed"])
-        settings = deepspeed_config.settings_with(run, given)
+        given, settings = self._both(run)
         stage = (given.get("zero_optimization") or {}).get("stage", 0)
         self.divided = stage == 3 and distributed.world_size() > 1
         if not settings.evaluate or self.divided:  # a checkpoint's weights can be evaluated without DeepSpeed
@@ -32,6 +38,16 @@ class RunnerDeepSpeed(RunnerLSTP):
             self.deepspeed = deepspeed_config.complete(given, settings, distributed.world_size())
         run["deepspeed"] = given  # not the file's name: a checkpoint says what was in it
         return settings
+
+    @staticmethod
+    def _both(run: Mapping[str, Any]) -> tuple[dict[str, Any], RunSettings]:
+        """The DeepSpeed configuration as given, and the run settings with what only it says."""
+        if run.get("deepspeed") is None:
+            raise ConfigError(
+                "run.runner=runner_deepspeed needs run.deepspeed, for instance projects/lstp/deepspeed/zero2.json"
+            )
+        given = deepspeed_config.load(run["deepspeed"])
+        return given, deepspeed_config.settings_with(run, given)
 
     def build_evaluation_engine(self) -> DividedModel | None:
         if not self.divided:
