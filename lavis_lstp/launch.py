@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from lavis_lstp.errors import ConfigError, LstpError
 
@@ -93,33 +93,16 @@ def run(args: argparse.Namespace, evaluate_only: bool = False) -> None:
     Raises:
         LstpError: the configuration, the data or the weights cannot be used.
     """
-    from lavis_lstp import precheck
-
-    precheck.check(args, evaluate_only)
-    import lavis.tasks as tasks
+    cfg = configured(args, evaluate_only)
     from lavis.common.dist_utils import get_rank
     from lavis.common.logger import setup_logger
-    from lavis.common.registry import registry
 
-    from lavis_lstp import register
-    from lavis_lstp.config import Config
-
-    register()
-    cfg = Config(args)
-    if evaluate_only:
-        cfg.run_cfg.evaluate = True
     choose_device(cfg.run_cfg)
     init_processes(cfg.run_cfg, args.local_rank)
     try:
         seed_processes(cfg.run_cfg.seed + get_rank())
         setup_logger()  # after the group exists: rank 0 logs, the others warn
-        runner_cls = registry.get_runner_class(cfg.run_cfg.runner)
-        if hasattr(runner_cls, "check_run"):
-            runner_cls.check_run(cfg.to_dict()["run"])
-        check_model(cfg)
-        task = tasks.setup_task(cfg)
-        datasets = task.build_datasets(cfg)
-        model = task.build_model(cfg)
+        runner_cls, task, datasets, model = built(cfg, evaluate_only)
         warn_of_unused_flow(cfg)
         if cfg.run_cfg.evaluate:
             warn_of_random_weights(model, cfg)
@@ -130,6 +113,46 @@ def run(args: argparse.Namespace, evaluate_only: bool = False) -> None:
             runner.train()
     finally:
         destroy_processes()
+
+
+def configured(args: argparse.Namespace, evaluate_only: bool = False) -> Any:
+    """The complete configuration.
+
+    Raises:
+        LstpError: it cannot be used.
+    """
+    from lavis_lstp import precheck
+
+    precheck.check(args, evaluate_only)  # before LAVIS is imported
+    from lavis_lstp import register
+    from lavis_lstp.config import Config
+
+    register()
+    cfg = Config(args)
+    if evaluate_only:
+        cfg.run_cfg.evaluate = True
+    return cfg
+
+
+def built(cfg: Any, evaluate_only: bool = False) -> tuple[type, Any, Any, Any]:
+    """Runner class, task, data sets and model; what costs little is looked at first.
+
+    Raises:
+        LstpError: settings, data or weights cannot be used.
+    """
+    import lavis.tasks as tasks
+    from lavis.common.registry import registry
+
+    runner_cls = registry.get_runner_class(cfg.run_cfg.runner)
+    own_runner = hasattr(runner_cls, "check_run")
+    if own_runner:
+        runner_cls.check_run(cfg.to_dict()["run"])
+    check_model(cfg)
+    task = tasks.setup_task(cfg)
+    datasets = task.build_datasets(cfg)
+    if own_runner:
+        runner_cls.check_splits(datasets, cfg.to_dict()["run"], evaluate_only)
+    return runner_cls, task, datasets, task.build_model(cfg)
 
 
 def check_model(cfg) -> None:

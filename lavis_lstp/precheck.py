@@ -22,7 +22,16 @@ from omegaconf.errors import OmegaConfBaseException
 from lavis_lstp.config.data import checked_dataset, complete_dataset, settings_of
 from lavis_lstp.config.load import find_config, first_line, lavis_root, load_recipe, sections_of, with_options
 from lavis_lstp.config.model import check_complete_model, checked_model
-from lavis_lstp.config.run import RUNNERS, TASKS, RunSettings, check_deepspeed_version, check_splits, checked_run
+from lavis_lstp.config.run import (
+    RUNNERS,
+    TASKS,
+    WRITTEN,
+    RunSettings,
+    check_deepspeed_version,
+    check_splits,
+    checked_run,
+    splits_of,
+)
 from lavis_lstp.errors import AnnotationError, ConfigError, unknown_name
 from lavis_lstp.models.hub import require_weights
 from lavis_lstp.models.variants import MODEL_TYPES, load_variant
@@ -33,54 +42,55 @@ def check(args: argparse.Namespace, evaluate_only: bool = False) -> None:
     path = find_config(args.cfg_path)
     try:
         user = with_options(load_recipe(path), args.options)
-        model, datasets, run = _own_sections(user)
+        config = _own_sections(user)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{args.cfg_path}: {first_line(error)}") from error
     except ConfigError as error:
         raise type(error)(f"{args.cfg_path}: {error}") from error
-    if run is not None:
-        evaluate = evaluate_only or bool(run.get("evaluate"))
-        _check_run({**run, "evaluate": evaluate})
-        if datasets is not None and model is not None:  # else a name may be wrong, which says more
-            _check_data(datasets, run, evaluate=evaluate, alone=evaluate_only)
-    if model is not None:
-        require_weights(model)
+    if config is None:
+        return
+    run = config["run"]
+    run["evaluate"] = evaluate_only or run["evaluate"]
+    try:
+        _check_run(run)
+    except ConfigError as error:
+        raise type(error)(f"{args.cfg_path}: {error}") from error
+    _check_data(config["datasets"], run, evaluate_only)
+    require_weights(config["model"])
 
 
-def _own_sections(user: DictConfig) -> tuple[dict | None, dict | None, dict | None]:
-    """model, datasets and run, checked and complete; None where LAVIS must be asked what a section means."""
+def _own_sections(user: DictConfig) -> dict[str, dict] | None:
+    """The configuration, checked and complete; None where LAVIS must be asked what a section means."""
     plain = sections_of(user)
     run, model, datasets = plain["run"], plain["model"], plain["datasets"]
-    ours = model.get("arch") in MODEL_TYPES
-    runner = run.get("runner") or ("runner_lstp" if ours or run.get("task") in TASKS else None)
+    types = MODEL_TYPES.get(model.get("arch"))
+    runner = run.get("runner") or ("runner_lstp" if types or run.get("task") in TASKS else None)
+    roles = {*_above(run.get("task")), *_above(runner)}
     own_run = run.get("task") in TASKS and runner in RUNNERS
-    config = OmegaConf.create({"run": {}, "model": {}, "datasets": {}})
     if own_run:
-        config.run = {**checked_run(run, {*_above(run["task"]), *_above(runner)}), "runner": runner}
-    if ours:
-        types = MODEL_TYPES[model["arch"]]
+        run = {**{name: getattr(RunSettings(), name) for name in WRITTEN}, **checked_run(run, roles), "runner": runner}
+    if types:
         kind = model.get("model_type") or "default"
         if kind not in types:
             raise ConfigError(unknown_name(f"model_type of {model['arch']}", kind, types))
-        config.model = OmegaConf.merge(load_variant(types[kind]).model, checked_model(model))
-    own = {name: section or {} for name, section in datasets.items() if settings_of(str(name))}
-    for name, section in own.items():
-        config.datasets[name] = complete_dataset(name, checked_dataset(name, section))
-    found = OmegaConf.to_container(OmegaConf.merge(user, config), resolve=True, throw_on_missing=True)
-    if own_run:
-        checked_run(found["run"], {*_above(run["task"]), *_above(runner)})
-    if ours:
-        check_complete_model(found["model"])
+        model = OmegaConf.merge(load_variant(types[kind]).model, checked_model(model))
+    own = {name: checked_dataset(name, section or {}) for name, section in datasets.items() if settings_of(name)}
+    if not (own_run and types and own and len(own) == len(datasets)):
+        return None
+    complete = {name: complete_dataset(name, section) for name, section in own.items()}
+    config = OmegaConf.create({"run": run, "model": model, "datasets": complete})
+    found = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    checked_run(found["run"], roles)
+    check_complete_model(found["model"])
     for name in own:
         checked_dataset(name, found["datasets"][name])
-    complete = bool(own) and len(own) == len(datasets)
-    return found["model"] if ours else None, found["datasets"] if complete else None, found["run"] if own_run else None
+    return found
 
 
-def _above(role: str) -> tuple[str, ...]:
+def _above(role: str | None) -> tuple[str, ...]:
     """A task or runner and what it is a kind of, whose keys it reads, too."""
     kinds = {"video_instruct": "video_qa", "runner_deepspeed": "runner_lstp"}
-    return (role, kinds[role]) if role in kinds else (role,)
+    return tuple(filter(None, (role, kinds.get(role))))
 
 
 def _check_run(run: Mapping[str, Any]) -> None:
@@ -92,7 +102,7 @@ def _check_run(run: Mapping[str, Any]) -> None:
         if not run["evaluate"]:
             check_deepspeed()
     else:
-        RunSettings.from_config({"output_dir": "output", **run})
+        RunSettings.from_config(run)
 
 
 def check_deepspeed() -> None:
@@ -107,13 +117,11 @@ def check_deepspeed() -> None:
 # ---- data --------------------------------------------------------------------------------------------------------
 
 
-def _check_data(datasets: Mapping[str, Mapping], run: Mapping[str, Any], *, evaluate: bool, alone: bool) -> None:
+def _check_data(datasets: Mapping[str, Mapping], run: Mapping[str, Any], alone: bool) -> None:
     """Raise for splits, annotation files and folders that are not there."""
-    settings = RunSettings()
-    keys = ["test_splits"] if alone else ["valid_splits", "test_splits"]
-    keys = keys if evaluate else ["train_splits", *keys]
-    wanted = {name: run.get(name) if run.get(name) is not None else getattr(settings, name) for name in keys}
-    check_splits({name: _splits(name, section) for name, section in datasets.items()}, wanted)
+    check_splits(
+        {name: _splits(name, section) for name, section in datasets.items()}, splits_of(run, evaluate_only=alone)
+    )
     for name, section in datasets.items():
         if name != "lstp_shapes":
             _check_files(f"datasets.{name}", section["build_info"] or {})

@@ -232,6 +232,15 @@ def _precision(run: Mapping[str, Any]) -> str:
     return precision
 
 
+def splits_of(run: Mapping[str, Any], *, evaluate_only: bool = False) -> dict[str, list[str]]:
+    """Key of `run` -> the splits it names, for all that a run will read."""
+    keys = ["test_splits"] if evaluate_only else ["valid_splits", "test_splits"]
+    if not (evaluate_only or run.get("evaluate")):
+        keys.insert(0, "train_splits")
+    defaults = RunSettings()
+    return {name: getattr(defaults, name) if run.get(name) is None else run[name] for name in keys}
+
+
 def check_splits(known: Mapping[str, Iterable[str]], wanted: Mapping[str, Iterable[str]]) -> None:
     """Raise ConfigError for a split that no data set has.
 

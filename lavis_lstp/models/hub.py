@@ -53,10 +53,14 @@ def where_from(name: str) -> dict:
 def is_missing(name: str, file: str) -> bool:
     """Neither on this machine nor, by its `file`, in the hub's cache, and the hub does not answer."""
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
 
     if local_path(name) is not None:
         return False
-    if Path(name).expanduser().is_absolute():
+    try:
+        validate_repo_id(name)
+    except HFValidationError:  # a path of this machine, and nothing is there
         return True
     return not isinstance(try_to_load_from_cache(name, file), str) and not _hub_answers()
 

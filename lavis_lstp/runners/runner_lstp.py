@@ -20,7 +20,7 @@ import torch
 from lavis.common.registry import registry
 from lavis.runners.runner_base import RunnerBase
 
-from lavis_lstp.config.run import RunSettings, check_splits
+from lavis_lstp.config.run import RunSettings, check_splits, splits_of
 from lavis_lstp.errors import ConfigError
 from lavis_lstp.files import sha256_json
 from lavis_lstp.runners import checkpoint, distributed, resume
@@ -62,6 +62,11 @@ class RunnerLSTP(RunnerBase):
     def check_run(cls, run: Mapping[str, Any]) -> None:
         """Raise ConfigError for a run section that this runner cannot work by, before data and model are built."""
         RunSettings.from_config(run)
+
+    @staticmethod
+    def check_splits(datasets: Mapping[str, Any], run: Mapping[str, Any], evaluate_only: bool) -> None:
+        """Raise ConfigError for a split that no data set has, before the model is built."""
+        check_splits(datasets, splits_of(run, evaluate_only=evaluate_only))
 
     def read_settings(self) -> RunSettings:
         return RunSettings.from_config(self.plain_config["run"])
@@ -152,7 +157,7 @@ class RunnerLSTP(RunnerBase):
 
     def _prepare_training(self) -> None:
         settings = self.settings
-        check_splits(self.datasets, {"valid_splits": settings.valid_splits, "test_splits": settings.test_splits})
+        check_splits(self.datasets, splits_of(self.plain_config["run"]))
         for split in self._eval_splits():
             evaluation_dataset(self.datasets, split)  # a misspelt name should not wait for the end of an epoch
         source = distributed.on_main(lambda: resume.choose_source(self.store, settings.resume_ckpt_path))
