@@ -12,8 +12,6 @@ import importlib.util
 import sys
 from types import ModuleType
 
-from lavis_lstp.config.names import resolve_model
-
 REGISTERING = ("lavis_lstp.data.builders", "lavis_lstp.models.lstp", "lavis_lstp.tasks", "lavis_lstp.runners")
 """Importing one of these registers what it defines; they lie in the order in which imports may point."""
 
@@ -91,6 +89,8 @@ def _complete(lavis: ModuleType) -> None:
 
 
 def _with_default_type(load_model):
+    from lavis_lstp.config.names import resolve_model
+
     @functools.wraps(load_model)
     def load_model_by_name(name, model_type=None, *args, **kwargs):
         return load_model(name, resolve_model(name, model_type)[1], *args, **kwargs)
@@ -100,6 +100,8 @@ def _with_default_type(load_model):
 
 def _with_default_preprocess(load_model_and_preprocess, models):
     """LAVIS's function fails for a model without a `preprocess` section; LSTP normalises frames itself."""
+
+    from lavis_lstp.config.names import resolve_model
 
     @functools.wraps(load_model_and_preprocess)
     def load_model_and_preprocess_by_name(name, model_type=None, is_eval=False, device="cpu"):

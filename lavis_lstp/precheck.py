@@ -32,8 +32,8 @@ from lavis_lstp.config.run import (
     checked_run,
     splits_of,
 )
-from lavis_lstp.errors import AnnotationError, ConfigError, unknown_name
-from lavis_lstp.models.hub import require_weights
+from lavis_lstp.errors import AnnotationError, ConfigError, WeightsError, unknown_name
+from lavis_lstp.models.hub import require_weights, weights_file
 from lavis_lstp.models.variants import MODEL_TYPES, load_variant
 
 
@@ -57,6 +57,7 @@ def check(args: argparse.Namespace, evaluate_only: bool = False) -> None:
         raise type(error)(f"{args.cfg_path}: {error}") from error
     _check_data(config["datasets"], run, evaluate_only)
     require_weights(config["model"])
+    _check_shapes(config["model"])
 
 
 def _own_sections(user: DictConfig) -> dict[str, dict] | None:
@@ -165,3 +166,47 @@ def _exists(path: str) -> bool:
             cache = (yaml.safe_load(file.read_text(encoding="utf-8")).get("env") or {}).get("cache_root")
             return bool(cache) and os.path.exists(Path(cache) / given)
     return False
+
+
+# ---- weights -----------------------------------------------------------------------------------------------------
+
+
+def _check_shapes(model: Mapping[str, Any]) -> None:
+    """Raise WeightsError for a run's checkpoint of other sizes than the model's; its header alone is read."""
+    wanted, given = _shapes(model), model["checkpoint"] or []
+    for path in [given] if isinstance(given, str) else given:
+        file = weights_file(path)
+        if file.suffix != ".safetensors":
+            continue
+        for name, shape in sorted(_header(file).items()):
+            if name in wanted and None not in wanted[name] and list(wanted[name]) != shape:
+                shapes = f"{shape} in the file, {list(wanted[name])} in the model"
+                raise WeightsError(f"'{file}' does not fit the model: '{name}' is {shapes}")
+
+
+def _header(file: Path) -> dict[str, list[int]]:
+    """Key -> shape; empty where the file is damaged, which reading it says better."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="numpy") as weights:
+            return {name: weights.get_slice(name).get_shape() for name in weights.keys()}
+    except (OSError, SafetensorError):
+        return {}
+
+
+def _shapes(model: Mapping[str, Any]) -> dict[str, tuple[int | None, ...]]:
+    """Shapes that follow from the settings alone; None for a size that only the weights of others say."""
+    sampler, backbone = model["sampler"], model["backbone"]
+    width, config = sampler["hidden_size"], (backbone["config"] if not backbone["weights"] else None) or {}
+    text, qformer = config.get("text_config") or {}, config.get("qformer_config") or {}
+    language = text.get("d_model" if text.get("model_type") == "t5" else "hidden_size")
+    queries = qformer.get("hidden_size")
+    return {
+        "sampler.head.weight": (2, width),
+        "sampler.flow_rotary": (sampler["max_positions"], width // sampler["num_heads"]),
+        "sampler.layers.0.feed_forward.up.weight": (sampler["intermediate_size"], width),
+        "backbone.model.query_tokens": (1, config.get("num_query_tokens"), queries),
+        "backbone.model.language_projection.weight": (language, queries),
+        "backbone.model.language_projection.bias": (language,),
+    }

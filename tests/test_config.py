@@ -28,6 +28,8 @@ run:
   task: video_qa
   runner: runner_lstp
   test_splits: [test]
+  train_splits: [test]
+  init_lr: 1.0e-3
   device: cpu
 """
 

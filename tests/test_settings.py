@@ -9,9 +9,11 @@ import subprocess
 import sys
 import types
 
+import numpy as np
 import pytest
 from omegaconf import OmegaConf
 from PIL import Image
+from safetensors.numpy import save_file
 
 from lavis_lstp import launch
 from lavis_lstp.config.data import SETTINGS, settings_of
@@ -37,6 +39,7 @@ def here(tmp_path_factory):
     rows = [{"question_id": str(i), "image": "a.png", "question": "what?", "answer": "red"} for i in range(2)]
     (folder / "a.json").write_text(json.dumps(rows))
     (folder / "run.yaml").write_text(RUN)
+    save_file({"sampler.head.weight": np.zeros((2, 32), np.float32)}, folder / "narrow.safetensors")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         yield folder
@@ -238,6 +241,7 @@ def test_a_split_of_one_data_set_alone_is_said(caplog):
         (["run.max_epok=1"], "did you mean 'run.max_epoch'?"),
         (["model.checkpoint=2024"], "no weights at '2024'"),
         (["model.backbone.weights=weights/of/nobody"], "missing weights"),
+        (["model.checkpoint=narrow.safetensors"], "'sampler.head.weight' is [2, 32] in the file, [2, 64] in the model"),
         (["model.losses=[span]"], "do not go together"),
         (["datasets.lstp_video_qa.build_info.videos.storage=gone"], "no such folder: gone"),
         (["run.runner=runner_deepspeed"], "needs run.deepspeed"),
@@ -347,7 +351,7 @@ def fuzz(count: int, seed: int) -> list[str]:
 
 
 def test_no_value_of_a_key_ends_in_a_traceback(here):
-    assert fuzz(250, seed=1) == []
+    assert fuzz(120, seed=1) == []
 
 
 @pytest.mark.slow

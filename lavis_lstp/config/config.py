@@ -34,7 +34,7 @@ from lavis_lstp.config.other_keys import (
     run_keys_of,
 )
 from lavis_lstp.config.run import LAVIS_RUNNER_DEFAULTS, WRITTEN, RunSettings, checked_run
-from lavis_lstp.errors import ConfigError, unknown_name
+from lavis_lstp.errors import ConfigError, shortened, unknown_name
 
 
 class Config(lavis_config.Config):
@@ -169,7 +169,7 @@ def _check_processors(section: Mapping, dataset: str) -> None:
             if processor is None:
                 continue
             if not isinstance(processor, Mapping) or "name" not in processor:
-                raise ConfigError(f"{place} must be a mapping with the key 'name', got {processor!r}")
+                raise ConfigError(f"{place} must be a mapping with the key 'name', got {shortened(repr(processor))}")
             if registry.get_processor_class(processor["name"]) is None:
                 raise ConfigError(unknown_name(f"processor in {place}:", processor["name"], registry.list_processors()))
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from lavis_lstp.errors import ConfigError, unknown_name
+from lavis_lstp.errors import ConfigError, shortened, unknown_name
 
 BOOLEAN, INTEGER, NUMBER, TEXT = "true or false", "a whole number", "a number", "text"
 LIST, TEXTS, MAPPING, ANY = "a list", "text or a list of texts", "a mapping", ""
@@ -227,12 +227,18 @@ def check_sampling(given: Mapping, where: str) -> None:
         raise ConfigError(f"{where}.temperature must be a number above 0 where do_sample is true, got 0")
 
 
+def reason(error: Exception) -> str:
+    """An error of another package in one line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 def nearest(name: str, known: Iterable[object], cutoff: float = 0.5) -> str | None:
     return next(iter(difflib.get_close_matches(name, map(str, known), n=1, cutoff=cutoff)), None)
 
 
 def unknown_key(where: str, name: object, known: Iterable[object]) -> str:
-    near = nearest(str(name), known)
+    name = shortened(name)
+    near = nearest(name, known)
     if near:
         return f"unknown key '{where}.{name}'; did you mean '{where}.{near}'?"
     return f"unknown key '{where}.{name}'; known: {', '.join(sorted(map(str, known)))}"

@@ -24,7 +24,7 @@ from lavis_lstp.config.data import VideoQA, settings_of
 from lavis_lstp.config.fields import LIST, TEXT, TEXTS, Rule, nearest, rules
 from lavis_lstp.config.model import ModelSettings
 from lavis_lstp.config.run import RunSettings
-from lavis_lstp.errors import ConfigError, unknown_name
+from lavis_lstp.errors import ConfigError, shortened, unknown_name
 
 PACKAGE = Path(__file__).resolve().parent.parent
 SECTIONS = ("model", "datasets", "run")
@@ -158,14 +158,14 @@ def with_options(config: DictConfig, options: Sequence[str] | None) -> DictConfi
         name, _, value = option.partition("=")
         path = tuple(name.split("."))
         if not all(path) or len(path) > DEEPEST:
-            raise ConfigError(f"cannot apply --options {option}: expected SECTION.KEY=VALUE")
+            raise ConfigError(f"cannot apply --options {shortened(option)}: expected SECTION.KEY=VALUE")
         try:
             found = option_value(value, path)
             for part in reversed(path):
                 found = {part: found}
             config = OmegaConf.merge(config, found)
         except (OmegaConfBaseException, yaml.YAMLError, TypeError) as error:
-            raise ConfigError(f"cannot apply --options {option}: {first_line(error)}") from error
+            raise ConfigError(f"cannot apply --options {shortened(option)}: {first_line(error)}") from error
     return config
 
 
@@ -211,7 +211,7 @@ def sections_of(user: DictConfig) -> dict[str, Any]:
             raise ConfigError(f"section '{section}' is missing; expected the sections model, datasets and run")
     for name, section in plain["datasets"].items():
         if not isinstance(section, Mapping | None):
-            raise ConfigError(f"datasets.{name} must be a mapping, got {section!r}")
+            raise ConfigError(f"datasets.{name} must be a mapping, got {shortened(repr(section))}")
     return plain
 
 

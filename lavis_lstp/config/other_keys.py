@@ -19,7 +19,7 @@ import sys
 import textwrap
 from collections.abc import Iterable, Mapping
 
-from lavis_lstp.config.fields import MAPPING, nearest, unknown_key
+from lavis_lstp.config.fields import MAPPING, nearest, reason, unknown_key
 from lavis_lstp.config.model import MODEL_KEYS
 from lavis_lstp.errors import ConfigError, unknown_name
 
@@ -84,6 +84,10 @@ def _check_generation(given: Mapping) -> None:
     from transformers import GenerationConfig
 
     _check_known("model.generation", given, GenerationConfig().to_dict())
+    try:
+        GenerationConfig(**given)
+    except transformers_errors() as error:
+        raise ConfigError(f"model.generation: transformers says {reason(error)}") from error
 
 
 def _check_backbone(given: Mapping, defaults: Mapping) -> None:
@@ -101,7 +105,7 @@ def _check_backbone(given: Mapping, defaults: Mapping) -> None:
             raise ConfigError(f"{where}.{name} must be {MAPPING}, got {config[name]!r}")
     texts = (config.get("text_config") or {}, listed.get("text_config") or {})
     language = texts[0].get("model_type") or texts[1].get("model_type")
-    if language not in CONFIG_MAPPING:
+    if not isinstance(language, str) or language not in CONFIG_MAPPING:
         raise ConfigError(unknown_name(f"model_type in {where}.text_config:", language, ("llama", "opt", "t5")))
     classes["text_config"] = CONFIG_MAPPING[language]
     parts = {name: {} for name in classes} | {"text_config": {"model_type": language}}
@@ -109,6 +113,14 @@ def _check_backbone(given: Mapping, defaults: Mapping) -> None:
     for name, cls in classes.items():
         # The defaults' keys are legal although they are another language model's: they lie under every file.
         _check_known(f"{where}.{name}", config.get(name) or {}, _keys_of(cls()) | set(listed.get(name) or ()))
+
+
+def transformers_errors() -> tuple[type[Exception], ...]:
+    """What transformers' classes raise for a value that they cannot use."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    wrong = (ValueError, TypeError, KeyError, AttributeError, IndexError, AssertionError)
+    return (*wrong, ArithmeticError, NotImplementedError, RuntimeError, ImportError, StrictDataclassError)
 
 
 def _keys_of(config: object) -> set[str]:

@@ -57,8 +57,9 @@ class VideoQABuilder(BaseDatasetBuilder):
     DATASET_CONFIG_DICT = {"default": str(CONFIGS / "lstp_video_qa.yaml")}
 
     def __init__(self, cfg=None):
-        given = self.default_config().datasets[self.name] if cfg is None else cfg
-        super().__init__(complete_dataset(self.name, given))
+        if OmegaConf.is_config(cfg):  # while it lies in the configuration that its interpolations speak of
+            cfg = OmegaConf.to_container(cfg, resolve=True)
+        super().__init__(complete_dataset(self.name, cfg or {}))
 
     @classmethod
     def default_config(cls, kind: str = "default") -> DictConfig:
@@ -111,8 +112,9 @@ class VideoQABuilder(BaseDatasetBuilder):
                 f"{self.section}.build_info.annotations.{split}.storage must be a file or a list of files, "
                 f"got {storage!r}"
             )
-        parameters = set(inspect.signature(VideoQADataset).parameters) - {*NOT_SETTINGS}
-        settings = {name: value for name, value in config.items() if name in parameters}
+        parameters = inspect.signature(VideoQADataset).parameters.values()
+        names = {one.name for one in parameters if one.kind is one.KEYWORD_ONLY} - {*NOT_SETTINGS}
+        settings = {name: value for name, value in config.items() if name in names}
         options, order = shard_options(config.get("shards") or {}, split, self.section)
         if is_shards(paths):
             flow_root = local_path(config["flow_root"]) if config.get("flow_root") else None

@@ -59,4 +59,6 @@ def base() -> DictConfig:
 
 def complete(model_cfg) -> dict:
     """A `model` section, however short, with the default of every key it leaves out."""
+    if OmegaConf.is_config(model_cfg):  # while it lies in the configuration that its interpolations speak of
+        model_cfg = OmegaConf.to_container(model_cfg, resolve=True)
     return OmegaConf.to_container(laid_over(ModelSettings, model_cfg), resolve=True)
