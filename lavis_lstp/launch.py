@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, NoReturn
 
@@ -143,26 +143,27 @@ def built(cfg: Any, evaluate_only: bool = False) -> tuple[type, Any, Any, Any]:
     import lavis.tasks as tasks
     from lavis.common.registry import registry
 
-    runner_cls = registry.get_runner_class(cfg.run_cfg.runner)
+    from lavis_lstp.tasks.base import plain
+
+    run, runner_cls = plain(cfg.run_cfg), registry.get_runner_class(cfg.run_cfg.runner)
     own_runner = hasattr(runner_cls, "check_run")
     if own_runner:
-        runner_cls.check_run(cfg.to_dict()["run"])
-    check_model(cfg)
+        runner_cls.check_run(run)
+    check_model(plain(cfg.model_cfg))
     task = tasks.setup_task(cfg)
     datasets = task.build_datasets(cfg)
     if own_runner:
-        runner_cls.check_splits(datasets, cfg.to_dict()["run"], evaluate_only)
+        runner_cls.check_splits(datasets, run, evaluate_only)
     return runner_cls, task, datasets, task.build_model(cfg)
 
 
-def check_model(cfg) -> None:
+def check_model(model: Mapping[str, Any]) -> None:
     """Raise ConfigError for what the model's parts alone know of its settings, before data and weights are read."""
     from lavis.common.registry import registry
 
     from lavis_lstp.config.other_keys import is_ours
     from lavis_lstp.models.frame_selector import build_selector
 
-    model = cfg.to_dict()["model"]
     if is_ours(registry.get_model_class(model["arch"])):
         build_selector(**model["selector"], mask_padding=model["mask_padding"])
 

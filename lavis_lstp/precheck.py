@@ -138,19 +138,16 @@ def _splits(name: str, section: Mapping[str, Any]) -> list[str]:
 
 
 def _check_files(section: str, info: Mapping[str, Any]) -> None:
-    in_files = False
-    for value in (info.get("annotations") or {}).values():
-        storage = (value or {}).get("storage") or []
-        for path in [storage] if isinstance(storage, str) else storage:
-            if path.startswith("pipe:") or path.partition("?")[0].endswith(".tar"):
-                continue
-            in_files = True
-            if not _exists(path):
-                raise AnnotationError(f"{path}: no such annotation file ({section}.build_info.annotations)")
-    for media in ("videos", "images"):
-        folder = (info.get(media) or {}).get("storage")
-        if in_files and media in info and (not folder or not _exists(folder)):
+    storages = [(value or {}).get("storage") or [] for value in (info.get("annotations") or {}).values()]
+    paths = [path for storage in storages for path in ([storage] if isinstance(storage, str) else storage)]
+    files = [path for path in paths if not (path.startswith("pipe:") or path.partition("?")[0].endswith(".tar"))]
+    for media in {"videos", "images"} & info.keys() if files else ():
+        folder = (info[media] or {}).get("storage")
+        if not folder or not _exists(folder):
             raise ConfigError(f"{section}.build_info.{media}.storage: no such folder: {folder}")
+    for path in files:
+        if not _exists(path):
+            raise AnnotationError(f"{path}: no such annotation file ({section}.build_info.annotations)")
 
 
 def _exists(path: str) -> bool:

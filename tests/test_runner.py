@@ -468,7 +468,7 @@ def test_find_names_what_is_wrong(tmp_path):
         ({"precision": "fp32", "amp": True}, "run.amp=True contradicts run.precision=fp32"),
         ({"batch_size_train": 0}, "run.batch_size_train must be a whole number of at least 1, got 0"),
         ({"batch_size_train": 1.5}, "run.batch_size_train must be a whole number of at least 1, got 1.5"),
-        ({"init_lr": "fast"}, "run.init_lr must be a number in 0..1000000, got 'fast'"),
+        ({"init_lr": "fast"}, "run.init_lr must be a number of at least 0 and at most 1000000, got 'fast'"),
         ({"init_lr": 0}, "run.init_lr must be above 0 to train"),
         ({"max_grad_norm": -1}, "run.max_grad_norm must be a number above 0 or null, got -1"),
         ({"save_every_minutes": 0}, "run.save_every_minutes must be a number above 0 or null, got 0"),

@@ -116,18 +116,21 @@ def test_numbers_are_those_of_python():
 @pytest.mark.parametrize(
     ("option", "said"),
     [
-        ("run.init_lr=nan", "run.init_lr must be a number in 0..1000000, got 'nan'"),
-        ("run.init_lr=.inf", "run.init_lr must be a number in 0..1000000, got inf"),
+        ("run.init_lr=nan", "run.init_lr must be a number of at least 0 and at most 1000000, got 'nan'"),
+        ("run.init_lr=.inf", "run.init_lr must be a number of at least 0 and at most 1000000, got inf"),
         ("run.init_lr=0", "run.init_lr must be above 0 to train, got 0"),
-        ("run.warmup_ratio=2", "run.warmup_ratio must be a number in 0..1, got 2"),
-        ("run.weight_decay=-1", "run.weight_decay must be a number in 0..1000000, got -1"),
+        ("run.warmup_ratio=2", "run.warmup_ratio must be a number of at least 0 and at most 1, got 2"),
+        ("run.weight_decay=-1", "run.weight_decay must be a number of at least 0 and at most 1000000, got -1"),
         ("run.beta2=1", "run.beta2 must be a number of at least 0 and below 1, got 1"),
-        ("run.seed=-1", "run.seed must be a whole number in 0..4611686018427387904, got -1"),
+        ("run.seed=-1", "run.seed must be a whole number of at least 0 and at most 4611686018427387904, got -1"),
         ("run.max_grad_norm=0", "run.max_grad_norm must be a number above 0 or null, got 0"),
-        ("run.num_workers=1e9", "run.num_workers must be a whole number in 0..4096, got 1000000000.0"),
+        (
+            "run.num_workers=1e9",
+            "run.num_workers must be a whole number of at least 0 and at most 4096, got 1000000000.0",
+        ),
         (
             "run.train_dataset_ratios={lstp_video_qa: -1}",
-            "run.train_dataset_ratios.lstp_video_qa must be a number in 0..",
+            "run.train_dataset_ratios.lstp_video_qa must be a number of at least 0",
         ),
         (
             "model.generation.num_beams=0",
@@ -139,17 +142,29 @@ def test_numbers_are_those_of_python():
         ),
         ("model.generation.max_new_tokens=0", "model.generation.max_new_tokens must be a whole number of at least 1"),
         ("model.sampler.dropout=1", "model.sampler.dropout must be a number of at least 0 and below 1, got 1"),
-        ("model.flow.flow_size=0", "model.flow.flow_size must be a whole number in 1..100000 or null, got 0"),
-        ("model.lora={r: 0}", "model.lora.r must be a whole number in 1..1000000, got 0"),
+        (
+            "model.flow.flow_size=0",
+            "model.flow.flow_size must be a whole number of at least 1 and at most 100000 or null, got 0",
+        ),
+        ("model.lora={r: 0}", "model.lora.r must be a whole number of at least 1 and at most 1000000, got 0"),
         (
             "model.backbone.config.vision_config.hidden_size=-1",
-            "hidden_size must be a whole number in 1..1000000, got -1",
+            "hidden_size must be a whole number of at least 1 and at most 1000000, got -1",
         ),
         ("datasets.lstp_video_qa.fps=0", "datasets.lstp_video_qa.fps must be a number above 0 or null, got 0"),
-        ("datasets.lstp_video_qa.max_bad_fraction=1.1", "max_bad_fraction must be a number in 0..1, got 1.1"),
-        ("datasets.lstp_video_qa.shards.attempts=0", "shards.attempts must be a whole number in 1..1000, got 0"),
-        ("datasets.lstp_video_qa.num_frames=null", "num_frames must be a whole number in 1..1000000, got null"),
-        ("run.warmup_ratio=${run.seed}", "run.warmup_ratio must be a number in 0..1, got 42"),
+        (
+            "datasets.lstp_video_qa.max_bad_fraction=1.1",
+            "max_bad_fraction must be a number of at least 0 and at most 1, got 1.1",
+        ),
+        (
+            "datasets.lstp_video_qa.shards.attempts=0",
+            "shards.attempts must be a whole number of at least 1 and at most 1000, got 0",
+        ),
+        (
+            "datasets.lstp_video_qa.num_frames=null",
+            "num_frames must be a whole number of at least 1 and at most 1000000, got null",
+        ),
+        ("run.warmup_ratio=${run.seed}", "run.warmup_ratio must be a number of at least 0 and at most 1, got 42"),
         ("run.log_freq=" + "9" * 5000, "run.log_freq must be a whole number of at least 1, got '999"),
     ],
 )

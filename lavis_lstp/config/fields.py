@@ -63,10 +63,7 @@ class Rule:
         """The range, for an error: `a number above 0 and at most 1`."""
         words = {"least": "of at least", "above": "above", "most": "at most", "below": "below"}
         found = {name: self.limits[name] for name in words if name in self.limits}
-        if "least" in found and "most" in found:
-            said = f" in {found['least']}..{found['most']}"
-        else:
-            said = " and".join(f" {words[name]} {value}" for name, value in found.items())
+        said = " and".join(f" {words[name]} {value}" for name, value in found.items())
         optional = " or null" if self.nullable and self.kind in (INTEGER, NUMBER) else ""
         return f"{self.kind}{said}{optional}"
 
