@@ -81,7 +81,7 @@ def _own_sections(user: DictConfig) -> dict[str, dict] | None:
     complete = {name: complete_dataset(name, section) for name, section in own.items()}
     config = OmegaConf.create({"run": run, "model": model, "datasets": complete})
     found = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    checked_run(found["run"], roles)
+    found["run"] = checked_run(found["run"], roles)
     check_complete_model(found["model"])
     for name in own:
         checked_dataset(name, found["datasets"][name])

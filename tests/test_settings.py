@@ -292,6 +292,15 @@ def test_deepspeed_that_is_missing_is_said_at_once(here, monkeypatch):
     assert "needs DeepSpeed, which is not installed; pip install" in error(*options)
 
 
+@pytest.mark.parametrize("key", ["model.arch", "model.model_type", "run.task", "run.runner"])
+def test_names_in_a_file_that_are_no_texts(here, key):
+    section, name = key.split(".")
+    content = OmegaConf.merge(OmegaConf.create(parse(RUN)), {section: {name: {"a": 1}}})
+    (here / "odd.yaml").write_text(OmegaConf.to_yaml(content))
+    with pytest.raises(ConfigError, match=f"odd.yaml: {key} must be text, got"):
+        launch.configured(types.SimpleNamespace(cfg_path="odd.yaml", options=[]))
+
+
 # ---- any value of any key
 
 

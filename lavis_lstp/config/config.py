@@ -146,7 +146,7 @@ def _complete_datasets(given: Mapping) -> DictConfig:
     for name, section in given.items():
         builder = _registered("dataset", name, registry.get_builder_class, registry.list_datasets)
         section = section or {}
-        kind = section.get("type") or "default"
+        kind = str(section.get("type") or "default")
         if kind not in builder.DATASET_CONFIG_DICT:
             raise ConfigError(unknown_name(f"type of dataset {name}", kind, builder.DATASET_CONFIG_DICT))
         if settings_of(name):
@@ -168,7 +168,7 @@ def _check_processors(section: Mapping, dataset: str) -> None:
             place = f"datasets.{dataset}.{kind}.{split}"
             if processor is None:
                 continue
-            if not isinstance(processor, Mapping) or "name" not in processor:
+            if not isinstance(processor, Mapping) or not isinstance(processor.get("name"), str):
                 raise ConfigError(f"{place} must be a mapping with the key 'name', got {shortened(repr(processor))}")
             if registry.get_processor_class(processor["name"]) is None:
                 raise ConfigError(unknown_name(f"processor in {place}:", processor["name"], registry.list_processors()))

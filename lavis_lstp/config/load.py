@@ -209,6 +209,9 @@ def sections_of(user: DictConfig) -> dict[str, Any]:
     for section in SECTIONS:
         if not isinstance(plain.get(section), Mapping):
             raise ConfigError(f"section '{section}' is missing; expected the sections model, datasets and run")
+    for section, name in (("model", "arch"), ("model", "model_type"), ("run", "task"), ("run", "runner")):
+        if not isinstance(plain[section].get(name), str | None):
+            raise ConfigError(f"{section}.{name} must be {TEXT}, got {shortened(repr(plain[section][name]))}")
     for name, section in plain["datasets"].items():
         if not isinstance(section, Mapping | None):
             raise ConfigError(f"datasets.{name} must be a mapping, got {shortened(repr(section))}")
@@ -282,13 +285,13 @@ def _construct(loader: Loader, node: yaml.Node, path: tuple[str, ...]) -> Any:
 
 
 def _mapping(loader: Loader, node: yaml.MappingNode, path: tuple[str, ...]) -> dict:
-    own = {key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)}
-    names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+    own: set[str] = set()
     for key, _ in node.value:
-        if isinstance(key, yaml.ScalarNode) and names.count(key.value) > 1:
+        if isinstance(key, yaml.ScalarNode) and key.value in own:
             raise yaml.constructor.ConstructorError(
                 "while constructing a mapping", node.start_mark, f"found duplicate key {key.value}", key.start_mark
             )
+        own.add(key.value if isinstance(key, yaml.ScalarNode) else "")
     if "<<" in own:
         loader.flatten_mapping(node)
     found = {}
