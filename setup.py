@@ -127,6 +127,7 @@ setup(
     package_dir={"": "."},  # a plain .pth line for `pip install -e`, no finder that each interpreter pays for
     packages=[
         "lavis_lstp",
+        "lavis_lstp.config",
         "lavis_lstp.data",
         "lavis_lstp.judging",
         "lavis_lstp.metrics",
