@@ -11,7 +11,7 @@ import sys
 __version__ = "0.1.0"
 
 NEEDS_LAVIS = {
-    "lavis_lstp.config",
+    "lavis_lstp.config.config",
     "lavis_lstp.data.builders",
     "lavis_lstp.data.qa_dataset",
     "lavis_lstp.models.lstp",

@@ -50,9 +50,15 @@ class CoverageError(LstpError, RuntimeError):
     """An evaluation did not produce exactly one prediction for each question."""
 
 
+def shortened(value: object, most: int = 200) -> str:
+    """A value of any length for a line of text."""
+    text = str(value)
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:
     """One line for a name that is not known: `unknown flow 'raftt'; did you mean 'raft_large'? known: ...`."""
-    known = sorted(known)
-    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    known, name = sorted(known), shortened(name)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean '{close[0]}'? " if close else ""
     return f"unknown {kind} '{name}'; {hint}known: {', '.join(known)}"

@@ -99,10 +99,10 @@ def draws(options: dict) -> None:
     from test_mixed_batches import ALL_PARTS, mixed
 
     from lavis_lstp import distributed
+    from lavis_lstp.config.run import RunSettings
     from lavis_lstp.models.lstp import LSTP
     from lavis_lstp.runners.deepspeed import config as deepspeed_config
     from lavis_lstp.runners.deepspeed.engine import DeepSpeedEngine
-    from lavis_lstp.runners.settings import RunSettings
 
     rank = distributed.rank()
     given = {"zero_optimization": {"stage": options["stage"], "stage3_param_persistence_threshold": 0}}

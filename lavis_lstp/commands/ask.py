@@ -74,7 +74,7 @@ def model_config(section: Mapping[str, Any], checkpoints: Sequence[str], options
     from omegaconf.errors import OmegaConfBaseException
 
     from lavis_lstp.config import complete_model, with_options
-    from lavis_lstp.host.plugin import resolve_model
+    from lavis_lstp.config.names import resolve_model
     from lavis_lstp.models.lstp import LSTP
 
     given = with_options(OmegaConf.create({"model": dict(section)}), options)
@@ -137,7 +137,7 @@ def _where_the_run_stood(manifest: Path, path: str) -> str:
     Raises:
         WeightsError: it is in none of them.
     """
-    from lavis_lstp.models.weights.reading import checkpoint_source
+    from lavis_lstp.models.weights.hub import checkpoint_source
 
     given = Path(path).expanduser()
     for folder in () if given.is_absolute() else manifest.resolve().parents:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from lavis_lstp import __version__
 from lavis_lstp.commands.ask import CONVERTED
+from lavis_lstp.config.model import Sampler
 from lavis_lstp.errors import ConfigError, WeightsError, unknown_name
 from lavis_lstp.files import complete_folder, sha256_file, write_json
 from lavis_lstp.models.answer.loading import DTYPES
@@ -310,10 +311,8 @@ def _lora(state_dict: Mapping[str, Tensor]) -> dict[str, Any] | None:
 
 
 def _unlike_default(sizes: Mapping[str, int]) -> dict[str, int]:
-    from lavis_lstp.models.variants import BASE, load_variant
-
-    default = load_variant(BASE).model.sampler
-    return {name: size for name, size in sizes.items() if default[name] != size}
+    default = Sampler()
+    return {name: size for name, size in sizes.items() if getattr(default, name) != size}
 
 
 def _config_text(config: Mapping[str, Any], report: Report) -> str:

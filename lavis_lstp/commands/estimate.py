@@ -128,7 +128,7 @@ def build_without_memory(model_cfg: Any) -> nn.Module:
     """
     from lavis.common.registry import registry
 
-    from lavis_lstp.config_keys import is_ours
+    from lavis_lstp.config.other_keys import is_ours
     from lavis_lstp.models.weights.published_sizes import PUBLISHED_SIZES
 
     model_cls = registry.get_model_class(model_cfg.arch)
@@ -282,9 +282,9 @@ def of_recipe(args: argparse.Namespace) -> tuple[Estimate, str]:
     """The estimate for command line arguments, and a line on what it is for."""
     from lavis_lstp import register
     from lavis_lstp.config import Config
+    from lavis_lstp.config.run import RunSettings
     from lavis_lstp.runners.deepspeed import config as deepspeed_config
     from lavis_lstp.runners.deepspeed.engine import import_deepspeed
-    from lavis_lstp.runners.settings import RunSettings
 
     if args.gpus < 1:
         raise ConfigError(f"--gpus must be at least 1, got {args.gpus}")

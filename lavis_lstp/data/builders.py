@@ -2,12 +2,13 @@
 
 `lstp_video_qa` takes anybody's videos and annotation files, `lstp_{image,video,text}_instruct` the instruction data of
 LLaVA and Video-ChatGPT, one kind each, `lstp_shapes` generates its own, and those of `data.benchmarks` read the files
-of their authors. Where a storage names tar shards, questions and media come from those. Their YAML files in
-`configs/datasets` list every key with its default.
+of their authors. Where a storage names tar shards, questions and media come from those. `config/data.py` lists every
+key with its default, their YAML files in `configs/datasets` hold what differs.
 """
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,8 +16,9 @@ from typing import Any
 
 from lavis.common.registry import registry
 from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
+from lavis_lstp.config.data import CONFIGS, complete_dataset
 from lavis_lstp.data.annotation import read_annotation
 from lavis_lstp.data.benchmarks import BENCHMARKS, read_benchmark
 from lavis_lstp.data.instruct import read_instructions
@@ -30,22 +32,8 @@ logger = logging.getLogger(__name__)
 
 KINDS = ("image", "text", "video")
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "datasets"
-SETTINGS = (
-    "num_frames",
-    "fps",
-    "short_videos",
-    "image_size",
-    "flow",
-    "flow_root",
-    "flow_size",
-    "max_flows",
-    "backend",
-    "cache_videos",
-    "max_bad_fraction",
-    "image_frames",
-    "quarantine",
-)
+NOT_SETTINGS = ("spans", "vis_processor", "text_processor")
+"""Keys of a section that `VideoQADataset` takes in another form."""
 
 
 def local_path(path: str) -> Path:
@@ -67,6 +55,16 @@ class VideoQABuilder(BaseDatasetBuilder):
     train_dataset_cls = VideoQADataset
     eval_dataset_cls = VideoQADataset
     DATASET_CONFIG_DICT = {"default": str(CONFIGS / "lstp_video_qa.yaml")}
+
+    def __init__(self, cfg=None):
+        if OmegaConf.is_config(cfg):  # while it lies in the configuration that its interpolations speak of
+            cfg = OmegaConf.to_container(cfg, resolve=True)
+        super().__init__(complete_dataset(self.name, cfg or {}))
+
+    @classmethod
+    def default_config(cls, kind: str = "default") -> DictConfig:
+        """The data set's whole section, every key of it."""
+        return OmegaConf.create({"datasets": {cls.name: complete_dataset(cls.name, {})}})
 
     def build_datasets(self) -> dict[str, VideoQADataset]:
         """{split: data set} for every split that `build_info.annotations` names.
@@ -114,7 +112,9 @@ class VideoQABuilder(BaseDatasetBuilder):
                 f"{self.section}.build_info.annotations.{split}.storage must be a file or a list of files, "
                 f"got {storage!r}"
             )
-        settings = {name: config[name] for name in SETTINGS if name in config}
+        parameters = inspect.signature(VideoQADataset).parameters.values()
+        names = {one.name for one in parameters if one.kind is one.KEYWORD_ONLY} - {*NOT_SETTINGS}
+        settings = {name: value for name, value in config.items() if name in names}
         options, order = shard_options(config.get("shards") or {}, split, self.section)
         if is_shards(paths):
             flow_root = local_path(config["flow_root"]) if config.get("flow_root") else None
@@ -183,19 +183,7 @@ class TextInstructBuilder(InstructBuilder):
 
 
 class BenchmarkBuilder(VideoQABuilder):
-    """A benchmark of `BENCHMARKS`; its file in configs/datasets holds what differs from lstp_video_qa.yaml."""
-
-    def __init__(self, cfg=None):
-        super().__init__(self.default_config().datasets[self.name] if cfg is None else cfg)
-
-    @classmethod
-    def default_config(cls, kind: str = "default"):
-        """The data set's YAML, every key of it."""
-        path = Path(cls.default_config_path(kind))
-        own = OmegaConf.load(path)
-        base = OmegaConf.load(path.parent / own.extends).datasets
-        section = OmegaConf.merge(base[next(iter(base))], own.datasets[cls.name])
-        return OmegaConf.create({"datasets": {cls.name: section}})
+    """A benchmark of `BENCHMARKS`; its file in configs/datasets holds what differs from lstp_video_qa."""
 
     def _annotation(
         self, split: str, paths: list[Path], folder: Path, config: Mapping[str, Any]

@@ -23,6 +23,8 @@ INSTALL_LINE = "pip install --no-deps salesforce-lavis==1.0.2"
 
 OLDEST_LAVIS = (1, 0, 2)
 
+_checked = []
+
 SERVED = {"lavis.train": "train.py", "lavis.evaluate": "evaluate.py"}
 
 
@@ -35,6 +37,7 @@ def find_spec(finder, fullname, path, target):
     if fullname == "lavis":
         spec = _ask_others(finder, fullname, path, target)
         check_lavis(spec)
+        _check_run(spec)
         spec.loader = _LavisLoader(spec.loader)
         return spec
     if fullname in SERVED:
@@ -47,6 +50,18 @@ def find_spec(finder, fullname, path, target):
     if spec is not None:
         spec.loader = _AfterLavisLoader(spec.loader)
     return spec
+
+
+def _check_run(spec):
+    """`python -m lavis.train` imports LAVIS to find the module; what is wrong with its words is said before that."""
+    if sys.argv[:1] != ["-m"] or "-m" not in sys.orig_argv or _checked:  # Python is not looking for a module to run
+        return
+    name = sys.orig_argv[sys.orig_argv.index("-m") + 1]
+    if name in SERVED and not os.path.exists(os.path.join(os.path.dirname(spec.origin), SERVED[name])):
+        from lavis_lstp.host import launch
+
+        _checked.append(name)  # the check itself asks where LAVIS is
+        launch.check_first(sys.argv[1:], name)
 
 
 def _ask_others(finder, fullname, path, target):

@@ -14,13 +14,16 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from lavis_lstp.errors import ConfigError, LstpError
 
 log = logging.getLogger(__name__)
+
+NAMES = {False: "lavis.train", True: "lavis.evaluate"}
+"""What is served under LAVIS's name, by `evaluate_only`."""
 
 RENDEZVOUS_TIMEOUT = timedelta(hours=2)
 """How long a process waits for the others, for instance while one of them reads a large checkpoint."""
@@ -28,9 +31,25 @@ RENDEZVOUS_TIMEOUT = timedelta(hours=2)
 
 def main(argv: Sequence[str] | None = None, evaluate_only: bool = False) -> int:
     """Run a configuration; 0 when done, 2 after an error of the user's, printed as one line."""
-    args = parse_args(argv, "lavis.evaluate" if evaluate_only else "lavis.train")
+    args = parse_args(argv, NAMES[evaluate_only])
+    return _status(run, args, evaluate_only)
+
+
+def check_first(argv: Sequence[str], name: str) -> None:
+    """End the process with the error that `python -m NAME` would end with, as far as it is known without LAVIS.
+
+    Called by the import hook while Python looks for the module, before it imports LAVIS for that.
+    """
+    from lavis_lstp import precheck
+
+    status = _status(precheck.check, parse_args(argv, name), name == NAMES[True])
+    if status:
+        sys.exit(status)
+
+
+def _status(work: Callable[[argparse.Namespace, bool], None], args: argparse.Namespace, evaluate_only: bool) -> int:
     try:
-        run(args, evaluate_only)
+        work(args, evaluate_only)
     except LstpError as error:
         print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 2
@@ -74,31 +93,19 @@ def run(args: argparse.Namespace, evaluate_only: bool = False) -> None:
     Raises:
         LstpError: the configuration, the data or the weights cannot be used.
     """
-    import lavis.tasks as tasks
+    cfg = configured(args, evaluate_only)
     from lavis.common.dist_utils import get_rank
     from lavis.common.logger import setup_logger
-    from lavis.common.registry import registry
 
-    from lavis_lstp import register
-    from lavis_lstp.config import Config
-
-    register()
-    cfg = Config(args)
-    if evaluate_only:
-        cfg.run_cfg.evaluate = True
     choose_device(cfg.run_cfg)
     init_processes(cfg.run_cfg, args.local_rank)
     try:
         seed_processes(cfg.run_cfg.seed + get_rank())
         setup_logger()  # after the group exists: rank 0 logs, the others warn
-        cfg.pretty_print()
-        task = tasks.setup_task(cfg)
-        datasets = task.build_datasets(cfg)
-        model = task.build_model(cfg)
+        runner_cls, task, datasets, model = built(cfg, evaluate_only)
         warn_of_unused_flow(cfg)
         if cfg.run_cfg.evaluate:
             warn_of_random_weights(model, cfg)
-        runner_cls = registry.get_runner_class(cfg.run_cfg.runner)
         runner = runner_cls(cfg=cfg, job_id=shared_job_id(), task=task, model=model, datasets=datasets)
         if evaluate_only:
             runner.evaluate(skip_reload=True)
@@ -106,6 +113,59 @@ def run(args: argparse.Namespace, evaluate_only: bool = False) -> None:
             runner.train()
     finally:
         destroy_processes()
+
+
+def configured(args: argparse.Namespace, evaluate_only: bool = False) -> Any:
+    """The complete configuration.
+
+    Raises:
+        LstpError: it cannot be used.
+    """
+    from lavis_lstp import precheck
+
+    precheck.check(args, evaluate_only)  # before LAVIS is imported
+    from lavis_lstp import register
+    from lavis_lstp.config import Config
+
+    register()
+    cfg = Config(args)
+    if evaluate_only:
+        cfg.run_cfg.evaluate = True
+    return cfg
+
+
+def built(cfg: Any, evaluate_only: bool = False) -> tuple[type, Any, Any, Any]:
+    """Runner class, task, data sets and model; what costs little is looked at first.
+
+    Raises:
+        LstpError: settings, data or weights cannot be used.
+    """
+    import lavis.tasks as tasks
+    from lavis.common.registry import registry
+
+    from lavis_lstp.tasks.base import plain
+
+    run, runner_cls = plain(cfg.run_cfg), registry.get_runner_class(cfg.run_cfg.runner)
+    own_runner = hasattr(runner_cls, "check_run")
+    if own_runner:
+        runner_cls.check_run(run)
+    check_model(plain(cfg.model_cfg))
+    task = tasks.setup_task(cfg)
+    datasets = task.build_datasets(cfg)
+    if own_runner:
+        runner_cls.check_splits(datasets, run, evaluate_only)
+    return runner_cls, task, datasets, task.build_model(cfg)
+
+
+def check_model(model: Mapping[str, Any]) -> None:
+    """Raise ConfigError for what the model's parts alone know of its settings, before data and weights are read."""
+    from lavis.common.registry import registry
+
+    from lavis_lstp.config.other_keys import is_ours
+    from lavis_lstp.models.where.frame_selector import build_selector
+
+    if is_ours(registry.get_model_class(model["arch"])):
+        build_selector(**model["selector"], mask_padding=model["mask_padding"])
 
 
 def warn_of_unused_flow(cfg) -> None:
@@ -123,7 +183,7 @@ def warn_of_unused_flow(cfg) -> None:
 
 def warn_of_random_weights(model, cfg) -> None:
     """One warning where a model of this package is evaluated and nothing in the configuration brings weights."""
-    from lavis_lstp.config_keys import is_ours
+    from lavis_lstp.config.other_keys import is_ours
 
     settings = cfg.model_cfg
     weights = (settings.get("backbone") or {}).get("weights")

@@ -12,8 +12,6 @@ import importlib.util
 import sys
 from types import ModuleType
 
-from lavis_lstp.errors import ConfigError, unknown_name
-
 REGISTERING = ("lavis_lstp.data.builders", "lavis_lstp.models.lstp", "lavis_lstp.tasks", "lavis_lstp.runners")
 """Importing one of these registers what it defines; they lie in the order in which imports may point."""
 
@@ -68,47 +66,13 @@ def register() -> None:
         _state["registering"] = False
 
 
-def default_model_type(model_cls: type) -> str:
-    """The type meant where none is named: "default", else the class's DEFAULT_MODEL_TYPE, else its first one.
-
-    Raises:
-        ConfigError: the class has no types at all (LAVIS's base classes).
-    """
-    types = list(getattr(model_cls, "PRETRAINED_MODEL_CONFIG_DICT", {}))
-    if "default" in types:
-        return "default"
-    named = getattr(model_cls, "DEFAULT_MODEL_TYPE", None)
-    if named is not None:
-        return named
-    if not types:
-        raise ConfigError(f"model class {model_cls.__name__} has no model types to choose from")
-    return types[0]
-
-
-def resolve_model(name: str, model_type: str | None) -> tuple[type, str]:
-    """The registered class and a type it has.
-
-    Raises:
-        ConfigError: no such model, or no such type of it; the nearest known name is in the message.
-    """
-    from lavis.common.registry import registry
-
-    model_cls = registry.get_model_class(name)
-    if model_cls is None:
-        raise ConfigError(unknown_name("model", name, registry.list_models()))
-    model_type = model_type or default_model_type(model_cls)
-    if model_type not in model_cls.PRETRAINED_MODEL_CONFIG_DICT:
-        raise ConfigError(unknown_name(f"model_type of {name}", model_type, model_cls.PRETRAINED_MODEL_CONFIG_DICT))
-    return model_cls, model_type
-
-
 def _complete(lavis: ModuleType) -> None:
     """Patch the entry points that LAVIS's users call, in `lavis` and `lavis.models` alike."""
     import lavis.common.config as config_module
     import lavis.datasets.builders as builders
     import lavis.models as models
 
-    from lavis_lstp.config import Config
+    from lavis_lstp.config.config import Config
 
     patched = {
         "load_model": _with_default_type(models.load_model),
@@ -125,6 +89,8 @@ def _complete(lavis: ModuleType) -> None:
 
 
 def _with_default_type(load_model):
+    from lavis_lstp.config.names import resolve_model
+
     @functools.wraps(load_model)
     def load_model_by_name(name, model_type=None, *args, **kwargs):
         return load_model(name, resolve_model(name, model_type)[1], *args, **kwargs)
@@ -134,6 +100,8 @@ def _with_default_type(load_model):
 
 def _with_default_preprocess(load_model_and_preprocess, models):
     """LAVIS's function fails for a model without a `preprocess` section; LSTP normalises frames itself."""
+
+    from lavis_lstp.config.names import resolve_model
 
     @functools.wraps(load_model_and_preprocess)
     def load_model_and_preprocess_by_name(name, model_type=None, is_eval=False, device="cpu"):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lavis_lstp.config.model import check_together
 from lavis_lstp.errors import ConfigError, WeightsError, unknown_name
 from lavis_lstp.models.answer.fusion import FrameFusion
 from lavis_lstp.models.answer.generation import checked
@@ -20,9 +21,9 @@ from lavis_lstp.models.answer.loading import DTYPES
 from lavis_lstp.models.answer.qformer import Backbone
 from lavis_lstp.models.answer.tiny_tokenizer import tiny_tokenizer
 from lavis_lstp.models.refinement import Refinement
-from lavis_lstp.models.weights.hub import is_missing, local_path, where_from, where_to_put
-from lavis_lstp.models.weights.reading import load_bert_into_sampler, weights_file
-from lavis_lstp.models.where.flow import UNINITIALISED, build_flow
+from lavis_lstp.models.weights.hub import require_weights, where_from, where_to_put
+from lavis_lstp.models.weights.reading import load_bert_into_sampler
+from lavis_lstp.models.where.flow import build_flow
 from lavis_lstp.models.where.frame_selector import build_selector
 from lavis_lstp.models.where.temporal_sampler import TemporalSampler
 
@@ -63,36 +64,6 @@ def build_parts(cfg: Mapping[str, Any]) -> dict[str, Any]:
         "generation": cfg["generation"],
         "seed": cfg["selection_seed"],
     }
-
-
-def require_weights(cfg: Mapping[str, Any]) -> None:
-    """Says all that is missing, and before gigabytes of what is there are read.
-
-    Raises:
-        WeightsError: weights or tokenizers are not on this machine, and the hub does not answer.
-    """
-    given = cfg["checkpoint"] or []
-    for path in [given] if isinstance(given, str) else given:
-        weights_file(path)
-    wanted = {"model.sampler.weights": "config.json", "model.sampler.tokenizer": "tokenizer_config.json"}
-    if cfg["backbone"]["source"] == "hub":
-        wanted["model.backbone.weights"] = "config.json"
-    missing = {}
-    for key, file in wanted.items():
-        _, section, name = key.split(".")
-        if cfg[section][name] and is_missing(cfg[section][name], file):
-            missing.setdefault(cfg[section][name], []).append(key)
-    raft = cfg["flow"]["weights"] if cfg["flow"]["name"].startswith("raft") else None
-    if raft not in (None, UNINITIALISED) and local_path(raft) is None:
-        missing[raft] = ["model.flow.weights"]
-    if missing:
-        listed = "; ".join(f"{name} ({', '.join(keys)}): {where_to_put(name)}" for name, keys in missing.items())
-        raise WeightsError(
-            f"missing weights, neither on this machine nor in the hub's cache, and the hub does not answer: {listed}. "
-            "Each is a hub id that is cached or can be reached, or a folder with its files (config.json, "
-            "*.safetensors, tokenizer files) downloaded from huggingface.co; raft-sintel.pth is in models.zip of "
-            "princeton-vl/RAFT"
-        )
 
 
 def build_backbone(
@@ -204,9 +175,6 @@ def check_settings(model: nn.Module) -> None:
     Raises:
         ConfigError: one line on which and why.
     """
-    for key, value in (("train", model.train_parts), ("losses", model.losses)):
-        if len(set(value)) < len(value):
-            raise ConfigError(f"model.{key} names something twice: {list(value)}")
     numbers = {
         "sampler.max_text_tokens": model.sampler_max_tokens,
         "backbone.max_text_tokens": model.backbone.max_text_tokens,
@@ -221,17 +189,12 @@ def check_settings(model: nn.Module) -> None:
         if loss not in LOSSES:
             raise ConfigError(unknown_name("loss (model.losses)", loss, LOSSES))
     checked(model.generation, encoder_decoder=model.backbone.is_encoder_decoder)
-    if model.refinement and "span" not in model.losses:
-        raise ConfigError("model.refinement.in_loop makes spans for the loss 'span'; add it to model.losses")
-    learning = set(model.train_parts)
-    for loss, trained_by_it in (("span", learning & {"sampler"}), ("lm", learning - {"sampler"})):
-        if learning and bool(trained_by_it) != (loss in model.losses):
-            parts_named = ", ".join(sorted(trained_by_it)) or "nothing"
-            raise ConfigError(
-                f"model.losses {list(model.losses)} and model.train {list(model.train_parts)} do not go together: "
-                f"the loss '{loss}' trains {parts_named} of these; {'add' if trained_by_it else 'remove'} it"
-            )
+    check_together(
+        train=model.train_parts,
+        losses=model.losses,
+        in_loop=bool(model.refinement),
+        prompt=model.prompt,
+        sampler_prompt=model.sampler_prompt,
+        answer_template=model.answer_template,
+    )
     model.sampler.mode_layers(model.sampler_mode)
-    for key, field in (("prompt", "question"), ("sampler_prompt", "question"), ("answer_template", "answer")):
-        if f"{{{field}}}" not in getattr(model, key):
-            raise ConfigError(f"model.{key} must contain {{{field}}}, got {getattr(model, key)!r}")

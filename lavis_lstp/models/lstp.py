@@ -63,10 +63,6 @@ class LSTP(BaseModel):
     """
 
     PRETRAINED_MODEL_CONFIG_DICT: Mapping[str, str] = {}
-    OPEN_CONFIG_KEYS = frozenset({"backbone.config", "generation"})
-    """Sections of a config that go to transformers, so their keys are those of its classes, not of our defaults."""
-    OPTIONAL_SECTIONS: Mapping[str, set[str]] = {"lora": {"r", "alpha", "dropout", "targets"}}
-    """Sections that are null by default, and the keys they may have."""
     KEPT_WHOLE = ("flow.model",)
     """RAFT stays in float32 and on each device: frozen, small, and wrong in bfloat16."""
 
@@ -121,7 +117,7 @@ class LSTP(BaseModel):
 
     @classmethod
     def from_config(cls, cfg) -> LSTP:
-        """From a `model` section; `configs/models/lstp.yaml` lists and explains every key."""
+        """From a `model` section; `config/model.py` lists and explains every key."""
         cfg = complete(cfg)
         given = cfg["checkpoint"] or []
         checkpoints = [given] if isinstance(given, str) else given

@@ -1,7 +1,7 @@
 """Names of the models and the YAML file behind each type.
 
-In: a registered name and a type. Out: the complete `model` section: `configs/models/lstp.yaml` has every key, any other
-file holds what differs and names with `extends` what it differs from.
+In: a registered name and a type. Out: the complete `model` section: `config/model.py` lists every key, a file holds
+what differs and may name with `extends` another file that it differs from.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from lavis_lstp.config.fields import laid_over
+from lavis_lstp.config.model import ModelSettings
 from lavis_lstp.errors import ConfigError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "models"
-BASE = CONFIGS / "lstp.yaml"
 
 MODEL_TYPES: dict[str, dict[str, Path]] = {
     name: {kind: CONFIGS / f"{file}.yaml" for kind, file in types.items()}
@@ -37,7 +38,7 @@ MODEL_TYPES: dict[str, dict[str, Path]] = {
 
 
 def load_variant(path: str | Path) -> DictConfig:
-    """The file's root, with `model` laid over what it extends and over `lstp.yaml`.
+    """The file's root, with `model` laid over what it extends and over the defaults of `ModelSettings`.
 
     Raises:
         ConfigError: a file is missing, which only a damaged installation can cause.
@@ -47,9 +48,17 @@ def load_variant(path: str | Path) -> DictConfig:
         raise ConfigError(f"the default configuration {path} is missing from the installation; install it again")
     own = OmegaConf.load(path)
     parent = own.pop("extends", None)
-    return OmegaConf.merge(load_variant(path.parent / parent), own) if parent else own
+    below = load_variant(path.parent / parent) if parent else base()
+    return OmegaConf.merge(below, own)
+
+
+def base() -> DictConfig:
+    """The defaults that lie under every file."""
+    return OmegaConf.create({"model": laid_over(ModelSettings)})
 
 
 def complete(model_cfg) -> dict:
     """A `model` section, however short, with the default of every key it leaves out."""
-    return OmegaConf.to_container(OmegaConf.merge(load_variant(BASE).model, model_cfg), resolve=True)
+    if OmegaConf.is_config(model_cfg):  # while it lies in the configuration that its interpolations speak of
+        model_cfg = OmegaConf.to_container(model_cfg, resolve=True)
+    return OmegaConf.to_container(laid_over(ModelSettings, model_cfg), resolve=True)

@@ -21,11 +21,12 @@ from torch.nn.parallel import DistributedDataParallel
 from lavis_lstp import distributed
 from lavis_lstp.errors import ConfigError, WeightsError
 from lavis_lstp.runners import checkpoint
-from lavis_lstp.runners.settings import OPTIMIZERS
 
 log = logging.getLogger(__name__)
 
 OPTIMIZER = "optimizer.pt"
+OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
+"""`run.optimizer`; both keep the same two moments, and differ in how weights decay."""
 
 
 class WholeModel:
@@ -58,7 +59,7 @@ class TorchEngine(WholeModel):
 
     Args:
         model: already on its device; wrapped in DDP where there is more than one process.
-        optimizer: name of one of `settings.OPTIMIZERS`.
+        optimizer: name of one of `OPTIMIZERS`.
         precision: "fp32", or "bf16" for autocast (weights and optimizer stay fp32).
         max_grad_norm: None leaves gradients as they are.
     """

@@ -21,10 +21,10 @@ from lavis.common.registry import registry
 from lavis.runners.runner_base import RunnerBase
 
 from lavis_lstp import distributed
+from lavis_lstp.config.run import RunSettings, check_splits, splits_of
 from lavis_lstp.errors import ConfigError
 from lavis_lstp.files import sha256_json
 from lavis_lstp.runners import checkpoint, resume
-from lavis_lstp.runners import settings as run_settings
 from lavis_lstp.runners.data_order import Batches, TrainOrder, sampling_of
 from lavis_lstp.runners.engine import TorchEngine, WholeModel
 from lavis_lstp.runners.evaluation import evaluate_split, fingerprint, is_better, metric_value, to_device
@@ -42,8 +42,6 @@ log = logging.getLogger(__name__)
 
 @registry.register_runner("runner_lstp")
 class RunnerLSTP(RunnerBase):
-    RUN_KEYS = run_settings.RUN_KEYS
-
     def __init__(self, cfg: Any, task: Any, model: Any, datasets: Mapping[str, Any], job_id: str | None = None):
         self.plain_config = plain(cfg.config)
         self.settings = self.read_settings()
@@ -61,8 +59,18 @@ class RunnerLSTP(RunnerBase):
         self.stop_request = StopRequest()
         self.spare_batch: dict[str, Any] | None = None
 
-    def read_settings(self) -> run_settings.RunSettings:
-        return run_settings.RunSettings.from_config(self.plain_config["run"])
+    @classmethod
+    def check_run(cls, run: Mapping[str, Any]) -> None:
+        """Raise ConfigError for a run section that this runner cannot work by, before data and model are built."""
+        RunSettings.from_config(run)
+
+    @staticmethod
+    def check_splits(datasets: Mapping[str, Any], run: Mapping[str, Any], evaluate_only: bool) -> None:
+        """Raise ConfigError for a split that no data set has, before the model is built."""
+        check_splits(datasets, splits_of(run, evaluate_only=evaluate_only))
+
+    def read_settings(self) -> RunSettings:
+        return RunSettings.from_config(self.plain_config["run"])
 
     # ---- what RunnerBase offers ---------------------------------------------------------------------------------
 
@@ -98,7 +106,7 @@ class RunnerLSTP(RunnerBase):
 
     def setup_output_dir(self) -> None:
         """`run.output_dir` itself; no job id is added, so a resumed run finds its own checkpoints."""
-        self.output_dir = self.settings.output_dir.expanduser().absolute()
+        self.output_dir = Path(self.settings.output_dir).expanduser().absolute()
         self.result_dir = self.output_dir / "result"
         try:
             self.result_dir.mkdir(parents=True, exist_ok=True)
@@ -150,6 +158,7 @@ class RunnerLSTP(RunnerBase):
 
     def _prepare_training(self) -> None:
         settings = self.settings
+        check_splits(self.datasets, splits_of(self.plain_config["run"]))
         for split in self._eval_splits():
             evaluation_dataset(self.datasets, split)  # a misspelt name should not wait for the end of an epoch
         source = distributed.on_main(lambda: resume.choose_source(self.store, settings.resume_ckpt_path))

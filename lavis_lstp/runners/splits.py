@@ -7,13 +7,17 @@ those there are.
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lavis.datasets.datasets.base_dataset import ConcatDataset
 from torch.utils.data import Dataset, IterableDataset
 
+from lavis_lstp.config.run import check_splits
 from lavis_lstp.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 Datasets = Mapping[str, Mapping[str, Dataset]]
 
@@ -79,6 +83,11 @@ def training_parts(datasets: Datasets, wanted: Sequence[str], ratios: Mapping[st
     Raises:
         ConfigError: there is none, one cannot be indexed, or `ratios` names others.
     """
+    check_splits(datasets, {"train_splits": wanted})
+    for split in wanted:
+        without = [name for name, splits in datasets.items() if split not in splits]
+        if without:
+            log.warning("run.train_splits: data set %s has no split '%s'", " and ".join(without), split)
     found = {
         name if len(wanted) == 1 else f"{name}.{split}": splits[split]
         for name, splits in datasets.items()
@@ -86,7 +95,7 @@ def training_parts(datasets: Datasets, wanted: Sequence[str], ratios: Mapping[st
         if split in splits
     }
     if not found:
-        raise ConfigError(f"no data set has a split of run.train_splits {list(wanted)}; known: {_names(datasets)}")
+        raise ConfigError("run.train_splits names no split; for instance [train]")
     for name, dataset in found.items():
         if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
             raise ConfigError(f"runner_lstp wants map-style data, '{name}' is a {type(dataset).__name__}")
@@ -95,18 +104,15 @@ def training_parts(datasets: Datasets, wanted: Sequence[str], ratios: Mapping[st
     return found
 
 
-def evaluation_dataset(datasets: Datasets, split: str) -> Dataset:
+def evaluation_dataset(datasets: Datasets, split: str, key: str = "test_splits") -> Dataset:
     """The one data set that has a split.
 
     Raises:
         ConfigError: none has it, or several do: their metrics must not be mixed.
     """
+    check_splits(datasets, {key: [split]})
     found = {name: splits[split] for name, splits in datasets.items() if split in splits}
     if len(found) != 1:
-        what = f"{len(found)} data sets have it: {', '.join(found)}" if found else f"known: {_names(datasets)}"
+        what = f"{len(found)} data sets have it: {', '.join(found)}"
         raise ConfigError(f"cannot evaluate split '{split}' of exactly one data set; {what}")
     return next(iter(found.values()))
-
-
-def _names(datasets: Datasets) -> str:
-    return ", ".join(f"{name}.{split}" for name, splits in datasets.items() for split in splits) or "none"

@@ -34,7 +34,6 @@ class LSTPTask(BaseTask):
     """
 
     name = ""
-    RUN_KEYS: Mapping[str, str] = {}
 
     def __init__(self, run: Mapping[str, Any] | None = None):
         super().__init__()

@@ -27,11 +27,6 @@ from lavis_lstp.tasks.base import LSTPTask, one_each, sample_ids
 @registry.register_task("pseudo_span")
 class PseudoSpanTask(LSTPTask):
     name = "pseudo_span"
-    RUN_KEYS = {
-        "spans_out": "file to write; {split} is replaced (default <output_dir>/spans_{split}.json)",
-        "subtract_min": "subtract each video's smallest score first (default true)",
-        "smooth": "window in frames of a moving average over the scores (default 1, none)",
-    }
 
     def __init__(self, run: Mapping[str, Any] | None = None):
         super().__init__(run)

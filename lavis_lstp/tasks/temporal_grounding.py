@@ -25,10 +25,6 @@ from lavis_lstp.tasks.pseudo_span import save_spans, spans_template
 @registry.register_task("temporal_grounding")
 class TemporalGroundingTask(LSTPTask):
     name = "temporal_grounding"
-    RUN_KEYS = {
-        "spans_out": "file to write the spans found to; {split} is replaced (default: none)",
-        "iou": "frames (default): frames in common; published: 0 for spans that meet in one frame alone",
-    }
 
     def __init__(self, run: Mapping[str, Any] | None = None):
         super().__init__(run)

@@ -43,10 +43,6 @@ class VideoQATask(LSTPTask):
     """Answers questions. Generation keys of the run section (num_beams, max_len, ...) override the model's own."""
 
     name = "video_qa"
-    RUN_KEYS: Mapping[str, str] = {
-        "choose": "of options: generate (default): the model answers and one option is read; likelihood: the likeliest",
-        "option_score": "likelihood: mean (default) or sum of the log-probabilities of an option's tokens",
-    }
 
     def __init__(self, run: Mapping[str, Any] | None = None):
         super().__init__(run)
@@ -194,10 +190,6 @@ class VideoInstructTask(VideoQATask):
     """Learns to answer; validates by the loss, or by answering."""
 
     name = "video_instruct"
-    RUN_KEYS = {
-        **VideoQATask.RUN_KEYS,
-        "valid_on": "loss (default): validate by the mean loss; answers: answer the questions and score them",
-    }
 
     def __init__(self, run: Mapping[str, Any] | None = None):
         super().__init__(run)

@@ -10,8 +10,8 @@ from omegaconf import OmegaConf
 
 from lavis_lstp.commands import cli, estimate
 from lavis_lstp.config import complete_model
+from lavis_lstp.config.run import RunSettings
 from lavis_lstp.runners.deepspeed import config as deepspeed_config
-from lavis_lstp.runners.settings import RunSettings
 
 SIZES = {  # activations outweigh the rest, or are outweighed
     "large": {"batch": 6, "frames": 8, "prompt_tokens": 60, "answer_tokens": 10},

@@ -10,7 +10,8 @@ from lavis.common.registry import registry
 from omegaconf import OmegaConf
 
 from lavis_lstp.config import Config, find_config, options_to_dotlist, recipes
-from lavis_lstp.config_keys import check_model
+from lavis_lstp.config.model import checked_model
+from lavis_lstp.config.other_keys import check_transformers
 from lavis_lstp.errors import ConfigError
 from lavis_lstp.host import launch
 
@@ -27,6 +28,8 @@ run:
   task: video_qa
   runner: runner_lstp
   test_splits: [test]
+  train_splits: [test]
+  init_lr: 1.0e-3
   device: cpu
 """
 
@@ -48,6 +51,8 @@ run:
 def write(tmp_path, monkeypatch):
     """Writes a configuration in an otherwise empty current folder; returns what --cfg-path gets."""
     monkeypatch.chdir(tmp_path)
+    Path("questions.json").write_text("[]")
+    Path("videos").mkdir()
 
     def write_config(text: str = BASE) -> str:
         Path("run.yaml").write_text(text)
@@ -243,12 +248,15 @@ def test_files_that_cannot_be_read(write, capsys, tmp_path):
         ("datasets.lstp_video_qa.vis_processor.train.name=blip_image_trian", "did you mean 'blip_image_train'?"),
         ("datasets.lstp_video_qa.vis_processor.trian.name=blip_image_train", "vis_processor.train'?"),
         ("datasets.lstp_video_qa.vis_processor.train=blip_image_train", "must be a mapping with the key 'name'"),
-        ("run.max_epoch=many", "run.max_epoch must be a whole number, got 'many'"),
-        ("run.max_epoch=1.5", "run.max_epoch must be a whole number, got 1.5"),
-        ("run.init_lr=fast", "run.init_lr must be a number, got 'fast'"),
+        ("run.max_epoch=many", "run.max_epoch must be a whole number of at least 1, got 'many'"),
+        ("run.max_epoch=1.5", "run.max_epoch must be a whole number of at least 1, got 1.5"),
+        ("run.init_lr=fast", "run.init_lr must be a number of at least 0 and at most 1000000, got 'fast'"),
         ("run.test_splits=test", "run.test_splits must be a list, got 'test'"),
         ("run.evaluate=perhaps", "run.evaluate must be true or false, got 'perhaps'"),
-        ("datasets.lstp_video_qa.num_frames=lots", "num_frames must be a number, got 'lots'"),
+        (
+            "datasets.lstp_video_qa.num_frames=lots",
+            "num_frames must be a whole number of at least 1 and at most 1000000, got 'lots'",
+        ),
         ("model.selector=lstp", "model.selector must be a mapping, got 'lstp'"),
         ("model.selection_seed=${run.seeed}", "seeed"),
         ("run.seed", "option 'run.seed' has no value"),
@@ -274,7 +282,7 @@ BACKBONE = "model.backbone.config"
         (["num_query_token=8"], f"did you mean '{BACKBONE}.num_query_tokens'?"),
         (["vision_confg.hidden_size=32"], f"did you mean '{BACKBONE}.vision_config'?"),
         (["vision_config=32"], "vision_config must be a mapping, got 32"),
-        (["vision_config=null"], "vision_config must be a mapping, got None"),
+        (["vision_config=null"], "vision_config must be a mapping, got null"),
         (["text_config=t5"], "text_config must be a mapping, got 't5'"),
     ],
 )
@@ -306,7 +314,7 @@ def test_keys_that_transformers_knows_are_accepted(write):
     assert cfg.model_cfg.backbone.config is None
     model_cls = registry.get_model_class("lstp_tiny")
     defaults = OmegaConf.to_container(model_cls.default_config().model)
-    check_model(defaults, defaults, model_cls)
+    check_transformers(checked_model(defaults), defaults)
 
 
 def test_sections_that_cannot_be_null(write, capsys):
@@ -335,7 +343,7 @@ def test_cuda_without_a_device(write, capsys):
     assert launch.main(["--cfg-path", write(), "--options", "run.device=cuda"]) == 2
     assert "torch finds no CUDA device; use --options run.device=cpu" in capsys.readouterr().err
     assert launch.main(["--cfg-path", write(), "--options", "run.device=tpu"]) == 2
-    assert "unknown run.device 'tpu'" in capsys.readouterr().err
+    assert "run.device must be auto, cpu or cuda, got 'tpu'" in capsys.readouterr().err
 
 
 def test_job_ids_tell_runs_apart():

@@ -12,7 +12,7 @@ from recipe_files import ORDER, ROOT, TRAINS, commands, config, file, header, op
 
 from lavis_lstp.commands import flow as flow_files
 from lavis_lstp.commands.chain import Chain, read_chain
-from lavis_lstp.runners.settings import RunSettings
+from lavis_lstp.config.run import RunSettings
 
 # ---- what they reproduce
 

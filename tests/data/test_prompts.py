@@ -7,9 +7,9 @@ import json
 import pytest
 from conftest import GOLDEN
 
+from lavis_lstp.config.model import ModelSettings
 from lavis_lstp.data.prompts import conversation_prompt, question_prompt
 from lavis_lstp.errors import AnnotationError
-from lavis_lstp.models.variants import BASE, load_variant
 
 PROMPTS = json.loads((GOLDEN / "prompts.json").read_text())
 CONVERSATIONS = [case for case in PROMPTS["iv"] if "conversations" in case]
@@ -39,7 +39,7 @@ def test_questions_about_videos_alone_equal_published():
 
 
 def test_the_models_template_is_the_published_evaluations():
-    model = load_variant(BASE).model
+    model = ModelSettings()
     assert model.prompt.replace("{question}", "what is it?") == PROMPTS["eval_inference"]
     assert model.sampler_prompt.replace("{question}", "what is it?") == PROMPTS["eval_sampler_text"]
 

@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file
 from toy import RUN, ToyConfig, ToyData, ToyModel, make_runner
 
+from lavis_lstp.config.run import RunSettings
 from lavis_lstp.errors import ConfigError, WeightsError
 from lavis_lstp.runners import checkpoint, resume
 from lavis_lstp.runners.checkpoint import CheckpointError, CheckpointStore
 from lavis_lstp.runners.data_order import Batches, TrainOrder, eval_batches
 from lavis_lstp.runners.engine import TorchEngine, parameter_groups
 from lavis_lstp.runners.schedule import warmup_cosine
-from lavis_lstp.runners.settings import RunSettings
 from lavis_lstp.runners.splits import join, training_parts
 from lavis_lstp.runners.train_loop import TrainingError, losses_of
 
@@ -466,17 +466,20 @@ def test_find_names_what_is_wrong(tmp_path):
     [
         ({"precision": "fp16"}, "run.precision must be fp32 or bf16, got 'fp16'"),
         ({"precision": "fp32", "amp": True}, "run.amp=True contradicts run.precision=fp32"),
-        ({"batch_size_train": 0}, "run.batch_size_train must be at least 1, got 0"),
-        ({"batch_size_train": 1.5}, "run.batch_size_train must be a int"),
-        ({"init_lr": "fast"}, "run.init_lr must be a float"),
+        ({"batch_size_train": 0}, "run.batch_size_train must be a whole number of at least 1, got 0"),
+        ({"batch_size_train": 1.5}, "run.batch_size_train must be a whole number of at least 1, got 1.5"),
+        ({"init_lr": "fast"}, "run.init_lr must be a number of at least 0 and at most 1000000, got 'fast'"),
         ({"init_lr": 0}, "run.init_lr must be above 0 to train"),
-        ({"max_grad_norm": -1}, "run.max_grad_norm must be above 0"),
-        ({"save_every_minutes": 0}, "run.save_every_minutes must be above 0 or null"),
-        ({"early_stop_epochs": 0, "valid_splits": ["val"]}, "run.early_stop_epochs must be at least 1 or null"),
+        ({"max_grad_norm": -1}, "run.max_grad_norm must be a number above 0 or null, got -1"),
+        ({"save_every_minutes": 0}, "run.save_every_minutes must be a number above 0 or null, got 0"),
+        (
+            {"early_stop_epochs": 0, "valid_splits": ["val"]},
+            "run.early_stop_epochs must be a whole number of at least 1 or null, got 0",
+        ),
         ({"early_stop_epochs": 1}, "run.early_stop_epochs needs validations: set run.valid_splits"),
         ({"optimizer": "adamm"}, "unknown run.optimizer 'adamm'; did you mean 'adam'"),
-        ({"valid_splits": "val"}, "run.valid_splits must be a list of names"),
-        ({"allow_partial": "no"}, "run.allow_partial must be a bool"),
+        ({"valid_splits": "val"}, "run.valid_splits must be a list, got 'val'"),
+        ({"allow_partial": "no"}, "run.allow_partial must be true or false, got 'no'"),
         ({"device": "tpu"}, "run.device must be auto, cpu or cuda, got 'tpu'"),
         ({"output_dir": None}, "run.output_dir is missing"),
     ],
@@ -495,8 +498,8 @@ def test_settings_read_yaml_numbers(tmp_path):
     "changes,message",
     [
         ({"lr_sched": "linear_warmup_cosine"}, "unknown run.lr_sched 'linear_warmup_cosine'; did you mean"),
-        ({"train_splits": ["trian"]}, r"no data set has a split of run.train_splits \['trian'\]; known: toy.train"),
-        ({"valid_splits": ["dev"]}, "cannot evaluate split 'dev' of exactly one data set; known: toy.train"),
+        ({"train_splits": ["trian"]}, r"unknown split in run.train_splits: 'trian'; did you mean 'train'\?"),
+        ({"valid_splits": ["dev"]}, "unknown split in run.valid_splits: 'dev'; known: .*toy has "),
         ({"valid_splits": ["val"], "metric": "cider"}, "run.metric 'cider' is not among the metrics of split 'val'"),
         ({"train_dataset_ratios": {"other": 1}}, r"run.train_dataset_ratios names \['other'\]"),
         ({"length": 0}, "the training data set is empty"),

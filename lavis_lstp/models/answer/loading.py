@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lavis_lstp.config.fields import reason
+from lavis_lstp.config.other_keys import transformers_errors
 from lavis_lstp.errors import ConfigError, WeightsError, unknown_name
 from lavis_lstp.models.answer.tiny_tokenizer import tiny_tokenizer
 from lavis_lstp.models.weights.hub import where_from, where_to_put
@@ -180,7 +182,8 @@ def from_sizes(
             num_query_tokens). Vocabulary sizes and special ids are filled in.
     """
     config_class, model_class = model_classes(family)
-    parts = {key: dict(value) if isinstance(value, Mapping) else value for key, value in dict(config).items()}
+    parts = {"vision_config": {}, "qformer_config": {}, "text_config": {}}
+    parts |= {key: dict(value) if isinstance(value, Mapping) else value for key, value in dict(config).items()}
     is_t5 = parts["text_config"].get("model_type") == "t5"
     tied = parts["text_config"].get("tie_word_embeddings", is_t5)
     tokenizer = tiny_tokenizer(bos=not is_t5, eos=is_t5)
@@ -194,10 +197,14 @@ def from_sizes(
         ids["decoder_start_token_id"] = tokenizer.pad_token_id
     parts["text_config"] = {**parts["text_config"], **ids}
     parts["qformer_config"] = {**parts["qformer_config"], "vocab_size": len(tokenizer)}
-    parts["qformer_config"]["encoder_hidden_size"] = parts["vision_config"]["hidden_size"]
+    if "hidden_size" in parts["vision_config"]:
+        parts["qformer_config"]["encoder_hidden_size"] = parts["vision_config"]["hidden_size"]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = model_class(config_class(**parts))
+        try:
+            model = model_class(config_class(**parts))
+        except transformers_errors() as error:
+            raise ConfigError(f"model.backbone.config: transformers cannot build it: {reason(error)}") from error
         # transformers leaves the query tokens at zero, from which identical queries never part
         nn.init.trunc_normal_(model.query_tokens, std=0.02)
         if not tied:

@@ -9,16 +9,21 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import socket
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from lavis_lstp.errors import WeightsError
 
 ENVIRONMENT = "LAVIS_LSTP_WEIGHTS"
 SIZES_FILE = "tiny_checkpoints.json"
 """In that folder: sizes of the model that its weights are of, where these are not the published ones."""
+UNINITIALISED = "checkpoint"
+"""`model.flow.weights`: RAFT's come with a checkpoint."""
 
 
 def local_path(name: str) -> Path | None:
@@ -72,10 +77,14 @@ def where_from(name: str) -> dict:
 def is_missing(name: str, file: str) -> bool:
     """Neither on this machine nor, by its `file`, in the hub's cache, and the hub does not answer."""
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
 
     if local_path(name) is not None:
         return False
-    if Path(name).expanduser().is_absolute():
+    try:
+        validate_repo_id(name)
+    except HFValidationError:  # a path of this machine, and nothing is there
         return True
     return not isinstance(try_to_load_from_cache(name, file), str) and not _hub_answers()
 
@@ -95,3 +104,106 @@ def _hub_answers(timeout_s: float = 5.0) -> bool:
     except urllib.error.URLError as error:  # a certificate that only this library does not know is no reason to give up
         return not isinstance(error.reason, ConnectionError | socket.gaierror | TimeoutError)
     return True
+
+
+# ---- checkpoints and their files -----------------------------------------------------------------------------
+
+SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
+INDEX = ".index.json"
+"""Ending of the file that says which shard of several holds which key."""
+CHECKPOINT_FILES = (
+    "model.safetensors",
+    f"model.safetensors{INDEX}",
+    "pytorch_model.bin",
+    f"pytorch_model.bin{INDEX}",
+)
+"""Weights in a checkpoint folder, in the order looked for."""
+RUN_CHECKPOINTS = ("checkpoints/best", "checkpoints/last", "best", "last")
+"""Checkpoint folders in a run's folder, in the order looked for."""
+
+
+def checkpoint_source(name: str | Path) -> Path:
+    """The file or folder that `name` stands for: on this machine, or `owner/repository/file` on the hub.
+
+    A file of the hub comes from its cache, else over the network unless offline mode (HF_HUB_OFFLINE) is on.
+
+    Raises:
+        WeightsError: it is neither; the line says what to download, what converts it and where to put it.
+    """
+    if (found := local_path(str(name))) is not None:
+        return found
+    parts = str(name).split("/")
+    if len(parts) >= 3 and parts[-1].endswith(SUFFIXES) and re.match(r"\w", str(name)) and not Path(parts[0]).exists():
+        return hub_file("/".join(parts[:2]), "/".join(parts[2:]), f"no weights at '{name}'")
+    raise WeightsError(
+        f"no weights at '{name}': expected a run's folder, one of its checkpoint folders, a file "
+        f"({', '.join(SUFFIXES)}), or a file of the hub as owner/repository/file"
+    )
+
+
+def hub_file(repository: str, file: str, problem: str) -> Path:
+    """A file of the hub: its place in the cache, where it is put unless it lies there."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        offline = where_from(repository).get("local_files_only", False)
+        return Path(hf_hub_download(repository, file, local_files_only=offline))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        name = f"{repository}/{file}"
+        raise WeightsError(
+            f"{problem}: neither on this machine nor in the hub's cache, and the hub does not give it "
+            f"({str(error).strip().splitlines()[0]}); download {file} from https://huggingface.co/{repository} and "
+            f"{where_to_put(name)}; `lavis-lstp convert {file} FOLDER` makes a small folder of it that serves as well"
+        ) from error
+
+
+def weights_file(path: str | Path) -> Path:
+    """The weights that a path stands for: a file, a checkpoint folder, or a run's folder (its best, else its last).
+
+    A name that is no path is looked for as `checkpoint_source` does.
+
+    Raises:
+        WeightsError: nothing is there.
+    """
+    path = checkpoint_source(path)
+    if path.is_file():
+        return path
+    for folder in (path, *(path / name for name in RUN_CHECKPOINTS)):
+        for name in CHECKPOINT_FILES:
+            if (folder / name).is_file():
+                return folder / name
+    raise WeightsError(
+        f"no weights in folder '{path}': looked for {' or '.join(CHECKPOINT_FILES)} there and in "
+        f"{', '.join(RUN_CHECKPOINTS)}; has the run saved a checkpoint?"
+    )
+
+
+def require_weights(cfg: Mapping[str, Any]) -> None:
+    """Says all that is missing, and before gigabytes of what is there are read.
+
+    Raises:
+        WeightsError: weights or tokenizers are not on this machine, and the hub does not answer.
+    """
+    given = cfg["checkpoint"] or []
+    for path in [given] if isinstance(given, str) else given:
+        weights_file(path)
+    wanted = {"model.sampler.weights": "config.json", "model.sampler.tokenizer": "tokenizer_config.json"}
+    if cfg["backbone"]["source"] == "hub":
+        wanted["model.backbone.weights"] = "config.json"
+    missing = {}
+    for key, file in wanted.items():
+        _, section, name = key.split(".")
+        if cfg[section][name] and is_missing(cfg[section][name], file):
+            missing.setdefault(cfg[section][name], []).append(key)
+    raft = cfg["flow"]["weights"] if cfg["flow"]["name"].startswith("raft") else None
+    if raft not in (None, UNINITIALISED) and local_path(raft) is None:
+        missing[raft] = ["model.flow.weights"]
+    if missing:
+        listed = "; ".join(f"{name} ({', '.join(keys)}): {where_to_put(name)}" for name, keys in missing.items())
+        raise WeightsError(
+            f"missing weights, neither on this machine nor in the hub's cache, and the hub does not answer: {listed}. "
+            "Each is a hub id that is cached or can be reached, or a folder with its files (config.json, "
+            "*.safetensors, tokenizer files) downloaded from huggingface.co; raft-sintel.pth is in models.zip of "
+            "princeton-vl/RAFT"
+        )

@@ -12,7 +12,6 @@ import fnmatch
 import json
 import logging
 import pickle
-import re
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -23,7 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from lavis_lstp.errors import WeightsError
-from lavis_lstp.models.weights.hub import local_path, where_from, where_to_put
+from lavis_lstp.models.weights.hub import (
+    CHECKPOINT_FILES,
+    INDEX,
+    hub_file,
+    local_path,
+    weights_file,
+)
 from lavis_lstp.models.weights.published_names import ALONE, KINDS, NOT_IN_BERT, Drop, kind_of, rename, today
 
 logger = logging.getLogger(__name__)
@@ -147,7 +152,7 @@ def load_bert_into_sampler(sampler: nn.Module, path: str) -> list[str]:
 def _bert_file(name: str) -> Path:
     if local_path(name) is not None:
         return weights_file(name)
-    return _hub_file(name, CHECKPOINT_FILES[0], f"no BERT at '{name}' (model.sampler.weights)")
+    return hub_file(name, CHECKPOINT_FILES[0], f"no BERT at '{name}' (model.sampler.weights)")
 
 
 def _unwrap(loaded: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -164,76 +169,6 @@ def _some(names: list[str], count: int = 3) -> str:
 
 
 # ---- files ----------------------------------------------------------------------------------------------------
-
-SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
-INDEX = ".index.json"
-"""Ending of the file that says which shard of several holds which key."""
-CHECKPOINT_FILES = (
-    "model.safetensors",
-    f"model.safetensors{INDEX}",
-    "pytorch_model.bin",
-    f"pytorch_model.bin{INDEX}",
-)
-"""Weights in a checkpoint folder, in the order looked for."""
-RUN_CHECKPOINTS = ("checkpoints/best", "checkpoints/last", "best", "last")
-"""Checkpoint folders in a run's folder, in the order looked for."""
-
-
-def checkpoint_source(name: str | Path) -> Path:
-    """The file or folder that `name` stands for: on this machine, or `owner/repository/file` on the hub.
-
-    A file of the hub comes from its cache, else over the network unless offline mode (HF_HUB_OFFLINE) is on.
-
-    Raises:
-        WeightsError: it is neither; the line says what to download, what converts it and where to put it.
-    """
-    if (found := local_path(str(name))) is not None:
-        return found
-    parts = str(name).split("/")
-    if len(parts) >= 3 and parts[-1].endswith(SUFFIXES) and re.match(r"\w", str(name)) and not Path(parts[0]).exists():
-        return _hub_file("/".join(parts[:2]), "/".join(parts[2:]), f"no weights at '{name}'")
-    raise WeightsError(
-        f"no weights at '{name}': expected a run's folder, one of its checkpoint folders, a file "
-        f"({', '.join(SUFFIXES)}), or a file of the hub as owner/repository/file"
-    )
-
-
-def _hub_file(repository: str, file: str, problem: str) -> Path:
-    """A file of the hub: its place in the cache, where it is put unless it lies there."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        offline = where_from(repository).get("local_files_only", False)
-        return Path(hf_hub_download(repository, file, local_files_only=offline))
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        name = f"{repository}/{file}"
-        raise WeightsError(
-            f"{problem}: neither on this machine nor in the hub's cache, and the hub does not give it "
-            f"({str(error).strip().splitlines()[0]}); download {file} from https://huggingface.co/{repository} and "
-            f"{where_to_put(name)}; `lavis-lstp convert {file} FOLDER` makes a small folder of it that serves as well"
-        ) from error
-
-
-def weights_file(path: str | Path) -> Path:
-    """The weights that a path stands for: a file, a checkpoint folder, or a run's folder (its best, else its last).
-
-    A name that is no path is looked for as `checkpoint_source` does.
-
-    Raises:
-        WeightsError: nothing is there.
-    """
-    path = checkpoint_source(path)
-    if path.is_file():
-        return path
-    for folder in (path, *(path / name for name in RUN_CHECKPOINTS)):
-        for name in CHECKPOINT_FILES:
-            if (folder / name).is_file():
-                return folder / name
-    raise WeightsError(
-        f"no weights in folder '{path}': looked for {' or '.join(CHECKPOINT_FILES)} there and in "
-        f"{', '.join(RUN_CHECKPOINTS)}; has the run saved a checkpoint?"
-    )
 
 
 def load_state_dict_file(path: str | Path) -> dict[str, Tensor]:

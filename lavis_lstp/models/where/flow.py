@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from lavis_lstp.errors import ConfigError, LstpError, WeightsError, unknown_name
 from lavis_lstp.models.pixels import IMAGE_MEAN, IMAGE_STD
-from lavis_lstp.models.weights.hub import local_path, where_to_put
+from lavis_lstp.models.weights.hub import UNINITIALISED, local_path, where_to_put
 from lavis_lstp.models.weights.reading import convert_published, load_state_dict_file, load_strict
 
 FLOW_NAMES = ("raft_large", "raft_small", "dis", "motion_vectors", "precomputed", "none")
@@ -37,7 +37,6 @@ RAFT_URLS = {
     "raft_large": "https://download.pytorch.org/models/raft_large_C_T_SKHT_V2-ff5fadd5.pth",
     "raft_small": "https://download.pytorch.org/models/raft_small_C_T_V2-01064c6d.pth",
 }
-UNINITIALISED = "checkpoint"
 
 
 def build_flow(

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lavis_lstp.config.run import RunSettings
 from lavis_lstp.errors import ConfigError, unknown_name
-from lavis_lstp.runners.settings import RunSettings
 
 PACKAGE = Path(__file__).resolve().parents[2]
 FOLDER = "projects/lstp/deepspeed"
@@ -51,7 +51,7 @@ def load(source: str | Mapping[str, Any]) -> dict[str, Any]:
     """
     if isinstance(source, Mapping):
         return _said(source)
-    given = Path(source).expanduser()
+    given = Path(str(source)).expanduser()
     roots = (Path(), PACKAGE, PACKAGE.parent)
     found = next((root / given for root in roots if (root / given).is_file()), None)
     if found is None:

@@ -13,7 +13,6 @@ import contextlib
 import functools
 import logging
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,17 +21,15 @@ import torch
 from torch import nn
 
 from lavis_lstp import distributed
+from lavis_lstp.config.run import check_deepspeed_version
 from lavis_lstp.errors import ConfigError
 from lavis_lstp.files import sha256_json
 from lavis_lstp.runners import checkpoint
 from lavis_lstp.runners.deepspeed.state import OptimizerState
-from lavis_lstp.runners.engine import WholeModel, autocast, digest_of, parameter_groups
-from lavis_lstp.runners.settings import OPTIMIZERS
+from lavis_lstp.runners.engine import OPTIMIZERS, WholeModel, autocast, digest_of, parameter_groups
 
 log = logging.getLogger(__name__)
 
-OLDEST = (0, 19)
-"""0.17.6 loses accumulated gradients at stage 2, 0.18.3 divides them twice, silently; 0.18.9 fails on torch 2.15."""
 BUCKET = 500_000_000
 """DeepSpeed's default size of a communication buffer, in numbers: 2 GB that a small model would reserve in vain."""
 
@@ -52,12 +49,7 @@ def import_deepspeed(device: torch.device) -> Any:
         raise ConfigError(
             f"run.runner=runner_deepspeed needs DeepSpeed ({error}); pip install 'lavis-lstp[deepspeed]'"
         ) from error
-    if tuple(int(part) for part in re.findall(r"\d+", deepspeed.__version__)[:2]) < OLDEST:
-        oldest = ".".join(map(str, OLDEST))
-        raise ConfigError(
-            f"DeepSpeed {deepspeed.__version__} is too old, it may accumulate gradients wrongly; runner_deepspeed "
-            f"needs {oldest} or newer: pip install 'deepspeed>={oldest}'"
-        )
+    check_deepspeed_version(deepspeed.__version__)
     deepspeed.utils.logger.setLevel(logging.WARNING)
     if device.type == "cpu":  # a faster all-reduce, at the price of a compiler and a minute of it
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -1,20 +1,16 @@
-"""Which keys a configuration may hold, and the error for one that it may not.
+"""Keys that only other packages' classes know: LAVIS's models, data sets, tasks and runners, and transformers' parts.
 
-In: a section as plain dicts and lists (interpolations unresolved), the defaults it is merged over, the classes
-that will read it. Out: nothing, or a `ConfigError` that names the nearest valid key. LAVIS validates nothing, and a
-misspelt key is silently without effect there.
-
-Classes of this package list every key in their default YAML, so the defaults are the whole truth: `null` accepts
-any value, `{}` any mapping, and so does a mapping named in the class's `OPEN_CONFIG_KEYS`. Of these, "backbone.config"
-and "generation" go to transformers, whose classes then say which keys there are. LAVIS's own classes read keys that no
-YAML lists; those are found in the classes' sources (`keys_read_by`). LAVIS's own files also hold keys that nothing
-reads, so there a key is an error where it comes close to a valid one, and otherwise a warning.
+In: a section as plain dicts and lists (interpolations unresolved), the defaults it is merged over, the classes that
+will read it. Out: nothing, or a `ConfigError` that names the nearest valid key. LAVIS validates nothing, and a misspelt
+key is silently without effect there. Its classes read keys that no YAML lists; those are found in the classes' sources
+(`keys_read_by`). LAVIS's own files also hold keys that nothing reads, so there a key is an error where it comes close
+to a valid one, and otherwise a warning. "backbone.config" and "generation" of our models go to transformers, whose
+classes say which keys there are.
 """
 
 from __future__ import annotations
 
 import ast
-import difflib
 import functools
 import inspect
 import logging
@@ -23,13 +19,11 @@ import sys
 import textwrap
 from collections.abc import Iterable, Mapping
 
+from lavis_lstp.config.fields import MAPPING, nearest, reason, unknown_key
+from lavis_lstp.config.model import MODEL_KEYS
 from lavis_lstp.errors import ConfigError, unknown_name
-from lavis_lstp.run_keys import ANY, BOOLEAN, INTEGER, LIST, MAPPING, NUMBER, RUN_KEYS, SET_AT_RUN_TIME, TEXT
 
 logger = logging.getLogger(__name__)
-
-MODEL_KEYS = frozenset({"arch", "model_type", "load_finetuned", "load_pretrained", "finetuned", "pretrained"})
-"""What LAVIS's Config and BaseModel read for every model."""
 
 LEGACY = frozenset(
     ("attn_implementation", "bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id", "rope_scaling")
@@ -45,15 +39,6 @@ PROCESSOR_KEYS: dict[str, set | None] = {
     "vis_processor.*": None,  # each processor has its own
     "text_processor": {"train", "eval"},
     "text_processor.*": None,
-}
-
-OUR_DATASET_KEYS: dict[str, set | None] = {
-    "": {"type"},
-    "build_info.annotations": {"*"},  # split names are free
-    "build_info.annotations.*": {"storage"},
-    "build_info.answers": {"*"},
-    "build_info.answers.*": {"storage"},
-    **PROCESSOR_KEYS,
 }
 
 LAVIS_DATASET_KEYS: dict[str, set | None] = {
@@ -76,39 +61,33 @@ Places not listed are handed to classes that nobody can tell from a YAML file, a
 
 
 def is_ours(cls: type) -> bool:
-    """Classes of this package list every key in their default YAML."""
+    """Classes of this package, whose keys are listed in `config/model.py`, `data.py` and `run.py`."""
     return cls.__module__.split(".")[0] == "lavis_lstp"
 
 
-def check_model(given: Mapping, defaults: Mapping, model_cls: type) -> None:
-    """Raise ConfigError for a key of `model` that neither the defaults nor the class know."""
-    extra: dict[str, set | None] = {"": set(MODEL_KEYS)}
-    open_keys = getattr(model_cls, "OPEN_CONFIG_KEYS", ())
-    extra.update(dict.fromkeys(open_keys))
-    extra.update(getattr(model_cls, "OPTIONAL_SECTIONS", {}))
-    if not is_ours(model_cls):
-        read = keys_read_by(model_cls)
-        if read is None:
-            return
-        extra[""] |= read
-    several = {"checkpoint": None} if is_ours(model_cls) else {}  # one or a list of them, whatever a type's own is
-    _check_mapping(given, {**defaults, **several}, "model", extra, strict=is_ours(model_cls))
-    if is_ours(model_cls):
-        optional = {*open_keys, *getattr(model_cls, "OPTIONAL_SECTIONS", {})}
-        for key, default in defaults.items():
-            if key in given and given[key] is None and isinstance(default, Mapping) and key not in optional:
-                raise ConfigError(f"model.{key} must be {MAPPING}, got null")
-        if "generation" in open_keys and given.get("generation"):
-            _check_generation(given["generation"])
-        if "backbone.config" in open_keys and (given.get("backbone") or {}).get("config"):
-            _check_backbone(given["backbone"], defaults["backbone"])
+def check_lavis_model(given: Mapping, defaults: Mapping, model_cls: type) -> None:
+    """Raise ConfigError for a key of `model` that neither the defaults nor a class of LAVIS's know."""
+    read = keys_read_by(model_cls)
+    if read is not None:
+        _check_mapping(given, defaults, "model", {"": {*MODEL_KEYS, *read}})
+
+
+def check_transformers(given: Mapping, defaults: Mapping) -> None:
+    """Raise ConfigError for a key of our models' sections that transformers would swallow."""
+    if given.get("generation"):
+        _check_generation(given["generation"])
+    if (given.get("backbone") or {}).get("config"):
+        _check_backbone(given["backbone"], defaults["backbone"])
 
 
 def _check_generation(given: Mapping) -> None:
     from transformers import GenerationConfig
 
-    _check_kind("model.generation", given, MAPPING)
     _check_known("model.generation", given, GenerationConfig().to_dict())
+    try:
+        GenerationConfig(**given)
+    except transformers_errors() as error:
+        raise ConfigError(f"model.generation: transformers says {reason(error)}") from error
 
 
 def _check_backbone(given: Mapping, defaults: Mapping) -> None:
@@ -116,7 +95,6 @@ def _check_backbone(given: Mapping, defaults: Mapping) -> None:
     from transformers import CONFIG_MAPPING
 
     where, config = "model.backbone.config", given["config"]
-    _check_kind(where, config, MAPPING)
     family = given.get("family") or defaults["family"]
     if family not in ("blip2", "instructblip"):
         return  # the error of the model says more
@@ -127,7 +105,7 @@ def _check_backbone(given: Mapping, defaults: Mapping) -> None:
             raise ConfigError(f"{where}.{name} must be {MAPPING}, got {config[name]!r}")
     texts = (config.get("text_config") or {}, listed.get("text_config") or {})
     language = texts[0].get("model_type") or texts[1].get("model_type")
-    if language not in CONFIG_MAPPING:
+    if not isinstance(language, str) or language not in CONFIG_MAPPING:
         raise ConfigError(unknown_name(f"model_type in {where}.text_config:", language, ("llama", "opt", "t5")))
     classes["text_config"] = CONFIG_MAPPING[language]
     parts = {name: {} for name in classes} | {"text_config": {"model_type": language}}
@@ -135,6 +113,14 @@ def _check_backbone(given: Mapping, defaults: Mapping) -> None:
     for name, cls in classes.items():
         # The defaults' keys are legal although they are another language model's: they lie under every file.
         _check_known(f"{where}.{name}", config.get(name) or {}, _keys_of(cls()) | set(listed.get(name) or ()))
+
+
+def transformers_errors() -> tuple[type[Exception], ...]:
+    """What transformers' classes raise for a value that they cannot use."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    wrong = (ValueError, TypeError, KeyError, AttributeError, IndexError, AssertionError)
+    return (*wrong, ArithmeticError, NotImplementedError, RuntimeError, ImportError, StrictDataclassError)
 
 
 def _keys_of(config: object) -> set[str]:
@@ -146,139 +132,61 @@ def _check_known(where: str, given: Mapping, known: Iterable[str]) -> None:
     known = {name for name in known if not name.startswith("_")} - {"self", "kwargs", "transformers_version"}
     for key in given:
         if key not in known:
-            raise ConfigError(_unknown_key(where, key, known))
+            raise ConfigError(unknown_key(where, key, known))
 
 
-def check_dataset(given: Mapping, defaults: Mapping, name: str, builder_cls: type) -> None:
-    """Raise ConfigError for a key of `datasets.<name>` that neither the defaults nor the builder know."""
-    extra = OUR_DATASET_KEYS
-    if not is_ours(builder_cls):
-        read = keys_read_by(builder_cls)
-        if read is None:
-            return
-        kinds = given.get("data_type") or defaults.get("data_type") or []  # build_info has a key for each
-        kinds = [kinds] if isinstance(kinds, str) else kinds
-        extra = {
-            **LAVIS_DATASET_KEYS,
-            "": {*LAVIS_DATASET_KEYS[""], *read},
-            "build_info": {*LAVIS_DATASET_KEYS["build_info"], *kinds},
-        }
-    _check_mapping(given, defaults, f"datasets.{name}", extra, strict=is_ours(builder_cls))
+def check_lavis_dataset(given: Mapping, defaults: Mapping, name: str, builder_cls: type) -> None:
+    """Raise ConfigError for a key of `datasets.<name>` that neither the defaults nor a builder of LAVIS's know."""
+    read = keys_read_by(builder_cls)
+    if read is None:
+        return
+    kinds = given.get("data_type") or defaults.get("data_type") or []  # build_info has a key for each
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    extra = {
+        **LAVIS_DATASET_KEYS,
+        "": {*LAVIS_DATASET_KEYS[""], *read},
+        "build_info": {*LAVIS_DATASET_KEYS["build_info"], *kinds},
+    }
+    _check_mapping(given, defaults, f"datasets.{name}", extra)
 
 
-def check_run(given: Mapping, classes: Iterable[type]) -> None:
-    """Raise ConfigError for a key of `run` that neither the table nor the runner and task classes know.
-
-    Args:
-        classes: the runner, the task and what else is registered; their `RUN_KEYS` and, for LAVIS's, what their
-            sources read are legal too.
-    """
-    known = set(RUN_KEYS) | SET_AT_RUN_TIME
+def run_keys_of(classes: Iterable[type]) -> set[str]:
+    """What tasks and runners of other packages read, by their `RUN_KEYS` and by LAVIS's sources."""
+    found: set[str] = set()
     for cls in classes:
         for klass in cls.__mro__:
-            known |= set(vars(klass).get("RUN_KEYS", ()))
+            found |= set(vars(klass).get("RUN_KEYS", ()))
         if not is_ours(cls):
-            known |= keys_read_by(cls) or set()
-    for key, value in given.items():
-        if key not in known:
-            raise ConfigError(_unknown_key("run", key, known))
-        if key in RUN_KEYS:
-            _check_kind(f"run.{key}", value, RUN_KEYS[key][0])
+            found |= keys_read_by(cls) or set()
+    return found
 
 
-def check_roots(given: Mapping) -> None:
-    """Raise ConfigError for a top-level section that nobody reads."""
-    roots = ("model", "datasets", "run")
-    for key in given:
-        if key not in roots:
-            near = _nearest(str(key), roots)
-            hint = f"did you mean '{near}'? " if near else ""
-            raise ConfigError(f"unknown section '{key}'; {hint}known: {', '.join(roots)}")
-
-
-def _check_mapping(
-    given: Mapping, defaults: Mapping, where: str, extra: Mapping, *, strict: bool, place: str = ""
-) -> None:
-    """Check keys and kinds of values, and go down wherever it is known what may lie there.
+def _check_mapping(given: Mapping, defaults: Mapping, where: str, extra: Mapping, place: str = "") -> None:
+    """Check the keys of a section of LAVIS's, and go down wherever it is known what may lie there.
 
     Args:
-        where: what the error calls this mapping, such as "datasets.lstp_shapes.build_info".
+        where: what the error calls this mapping, such as "datasets.coco_caption.build_info".
         extra: keys legal beside the defaults, by dotted place below the section; None there means that nothing
-            below is checked, "*" that any key is legal and its value is looked at.
-        strict: the defaults name every legal key and show the kind of its value.
+            below is checked.
         place: this mapping's place in `extra`.
     """
     known = set(defaults) | (_extra_at(extra, place) or set())
     for key, value in given.items():
         if key not in known and "*" not in known:
-            if strict or _nearest(str(key), known, TYPO):
-                raise ConfigError(_unknown_key(where, key, known))
+            if nearest(str(key), known, TYPO):
+                raise ConfigError(unknown_key(where, key, known))
             logger.warning("nothing reads the key '%s.%s'", where, key)
         inner = f"{place}.{key}".lstrip(".")
         default, legal = defaults.get(key), _extra_at(extra, inner)
-        if strict:
-            kind = ANY if key == "storage" else _kind_of(default)  # a file or a list, as builders say themselves
-            _check_kind(f"{where}.{key}", value, MAPPING if legal else kind)
         if isinstance(value, Mapping) and legal is not None and (default or legal):
             below = default if isinstance(default, Mapping) else {}
-            _check_mapping(value, below, f"{where}.{key}", extra, strict=strict, place=inner)
+            _check_mapping(value, below, f"{where}.{key}", extra, inner)
 
 
 def _extra_at(extra: Mapping[str, set | None], place: str) -> set | None:
     """Extra keys legal at a dotted place, None for any; the last part of an entry may be `*`."""
     parent = place.rpartition(".")[0]
     return extra.get(place, extra.get(f"{parent}.*".lstrip("."), set()))
-
-
-def _nearest(name: str, known: Iterable[object], cutoff: float = 0.5) -> str | None:
-    return next(iter(difflib.get_close_matches(name, map(str, known), n=1, cutoff=cutoff)), None)
-
-
-def _unknown_key(where: str, key: object, known: Iterable[str]) -> str:
-    near = _nearest(str(key), known)
-    if near:
-        return f"unknown key '{where}.{key}'; did you mean '{where}.{near}'?"
-    return f"unknown key '{where}.{key}'; known: {', '.join(sorted(map(str, known)))}"
-
-
-def _kind_of(default: object) -> str:
-    if isinstance(default, bool):
-        return BOOLEAN
-    if isinstance(default, (int, float)):
-        return NUMBER
-    for kind, types in ((TEXT, str), (LIST, list), (MAPPING, Mapping)):
-        if isinstance(default, types):
-            return kind
-    return ANY
-
-
-def _check_kind(where: str, value: object, kind: str) -> None:
-    """Raise ConfigError where a value cannot be read as what its key holds; null and interpolations always can."""
-    if value is None or kind == ANY or (isinstance(value, str) and "${" in value):
-        return
-    fits = {
-        BOOLEAN: lambda: isinstance(value, bool),
-        INTEGER: lambda: _is_number(value) and float(value).is_integer(),
-        NUMBER: lambda: _is_number(value),
-        TEXT: lambda: not isinstance(value, (Mapping, list)),
-        LIST: lambda: isinstance(value, list),
-        MAPPING: lambda: isinstance(value, Mapping),
-    }
-    if not fits[kind]():
-        raise ConfigError(f"{where} must be {kind}, got {value!r}")
-
-
-def _is_number(value: object) -> bool:
-    """Numbers, and text that Python reads as one: YAML calls 1e-4 text."""
-    if isinstance(value, bool):
-        return False
-    if isinstance(value, (int, float)):
-        return True
-    try:
-        float(value)
-    except (TypeError, ValueError):
-        return False
-    return True
 
 
 _CONFIG_NAME = re.compile(r"(^|_)(cfg|config|kwargs)$")

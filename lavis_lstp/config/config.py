@@ -1,0 +1,192 @@
+"""The configuration of a run: a YAML file and `--options` in, one checked and complete tree out.
+
+Replaces `lavis.common.config.Config`, and is one, so that LAVIS's own `train.py` gets the same treatment. Unlike
+LAVIS's, it merges the options before it looks for defaults (so `model.model_type` selects them), rejects names and
+keys that nobody knows, and makes `output_dir` absolute from the current folder (LAVIS joins a relative one to
+site-packages).
+
+Order of precedence: defaults (the settings classes, the model's YAML, the data sets' YAML) < the user's file <
+`--options`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import lavis.common.config as lavis_config
+import lavis.common.optims  # registers LAVIS's schedules
+import lavis.runners  # noqa: F401, registers LAVIS's runners
+from lavis.common.registry import registry
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lavis_lstp.config.data import checked_dataset, complete_dataset, settings_of
+from lavis_lstp.config.load import find_config, first_line, load_recipe, sections_of, with_options
+from lavis_lstp.config.model import check_complete_model, checked_model
+from lavis_lstp.config.names import resolve_model
+from lavis_lstp.config.other_keys import (
+    check_lavis_dataset,
+    check_lavis_model,
+    check_transformers,
+    is_ours,
+    run_keys_of,
+)
+from lavis_lstp.config.run import LAVIS_RUNNER_DEFAULTS, WRITTEN, RunSettings, checked_run
+from lavis_lstp.errors import ConfigError, shortened, unknown_name
+
+
+class Config(lavis_config.Config):
+    """What LAVIS's tasks and runners read: `run_cfg`, `model_cfg`, `datasets_cfg`, `pretty_print()`, `to_dict()`.
+
+    Args:
+        args: has `cfg_path` and `options` (None, ["a.b=c", ...] or ["a.b", "c", ...]).
+
+    Raises:
+        ConfigError: the file or an option cannot be used; one line that says what was expected and what came.
+    """
+
+    def __init__(self, args):
+        self.args = args
+        self.cfg_path = find_config(args.cfg_path)
+        try:
+            self.config = _complete(with_options(load_recipe(self.cfg_path), args.options))
+        except ConfigError as error:
+            raise type(error)(f"{args.cfg_path}: {error}") from error
+        registry.register("configuration", self)
+
+
+def _complete(user: DictConfig) -> DictConfig:
+    """Check the user's sections and lay them over their defaults."""
+    plain = sections_of(user)
+    try:
+        run, roles, others = _complete_run(plain["run"], plain["model"].get("arch"))
+        config = OmegaConf.merge(run, complete_model(user), _complete_datasets(plain["datasets"]))
+        resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(first_line(error)) from error
+    _check_resolved(resolved, roles, others)
+    return config
+
+
+def _check_resolved(config: Mapping, roles: set[str], others: set[str]) -> None:
+    """Raise ConfigError for a value that an interpolation stands for and that cannot be used."""
+    checked_run(config["run"], roles, others)
+    if is_ours(registry.get_model_class(config["model"]["arch"])):
+        check_complete_model(config["model"])
+    for name, section in config["datasets"].items():
+        if settings_of(name):
+            checked_dataset(name, section)
+
+
+def _complete_run(given: Mapping, arch: str | None) -> tuple[DictConfig, set[str], set[str]]:
+    """The run section over its defaults, the roles whose keys it may have, and keys of other packages."""
+    if not given.get("task"):
+        raise ConfigError(f"run.task is missing; known: {', '.join(registry.list_tasks())}")
+    task_cls = _registered("task", given["task"], registry.get_task_class, registry.list_tasks)
+    runner = given.get("runner") or _default_runner(task_cls, arch)
+    runner_cls = _registered("runner", runner, registry.get_runner_class, registry.list_runners)
+    # LAVIS's files carry keys of other tasks than the one they name, so those of all its tasks are legal.
+    lavis_tasks = [cls for cls in map(registry.get_task_class, registry.list_tasks()) if not is_ours(cls)]
+    others = run_keys_of([runner_cls, task_cls, *lavis_tasks])
+    roles = _roles("task_name_mapping", task_cls) | _roles("runner_name_mapping", runner_cls)
+    run = checked_run(given, roles, others)
+    if "lr_sched" in run:
+        _registered("lr_sched", run["lr_sched"], registry.get_lr_scheduler_class, registry.list_lr_schedulers)
+    settings = RunSettings()
+    defaults = {name: getattr(settings, name) for name in WRITTEN}
+    if not is_ours(runner_cls):
+        defaults |= LAVIS_RUNNER_DEFAULTS
+    run = OmegaConf.create({"run": {**defaults, **dict.fromkeys(given), **run, "runner": runner}})
+    for key, default in defaults.items():  # a null in the file means "as if it were not there"
+        if run.run[key] is None:
+            run.run[key] = default
+    run.run.output_dir = os.path.abspath(os.path.expanduser(run.run.output_dir))
+    return run, roles, others
+
+
+def _roles(kind: str, cls: type) -> set[str]:
+    """Names under which a class and its bases are registered: a subclass reads what they read."""
+    return {name for name, known in registry.mapping[kind].items() if issubclass(cls, known)}
+
+
+def _default_runner(task_cls: type, arch: str | None) -> str:
+    """LAVIS's default stays where all is LAVIS's own; a model or task of this package gets this package's runner."""
+    model_cls = registry.get_model_class(arch) if arch else None
+    ours = is_ours(task_cls) or (model_cls is not None and is_ours(model_cls))
+    return "runner_lstp" if ours else "runner_base"
+
+
+def complete_model(user: DictConfig) -> DictConfig:
+    """`user`'s section `model`, checked and laid over the defaults of the type it names.
+
+    Raises:
+        ConfigError: no such model or type, or a key that nobody reads.
+    """
+    given = OmegaConf.to_container(user.model, resolve=False)
+    if not given.get("arch"):
+        raise ConfigError(f"model.arch is missing; known: {', '.join(registry.list_models())}")
+    model_cls, model_type = resolve_model(given["arch"], given.get("model_type"))
+    if is_ours(model_cls):
+        given = checked_model(given)
+        defaults = model_cls.default_config(model_type)
+        check_transformers(given, OmegaConf.to_container(defaults.model, resolve=False))
+    else:
+        defaults = _load_defaults(model_cls.default_config_path(model_type))
+        check_lavis_model(given, _plain(defaults.get("model")), model_cls)
+    chosen = {"arch": given["arch"], "model_type": model_type}
+    return OmegaConf.merge(defaults, {"model": given}, {"model": chosen})
+
+
+def _complete_datasets(given: Mapping) -> DictConfig:
+    complete = {}
+    if not given:
+        raise ConfigError(f"section 'datasets' names no data set; known: {', '.join(registry.list_datasets())}")
+    for name, section in given.items():
+        builder = _registered("dataset", name, registry.get_builder_class, registry.list_datasets)
+        section = section or {}
+        kind = str(section.get("type") or "default")
+        if kind not in builder.DATASET_CONFIG_DICT:
+            raise ConfigError(unknown_name(f"type of dataset {name}", kind, builder.DATASET_CONFIG_DICT))
+        if settings_of(name):
+            section = checked_dataset(name, section)
+            complete[name] = complete_dataset(name, section)
+        else:
+            found = _load_defaults(builder.default_config_path(type=kind)).datasets
+            # LAVIS's builders may share a file whose only root carries the name of another builder.
+            defaults = found.get(name) if name in found else found[next(iter(found))]
+            check_lavis_dataset(section, _plain(defaults), name, builder)
+            complete[name] = OmegaConf.merge(defaults or {}, section)
+        _check_processors(section, name)
+    return OmegaConf.create({"datasets": complete})
+
+
+def _check_processors(section: Mapping, dataset: str) -> None:
+    for kind in ("vis_processor", "text_processor"):
+        for split, processor in (section.get(kind) or {}).items():
+            place = f"datasets.{dataset}.{kind}.{split}"
+            if processor is None:
+                continue
+            if not isinstance(processor, Mapping) or not isinstance(processor.get("name"), str):
+                raise ConfigError(f"{place} must be a mapping with the key 'name', got {shortened(repr(processor))}")
+            if registry.get_processor_class(processor["name"]) is None:
+                raise ConfigError(unknown_name(f"processor in {place}:", processor["name"], registry.list_processors()))
+
+
+def _registered(kind: str, name: str, get, known) -> type:
+    cls = get(name)
+    if cls is None:
+        raise ConfigError(unknown_name(kind, name, known()))
+    return cls
+
+
+def _load_defaults(path: str) -> DictConfig:
+    """A default configuration of LAVIS's."""
+    if not Path(path).is_file():
+        raise ConfigError(f"the default configuration {path} is missing from the installation; install it again")
+    return OmegaConf.load(path)
+
+
+def _plain(config: DictConfig | None) -> dict:
+    return OmegaConf.to_container(config, resolve=False) if config is not None else {}

@@ -1,0 +1,291 @@
+"""The section `model`: every key, its type, its default, its range and its meaning.
+
+A YAML file of configs/models holds what differs. A section of transformers' own keys (`backbone.config`, `generation`)
+is open: transformers says which keys there are, and the numbers listed here have a range.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lavis_lstp.config.fields import SEED, TEXTS, check_sampling, checked, key
+from lavis_lstp.errors import ConfigError
+
+PARTS = ("sampler", "vision", "qformer", "query_tokens", "projection", "language_model", "lora")
+FLOWS = ("raft_large", "raft_small", "dis", "motion_vectors", "precomputed", "none")
+MODEL_KEYS = frozenset({"arch", "model_type", "load_finetuned", "load_pretrained", "finetuned", "pretrained"})
+"""What LAVIS's Config and BaseModel read for every model."""
+
+LAYERS, WIDTH, TOKENS, SIDE = 1_000, 1_000_000, 10_000_000, 100_000
+"""Largest sizes that are taken for meant: layers, features, entries of a vocabulary or positions, pixels."""
+
+
+@dataclass
+class Lora:
+    """Published: {r: 8, alpha: 32, dropout: 0.1}."""
+
+    r: int = key(8, least=1, most=WIDTH)  # rank
+    alpha: int | float = key(32, above=0)  # adapters are scaled by alpha / r
+    dropout: int | float = key(0.1, least=0, below=1)
+    targets: list[str] | None = key()  # names of linear layers; null = q_proj and v_proj of LLaMA, q and v of T5
+
+
+@dataclass
+class Refinement:
+    """Self-refinement: the pseudo spans of each batch are made in its training step, in eval mode."""
+
+    in_loop: bool = key(False)  # false = spans come with the data
+    subtract_min: bool = key(True)  # subtract each video's smallest score first
+    smooth: int = key(1, least=1)  # window in frames of a moving average over the scores; 1 = none
+    max_new_tokens: int = key(127, least=1)  # of a frame's own greedy answer
+
+
+@dataclass
+class Flow:
+    name: str = key("raft_large", one_of=FLOWS, called="flow")  # how it is found; none = the sampler sees zeros
+    flow_size: int | None = key(224, least=1, most=SIDE)  # px, side of the field the sampler sees; null = the frames'
+    flow_preset: str = key(
+        "none", one_of=("none", "published_training", "published_inference"), called="flow_preset"
+    )  # how the published code scales it
+    weights: str | None = (
+        key()
+    )  # RAFT: file; null = torchvision's in torch's cache; checkpoint = a checkpoint brings them
+    iterations: int = key(20, least=1)  # RAFT: updates of a field
+    pairs_at_once: int = key(8, least=1)  # RAFT: its batch; a pair of 224 px takes about 0.1 GB
+    dis_preset: str = key("medium", one_of=("ultrafast", "fast", "medium"), called="dis_preset")  # dis
+
+
+@dataclass
+class Sampler:
+    weights: str | None = key()  # BERT that a fresh sampler starts from: hub id or folder; null = random
+    tokenizer: str | None = key()  # hub id or folder; null = the Q-Former's
+    max_text_tokens: int = key(128, least=1)  # questions are cut to this many tokens
+    mode: str = key(
+        "fusion", one_of=("fusion", "multi_modal")
+    )  # fusion: layers from fusion_layer on; multi_modal: all layers
+    hidden_size: int = key(768, least=1, most=WIDTH)
+    num_layers: int = key(12, least=1, most=LAYERS)
+    num_heads: int = key(12, least=1, most=WIDTH)
+    intermediate_size: int = key(3072, least=1, most=WIDTH)
+    vocab_size: int | None = key(30522, least=1, most=TOKENS)  # null = of the tokenizer
+    max_positions: int = key(512, least=1, most=TOKENS)  # flows + 2, and text tokens, can be at most this many
+    fusion_layer: int = key(6, least=0, most=LAYERS)  # the first one that sees the text
+    text_width: int = key(768, least=1, most=WIDTH)
+    rotary_init: str = key("sinusoid", one_of=("sinusoid", "normal"), called="rotary_init (model.sampler)")
+    dropout: int | float = key(0.1, least=0, below=1)
+    flow_size: int = key(224, least=1, most=SIDE)  # px, a multiple of 16
+    fold_flow: bool = key(False)  # convolution and linear map as one: faster, equal to 1e-5
+
+
+@dataclass
+class Selector:
+    name: str = key("lstp")  # lstp (= best_span), argmax, gumbel, uniform, random, given
+    context: int = key(0, least=0)  # frames added on both sides of a found or given span
+    num_selected: int = key(4, least=1)  # K, frames shown to the language model
+    span_key: str = key(
+        "span", one_of=("span", "gold_span")
+    )  # given: span (pseudo spans) or gold_span (oracle, evaluation only)
+    few_frames: str = key(
+        "double", one_of=("double", "keep")
+    )  # of a span with fewer than K frames: double them, or keep (published image+video)
+    grid: int | None = key(None, least=1)  # argmax, gumbel: choose among so many evenly spaced frames (published: 32)
+    marks: int = key(0, least=0)  # argmax, gumbel: flows counted beyond the video's (published video recipes: 2)
+    mapping: str = key(
+        "ends", one_of=("ends", "ratio")
+    )  # argmax, gumbel: flow to frame, ends (published BLIP-2) or ratio (InstructBLIP)
+
+
+@dataclass
+class Sizes:
+    """Numbers of transformers' configurations that must be sizes; each part has some of them."""
+
+    hidden_size: int = key(1, least=1, most=WIDTH)
+    intermediate_size: int = key(1, least=1, most=WIDTH)
+    encoder_hidden_size: int = key(1, least=1, most=WIDTH)
+    ffn_dim: int = key(1, least=1, most=WIDTH)
+    word_embed_proj_dim: int = key(1, least=1, most=WIDTH)
+    d_model: int = key(1, least=1, most=WIDTH)
+    d_ff: int = key(1, least=1, most=WIDTH)
+    d_kv: int = key(1, least=1, most=WIDTH)
+    head_dim: int | None = key(None, least=1, most=WIDTH)
+    num_heads: int = key(1, least=1, most=WIDTH)
+    num_attention_heads: int = key(1, least=1, most=WIDTH)
+    num_key_value_heads: int | None = key(None, least=1, most=WIDTH)
+    num_hidden_layers: int = key(1, least=1, most=LAYERS)
+    num_layers: int = key(1, least=1, most=LAYERS)
+    num_decoder_layers: int | None = key(None, least=1, most=LAYERS)
+    cross_attention_frequency: int = key(1, least=1, most=LAYERS)
+    image_size: int = key(1, least=1, most=SIDE)
+    patch_size: int = key(1, least=1, most=SIDE)
+    vocab_size: int = key(1, least=1, most=TOKENS)
+    max_position_embeddings: int = key(1, least=1, most=TOKENS)
+    relative_attention_num_buckets: int = key(1, least=1, most=TOKENS)
+    relative_attention_max_distance: int = key(1, least=1, most=TOKENS)
+    initializer_range: int | float = key(0, least=0)
+    initializer_factor: int | float = key(0, least=0)
+    layer_norm_eps: int | float = key(0, least=0)
+    layer_norm_epsilon: int | float = key(0, least=0)
+    rms_norm_eps: int | float = key(0, least=0)
+    rope_theta: int | float = key(1, above=0)
+    hidden_dropout_prob: int | float = key(0, least=0, most=1)
+    attention_probs_dropout_prob: int | float = key(0, least=0, most=1)
+    attention_dropout: int | float = key(0, least=0, most=1)
+    dropout_rate: int | float = key(0, least=0, most=1)
+    dropout: int | float = key(0, least=0, most=1)
+
+
+@dataclass
+class BackboneConfig:
+    num_query_tokens: int = key(32, least=1, most=TOKENS)
+    initializer_range: int | float = key(0.02, least=0)
+    initializer_factor: int | float = key(1.0, least=0)
+    vision_config: dict[str, Any] = key({}, keys=Sizes, open=True)
+    qformer_config: dict[str, Any] = key({}, keys=Sizes, open=True)
+    text_config: dict[str, Any] = key({}, keys=Sizes, open=True)
+
+
+@dataclass
+class Backbone:
+    source: str = key(
+        "hub", one_of=("hub", "lavis"), called="source (model.backbone.source)"
+    )  # hub: transformers' classes
+    family: str = key("instructblip", one_of=("instructblip", "blip2"), called="backbone family")  # hub
+    arch: str | None = key()  # lavis: blip2_t5, blip2_opt; with its git main blip2_vicuna_instruct, blip2_t5_instruct
+    model_type: str | None = key()  # lavis: its type
+    weights: str | None = key()  # hub: id or folder; null = random of the sizes in `config`. lavis: a .pth
+    dtype: str = key(
+        "bfloat16", one_of=("float32", "bfloat16", "float16"), called="dtype (model.backbone.dtype)"
+    )  # of what does not learn
+    attention: str | None = key(
+        None, one_of=("sdpa", "eager", "flash_attention_2")
+    )  # null = transformers' choice; sdpa, eager, flash_attention_2
+    quantization: str | None = key(
+        None, one_of=("8bit", "4bit")
+    )  # of a frozen language model: 8bit, 4bit (bitsandbytes)
+    gradient_checkpointing: bool = key(False)
+    compile: bool = key(False)  # torch.compile of vision tower, Q-Former and language model
+    seed: int = key(0, least=0, most=SEED)  # of random weights, and of a fresh sampler
+    max_text_tokens: int = key(512, least=1)  # prompts and answers are cut to this many tokens
+    config: dict[str, Any] | None = key(None, keys=BackboneConfig, open=True)  # random weights: sizes; lavis: overrides
+
+
+@dataclass
+class Generation:
+    """Numbers of transformers' GenerationConfig that have a range; its other keys are legal, too."""
+
+    max_new_tokens: int | None = key(None, least=1)
+    min_new_tokens: int | None = key(None, least=0)
+    max_length: int | None = key(None, least=1)
+    min_length: int | None = key(None, least=0)
+    max_time: int | float | None = key(None, above=0)  # seconds
+    do_sample: bool | None = key()
+    use_cache: bool | None = key()
+    num_beams: int | None = key(None, least=1)
+    num_beam_groups: int | None = key(None, least=1)
+    num_return_sequences: int | None = key(None, least=1)
+    no_repeat_ngram_size: int | None = key(None, least=0)
+    encoder_no_repeat_ngram_size: int | None = key(None, least=0)
+    top_k: int | None = key(None, least=0)
+    top_p: int | float | None = key(None, above=0, most=1)
+    min_p: int | float | None = key(None, least=0, most=1)
+    top_h: int | float | None = key(None, above=0, most=1)
+    typical_p: int | float | None = key(None, above=0, most=1)
+    temperature: int | float | None = key(None, least=0)
+    epsilon_cutoff: int | float | None = key(None, least=0, below=1)
+    eta_cutoff: int | float | None = key(None, least=0, below=1)
+    penalty_alpha: int | float | None = key(None, least=0)
+    length_penalty: int | float | None = key()
+    diversity_penalty: int | float | None = key(None, least=0)
+    repetition_penalty: int | float | None = key(None, above=0)
+    encoder_repetition_penalty: int | float | None = key(None, above=0)
+
+
+@dataclass
+class ModelSettings:
+    """LSTP over InstructBLIP or BLIP-2 at full size."""
+
+    arch: str | None = key()  # lstp_vicuna7b, lstp_flant5xl, lstp_instruct_flant5xl, lstp_tiny
+    model_type: str | None = key("default")
+    # Checkpoint(s) over the backbone's weights: a run's folder, a checkpoint folder, a converted folder, a file, or a
+    # list of them; null = none.
+    checkpoint: Any = key(kind=TEXTS)
+    # What learns; it is held in float32.
+    train: list[str] | None = key(["qformer", "query_tokens", "projection"], one_of=PARTS, called="part (model.train)")
+    # lm: answer the question; span: find the span (needs datasets.<name>.spans, or refinement). The sampler learns
+    # from span alone.
+    losses: list[str] = key(["lm"], one_of=("lm", "span"), called="loss (model.losses)")
+    lora: dict[str, Any] | None = key(None, keys=Lora)  # low-rank adapters on the language model; null = none
+    refinement: Refinement = key(Refinement)
+    flow: Flow = key(Flow)
+    sampler: Sampler = key(Sampler)
+    # false = as published: padded flows compete with real ones, in the span loss and in the selectors argmax and gumbel
+    mask_padding: bool = key(True)
+    frozen_dropout: bool = key(
+        False
+    )  # true = as published: a language model that does not learn trains with its dropout
+    selector: Selector = key(Selector)
+    selection_seed: int = key(0, least=0, most=SEED)  # of `random` and `gumbel` in evaluation
+    backbone: Backbone = key(Backbone)
+    fusion: str = key("mean", one_of=("concat", "mean"))
+    # {question} is the question; data that bring whole prompts (conversations) bypass `prompt`
+    prompt: str = key("USER: <video>\n{question} ASSISTANT: ")
+    answer_template: str = key("{answer}</s>")
+    sampler_prompt: str = key("{question}")
+    generation: dict[str, Any] | None = key(
+        {"max_new_tokens": 128, "num_beams": 1, "do_sample": False}, keys=Generation, open=True
+    )  # of transformers' GenerationConfig
+
+
+def checked_model(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A `model` section, every value as its field declares it; it need not be complete.
+
+    Raises:
+        ConfigError: a key that nobody reads, or a value that cannot be used.
+    """
+    found = checked(given, ModelSettings, "model", MODEL_KEYS)
+    check_sampling(found.get("generation") or {}, "model.generation")
+    return found
+
+
+def check_together(
+    *,
+    train: Sequence[str],
+    losses: Sequence[str],
+    in_loop: bool,
+    prompt: str,
+    sampler_prompt: str,
+    answer_template: str,
+) -> None:
+    """Settings that would otherwise fail, or do nothing, in the middle of a run.
+
+    Raises:
+        ConfigError: one line on which and why.
+    """
+    for name, value in (("train", train), ("losses", losses)):
+        if len(set(value)) < len(value):
+            raise ConfigError(f"model.{name} names something twice: {list(value)}")
+    if in_loop and "span" not in losses:
+        raise ConfigError("model.refinement.in_loop makes spans for the loss 'span'; add it to model.losses")
+    learning = set(train)
+    for loss, trained_by_it in (("span", learning & {"sampler"}), ("lm", learning - {"sampler"})):
+        if learning and bool(trained_by_it) != (loss in losses):
+            parts_named = ", ".join(sorted(trained_by_it)) or "nothing"
+            raise ConfigError(
+                f"model.losses {list(losses)} and model.train {list(train)} do not go together: "
+                f"the loss '{loss}' trains {parts_named} of these; {'add' if trained_by_it else 'remove'} it"
+            )
+    templates = {"prompt": prompt, "sampler_prompt": sampler_prompt, "answer_template": answer_template}
+    for name, text in templates.items():
+        field = "answer" if name == "answer_template" else "question"
+        if f"{{{field}}}" not in text:
+            raise ConfigError(f"model.{name} must contain {{{field}}}, got {text!r}")
+
+
+def check_complete_model(model: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a value of a complete `model` section that cannot be used, or values that do not fit."""
+    checked_model(model)
+    check_sampling(model["generation"] or {}, "model.generation")
+    together = {name: model[name] for name in ("losses", "prompt", "sampler_prompt", "answer_template")}
+    check_together(train=model["train"] or (), in_loop=model["refinement"]["in_loop"], **together)
