@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lavis_lstp.errors import ConfigError, LstpError, WeightsError
+from lavis_lstp.untrusted import recorded
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,8 +41,8 @@ def build_model(name: str, model_type: str | None, checkpoint: str | None, optio
         options: `model.a.b=c` overrides.
     """
     chosen = {"arch": name, **({"model_type": model_type} if model_type else {})}
-    recorded = recorded_model(checkpoint) if checkpoint is not None else {}
-    model_class, config = model_config({**chosen, **recorded}, [] if checkpoint is None else [checkpoint], options)
+    section = recorded_model(checkpoint, options) if checkpoint is not None else {}
+    model_class, config = model_config({**chosen, **section}, [] if checkpoint is None else [checkpoint], options)
     notes = []
     if config.flow.name == "precomputed":
         notes.append("flow is computed with dis, as nobody has precomputed this video's")
@@ -61,7 +62,7 @@ def model_config(section: Mapping[str, Any], checkpoints: Sequence[str], options
     """The class and the complete config of a model.
 
     Args:
-        section: `model` of a config, however short.
+        section: `model` of a config, however short; of a recorded one, what `recorded_model` gives.
         checkpoints: loaded after those that `section` names.
 
     Raises:
@@ -118,14 +119,25 @@ def _recorded_run(checkpoint: str) -> tuple[Path, dict[str, Any]]:
     return manifest, config
 
 
-def recorded_model(checkpoint: str) -> dict[str, Any]:
-    """The model section of the run that wrote the checkpoint, with the checkpoints it began with where they lie."""
+def recorded_model(checkpoint: str, options: Sequence[str] = ()) -> dict[str, Any]:
+    """The model section of the run that wrote the checkpoint, with the checkpoints it began with where they lie.
+
+    Args:
+        options: overrides of the user's own; what the manifest says under their keys is not looked at.
+
+    Raises:
+        ConfigError: the manifest names a variable, a command or an address, see `untrusted.recorded`.
+    """
+    from lavis_lstp.config import options_to_dotlist
+
     manifest, config = _recorded_run(checkpoint)
     if not config:
         return {}
-    earlier = config["model"].get("checkpoint") or []
+    given = [option.partition("=")[0] for option in options_to_dotlist(options)]
+    section = recorded({"model": config["model"]}, manifest, replaced=given)["model"]
+    earlier = section.get("checkpoint") or []
     earlier = [earlier] if isinstance(earlier, str) else earlier
-    return config["model"] | {"checkpoint": [_where_the_run_stood(manifest, path) for path in earlier]}
+    return section | {"checkpoint": [_where_the_run_stood(manifest, path) for path in earlier if path]}
 
 
 def _where_the_run_stood(manifest: Path, path: str) -> str:

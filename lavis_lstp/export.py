@@ -76,7 +76,7 @@ def export(
             section = _section_of(recipe)
         else:
             section = {"arch": name, **({"model_type": model_type} if model_type else {})}
-            section |= recorded_model(checkpoints[-1])
+            section |= recorded_model(checkpoints[-1], options)
         model_class, config = model_config(section, checkpoints, options)
         if config.backbone.source != "hub":
             raise ConfigError(

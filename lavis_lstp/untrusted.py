@@ -1,0 +1,76 @@
+"""The line between data and the machine: what a file says stays data.
+
+In: values that came out of a file which others may have written: a run's manifest, a checkpoint's, results, shards,
+annotations, spans, verdicts. Out: the same values, or one error. Text out of a file is never interpolated, never a
+command, never an address and never a place to write; only the configuration on the user's own command line may name
+`pipe:`, http, what fsspec opens, caches and environment variables.
+
+A recorded value becomes part of a configuration through `recorded`, and through nothing else.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from lavis_lstp.errors import ConfigError
+
+SHOWN = 80
+"""Characters of a refused value that its error shows."""
+
+_COMMAND = re.compile(r"\s*pipe:", re.IGNORECASE)
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://|::|^\s*(?:\\\\|//)", re.IGNORECASE)
+_BRACES = re.compile(r"\{[^{}]*(?:,|\.\.)[^{}]*\}")
+
+
+def recorded(value: Any, source: object, *, replaced: Iterable[str] = ()) -> Any:
+    """A value out of a file, fit to become part of a configuration.
+
+    Args:
+        value: plain containers, as JSON gives them.
+        source: the file, for the message.
+        replaced: dotted keys that the user's own command line sets; what the file says there is dropped.
+
+    Returns:
+        The same containers; None stands where a refused value is replaced.
+
+    Raises:
+        ConfigError: a text in it is a variable, a command or an address; the line names file and key.
+    """
+    return _checked(value, "", source, tuple(replaced))
+
+
+def _checked(value: Any, key: str, source: object, replaced: tuple[str, ...]) -> Any:
+    if isinstance(value, Mapping):
+        return {
+            _checked(str(name), f"{key}.{name}"[:SHOWN].lstrip("."), source, ()): _checked(
+                one, f"{key}.{name}".lstrip("."), source, replaced
+            )
+            for name, one in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [_checked(one, f"{key}[{number}]", source, replaced) for number, one in enumerate(value)]
+    kind = what_it_names(value) if isinstance(value, str) else None
+    if kind is None:
+        return value
+    if any(key == one or key.startswith((f"{one}.", f"{one}[")) for one in replaced):
+        return None
+    raise ConfigError(
+        f"{source}: {key or 'a value'} is {kind}, {value[:SHOWN]!r}, and what a file says is never run, resolved or "
+        "opened; name it on your own command line (--options, --videos), where you want it"
+    )
+
+
+def what_it_names(text: str) -> str | None:
+    """What a text would do to the machine if it were taken as configuration; None for plain text and paths.
+
+    Braces before a colon count as a command, because `{pipe,x}:id` becomes one when braces are expanded.
+    """
+    if "${" in text or text.strip() == "???":
+        return "a variable"
+    if _ADDRESS.search(text):
+        return "an address"
+    if _COMMAND.match(text) or (":" in text and _BRACES.search(text)):
+        return "a command"
+    return None
