@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lavis_lstp.errors import ConfigError, LstpError, WeightsError
+from lavis_lstp.redaction import printable
 from lavis_lstp.untrusted import recorded
 
 if TYPE_CHECKING:
@@ -265,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise LstpError(f"{args.video}: no such video file")
     model, notes = build_model(args.model, args.model_type, args.checkpoint, args.options)
     for note in notes:
-        print(f"note: {note}", file=sys.stderr)
+        print(printable(f"note: {note}"), file=sys.stderr)
     num_frames = args.num_frames or recorded_frames(args.checkpoint)
     result = ask(model, args.video, args.question, num_frames=num_frames)
 
@@ -280,5 +281,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         raise ConfigError(f"--picture {picture}: cannot be written ({error.strerror or error})") from error
     result["picture"] = str(picture)
-    print(json.dumps(result, ensure_ascii=False) if args.json else as_text(result))
+    print(printable(json.dumps(result, ensure_ascii=False) if args.json else as_text(result)))
     return 0

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import json
 import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from lavis_lstp import cli
-from lavis_lstp.errors import ConfigError
+from lavis_lstp.errors import AnnotationError, ConfigError, ShardError, WeightsError
 from lavis_lstp.untrusted import recorded, what_it_names
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -212,6 +214,7 @@ OWN = {
         _with_default_preprocess.load_model_and_preprocess_by_name load_variant _settings _hub_answers
         BenchmarkBuilder.default_config git_revision
     """,
+    "a copy of the configuration for a record": "recordable",
     "what has passed the line": "model_config _save_sampler _questions _placed _media",
 }
 """Functions that call these, by whose text they take."""
@@ -259,3 +262,191 @@ def test_the_readers_of_recorded_configurations_pass_the_line():
                 called = [one.func for one in ast.walk(node) if isinstance(one, ast.Call)]
                 passing |= {node.name for one in called if getattr(one, "id", "") == "recorded"}
     assert passing == {"recorded_model", "_questions"}
+
+
+# ---- ids and paths ---------------------------------------------------------------------------------------------------
+
+BAD_NAMES = ["", ".", "..", "../x", "a/b", "/etc/x", "a\\b", "C:x", "a\0b", "x" * 201, "\ud800"]
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_an_id_that_is_no_file_name_is_neither_written_nor_read(name, tmp_path):
+    """`lavis-lstp flow` and both readers of its files ask the same function."""
+    from lavis_lstp.data.folder import FolderQuestions
+    from lavis_lstp.data.video import flow_file
+    from lavis_lstp.flow_files import find_videos
+
+    (tmp_path / "flow").mkdir()
+    row = {"question_id": "q", "video": "v.mp4", "video_id": name, "question": "?", "answer": "a"}
+    (tmp_path / "a.json").write_text(json.dumps([row]))
+    questions = FolderQuestions([row], tmp_path, flow_root=tmp_path / "flow")
+    readers = (
+        lambda: find_videos(tmp_path / "a.json"),
+        lambda: flow_file(tmp_path / "flow", name),
+        lambda: questions.flow(questions.place(row), 4),
+        lambda: questions.check_files(),
+    )
+    for read in readers:
+        with pytest.raises(AnnotationError, match="cannot be a file name: it|not JSON"):
+            read()
+
+
+def test_a_shards_video_id_does_not_lead_out_of_flow_root(tmp_path):
+    from lavis_lstp.data.shards import ShardQuestions
+    from webdataset_tools.format import dump_json, media_key
+    from webdataset_tools.tar import ShardWriter
+
+    row = {"question_id": "q", "question": "?", "answer": "a"}
+    value = {"format": "lavis_lstp.shard_sample", "version": 1, "kind": "video", "video_id": "../secret"}
+    value |= {"source": "v.mp4", "sha256": "0" * 64, "questions": [row]}
+    with ShardWriter(tmp_path / "x-000000.tar") as shard:
+        shard.add(media_key("video", "v.mp4"), {"mp4": b"video", "json": dump_json(value)})
+    questions = ShardQuestions(str(tmp_path / "x-000000.tar"), flow_root=tmp_path / "flow")
+    with pytest.raises(AnnotationError, match=r"'\.\./secret' cannot be a file name"):
+        questions.flow(questions[0]["place"], 4)
+
+
+@pytest.mark.parametrize("name", [*BAD_NAMES[2:4], *BAD_NAMES[5:9], "a/" + "x" * 256, "a/" * 600 + "a"])
+def test_a_path_of_an_annotation_or_a_shard_stays_in_its_folder(name, tmp_path):
+    from lavis_lstp.data.folder import FolderQuestions
+    from webdataset_tools.format import media_path
+
+    row = {"question_id": "q", "video": name, "video_id": "v", "question": "?", "answer": "a"}
+    with pytest.raises(AnnotationError, match="leads out of|has a backslash|is longer"):
+        FolderQuestions([row], tmp_path).check_files()
+    with pytest.raises(ShardError, match="not a relative path"):
+        media_path(name)
+
+
+def test_a_checkpoint_is_not_looked_for_outside_its_folder(tmp_path, caplog):
+    from lavis_lstp.runners.checkpoint import CheckpointStore, what_is_torn
+
+    outside = tmp_path / "outside" / "step_00000001"
+    outside.mkdir(parents=True)
+    (outside / "manifest.json").write_text(json.dumps({"files": {}}))
+    store = CheckpointStore(tmp_path / "run" / "checkpoints")
+    store.folder.mkdir(parents=True)
+    for name in ("../../outside/step_00000001", str(outside), 7):
+        (store.folder / "best.json").write_text(json.dumps({"checkpoint": name}))
+        assert store.best() == {} and "ignoring" in caplog.text
+    (outside / "manifest.json").write_text(json.dumps({"files": {"../../secret": {"bytes": 1, "sha256": ""}}}))
+    assert "leads out of its folder" in what_is_torn(outside)
+
+
+# ---- weights ---------------------------------------------------------------------------------------------------------
+
+
+class Bomb:
+    """A pickle that makes a file when it is read."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_malicious_pickle_is_refused_by_every_loader(tmp_path, monkeypatch):
+    """Ours, and those of LAVIS's models: blip, blip2, albef, alpro, base_model read a file of the user's alike."""
+    import pickle
+
+    import lavis
+    from lavis.common.registry import registry
+
+    from lavis_lstp.models.weights import load_state_dict_file, load_torch
+
+    monkeypatch.delenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", raising=False)
+    file, made = tmp_path / "w.pth", tmp_path / "made"
+    torch.save({"model": {"a": torch.zeros(1)}, "epoch": Bomb(made)}, file)
+    for read in (load_torch, load_state_dict_file):
+        with pytest.raises(WeightsError, match="could run code"):
+            read(file)
+    assert lavis.__file__
+    loaders = {}
+    for name in registry.list_models():
+        model = registry.get_model_class(name)
+        for method in ("load_checkpoint", "load_from_pretrained"):
+            function = getattr(model, method, None)
+            if function is not None and model.__module__.startswith("lavis."):
+                loaders[function.__module__, function.__qualname__] = (model, function)
+    assert len(loaders) >= 4
+    for model, function in loaders.values():
+        with pytest.raises(pickle.UnpicklingError, match="[Ww]eights"):
+            more = (4, 16) if "num_frames" in inspect.signature(function).parameters else ()
+            function(model.__new__(model), str(file), *more)
+    assert not made.exists()
+
+
+def test_pickles_are_read_in_one_place():
+    """`torch.load` is called by `load_torch` alone, and nothing else reads pickles."""
+    for path in [*(ROOT / "lavis_lstp").rglob("*.py"), *(ROOT / "webdataset_tools").rglob("*.py")]:
+        calls = [ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        allowed = ["torch.load"] if path.name == "weights.py" else []
+        reading = ("torch.load", "pickle.load", "pickle.loads", "np.load", "yaml.load", "joblib.load", "eval", "exec")
+        assert [call for call in calls if call in reading] == allowed, path
+
+
+def test_an_old_torch_reads_no_pickle(tmp_path, monkeypatch):
+    from lavis_lstp.models.weights import load_state_dict_file
+
+    torch.save({"a": torch.zeros(1)}, tmp_path / "w.pt")
+    for version in ("2.5.1+cu124", "2.4.0", "1.13"):
+        monkeypatch.setattr(torch, "__version__", version)
+        with pytest.raises(WeightsError, match="CVE-2025-32434"):
+            load_state_dict_file(tmp_path / "w.pt")
+    for version in ("2.6.0a0+git", "2.10.0", "3.0"):
+        monkeypatch.setattr(torch, "__version__", version)
+        assert load_state_dict_file(tmp_path / "w.pt")["a"].tolist() == [0]
+
+
+def test_setup_asks_for_a_torch_that_reads_pickles_safely():
+    text = (ROOT / "setup.py").read_text()
+    assert '"torch>=2.6"' in text and '"torchvision>=0.21"' in text
+
+
+@pytest.mark.filterwarnings("ignore:.*parse")
+def test_a_file_that_claims_more_numbers_than_it_has_is_refused(tmp_path):
+    from lavis_lstp.models.weights import load_state_dict_file, load_torch
+
+    one = torch.zeros(1 << 10)
+    large = {
+        "stride 0": {"a": torch.zeros(1).expand(92_000, 92_000)},
+        "views": {f"a{i}": torch.zeros(1 << 20)[None].expand(40, -1) for i in range(4)},
+        "nested": {"state": {0: {"exp_avg": torch.zeros(1).expand(1 << 40)}}},
+        "meta": {"a": torch.zeros(1 << 40, device="meta")},
+        "sparse": {"a": torch.sparse_coo_tensor(torch.zeros(1, 1, dtype=torch.long), torch.ones(1), (1 << 40,))},
+    }
+    for name, state in large.items():
+        torch.save(state, tmp_path / "w.pt")
+        assert (tmp_path / "w.pt").stat().st_size < 64 << 20
+        with pytest.raises(WeightsError, match="bytes of|no plain tensor"):
+            load_torch(tmp_path / "w.pt")
+            pytest.fail(name)
+    tied = {"a": one, "b": one, "ids": torch.arange(512).expand(1, -1), "empty": torch.zeros(0)}
+    torch.save(tied, tmp_path / "w.pt")
+    assert load_state_dict_file(tmp_path / "w.pt").keys() == tied.keys()
+
+
+# ---- terminals -------------------------------------------------------------------------------------------------------
+
+
+def test_no_command_prints_an_escape_out_of_a_file(watched, capsys):
+    """Ids, answers and names of somebody else's results in tables, notes and errors."""
+    evil = "\x1b]0;owned\x07\x1b[31m\u202e"
+    folder = results_of(watched / "run", "lstp_shards", {"build_info": {"annotations": {"test": {"storage": evil}}}})
+    file = folder / "result" / "test_video_qa.jsonl"
+    row = {**json.loads(file.read_text()), "question_id": f"q{evil}", "category": evil, "answer": evil}
+    file.write_text("".join(json.dumps({**row, "question_id": f"q{i}{evil}"}) + "\n" for i in range(3)))
+    broken = watched / "broken.jsonl"
+    broken.write_text(json.dumps({**row, "prediction": 3}) + "\n")
+    (watched / "videos").mkdir()
+    for command in (
+        ["report", str(folder)],
+        ["report", str(broken)],
+        ["judge", str(file), "--judge", "rules"],
+        ["compare", str(file), str(file)],
+        ["ask", f"none{evil}.mp4", "?"],
+    ):
+        cli.main(command)
+        said = capsys.readouterr()
+        assert not any(mark in said.out + said.err for mark in "\x1b\x07\u202e"), command

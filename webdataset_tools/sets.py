@@ -21,6 +21,7 @@ import numpy as np
 
 from lavis_lstp.errors import ShardError
 from lavis_lstp.files import write_json
+from lavis_lstp.redaction import without_secrets_in
 from webdataset_tools.format import JSON_LIMIT, MEDIA_MEMBERS, VERSION, parse_json
 from webdataset_tools.index import INDEX_SUFFIX, UNKNOWN, ShardIndex, parse, scan
 from webdataset_tools.storage import RETRY, Retry, beside, read_all, read_at
@@ -61,7 +62,7 @@ def write_manifest(first_shard: str | os.PathLike, entries: Iterable[Mapping[str
     totals["duration_s"] = round(sum(entry["duration_s"] for entry in entries), 3)
     content = {"format": MANIFEST_FORMAT, "version": VERSION, **about, "totals": totals, "shards": entries}
     path = Path(manifest_location(os.fspath(first_shard)))
-    write_json(path, content)
+    write_json(path, without_secrets_in(content))
     return path, content
 
 

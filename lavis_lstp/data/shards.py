@@ -24,7 +24,7 @@ import numpy as np
 from lavis_lstp.data.annotation import SECTION
 from lavis_lstp.data.prompts import conversation_prompt
 from lavis_lstp.data.spans import Spans, checked_spans
-from lavis_lstp.data.video import read_flow_file
+from lavis_lstp.data.video import flow_file, read_flow_file
 from lavis_lstp.errors import AnnotationError, ConfigError, ShardError
 from webdataset_tools.format import MEDIA_MEMBERS, StoredFrames, check_sample, parse_flow, parse_frames, parse_json
 from webdataset_tools.sets import ShardSet
@@ -296,7 +296,7 @@ class ShardQuestions(Sequence):
         """
         if self._flow_root is not None:
             video_id = parse_json(self.content(place)["json"], self.name(place))["video_id"]
-            return read_flow_file(self._flow_root / f"{video_id}.safetensors", num_frames)
+            return read_flow_file(flow_file(self._flow_root, video_id), num_frames)
         raw = self.content(place).get("flow")
         if raw is None:
             raise ShardError(

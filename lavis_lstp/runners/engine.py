@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lavis_lstp.errors import ConfigError, WeightsError
+from lavis_lstp.models.weights import load_torch
 from lavis_lstp.runners import checkpoint, distributed
 from lavis_lstp.runners.settings import OPTIMIZERS
 
@@ -166,7 +167,7 @@ class TorchEngine(WholeModel):
             raise WeightsError(
                 f"no {OPTIMIZER} in {folder}: another runner saved it; resume with the run.runner it was saved with"
             )
-        saved: dict[str, Any] = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
+        saved: dict[str, Any] = load_torch(folder / OPTIMIZER)
         if saved["names"] != self.names:
             differing = sorted(set(map(str, saved["names"])) ^ set(map(str, self.names)))[:3]
             raise WeightsError(
