@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import ast
+import http.server
 import inspect
+import io
 import json
 import os
+import threading
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -73,13 +77,13 @@ def test_the_command_line_replaces_what_is_refused():
 def watched(monkeypatch, tmp_path):
     """Fails where a process is started, a host is asked, or the test's variable becomes part of anything."""
     import subprocess
-    import urllib.request
 
     def refuse(*args, **_):
         raise AssertionError(f"a file's text got to the machine: {args}")
 
     monkeypatch.setattr(subprocess, "Popen", refuse)
     monkeypatch.setattr(urllib.request, "urlopen", refuse)
+    monkeypatch.setattr(urllib.request.OpenerDirector, "open", refuse)
     monkeypatch.setenv("LSTP_TEST_KEY", "sk-nobody-may-see-this")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
@@ -425,6 +429,141 @@ def test_a_file_that_claims_more_numbers_than_it_has_is_refused(tmp_path):
     tied = {"a": one, "b": one, "ids": torch.arange(512).expand(1, -1), "empty": torch.zeros(0)}
     torch.save(tied, tmp_path / "w.pt")
     assert load_state_dict_file(tmp_path / "w.pt").keys() == tied.keys()
+
+
+# ---- hosts and sizes -------------------------------------------------------------------------------------------------
+
+
+class Answering(http.server.BaseHTTPRequestHandler):
+    """Redirects to where its server is told, else answers with two bytes."""
+
+    def do_GET(self):
+        self.server.asked.append((self.path, dict(self.headers)))
+        if self.server.to:
+            self.send_response(307)
+            self.send_header("Location", self.server.to)
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
+        self.send_response(200)
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+        return self.wfile.write(b"{}")
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.do_GET()
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def two_hosts():
+    """A server that redirects to another one, unless its `to` is changed."""
+    servers = [http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answering) for _ in range(2)]
+    for server in servers:
+        server.asked, server.to, server.url = [], None, f"http://127.0.0.1:{server.server_port}"
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+    servers[0].to = f"{servers[1].url}/other.json"
+    yield servers
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_redirect_to_another_host_is_followed_only_where_the_user_says_so(two_hosts, monkeypatch):
+    from webdataset_tools import storage
+
+    first, second = two_hosts
+    monkeypatch.delenv(storage.REDIRECTS, raising=False)
+
+    def streamed() -> bytes:
+        with storage.open_stream(f"{first.url}/x.json") as stream:
+            return stream.read()
+
+    for read in (
+        lambda: storage.read_all(f"{first.url}/x.json"),
+        lambda: storage.read_at(f"{first.url}/x.json", 0, 2),
+        streamed,
+    ):
+        with pytest.raises(ShardError, match=f"another host.*{storage.REDIRECTS}=127.0.0.1"):
+            read()
+    assert not second.asked
+    monkeypatch.setenv(storage.REDIRECTS, "example.org, 127.0.0.1")
+    assert storage.read_all(f"{first.url}/x.json") == b"{}" and len(second.asked) == 1
+    monkeypatch.setenv(storage.REDIRECTS, "*")
+    first.to = "ftp://127.0.0.1/x"
+    with pytest.raises(ShardError, match="not encrypted"):
+        storage.read_all(f"{first.url}/x.json")
+
+
+def test_a_redirect_on_the_same_host_is_followed(two_hosts, monkeypatch):
+    from webdataset_tools import storage
+
+    monkeypatch.delenv(storage.REDIRECTS, raising=False)
+    _, second = two_hosts
+    handler = storage._Redirects()
+    for old, new, followed in (
+        ("http://h/x", "http://h/y", True),
+        ("http://h/x", "https://h/x", True),
+        ("https://h/x", "http://h/x", False),
+        ("http://h/x", "http://h:8080/x", False),
+        ("https://h/x", "https://h.evil.org/x", False),
+    ):
+        request = urllib.request.Request(old)
+        if followed:
+            assert handler.redirect_request(request, None, 302, "", {}, new).full_url == new
+        else:
+            with pytest.raises(ShardError):
+                handler.redirect_request(request, None, 302, "", {}, new)
+
+
+def test_a_judge_takes_its_key_nowhere_else(two_hosts, monkeypatch):
+    pytest.importorskip("openai")
+    from lavis_lstp.judging.endpoint import EndpointJudge
+    from lavis_lstp.judging.prompts import preset
+    from lavis_lstp.judging.verdict import FAILED, Case
+
+    first, second = two_hosts
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test-key-0123456789")
+    monkeypatch.setenv("OPENAI_BASE_URL", f"{first.url}/v1")
+    verdicts = []
+    judge = EndpointJudge("m", preset("strict"), retries=0, concurrency=1)
+    judge.judge([Case("what?", "a", "b")], lambda case, verdict: verdicts.append(verdict))
+    assert [verdict.status for verdict in verdicts] == [FAILED]
+    assert len(first.asked) == 1 and not second.asked
+
+
+def test_members_and_bytes_that_are_read_at_once_have_an_end(monkeypatch):
+    from webdataset_tools import tar
+
+    raw = b"".join(tar.header(f"{n}.json", 1024) + bytes(1024) for n in range(4)) + tar.END
+    monkeypatch.setattr(tar, "CONTENT_LIMIT", 1000)
+    scan = tar.TarScan(io.BytesIO(raw), "x.tar")
+    next(iter(scan))
+    with pytest.raises(ShardError, match="0.json: 1024 bytes, at most 1000 are read") as caught:
+        scan.content()
+    assert caught.value.cause == "member too large"
+    monkeypatch.setattr(tar, "MEMBERS_LIMIT", 3)
+    with pytest.raises(ShardError, match="more than 3 members"):
+        list(tar.TarScan(io.BytesIO(raw), "x.tar"))
+
+
+def test_deflated_flow_and_long_ids_have_an_end():
+    import zlib
+
+    import numpy as np
+
+    from webdataset_tools import flow_code
+    from webdataset_tools.format import escape
+
+    packed = zlib.compressobj(9, zlib.DEFLATED, -15)
+    bomb = packed.compress(bytes(64 << 20)) + packed.flush()
+    form = flow_code.Form(16, 16, "full", False)
+    with pytest.raises(ValueError, match="."):
+        flow_code.decode(flow_code.Coded(bomb, np.ones(1, np.float32), form))
+    with pytest.raises(ShardError, match="expected 1..1024"):
+        escape("x" * 1025)
 
 
 # ---- terminals -------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from lavis_lstp.redaction import without_secrets_in
 from webdataset_tools.format import JSON_LIMIT, MEDIA_MEMBERS, VERSION, parse_json
 from webdataset_tools.index import INDEX_SUFFIX, UNKNOWN, ShardIndex, parse, scan
 from webdataset_tools.storage import RETRY, Retry, beside, read_all, read_at
-from webdataset_tools.tar import Member
+from webdataset_tools.tar import CONTENT_LIMIT, Member
 
 logger = logging.getLogger(__name__)
 
@@ -186,6 +186,9 @@ class ShardSet:
         content: dict[str, bytes] = {}
         for run in _runs(wanted):
             start, end = run[0][1].offset, run[-1][1].offset + run[-1][1].size
+            if end - start > CONTENT_LIMIT:
+                text = f"{end - start} bytes of one sample, at most {CONTENT_LIMIT} are read at once"
+                raise ShardError(f"{location}, {run[0][1].name}: {text}", "member too large")
             data = read_at(location, start, end - start, self.retry)
             for name, member in run:
                 content[name] = data[member.offset - start : member.offset - start + member.size]
