@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from lavis_lstp.errors import ConfigError, LstpError, WeightsError
 from lavis_lstp.redaction import printable
-from lavis_lstp.untrusted import recorded
+from lavis_lstp.untrusted import recorded, why_no_path
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 PICTURE_SIDE = 320  # px, longer side of a frame in the picture
 DEFAULT_FRAMES = 64  # T where no run says how many
+HUB_KEYS = ("backbone.weights", "sampler.weights", "sampler.tokenizer")
+"""Settings of a model that may name a repository of the hub."""
 CONVERTED = "lavis-lstp convert"
 """What a manifest that `lavis-lstp convert` wrote says of its writer."""
 RANDOM_WEIGHTS = (
@@ -136,9 +138,30 @@ def recorded_model(checkpoint: str, options: Sequence[str] = ()) -> dict[str, An
         return {}
     given = [option.partition("=")[0] for option in options_to_dotlist(options)]
     section = recorded({"model": config["model"]}, manifest, replaced=given)["model"]
+    for key in HUB_KEYS:
+        part, _, name = key.partition(".")
+        found = section[part].get(name) if isinstance(section.get(part), Mapping) else None
+        if isinstance(found, str) and f"model.{key}" not in given and not _may_be_fetched(found):
+            raise ConfigError(
+                f"{manifest}: model.{key} is '{found}', which is neither on this machine nor in the hub's cache nor "
+                "one of the published models, and what is downloaded is not for a file to say; where you trust it: "
+                f"--options model.{key}={found}"
+            )
     earlier = section.get("checkpoint") or []
     earlier = [earlier] if isinstance(earlier, str) else earlier
     return section | {"checkpoint": [_where_the_run_stood(manifest, path) for path in earlier if path]}
+
+
+def _may_be_fetched(name: str) -> bool:
+    """Whether `name` is on this machine, in the hub's cache, or of a model that this package's own files name."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    from lavis_lstp.doctor import HUB_MODELS
+    from lavis_lstp.models.hub import local_path
+
+    repository = "/".join(name.split("/")[:2])
+    cached = Path(HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
+    return local_path(name) is not None or repository in HUB_MODELS or (why_no_path(name) is None and cached.is_dir())
 
 
 def _where_the_run_stood(manifest: Path, path: str) -> str:
@@ -157,6 +180,8 @@ def _where_the_run_stood(manifest: Path, path: str) -> str:
         if (folder / given).exists():
             return str(folder / given)
     try:
+        if not _may_be_fetched(path):
+            raise WeightsError("not on this machine, in the hub's cache, or of a published model")
         return str(checkpoint_source(path))  # below the current folder, among the user's weights, or on the hub
     except WeightsError as error:
         where = "" if given.is_absolute() else ", neither in the current folder nor in one above that run"

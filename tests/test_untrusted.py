@@ -155,6 +155,25 @@ def test_a_manifests_cache_and_quarantine_are_not_written(watched):
     assert sorted(os.listdir(watched / "run")) == ["evaluate_manifest.json", "report.html", "result"]
 
 
+def test_a_manifests_shard_is_a_file_and_a_far_folder_is_told(watched, tmp_path_factory, capsys):
+    os.mkfifo(watched / "x-000000.tar")
+    folder = results_of(
+        watched / "fifo", "lstp_shards", {"build_info": {"annotations": {"test": {"storage": "../x-000000.tar"}}}}
+    )
+    assert cli.main(["report", str(folder)]) == 0 and "is no file" in capsys.readouterr().out
+    far = tmp_path_factory.mktemp("far")
+    (far / "v.mp4").write_bytes(b"no video")
+    for name, videos in (("far", far), ("near", watched)):
+        info = {"annotations": {"test": {"storage": "test.json"}}, "videos": {"storage": str(videos)}}
+        folder = results_of(watched / name, "lstp_video_qa", {"build_info": info})
+        (watched / "v.mp4").write_bytes(b"no video")
+        (folder / "test.json").write_text(
+            json.dumps([{"question_id": "q", "video": "v.mp4", "question": "?", "answer": "a"}])
+        )
+        assert cli.main(["report", str(folder)]) == 0
+        assert (f"pictures are of files in {far}" in capsys.readouterr().out) == (name == "far")
+
+
 @pytest.mark.parametrize("manifest", [{"config": []}, {"config": {"datasets": {"lstp_shards": "pipe:id"}}}, {"cwd": 3}])
 def test_a_manifest_of_another_form_gives_a_note(manifest, watched, capsys):
     folder = results_of(watched / "run", "lstp_shards", {})
@@ -190,6 +209,27 @@ def test_a_checkpoints_manifest_names_no_variable_and_no_address(text, place, wa
             read()
         assert "sk-nobody" not in str(caught.value)
     assert ask.recorded_model(str(run), [f"model.{place}=other"])["arch"] == "lstp_tiny"
+
+
+@pytest.mark.parametrize("key", ["backbone.weights", "sampler.weights", "sampler.tokenizer", "checkpoint"])
+def test_a_manifest_does_not_choose_what_is_downloaded(key, watched, monkeypatch):
+    """A name on the hub is an address, too, but for the published models and what is in the cache already."""
+    import huggingface_hub.constants
+
+    from lavis_lstp import ask
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(watched / "hub"))
+    outer, _, inner = key.partition(".")
+    name = "somebody/tracking/x.pt" if key == "checkpoint" else "somebody/tracking"
+    run = run_with(watched / "run", {outer: {inner: name} if inner else name})
+    with pytest.raises((ConfigError, WeightsError), match="manifest.json.*somebody/tracking"):
+        ask.recorded_model(str(run))
+    if inner:
+        assert ask.recorded_model(str(run), [f"model.{key}={name}"])
+        (watched / "hub" / "models--somebody--tracking").mkdir(parents=True)
+        assert ask.recorded_model(str(run))[outer][inner] == name
+        run = run_with(watched / "other", {outer: {inner: "Salesforce/instructblip-vicuna-7b"}})
+        assert ask.recorded_model(str(run))
 
 
 def test_the_users_own_options_may_name_variables(watched):

@@ -174,6 +174,11 @@ class ShardQuestions(Sequence):
     # ---- entries ----------------------------------------------------------------------------------------------
 
     @property
+    def shards(self) -> list[str]:
+        """Where the shards lie."""
+        return self._set.shards
+
+    @property
     def origin(self) -> str:
         """What tells media of the same name in two data sets apart."""
         return f"{self.section} {self._set.shards[0]}"

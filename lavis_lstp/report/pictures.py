@@ -55,6 +55,7 @@ class Media:
         questions: of a folder or of shards; None where nothing is known.
         files: or files by video_id, of any folder.
         cwd: folder where the run was started, which messages leave out.
+        far: what to say of a folder that a manifest names, and that is neither here nor near the run; '' = nothing.
     """
 
     def __init__(
@@ -62,8 +63,9 @@ class Media:
         questions: FolderQuestions | ShardQuestions | None = None,
         files: Mapping[str, Path] | None = None,
         cwd: Path | None = None,
+        far: str = "",
     ):
-        self.questions, self.files, self.cwd = questions, files or {}, cwd
+        self.questions, self.files, self.cwd, self.far = questions, files or {}, cwd, far
         self.numbers = {name: i for i, name in enumerate(questions.question_ids())} if questions is not None else {}
 
     def find(self, key: str, row: Row) -> tuple[Any, Any] | str:
@@ -152,7 +154,9 @@ def chosen_frames(
             for key, number, position in times[time]:
                 found[key, number][position] = place
     found = {key: places for key, places in found.items() if max(places) >= 0}
-    return found, list(uris), [f"{count} without pictures: {why}" for why, count in problems.most_common(MOST_PROBLEMS)]
+    notes = [f"{count} without pictures: {why}" for why, count in problems.most_common(MOST_PROBLEMS)]
+    far = {media.far: None for media in known.values() if isinstance(media, Media) and media.far}
+    return found, list(uris), [*notes, *far]
 
 
 def _line(error: Exception, cwd: Path | None) -> str:
@@ -195,10 +199,20 @@ def _media(one: Evaluation, videos: str | None) -> Media | str:
         if split not in _storages(section):
             continue
         try:
-            return Media(_questions(name, section, split, cwd, one.manifest_file), cwd=cwd)
+            questions = _questions(name, section, split, cwd, one.manifest_file)
+            return Media(questions, cwd=cwd, far=_far(questions, one))
         except (LstpError, OSError) as error:
             reasons.append(_line(error, cwd))
     return reasons[0] if reasons else f"the run's data sets have no split '{split}'"
+
+
+def _far(questions: FolderQuestions | ShardQuestions, one: Evaluation) -> str:
+    """A line where pictures on the page are of files far from it, so that nobody shares them unknowingly."""
+    folder = questions.root if isinstance(questions, FolderQuestions) else Path(questions.shards[0]).parent
+    near = (Path.cwd(), one.run_dir.resolve().parent)
+    if any(folder.resolve().is_relative_to(place) for place in near):
+        return ""
+    return f"the pictures are of files in {folder}, as {one.manifest_file} says; --pictures 0 leaves them out"
 
 
 def _storages(section: Any) -> Mapping[str, Any]:
@@ -250,7 +264,10 @@ def _placed(value: Any, cwd: Path | None) -> Any:
     if isinstance(value, Mapping):
         return {key: _placed(one, cwd) for key, one in value.items()}
     if is_shards(value):
-        return [_place(one, cwd) for one in expand(value)]
+        places = [_place(one, cwd) for one in expand(value)]
+        if special := [place for place in places if Path(place).exists() and not Path(place).is_file()]:
+            raise ConfigError(f"{special[0]}: is no file; expected a shard")  # a pipe or a device may never end
+        return places
     if isinstance(value, list):
         return [_placed(one, cwd) for one in value]
     return _place(value, cwd) if isinstance(value, str) else value
