@@ -10,6 +10,8 @@ Order of precedence: defaults (`run_keys.py`, the model's YAML, the data sets' Y
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,7 +27,10 @@ from omegaconf.errors import OmegaConfBaseException
 from lavis_lstp.config_keys import check_dataset, check_model, check_roots, check_run, is_ours
 from lavis_lstp.errors import ConfigError, unknown_name
 from lavis_lstp.host.plugin import resolve_model
+from lavis_lstp.redaction import recordable
 from lavis_lstp.run_keys import run_defaults
+
+log = logging.getLogger(__name__)
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -48,6 +53,13 @@ class Config(lavis_config.Config):
         except ConfigError as error:
             raise type(error)(f"{args.cfg_path}: {error}") from error
         registry.register("configuration", self)
+
+    def pretty_print(self) -> None:
+        """Logs the configuration section by section, without what comes out of the environment."""
+        sections = recordable(self.config)
+        titled = [("Running Parameters", sections["run"]), *sections["datasets"].items()]
+        for title, section in (*titled, ("Model Attributes", sections["model"])):
+            log.info("=====  %s  =====\n%s", title, json.dumps(section, indent=4, sort_keys=True))
 
 
 def find_config(path: str | os.PathLike) -> Path:

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from lavis_lstp.data.annotation import SECTION
-from lavis_lstp.data.video.reading import read_flow_file
+from lavis_lstp.data.video.reading import flow_file, read_flow_file
 from lavis_lstp.errors import AnnotationError, VideoError
+from lavis_lstp.untrusted import why_no_path
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +108,8 @@ class FolderQuestions(Sequence):
         for row in self._rows:
             if kind_of(row) != "text":
                 paths.setdefault(row[kind_of(row)], row["question_id"])
+            if kind_of(row) == "video" and self.flow_root is not None:
+                flow_file(self.flow_root, row["video_id"])  # said now, and not in the middle of an epoch
             if kind_of(row) == "video" and files.setdefault(row["video_id"], row["video"]) != row["video"]:
                 raise AnnotationError(  # flow files and what is kept of a video go by its id
                     f"question {row['question_id']!r}: video_id {row['video_id']!r} names two files, "
@@ -115,8 +118,9 @@ class FolderQuestions(Sequence):
         missing = []
         for name, question in paths.items():
             # By the name alone: a folder may well hold links to where the videos are kept.
-            if Path(name).is_absolute() or ".." in Path(name).parts:
-                raise AnnotationError(f"question {question!r}: path {name!r} leads out of {self.root}")
+            if why := why_no_path(name):
+                what = f"leads out of {self.root}" if "leads out" in why else why
+                raise AnnotationError(f"question {question!r}: path {name[:200]!r} {what}")
             if not (self.root / name).exists():  # a folder of pictures is a video, too
                 missing.append((self.root / name, question))
         lost = {path for path, _ in missing}
@@ -151,4 +155,4 @@ class FolderQuestions(Sequence):
 
     def flow(self, place: Place, num_frames: int) -> np.ndarray:
         """float16 [T,2,h,w] in px of its own grid."""
-        return read_flow_file(self.flow_root / f"{place[1]}.safetensors", num_frames)
+        return read_flow_file(flow_file(self.flow_root, place[1]), num_frames)

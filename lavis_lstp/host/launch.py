@@ -81,6 +81,7 @@ def run(args: argparse.Namespace, evaluate_only: bool = False) -> None:
 
     from lavis_lstp import register
     from lavis_lstp.config import Config
+    from lavis_lstp.untrusted import guard_log
 
     register()
     cfg = Config(args)
@@ -91,6 +92,7 @@ def run(args: argparse.Namespace, evaluate_only: bool = False) -> None:
     try:
         seed_processes(cfg.run_cfg.seed + get_rank())
         setup_logger()  # after the group exists: rank 0 logs, the others warn
+        guard_log()
         cfg.pretty_print()
         task = tasks.setup_task(cfg)
         datasets = task.build_datasets(cfg)

@@ -51,7 +51,7 @@ def ours(names: frozenset[str]) -> set[str]:
     return {name for name in names if name in SOURCES and name != "lavis_lstp"}
 
 
-FOUNDATION = {"lavis_lstp.errors", "lavis_lstp.schema", "lavis_lstp.files"}
+FOUNDATION = {f"lavis_lstp.{name}" for name in ("errors", "schema", "files", "redaction", "untrusted")}
 TOP = 6
 
 
