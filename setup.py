@@ -94,6 +94,7 @@ LAVIS_NEEDS = [
 OUR_NEEDS = [
     "accelerate>=0.34",
     "av>=18",
+    "detect-secrets>=1.5",  # `doctor --scan`; pure Python, and what it needs is here anyway
     "jinja2>=3.1",
     "matplotlib>=3.8",
     "numpy>=1.26",
@@ -105,8 +106,8 @@ OUR_NEEDS = [
     "safetensors>=0.4.3",
     "simplemma>=2.0",
     "tokenizers>=0.22",
-    "torch>=2.4",
-    "torchvision>=0.19",
+    "torch>=2.6",  # before it, reading a .pt with weights_only can run code (CVE-2025-32434)
+    "torchvision>=0.21",
     "tqdm>=4.66",
     # LAVIS's own models fail on 5.0.0; 5.1 to 5.3 are untested.
     "transformers>=4.57.6,!=5.0.*,!=5.1.*,!=5.2.*,!=5.3.*,<6",

@@ -10,9 +10,17 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from lavis_lstp.redaction import printable, without_secrets
+
 
 class LstpError(Exception):
-    """Base of every error whose cause lies in the input, not in the program."""
+    """Base of every error whose cause lies in the input, not in the program.
+
+    Its text may be printed: it has no secret of an address in it, and no escape of a terminal.
+    """
+
+    def __init__(self, *args: object):
+        super().__init__(*(printable(without_secrets(one)) if isinstance(one, str) else one for one in args))
 
 
 class ConfigError(LstpError, ValueError):

@@ -15,6 +15,8 @@ import sys
 from collections.abc import Sequence
 
 from lavis_lstp.errors import LstpError
+from lavis_lstp.redaction import printable, without_secrets
+from lavis_lstp.untrusted import guard_log
 from webdataset_tools.engine import ENGINES
 
 VERBS = ("pack", "verify", "stats", "preview", "flow", "spans", "reshard", "repair", "extract")
@@ -61,19 +63,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser(verb)
     args = parser.parse_args(argv[1:])
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    guard_log()
     try:
         report = module.run(args)
     except LstpError as error:
         print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 2
     except OSError as error:  # a folder that cannot be written, a full disk
-        print(f"error: {error.filename or verb}: {error.strerror or error}", file=sys.stderr)
+        print(printable(f"error: {error.filename or verb}: {error.strerror or error}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
     try:
-        print(json.dumps(report, indent=2, ensure_ascii=False) if args.json else module.show(report, args), flush=True)
+        said = json.dumps(report, indent=2, ensure_ascii=False) if args.json else module.show(report, args)
+        print(printable(without_secrets(said)), flush=True)
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1 if report.get("failed") else 0

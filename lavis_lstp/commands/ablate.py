@@ -22,6 +22,8 @@ from lavis_lstp.files import atomic_writer, read_jsonl, write_json
 from lavis_lstp.metrics.agreement import mcnemar_exact
 from lavis_lstp.metrics.grounding import evaluate_spans
 from lavis_lstp.metrics.qa import accuracy_interval
+from lavis_lstp.redaction import printable, without_secrets_in
+from lavis_lstp.untrusted import guard_log
 
 STAGES = ("flow", "sampler", "selection", "vision", "language")
 FRAMES = {
@@ -200,7 +202,7 @@ def ablate(
         p_value = None if compared is None else paired_p(rights[compared], rights[cell.name])
         facts = {"name": cell.name, "title": cell.title, "compared_with": compared, "p_value": p_value}
         rows.append({**facts, **row})
-        write_json(out / "table.json", {"rows": rows, "options": list(options)})
+        write_json(out / "table.json", {"rows": rows, "options": without_secrets_in(list(options))})
         with atomic_writer(out / "table.md") as file:
             file.write("\n".join([*table_lines(rows, "frames"), "", judge_line(rows)]) + "\n")
     return rows
@@ -218,12 +220,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if min(args.num_frames) < 1:
         raise ConfigError(f"--num-frames must be at least 1, got {min(args.num_frames)}")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
+    guard_log()
     unique = [list(dict.fromkeys(given)) for given in (args.cfg_path, args.frames, args.num_frames)]
     cells = cells_of(*unique, args.options)
     launcher = ["torchrun", "--standalone", f"--nproc-per-node={args.nproc}"] if args.nproc > 1 else []
     out = args.out or Path("output/ablate", Path(args.cfg_path[0]).stem)
     rows = ablate(cells, out, args.options, launcher)
-    print("\n" + "\n".join([*table_lines(rows, "frames"), "", judge_line(rows)]))
+    print(printable("\n" + "\n".join([*table_lines(rows, "frames"), "", judge_line(rows)])))
     first = ", ".join(dict.fromkeys(row["compared_with"] for row in rows if row["compared_with"]))
     print(f"\n{rows[0]['questions']} questions." + (f" p: exact McNemar test against {first}." if first else ""))
     print(f"Written: {out / 'table.md'}, {out / 'table.json'}")

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lavis_lstp.errors import ConfigError, LstpError, WeightsError
+from lavis_lstp.redaction import printable
+from lavis_lstp.untrusted import recorded, why_no_path
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 PICTURE_SIDE = 320  # px, longer side of a frame in the picture
 DEFAULT_FRAMES = 64  # T where no run says how many
+HUB_KEYS = ("backbone.weights", "sampler.weights", "sampler.tokenizer")
+"""Settings of a model that may name a repository of the hub."""
 CONVERTED = "lavis-lstp convert"
 """What a manifest that `lavis-lstp convert` wrote says of its writer."""
 RANDOM_WEIGHTS = (
@@ -40,8 +44,8 @@ def build_model(name: str, model_type: str | None, checkpoint: str | None, optio
         options: `model.a.b=c` overrides.
     """
     chosen = {"arch": name, **({"model_type": model_type} if model_type else {})}
-    recorded = recorded_model(checkpoint) if checkpoint is not None else {}
-    model_class, config = model_config({**chosen, **recorded}, [] if checkpoint is None else [checkpoint], options)
+    section = recorded_model(checkpoint, options) if checkpoint is not None else {}
+    model_class, config = model_config({**chosen, **section}, [] if checkpoint is None else [checkpoint], options)
     notes = []
     if config.flow.name == "precomputed":
         notes.append("flow is computed with dis, as nobody has precomputed this video's")
@@ -61,7 +65,7 @@ def model_config(section: Mapping[str, Any], checkpoints: Sequence[str], options
     """The class and the complete config of a model.
 
     Args:
-        section: `model` of a config, however short.
+        section: `model` of a config, however short; of a recorded one, what `recorded_model` gives.
         checkpoints: loaded after those that `section` names.
 
     Raises:
@@ -118,14 +122,46 @@ def _recorded_run(checkpoint: str) -> tuple[Path, dict[str, Any]]:
     return manifest, config
 
 
-def recorded_model(checkpoint: str) -> dict[str, Any]:
-    """The model section of the run that wrote the checkpoint, with the checkpoints it began with where they lie."""
+def recorded_model(checkpoint: str, options: Sequence[str] = ()) -> dict[str, Any]:
+    """The model section of the run that wrote the checkpoint, with the checkpoints it began with where they lie.
+
+    Args:
+        options: overrides of the user's own; what the manifest says under their keys is not looked at.
+
+    Raises:
+        ConfigError: the manifest names a variable, a command or an address, see `untrusted.recorded`.
+    """
+    from lavis_lstp.config import options_to_dotlist
+
     manifest, config = _recorded_run(checkpoint)
     if not config:
         return {}
-    earlier = config["model"].get("checkpoint") or []
+    given = [option.partition("=")[0] for option in options_to_dotlist(options)]
+    section = recorded({"model": config["model"]}, manifest, replaced=given)["model"]
+    for key in HUB_KEYS:
+        part, _, name = key.partition(".")
+        found = section[part].get(name) if isinstance(section.get(part), Mapping) else None
+        if isinstance(found, str) and f"model.{key}" not in given and not _may_be_fetched(found):
+            raise ConfigError(
+                f"{manifest}: model.{key} is '{found}', which is neither on this machine nor in the hub's cache nor "
+                "one of the published models, and what is downloaded is not for a file to say; where you trust it: "
+                f"--options model.{key}={found}"
+            )
+    earlier = section.get("checkpoint") or []
     earlier = [earlier] if isinstance(earlier, str) else earlier
-    return config["model"] | {"checkpoint": [_where_the_run_stood(manifest, path) for path in earlier]}
+    return section | {"checkpoint": [_where_the_run_stood(manifest, path) for path in earlier if path]}
+
+
+def _may_be_fetched(name: str) -> bool:
+    """Whether `name` is on this machine, in the hub's cache, or of a model that this package's own files name."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    from lavis_lstp.commands.doctor import HUB_MODELS
+    from lavis_lstp.models.weights.hub import local_path
+
+    repository = "/".join(name.split("/")[:2])
+    cached = Path(HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
+    return local_path(name) is not None or repository in HUB_MODELS or (why_no_path(name) is None and cached.is_dir())
 
 
 def _where_the_run_stood(manifest: Path, path: str) -> str:
@@ -144,6 +180,8 @@ def _where_the_run_stood(manifest: Path, path: str) -> str:
         if (folder / given).exists():
             return str(folder / given)
     try:
+        if not _may_be_fetched(path):
+            raise WeightsError("not on this machine, in the hub's cache, or of a published model")
         return str(checkpoint_source(path))  # below the current folder, among the user's weights, or on the hub
     except WeightsError as error:
         where = "" if given.is_absolute() else ", neither in the current folder nor in one above that run"
@@ -253,7 +291,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise LstpError(f"{args.video}: no such video file")
     model, notes = build_model(args.model, args.model_type, args.checkpoint, args.options)
     for note in notes:
-        print(f"note: {note}", file=sys.stderr)
+        print(printable(f"note: {note}"), file=sys.stderr)
     num_frames = args.num_frames or recorded_frames(args.checkpoint)
     result = ask(model, args.video, args.question, num_frames=num_frames)
 
@@ -268,5 +306,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         raise ConfigError(f"--picture {picture}: cannot be written ({error.strerror or error})") from error
     result["picture"] = str(picture)
-    print(json.dumps(result, ensure_ascii=False) if args.json else as_text(result))
+    print(printable(json.dumps(result, ensure_ascii=False) if args.json else as_text(result)))
     return 0

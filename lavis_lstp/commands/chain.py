@@ -38,6 +38,8 @@ import yaml
 
 from lavis_lstp.errors import ConfigError, LstpError, unknown_name
 from lavis_lstp.files import write_json
+from lavis_lstp.redaction import printable, without_secrets, without_secrets_in
+from lavis_lstp.untrusted import guard_log
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +125,8 @@ class Chain:
         """
         folder = self.out / name
         started, done, output = folder / "command.json", folder / "done.json", folder / "output.txt"
-        if started.is_file() and json.loads(started.read_text(encoding="utf-8")) != command:
+        recorded = without_secrets_in(command)
+        if started.is_file() and json.loads(started.read_text(encoding="utf-8")) != recorded:
             raise ConfigError(
                 f"{folder} holds this step with other options ({started}); choose another --out, remove that folder, "
                 f"or in a chain run it and what follows again with --from {name}"
@@ -140,9 +143,9 @@ class Chain:
             logger.info("%s: done before, in %.0f s", name, self.seconds[name])
             return
         whole = [*(self.launcher if launch else [sys.executable]), *command]
-        logger.info("%s: %s", name, shlex.join(whole))
+        logger.info("%s: %s", name, without_secrets(shlex.join(whole)))
         with _locked(folder) as lock:
-            write_json(started, command)
+            write_json(started, recorded)
             size = output.stat().st_size if output.is_file() else 0
             begin = time.perf_counter()
             status, stopped = _call(whole, output, lock)
@@ -346,7 +349,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="show the steps and run none; without a file, the files")
     args = parser.parse_args(argv)
     if args.list and not args.file:
-        print("\n".join(chains()))
+        print(printable("\n".join(chains())))
         return 0
     if not args.file:
         raise ConfigError(f"name a chain file; known: {', '.join(chains())}")
@@ -359,10 +362,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.list:
         for step in steps:
             state = "done" if chain.is_done(step.name) else "to do"
-            print(f"{step.name} ({state}): python {shlex.join(chain.command(step))}")
+            print(printable(without_secrets(f"{step.name} ({state}): python {shlex.join(chain.command(step))}")))
         return 0
     check_recipes(chain, steps)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
+    guard_log()
     chain.run(chain.start_from(steps, args.start) if args.start else steps)
     print(f"{chain.out}: {', '.join(f'{name} {seconds:.0f} s' for name, seconds in chain.seconds.items())}")
     return 0

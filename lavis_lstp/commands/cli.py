@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from lavis_lstp import __version__
 from lavis_lstp.errors import LstpError
+from lavis_lstp.redaction import printable
 
 COMMANDS = {
     "ablate": ("lavis_lstp.commands.ablate:main", "compare ways of choosing frames: does the sampler help?"),
@@ -61,7 +62,7 @@ def list_names(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("kind", choices=kinds)
     kind = parser.parse_args(argv).kind
     for line in _names(kind):
-        print(line)
+        print(printable(line))
     return 0
 
 

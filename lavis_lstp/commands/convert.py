@@ -33,6 +33,7 @@ from lavis_lstp.models.weights.parts import part_of
 from lavis_lstp.models.weights.published_names import NOT_IN_BERT
 from lavis_lstp.models.weights.reading import INDEX, convert_published_with_report, load_state_dict_file, weights_file
 from lavis_lstp.models.weights.sizes import fit, sampler_sizes
+from lavis_lstp.redaction import printable
 
 logger = logging.getLogger(__name__)
 
@@ -348,5 +349,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--keep", nargs="+", default=(), metavar="PART", help=frozen)
     args = parser.parse_args(argv)
     report = convert(args.source, args.out, dtype=args.dtype, kind=args.kind, keep=args.keep)
-    print("\n".join([*report.lines(), f"           {args.out}"]))
+    print(printable("\n".join([*report.lines(), f"           {args.out}"])))
     return 0

@@ -28,7 +28,9 @@ from lavis_lstp.data.qa_dataset import read_annotation
 from lavis_lstp.data.shapes.scene import FPS, NUM_FRAMES
 from lavis_lstp.files import atomic_writer, write_json
 from lavis_lstp.metrics.grounding import evaluate_spans
+from lavis_lstp.redaction import printable
 from lavis_lstp.schema import Span
+from lavis_lstp.untrusted import guard_log
 
 MIN_GAIN = 0.20
 MIN_SHARE_OF_ORACLE = 0.90
@@ -162,7 +164,9 @@ def explain(demo: Demo) -> int:
     command += ["--checkpoint", str(demo.out / "lstp"), "--picture", str(demo.out / "explanation.png")]
     print(f"\n$ lavis-lstp {' '.join(repr(part) if ' ' in part else part for part in command[2:])}", flush=True)
     code = subprocess.run([sys.executable, *command], check=False).returncode
-    print(f"(the annotation says: {question['answer']}, {question['span_s'][0]} to {question['span_s'][1]} s)")
+    print(
+        printable(f"(the annotation says: {question['answer']}, {question['span_s'][0]} to {question['span_s'][1]} s)")
+    )
     return code
 
 
@@ -173,11 +177,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--options", nargs="*", default=[], metavar="A.B=C", help="overrides for every step")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
+    guard_log()
     os.environ.setdefault("OMP_NUM_THREADS", "2")
     started = time.perf_counter()
     demo = Demo(args.out, args.options)
     result = demo.run()
-    print("\n" + table(result))
+    print(printable("\n" + table(result)))
     code = explain(demo)
     report([args.out], title="Shapes-QA")
     files = ", ".join(str(args.out / name) for name in FILES)

@@ -1,7 +1,8 @@
 """`lavis-lstp doctor`: what works on this machine, and why the rest does not.
 
 In: the environment. Out: a report for people, or JSON; exit status 1 if the main job, training and asking the
-built-in model on this machine, could not run. Each check imports what it checks and nothing is downloaded.
+built-in model on this machine, could not run. Each check imports what it checks and nothing is downloaded. With
+`--scan FOLDER` it looks for keys in a folder instead, and the status is 1 where there are any.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from lavis_lstp import scan
+from lavis_lstp.redaction import printable
 
 REQUIRED = {
     "torch": "torch",
@@ -56,7 +60,12 @@ class Finding:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="lavis-lstp doctor", description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument("--scan", metavar="FOLDER", help="look for keys and passwords in a folder instead")
     args = parser.parse_args(argv)
+    if args.scan:
+        found, text = scan.report(args.scan)
+        print(json.dumps([one._asdict() for one in found], indent=2) if args.json else printable(text))
+        return 1 if found else 0
     findings = examine()
     broken = [finding.name for finding in findings if finding.required and not finding.usable]
     if args.json:

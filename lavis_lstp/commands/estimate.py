@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lavis_lstp.errors import ConfigError
+from lavis_lstp.redaction import printable
 
 GIB, MIB = 2**30, 2**20
 MOMENTS = 8
@@ -269,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     on_gpu = args.memory is not None or torch.cuda.is_available()
     there = args.memory * GIB if args.memory else _memory_here()
     needed = estimate.total + (CONTEXT if on_gpu else 0)
-    print(facts)
+    print(printable(str(facts)))
     for name, value in asdict(estimate).items():
         print(f"  {name:<14}{_size(value):>12}")
     print(f"  {'total':<14}{_size(estimate.total):>12}  in each process, at the fullest moment of a step")

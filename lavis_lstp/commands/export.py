@@ -23,6 +23,7 @@ from lavis_lstp.files import complete_folder, write_json
 from lavis_lstp.models.answer.loading import DTYPES
 from lavis_lstp.models.weights.hub import local_path
 from lavis_lstp.models.where.flow import UNINITIALISED
+from lavis_lstp.redaction import printable, without_secrets_in
 
 if TYPE_CHECKING:
     from lavis_lstp.models.answer.qformer import Backbone
@@ -76,7 +77,7 @@ def export(
             section = _section_of(recipe)
         else:
             section = {"arch": name, **({"model_type": model_type} if model_type else {})}
-            section |= recorded_model(checkpoints[-1])
+            section |= recorded_model(checkpoints[-1], options)
         model_class, config = model_config(section, checkpoints, options)
         if config.backbone.source != "hub":
             raise ConfigError(
@@ -211,7 +212,8 @@ def _save_sampler(model: Any, config: Any, folder: Path, has_flow: bool) -> None
     section["sampler"] |= {"weights": None, "tokenizer": None}
     section["backbone"] |= {"weights": None, "config": None}
     section["flow"]["weights"] = UNINITIALISED if has_flow else None
-    write_json(folder / "manifest.json", {"written_by": "lavis-lstp export", "config": {"model": section}})
+    facts = {"written_by": "lavis-lstp export", "config": {"model": without_secrets_in(section)}}
+    write_json(folder / "manifest.json", facts)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -238,5 +240,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         dtype=args.dtype,
         options=args.options,
     )
-    print("\n".join(lines))
+    print(printable("\n".join(lines)))
     return 0

@@ -25,6 +25,7 @@ from lavis_lstp.data.video.reading import BACKENDS, FLOW_FILE_VERSION, VIDEO_END
 from lavis_lstp.errors import AnnotationError, ConfigError, LstpError, VideoError
 from lavis_lstp.files import sha256_file
 from lavis_lstp.models.weights.hub import local_path, where_to_put
+from lavis_lstp.untrusted import why_no_file_name
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +59,8 @@ def find_videos(source: str | os.PathLike, root: str | os.PathLike | None = None
     for video_id, path, where in pairs:
         if found.setdefault(video_id, path) != path:
             raise AnnotationError(f"{where}: video_id '{video_id}' also belongs to {found[video_id]}")
-        if video_id in ("", ".", "..") or "/" in video_id or os.sep in video_id or "\0" in video_id:
-            raise AnnotationError(f"{where}: video_id '{video_id}' cannot be a file name")
+        if why := why_no_file_name(video_id):
+            raise AnnotationError(f"{where}: video_id '{video_id[:80]}' cannot be a file name: it {why}")
     return found
 
 

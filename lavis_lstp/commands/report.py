@@ -12,6 +12,7 @@ from pathlib import Path
 
 from lavis_lstp.errors import ConfigError
 from lavis_lstp.files import atomic_writer
+from lavis_lstp.redaction import printable, without_secrets
 from lavis_lstp.report.evaluations import find_evaluations
 from lavis_lstp.report.page import question_order, write_page
 
@@ -77,5 +78,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.pictures < 0:
         raise ConfigError(f"--pictures must be at least 0, got {args.pictures}")
-    print(report(args.paths, args.out, pictures=args.pictures, videos=args.videos, title=args.title)[1])
+    said = report(args.paths, args.out, pictures=args.pictures, videos=args.videos, title=args.title)[1]
+    print(printable(without_secrets(said)))
     return 0

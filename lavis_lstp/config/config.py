@@ -11,6 +11,8 @@ Order of precedence: defaults (the settings classes, the model's YAML, the data 
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,7 +36,11 @@ from lavis_lstp.config.other_keys import (
     run_keys_of,
 )
 from lavis_lstp.config.run import LAVIS_RUNNER_DEFAULTS, WRITTEN, RunSettings, checked_run
+from lavis_lstp.redaction import recordable
 from lavis_lstp.errors import ConfigError, shortened, unknown_name
+
+
+log = logging.getLogger(__name__)
 
 
 class Config(lavis_config.Config):
@@ -55,6 +61,13 @@ class Config(lavis_config.Config):
         except ConfigError as error:
             raise type(error)(f"{args.cfg_path}: {error}") from error
         registry.register("configuration", self)
+
+    def pretty_print(self) -> None:
+        """Logs the configuration section by section, without what comes out of the environment."""
+        sections = recordable(self.config)
+        titled = [("Running Parameters", sections["run"]), *sections["datasets"].items()]
+        for title, section in (*titled, ("Model Attributes", sections["model"])):
+            log.info("=====  %s  =====\n%s", title, json.dumps(section, indent=4, sort_keys=True))
 
 
 def _complete(user: DictConfig) -> DictConfig:

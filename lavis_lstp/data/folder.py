@@ -16,8 +16,9 @@ import numpy as np
 
 from lavis_lstp.data.annotation import SECTION
 from lavis_lstp.data.published_flow import ENDING
-from lavis_lstp.data.video.reading import read_flow_file
+from lavis_lstp.data.video.reading import flow_file, read_flow_file
 from lavis_lstp.errors import AnnotationError, VideoError
+from lavis_lstp.untrusted import why_no_path
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +109,8 @@ class FolderQuestions(Sequence):
         for row in self._rows:
             if kind_of(row) != "text":
                 paths.setdefault(row[kind_of(row)], row["question_id"])
+            if kind_of(row) == "video" and self.flow_root is not None:
+                flow_file(self.flow_root, row["video_id"])  # said now, and not in the middle of an epoch
             if kind_of(row) == "video" and files.setdefault(row["video_id"], row["video"]) != row["video"]:
                 raise AnnotationError(  # flow files and what is kept of a video go by its id
                     f"question {row['question_id']!r}: video_id {row['video_id']!r} names two files, "
@@ -116,8 +119,9 @@ class FolderQuestions(Sequence):
         missing = []
         for name, question in paths.items():
             # By the name alone: a folder may well hold links to where the videos are kept.
-            if Path(name).is_absolute() or ".." in Path(name).parts:
-                raise AnnotationError(f"question {question!r}: path {name!r} leads out of {self.root}")
+            if why := why_no_path(name):
+                what = f"leads out of {self.root}" if "leads out" in why else why
+                raise AnnotationError(f"question {question!r}: path {name[:200]!r} {what}")
             if not (self.root / name).exists():  # a folder of pictures is a video, too
                 missing.append((self.root / name, question))
         lost = {path for path, _ in missing}
@@ -159,4 +163,4 @@ class FolderQuestions(Sequence):
 
     def flow(self, place: Place, num_frames: int) -> np.ndarray:
         """float16 [T,2,h,w] in px of its own grid."""
-        return read_flow_file(self.flow_root / f"{place[1]}.safetensors", num_frames)
+        return read_flow_file(flow_file(self.flow_root, place[1]), num_frames)

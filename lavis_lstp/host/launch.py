@@ -97,11 +97,14 @@ def run(args: argparse.Namespace, evaluate_only: bool = False) -> None:
     from lavis.common.dist_utils import get_rank
     from lavis.common.logger import setup_logger
 
+    from lavis_lstp.untrusted import guard_log
+
     choose_device(cfg.run_cfg)
     init_processes(cfg.run_cfg, args.local_rank)
     try:
         seed_processes(cfg.run_cfg.seed + get_rank())
         setup_logger()  # after the group exists: rank 0 logs, the others warn
+        guard_log()
         runner_cls, task, datasets, model = built(cfg, evaluate_only)
         warn_of_unused_flow(cfg)
         if cfg.run_cfg.evaluate:

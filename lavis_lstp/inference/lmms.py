@@ -84,15 +84,14 @@ class LstpAnswers:
         self.batch_size = _whole_number("batch_size", batch_size, 1)
         self.num_workers = _whole_number("num_workers", num_workers, 0)
         self.option_score, self.question_key = option_score, question_key
-        recorded = recorded_model(checkpoint).get("arch") if checkpoint else None
+        given = ["model.train=[]", *shlex.split(str(options))]
+        recorded = recorded_model(checkpoint, given).get("arch") if checkpoint else None
         if recorded not in (None, self.MODEL):
             raise ConfigError(f"checkpoint {checkpoint} is of {recorded}, not of {self.MODEL}; use --model {recorded}")
         frames = recorded_frames(checkpoint, default=DEFAULT_FRAMES) if num_frames is None else num_frames
         self.num_frames = _whole_number("num_frames", frames, 1)
         # Nothing learns here: what does not is held in the backbone's dtype, as in the recipes of projects/lstp/eval.
-        self.model, notes = build_model(
-            self.MODEL, model_type, checkpoint, ["model.train=[]", *shlex.split(str(options))]
-        )
+        self.model, notes = build_model(self.MODEL, model_type, checkpoint, given)
         for note in notes:
             logger.warning("%s: %s", self.MODEL, note)
         self._place(device)

@@ -23,6 +23,7 @@ from lavis_lstp.judging.rows import Row, by_question_id, named, writing
 from lavis_lstp.judging.verdict import JUDGED, OPEN, Verdict
 from lavis_lstp.metrics.agreement import mcnemar_exact
 from lavis_lstp.metrics.resampling import RESAMPLES, group_rows, percentile_interval, resampled_sums, two_sided_p
+from lavis_lstp.redaction import printable, without_secrets_in
 
 ITSELF = "the file itself (correct)"
 """Judge of rows that bring their own `correct`."""
@@ -208,6 +209,6 @@ def pair_command(
     result = compute(read_judged(args.a), read_judged(args.b), resamples=args.resamples, seed=args.bootstrap_seed)
     if args.out:
         with writing(args.out):
-            write_json(args.out, {"a": str(args.a), "b": str(args.b), **result})
-    print(show(result))
+            write_json(args.out, without_secrets_in({"a": str(args.a), "b": str(args.b), **result}))
+    print(printable(show(result)))
     return 0

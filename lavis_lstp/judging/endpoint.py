@@ -218,7 +218,8 @@ def _http_client(timeout_s: float) -> Any:
             except asyncio.TimeoutError:
                 raise http.ReadTimeout(f"no whole answer in {timeout_s:g} s") from None
 
-    return Client(timeout=timeout_s)
+    # A redirect would take the key, or at least the questions, to an address that nobody named.
+    return Client(timeout=timeout_s, follow_redirects=False)
 
 
 def _address() -> str:

@@ -29,6 +29,7 @@ from lavis_lstp.judging.rules import decide, rules_identity, undecided
 from lavis_lstp.judging.scores import format_result, score_verdicts
 from lavis_lstp.judging.verdict import FAILED, MISSING, OPEN, UNASKED, Case, Verdict, case_key
 from lavis_lstp.metrics.resampling import RESAMPLES
+from lavis_lstp.redaction import printable, without_secrets_in
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with VerdictCache(args.cache) as cache:
         docket = Docket(list(cases.values()), judge, cache, args.limit)
         if judge is not None:
-            print(docket.preview(args.price_in, args.price_out), flush=True)
+            print(printable(docket.preview(args.price_in, args.price_out)), flush=True)
             if args.preview:
                 return 0
         docket.ask()
@@ -202,8 +203,8 @@ def _finish(
         },
         **score_verdicts(rows, verdicts, coverage, resamples=args.resamples, seed=args.bootstrap_seed),
     }
-    write_json(result_file, result)
-    print(f"{format_result(result)}\nwritten to {out} and {result_file}")
+    write_json(result_file, without_secrets_in(result))
+    print(printable(f"{format_result(result)}\nwritten to {out} and {result_file}"))
     return 0
 
 

@@ -40,7 +40,7 @@ class Evaluation:
         missing: ids of those, where the evaluation listed them.
         resamples, seed: of the bootstrap, as the judge's own result has them.
         timings: seconds by stage, a dict a question.
-        manifest: of the run, {} where there is none; run_dir: its folder.
+        manifest: of the run, {} where there is none; manifest_file: that file; run_dir: its folder.
     """
 
     name: str
@@ -54,6 +54,7 @@ class Evaluation:
     seed: int = 0
     timings: list[Row] = field(default_factory=list)
     manifest: dict[str, Any] = field(default_factory=dict)
+    manifest_file: Path | None = None
     letter: str = ""
 
     @property
@@ -203,7 +204,10 @@ def _evaluation(
         seed=bootstrap.get("seed", 0),
         timings=[row for row in read_jsonl(timings) if row.get("question_id") in rows] if timings.is_file() else [],
     )
-    one.manifest = next(filter(None, (_json(one.run_dir / name) for name in MANIFESTS)), {})
+    for path in (one.run_dir / name for name in MANIFESTS):
+        if content := _json(path):
+            one.manifest, one.manifest_file = content, path
+            break
     return one
 
 

@@ -260,20 +260,25 @@ def _sampler_rows(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def _facts(one: Evaluation) -> list[tuple[str, str]]:
     """What was run, from the manifest; nothing that depends on when this page was made."""
-    config, versions = one.manifest.get("config", {}), one.manifest.get("versions", {})
-    model = config.get("model", {})
+    config, versions = _object(one.manifest.get("config")), _object(one.manifest.get("versions"))
+    model = _object(config.get("model"))
     facts = [
         ("predictions", str(one.predictions)),
         ("verdicts", str(one.verdicts) if one.verdicts else None),
         ("model", " ".join(str(model[key]) for key in ("arch", "model_type") if model.get(key))),
         ("checkpoint", model.get("checkpoint")),
-        ("frames chosen by", (model.get("selector") or {}).get("name")),
-        ("data sets", ", ".join(config.get("datasets") or ())),
+        ("frames chosen by", _object(model.get("selector")).get("name")),
+        ("data sets", ", ".join(_object(config.get("datasets")))),
         ("device", one.manifest.get("device")),
         ("revision", one.manifest.get("git_revision")),
         ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
     ]
     return [(name, ", ".join(map(str, v)) if isinstance(v, list) else str(v)) for name, v in facts if v]
+
+
+def _object(value: Any) -> Mapping[str, Any]:
+    """A part of a manifest; {} where it is not of the form that a run writes."""
+    return value if isinstance(value, Mapping) else {}
 
 
 # ---- the list of questions ------------------------------------------------------------------------------------------

@@ -7,13 +7,11 @@ all known; `--videos` names another folder, or shards. Only the chosen frames ar
 
 from __future__ import annotations
 
-import contextlib
 import io
 import logging
-import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +20,13 @@ from PIL import Image
 
 from lavis_lstp.data.folder import FolderQuestions, kind_of
 from lavis_lstp.data.shards.questions import ShardQuestions, is_shards
+from lavis_lstp.data.shards.storage import expand
 from lavis_lstp.data.video.reading import VIDEO_ENDINGS, read_frames
 from lavis_lstp.errors import ConfigError, LstpError, VideoError
 from lavis_lstp.judging.rows import Row
 from lavis_lstp.report.evaluations import Evaluation
 from lavis_lstp.report.shell import data_uri
+from lavis_lstp.untrusted import recorded, what_it_names
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +43,9 @@ ALONE = {
     "quarantine": None,
     "vis_processor": None,
     "text_processor": None,
+    "shards": {},
 }
-"""Settings under which a data set needs nothing but its questions and its media."""
+"""Settings under which a data set needs nothing but its questions and its media, and writes nothing."""
 
 
 class Media:
@@ -53,7 +54,8 @@ class Media:
     Args:
         questions: of a folder or of shards; None where nothing is known.
         files: or files by video_id, of any folder.
-        cwd: folder that relative paths start from, if not the current one.
+        cwd: folder where the run was started, which messages leave out.
+        far: what to say of a folder that a manifest names, and that is neither here nor near the run; '' = nothing.
     """
 
     def __init__(
@@ -61,8 +63,9 @@ class Media:
         questions: FolderQuestions | ShardQuestions | None = None,
         files: Mapping[str, Path] | None = None,
         cwd: Path | None = None,
+        far: str = "",
     ):
-        self.questions, self.files, self.cwd = questions, files or {}, cwd
+        self.questions, self.files, self.cwd, self.far = questions, files or {}, cwd, far
         self.numbers = {name: i for i, name in enumerate(questions.question_ids())} if questions is not None else {}
 
     def find(self, key: str, row: Row) -> tuple[Any, Any] | str:
@@ -74,11 +77,10 @@ class Media:
         if key not in self.numbers:
             return "the run's data set has no such question"
         try:
-            with _standing_in(self.cwd):
-                entry = self.questions[self.numbers[key]]
-                return "a text has no pictures" if kind_of(entry) == "text" else (self.questions.place(entry), entry)
+            entry = self.questions[self.numbers[key]]
+            return "a text has no pictures" if kind_of(entry) == "text" else (self.questions.place(entry), entry)
         except (LstpError, OSError) as error:
-            return _line(error)
+            return _line(error, self.cwd)
 
     def read(self, place: Any, entry: Any, times_s: Sequence[float]) -> list[Image.Image]:
         """Pictures at these times.
@@ -88,16 +90,15 @@ class Media:
         """
         if self.questions is None:
             return _of_video(entry, str(entry), times_s)
-        with _standing_in(self.cwd):
-            stored = self.questions.frames(place)
-            if stored is not None:
-                nearest = [int(np.abs(stored.times_s - time).argmin()) for time in times_s]
-                return [Image.open(io.BytesIO(stored.pictures[i])).convert("RGB") for i in nearest]
-            source, name = self.questions.medium(place)
-            if kind_of(entry) == "image":
-                with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
-                    return [picture.convert("RGB")] * len(times_s)
-            return _of_video(source, name, times_s)
+        stored = self.questions.frames(place)
+        if stored is not None:
+            nearest = [int(np.abs(stored.times_s - time).argmin()) for time in times_s]
+            return [Image.open(io.BytesIO(stored.pictures[i])).convert("RGB") for i in nearest]
+        source, name = self.questions.medium(place)
+        if kind_of(entry) == "image":
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
+                return [picture.convert("RGB")] * len(times_s)
+        return _of_video(source, name, times_s)
 
 
 def _of_video(source: Any, name: str, times_s: Sequence[float]) -> list[Image.Image]:
@@ -146,18 +147,22 @@ def chosen_frames(
         try:
             pictures = media.read(name[1], entry, sorted(times))
         except (LstpError, OSError) as error:
-            problems[_line(error)] += len({key for uses in times.values() for key, *_ in uses})
+            problems[_line(error, media.cwd)] += len({key for uses in times.values() for key, *_ in uses})
             continue
         for time, picture in zip(sorted(times), pictures, strict=True):
             place = uris.setdefault(_jpeg(picture), len(uris))
             for key, number, position in times[time]:
                 found[key, number][position] = place
     found = {key: places for key, places in found.items() if max(places) >= 0}
-    return found, list(uris), [f"{count} without pictures: {why}" for why, count in problems.most_common(MOST_PROBLEMS)]
+    notes = [f"{count} without pictures: {why}" for why, count in problems.most_common(MOST_PROBLEMS)]
+    far = {media.far: None for media in known.values() if isinstance(media, Media) and media.far}
+    return found, list(uris), [*notes, *far]
 
 
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _line(error: Exception, cwd: Path | None) -> str:
+    """The error's message with paths as the run's configuration has them."""
+    text = " ".join(str(error).split())
+    return text if cwd is None else text.replace(f"{cwd}/", "")
 
 
 def _jpeg(picture: Image.Image) -> str:
@@ -180,28 +185,54 @@ def _media(one: Evaluation, videos: str | None) -> Media | str:
             raise ConfigError(f"--videos {videos}: no such folder; expected one with videos, or shards (*.tar)")
         files = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in (*VIDEO_ENDINGS, ".gif"))
         return Media(files={path.stem: path for path in files})
-    sections = one.manifest.get("config", {}).get("datasets")
-    if not isinstance(sections, dict):
+    config = one.manifest.get("config")
+    sections = config.get("datasets") if isinstance(config, Mapping) else None
+    if not isinstance(sections, Mapping):
         return f"no manifest in {one.run_dir} says where the videos are; name their folder, --videos"
-    split = one.predictions.stem.removesuffix(f"_{one.manifest['config'].get('run', {}).get('task', 'video_qa')}")
-    cwd = Path(one.manifest["cwd"]) if one.manifest.get("cwd") else None
+    run = config.get("run")
+    task = run.get("task", "video_qa") if isinstance(run, Mapping) else "video_qa"
+    split = one.predictions.stem.removesuffix(f"_{task}")
+    recorded_in = one.manifest.get("cwd")
+    cwd = Path(recorded_in) if isinstance(recorded_in, str) and recorded_in and Path(recorded_in).is_dir() else None
     reasons = []
-    with _standing_in(cwd):
-        for name, section in sections.items():
-            if not (section.get("build_info", {}).get("annotations") or {}).get(split):
-                continue
-            try:
-                return Media(_questions(name, section, split), cwd=cwd)
-            except (LstpError, OSError) as error:
-                reasons.append(_line(error))
+    for name, section in sections.items():
+        if split not in _storages(section):
+            continue
+        try:
+            questions = _questions(name, section, split, cwd, one.manifest_file)
+            return Media(questions, cwd=cwd, far=_far(questions, one))
+        except (LstpError, OSError) as error:
+            reasons.append(_line(error, cwd))
     return reasons[0] if reasons else f"the run's data sets have no split '{split}'"
 
 
-def _questions(name: str, section: Mapping[str, Any], split: str) -> FolderQuestions | ShardQuestions:
-    """Those of a split, from a section of a run's config.
+def _far(questions: FolderQuestions | ShardQuestions, one: Evaluation) -> str:
+    """A line where pictures on the page are of files far from it, so that nobody shares them unknowingly."""
+    folder = questions.root if isinstance(questions, FolderQuestions) else Path(questions.shards[0]).parent
+    near = (Path.cwd(), one.run_dir.resolve().parent)
+    if any(folder.resolve().is_relative_to(place) for place in near):
+        return ""
+    return f"the pictures are of files in {folder}, as {one.manifest_file} says; --pictures 0 leaves them out"
+
+
+def _storages(section: Any) -> Mapping[str, Any]:
+    """`build_info.annotations` of a recorded section, {} where it is not of that form."""
+    for key in ("build_info", "annotations"):
+        section = section.get(key) if isinstance(section, Mapping) else None
+    return {split: value for split, value in section.items() if value} if isinstance(section, Mapping) else {}
+
+
+def _questions(
+    name: str, section: Mapping[str, Any], split: str, cwd: Path | None, source: Path
+) -> FolderQuestions | ShardQuestions:
+    """Those of a split, from a section of a run's config; read, never written, and from local files alone.
+
+    Args:
+        cwd: where the run was started, which relative paths begin at; None = the current folder.
+        source: the manifest.
 
     Raises:
-        LstpError: files are missing, or the data set is not one of ours.
+        LstpError: files are missing, the data set is not one of ours, or the manifest names what only the user may.
     """
     from lavis_lstp import register
 
@@ -220,19 +251,34 @@ def _questions(name: str, section: Mapping[str, Any], split: str) -> FolderQuest
         key: {split: value[split]} if key in ("annotations", "answers") and value and split in value else value
         for key, value in section["build_info"].items()
     }
-    config = OmegaConf.create({**section, **ALONE, "build_info": info})
-    return builder(config).build_datasets()[split].annotation
-
-
-@contextlib.contextmanager
-def _standing_in(folder: Path | None) -> Iterator[None]:
-    """Paths in a run's config are relative to where it was started."""
-    if folder is None or not folder.is_dir():
-        yield
-        return
-    before = os.getcwd()
-    os.chdir(folder)
+    kept = {key: value for key, value in section.items() if key not in (*ALONE, "build_info", "root", "generate")}
+    content = recorded({**kept, "build_info": _placed(info, cwd)}, f"{source}: datasets.{name}")
     try:
-        yield
-    finally:
-        os.chdir(before)
+        return builder(OmegaConf.create({**content, **ALONE})).build_datasets()[split].annotation
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{source}: datasets.{name} is not of the form that a run writes ({error!r})") from error
+
+
+def _placed(value: Any, cwd: Path | None) -> Any:
+    """Recorded places, braces expanded and relative ones put where the run was started."""
+    if isinstance(value, Mapping):
+        return {key: _placed(one, cwd) for key, one in value.items()}
+    if is_shards(value):
+        places = [_place(one, cwd) for one in expand(value)]
+        if special := [place for place in places if Path(place).exists() and not Path(place).is_file()]:
+            raise ConfigError(f"{special[0]}: is no file; expected a shard")  # a pipe or a device may never end
+        return places
+    if isinstance(value, list):
+        return [_placed(one, cwd) for one in value]
+    return _place(value, cwd) if isinstance(value, str) else value
+
+
+def _place(name: str, cwd: Path | None) -> str:
+    from lavis_lstp.data.builders import local_path
+
+    given = Path(name).expanduser()
+    if what_it_names(name) or cwd is None or given.is_absolute():
+        return name
+    here = cwd / given
+    cached = local_path(str(here)) if here.exists() else local_path(name)
+    return str(cached if cached.is_absolute() else here)

@@ -27,6 +27,8 @@ from safetensors.torch import load_file, save_file
 
 from lavis_lstp.errors import LstpError, WeightsError
 from lavis_lstp.files import sha256_file, write_json
+from lavis_lstp.redaction import without_secrets_in
+from lavis_lstp.untrusted import why_no_file_name, why_no_path
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +73,7 @@ class CheckpointStore:
         }
         for name in files:
             _fsync(folder / name)
-        write_json(folder / MANIFEST, {**manifest, "files": files})
+        write_json(folder / MANIFEST, {**without_secrets_in(manifest), "files": files})
         _fsync(folder)
         if final.exists():  # the same step, saved by a run that was resumed from an earlier one
             shutil.rmtree(final)
@@ -118,7 +120,8 @@ class CheckpointStore:
         """
         path = self.folder / "best.json"
         best = json.loads(path.read_text()) if path.is_file() else {}
-        if best.get("checkpoint") and what_is_torn(self.folder / best["checkpoint"]):
+        name = best.get("checkpoint")
+        if name and (not isinstance(name, str) or why_no_file_name(name) or what_is_torn(self.folder / name)):
             log.warning("ignoring %s: its checkpoint %s is gone or torn", path, best["checkpoint"])
             return {}
         return best
@@ -172,6 +175,8 @@ def what_is_torn(path: Path) -> str | None:
     except (json.JSONDecodeError, KeyError, UnicodeDecodeError):
         return f"unreadable {MANIFEST}"
     for name, facts in files.items():
+        if why_no_path(name) is not None:
+            return f"{MANIFEST} names {name!r}, which {why_no_path(name)}"
         if not (path / name).is_file():
             return f"{name} is missing"
         size = (path / name).stat().st_size

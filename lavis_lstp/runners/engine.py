@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lavis_lstp import distributed
 from lavis_lstp.errors import ConfigError, WeightsError
+from lavis_lstp.models.weights.reading import load_torch
 from lavis_lstp.runners import checkpoint
 
 log = logging.getLogger(__name__)
@@ -168,7 +169,7 @@ class TorchEngine(WholeModel):
             raise WeightsError(
                 f"no {OPTIMIZER} in {folder}: another runner saved it; resume with the run.runner it was saved with"
             )
-        saved: dict[str, Any] = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
+        saved: dict[str, Any] = load_torch(folder / OPTIMIZER)
         if saved["names"] != self.names:
             differing = sorted(set(map(str, saved["names"])) ^ set(map(str, self.names)))[:3]
             raise WeightsError(

@@ -24,6 +24,7 @@ import torch
 
 import lavis_lstp
 from lavis_lstp.files import read_jsonl, write_json, write_jsonl
+from lavis_lstp.redaction import without_secrets_in
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +98,7 @@ class RunManifest:
     def _write(self, **facts: Any) -> None:
         self.facts.update(facts)
         if self.enabled:
-            write_json(self.path, self.facts)
+            write_json(self.path, without_secrets_in(self.facts))
 
 
 class JsonLog:

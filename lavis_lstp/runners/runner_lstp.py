@@ -24,6 +24,7 @@ from lavis_lstp import distributed
 from lavis_lstp.config.run import RunSettings, check_splits, splits_of
 from lavis_lstp.errors import ConfigError
 from lavis_lstp.files import sha256_json
+from lavis_lstp.redaction import recordable
 from lavis_lstp.runners import checkpoint, resume
 from lavis_lstp.runners.data_order import Batches, TrainOrder, sampling_of
 from lavis_lstp.runners.engine import TorchEngine, WholeModel
@@ -44,6 +45,7 @@ log = logging.getLogger(__name__)
 class RunnerLSTP(RunnerBase):
     def __init__(self, cfg: Any, task: Any, model: Any, datasets: Mapping[str, Any], job_id: str | None = None):
         self.plain_config = plain(cfg.config)
+        self.recorded_config = recordable(cfg.config, resolved=resume.BINDING)  # what goes into files
         self.settings = self.read_settings()
         super().__init__(cfg=cfg, task=task, model=model, datasets=datasets, job_id=job_id)
         if hasattr(model, "maybe_autocast"):  # LAVIS's BLIP-2 family
@@ -148,7 +150,7 @@ class RunnerLSTP(RunnerBase):
 
     def _manifest(self, kind: str) -> RunManifest:
         name = "run_manifest.json" if kind == "train" else "evaluate_manifest.json"
-        facts = {"config": self.plain_config, "device": str(self.device), "world_size": distributed.world_size()}
+        facts = {"config": self.recorded_config, "device": str(self.device), "world_size": distributed.world_size()}
         return RunManifest(self.output_dir / name, {"kind": kind, **facts}, enabled=distributed.is_main())
 
     def _eval_splits(self) -> list[str]:
@@ -244,7 +246,7 @@ class RunnerLSTP(RunnerBase):
 
     def _build_saver(self) -> Saver:
         facts = {
-            "config": self.plain_config,
+            "config": self.recorded_config,
             "data": self.train_fingerprint,
             "step_samples": self.order.group_size,
             "world_size": distributed.world_size(),

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 
 from lavis_lstp import distributed
+from lavis_lstp.models.weights.reading import load_torch
 from lavis_lstp.runners import checkpoint, resume
 from lavis_lstp.runners.engine import WholeModel
 from lavis_lstp.runners.randomness import derived_seed, rng_state, seed_everything, set_rng_state
@@ -120,7 +121,7 @@ class Saver:
         resume.check(checkpoint.read_manifest(source), self.facts, source)
         self.engine.load_trained_state(checkpoint.load_weights(source), source)
         self.engine.load(source)
-        trainer = torch.load(source / TRAINER, map_location="cpu", weights_only=True)
+        trainer = load_torch(source / TRAINER)
         position = Position(**trainer["position"])
         if source.resolve().parent == self.store.folder.resolve():
             self.saved_step = position.step

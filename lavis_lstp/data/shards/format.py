@@ -23,6 +23,7 @@ from lavis_lstp.data.annotation import check_options, check_seconds
 from lavis_lstp.data.prompts import conversation_prompt
 from lavis_lstp.data.shards import flow_code
 from lavis_lstp.errors import AnnotationError, ShardError
+from lavis_lstp.untrusted import why_no_path
 
 SAMPLE_FORMAT = "lavis_lstp.shard_sample"
 FRAMES_FORMAT = "lavis_lstp.frames"
@@ -109,9 +110,8 @@ def media_path(name: str) -> str:
         ShardError: it is absolute or leads out of its folder.
     """
     path = PurePosixPath(name)
-    backslash = "\\" in name or ":" in path.parts[0] if path.parts else True
-    if backslash or path.is_absolute() or ".." in path.parts or "\0" in name or str(path) == ".":
-        raise ShardError(f"path {name!r} is not a relative path inside its folder", "unsafe name")
+    if why_no_path(name) or ":" in path.parts[0]:
+        raise ShardError(f"path {name[:200]!r} is not a relative path inside its folder", "unsafe name")
     return str(path)
 
 

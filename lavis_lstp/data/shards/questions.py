@@ -34,7 +34,7 @@ from lavis_lstp.data.shards.format import (
 from lavis_lstp.data.shards.sets import ShardSet
 from lavis_lstp.data.shards.storage import RETRY, Retry, expand, knows_ranges, open_stream, scheme
 from lavis_lstp.data.spans import Spans, checked_spans
-from lavis_lstp.data.video.reading import read_flow_file
+from lavis_lstp.data.video.reading import flow_file, read_flow_file
 from lavis_lstp.errors import AnnotationError, ConfigError, ShardError
 
 logger = logging.getLogger(__name__)
@@ -181,6 +181,11 @@ class ShardQuestions(Sequence):
     # ---- entries ----------------------------------------------------------------------------------------------
 
     @property
+    def shards(self) -> list[str]:
+        """Where the shards lie."""
+        return self._set.shards
+
+    @property
     def origin(self) -> str:
         """What tells media of the same name in two data sets apart."""
         return f"{self.section} {self._set.shards[0]}"
@@ -307,7 +312,7 @@ class ShardQuestions(Sequence):
         """
         if self._flow_root is not None:
             video_id = parse_json(self.content(place)["json"], self.name(place))["video_id"]
-            return read_flow_file(self._flow_root / f"{video_id}.safetensors", num_frames)
+            return read_flow_file(flow_file(self._flow_root, video_id), num_frames)
         raw = self.content(place).get("flow")
         if raw is None:
             raise ShardError(

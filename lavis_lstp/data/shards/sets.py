@@ -22,9 +22,10 @@ import numpy as np
 from lavis_lstp.data.shards.format import JSON_LIMIT, MEDIA_MEMBERS, VERSION, parse_json
 from lavis_lstp.data.shards.index import INDEX_SUFFIX, UNKNOWN, ShardIndex, parse, scan
 from lavis_lstp.data.shards.storage import RETRY, Retry, beside, read_all, read_at
-from lavis_lstp.data.shards.tar import Member
+from lavis_lstp.data.shards.tar import CONTENT_LIMIT, Member
 from lavis_lstp.errors import ShardError
 from lavis_lstp.files import write_json
+from lavis_lstp.redaction import without_secrets_in
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ def write_manifest(first_shard: str | os.PathLike, entries: Iterable[Mapping[str
     totals["duration_s"] = round(sum(entry["duration_s"] for entry in entries), 3)
     content = {"format": MANIFEST_FORMAT, "version": VERSION, **about, "totals": totals, "shards": entries}
     path = Path(manifest_location(os.fspath(first_shard)))
-    write_json(path, content)
+    write_json(path, without_secrets_in(content))
     return path, content
 
 
@@ -185,6 +186,9 @@ class ShardSet:
         content: dict[str, bytes] = {}
         for run in _runs(wanted):
             start, end = run[0][1].offset, run[-1][1].offset + run[-1][1].size
+            if end - start > CONTENT_LIMIT:
+                text = f"{end - start} bytes of one sample, at most {CONTENT_LIMIT} are read at once"
+                raise ShardError(f"{location}, {run[0][1].name}: {text}", "member too large")
             data = read_at(location, start, end - start, self.retry)
             for name, member in run:
                 content[name] = data[member.offset - start : member.offset - start + member.size]

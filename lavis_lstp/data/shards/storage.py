@@ -11,6 +11,7 @@ requests. What cannot (404, 403, a missing file) is not.
 from __future__ import annotations
 
 import contextlib
+import functools
 import http.client
 import io
 import itertools
@@ -35,6 +36,8 @@ logger = logging.getLogger(__name__)
 MOST_SHARDS = 1_000_000
 SCAN_BLOCK = 16 << 10
 """Bytes asked for at once where little of a file is wanted: the end of a video, its JSON and the next header."""
+REDIRECTS = "LAVIS_LSTP_REDIRECTS"
+"""Environment variable: hosts, with commas between, that a server may redirect to; `*` = any."""
 PASSING = (408, 425, 429, 500, 502, 503, 504)
 
 
@@ -264,8 +267,36 @@ def _request(location: str, headers: dict[str, str]) -> urllib.request.Request:
     return urllib.request.Request(location, headers={"User-Agent": "lavis_lstp", **headers})
 
 
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows a server to its own host, and to others that the user has named: the request tells who asks for what."""
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        before, after = urllib.parse.urlsplit(req.full_url), urllib.parse.urlsplit(newurl)
+        named = {name.strip().lower() for name in os.environ.get(REDIRECTS, "").split(",")}
+        same = _place(before) == _place(after) or (_place(before), _place(after)) == (
+            (before.hostname, 80),
+            (before.hostname, 443),
+        )
+        downgraded = after.scheme != "https" and (after.scheme != "http" or before.scheme == "https")
+        if downgraded or not (same or "*" in named or after.hostname in named):
+            where = f"{after.scheme}://{after.netloc}"
+            why = "which is not encrypted" if downgraded else f"another host; where you trust it, set {REDIRECTS}"
+            hint = "" if downgraded else f"={after.hostname}"
+            raise ShardError(f"{req.full_url}: redirected to {where}, {why}{hint}", "refused")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _place(parts: urllib.parse.SplitResult) -> tuple[str | None, int]:
+    return parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
+
+
+@functools.lru_cache(maxsize=1)
+def _opener() -> urllib.request.OpenerDirector:
+    return urllib.request.build_opener(_Redirects)
+
+
 def _http_get(location: str, timeout_s: float) -> bytes:
-    with urllib.request.urlopen(_request(location, {}), timeout=timeout_s) as response:
+    with _opener().open(_request(location, {}), timeout=timeout_s) as response:
         data = response.read()
         stated = response.headers.get("Content-Length")
     if stated is not None and len(data) != int(stated):
@@ -277,7 +308,7 @@ def _http_range(location: str, offset: int, size: int, timeout_s: float) -> byte
     """The range; fewer bytes only where the file ends before."""
     headers = {"Range": f"bytes={offset}-{offset + size - 1}"}
     try:
-        with urllib.request.urlopen(_request(location, headers), timeout=timeout_s) as response:
+        with _opener().open(_request(location, headers), timeout=timeout_s) as response:
             if response.status != 206:
                 raise ShardError(
                     f"{location}: the server answers range requests with {response.status}; expected 206. Copy the "
@@ -358,7 +389,7 @@ class _HttpStream(io.RawIOBase):
 
     def _connect(self) -> None:
         headers = {"Range": f"bytes={self.at}-"} if self.at else {}
-        self._response = urllib.request.urlopen(_request(self.location, headers), timeout=self.retry.timeout_s)
+        self._response = _opener().open(_request(self.location, headers), timeout=self.retry.timeout_s)
         if self.at and self._response.status != 206:
             raise ShardError(f"{self.location}: broke at byte {self.at}, and the server knows no ranges", "connection")
         stated = self._response.headers.get("Content-Length")

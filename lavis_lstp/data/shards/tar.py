@@ -26,6 +26,10 @@ COPY = 1 << 20
 SKIP = 16 << 10
 END = bytes(2 * BLOCK)
 LONG_NAME_LIMIT = 64 << 10
+CONTENT_LIMIT = 4 << 30
+"""Bytes of one member, or of a sample's members, that are read into memory at once."""
+MEMBERS_LIMIT = 20_000_000
+"""Members of one tar; each is 512 bytes there and more in memory, and a pipe need not end."""
 _DATA = (tarfile.REGTYPE, tarfile.AREGTYPE)
 
 
@@ -204,8 +208,11 @@ class TarScan:
         self._member = ""
 
     def __iter__(self) -> Iterator[Member]:
-        long_name = None
+        long_name, headers = None, 0
         while (info := self._next_header()) is not None:
+            headers += 1
+            if headers > MEMBERS_LIMIT:
+                raise ShardError(f"{self.name}: more than {MEMBERS_LIMIT} members; split the shard", "too many members")
             if info.type == tarfile.GNUTYPE_LONGNAME and info.size <= LONG_NAME_LIMIT:
                 long_name = self._text(self._take(info).rstrip(b"\0"))
             elif info.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE) and info.size <= LONG_NAME_LIMIT:
@@ -227,12 +234,12 @@ class TarScan:
         """The bytes of the member just given.
 
         Raises:
-            ShardError: it ends early, or has more than `limit` bytes, of which none is read.
+            ShardError: it ends early, or has more than `limit` (else CONTENT_LIMIT) bytes, of which none is read.
         """
-        if limit is not None and self._left > limit:
-            raise ShardError(
-                f"{self.name}: {self._member}: {self._left} bytes, at most {limit} are read", "json too large"
-            )
+        most = CONTENT_LIMIT if limit is None else limit
+        if self._left > most:
+            cause = "member too large" if limit is None else "json too large"
+            raise ShardError(f"{self.name}: {self._member}: {self._left} bytes, at most {most} are read", cause)
         data = self._in.exactly(self._left, repr(self._member))
         self._left = 0
         return data

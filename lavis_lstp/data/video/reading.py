@@ -44,8 +44,9 @@ from lavis_lstp.data.video.index import (
     video_index,
 )
 from lavis_lstp.data.video.picture_folder import folder_index, pictures_in, read_pictures
-from lavis_lstp.errors import ConfigError, VideoError, unknown_name
+from lavis_lstp.errors import AnnotationError, ConfigError, VideoError, unknown_name
 from lavis_lstp.schema import Span
+from lavis_lstp.untrusted import why_no_file_name
 
 __all__ = ["VideoFrames", "VideoInfo", "probe", "read_flow_file", "read_frames", "resize_frames"]
 __all__ += ["BACKENDS", "FLOW_FILE_VERSION", "SHORT_VIDEOS", "VIDEO_ENDINGS"]
@@ -348,6 +349,17 @@ def _read(source, index, asked, size, backend, motion_vectors, flow_size, thread
     if chosen != wanted:
         frames = frames[np.searchsorted(wanted, chosen)]
     return VideoFrames(frames, index.times_s[chosen], chosen, info, flow, count)
+
+
+def flow_file(root: str | os.PathLike, video_id: str) -> Path:
+    """The file below `flow_root` that holds a video's flow.
+
+    Raises:
+        AnnotationError: the id is no file name, so `lavis-lstp flow` has written none, and reading may lead elsewhere.
+    """
+    if why := why_no_file_name(video_id):
+        raise AnnotationError(f"flow_root {root}: video_id {video_id[:80]!r} cannot be a file name: it {why}")
+    return Path(root) / f"{video_id}.safetensors"
 
 
 def read_flow_file(path: str | os.PathLike, expect_num_frames: int | None = None) -> np.ndarray:

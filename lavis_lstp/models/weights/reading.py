@@ -13,7 +13,7 @@ import json
 import logging
 import pickle
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -186,7 +186,7 @@ def load_state_dict_file(path: str | Path) -> dict[str, Tensor]:
         raise WeightsError(f"no weights file '{path}'")
     if path.name.endswith(INDEX):
         return _load_shards(path)
-    loaded = _load_safetensors(path) if path.suffix == ".safetensors" else _load_torch(path)
+    loaded = _load_safetensors(path) if path.suffix == ".safetensors" else load_torch(path, mmap=True)
     state_dict = _unwrap(loaded) if isinstance(loaded, Mapping) else {}
     strangers = [str(key) for key, value in state_dict.items() if not isinstance(value, Tensor)]
     if not state_dict or strangers:
@@ -206,6 +206,8 @@ def _load_shards(index: Path) -> dict[str, Tensor]:
         raise WeightsError(f"'{index}' is damaged or no index of shards: {type(error).__name__} {error}") from error
     state_dict = {}
     for shard in sorted(set(shards.values())):
+        if shard.name.endswith(INDEX):
+            raise WeightsError(f"'{index}' names '{shard.name}', another index; expected files of weights")
         state_dict.update(load_state_dict_file(shard))
     if missing := [key for key in shards if key not in state_dict]:
         raise WeightsError(f"'{index}' names {len(missing)} keys that its shards have not: {_some(missing)}")
@@ -222,9 +224,30 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
         raise WeightsError(f"'{path}' is damaged or no safetensors file: {error}") from error
 
 
-def _load_torch(path: Path) -> Any:
+SAFE_TORCH = (2, 6)
+"""The first release whose `weights_only` keeps a file from running code (CVE-2025-32434)."""
+VIEWS = 4
+"""Tensors of a file may be views of the same bytes, as tied weights are: so many times the bytes at most."""
+SMALL = 64 << 20
+
+
+def load_torch(path: str | Path, *, mmap: bool = False) -> Any:
+    """What `torch.save` wrote, on the CPU and without running code from the file.
+
+    Args:
+        mmap: map the file where its format allows that, rather than read it.
+
+    Raises:
+        WeightsError: the file is damaged, would run code, or claims more bytes than it has; or torch is too old.
+    """
+    path = Path(path)
+    if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < SAFE_TORCH:
+        raise WeightsError(
+            f"'{path}' is not read: with torch {torch.__version__} such a file can run code (CVE-2025-32434); install "
+            "torch 2.6 or later, or convert it to safetensors elsewhere"
+        )
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise WeightsError(
             f"'{path}' is damaged or a pickle of more than tensors, which could run code when read; where you trust "
@@ -232,6 +255,39 @@ def _load_torch(path: Path) -> Any:
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError, UnicodeDecodeError) as error:
         raise WeightsError(f"'{path}' is damaged or no torch file: {str(error).splitlines()[:1]}") from error
+    _check_bytes(loaded, path)
+    return loaded
+
+
+def _check_bytes(loaded: Any, path: Path) -> None:
+    """Raises WeightsError where tensors are not plain memory, or claim more of it than their file has.
+
+    A tensor with stride 0 has any number of values in a few bytes; a copy of it, which loading makes, has them all.
+    """
+    claimed, stored = 0, {}
+    for name, tensor in _tensors(loaded):
+        if tensor.layout != torch.strided or tensor.device.type != "cpu":
+            raise WeightsError(f"'{path}': {name} is no plain tensor ({tensor.layout} on {tensor.device})")
+        storage = tensor.untyped_storage()
+        claimed += tensor.numel() * tensor.element_size()
+        stored[storage.data_ptr()] = max(stored.get(storage.data_ptr(), 0), storage.nbytes())
+        if claimed > VIEWS * sum(stored.values()) + SMALL:
+            raise WeightsError(
+                f"'{path}': {name} {list(tensor.shape)} makes {claimed} bytes of {sum(stored.values())} in the file; "
+                "save plain, contiguous tensors"
+            )
+
+
+def _tensors(value: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor in plain containers, with its place."""
+    if isinstance(value, Tensor):
+        yield name or "the tensor", value
+    elif depth < DEEPEST and isinstance(value, Mapping | list | tuple):
+        for key, one in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _tensors(one, f"{name}.{key}".lstrip("."), depth + 1)
+
+
+DEEPEST = 20
 
 
 # ---- strict loading -------------------------------------------------------------------------------------------
