@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lavis_lstp import scan
+from lavis_lstp.commands import scan
 from lavis_lstp.redaction import printable
 
 REQUIRED = {

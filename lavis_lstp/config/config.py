@@ -36,9 +36,8 @@ from lavis_lstp.config.other_keys import (
     run_keys_of,
 )
 from lavis_lstp.config.run import LAVIS_RUNNER_DEFAULTS, WRITTEN, RunSettings, checked_run
-from lavis_lstp.redaction import recordable
 from lavis_lstp.errors import ConfigError, shortened, unknown_name
-
+from lavis_lstp.redaction import recordable
 
 log = logging.getLogger(__name__)
 

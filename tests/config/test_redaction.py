@@ -14,8 +14,7 @@ from omegaconf import OmegaConf
 from safetensors.numpy import save_file
 from toy import make_runner
 
-from lavis_lstp import scan
-from lavis_lstp.commands import cli
+from lavis_lstp.commands import cli, scan
 from lavis_lstp.data.shards import storage
 from lavis_lstp.errors import ConfigError, ShardError
 from lavis_lstp.redaction import printable, recordable, without_secrets, without_secrets_in

@@ -278,7 +278,7 @@ def test_the_hook_checks_a_run_before_lavis_is_imported(here):
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert done.returncode == 2 and "did you mean 'run.max_epoch'?" in done.stderr
-    assert not {"torch", "transformers", "lavis.common"} & imported and "lavis_lstp.precheck" in imported
+    assert not {"torch", "transformers", "lavis.common"} & imported and "lavis_lstp.host.precheck" in imported
 
 
 def test_deepspeed_that_is_missing_is_said_at_once(here, monkeypatch):
