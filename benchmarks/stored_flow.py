@@ -104,7 +104,7 @@ def trained(root: Path, steps: int) -> Reader:
 
 
 def of_run(checkpoint: str) -> Reader:
-    from lavis_lstp.commands.ask import build_model
+    from lavis_lstp.inference.loading import build_model
 
     sampler = build_model("lstp_tiny", None, checkpoint, [])[0].sampler.eval()
     return Reader("tiny, trained run, 64 px", 64, logits_of(sampler, lambda field: field, "multi_modal"))

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from lavis_lstp import __version__
-from lavis_lstp.commands.ask import CONVERTED
 from lavis_lstp.config.model import Sampler
 from lavis_lstp.errors import ConfigError, WeightsError, unknown_name
 from lavis_lstp.files import complete_folder, sha256_file, write_json
+from lavis_lstp.inference.loading import CONVERTED
 from lavis_lstp.models.answer.loading import DTYPES
 from lavis_lstp.models.weights.parts import part_of
 from lavis_lstp.models.weights.published_names import NOT_IN_BERT

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lavis_lstp.commands.ablate import FRAMES, judge_line, measure, no_flow, paired_p, table_lines
+from lavis_lstp.commands.ablate import FRAMES, no_flow
 from lavis_lstp.commands.chain import Chain, Step, check_options, find_chain, read_chain
 from lavis_lstp.commands.report import report
 from lavis_lstp.data.frame_numbers import uniform_centres
@@ -29,6 +29,7 @@ from lavis_lstp.data.shapes.scene import FPS, NUM_FRAMES
 from lavis_lstp.files import atomic_writer, write_json
 from lavis_lstp.metrics.grounding import evaluate_spans
 from lavis_lstp.redaction import printable
+from lavis_lstp.report.table import judge_line, measure, paired_p, table_lines
 from lavis_lstp.schema import Span
 from lavis_lstp.untrusted import guard_log
 

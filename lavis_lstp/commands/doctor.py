@@ -37,14 +37,6 @@ REQUIRED = {
 }
 """Distribution -> module that the main job imports."""
 
-HUB_MODELS = (
-    "Salesforce/instructblip-vicuna-7b",
-    "Salesforce/instructblip-flan-t5-xl",
-    "Salesforce/blip2-flan-t5-xl",
-    "google-bert/bert-base-uncased",
-    "ColorfulAI/LSTP-Chat",
-)
-
 
 @dataclass(frozen=True)
 class Finding:
@@ -192,6 +184,8 @@ def _optional() -> list[Finding]:
     found = [_try("optional", "deepspeed", deepspeed), _try("optional", "decord", decord)]
     for size in ("Large", "Small"):
         found.append(_try("weights", f"raft_{size.lower()}", lambda size=size: _raft_weights(size)))
+    from lavis_lstp.models.weights.hub import HUB_MODELS
+
     return found + [_try("weights", repo, lambda repo=repo: _hub_weights(repo)) for repo in HUB_MODELS]
 
 

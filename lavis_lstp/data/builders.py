@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import inspect
 import logging
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -280,14 +282,20 @@ def generate_once(root: Path, parameters: Mapping[str, int]) -> None:
 
 
 def pack_once(root: Path, splits: Sequence[str]) -> dict[str, list[str]]:
-    """Shards of Shapes-QA's splits, packed where they are not there yet."""
-    from webdataset_tools.pack import pack
-    from webdataset_tools.sources import units
+    """Shards of Shapes-QA's splits, packed where they are not there yet; `webdataset_tools` stands on this package.
+
+    Raises:
+        ConfigError: packing failed; its own line is in the message.
+    """
 
     def work() -> None:
         for split in splits:
-            found = units("shapes", [root], root=root, split=split)
-            pack(found, str(root / "shards" / split), root, max_count=64)
+            command = [sys.executable, "-m", "webdataset_tools", "pack", str(root / "shards" / split), str(root)]
+            command += ["--from", "shapes", "--root", str(root), "--split", split, "--max-count", "64"]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                said = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
+                raise ConfigError(f"datasets.lstp_shapes.from_shards: split {split} cannot be packed ({said[-1]})")
 
     first_process_alone(work)
     return {split: sorted(map(str, (root / "shards").glob(f"{split}-[0-9]*.tar"))) for split in splits}

@@ -15,9 +15,9 @@ import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from lavis_lstp.commands.ask import build_model, recorded_frames, recorded_model
 from lavis_lstp.errors import ConfigError, unknown_name
 from lavis_lstp.inference.lmms_requests import Questions, Request, cut, generation_settings, questions_of
+from lavis_lstp.inference.loading import build_model, recorded_frames, recorded_model
 from lavis_lstp.models.variants import MODEL_TYPES
 
 logger = logging.getLogger(__name__)

@@ -9,9 +9,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from lavis_lstp.commands.ablate import STAGES
 from lavis_lstp.report import numbers
 from lavis_lstp.report.shell import picture_tag
+from lavis_lstp.report.table import STAGES
 
 LOUD = 6
 """Evaluations in one plot at most; more cannot be told apart."""

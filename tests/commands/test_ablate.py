@@ -15,6 +15,7 @@ from lavis_lstp.commands import ablate, chain, cli
 from lavis_lstp.errors import ConfigError, CoverageError
 from lavis_lstp.files import read_jsonl, write_json, write_jsonl
 from lavis_lstp.host import evaluate
+from lavis_lstp.report import table
 from lavis_lstp.testing.tiny_benchmarks import write_benchmarks
 
 SHAPES = "projects/lstp/eval/shapes_qa_lstp_tiny.yaml"
@@ -68,8 +69,8 @@ def test_the_paired_test_is_exact():
     first = {f"q{i}": i < 3 for i in range(20)}
     second = {f"q{i}": i >= 2 for i in range(20)} | {"other": True}
     # 2 questions only the first has right, 17 only the second; q2 both
-    assert ablate.paired_p(first, second) == pytest.approx(2 * sum(comb(19, k) for k in range(3)) / 2**19)
-    assert ablate.paired_p(first, first) == 1.0
+    assert table.paired_p(first, second) == pytest.approx(2 * sum(comb(19, k) for k in range(3)) / 2**19)
+    assert table.paired_p(first, first) == 1.0
 
 
 def result(folder: Path, rights: list[bool], **record) -> Path:
@@ -87,11 +88,11 @@ def test_a_row_says_what_its_files_say(tmp_path):
     folder = result(tmp_path / "a", [True, True, False, True], span=[0, 2], gold_span=[1, 2])
     times = [{"question_id": f"q{i}", "vision": 0.002, "language": 0.001 * i} for i in range(4)]
     write_jsonl(folder / "test_video_qa_timings.jsonl", times)
-    row, right = ablate.measure(folder, "test_video_qa")
+    row, right = table.measure(folder, "test_video_qa")
     assert right == {"q0": True, "q1": True, "q2": False, "q3": True}
     assert (row["accuracy"], row["questions"], row["span_iou"]) == (0.75, 4, 0.5)
     assert row["milliseconds"]["vision"] == pytest.approx(2) and row["milliseconds"]["language"] == pytest.approx(1.5)
-    (head, _, line) = ablate.table_lines([{"title": "x", **row, "p_value": None}], "frames")
+    (head, _, line) = table.table_lines([{"title": "x", **row, "p_value": None}], "frames")
     assert head.split(" | ")[-2:][0] == "span IoU" and "p, paired" not in head and "unparsable" not in head
     assert line.startswith("| x | 75.0% | 30.1% to 95.4% | 0.50 | 0.0 + 0.0 + 0.0 + 2.0 + 1.5 = 3.5 |")
 
@@ -99,16 +100,16 @@ def test_a_row_says_what_its_files_say(tmp_path):
 def test_choices_count_as_they_were_judged_and_partial_scores_say_so(tmp_path):
     folder = result(tmp_path / "a", [True, False], options=["x", "y"], correct=True)
     write_json(folder / "test_video_qa_metrics.json", {"coverage": 0.5, "num_unparsable": 1})
-    row, right = ablate.measure(folder, "test_video_qa")
+    row, right = table.measure(folder, "test_video_qa")
     assert list(right.values()) == [True, True] and row["milliseconds"] is None
-    lines = ablate.table_lines([{"title": "x", **row}], "frames")
-    assert ablate.judge_line([row]) == "Judged by: the right option was chosen."
+    lines = table.table_lines([{"title": "x", **row}], "frames")
+    assert table.judge_line([row]) == "Judged by: the right option was chosen."
     assert "| unparsable | coverage |" in lines[0] and "| 1 | 50.0% |" in lines[2] and "ms per" not in lines[0]
 
 
 def test_nothing_to_score_is_an_error(tmp_path):
     with pytest.raises(CoverageError, match="no question has an answer to compare with"):
-        ablate.measure(result(tmp_path / "a", [True], answer=None), "test_video_qa")
+        table.measure(result(tmp_path / "a", [True], answer=None), "test_video_qa")
 
 
 # ---- the command --------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from video_files import audio_file, numbered_video, write_video
 from lavis_lstp.commands import ask, cli
 from lavis_lstp.errors import WeightsError
 from lavis_lstp.files import write_json
+from lavis_lstp.inference import loading
 
 STAGES = {"decode", "flow", "sampler", "selection", "vision", "language"}
 
@@ -48,18 +49,18 @@ def test_any_video_gets_an_answer_a_span_and_a_picture(tmp_path, capsys):
 
 
 def test_a_runs_checkpoint_brings_its_config_and_the_weights_it_began_with(tmp_path):
-    untrained, notes = ask.build_model("lstp_tiny", None, None, ["model.train=[sampler]", "model.losses=[span]"])
-    assert notes == [ask.RANDOM_WEIGHTS]
+    untrained, notes = loading.build_model("lstp_tiny", None, None, ["model.train=[sampler]", "model.losses=[span]"])
+    assert notes == [loading.RANDOM_WEIGHTS]
     first = tmp_path / "first.safetensors"
     save_file({k: v + 1 for k, v in untrained.trainable_state_dict().items()}, first)
-    base, _ = ask.build_model("lstp_tiny", None, None, ["model.train=[projection]"])
+    base, _ = loading.build_model("lstp_tiny", None, None, ["model.train=[projection]"])
     folder = tmp_path / "run" / "checkpoints" / "last"
     folder.mkdir(parents=True)
     save_file({k: v + 2 for k, v in base.trainable_state_dict().items()}, folder / "model.safetensors")
     model = {"arch": "lstp_tiny", "checkpoint": str(first), "flow": {"name": "precomputed"}, "fusion": "mean"}
     write_json(folder / "manifest.json", {"config": {"model": model}})
 
-    model, notes = ask.build_model("unused", None, str(tmp_path / "run"), [])
+    model, notes = loading.build_model("unused", None, str(tmp_path / "run"), [])
     assert model.fusion.name == "mean" and model.flow.name == "dis"
     assert len(notes) == 1 and "flow is computed with dis" in notes[0]
     own = model.state_dict()
@@ -69,8 +70,8 @@ def test_a_runs_checkpoint_brings_its_config_and_the_weights_it_began_with(tmp_p
 
 
 def test_earlier_weights_are_those_of_the_run_not_those_of_the_current_folder(tmp_path, monkeypatch):
-    sampler, _ = ask.build_model("lstp_tiny", None, None, ["model.train=[sampler]", "model.losses=[span]"])
-    projection, _ = ask.build_model("lstp_tiny", None, None, ["model.train=[projection]"])
+    sampler, _ = loading.build_model("lstp_tiny", None, None, ["model.train=[sampler]", "model.losses=[span]"])
+    projection, _ = loading.build_model("lstp_tiny", None, None, ["model.train=[projection]"])
     for place, amount in (("there", 1), ("here", 5)):
         base = tmp_path / place / "output" / "base"
         base.mkdir(parents=True)
@@ -81,14 +82,14 @@ def test_earlier_weights_are_those_of_the_run_not_those_of_the_current_folder(tm
     save_file(projection.trainable_state_dict(), last / "model.safetensors")
     write_json(last / "manifest.json", {"config": {"model": {"arch": "lstp_tiny", "checkpoint": ["output/base"]}}})
     monkeypatch.chdir(tmp_path / "here")
-    own = ask.build_model("lstp_tiny", None, str(run_folder), [])[0].state_dict()
+    own = loading.build_model("lstp_tiny", None, str(run_folder), [])[0].state_dict()
     for key, value in sampler.trainable_state_dict().items():
         assert own[key].equal(value + 1), key
 
 
 def make_run(folder: Path, **model) -> Path:
     """A run's folder with one checkpoint of the projection and its manifest."""
-    weights, _ = ask.build_model("lstp_tiny", None, None, ["model.train=[projection]"])
+    weights, _ = loading.build_model("lstp_tiny", None, None, ["model.train=[projection]"])
     last = folder / "checkpoints" / "last"
     last.mkdir(parents=True)
     save_file(weights.trainable_state_dict(), last / "model.safetensors")
@@ -100,7 +101,7 @@ def make_run(folder: Path, **model) -> Path:
 @pytest.mark.parametrize("place", ["output/gone", "/nowhere/gone"])
 def test_earlier_weights_that_are_gone_are_named(tmp_path, place):
     with pytest.raises(WeightsError, match=f"manifest.json began with the weights '{place}', which are gone"):
-        ask.build_model("lstp_tiny", None, str(make_run(tmp_path / "run", checkpoint=place)), [])
+        loading.build_model("lstp_tiny", None, str(make_run(tmp_path / "run", checkpoint=place)), [])
 
 
 def test_earlier_weights_may_be_a_file_of_the_hub_that_lies_elsewhere(tmp_path, monkeypatch):
@@ -111,8 +112,8 @@ def test_earlier_weights_may_be_a_file_of_the_hub_that_lies_elsewhere(tmp_path, 
     source.rename(place)
     run = make_run(tmp_path / "run", checkpoint="owner/repository/first.safetensors")
     monkeypatch.setenv("LAVIS_LSTP_WEIGHTS", str(tmp_path / "weights"))
-    assert ask.recorded_model(str(run))["checkpoint"] == [str(place)]
-    assert ask.build_model("lstp_tiny", None, str(run), [])[1] == []
+    assert loading.recorded_model(str(run))["checkpoint"] == [str(place)]
+    assert loading.build_model("lstp_tiny", None, str(run), [])[1] == []
 
 
 def test_frames_are_as_many_as_the_run_used_and_replaced_flow_is_said(tmp_path, capsys, monkeypatch):
@@ -180,7 +181,7 @@ def test_a_manifest_of_something_else_is_named(tmp_path, content):
     save_file({"sampler.x": torch.zeros(1)}, tmp_path / "model.safetensors")
     (tmp_path / "manifest.json").write_text(content)
     with pytest.raises(WeightsError, match="manifest.json: not the manifest"):
-        ask.build_model("lstp_tiny", None, str(tmp_path), [])
+        loading.build_model("lstp_tiny", None, str(tmp_path), [])
 
 
 def test_the_picture_keeps_the_proportions_of_the_video(tmp_path):

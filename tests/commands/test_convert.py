@@ -105,7 +105,7 @@ def test_lora_settings_are_read_off_the_weights(tiny, tmp_path):
 @pytest.mark.parametrize("backbone", ["instructblip-vicuna-7b", "blip2-flan-t5-xl"])
 def test_keep_writes_frozen_parts(tmp_path, backbone, lora):
     """Over another base model the checkpoint makes the published one; T5's one tensor of three names included."""
-    from lavis_lstp.commands.ask import model_config, recorded_model
+    from lavis_lstp.inference.loading import model_config, recorded_model
 
     published = lstp_state_dict(backbone=backbone, lora=lora)
     torch.save(published, tmp_path / "x.ckpt")

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from lavis_lstp.commands import demo
-from lavis_lstp.commands.ablate import STAGES
 from lavis_lstp.metrics.qa import accuracy_interval
+from lavis_lstp.report.table import STAGES
 
 
 def row(name: str, right: int, questions: int = 600) -> dict:

@@ -11,10 +11,11 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
-from lavis_lstp.commands import ask, cli
+from lavis_lstp.commands import cli
 from lavis_lstp.commands.convert import convert
 from lavis_lstp.commands.export import export
 from lavis_lstp.errors import ConfigError
+from lavis_lstp.inference import loading
 from lavis_lstp.testing.tiny_checkpoints import lstp_state_dict, write_all
 
 BACKBONES = {
@@ -112,9 +113,9 @@ def test_the_way_back(exported, name, lora):
     """`backbone.weights: OUT` and OUT/sampler make the model that was exported, answers included."""
     _, converted, out = exported(name, lora)
     fp32 = ["model.backbone.dtype=float32"]
-    original = build(ask.recorded_model(str(converted)), [str(converted)], fp32)
+    original = build(loading.recorded_model(str(converted)), [str(converted)], fp32)
     original.backbone.merge_lora()
-    section = ask.recorded_model(str(out / "sampler"))
+    section = loading.recorded_model(str(out / "sampler"))
     assert section["lora"] is None and section["model_type"] == "base" and section["sampler"]["mode"] == "multi_modal"
     section["backbone"]["weights"], section["sampler"]["tokenizer"] = str(out), str(out / "sampler")
     again = build(section, [str(out / "sampler")], fp32)
@@ -130,7 +131,7 @@ def test_the_way_back(exported, name, lora):
 
 
 def build(section: dict, checkpoints: list[str], options: list[str]):
-    model_class, config = ask.model_config(section, checkpoints, options)
+    model_class, config = loading.model_config(section, checkpoints, options)
     return model_class.from_config(config).eval()
 
 

@@ -20,6 +20,14 @@ from typing import Any
 from lavis_lstp.errors import WeightsError
 
 ENVIRONMENT = "LAVIS_LSTP_WEIGHTS"
+HUB_MODELS = (
+    "Salesforce/instructblip-vicuna-7b",
+    "Salesforce/instructblip-flan-t5-xl",
+    "Salesforce/blip2-flan-t5-xl",
+    "google-bert/bert-base-uncased",
+    "ColorfulAI/LSTP-Chat",
+)
+"""What this package's own files name."""
 SIZES_FILE = "tiny_checkpoints.json"
 """In that folder: sizes of the model that its weights are of, where these are not the published ones."""
 UNINITIALISED = "checkpoint"

@@ -12,6 +12,7 @@ import fnmatch
 import json
 import logging
 import pickle
+import re
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
