@@ -11,11 +11,11 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from lavis_lstp.errors import ConfigError
+from lavis_lstp.errors import AnnotationError, ConfigError, LstpError
 
 
 @contextlib.contextmanager
@@ -75,15 +75,51 @@ def write_jsonl(path: str | os.PathLike, rows: Iterable[Any]) -> None:
 
 
 def read_jsonl(path: str | os.PathLike) -> Iterator[Any]:
-    """Rows of a JSON-lines file up to the first line a killed writer left unfinished."""
-    with open(path, encoding="utf-8") as handle:
-        for line in handle:
-            if not line.endswith("\n"):
+    """Rows of a JSON-lines file, each an object, up to the first line a killed writer left unfinished.
+
+    Raises:
+        AnnotationError: a line holds something else than an object.
+    """
+    with open(path, "rb") as handle:
+        for number, line in enumerate(handle, 1):
+            if not line.endswith(b"\n"):
                 return
             try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
+                row = json.loads(line.decode("utf-8"))
+            except (json.JSONDecodeError, UnicodeDecodeError):
                 return
+            except RecursionError:
+                row = None
+            if not isinstance(row, dict):
+                raise AnnotationError(f"{path}, line {number}: expected a JSON object, got {line[:80]!r}")
+            yield row
+
+
+def read_record(
+    path: str | os.PathLike, forms: Mapping[str, Callable[[Any], bool]] | None = None, *, error: type[LstpError]
+) -> dict[str, Any]:
+    """A JSON object that this package has written, out of a file that anybody may have changed since.
+
+    Args:
+        forms: key -> whether its value is of the form that was written; all of these keys must be there.
+        error: what is raised.
+
+    Raises:
+        LstpError: the file cannot be read, or is not of that form; of the class `error`.
+    """
+    path = Path(path)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as reason:
+        raise error(f"{path}: cannot be read as JSON ({reason})") from None
+    if not isinstance(value, dict):
+        raise error(f"{path}: expected a JSON object, got {type(value).__name__}")
+    for key, is_good in (forms or {}).items():
+        if key not in value:
+            raise error(f"{path}: key '{key}' is missing; it has {', '.join(value)[:80] or 'none'}")
+        if not is_good(value[key]):
+            raise error(f"{path}: '{key}' is not of the form that was written: {value[key]!r:.80}")
+    return value
 
 
 def sha256_file(path: str | os.PathLike) -> str:

@@ -21,6 +21,7 @@ import numpy as np
 
 from lavis_lstp.data.annotation import check_options, check_seconds
 from lavis_lstp.data.prompts import conversation_prompt
+from lavis_lstp.data.video import is_finite
 from lavis_lstp.errors import AnnotationError, ShardError
 from webdataset_tools import flow_code
 
@@ -140,6 +141,7 @@ def parse_json(raw: bytes, place: str) -> dict[str, Any]:
     return value
 
 
+_MOST = 1 << 53
 _NUMBERS = {"fps": float, "duration_s": float, "num_frames": int, "width": int, "height": int, "bytes": int}
 
 
@@ -164,7 +166,7 @@ def check_sample(value: Mapping[str, Any], place: str, key: str | None = None) -
         if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
             raise wrong(f"'sha256' must be 64 hexadecimal digits, got {digest!r}")
     for name, number in _NUMBERS.items():
-        if name in value and not (type(value[name]) in (int, number) and value[name] >= 0):
+        if name in value and not (type(value[name]) in (int, number) and 0 <= value[name] <= _MOST):
             raise wrong(f"'{name}' must be a number of at least 0, got {value[name]!r}")
     rows = value.get("questions")
     if not isinstance(rows, list) or not rows:
@@ -242,9 +244,13 @@ def parse_frames(raw: bytes, place: str) -> StoredFrames:
     tensors, settings = _parse_tensors(raw, place, FRAMES_FORMAT, {"data": ("U8", 1), "ends": ("I64", 1)})
     data, ends, times_s = tensors["data"], tensors["ends"], tensors.get("times_s")
     starts = np.concatenate([[0], ends[:-1]])
-    fits = len(ends) and (ends > starts).all() and ends[-1] == len(data)
+    fits = len(ends) and (ends > starts).all() and ends[0] > 0 and ends[-1] == len(data)
     if not fits or times_s is None or times_s.shape != ends.shape:
         raise ShardError(f"{place}: the places of its {len(ends)} frames do not fit its {len(data)} bytes", "frames")
+    if times_s.dtype.kind != "f" or not np.isfinite(times_s).all():
+        raise ShardError(
+            f"{place}: 'times_s' must be finite seconds, got {times_s.dtype} {times_s[:3].tolist()}", "frames"
+        )
     content = data.tobytes()
     pictures = [content[a:b] for a, b in zip(starts.tolist(), ends.tolist(), strict=True)]
     stored = StoredFrames(pictures, times_s.astype(np.float64), settings)
@@ -286,22 +292,18 @@ def parse_flow(raw: bytes, place: str) -> tuple[np.ndarray, dict[str, str]]:
         flow = flow_code.decode(flow_code.Coded(tensors["data"].tobytes(), tensors["steps"], form))
     except ValueError as error:
         raise ShardError(f"{place}: {error}", "flow") from None
+    if not is_finite(flow):
+        raise ShardError(f"{place}: expected finite px, as float16 has them", "flow")
     return flow, {name: value for name, value in settings.items() if name not in form.about()}
 
 
 def _parse_tensors(
     raw: bytes, place: str, wanted: str, expected: Mapping[str, tuple[str, int]], version: int = VERSION
 ):
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
-
     what = wanted.rpartition(".")[2]
     try:
-        tensors = load(raw)  # checks every offset and size
-        header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
-        kinds = {name: (header[name]["dtype"], len(header[name]["shape"])) for name in tensors}
-        header = header.get("__metadata__", {})
-    except (SafetensorError, ValueError, AttributeError, KeyError, RecursionError) as error:
+        tensors, kinds, header = load_tensors(raw)
+    except ValueError as error:
         raise ShardError(f"{place}: not safetensors ({error})", what) from None
     if (header.get("format"), header.get("version")) != (wanted, str(version)):
         got = f"{header.get('format')!r} version {header.get('version')!r}"
@@ -310,6 +312,24 @@ def _parse_tensors(
         if kinds.get(name) != kind:
             raise ShardError(f"{place}: expected '{name}' of {kind[0]} [{kind[1]} axes], got {kinds.get(name)}", what)
     return tensors, {name: value for name, value in header.items() if name not in ("format", "version")}
+
+
+def load_tensors(raw: bytes) -> tuple[dict[str, np.ndarray], dict[str, tuple[str, int]], dict[str, str]]:
+    """Tensors of a safetensors file, type and number of axes of each, and the file's metadata.
+
+    Raises:
+        ValueError: the file is none, or has a tensor that NumPy cannot hold.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    try:
+        tensors = load(raw)  # checks every offset and size
+        header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+        kinds = {name: (header[name]["dtype"], len(header[name]["shape"])) for name in tensors}
+    except (SafetensorError, AttributeError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
+    return tensors, kinds, header.get("__metadata__") or {}
 
 
 def sorted_header(raw: bytes) -> bytes:

@@ -17,8 +17,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lavis_lstp.data.annotation import MOST_SECONDS
 from lavis_lstp.errors import ShardError
-from webdataset_tools.format import JSON_LIMIT, MEDIA_MEMBERS, VERSION, check_sample, parse_json, sorted_header
+from webdataset_tools.format import (
+    JSON_LIMIT,
+    MEDIA_MEMBERS,
+    VERSION,
+    check_sample,
+    load_tensors,
+    parse_json,
+    sorted_header,
+)
 from webdataset_tools.storage import RETRY, Retry, beside, open_scan, open_stream
 from webdataset_tools.tar import Member, TarScan, samples
 
@@ -166,13 +175,9 @@ def dump(index: ShardIndex) -> bytes:
 
 def parse(raw: bytes, place: str) -> ShardIndex:
     """Raises ShardError (cause "index") where `raw` is not an index of this version."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
-
     try:
-        columns = load(raw)
-        facts = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")]).get("__metadata__", {})
-    except (SafetensorError, ValueError, KeyError) as error:
+        columns, _, facts = load_tensors(raw)
+    except ValueError as error:
         raise ShardError(f"{place}: not an index ({error}); remove it, or pack again", "index") from None
     if (facts.get("format"), facts.get("version")) != (INDEX_FORMAT, str(VERSION)):
         got = f"{facts.get('format')!r} version {facts.get('version')!r}"
@@ -197,8 +202,8 @@ def _check_columns(columns: Mapping[str, np.ndarray], facts: Mapping[str, str]) 
         real = name == "sample_duration_s"
         if columns[name].shape != wanted or columns[name].dtype.kind not in ("f" if real else "iu"):
             raise ValueError(f"'{name}' is {columns[name].dtype} {list(columns[name].shape)}, expected {list(wanted)}")
-        if not real and length and columns[name].min() < 0:
-            raise ValueError(f"'{name}' holds a negative number")
+        if length and not (columns[name].min() >= 0 and (not real or columns[name].max() <= MOST_SECONDS)):
+            raise ValueError(f"'{name}' holds a number that is negative or none")
     totals = {"key": len(columns["key"]), "question_id": len(columns["question_id"])}
     for name, total in {**totals, "sample_member": members, "sample_question": questions}.items():
         ends = columns[f"{name}_end"]

@@ -154,12 +154,12 @@ def read_all(location: str, retry: Retry = RETRY) -> bytes:
     """
     kind, most = scheme(location), SMALL_FILE_LIMIT + 1
     if kind == "file":
-        data = _local(location, lambda file: file.read(most))
+        data = _local(location, lambda file: _pread(file, 0, most))
     elif kind == "http":
         data = _again(location, retry, lambda: _http_get(location, most, retry.timeout_s))
     elif kind == "pipe":
         with open_stream(location, retry) as stream:
-            data = stream.read(most)
+            data = _body(stream, most)
     else:
         data = _again(location, retry, lambda: _fsspec(location).cat_file(_strip(location)))
     if len(data) >= most:
@@ -281,7 +281,7 @@ def _request(location: str, headers: dict[str, str]) -> urllib.request.Request:
 
 
 def _body(response: Any, most: int) -> bytes:
-    """What a server sends, `most` bytes at most, whatever it promises."""
+    """What a server or a pipe sends, `most` bytes at most, whatever it promises."""
     parts, left = [], most
     while left and (part := response.read(min(left, AT_ONCE))):
         parts.append(part)

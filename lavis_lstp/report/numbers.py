@@ -144,7 +144,7 @@ def confidences(row: Row) -> dict[str, float]:
     log_prob = row.get("log_prob")
     if not isinstance(log_prob, dict) or not log_prob.get("tokens"):
         return {}
-    return {"answer": min(1.0, math.exp(log_prob["sum"])), "token": min(1.0, math.exp(log_prob["mean"]))}
+    return {"answer": math.exp(min(0.0, log_prob["sum"])), "token": math.exp(min(0.0, log_prob["mean"]))}
 
 
 CONFIDENCES = {
