@@ -16,6 +16,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
+from urllib.parse import unquote_to_bytes
 
 import numpy as np
 
@@ -48,7 +49,8 @@ JSON_LIMIT = 16 << 20
 KEY_LIMIT = 1024
 
 _KEY = re.compile(r"(?:[A-Za-z0-9_-]|%[0-9A-F]{2})+")
-_PLAIN = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-")
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_-]+")
+_ESCAPED = re.compile(rb"[^A-Za-z0-9_-]")
 
 
 # ---------------------------------------------------------------- keys and names
@@ -60,11 +62,13 @@ def escape(name: str) -> str:
     >>> escape("a/clip 1.mp4")
     'a%2Fclip%201%2Emp4'
     """
+    if len(name) <= KEY_LIMIT and _PLAIN_NAME.fullmatch(name):
+        return name
     try:
         raw = name.encode("utf-8")
     except UnicodeEncodeError:
         raise ShardError(f"name {name!r} is not Unicode text; rename the file", "unsafe name") from None
-    key = "".join(chr(byte) if byte in _PLAIN else f"%{byte:02X}" for byte in raw)
+    key = _ESCAPED.sub(lambda byte: b"%%%02X" % ord(byte[0]), raw).decode()
     if not key or len(key) > KEY_LIMIT:
         raise ShardError(f"name {name[:80]!r} gives a key of {len(key)} bytes, expected 1..{KEY_LIMIT}", "unsafe name")
     return key
@@ -79,7 +83,7 @@ def unescape(key: str) -> str:
     """
     if not _KEY.fullmatch(key) or len(key) > KEY_LIMIT:
         raise ShardError(f"{key[:80]!r} is not a key; expected ASCII letters, digits, _, - and %XX", "unsafe name")
-    raw = re.sub(rb"%(..)", lambda found: bytes.fromhex(found[1].decode()), key.encode())
+    raw = unquote_to_bytes(key)
     try:
         name = raw.decode("utf-8")
     except UnicodeDecodeError:
@@ -126,7 +130,10 @@ def media_key(kind: str, name: str) -> str:
 
 def dump_json(value: Any) -> bytes:
     """The same bytes for the same value, whatever the order of keys."""
-    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
+    return _ENCODER.encode(value).encode()
+
+
+_ENCODER = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 
 
 def parse_json(raw: bytes, place: str) -> dict[str, Any]:

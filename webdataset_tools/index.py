@@ -86,14 +86,22 @@ class ShardIndex:
         start, end = self._span(f"{column}_end", number)
         return self._columns[column][start:end].tobytes().decode("utf-8")
 
+    def _texts_of(self, column: str) -> list[str]:
+        """All texts of a column, in one go."""
+        raw, start, found = self._columns[column].tobytes(), 0, []
+        for end in self._columns[f"{column}_end"].tolist():
+            found.append(raw[start:end].decode("utf-8"))
+            start = end
+        return found
+
     def key(self, number: int) -> str:
         return self._text("key", number)
 
     def keys(self) -> list[str]:
-        return [self.key(number) for number in range(self.num_samples)]
+        return self._texts_of("key")
 
     def question_ids(self) -> list[str]:
-        return [self._text("question_id", number) for number in range(self.num_questions)]
+        return self._texts_of("question_id")
 
     def count_kinds(self) -> dict[str, int]:
         """Samples of each kind, by its name."""
@@ -123,7 +131,21 @@ class ShardIndex:
         return Sample(self.key(number), tuple(self.members(number).items()), ids, kind, duration_s)
 
     def samples(self) -> list[Sample]:
-        return [self.sample(number) for number in range(self.num_samples)]
+        columns = {name: column.tolist() for name, column in self._columns.items() if column.ndim == 1}
+        digests = self._columns["member_sha256"].tobytes()
+        ids, found, member, question = self.question_ids(), [], 0, 0
+        ends = zip(columns["sample_member_end"], columns["sample_question_end"], strict=True)
+        for number, (key, (last, after)) in enumerate(zip(self.keys(), ends, strict=True)):
+            members = {}
+            for at in range(member, last):
+                name = self._names[columns["member_name"][at]]
+                place = columns["member_offset"][at], columns["member_size"][at]
+                members[name] = Member(f"{key}.{name}", *place, digests[32 * at : 32 * at + 32])
+            kind = self._kinds[columns["sample_kind"][number]]
+            duration_s = columns["sample_duration_s"][number]
+            found.append(Sample(key, tuple(members.items()), tuple(ids[question:after]), kind, duration_s))
+            member, question = last, after
+        return found
 
     def of_question(self, row: int) -> tuple[int, int]:
         """(sample, question of that sample) of the row-th question of the shard."""

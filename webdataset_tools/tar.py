@@ -194,7 +194,7 @@ class _Counted:
         if self.seekable and size > SKIP:
             try:
                 self.stream.seek(size - 1, os.SEEK_CUR)
-            except (OSError, OverflowError) as error:
+            except (OSError, OverflowError, ValueError) as error:  # which of them depends on the stream
                 if isinstance(error, OSError) and error.errno != errno.EINVAL:
                     raise
                 raise self._ended(what) from None  # farther than any file reaches
@@ -277,6 +277,8 @@ class TarScan:
             if self._in.read(BLOCK) != END[:BLOCK]:
                 raise ShardError(f"{self.name}: half an end mark at byte {at}", "truncated")
             return None
+        if (info := _own(block)) is not None:
+            return info
         try:
             info = tarfile.TarInfo.frombuf(block, "utf-8", "strict")
         except UnicodeDecodeError:
@@ -312,6 +314,23 @@ class TarScan:
                 raise ShardError(f"{self.name}: sizes in pax headers are not read; write it with GNU tar", "header")
             raw = raw[int(length) :]
         return None
+
+
+def _own(block: bytes) -> tarfile.TarInfo | None:
+    """What `header` wrote, in a fifth of the time; None for any other block."""
+    digits = block[124:135]
+    if block[156:157] != tarfile.REGTYPE or not digits.isdigit():
+        return None
+    raw = block[:100].rstrip(b"\0")
+    try:
+        name, size = raw.decode("utf-8"), int(digits, 8)
+        if header(name, size) != block:
+            return None
+    except ValueError:  # digits that are not octal, or no UTF-8
+        return None
+    info = tarfile.TarInfo(name)
+    info.size = size
+    return info
 
 
 def _hint(block: bytes) -> str:
