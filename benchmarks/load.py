@@ -2,8 +2,8 @@
 
     python benchmarks/load.py [--questions 100000] [--members 100000] [--only data metrics report verify]
 
-Prints seconds, by the clock and of this process on a processor, which differ on a busy machine; and for the page its size
-and how long Chromium takes to show it. Files go to a temporary folder.
+Prints seconds, by the clock and of this process on a processor, which differ on a busy machine; and for the page its
+size and how long Chromium takes to show it. Files go to a temporary folder.
 """
 
 from __future__ import annotations

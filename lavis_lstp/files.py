@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -64,14 +65,29 @@ def complete_folder(path: str | os.PathLike) -> Iterator[Path]:
 
 def write_json(path: str | os.PathLike, value: Any, *, indent: int | None = 2) -> None:
     with atomic_writer(path) as handle:
-        json.dump(value, handle, indent=indent, ensure_ascii=False)
-        handle.write("\n")
+        handle.write(json_text(value, indent=indent) + "\n")
 
 
 def write_jsonl(path: str | os.PathLike, rows: Iterable[Any]) -> None:
     with atomic_writer(path) as handle:
         for row in rows:
-            handle.write(json.dumps(row, ensure_ascii=False) + "\n")
+            handle.write(json_text(row) + "\n")
+
+
+def json_text(value: Any, *, indent: int | None = None) -> str:
+    """JSON that every reader takes: a number that is infinite or NaN becomes null."""
+    try:
+        return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_jsonl(path: str | os.PathLike) -> Iterator[Any]:
@@ -133,3 +149,13 @@ def sha256_file(path: str | os.PathLike) -> str:
 def sha256_json(value: Any) -> str:
     """Digest of a value made of plain containers; the order of keys does not matter."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def sorted_header(raw: bytes) -> bytes:
+    """safetensors writes its metadata in the order of a hash map, another in each process; here it is sorted."""
+    size = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + size])
+    header = {name: dict(sorted(value.items())) for name, value in sorted(header.items())}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + raw[8 + size :]

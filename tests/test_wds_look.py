@@ -13,9 +13,11 @@ from test_wds_verify import media, packed  # noqa: F401 (a fixture)
 
 from lavis_lstp.picture import PREDICTED
 from webdataset_tools.__main__ import main
+from webdataset_tools.format import SAMPLE_FORMAT, dump_json, media_key
 from webdataset_tools.pack import Settings
 from webdataset_tools.preview import LINE, MARGIN
 from webdataset_tools.stats import say
+from webdataset_tools.tar import ShardWriter
 
 
 def test_stats_count_what_is_there(media, tmp_path, capsys):  # noqa: F811
@@ -74,3 +76,23 @@ def test_a_sheet_shows_spans_and_the_flow_of_the_frames_above_it(media, tmp_path
     top = 3 * LINE + 8 + 32  # below three lines of text and the frames
     coloured = [np.ptp(pixels[top : top + 32, 32 * n : 32 * n + 32], axis=2).max() > 100 for n in range(2)]
     assert coloured == [n == column for n in range(2)]
+
+
+def test_answers_of_any_script_are_text_in_the_page(tmp_path, recwarn):
+    """matplotlib draws boxes for letters that its font has not, and warns; a browser chooses a font itself."""
+    answers = ("红色的球", "赤いボール", "كرة", "<b>$x$</b>", "")
+    rows = [{"question_id": f"q{n}", "question": "何色?", "answer": answer} for n, answer in enumerate(answers)]
+    write_text_shard(tmp_path / "x-000000.tar", rows)
+    assert main(["stats", str(tmp_path / "x-000000.tar"), "--workers", "1", "--html", str(tmp_path / "x.html")]) == 0
+    page = (tmp_path / "x.html").read_text(encoding="utf-8")
+    for answer in answers[:3]:
+        assert f">{answer}</th>" in page
+    assert "&lt;b&gt;$x$&lt;/b&gt;" in page and "(empty)" in page
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
+
+
+def write_text_shard(path, rows) -> None:
+    with ShardWriter(path) as shard:
+        for row in rows:
+            value = {"format": SAMPLE_FORMAT, "version": 1, "kind": "text", "video_id": "", "questions": [row]}
+            shard.add(media_key("text", row["question_id"]), {"json": dump_json(value)})

@@ -24,6 +24,7 @@ from lavis_lstp.data.annotation import check_options, check_seconds
 from lavis_lstp.data.prompts import conversation_prompt
 from lavis_lstp.data.video import is_finite
 from lavis_lstp.errors import AnnotationError, ShardError
+from lavis_lstp.files import sorted_header
 from webdataset_tools import flow_code
 
 SAMPLE_FORMAT = "lavis_lstp.shard_sample"
@@ -337,16 +338,6 @@ def load_tensors(raw: bytes) -> tuple[dict[str, np.ndarray], dict[str, tuple[str
     except (SafetensorError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
     return tensors, kinds, header.get("__metadata__") or {}
-
-
-def sorted_header(raw: bytes) -> bytes:
-    """safetensors writes its metadata in the order of a hash map, another in each process; here it is sorted."""
-    size = int.from_bytes(raw[:8], "little")
-    header = json.loads(raw[8 : 8 + size])
-    header = {name: dict(sorted(value.items())) for name, value in sorted(header.items())}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + raw[8 + size :]
 
 
 def by_member(names: Iterable[str]) -> list[str]:

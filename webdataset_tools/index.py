@@ -19,6 +19,7 @@ import numpy as np
 
 from lavis_lstp.data.annotation import MOST_SECONDS
 from lavis_lstp.errors import ShardError
+from lavis_lstp.files import sorted_header
 from webdataset_tools.format import (
     JSON_LIMIT,
     MEDIA_MEMBERS,
@@ -26,7 +27,6 @@ from webdataset_tools.format import (
     check_sample,
     load_tensors,
     parse_json,
-    sorted_header,
 )
 from webdataset_tools.storage import RETRY, Retry, beside, open_scan, open_stream
 from webdataset_tools.tar import Member, TarScan, samples

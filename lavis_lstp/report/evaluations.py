@@ -247,7 +247,10 @@ def _numbers(value: Any, count: int | None = None, kinds: tuple[type, ...] = (in
 
 
 def _likelihood(value: Any) -> bool:
-    return isinstance(value, dict) and _numbers([value.get(key) for key in ("sum", "mean", "tokens")], 3, (int, float))
+    """Whether these are sum, mean and number of tokens; null stands for what was infinite or NaN."""
+    kinds = (int, float, type(None))
+    found = [value.get(key) for key in ("sum", "mean", "tokens")] if isinstance(value, dict) else []
+    return _numbers(found, 3, kinds) and found[2] is not None
 
 
 FORMS: dict[str, Callable[[Any], bool]] = {
