@@ -1,6 +1,6 @@
 """How long the tools take with many questions: data set, metrics, report and its page, verify.
 
-    python benchmarks/load.py [--questions 100000] [--members 100000] [--only data metrics report verify]
+    python benchmarks/load.py [--questions 100000] [--members 100000] [--only PART ...]
 
 Prints seconds, by the clock and of this process on a processor, which differ on a busy machine; and for the page its
 size and how long Chromium takes to show it. Files go to a temporary folder.
@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
+import subprocess
 import sys
 import tempfile
 import time
@@ -18,7 +20,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-PARTS = ("data", "metrics", "report", "verify")
+PARTS = ("data", "metrics", "report", "verify", "threads")
+STEPS = """
+import time, torch
+layer = torch.nn.TransformerEncoderLayer(64, 4, 128, batch_first=True)
+x = torch.randn(8, 48, 64)
+for step in range(63):
+    begin = time.perf_counter() if step == 3 else begin if step else 0
+    layer(x).sum().backward()
+print(f"{time.perf_counter() - begin:.2f} s")
+"""
 
 
 def questions(count: int) -> list[dict[str, Any]]:
@@ -125,6 +136,23 @@ def verify(folder: Path, members: int) -> None:
         assert not result["failed"], result["problems"][:3]
 
 
+def threads(beside: int = 6) -> None:
+    """60 steps of a small layer, beside as many busy processes: threads that spin and threads that sleep."""
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(beside)]
+    try:
+        for policy in ("active", "passive"):
+            for count in ("1", "2"):
+                given = {**os.environ, "OMP_WAIT_POLICY": policy, "OMP_NUM_THREADS": count}
+                done = subprocess.run(
+                    [sys.executable, "-c", STEPS], env=given, capture_output=True, text=True, check=True
+                )
+                print(f"{beside} busy processes beside, {policy}, {count} threads: {done.stdout.strip()}", flush=True)
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--questions", type=int, default=100_000)
@@ -138,6 +166,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 use(Path(name), rows)
         if "verify" in args.only:
             verify(Path(name), args.members)
+    if "threads" in args.only:
+        threads()
     return 0
 
 

@@ -8,7 +8,7 @@
   const list = byId("list"), count = byId("count"), place = byId("place"), previous = byId("previous"), next = byId("next");
   const cell = (column, i) => {
     if (!column) return null;
-    return column.at ? (column.at[i] < 0 ? null : column.of[column.at[i]]) : column[i];
+    return column.of ? (column.at[i] < 0 ? null : column.of[column.at[i]]) : column[i];
   };
   const row = (columns, i) => Object.fromEntries(Object.keys(columns).map((name) => [name, cell(columns[name], i)]));
   const orders = data.runs.map(() => null);
