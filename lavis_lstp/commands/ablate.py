@@ -9,7 +9,6 @@ evaluations, so that one that was interrupted goes on where it was.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from lavis_lstp.errors import ConfigError, CoverageError
-from lavis_lstp.files import atomic_writer, read_jsonl, write_json
+from lavis_lstp.files import atomic_writer, read_jsonl, read_record, write_json
 from lavis_lstp.metrics.agreement import mcnemar_exact
 from lavis_lstp.metrics.grounding import evaluate_spans
 from lavis_lstp.metrics.qa import accuracy_interval
@@ -51,6 +50,10 @@ class Cell:
 # ---- what one evaluation says, for the demo's table too -------------------------------------------------------------
 
 
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
 def measure(folder: Path, stem: str) -> tuple[dict[str, Any], dict[str, bool]]:
     """A row of the table, and which questions were answered right.
 
@@ -65,7 +68,9 @@ def measure(folder: Path, stem: str) -> tuple[dict[str, Any], dict[str, bool]]:
     records = [r for r in read_jsonl(folder / f"{stem}.jsonl") if r.get("answer") is not None]
     if not records:
         raise CoverageError(f"{folder / stem}.jsonl: no question has an answer to compare with")
-    metrics = json.loads((folder / f"{stem}_metrics.json").read_text(encoding="utf-8"))
+    metrics = read_record(
+        folder / f"{stem}_metrics.json", {"coverage": lambda share: type(share) in (int, float)}, error=CoverageError
+    )
     right = {record["question_id"]: is_right(record) for record in records}
     gold = {r["question_id"]: r["gold_span"] for r in records if "gold_span" in r and "span" in r}
     spans = {r["question_id"]: r["span"] for r in records if r["question_id"] in gold}

@@ -110,9 +110,8 @@ def _read_published(path: Path, content: Any, form: str, section: str) -> dict[s
     spans = {}
     for name, row in content.items():
         fits = isinstance(row, list) and len(row) == 2 and all(type(edge) in (int, float) for edge in row)
-        if fits and form == "indices":
-            fits = all(edge == int(edge) for edge in row)
-        if not fits or not 0 <= row[0] <= row[1] <= last:
+        fits = fits and 0 <= row[0] <= row[1] <= last
+        if not fits or (form == "indices" and any(edge != int(edge) for edge in row)):
             raise AnnotationError(
                 f"{path}: question {name!r} must have [first, last], {kinds} of 0..{last} as {section}.spans_form "
                 f"'{form}' says, got {row!r}"

@@ -208,6 +208,7 @@ def _questions(name: str, section: Mapping[str, Any], split: str) -> FolderQuest
     register()
     from lavis.common.registry import registry
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
     from lavis_lstp.data.builders import ShapesBuilder, VideoQABuilder
 
@@ -220,8 +221,13 @@ def _questions(name: str, section: Mapping[str, Any], split: str) -> FolderQuest
         key: {split: value[split]} if key in ("annotations", "answers") and value and split in value else value
         for key, value in section["build_info"].items()
     }
-    config = OmegaConf.create({**section, **ALONE, "build_info": info})
-    return builder(config).build_datasets()[split].annotation
+    try:
+        config = OmegaConf.create({**section, **ALONE, "build_info": info})
+        return builder(config).build_datasets()[split].annotation
+    except (OmegaConfBaseException, AttributeError, KeyError, TypeError) as error:  # a manifest that was changed
+        raise ConfigError(
+            f"the section of data set '{name}' in the run's manifest is damaged: {_line(error)}"
+        ) from None
 
 
 @contextlib.contextmanager

@@ -167,7 +167,9 @@ class TorchEngine(WholeModel):
             raise WeightsError(
                 f"no {OPTIMIZER} in {folder}: another runner saved it; resume with the run.runner it was saved with"
             )
-        saved: dict[str, Any] = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
+        saved = checkpoint.load_state(folder / OPTIMIZER)
+        if not {"names", "optimizer"} <= saved.keys():
+            raise WeightsError(f"{folder / OPTIMIZER}: expected names and optimizer, got {', '.join(map(str, saved))}")
         if saved["names"] != self.names:
             differing = sorted(set(map(str, saved["names"])) ^ set(map(str, self.names)))[:3]
             raise WeightsError(
