@@ -12,9 +12,9 @@ MATRIX_TESTS ?= $(addprefix tests/,host/test_plugin.py host/test_shims.py host/t
 	commands/test_convert.py commands/test_export.py commands/test_ablate.py)
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help venv lint test test-slow test-matrix demo clean
+.PHONY: help venv lint test test-slow test-matrix fuzz demo clean
 help:
-	@echo "make demo | test | test-slow | test-matrix | lint | venv | clean"
+	@echo "make demo | test | test-slow | test-matrix | fuzz | lint | venv | clean"
 
 venv: .venv/installed
 .venv/installed: setup.py
@@ -46,6 +46,11 @@ test-slow: venv
 test-matrix: venv .venv-tf457/installed
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile $(MATRIX_TESTS)
 	$(MATRIX_BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile $(MATRIX_TESTS)
+
+# Looks for files that break a reader, so long with each of them; what it finds becomes a file in tests/fuzz_cases.
+FUZZ_SECONDS ?= 600
+fuzz: venv
+	$(BIN)/python tests/fuzz.py --seconds $(FUZZ_SECONDS) $(FUZZ_TARGETS)
 
 demo: venv
 	$(BIN)/lavis-lstp demo

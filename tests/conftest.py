@@ -13,6 +13,7 @@ import pytest
 
 # A test process has cores to itself only when told so; two threads is what the time limits assume.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in every command of the package
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

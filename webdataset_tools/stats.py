@@ -23,6 +23,7 @@ from webdataset_tools.engine import how, run_jobs
 HELP = "counts, durations, lengths and balance, with plots in an HTML page"
 MOST_ANSWERS = 20
 FEW_VALUES = 8
+ANSWER_LETTERS = 40
 TOTALLED = ("duration_s", "num_frames", "bytes", "questions")
 NUMBERS = {
     "duration_s": "duration of a video, s",
@@ -117,11 +118,8 @@ def _page(report: dict[str, Any], numbers: dict[str, list[float]]) -> str:
             parts.append(f'<h2>{title}</h2><p>{facts}</p><div class="plots"><figure>{tag}</figure></div>')
     first = report["answers"]["first"]
     if first:
-        figure = _bars({name[:40].replace("$", r"\$") or "(empty)": n for name, n in first})
-        said = ", ".join(f"{name or '(empty)'} {n}" for name, n in first)
-        tag = picture_tag(figure, f"Bars: how often each answer occurs. {said}")
         heading = f"<h2>{report['answers']['different']} different answers; the first ones</h2>"
-        parts.append(f'{heading}<div class="plots"><figure>{tag}</figure></div>')
+        parts.append(f'{heading}<div class="scroll"><table class="bars">{_bars(first)}</table></div>')
     return page_of(what, "".join(parts))
 
 
@@ -150,10 +148,14 @@ def _histogram(values: Sequence[float]) -> Any:
     return figure
 
 
-def _bars(counts: dict[str, int]) -> Any:
-    figure, axes = _axes(0.25 * len(counts) + 0.8)
-    axes.barh(list(counts)[::-1], list(counts.values())[::-1])
-    return figure
+def _bars(counts: Sequence[tuple[str, int]]) -> str:
+    """Rows of a table: a text, a bar and a number. Texts are the browser's to draw: matplotlib has no font for most."""
+    most = max(count for _, count in counts)
+    return "".join(
+        f'<tr><th scope="row" dir="auto">{html.escape(name[:ANSWER_LETTERS]) or "(empty)"}</th>'
+        f'<td><div style="width: {100 * count / most:.1f}%"></div></td><td>{count}</td></tr>'
+        for name, count in counts
+    )
 
 
 def headline(report: dict[str, Any]) -> str:

@@ -37,7 +37,7 @@ from typing import Any
 import yaml
 
 from lavis_lstp.errors import ConfigError, LstpError, unknown_name
-from lavis_lstp.files import write_json
+from lavis_lstp.files import read_record, write_json
 from lavis_lstp.redaction import printable, without_secrets, without_secrets_in
 from lavis_lstp.untrusted import guard_log
 
@@ -126,14 +126,14 @@ class Chain:
         folder = self.out / name
         started, done, output = folder / "command.json", folder / "done.json", folder / "output.txt"
         recorded = without_secrets_in(command)
-        if started.is_file() and json.loads(started.read_text(encoding="utf-8")) != recorded:
+        if started.is_file() and _command_of(started) != recorded:
             raise ConfigError(
                 f"{folder} holds this step with other options ({started}); choose another --out, remove that folder, "
                 f"or in a chain run it and what follows again with --from {name}"
             )
         digest = _digest(recipe) if recipe else None
         if done.is_file():
-            before = json.loads(done.read_text(encoding="utf-8"))
+            before = read_record(done, {"seconds": lambda value: type(value) in (int, float)}, error=ConfigError)
             if before.get("recipe", digest) != digest:  # files of earlier versions have none
                 raise ConfigError(
                     f"{recipe} was edited after step {name} was done by it ({folder}); choose another --out, or run "
@@ -179,6 +179,15 @@ class Chain:
                     folder.rename(folder.with_name(f"{step.name}.{number}"))
                 logger.info("moved %s to %s.%d", folder, step.name, number)
         return rest
+
+
+def _command_of(started: Path) -> list[str] | None:
+    """The command in a step's `command.json`; None where the file holds something else."""
+    try:
+        found = json.loads(started.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, list) else None
 
 
 def _digest(recipe: str) -> str:

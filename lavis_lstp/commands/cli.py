@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from lavis_lstp import __version__
 from lavis_lstp.errors import LstpError
+from lavis_lstp.host import hook
 from lavis_lstp.redaction import printable
 
 COMMANDS = {
@@ -35,6 +36,7 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status, 2 for an error of the user's."""
+    hook.sleep_while_waiting()
     width = max(map(len, COMMANDS)) + 2
     table = "\n".join(f"  {name:<{width}}{text}" for name, (_, text) in sorted(COMMANDS.items()))
     parser = argparse.ArgumentParser(

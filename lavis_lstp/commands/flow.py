@@ -23,7 +23,7 @@ import numpy as np
 
 from lavis_lstp.data.video.reading import BACKENDS, FLOW_FILE_VERSION, VIDEO_ENDINGS, read_frames
 from lavis_lstp.errors import AnnotationError, ConfigError, LstpError, VideoError
-from lavis_lstp.files import sha256_file
+from lavis_lstp.files import sha256_file, sorted_header
 from lavis_lstp.models.weights.hub import local_path, where_to_put
 from lavis_lstp.untrusted import why_no_file_name
 
@@ -143,13 +143,13 @@ def video_flow(video: Path, args: argparse.Namespace, extractor: Any) -> np.ndar
 
 
 def write_flow(target: Path, flow: np.ndarray, metadata: dict[str, str]) -> None:
-    """Writes under a temporary name and renames."""
-    from safetensors.numpy import save_file
+    """Writes under a temporary name and renames; equal flow gives equal bytes, readable by whom the umask allows."""
+    from safetensors.numpy import save
 
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        save_file({"flow": np.ascontiguousarray(flow)}, partial, metadata)
+        partial.write_bytes(sorted_header(save({"flow": np.ascontiguousarray(flow)}, metadata)))
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)

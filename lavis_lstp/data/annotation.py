@@ -15,6 +15,8 @@ SECTION = "datasets.<name>"
 """Where in a configuration the settings of a data set lie; builders know the name."""
 
 MOST_OPTIONS = 26
+MOST_SECONDS = 1e9
+"""30 years, which no video has; JSON's 1e999 and a number of 400 digits are more."""
 
 
 def read_annotation(path: str | Path, *, section: str = SECTION) -> list[dict[str, Any]]:
@@ -97,8 +99,8 @@ def check_seconds(span: Any, key: str, place: str) -> None:
     if span is None:
         return
     numbers = isinstance(span, list) and len(span) == 2 and all(type(x) in (int, float) for x in span)
-    if not numbers or not 0 <= span[0] < span[1]:
-        raise AnnotationError(f"{place}: '{key}' must be [start, end] in seconds with start < end, got {span!r}")
+    if not numbers or not 0 <= span[0] < span[1] <= MOST_SECONDS:
+        raise AnnotationError(f"{place}: '{key}' must be [start, end] in seconds with start < end, got {span!r:.80}")
 
 
 def check_options(options: Any, answer: str | None, place: str) -> None:

@@ -116,9 +116,8 @@ def _read_published(path: Path, content: Any, form: str, section: str) -> dict[s
     reversed_rows = []
     for name, row in content.items():
         fits = isinstance(row, list) and len(row) == 2 and all(type(edge) in (int, float) for edge in row)
-        if fits and form == "indices":
-            fits = all(edge == int(edge) for edge in row)
-        if not fits or not all(0 <= edge <= last for edge in row):
+        fits = fits and all(0 <= edge <= last for edge in row)
+        if not fits or (form == "indices" and any(edge != int(edge) for edge in row)):
             raise AnnotationError(
                 f"{path}: question {name!r} must have [first, last], {kinds} of 0..{last} as {section}.spans_form "
                 f"'{form}' says, got {row!r}"

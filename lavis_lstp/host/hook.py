@@ -35,6 +35,7 @@ def find_spec(finder, fullname, path, target):
         ImportError: `lavis` is missing or too old; the message says what to type.
     """
     if fullname == "lavis":
+        sleep_while_waiting()
         spec = _ask_others(finder, fullname, path, target)
         check_lavis(spec)
         _check_run(spec)
@@ -62,6 +63,15 @@ def _check_run(spec):
 
         _checked.append(name)  # the check itself asks where LAVIS is
         launch.check_first(sys.argv[1:], name)
+
+
+def sleep_while_waiting():
+    """Let torch's threads sleep where they wait for one another, unless the environment says otherwise.
+
+    GNU OpenMP, which reads this when torch is first imported, lets them spin: on a machine with more work than cores
+    two threads took 13 to 29 s for what one does in 1 s, and 1 s when they sleep (`benchmarks/load.py --only threads`).
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def _ask_others(finder, fullname, path, target):

@@ -60,6 +60,9 @@ def read_verdict(where: str, row: Row) -> Verdict:
             f"{where}: no verdict: expected judge, and pred and score, or status; `lavis-lstp judge` makes such files"
         )
     rule, note = row.get("rule", ""), row.get("note", {})
+    tokens = note.get("tokens", [0, 0]) if isinstance(note, dict) else None
+    if not isinstance(rule, str) or not isinstance(tokens, list) or [type(count) for count in tokens] != [int, int]:
+        raise AnnotationError(f"{where}: rule or note is not of the form that `lavis-lstp judge` writes: {note!r:.80}")
     if status != JUDGED:
         return Verdict(judge, status, rule=rule, note=note)
     pred, score = row.get("pred"), row.get("score")

@@ -91,4 +91,4 @@ def timed(model: nn.Module, seconds: dict[str, float], stage: str) -> Iterator[N
 def rounded(sums: Tensor, counts: Tensor) -> list[dict[str, float | int]]:
     """sum, mean and number of tokens, as precise as float32 is."""
     pairs = zip(sums.tolist(), counts.tolist(), strict=True)
-    return [{"sum": round(s, 5), "mean": round(s / max(1, n), 5), "tokens": n} for s, n in pairs]
+    return [{"sum": round(s, 4), "mean": round(s / max(1, n), 4), "tokens": n} for s, n in pairs]

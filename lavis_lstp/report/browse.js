@@ -6,15 +6,41 @@
   const byId = (id) => document.getElementById(id);
   const of = byId("of"), status = byId("status"), category = byId("category"), search = byId("search");
   const list = byId("list"), count = byId("count"), place = byId("place"), previous = byId("previous"), next = byId("next");
-  const orders = data.runs.map((_, run) =>
-    data.questions.map((_, i) => i).sort((a, b) => rank(a, run) - rank(b, run) || a - b));
-  const texts = data.questions.map((q) =>
-    [q.id, q.video, q.question, q.answer, ...q.runs.map((r) => r && r.said)].join("\n").toLowerCase());
-  let found = [], first = 0;
+  const cell = (column, i) => {
+    if (!column) return null;
+    return column.of ? (column.at[i] < 0 ? null : column.of[column.at[i]]) : column[i];
+  };
+  const row = (columns, i) => Object.fromEntries(Object.keys(columns).map((name) => [name, cell(columns[name], i)]));
+  const orders = data.runs.map(() => null);
+  let texts = null, found = [], first = 0;
 
-  function rank(i, run) {
-    const one = data.questions[i].runs[run];
-    return one ? ORDER[one.status] : 3;
+  // Wrong answers first, unjudged ones next, right ones last; questions that the evaluation does not have are left out.
+  function orderOf(run) {
+    if (!orders[run]) {
+      const groups = [[], [], []], statuses = data.runs[run].columns.status;
+      for (let i = 0; i < data.count; i++) {
+        const status = cell(statuses, i);
+        if (status) groups[ORDER[status]].push(i);
+      }
+      orders[run] = groups.flat();
+    }
+    return orders[run];
+  }
+
+  // What is searched in, made when somebody searches.
+  function textOf(i) {
+    texts = texts || new Array(data.count);
+    if (texts[i] === undefined) {
+      const q = data.columns, parts = [q.id, q.video, q.question, q.answer, ...data.runs.map((r) => r.columns.said)];
+      texts[i] = parts.map((column) => cell(column, i)).join("\n").toLowerCase();
+    }
+    return texts[i];
+  }
+
+  function question(i) {
+    const one = row(data.columns, i);
+    one.runs = data.runs.map((run) => (cell(run.columns.status, i) ? row(run.columns, i) : null));
+    return one;
   }
 
   function element(name, className, text) {
@@ -26,19 +52,18 @@
 
   function choose() {
     const run = Number(of.value), words = search.value.toLowerCase().trim();
-    found = orders[run].filter((i) => {
-      const q = data.questions[i], one = q.runs[run];
-      return one && (!status.value || one.status === status.value) &&
-        (!category.value || q.category === category.value) && (!words || texts[i].includes(words));
-    });
+    found = orderOf(run).filter((i) =>
+      (!status.value || cell(data.runs[run].columns.status, i) === status.value) &&
+      (!category.value || String(cell(data.columns.category, i)) === category.value) &&
+      (!words || textOf(i).includes(words)));
     first = 0;
     draw();
   }
 
   function draw() {
     const shown = found.slice(first, first + PAGE);
-    list.replaceChildren(...shown.map((i) => item(data.questions[i], Number(of.value))));
-    count.textContent = `${found.length} of ${data.questions.length} questions`;
+    list.replaceChildren(...shown.map((i) => item(question(i), Number(of.value))));
+    count.textContent = `${found.length} of ${data.count} questions`;
     place.textContent = found.length ? `${first + 1} to ${first + shown.length} of ${found.length}` : "none";
     previous.disabled = first === 0;
     next.disabled = first + PAGE >= found.length;
@@ -49,7 +74,7 @@
     box.dataset.id = q.id;
     box.append(element("h3", "", q.question || "(no question)"));
     box.append(element("div", "about", [q.id, q.video && `video ${q.video}`, q.category].filter(Boolean).join(" · ")));
-    box.append(said("answer", q.answer === null ? "(hidden)" : q.answer));
+    box.append(said("answer", q.answer == null ? "(hidden)" : q.answer));
     if (q.options) box.append(said("options", q.options.join(" | ")));
     box.append(oneRun(q.runs[run], data.runs[run]));
     const others = q.runs.map((_, i) => i).filter((i) => i !== run && q.runs[i]);

@@ -146,13 +146,24 @@ def _titles(path: Path) -> dict[str, str]:
     return {f"{prefix}{r['name']}": str(r["title"]) for prefix in ("", "eval_") for r in named_rows}
 
 
-def _json(path: Path) -> dict[str, Any]:
-    """An object, {} where there is none."""
+def _json(path: Path, forms: Mapping[str, Callable[[Any], bool]] | None = None) -> dict[str, Any]:
+    """An object, {} where there is none.
+
+    Args:
+        forms: key -> whether its value, where it is there, is of the form that this package writes.
+
+    Raises:
+        AnnotationError: one is not.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
-    return value if isinstance(value, dict) else {}
+    value = value if isinstance(value, dict) else {}
+    for name, is_good in (forms or {}).items():
+        if name in value and not is_good(value[name]):
+            raise AnnotationError(f"{path}: {name} is not of the form that is written: {value[name]!r:.80}")
+    return value
 
 
 def _pairs(
@@ -163,7 +174,7 @@ def _pairs(
     of: dict[Path, list[Path]] = {path: [] for path in predictions}
     alone = []
     for file in verdicts:
-        about = _json(file.with_suffix(".json")).get("predictions", {})
+        about = _json(file.with_suffix(".json"), RESULT_FORMS).get("predictions", {})
         beside = [p for p in predictions if p.parent == file.parent and file.stem.startswith(f"{p.stem}_judged")]
         home = digests.get(about.get("sha256", "")) or (max(beside, key=lambda p: len(p.stem)) if beside else None)
         (alone if home is None else of[home]).append(file)
@@ -186,10 +197,9 @@ def _evaluation(
         whole[key] = row
         if "answer" in row:  # else it is hidden
             judged[key] = Judged(row, _verdict(row, verdict_file, key, given))
-    result = _json(verdict_file.with_suffix(".json")) if verdict_file else {}
-    metrics = _json(file.with_name(f"{file.stem}_metrics.json"))
-    asked = [one.get("num_questions") for one in (metrics, result)]
-    expected = max([len(rows), *(count for count in asked if isinstance(count, int))])
+    result = _json(verdict_file.with_suffix(".json"), RESULT_FORMS) if verdict_file else {}
+    metrics = _json(file.with_name(f"{file.stem}_metrics.json"), RESULT_FORMS)
+    expected = max(len(rows), *(one.get("num_questions", 0) for one in (metrics, result)))
     timings, missing = (file.with_name(f"{file.stem}{end}") for end in NOT_PREDICTIONS)
     bootstrap = result.get("bootstrap", {})
     one = Evaluation(
@@ -199,37 +209,64 @@ def _evaluation(
         judged=judged,
         verdicts=verdict_file,
         num_questions=expected - (len(whole) - len(judged)),
-        missing=[str(row["question_id"]) for row in read_jsonl(missing)] if missing.is_file() else [],
+        missing=[str(row.get("question_id")) for row in read_jsonl(missing)] if missing.is_file() else [],
         resamples=bootstrap.get("resamples", RESAMPLES),
         seed=bootstrap.get("seed", 0),
-        timings=[row for row in read_jsonl(timings) if row.get("question_id") in rows] if timings.is_file() else [],
+        timings=_timings(timings, rows) if timings.is_file() else [],
     )
     for path in (one.run_dir / name for name in MANIFESTS):
-        if content := _json(path):
+        if content := _json(path, MANIFEST_FORMS):
             one.manifest, one.manifest_file = content, path
             break
     return one
 
 
 TEXTS = ("question", "answer", "video_id", "category")
+LARGEST = 1e9
+"""Frames, seconds and log-probabilities are smaller; a number of JSON may be 1e308, NaN, or have 400 digits."""
+
+
+def _timings(path: Path, rows: Mapping[str, Row]) -> list[Row]:
+    """Seconds by stage of the questions in `rows`."""
+    found = []
+    for number, row in enumerate(read_jsonl(path), 1):
+        seconds = [value for name, value in row.items() if name != "question_id"]
+        if not isinstance(row.get("question_id"), str | int) or not _numbers(seconds, None, (int, float)):
+            raise AnnotationError(f"{path}, line {number}: expected question_id and seconds by stage, got {row!r:.80}")
+        if str(row["question_id"]) in rows:
+            found.append(row)
+    return found
+
+
+def _is_number(value: Any, kinds: tuple[type, ...] = (int, float)) -> bool:
+    return type(value) in kinds and abs(value) <= LARGEST
 
 
 def _numbers(value: Any, count: int | None = None, kinds: tuple[type, ...] = (int,)) -> bool:
-    return isinstance(value, list) and count in (None, len(value)) and all(type(one) in kinds for one in value)
+    return (
+        isinstance(value, list)
+        and count in (None, len(value))
+        and all(one is None and type(None) in kinds or _is_number(one, kinds) for one in value)
+    )
 
 
 def _likelihood(value: Any) -> bool:
-    return isinstance(value, dict) and all(type(value.get(key)) in (int, float) for key in ("sum", "mean", "tokens"))
+    """Whether these are sum, mean and number of tokens; null stands for what was infinite or NaN."""
+    kinds = (int, float, type(None))
+    found = [value.get(key) for key in ("sum", "mean", "tokens")] if isinstance(value, dict) else []
+    return _numbers(found, 3, kinds) and found[2] is not None
 
 
 FORMS: dict[str, Callable[[Any], bool]] = {
+    "video_id": lambda value: type(value) in (str, int),
+    "category": lambda value: type(value) in (str, int),
     "question": lambda value: isinstance(value, str),
     "answer": lambda value: isinstance(value, str),
     "prediction": lambda value: isinstance(value, str),
     "span": lambda value: _numbers(value, 2),
     "gold_span": lambda value: _numbers(value, 2),
     "span_s": lambda value: _numbers(value, 2, (int, float)),
-    "num_frames": lambda value: type(value) is int and value > 0,
+    "num_frames": lambda value: _is_number(value, (int,)) and value > 0,
     "frame_index": _numbers,
     "frame_times": lambda value: _numbers(value, None, (int, float, type(None))),
     "entropy": lambda value: (
@@ -241,6 +278,29 @@ FORMS: dict[str, Callable[[Any], bool]] = {
     "option_log_prob": lambda value: isinstance(value, list) and all(map(_likelihood, value)),
 }
 """What the page reads of a row, and whether a value is of the form that evaluations write."""
+RESULT_FORMS: dict[str, Callable[[Any], bool]] = {
+    "num_questions": lambda value: _is_number(value, (int,)),
+    "predictions": lambda value: isinstance(value, dict) and isinstance(value.get("sha256", ""), str),
+    "bootstrap": lambda value: (
+        isinstance(value, dict)
+        and type(value.get("resamples", 1)) is int
+        and 1 <= value.get("resamples", 1) <= 1_000_000
+        and type(value.get("seed", 0)) is int
+        and 0 <= value.get("seed", 0) < 1 << 64
+    ),
+}
+"""What the page reads of metrics and of a judge's result."""
+MANIFEST_FORMS: dict[str, Callable[[Any], bool]] = {
+    "config": lambda value: (
+        isinstance(value, dict)
+        and all(isinstance(section, dict) for section in value.values())
+        and all(isinstance(section, dict) for section in (value.get("datasets") or {}).values())
+        and isinstance(value.get("model", {}).get("selector") or {}, dict)
+    ),
+    "versions": lambda value: isinstance(value, dict),
+    "cwd": lambda value: isinstance(value, str) and "\0" not in value,
+}
+"""What the page reads of a run's manifest."""
 
 
 def _check_row(where: str, row: Row) -> None:

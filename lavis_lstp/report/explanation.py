@@ -8,6 +8,7 @@ frames, large. Strip, flow and time line share one horizontal axis, so that a th
 
 from __future__ import annotations
 
+import functools
 import os
 import textwrap
 from collections.abc import Sequence
@@ -192,7 +193,8 @@ class _Page:
 
     def text(self, row: str, left: float, down: float, text: str, **style) -> None:
         y = 1 - (self.top_in[row] + down) / self.height_in
-        self.figure.text(left / WIDTH_IN, y, text, **{"va": "top", "parse_math": False, **style})
+        given = {"va": "top", "parse_math": False, "family": _families()}
+        self.figure.text(left / WIDTH_IN, y, text, **{**given, **style})
 
 
 def _draw_texts(page: _Page, title: str, lines: Sequence[tuple[str, str, str]]) -> None:
@@ -291,3 +293,17 @@ def _draw_chosen(page: _Page, frames, times, chosen, height: float, ratio: float
             f"{times[index]:.2f} s (frame {index} of {len(frames)})" if len(chosen) <= 8 else f"{times[index]:.1f} s"
         )
         page.text("chosen", left + width / 2, height + 0.08, caption, fontsize=9, ha="center")
+
+
+WIDE_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans CJK KR", "Source Han Sans SC", "WenQuanYi Zen Hei")
+WIDE_FONTS += ("WenQuanYi Micro Hei", "IPAexGothic", "IPAGothic", "TakaoGothic", "Droid Sans Fallback", "PingFang SC")
+WIDE_FONTS += ("Hiragino Sans", "Microsoft YaHei", "Yu Gothic", "SimHei", "MS Gothic", "Arial Unicode MS")
+"""Fonts with Chinese, Japanese or Korean letters, which matplotlib's own has not; those that are installed are used."""
+
+
+@functools.lru_cache(maxsize=1)
+def _families() -> list[str]:
+    from matplotlib import font_manager
+
+    installed = set(font_manager.get_font_names())
+    return ["DejaVu Sans", *(name for name in WIDE_FONTS if name in installed)]

@@ -139,12 +139,12 @@ def confidences(row: Row) -> dict[str, float]:
         chosen = ord(row["choice"]) - ord("A")
         for kind in ("mean", "sum"):
             values = [option[kind] for option in row["option_log_prob"]]
-            if values[chosen] == max(values):
+            if None not in values and values[chosen] == max(values):
                 return {"option": 1 / math.fsum(math.exp(value - values[chosen]) for value in values)}
     log_prob = row.get("log_prob")
-    if not isinstance(log_prob, dict) or not log_prob.get("tokens"):
+    if not isinstance(log_prob, dict) or not log_prob.get("tokens") or None in (log_prob["sum"], log_prob["mean"]):
         return {}
-    return {"answer": min(1.0, math.exp(log_prob["sum"])), "token": min(1.0, math.exp(log_prob["mean"]))}
+    return {"answer": math.exp(min(0.0, log_prob["sum"])), "token": math.exp(min(0.0, log_prob["mean"]))}
 
 
 CONFIDENCES = {

@@ -75,6 +75,7 @@ def write_page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     body = environment.get_template("report.html").render(
         title=title,
         version=__version__,
@@ -290,26 +291,40 @@ def _data(
     places: Mapping[tuple[str, int], Sequence[int]],
     uris: Sequence[str],
 ) -> dict[str, Any]:
-    """What the script shows; keys that have nothing are left out."""
-    questions = []
-    for key in order:
-        row = next(one.rows[key] for one in evaluations if key in one.rows)
-        question = {
-            "id": key,
-            "question": str(row.get("question", "")),
-            "answer": None if row.get("answer") is None else str(row["answer"]),
-            "video": row.get("video_id"),
-            "category": row.get("category"),
-            "options": row.get("options"),
-            "runs": [
-                _said(one, key, places.get((key, number))) if key in one.rows else None
-                for number, one in enumerate(evaluations)
-            ],
-        }
-        kept = {name: value for name, value in question.items() if value is not None or name == "answer"}
-        questions.append(kept)
-    runs = [{"letter": one.letter, "name": one.name} for one in evaluations]
-    return {"runs": runs, "questions": questions, "pictures": list(uris)}
+    """What the script shows: columns over the questions, and for each evaluation columns over the same questions."""
+    rows = [next(one.rows[key] for one in evaluations if key in one.rows) for key in order]
+    questions = {
+        "id": list(order),
+        "question": [str(row.get("question", "")) for row in rows],
+        "answer": [None if row.get("answer") is None else str(row["answer"]) for row in rows],
+        "video": [row.get("video_id") for row in rows],
+        "category": [row.get("category") for row in rows],
+        "options": [row.get("options") for row in rows],
+    }
+    runs = []
+    for number, one in enumerate(evaluations):
+        said = [_said(one, key, places.get((key, number))) if key in one.rows else {} for key in order]
+        columns = {name: _column([row.get(name) for row in said]) for name in SAID}
+        runs.append({"letter": one.letter, "name": one.name, "columns": _kept(columns)})
+    columns = {name: _column(values) for name, values in questions.items()}
+    return {"count": len(order), "columns": _kept(columns), "runs": runs, "pictures": list(uris)}
+
+
+SAID = ("status", "said", "facts", "span", "seconds", "gold", "length", "frames", "times", "pictures")
+"""Columns of what an evaluation said; a question that it does not have has no status."""
+
+
+def _kept(columns: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: column for name, column in columns.items() if column is not None}
+
+
+def _column(values: list[Any]) -> Any:
+    """The values; or where most repeat {of: different ones, at: the place of each}, -1 for null; None without any."""
+    place: dict[Any, int] = {}
+    at = [-1 if v is None else place.setdefault(tuple(v) if type(v) is list else v, len(place)) for v in values]
+    if not place:
+        return None
+    return values if 2 * len(place) > len(values) else {"of": list(place), "at": at}
 
 
 def _said(one: Evaluation, key: str, pictures: Sequence[int] | None) -> dict[str, Any]:

@@ -239,6 +239,7 @@ def _questions(
     register()
     from lavis.common.registry import registry
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
     from lavis_lstp.data.builders import ShapesBuilder, VideoQABuilder
 
@@ -247,16 +248,18 @@ def _questions(
         raise VideoError(f"data set '{name}' does not say where its videos are; name their folder, --videos")
     if issubclass(builder, ShapesBuilder):
         builder = VideoQABuilder  # the recorded files are looked for, none is generated
-    info = {
-        key: {split: value[split]} if key in ("annotations", "answers") and value and split in value else value
-        for key, value in section["build_info"].items()
-    }
-    kept = {key: value for key, value in section.items() if key not in (*ALONE, "build_info", "root", "generate")}
-    content = recorded({**kept, "build_info": _placed(info, cwd)}, f"{source}: datasets.{name}")
     try:
+        info = {
+            key: {split: value[split]} if key in ("annotations", "answers") and value and split in value else value
+            for key, value in section["build_info"].items()
+        }
+        kept = {key: value for key, value in section.items() if key not in (*ALONE, "build_info", "root", "generate")}
+        content = recorded({**kept, "build_info": _placed(info, cwd)}, f"{source}: datasets.{name}")
         return builder(OmegaConf.create({**content, **ALONE})).build_datasets()[split].annotation
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{source}: datasets.{name} is not of the form that a run writes ({error!r})") from error
+    except (OmegaConfBaseException, KeyError, TypeError, AttributeError) as error:  # a manifest that was changed
+        raise ConfigError(
+            f"{source}: the section of data set '{name}' in the run's manifest is damaged: {_line(error)}"
+        ) from error
 
 
 def _placed(value: Any, cwd: Path | None) -> Any:

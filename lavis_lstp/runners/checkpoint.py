@@ -13,20 +13,22 @@ dict; this module knows neither models nor optimizers.
 
 from __future__ import annotations
 
-import json
 import logging
+import math
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lavis_lstp.errors import LstpError, WeightsError
-from lavis_lstp.files import sha256_file, write_json
+from lavis_lstp.files import read_record, sha256_file, write_json
+from lavis_lstp.models.weights.reading import load_torch
 from lavis_lstp.redaction import without_secrets_in
 from lavis_lstp.untrusted import why_no_file_name, why_no_path
 
@@ -35,6 +37,15 @@ log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
 _NAME = re.compile(r"step_(\d{8,})")
+
+
+_BEST: dict[str, Callable[[Any], bool]] = {
+    "checkpoint": lambda value: isinstance(value, str) and _NAME.fullmatch(value) is not None,
+    "metric": lambda value: isinstance(value, str),
+    "value": lambda value: type(value) in (int, float) and math.isfinite(value),
+    "worse_steps": lambda value: isinstance(value, list) and all(type(step) is int for step in value),
+    "validated_step": lambda value: type(value) is int,
+}
 
 
 class CheckpointError(LstpError, OSError):
@@ -117,11 +128,20 @@ class CheckpointStore:
         """Content of best.json; empty before any validation.
 
         Keys: checkpoint, metric, value, epoch, worse_steps (validated since without improvement), validated_step.
+
+        Raises:
+            WeightsError: the file is not of this form.
         """
         path = self.folder / "best.json"
-        best = json.loads(path.read_text()) if path.is_file() else {}
+        best = read_record(path, error=WeightsError) if path.is_file() else {}
+        for key, value in best.items():
+            if not _BEST.get(key, lambda _: True)(value):
+                raise WeightsError(
+                    f"{path}: '{key}' is not of the form that training writes: {value!r:.80}; restore the file, or "
+                    "remove it and validate again"
+                )
         name = best.get("checkpoint")
-        if name and (not isinstance(name, str) or why_no_file_name(name) or what_is_torn(self.folder / name)):
+        if name and (why_no_file_name(name) or what_is_torn(self.folder / name)):
             log.warning("ignoring %s: its checkpoint %s is gone or torn", path, best["checkpoint"])
             return {}
         return best
@@ -172,8 +192,8 @@ def what_is_torn(path: Path) -> str | None:
         return f"no {MANIFEST}"
     try:
         files = read_manifest(path)["files"]
-    except (json.JSONDecodeError, KeyError, UnicodeDecodeError):
-        return f"unreadable {MANIFEST}"
+    except WeightsError as error:
+        return f"unreadable {MANIFEST}: {error}"
     for name, facts in files.items():
         if why_no_path(name) is not None:
             return f"{MANIFEST} names {name!r}, which {why_no_path(name)}"
@@ -186,7 +206,24 @@ def what_is_torn(path: Path) -> str | None:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    return json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    """The manifest of a checkpoint folder.
+
+    Raises:
+        WeightsError: it cannot be read, or does not list the folder's files.
+    """
+    return read_record(path / MANIFEST, {"files": _lists_files}, error=WeightsError)
+
+
+def _lists_files(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(facts, dict)
+        and type(facts.get("bytes")) is int
+        and isinstance(facts.get("sha256"), str)
+        and not Path(name).is_absolute()
+        and ".." not in Path(name).parts
+        and "\0" not in name
+        for name, facts in value.items()
+    )
 
 
 def find(path: str | os.PathLike) -> Path:
@@ -220,11 +257,33 @@ def save_weights(state: Mapping[str, torch.Tensor], path: Path) -> None:
 
 
 def load_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Trained weights of a checkpoint folder."""
+    """Trained weights of a checkpoint folder.
+
+    Raises:
+        WeightsError: there are none, or the file is damaged.
+    """
     path = folder / WEIGHTS
     if not path.is_file():
         raise WeightsError(f"no {WEIGHTS} in {folder}; expected a checkpoint folder")
-    return load_file(str(path))
+    try:
+        return load_file(str(path))
+    except SafetensorError as error:
+        raise WeightsError(f"{path}: damaged, or no safetensors file ({error})") from None
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """What `torch.save` wrote of a run: containers, numbers and tensors, on the CPU.
+
+    Raises:
+        WeightsError: the file is missing, damaged, or holds something else.
+    """
+    try:
+        state = load_torch(path)
+    except OSError as error:
+        raise WeightsError(f"{path}: {error.strerror or error}") from None
+    if not isinstance(state, dict):
+        raise WeightsError(f"{path}: expected the state of a run, got a {type(state).__name__}")
+    return state
 
 
 def trained_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -264,7 +323,7 @@ def check_trained_state(expected: Mapping[str, torch.Size], state: Mapping[str, 
         *_some(
             "wrong shape",
             [
-                f"{name} {tuple(state[name].shape)} for {tuple(expected[name])}"
+                f"{name} {tuple(state[name].shape)!r:.80} for {tuple(expected[name])}"
                 for name in sorted(expected.keys() & state.keys())
                 if expected[name] != state[name].shape
             ],

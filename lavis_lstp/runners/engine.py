@@ -20,7 +20,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lavis_lstp import distributed
 from lavis_lstp.errors import ConfigError, WeightsError
-from lavis_lstp.models.weights.reading import load_torch
 from lavis_lstp.runners import checkpoint
 
 log = logging.getLogger(__name__)
@@ -169,7 +168,9 @@ class TorchEngine(WholeModel):
             raise WeightsError(
                 f"no {OPTIMIZER} in {folder}: another runner saved it; resume with the run.runner it was saved with"
             )
-        saved: dict[str, Any] = load_torch(folder / OPTIMIZER)
+        saved = checkpoint.load_state(folder / OPTIMIZER)
+        if not {"names", "optimizer"} <= saved.keys():
+            raise WeightsError(f"{folder / OPTIMIZER}: expected names and optimizer, got {', '.join(map(str, saved))}")
         if saved["names"] != self.names:
             differing = sorted(set(map(str, saved["names"])) ^ set(map(str, self.names)))[:3]
             raise WeightsError(

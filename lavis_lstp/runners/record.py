@@ -23,7 +23,8 @@ from typing import Any
 import torch
 
 import lavis_lstp
-from lavis_lstp.files import read_jsonl, write_json, write_jsonl
+from lavis_lstp.errors import ConfigError
+from lavis_lstp.files import read_jsonl, read_record, write_json, write_jsonl
 from lavis_lstp.redaction import without_secrets_in
 
 log = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ class RunManifest:
 
     def earlier(self) -> dict[str, Any]:
         """The manifest that is there now, of the run that is being continued."""
-        return json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else {}
+        return read_record(self.path, error=ConfigError) if self.path.is_file() else {}
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:

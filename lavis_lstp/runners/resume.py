@@ -108,6 +108,8 @@ def check(saved: Mapping[str, Any], current: Mapping[str, Any], source: object) 
     Raises:
         ConfigError: a binding setting, the training data or the number of samples per step differ.
     """
+    if not (isinstance(saved.get("config"), Mapping) and {"data", "step_samples"} <= saved.keys()):
+        raise ConfigError(f"cannot continue from {source}: its manifest has no config, data and step_samples of a run")
     before, now = important(saved["config"]), important(current["config"])
     changed = [
         f"{name}: {before.get(name)!r} -> {now.get(name)!r}"

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 
 from lavis_lstp import distributed
-from lavis_lstp.models.weights.reading import load_torch
+from lavis_lstp.errors import WeightsError
 from lavis_lstp.runners import checkpoint, resume
 from lavis_lstp.runners.engine import WholeModel
 from lavis_lstp.runners.randomness import derived_seed, rng_state, seed_everything, set_rng_state
@@ -121,11 +121,9 @@ class Saver:
         resume.check(checkpoint.read_manifest(source), self.facts, source)
         self.engine.load_trained_state(checkpoint.load_weights(source), source)
         self.engine.load(source)
-        trainer = load_torch(source / TRAINER)
-        position = Position(**trainer["position"])
+        position, states = _read_trainer(source / TRAINER)
         if source.resolve().parent == self.store.folder.resolve():
             self.saved_step = position.step
-        states = trainer["generators"]
         if len(states) == distributed.world_size():
             set_rng_state(states[distributed.rank()])
         else:
@@ -135,3 +133,17 @@ class Saver:
             seed_everything(derived_seed(self.seed, "resumed", position.step, distributed.rank()))
         log.info("resumed from %s: epoch %d, %d samples in", source, position.epoch, position.consumed)
         return position
+
+
+def _read_trainer(path: Path) -> tuple[Position, list[Any]]:
+    """Where the run stood, and the states of its processes' generators.
+
+    Raises:
+        WeightsError: the file is not one that `Saver.save` wrote.
+    """
+    try:
+        trainer = checkpoint.load_state(path)
+        position = Position(**{name: int(value) for name, value in trainer["position"].items()})
+        return position, list(trainer["generators"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsError(f"{path}: not the state of a run ({type(error).__name__}: {str(error)[:80]})") from None

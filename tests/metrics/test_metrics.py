@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from lavis_lstp.errors import ConfigError, CoverageError
 from lavis_lstp.metrics.grounding import entropy_bits, evaluate_spans, published_iou
 from lavis_lstp.metrics.qa import (
+    _longest_common_subsequence,
     accuracy_interval,
     bleu_1,
     evaluate_answers,
@@ -266,3 +267,17 @@ def test_entropy_of_known_distributions():
     assert entropy_bits([5.0] * 8) == pytest.approx(3)
     assert entropy_bits([0.0, math.log(3)]) == pytest.approx(-0.25 * math.log2(0.25) - 0.75 * math.log2(0.75))
     assert entropy_bits([0.0, 1000.0, 0.0]) == 0, "no overflow, no log of 0"
+
+
+@given(*[st.lists(st.sampled_from("abc"), max_size=12)] * 2)
+def test_the_longest_common_subsequence_is_that_of_the_definition(a, b):
+    def longest(i: int, j: int) -> int:
+        if i == len(a) or j == len(b):
+            return 0
+        if (i, j) not in known:
+            same = 1 + longest(i + 1, j + 1) if a[i] == b[j] else 0
+            known[i, j] = max(same, longest(i + 1, j), longest(i, j + 1))
+        return known[i, j]
+
+    known: dict = {}
+    assert _longest_common_subsequence(a, b) == longest(0, 0)

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from video_files import moving_texture, numbered_video, write_video
 
+from lavis_lstp.commands import flow as flow_files
 from lavis_lstp.commands.flow import main as flow_main
 from lavis_lstp.data.video.reading import read_flow_file, read_frames
 from lavis_lstp.errors import AnnotationError, ConfigError, LstpError, VideoError, WeightsError
@@ -400,6 +401,17 @@ def test_flow_files_hold_what_training_would_compute(folder, kind, capsys):
     assert run_flow(folder, out, "--flow", kind) == 0
     assert "1 of them there already" in capsys.readouterr().out
     assert (out / "a.safetensors").stat().st_mtime_ns == before["a.safetensors"]
+
+
+def test_two_runs_write_equal_flow_files_that_others_may_read(folder, tmp_path):
+    """safetensors orders its metadata as a hash map does, another way in each call, and leaves 0600."""
+    metadata = {f"key {n}": str(n) for n in range(20)}
+    for name in "ab":
+        flow_files.write_flow(tmp_path / name, np.ones((2, 2, 4, 4), np.float16), metadata)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    mask = os.umask(0)
+    os.umask(mask)
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o666 & ~mask
 
 
 def test_flow_files_say_how_they_were_made(folder):

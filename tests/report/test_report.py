@@ -22,6 +22,7 @@ from video_files import numbered_video, read_number
 
 from lavis_lstp.commands import cli
 from lavis_lstp.commands.report import report
+from lavis_lstp.errors import AnnotationError
 from lavis_lstp.files import read_jsonl, write_json, write_jsonl
 from lavis_lstp.judging.calibrate import calibrate
 from lavis_lstp.judging.compare import compare, read_judged
@@ -81,6 +82,19 @@ def judge(*arguments: object, cache: Path) -> None:
 # ---- the page as data ---------------------------------------------------------------------------------------------
 
 
+def rows_of(columns: dict, count: int) -> list[dict]:
+    """A dict for each row of the page's columns, without what is null."""
+    rows: list[dict] = [{} for _ in range(count)]
+    for name, column in columns.items():
+        values = column
+        if isinstance(column, dict):
+            values = [None if place < 0 else column["of"][place] for place in column["at"]]
+        for row, value in zip(rows, values, strict=True):
+            if value is not None:
+                row[name] = value
+    return rows
+
+
 class Reader(html.parser.HTMLParser):
     """Tables by id, as lists of rows of texts; scripts by type; images' alternative texts; texts outside of scripts."""
 
@@ -129,7 +143,13 @@ class Reader(html.parser.HTMLParser):
 
     @property
     def data(self) -> dict:
-        return json.loads(next(text for kind, text in self.scripts if kind == "application/json"))
+        """What the script shows, with an object for each question in place of columns."""
+        found = json.loads(next(text for kind, text in self.scripts if kind == "application/json"))
+        questions = rows_of(found["columns"], found["count"])
+        for i, question in enumerate(questions):
+            said = [rows_of(run["columns"], found["count"])[i] for run in found["runs"]] if found["count"] < 100 else []
+            question["runs"] = [one if "status" in one else None for one in said]
+        return {**found, "questions": questions}
 
     @property
     def text(self) -> str:
@@ -302,7 +322,7 @@ def test_choices_hidden_answers_and_confidence_among_options(tmp_path):
     (line,) = [row for row in seen.tables["reliability"][1:] if row[1].startswith("the option")]
     assert line[3:5] == ["4", f"{confidence:.3f}"]
     hidden = next(q for q in seen.data["questions"] if q["id"] == "q005")
-    assert hidden["answer"] is None and hidden["runs"][0]["status"] == "unjudged"
+    assert "answer" not in hidden and hidden["runs"][0]["status"] == "unjudged"
 
 
 def test_old_predictions_without_evidence_make_a_page(tmp_path):
@@ -465,6 +485,30 @@ def test_text_stays_text(tmp_path):
     assert "owned" not in dict(seen.scripts)["javascript"]
     assert not any("onerror" in alt for alt in seen.alts) and EVIL in "".join(seen.texts)
     assert next(q for q in seen.data["questions"] if q["id"] == "q006")["question"] == EVIL
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e308", "1" + "0" * 400])
+@pytest.mark.parametrize("name", ["span_s", "log_prob", "frame_times", "gold_span", "num_frames", "entropy"])
+def test_numbers_that_are_none_are_named(tmp_path, name, value):
+    rows = [prediction(i, True) for i in range(3)]
+    numbers = {
+        "log_prob": {"sum": "?", "mean": -1, "tokens": 2},
+        "entropy": {"start": "?", "end": 1},
+        "num_frames": "?",
+    }
+    rows[1][name] = numbers.get(name, [0, "?"])
+    file = write_run(tmp_path, rows)
+    file.write_text(file.read_text().replace('"?"', value))
+    with pytest.raises(AnnotationError, match=f"question_id 'q001': {name} is not of the form"):
+        report([tmp_path], pictures=0)
+
+
+def test_log_probs_that_are_infinite_are_written_as_null_and_read(tmp_path):
+    rows = [prediction(i, True) for i in range(3)]
+    rows[1]["log_prob"] = {"sum": float("-inf"), "mean": float("nan"), "tokens": 2}
+    file = write_run(tmp_path, rows)
+    assert '"log_prob": {"sum": null, "mean": null, "tokens": 2}' in file.read_text()
+    assert "confidence" not in page(tmp_path).data["questions"][1]["runs"][0]["facts"]
 
 
 def test_two_calls_give_equal_bytes(own_videos, tmp_path):

@@ -15,7 +15,7 @@ from test_wds_format import bad_name, linked, raw_tar, sample
 from test_wds_rewrite import contents, quarantined
 from test_wds_verify import media, packed  # noqa: F401 (a fixture)
 
-from lavis_lstp.data.shards import index, sets
+from lavis_lstp.data.shards import index, sets, storage
 from lavis_lstp.data.shards.format import dump_json
 from lavis_lstp.data.shards.questions import ShardQuestions
 from lavis_lstp.data.shards.tar import BLOCK, END, Member, header
@@ -130,3 +130,49 @@ def test_a_sample_of_another_version_is_refused(tmp_path, capsys):
     (tmp_path / "x-000000.tar").write_bytes(raw)
     assert main(["verify", str(tmp_path / "x-000000.tar"), "--workers", "1"]) == 1
     assert "version 2" in capsys.readouterr().out
+
+
+# ---- sizes that are not there ---------------------------------------------------------------------------------------
+
+
+def member_of(size: int, name: str = "a.mp4") -> bytes:
+    """A header that claims `size` bytes, in the form that GNU tar has for large ones."""
+    head = bytearray(header(name, 0))
+    head[124:136] = b"\x80" + size.to_bytes(11, "big")
+    head[148:156] = b"%06o\0 " % (sum(head[:148]) + sum(head[156:]) + 8 * 32)
+    return bytes(head)
+
+
+@pytest.mark.parametrize("size", [1 << 33, 1 << 60, 1 << 80])
+def test_a_size_that_the_tar_has_not_is_a_cut(tmp_path, size, capsys):
+    path = tmp_path / "x-000000.tar"
+    path.write_bytes(member_of(size) + bytes(1024))
+    tracemalloc.start()
+    try:
+        assert main(["verify", str(path), "--json", "--workers", "1"]) == 1
+        for quick in (False, True):
+            with pytest.raises(ShardError, match="ends inside 'a.mp4'") as caught:
+                index.scan(str(path), quick=quick)
+            assert caught.value.cause == "truncated"
+        assert tracemalloc.get_traced_memory()[1] < GREAT
+    finally:
+        tracemalloc.stop()
+    assert json.loads(capsys.readouterr().out)["causes"]["truncated"] == 1
+
+
+def test_an_index_that_says_more_than_the_tar_has_is_a_cut(tmp_path):
+    (tmp_path / "x.tar").write_bytes(b"film")
+    for offset, size in ((0, 1 << 60), (1 << 62, 4), (2, 3)):
+        with pytest.raises(ShardError, match="truncated") as caught:
+            storage.read_at(str(tmp_path / "x.tar"), offset, size)
+        assert caught.value.cause == "truncated"
+
+
+def test_an_index_is_a_small_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "SMALL_FILE_LIMIT", 10)
+    (tmp_path / "x.index").write_bytes(bytes(10))
+    assert len(storage.read_all(str(tmp_path / "x.index"))) == 10
+    (tmp_path / "x.index").write_bytes(bytes(11))
+    for location in (str(tmp_path / "x.index"), f"pipe:cat '{tmp_path / 'x.index'}'"):
+        with pytest.raises(ShardError, match="more than 10 bytes"):
+            storage.read_all(location)

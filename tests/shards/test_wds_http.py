@@ -303,3 +303,47 @@ def test_what_fsspec_opens(media, tmp_path):  # noqa: F811
     with pytest.raises(ShardError) as caught:
         ShardQuestions("memory://set/y-000000.tar", retry=QUICK)
     assert caught.value.cause == "not found"
+
+
+# ---- lengths that lie -----------------------------------------------------------------------------------------------
+
+
+class Liar(http.server.BaseHTTPRequestHandler):
+    """Sends 4 MiB and more, whatever was asked for and whatever it says about it."""
+
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        name = self.path.lstrip("/")
+        self.send_response(206 if "Range" in self.headers else 200)
+        self.send_header("Content-Range", "bytes 0-9/10" if name != "digits" else f"bytes 0-{'9' * 5000}/10")
+        length = {"long": str(1 << 50), "digits": "9" * 5000, "odd": "-1", "other": "ten"}.get(name)
+        if length is not None:
+            self.send_header("Content-Length", length)
+        self.end_headers()
+        with contextlib.suppress(OSError):  # nobody listens any more
+            while True:
+                self.wfile.write(bytes(1 << 20))
+                if name != "endless":
+                    return
+
+
+def test_a_server_that_lies_about_lengths_takes_no_memory(monkeypatch):
+    monkeypatch.setattr(storage, "SMALL_FILE_LIMIT", 4 << 20)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Liar)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    retry = storage.Retry(attempts=1, timeout_s=5)
+    try:
+        for name in ("long", "endless", "digits", "odd", "other"):
+            location = f"http://127.0.0.1:{server.server_port}/{name}"
+            with pytest.raises(ShardError) as caught:
+                storage.read_at(location, 0, 10, retry)
+            assert "the server sends more" in str(caught.value) or name == "digits"
+        with pytest.raises(ShardError, match="more than 4194304 bytes"):
+            storage.read_all(f"http://127.0.0.1:{server.server_port}/endless", retry)
+        with pytest.raises(ShardError, match="1 times"):  # 1 MiB of 2^50
+            storage.read_all(f"http://127.0.0.1:{server.server_port}/long", retry)
+    finally:
+        server.shutdown()
+        server.server_close()

@@ -11,6 +11,8 @@ from test_wds_flow import flow_of, moving, shards_of  # noqa: F401 (a fixture)
 from test_wds_rewrite import parallel
 from test_wds_verify import media, packed  # noqa: F401 (a fixture)
 
+from lavis_lstp.data.shards.format import SAMPLE_FORMAT, dump_json, media_key
+from lavis_lstp.data.shards.tar import ShardWriter
 from lavis_lstp.report.explanation import PREDICTED
 from webdataset_tools.__main__ import main
 from webdataset_tools.pack import Settings
@@ -29,7 +31,11 @@ def test_stats_count_what_is_there(media, tmp_path, capsys):  # noqa: F811
     assert report["numbers"]["fps"]["median"] == 25 and report["numbers"]["question_words"]["most"] == 1
     assert "sum" not in report["numbers"]["fps"]
     page = (tmp_path / "s.html").read_text()
-    assert page.count("<img") == 9 and "4 samples, 4 questions" in page
+    assert (
+        page.count("<img") == 8
+        and page.count('<tr><th scope="row" dir="auto">') == 4
+        and "4 samples, 4 questions" in page
+    )
     assert main(["stats", *shards, "--workers", "1"]) == 0
     said = capsys.readouterr().out
     assert "kinds: image 1, video 3" in said and "frames of a video: least 6, 5 % 6.1, median 7" in said
@@ -74,3 +80,23 @@ def test_a_sheet_shows_spans_and_the_flow_of_the_frames_above_it(media, tmp_path
     top = 3 * LINE + 8 + 32  # below three lines of text and the frames
     coloured = [np.ptp(pixels[top : top + 32, 32 * n : 32 * n + 32], axis=2).max() > 100 for n in range(2)]
     assert coloured == [n == column for n in range(2)]
+
+
+def test_answers_of_any_script_are_text_in_the_page(tmp_path, recwarn):
+    """matplotlib draws boxes for letters that its font has not, and warns; a browser chooses a font itself."""
+    answers = ("红色的球", "赤いボール", "كرة", "<b>$x$</b>", "")
+    rows = [{"question_id": f"q{n}", "question": "何色?", "answer": answer} for n, answer in enumerate(answers)]
+    write_text_shard(tmp_path / "x-000000.tar", rows)
+    assert main(["stats", str(tmp_path / "x-000000.tar"), "--workers", "1", "--html", str(tmp_path / "x.html")]) == 0
+    page = (tmp_path / "x.html").read_text(encoding="utf-8")
+    for answer in answers[:3]:
+        assert f">{answer}</th>" in page
+    assert "&lt;b&gt;$x$&lt;/b&gt;" in page and "(empty)" in page
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
+
+
+def write_text_shard(path, rows) -> None:
+    with ShardWriter(path) as shard:
+        for row in rows:
+            value = {"format": SAMPLE_FORMAT, "version": 1, "kind": "text", "video_id": "", "questions": [row]}
+            shard.add(media_key("text", row["question_id"]), {"json": dump_json(value)})

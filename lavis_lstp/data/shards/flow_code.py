@@ -116,8 +116,8 @@ def decode(coded: Coded) -> np.ndarray:
     count = length * 2 * rows * columns
     if 4 * length * form.height * form.width > LARGEST_CLIP:  # u and v, two bytes each
         raise ValueError(f"{length} fields of {form.height} x {form.width} px are more than {LARGEST_CLIP} bytes")
-    if not ((steps >= 0) & (steps < np.inf)).all():
-        raise ValueError("expected finite steps of at least 0")
+    if not ((steps >= 0) & (steps <= np.finfo(np.float16).max)).all():
+        raise ValueError("expected finite steps of at least 0 that float16 holds")
     inflate = zlib.decompressobj(-15)
     try:
         raw = inflate.decompress(data, 3 * count + 1)

@@ -16,13 +16,16 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
+from urllib.parse import unquote_to_bytes
 
 import numpy as np
 
 from lavis_lstp.data.annotation import check_options, check_seconds
 from lavis_lstp.data.prompts import conversation_prompt
 from lavis_lstp.data.shards import flow_code
+from lavis_lstp.data.video.reading import is_finite
 from lavis_lstp.errors import AnnotationError, ShardError
+from lavis_lstp.files import sorted_header
 from lavis_lstp.untrusted import why_no_path
 
 SAMPLE_FORMAT = "lavis_lstp.shard_sample"
@@ -48,7 +51,8 @@ JSON_LIMIT = 16 << 20
 KEY_LIMIT = 1024
 
 _KEY = re.compile(r"(?:[A-Za-z0-9_-]|%[0-9A-F]{2})+")
-_PLAIN = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-")
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_-]+")
+_ESCAPED = re.compile(rb"[^A-Za-z0-9_-]")
 
 
 # ---------------------------------------------------------------- keys and names
@@ -60,11 +64,13 @@ def escape(name: str) -> str:
     >>> escape("a/clip 1.mp4")
     'a%2Fclip%201%2Emp4'
     """
+    if len(name) <= KEY_LIMIT and _PLAIN_NAME.fullmatch(name):
+        return name
     try:
         raw = name.encode("utf-8")
     except UnicodeEncodeError:
         raise ShardError(f"name {name!r} is not Unicode text; rename the file", "unsafe name") from None
-    key = "".join(chr(byte) if byte in _PLAIN else f"%{byte:02X}" for byte in raw)
+    key = _ESCAPED.sub(lambda byte: b"%%%02X" % ord(byte[0]), raw).decode()
     if not key or len(key) > KEY_LIMIT:
         raise ShardError(f"name {name[:80]!r} gives a key of {len(key)} bytes, expected 1..{KEY_LIMIT}", "unsafe name")
     return key
@@ -79,7 +85,7 @@ def unescape(key: str) -> str:
     """
     if not _KEY.fullmatch(key) or len(key) > KEY_LIMIT:
         raise ShardError(f"{key[:80]!r} is not a key; expected ASCII letters, digits, _, - and %XX", "unsafe name")
-    raw = re.sub(rb"%(..)", lambda found: bytes.fromhex(found[1].decode()), key.encode())
+    raw = unquote_to_bytes(key)
     try:
         name = raw.decode("utf-8")
     except UnicodeDecodeError:
@@ -125,7 +131,10 @@ def media_key(kind: str, name: str) -> str:
 
 def dump_json(value: Any) -> bytes:
     """The same bytes for the same value, whatever the order of keys."""
-    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
+    return _ENCODER.encode(value).encode()
+
+
+_ENCODER = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 
 
 def parse_json(raw: bytes, place: str) -> dict[str, Any]:
@@ -140,6 +149,7 @@ def parse_json(raw: bytes, place: str) -> dict[str, Any]:
     return value
 
 
+_MOST = 1 << 53
 _NUMBERS = {"fps": float, "duration_s": float, "num_frames": int, "width": int, "height": int, "bytes": int}
 
 
@@ -164,7 +174,7 @@ def check_sample(value: Mapping[str, Any], place: str, key: str | None = None) -
         if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
             raise wrong(f"'sha256' must be 64 hexadecimal digits, got {digest!r}")
     for name, number in _NUMBERS.items():
-        if name in value and not (type(value[name]) in (int, number) and value[name] >= 0):
+        if name in value and not (type(value[name]) in (int, number) and 0 <= value[name] <= _MOST):
             raise wrong(f"'{name}' must be a number of at least 0, got {value[name]!r}")
     rows = value.get("questions")
     if not isinstance(rows, list) or not rows:
@@ -242,9 +252,13 @@ def parse_frames(raw: bytes, place: str) -> StoredFrames:
     tensors, settings = _parse_tensors(raw, place, FRAMES_FORMAT, {"data": ("U8", 1), "ends": ("I64", 1)})
     data, ends, times_s = tensors["data"], tensors["ends"], tensors.get("times_s")
     starts = np.concatenate([[0], ends[:-1]])
-    fits = len(ends) and (ends > starts).all() and ends[-1] == len(data)
+    fits = len(ends) and (ends > starts).all() and ends[0] > 0 and ends[-1] == len(data)
     if not fits or times_s is None or times_s.shape != ends.shape:
         raise ShardError(f"{place}: the places of its {len(ends)} frames do not fit its {len(data)} bytes", "frames")
+    if times_s.dtype.kind != "f" or not np.isfinite(times_s).all():
+        raise ShardError(
+            f"{place}: 'times_s' must be finite seconds, got {times_s.dtype} {times_s[:3].tolist()}", "frames"
+        )
     content = data.tobytes()
     pictures = [content[a:b] for a, b in zip(starts.tolist(), ends.tolist(), strict=True)]
     stored = StoredFrames(pictures, times_s.astype(np.float64), settings)
@@ -286,22 +300,18 @@ def parse_flow(raw: bytes, place: str) -> tuple[np.ndarray, dict[str, str]]:
         flow = flow_code.decode(flow_code.Coded(tensors["data"].tobytes(), tensors["steps"], form))
     except ValueError as error:
         raise ShardError(f"{place}: {error}", "flow") from None
+    if not is_finite(flow):
+        raise ShardError(f"{place}: expected finite px, as float16 has them", "flow")
     return flow, {name: value for name, value in settings.items() if name not in form.about()}
 
 
 def _parse_tensors(
     raw: bytes, place: str, wanted: str, expected: Mapping[str, tuple[str, int]], version: int = VERSION
 ):
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
-
     what = wanted.rpartition(".")[2]
     try:
-        tensors = load(raw)  # checks every offset and size
-        header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
-        kinds = {name: (header[name]["dtype"], len(header[name]["shape"])) for name in tensors}
-        header = header.get("__metadata__", {})
-    except (SafetensorError, ValueError, AttributeError, KeyError, RecursionError) as error:
+        tensors, kinds, header = load_tensors(raw)
+    except ValueError as error:
         raise ShardError(f"{place}: not safetensors ({error})", what) from None
     if (header.get("format"), header.get("version")) != (wanted, str(version)):
         got = f"{header.get('format')!r} version {header.get('version')!r}"
@@ -312,14 +322,22 @@ def _parse_tensors(
     return tensors, {name: value for name, value in header.items() if name not in ("format", "version")}
 
 
-def sorted_header(raw: bytes) -> bytes:
-    """safetensors writes its metadata in the order of a hash map, another in each process; here it is sorted."""
-    size = int.from_bytes(raw[:8], "little")
-    header = json.loads(raw[8 : 8 + size])
-    header = {name: dict(sorted(value.items())) for name, value in sorted(header.items())}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + raw[8 + size :]
+def load_tensors(raw: bytes) -> tuple[dict[str, np.ndarray], dict[str, tuple[str, int]], dict[str, str]]:
+    """Tensors of a safetensors file, type and number of axes of each, and the file's metadata.
+
+    Raises:
+        ValueError: the file is none, or has a tensor that NumPy cannot hold.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    try:
+        tensors = load(raw)  # checks every offset and size
+        header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+        kinds = {name: (header[name]["dtype"], len(header[name]["shape"])) for name in tensors}
+    except (SafetensorError, AttributeError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
+    return tensors, kinds, header.get("__metadata__") or {}
 
 
 def by_member(names: Iterable[str]) -> list[str]:

@@ -17,10 +17,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lavis_lstp.data.shards.format import JSON_LIMIT, MEDIA_MEMBERS, VERSION, check_sample, parse_json, sorted_header
+from lavis_lstp.data.annotation import MOST_SECONDS
+from lavis_lstp.data.shards.format import (
+    JSON_LIMIT,
+    MEDIA_MEMBERS,
+    VERSION,
+    check_sample,
+    load_tensors,
+    parse_json,
+)
 from lavis_lstp.data.shards.storage import RETRY, Retry, beside, open_scan, open_stream
 from lavis_lstp.data.shards.tar import Member, TarScan, samples
 from lavis_lstp.errors import ShardError
+from lavis_lstp.files import sorted_header
 
 INDEX_FORMAT = "lavis_lstp.shard_index"
 INDEX_SUFFIX = ".index"
@@ -77,14 +86,22 @@ class ShardIndex:
         start, end = self._span(f"{column}_end", number)
         return self._columns[column][start:end].tobytes().decode("utf-8")
 
+    def _texts_of(self, column: str) -> list[str]:
+        """All texts of a column, in one go."""
+        raw, start, found = self._columns[column].tobytes(), 0, []
+        for end in self._columns[f"{column}_end"].tolist():
+            found.append(raw[start:end].decode("utf-8"))
+            start = end
+        return found
+
     def key(self, number: int) -> str:
         return self._text("key", number)
 
     def keys(self) -> list[str]:
-        return [self.key(number) for number in range(self.num_samples)]
+        return self._texts_of("key")
 
     def question_ids(self) -> list[str]:
-        return [self._text("question_id", number) for number in range(self.num_questions)]
+        return self._texts_of("question_id")
 
     def count_kinds(self) -> dict[str, int]:
         """Samples of each kind, by its name."""
@@ -114,7 +131,21 @@ class ShardIndex:
         return Sample(self.key(number), tuple(self.members(number).items()), ids, kind, duration_s)
 
     def samples(self) -> list[Sample]:
-        return [self.sample(number) for number in range(self.num_samples)]
+        columns = {name: column.tolist() for name, column in self._columns.items() if column.ndim == 1}
+        digests = self._columns["member_sha256"].tobytes()
+        ids, found, member, question = self.question_ids(), [], 0, 0
+        ends = zip(columns["sample_member_end"], columns["sample_question_end"], strict=True)
+        for number, (key, (last, after)) in enumerate(zip(self.keys(), ends, strict=True)):
+            members = {}
+            for at in range(member, last):
+                name = self._names[columns["member_name"][at]]
+                place = columns["member_offset"][at], columns["member_size"][at]
+                members[name] = Member(f"{key}.{name}", *place, digests[32 * at : 32 * at + 32])
+            kind = self._kinds[columns["sample_kind"][number]]
+            duration_s = columns["sample_duration_s"][number]
+            found.append(Sample(key, tuple(members.items()), tuple(ids[question:after]), kind, duration_s))
+            member, question = last, after
+        return found
 
     def of_question(self, row: int) -> tuple[int, int]:
         """(sample, question of that sample) of the row-th question of the shard."""
@@ -166,13 +197,9 @@ def dump(index: ShardIndex) -> bytes:
 
 def parse(raw: bytes, place: str) -> ShardIndex:
     """Raises ShardError (cause "index") where `raw` is not an index of this version."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
-
     try:
-        columns = load(raw)
-        facts = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")]).get("__metadata__", {})
-    except (SafetensorError, ValueError, KeyError) as error:
+        columns, _, facts = load_tensors(raw)
+    except ValueError as error:
         raise ShardError(f"{place}: not an index ({error}); remove it, or pack again", "index") from None
     if (facts.get("format"), facts.get("version")) != (INDEX_FORMAT, str(VERSION)):
         got = f"{facts.get('format')!r} version {facts.get('version')!r}"
@@ -197,8 +224,8 @@ def _check_columns(columns: Mapping[str, np.ndarray], facts: Mapping[str, str]) 
         real = name == "sample_duration_s"
         if columns[name].shape != wanted or columns[name].dtype.kind not in ("f" if real else "iu"):
             raise ValueError(f"'{name}' is {columns[name].dtype} {list(columns[name].shape)}, expected {list(wanted)}")
-        if not real and length and columns[name].min() < 0:
-            raise ValueError(f"'{name}' holds a negative number")
+        if length and not (columns[name].min() >= 0 and (not real or columns[name].max() <= MOST_SECONDS)):
+            raise ValueError(f"'{name}' holds a number that is negative or none")
     totals = {"key": len(columns["key"]), "question_id": len(columns["question_id"])}
     for name, total in {**totals, "sample_member": members, "sample_question": questions}.items():
         ends = columns[f"{name}_end"]

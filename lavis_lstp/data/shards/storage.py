@@ -38,6 +38,10 @@ SCAN_BLOCK = 16 << 10
 """Bytes asked for at once where little of a file is wanted: the end of a video, its JSON and the next header."""
 REDIRECTS = "LAVIS_LSTP_REDIRECTS"
 """Environment variable: hosts, with commas between, that a server may redirect to; `*` = any."""
+AT_ONCE = 16 << 20
+"""Bytes of a body asked for at once: a server may promise more than it has, and than there is memory."""
+SMALL_FILE_LIMIT = 256 << 20
+"""Bytes of an index or a manifest; the index of a million members is 100 MB."""
 PASSING = (408, 425, 429, 500, 502, 503, 504)
 
 
@@ -146,16 +150,25 @@ def read_at(location: str, offset: int, size: int, retry: Retry = RETRY) -> byte
 
 
 def read_all(location: str, retry: Retry = RETRY) -> bytes:
-    """A whole small file, such as an index."""
-    kind = scheme(location)
+    """A whole small file, such as an index.
+
+    Raises:
+        ShardError: it cannot be read, or has more than SMALL_FILE_LIMIT bytes.
+    """
+    kind, most = scheme(location), SMALL_FILE_LIMIT + 1
     if kind == "file":
-        return _local(location, lambda file: file.read())
-    if kind == "http":
-        return _again(location, retry, lambda: _http_get(location, retry.timeout_s))
-    if kind == "pipe":
+        data = _local(location, lambda file: _pread(file, 0, most))
+    elif kind == "http":
+        data = _again(location, retry, lambda: _http_get(location, most, retry.timeout_s))
+    elif kind == "pipe":
         with open_stream(location, retry) as stream:
-            return stream.read()
-    return _again(location, retry, lambda: _fsspec(location).cat_file(_strip(location)))
+            data = _body(stream, most)
+    else:
+        data = _again(location, retry, lambda: _fsspec(location).cat_file(_strip(location)))
+    if len(data) >= most:
+        text = f"{location}: more than {SMALL_FILE_LIMIT} bytes, where an index or a manifest was expected"
+        raise ShardError(text, "refused")
+    return data
 
 
 @contextlib.contextmanager
@@ -206,6 +219,9 @@ def _up_to(location: str, offset: int, size: int, retry: Retry) -> bytes:
 
 
 def _pread(file: BinaryIO, offset: int, size: int) -> bytes:
+    size = min(size, os.fstat(file.fileno()).st_size - offset)  # an index may say anything
+    if size <= 0:
+        return b""
     file.seek(offset)
     return file.read(size)
 
@@ -295,11 +311,24 @@ def _opener() -> urllib.request.OpenerDirector:
     return urllib.request.build_opener(_Redirects)
 
 
-def _http_get(location: str, timeout_s: float) -> bytes:
+def _body(response: Any, most: int) -> bytes:
+    """What a server or a pipe sends, `most` bytes at most, whatever it promises."""
+    parts, left = [], most
+    while left and (part := response.read(min(left, AT_ONCE))):
+        parts.append(part)
+        left -= len(part)
+    return b"".join(parts)
+
+
+def _stated_length(response: Any) -> int | None:
+    stated = response.headers.get("Content-Length", "")
+    return int(stated) if re.fullmatch("[0-9]{1,18}", stated) else None
+
+
+def _http_get(location: str, most: int, timeout_s: float) -> bytes:
     with _opener().open(_request(location, {}), timeout=timeout_s) as response:
-        data = response.read()
-        stated = response.headers.get("Content-Length")
-    if stated is not None and len(data) != int(stated):
+        data, stated = _body(response, most), _stated_length(response)
+    if stated is not None and len(data) != min(stated, most):
         raise http.client.IncompleteRead(data)
     return data
 
@@ -316,15 +345,17 @@ def _http_range(location: str, offset: int, size: int, timeout_s: float) -> byte
                     "shards.cache",
                     "no ranges",
                 )
-            data, stated = response.read(), response.headers.get("Content-Range", "")
+            data, stated = _body(response, size + 1), response.headers.get("Content-Range", "")
     except urllib.error.HTTPError as error:
         if error.code != 416:
             raise
         error.close()
         return b""
-    found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", stated.strip())
+    found = re.fullmatch(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]+|\*)", stated.strip())
     if not found or int(found[1]) != offset:
-        raise ShardError(f"{location}: asked for bytes from {offset} on, got {stated!r}", "refused")
+        raise ShardError(f"{location}: asked for bytes from {offset} on, got {stated[:80]!r}", "refused")
+    if len(data) > size:
+        raise ShardError(f"{location}: asked for {size} bytes from {offset} on, the server sends more", "refused")
     if len(data) != int(found[2]) - offset + 1:
         raise http.client.IncompleteRead(data, size - len(data))
     return data
@@ -392,9 +423,8 @@ class _HttpStream(io.RawIOBase):
         self._response = _opener().open(_request(self.location, headers), timeout=self.retry.timeout_s)
         if self.at and self._response.status != 206:
             raise ShardError(f"{self.location}: broke at byte {self.at}, and the server knows no ranges", "connection")
-        stated = self._response.headers.get("Content-Length")
-        if not self.at and stated is not None:
-            self._length = int(stated)
+        if not self.at:
+            self._length = _stated_length(self._response)
 
     def _disconnect(self) -> None:
         if self._response is not None:

@@ -11,6 +11,7 @@ read by `tar`, `tarfile` and `webdataset`.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import tarfile
@@ -24,6 +25,8 @@ from lavis_lstp.errors import ShardError
 BLOCK = 512
 COPY = 1 << 20
 SKIP = 16 << 10
+AT_ONCE = 16 << 20
+"""Bytes asked for at once: a header may name more than the file has, and than there is memory."""
 END = bytes(2 * BLOCK)
 LONG_NAME_LIMIT = 64 << 10
 CONTENT_LIMIT = 4 << 30
@@ -169,21 +172,36 @@ class _Counted:
 
     def read(self, size: int) -> bytes:
         parts = []
-        while size and (part := self.stream.read(size)):
+        while size and (part := self._part(min(size, AT_ONCE))):
             parts.append(part)
             size -= len(part)
             self.at += len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
+    def _part(self, size: int) -> bytes:
+        try:
+            return self.stream.read(size)
+        except OSError as error:
+            said = error.strerror or error
+            raise ShardError(f"{self.name}: cannot be read at byte {self.at} ({said})", "refused") from None
+
     def exactly(self, size: int, what: str) -> bytes:
         data = self.read(size)
         if len(data) < size:
-            raise ShardError(f"{self.name}: ends inside {what}, at byte {self.at}", "truncated")
+            raise self._ended(what)
         return data
+
+    def _ended(self, what: str) -> ShardError:
+        return ShardError(f"{self.name}: ends inside {what}, at byte {self.at}", "truncated")
 
     def skip(self, size: int, what: str) -> None:
         if self.seekable and size > SKIP:
-            self.stream.seek(size - 1, os.SEEK_CUR)
+            try:
+                self.stream.seek(size - 1, os.SEEK_CUR)
+            except (OSError, OverflowError, ValueError) as error:  # which of them depends on the stream
+                if isinstance(error, OSError) and error.errno != errno.EINVAL:
+                    raise
+                raise self._ended(what) from None  # farther than any file reaches
             self.at += size - 1
             size = 1  # reading the last byte tells whether it is there
         while size:
@@ -217,7 +235,7 @@ class TarScan:
                 long_name = self._text(self._take(info).rstrip(b"\0"))
             elif info.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE) and info.size <= LONG_NAME_LIMIT:
                 long_name = self._pax_path(self._take(info)) or long_name
-            elif info.type == tarfile.XGLTYPE:
+            elif info.type == tarfile.XGLTYPE and info.size <= LONG_NAME_LIMIT:
                 self._take(info)
             elif info.type == tarfile.DIRTYPE:
                 long_name = None
@@ -266,6 +284,8 @@ class TarScan:
             if self._in.read(BLOCK) != END[:BLOCK]:
                 raise ShardError(f"{self.name}: half an end mark at byte {at}", "truncated")
             return None
+        if (info := _own(block)) is not None:
+            return info
         try:
             info = tarfile.TarInfo.frombuf(block, "utf-8", "strict")
         except UnicodeDecodeError:
@@ -292,7 +312,7 @@ class TarScan:
         """`path` of a pax header, "LENGTH key=value\\n" repeated."""
         while raw:
             length, _, rest = raw.partition(b" ")
-            if not length.isdigit() or not 0 < int(length) <= len(raw):
+            if not length.isdigit() or len(length) > 9 or not 0 < int(length) <= len(raw):
                 raise ShardError(f"{self.name}: a damaged pax header at byte {self._in.at}", "header")
             key, _, value = raw[len(length) + 1 : int(length) - 1].partition(b"=")
             if key == b"path":
@@ -301,6 +321,23 @@ class TarScan:
                 raise ShardError(f"{self.name}: sizes in pax headers are not read; write it with GNU tar", "header")
             raw = raw[int(length) :]
         return None
+
+
+def _own(block: bytes) -> tarfile.TarInfo | None:
+    """What `header` wrote, in a fifth of the time; None for any other block."""
+    digits = block[124:135]
+    if block[156:157] != tarfile.REGTYPE or not digits.isdigit():
+        return None
+    raw = block[:100].rstrip(b"\0")
+    try:
+        name, size = raw.decode("utf-8"), int(digits, 8)
+        if header(name, size) != block:
+            return None
+    except ValueError:  # digits that are not octal, or no UTF-8
+        return None
+    info = tarfile.TarInfo(name)
+    info.size = size
+    return info
 
 
 def _hint(block: bytes) -> str:

@@ -346,7 +346,7 @@ def misfits(
         problems.append(f"{len(unexpected)} keys the model does not have: {_some(unexpected)}")
     if reshaped:
         first = reshaped[0]
-        shapes = f"{list(state_dict[first].shape)} in the file, {list(own[first].shape)} in the model"
+        shapes = f"{list(state_dict[first].shape)!r:.80} in the file, {list(own[first].shape)} in the model"
         problems.append(f"{len(reshaped)} of another shape: '{first}' is {shapes}")
     if not reshaped:
         problems += _torn(tied.values(), state_dict)

@@ -117,7 +117,7 @@ class OptimizerState:
         found: set[str] = set()
         for path in _files(folder):
             with safe_open(path, framework="pt") as file:
-                step = json.loads(file.metadata()["about"])["step"]
+                step = _step(file.metadata(), path)
                 for entry in file.keys():
                     found.add(entry)
                     if entry in expected:
@@ -172,6 +172,16 @@ def _files(folder: Path) -> list[Path]:
             f"{folder} has {len(found)} of {wanted} files optimizer_*.safetensors; copy all of them there"
         )
     return [path for _, (path, _) in sorted(found.items())]
+
+
+def _step(metadata: dict[str, str] | None, path: Path) -> int | float:
+    try:
+        step = json.loads((metadata or {})["about"])["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        step = None
+    if type(step) not in (int, float):
+        raise WeightsError(f"{path}: its header does not say of which step it is; it is no optimizer's state of a run")
+    return step
 
 
 def _check_size(slice_: Any, parameter: torch.Tensor, entry: str, path: Path) -> None:
