@@ -258,7 +258,7 @@ def _questions(
         return builder(OmegaConf.create({**content, **ALONE})).build_datasets()[split].annotation
     except (OmegaConfBaseException, KeyError, TypeError, AttributeError) as error:  # a manifest that was changed
         raise ConfigError(
-            f"{source}: the section of data set '{name}' in the run's manifest is damaged: {_line(error)}"
+            f"{source}: the section of data set '{name}' in the run's manifest is damaged: {_line(error, cwd)}"
         ) from error
 
 
