@@ -8,7 +8,6 @@ Python exceptions with a traceback.
 from __future__ import annotations
 
 import difflib
-import errno
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -80,7 +79,7 @@ def run_command(command: Callable[[], int | None]) -> int:
         _mute()
         return BROKEN_PIPE
     except OSError as error:
-        if error.filename is None and error.errno == errno.ENOSPC:
+        if error.filename is None:
             _mute()  # Python would try to flush it again at its end
         where = error.filename if error.filename is not None else "output"
         return _tell(f"{where}: {error.strerror}" if error.strerror else str(error) or type(error).__name__)

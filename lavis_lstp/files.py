@@ -181,7 +181,8 @@ def owned(
     first = lock.lock_counter == 1
     try:
         if first:
-            sweep(folder, leftovers or ((lambda name: name == target.name) if beside else (lambda name: True)))
+            ours = leftovers or ((lambda name: name == target.name) if beside else (lambda name: True))
+            sweep(folder, lambda name: name == owner.name or ours(name))
             started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
             command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:2]])
             write_json(owner, {"pid": os.getpid(), "host": socket.gethostname(), "since": started, "command": command})

@@ -249,3 +249,10 @@ def test_a_thread_writes_while_another_does(tmp_path):
     for thread in threads:
         thread.join()
     assert json.loads((tmp_path / "x.json").read_text()) in range(3) and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_piece_of_the_campaign():
+    """`make chaos` has ten times as many trials; in a process of its own, as it forks."""
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "tests/chaos.py", "--trials", "8"], cwd=ROOT, env=env, capture_output=True)
+    assert done.returncode == 0, done.stdout.decode() + done.stderr.decode()
