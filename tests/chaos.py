@@ -175,8 +175,8 @@ def problem_of(command: Command, inputs: Path, out: Path, kind: str, number: int
         return f"status {statuses} without a line: {said[-200:]!r}"
     if any(statuses) and not (command.new and command.result(out) == wanted):
         statuses, said, _ = attempt(command, inputs, out)
-    else:
-        statuses = [0]
+    elif command.new:  # the lock of a killed owner stays until the next one, and no next one came
+        return None
     if any(statuses):
         return f"the restart ended with {statuses}: {said.strip()[-300:]}"
     if command.result(out) != wanted:
