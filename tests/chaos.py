@@ -176,7 +176,7 @@ def problem_of(command: Command, inputs: Path, out: Path, kind: str, number: int
     if any(statuses) and not (command.new and command.result(out) == wanted):
         statuses, said, _ = attempt(command, inputs, out)
     elif command.new:  # the lock of a killed owner stays until the next one, and no next one came
-        return None
+        return None if command.result(out) == wanted else "it said that it was done, and the result differs"
     if any(statuses):
         return f"the restart ended with {statuses}: {said.strip()[-300:]}"
     if command.result(out) != wanted:
