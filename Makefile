@@ -13,9 +13,9 @@ MATRIX_TESTS ?= $(wildcard $(addprefix tests/test_,plugin.py shims.py lavis_mode
 	multiple_choice.py evaluations.py ablate.py))
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help venv lint test test-slow test-matrix demo clean
+.PHONY: help venv lint test test-slow test-matrix chaos demo clean
 help:
-	@echo "make demo | test | test-slow | test-matrix | lint | venv | clean"
+	@echo "make demo | test | test-slow | test-matrix | chaos | lint | venv | clean"
 
 venv: .venv/installed
 .venv/installed: setup.py
@@ -47,6 +47,10 @@ test-slow: venv
 test-matrix: venv .venv-tf457/installed
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile $(MATRIX_TESTS)
 	$(MATRIX_BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile $(MATRIX_TESTS)
+
+# Kills every command that writes before its file operations, restarts and compares; see docs/reliability.md.
+chaos: venv
+	PYTHONPATH=.:tests OMP_NUM_THREADS=1 $(BIN)/python tests/chaos.py
 
 demo: venv
 	$(BIN)/lavis-lstp demo

@@ -94,6 +94,7 @@ LAVIS_NEEDS = [
 OUR_NEEDS = [
     "accelerate>=0.34",
     "av>=18",
+    "filelock>=4",
     "jinja2>=3.1",
     "matplotlib>=3.8",
     "numpy>=1.26",

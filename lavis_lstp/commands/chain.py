@@ -37,7 +37,7 @@ from typing import Any
 import yaml
 
 from lavis_lstp.errors import ConfigError, LstpError, unknown_name
-from lavis_lstp.files import write_json
+from lavis_lstp.files import owned, sweep, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -142,6 +142,7 @@ class Chain:
         whole = [*(self.launcher if launch else [sys.executable]), *command]
         logger.info("%s: %s", name, shlex.join(whole))
         with _locked(folder) as lock:
+            sweep(folder, lambda name: name in (started.name, done.name))
             write_json(started, command)
             size = output.stat().st_size if output.is_file() else 0
             begin = time.perf_counter()
@@ -363,6 +364,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     check_recipes(chain, steps)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
-    chain.run(chain.start_from(steps, args.start) if args.start else steps)
+    with owned(chain.out):
+        chain.run(chain.start_from(steps, args.start) if args.start else steps)
     print(f"{chain.out}: {', '.join(f'{name} {seconds:.0f} s' for name, seconds in chain.seconds.items())}")
     return 0

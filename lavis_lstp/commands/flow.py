@@ -23,7 +23,7 @@ import numpy as np
 
 from lavis_lstp.data.video.reading import BACKENDS, FLOW_FILE_VERSION, VIDEO_ENDINGS, read_frames
 from lavis_lstp.errors import AnnotationError, ConfigError, LstpError, VideoError
-from lavis_lstp.files import sha256_file
+from lavis_lstp.files import owned, sha256_file, whole_file
 from lavis_lstp.models.weights.hub import local_path, where_to_put
 
 logger = logging.getLogger(__name__)
@@ -142,16 +142,11 @@ def video_flow(video: Path, args: argparse.Namespace, extractor: Any) -> np.ndar
 
 
 def write_flow(target: Path, flow: np.ndarray, metadata: dict[str, str]) -> None:
-    """Writes under a temporary name and renames."""
+    """Writes a file that is complete, and on disk, as soon as it has its name."""
     from safetensors.numpy import save_file
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
+    with whole_file(target) as partial:
         save_file({"flow": np.ascontiguousarray(flow)}, partial, metadata)
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -177,8 +172,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         LstpError: wrong input or settings, or videos that failed.
     """
-    from tqdm import tqdm
-
     args = _parser().parse_args(argv)
     for name in ("num_frames", "size", "threads"):
         if getattr(args, name) < 1:
@@ -191,6 +184,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(f"--weights: no such file {args.weights}; {where_to_put(args.weights)}")
         args.weights = str(found)
     videos, out, settings = find_videos(args.input, args.videos), Path(args.out), settings_of(args)
+    with owned(out):
+        return _write_missing(videos, out, settings, args)
+
+
+def _write_missing(videos: dict[str, Path], out: Path, settings: dict[str, str], args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
     targets = {video_id: out / f"{video_id}.safetensors" for video_id in videos}
     if not args.overwrite:
         videos = {i: path for i, path in videos.items() if not is_finished(targets[i], path, settings)}

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import NoReturn
 
-from lavis_lstp.errors import ConfigError, LstpError
+from lavis_lstp.errors import ConfigError, run_command
 
 log = logging.getLogger(__name__)
 
@@ -29,12 +29,7 @@ RENDEZVOUS_TIMEOUT = timedelta(hours=2)
 def main(argv: Sequence[str] | None = None, evaluate_only: bool = False) -> int:
     """Run a configuration; 0 when done, 2 after an error of the user's, printed as one line."""
     args = parse_args(argv, "lavis.evaluate" if evaluate_only else "lavis.train")
-    try:
-        run(args, evaluate_only)
-    except LstpError as error:
-        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(lambda: run(args, evaluate_only))
 
 
 def leave(status: int) -> NoReturn:

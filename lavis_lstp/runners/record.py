@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 import lavis_lstp
-from lavis_lstp.files import read_jsonl, write_json, write_jsonl
+from lavis_lstp.files import read_jsonl, write_json, write_jsonl, writing_to
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ class JsonLog:
 
     def write(self, kind: str, **values: Any) -> None:
         if self.enabled:
-            with open(self.path, "a", encoding="utf-8") as handle:
+            with writing_to(self.path), open(self.path, "a", encoding="utf-8") as handle:
                 handle.write(json.dumps({"kind": kind, **values}, ensure_ascii=False) + "\n")
 
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lavis_lstp.errors import WeightsError
+from lavis_lstp.models.saved_runs import checkpoint_of_run
 from lavis_lstp.models.weights.hub import local_path, where_from, where_to_put
 from lavis_lstp.models.weights.published_names import ALONE, KINDS, NOT_IN_BERT, Drop, kind_of, rename, today
 
@@ -216,14 +217,15 @@ def _hub_file(repository: str, file: str, problem: str) -> Path:
 
 
 def weights_file(path: str | Path) -> Path:
-    """The weights that a path stands for: a file, a checkpoint folder, or a run's folder (its best, else its last).
+    """The weights that a path stands for: a file, a checkpoint folder, or a run's folder (its best, else its newest).
 
     A name that is no path is looked for as `checkpoint_source` does.
 
     Raises:
         WeightsError: nothing is there.
     """
-    path = checkpoint_source(path)
+    path = checkpoint_of_run(Path(path).expanduser()) or checkpoint_source(path)  # a link there may lead nowhere
+    path = checkpoint_of_run(path) or path
     if path.is_file():
         return path
     for folder in (path, *(path / name for name in RUN_CHECKPOINTS)):
