@@ -12,9 +12,9 @@ MATRIX_TESTS ?= $(addprefix tests/,host/test_plugin.py host/test_shims.py host/t
 	commands/test_convert.py commands/test_export.py commands/test_ablate.py)
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help venv lint test test-slow test-matrix fuzz demo clean
+.PHONY: help venv lint test test-slow test-matrix fuzz chaos demo clean
 help:
-	@echo "make demo | test | test-slow | test-matrix | fuzz | lint | venv | clean"
+	@echo "make demo | test | test-slow | test-matrix | fuzz | chaos | lint | venv | clean"
 
 venv: .venv/installed
 .venv/installed: setup.py
@@ -51,6 +51,9 @@ test-matrix: venv .venv-tf457/installed
 FUZZ_SECONDS ?= 600
 fuzz: venv
 	$(BIN)/python tests/fuzz.py --seconds $(FUZZ_SECONDS) $(FUZZ_TARGETS)
+# Kills every command that writes before its file operations, restarts and compares; see docs/reliability.md.
+chaos: venv
+	PYTHONPATH=.:tests OMP_NUM_THREADS=1 $(BIN)/python tests/chaos.py
 
 demo: venv
 	$(BIN)/lavis-lstp demo

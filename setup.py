@@ -95,6 +95,7 @@ OUR_NEEDS = [
     "accelerate>=0.34",
     "av>=18",
     "detect-secrets>=1.5",  # `doctor --scan`; pure Python, and what it needs is here anyway
+    "filelock>=4",
     "jinja2>=3.1",
     "matplotlib>=3.8",
     "numpy>=1.26",

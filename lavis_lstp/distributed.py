@@ -53,7 +53,7 @@ def broadcast(value: Any) -> Any:
 
 
 def on_main(compute: Callable[[], Any]) -> Any:
-    """What `compute` gives on rank 0, on every rank; an error of the user's is raised on every rank too.
+    """What `compute` gives on rank 0, on every rank; an error of the user's or the system's is raised on each of them.
 
     Without the latter the others would wait for rank 0 until the collective times out.
     """
@@ -61,7 +61,7 @@ def on_main(compute: Callable[[], Any]) -> Any:
     if is_main():
         try:
             value = compute()
-        except LstpError as caught:
+        except (LstpError, OSError) as caught:
             error = caught
     value, error = broadcast((value, error))
     if error is not None:

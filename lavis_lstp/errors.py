@@ -1,14 +1,16 @@
 """The errors a user can cause.
 
-Each carries one line: what was expected, what came, where, and what to do. The command line entry points
-(`lavis.train`, `lavis.evaluate`, `lavis-lstp`) print that line and exit with status 2; in Python they are
-ordinary exceptions. Bugs of ours stay bare Python exceptions with a traceback.
+Each carries one line: what was expected, what came, where, and what to do. Every command line of the package runs in
+`run_command`, which prints that line and gives status 2; in Python they are ordinary exceptions. Bugs of ours stay bare
+Python exceptions with a traceback.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import os
+import sys
+from collections.abc import Callable, Iterable
 
 from lavis_lstp.redaction import printable, without_secrets
 
@@ -62,6 +64,52 @@ def shortened(value: object, most: int = 200) -> str:
     """A value of any length for a line of text."""
     text = str(value)
     return text if len(text) <= most else f"{text[:most]}..."
+
+
+class BusyError(LstpError, RuntimeError):
+    """Another process is writing to the same place."""
+
+
+STOPPED = 130
+"""Exit status after Ctrl-C, 128 + SIGINT."""
+BROKEN_PIPE = 141
+"""Exit status when nobody reads the output any more (`| head`), 128 + SIGPIPE, as of any other program."""
+
+
+def run_command(command: Callable[[], int | None]) -> int:
+    """Run a command line's work; whatever a user or the system can cause becomes one line on stderr and a status.
+
+    Returns:
+        What `command` returned (0 for None); 2 after an error of the user's, or of the system's such as a full disk;
+        130 after Ctrl-C; 141, in silence, when the reader of the output has gone.
+    """
+    try:
+        status = command() or 0
+        sys.stdout.flush()
+        return status
+    except LstpError as error:
+        return _tell(str(error))
+    except BrokenPipeError:
+        _mute()
+        return BROKEN_PIPE
+    except OSError as error:
+        if error.filename is None:
+            _mute()  # Python would try to flush it again at its end
+        where = error.filename if error.filename is not None else "output"
+        return _tell(f"{where}: {error.strerror}" if error.strerror else str(error) or type(error).__name__)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return STOPPED
+
+
+def _tell(text: str) -> int:
+    print(f"error: {' '.join(text.splitlines())}", file=sys.stderr)
+    return 2
+
+
+def _mute() -> None:
+    """Let what is still in the buffer of stdout go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:

@@ -1,66 +1,244 @@
-"""Files and folders that are either complete or absent.
+"""Files and folders that are either complete or absent, and have one writer at a time.
 
-Text, JSON and JSON lines go in; a file under its final name comes out only when all of it is on disk: written under
-a temporary name beside it, flushed, then renamed. A process killed at any moment leaves the old file or the new one.
+Text, JSON, JSON lines or whatever a block writes go in; a file under its final name comes out only when all of it is on
+disk: written under a temporary name beside it, flushed, then renamed. A process killed at any moment leaves the old
+file or the new one, and a temporary one that the next owner of the place removes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import datetime
+import errno
 import hashlib
+import itertools
 import json
 import math
 import os
+import re
 import shutil
+import socket
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-from lavis_lstp.errors import AnnotationError, ConfigError, LstpError
+from lavis_lstp.errors import AnnotationError, BusyError, ConfigError, LstpError
+
+if TYPE_CHECKING:
+    from filelock import FileLock
+
+HOST = re.sub(r"\W", "_", socket.gethostname())[:32]
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?:\w*-)?\d+(?:-\d+)?\.tmp", re.DOTALL)
+_NAME_BYTES = 160
+"""Of a file's name in a temporary one's, which may have 255 in all."""
+_counter = itertools.count()
+_acquired = threading.local()
+
+
+# ---- complete or absent -----------------------------------------------------------------------------------------
+
+
+def temporary(path: str | os.PathLike) -> Path:
+    """A name beside `path` that no other process on any host uses, and that `sweep` recognises."""
+    path = Path(path)
+    name = path.name.encode()[:_NAME_BYTES].decode(errors="ignore")
+    return path.with_name(f".{name}.{HOST}-{os.getpid()}-{next(_counter)}.tmp")
 
 
 @contextlib.contextmanager
-def atomic_writer(path: str | os.PathLike) -> Iterator[TextIO]:
-    """Open a text file that replaces `path` when the block ends, and vanishes when it raises."""
+def whole_file(path: str | os.PathLike) -> Iterator[Path]:
+    """A temporary name to write to; the file is named `path` when the block ends, and vanishes when it raises.
+
+    Raises:
+        OSError: the system refuses; `filename` is `path` where it names no other file.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    partial = temporary(path)
     try:
-        with open(partial, "w", encoding="utf-8") as handle:
-            yield handle
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(partial, path)
+        with writing_to(path):
+            yield partial
+            _settle(partial)
+            os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
+def atomic_writer(path: str | os.PathLike) -> Iterator[TextIO]:
+    """Open a text file that replaces `path` when the block ends, and vanishes when it raises."""
+    with whole_file(path) as partial, open(partial, "w", encoding="utf-8") as handle:
+        yield handle
+
+
+@contextlib.contextmanager
 def complete_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """An empty folder that is named `path` when the block ends, and vanishes when it raises.
+    """An empty folder that is named `path` when the block ends, and vanishes when it raises; see `owned`.
 
     Raises:
         ConfigError: `path` is a file, or a folder with something in it.
+        BusyError: another process is making it.
     """
     path = Path(path).expanduser()
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise ConfigError(f"'{path}' exists already; expected the name of a new folder")
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    partial.mkdir(parents=True)
+    with owned(path, beside=True):
+        partial = temporary(path)
+        try:
+            with writing_to(path):
+                partial.mkdir(parents=True)
+                yield partial
+                for file in partial.rglob("*"):
+                    if file.is_file():
+                        _settle(file)
+                if path.is_dir():
+                    path.rmdir()
+                os.replace(partial, path)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _settle(file: Path) -> None:
+    """Bring a file to disk, and let colleagues read it where safetensors left it at 0600."""
+    with open(file, "rb") as handle:
+        if os.fstat(handle.fileno()).st_mode & 0o777 == 0o600:
+            mask = os.umask(0)
+            os.umask(mask)
+            file.chmod(0o666 & ~mask)
+        os.fsync(handle.fileno())
+
+
+@contextlib.contextmanager
+def writing_to(path: str | os.PathLike) -> Iterator[None]:
+    """Turn what goes wrong in the block into an OSError with a file's name, where it is the system's refusal to write.
+
+    A full disk makes Python raise an OSError without a name, safetensors an error of its own, and torch a RuntimeError
+    about "unexpected pos".
+    """
     try:
-        yield partial
-        mask = os.umask(0)
-        os.umask(mask)
-        for file in partial.rglob("*"):
-            if file.is_file():
-                file.chmod(0o666 & ~mask)  # safetensors leaves 0600, which no colleague can read
-                with open(file, "rb") as handle:
-                    os.fsync(handle.fileno())
-        if path.is_dir():
-            path.rmdir()
-        os.replace(partial, path)
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = os.fspath(path)
+        raise
+    except _tensor_errors() as error:
+        cause = system_error(error, path)
+        if cause is None:
+            raise
+        raise cause from error
+
+
+def _tensor_errors() -> tuple[type[Exception], ...]:
+    safetensors = sys.modules.get("safetensors")
+    return (RuntimeError, safetensors.SafetensorError) if safetensors else (RuntimeError,)
+
+
+def system_error(error: Exception, path: str | os.PathLike) -> OSError | None:
+    """The OSError behind what safetensors or torch raised while writing `path`; None where there is none."""
+    text = str(error)
+    if isinstance(error, (LstpError, OSError)):
+        return error if isinstance(error, OSError) else None
+    if number := re.search(r"\(os error (\d+)\)", text):
+        code = int(number[1])
+    elif "unexpected pos" in text or "PytorchStreamWriter failed writing" in text:
+        code = errno.ENOSPC  # torch's zip writer hides what the system said; in practice it is this
+    else:
+        return None
+    return OSError(code, os.strerror(code), os.fspath(path))
+
+
+# ---- one writer at a time ---------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def owned(
+    target: str | os.PathLike, *, beside: bool = False, leftovers: Callable[[str], bool] | None = None
+) -> Iterator[None]:
+    """Let no other process write `target` while the block runs, and remove what killed ones left there.
+
+    The lock is the kernel's (`flock`), so that it ends with its process however that ends. A process may own a target
+    several times over; its forked children do not own it.
+
+    Args:
+        target: an output folder, in which the lock lies.
+        beside: `target` is a file, a set or a new folder; the lock lies beside it.
+        leftovers: from the final name of a temporary file to whether it belongs to `target`; by default everything
+            in the folder, or what has exactly the name.
+
+    Raises:
+        BusyError: another process owns it; the line says who, where and since when.
+        OSError: the folder cannot be written.
+    """
+    target = Path(target).expanduser()
+    folder, stem = (target.parent, f".{target.name}.owner") if beside else (target, ".owner")
+    folder.mkdir(parents=True, exist_ok=True)
+    owner = folder / f"{stem}.json"
+    lock = _lock(folder / f"{stem}.lock")
+    if lock is None:
+        raise BusyError(f"{target}: {_who(owner)}; wait for it, or end it")
+    first = lock.lock_counter == 1
+    try:
+        if first:
+            ours = leftovers or ((lambda name: name == target.name) if beside else (lambda name: True))
+            sweep(folder, lambda name: name == owner.name or ours(name))
+            started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+            command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:2]])
+            write_json(owner, {"pid": os.getpid(), "host": socket.gethostname(), "since": started, "command": command})
+        yield
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if first:
+            owner.unlink(missing_ok=True)
+            Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+def _lock(path: Path) -> FileLock | None:
+    """The kernel's lock on a file that its holder removes; None where another process has it."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path, mode=0o666, is_singleton=True, on_acquired=_remember)
+    while True:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return None
+        with contextlib.suppress(FileNotFoundError):
+            if lock.lock_counter > 1 or os.path.samestat(_acquired.status, os.stat(path)):
+                return lock
+        lock.release()  # of a file that its holder removed after it was opened here
+
+
+def _remember(descriptor: int) -> None:
+    _acquired.status = os.fstat(descriptor)
+
+
+def _who(owner: Path) -> str:
+    """The holder of a lock by its own words, for which one that has just begun gets a second."""
+    for _ in range(20):
+        try:
+            said = json.loads(owner.read_text(encoding="utf-8"))
+            facts = [ascii(str(said[key])[:80])[1:-1] for key in ("pid", "host", "command", "since")]
+            return "process {} on {} ({}) has been working here since {}".format(*facts)
+        except (OSError, ValueError, TypeError, KeyError):
+            time.sleep(0.05)
+    return "another process works here"
+
+
+def sweep(folder: Path, ours: Callable[[str], bool] = lambda name: True) -> None:
+    """Remove files and folders that never got their final names; for the owner of what `ours` accepts."""
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        match = _TEMPORARY.fullmatch(path.name)
+        if match and ours(match["name"]):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+
+# ---- JSON -------------------------------------------------------------------------------------------------------
 
 
 def write_json(path: str | os.PathLike, value: Any, *, indent: int | None = 2) -> None:

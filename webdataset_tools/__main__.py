@@ -1,7 +1,7 @@
 """`python -m webdataset_tools VERB ...`: a table of verbs, each a module with HELP, add_arguments, run and show.
 
 Exit status: 0; 1 where the verb found what it looks for (`verify`: something wrong); 2, after one line on stderr, where
-the input is at fault or a file cannot be written; 130 after Ctrl-C.
+the input is at fault or a file cannot be written; 130 after Ctrl-C; 141 where nobody reads the output.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 
-from lavis_lstp.errors import LstpError
+from lavis_lstp.errors import run_command
 from lavis_lstp.redaction import printable, without_secrets
 from lavis_lstp.untrusted import guard_log
 from webdataset_tools.engine import ENGINES
@@ -64,22 +65,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv[1:])
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     guard_log()
-    try:
-        report = module.run(args)
-    except LstpError as error:
-        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
-        return 2
-    except OSError as error:  # a folder that cannot be written, a full disk
-        print(printable(f"error: {error.filename or verb}: {error.strerror or error}"), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    try:
-        said = json.dumps(report, indent=2, ensure_ascii=False) if args.json else module.show(report, args)
-        print(printable(without_secrets(said)), flush=True)
-    except BrokenPipeError:  # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return run_command(lambda: _run(module, args))
+
+
+def _run(module: ModuleType, args: argparse.Namespace) -> int:
+    report = module.run(args)
+    said = json.dumps(report, indent=2, ensure_ascii=False) if args.json else module.show(report, args)
+    print(printable(without_secrets(said)))
     return 1 if report.get("failed") else 0
 
 

@@ -73,10 +73,11 @@ def derive(
     """
     digests = [entry["digest"] for entry in sets.ShardSet(shards).entries]
     paths = [f"{out}-{number:06d}.tar" for number in range(len(shards))]
-    check_others(out, paths, overwrite)
     jobs = [
         Job(path, location, member, make, settings, overwrite, sha256_json([member, about, digest]))
         for path, location, digest in zip(paths, shards, digests, strict=True)
     ]
-    entries = run_jobs(derive_shard, jobs, desc=member, **how)
-    return finish(out, paths, entries, (), about)
+    with sets.owned_set(out):
+        check_others(out, paths, overwrite)
+        entries = run_jobs(derive_shard, jobs, desc=member, **how)
+        return finish(out, paths, entries, (), about)

@@ -13,7 +13,6 @@ import glob
 import json
 import os
 import random
-import re
 import stat
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -113,14 +112,16 @@ def finished(path: Path, plan: str, overwrite: bool) -> index.ShardIndex | None:
         ConfigError: it was made by another plan.
     """
     place = Path(beside(str(path), index.INDEX_SUFFIX))
-    if overwrite or not path.is_file() or not place.is_file():
-        return None
-    found = index.parse(place.read_bytes(), str(place))
-    if found.facts["plan"] != plan:
-        raise ConfigError(
-            f"{path}: was packed from another input or with other settings; name another output or add --overwrite"
-        )
-    return found if path.stat().st_size == found.bytes else None
+    if not overwrite and path.is_file() and place.is_file():
+        found = index.parse(place.read_bytes(), str(place))
+        if found.facts["plan"] != plan:
+            raise ConfigError(
+                f"{path}: was packed from another input or with other settings; name another output or add --overwrite"
+            )
+        if path.stat().st_size == found.bytes:
+            return found
+    place.unlink(missing_ok=True)  # it must not stand beside another shard's content
+    return None
 
 
 def _write(shard: ShardWriter, unit: Unit, medium: Medium | None) -> dict[str, Any]:
@@ -183,17 +184,19 @@ def pack(
     sizes = [expected_bytes(unit, root, settings) for unit in found]
     parts = plan_shards(sizes, max_size=max_size, max_count=max_count, min_shards=min_shards)
     paths = [f"{out}-{number:06d}.tar" for number in range(len(parts))]
-    check_others(out, paths, overwrite)
     jobs = []
     for path, part in zip(paths, parts, strict=True):
         chosen, about = tuple(found[part.start : part.stop]), tuple(sizes[part.start : part.stop])
         plan = sha256_json([VERSION, asdict(settings), skip_bad, list(about), [list(unit) for unit in chosen]])
         jobs.append(Job(path, str(root), chosen, about, settings, skip_bad, overwrite, plan))
-    entries = run_jobs(pack_shard, jobs, engine=engine, workers=workers, address=address, desc="pack")
-    bad = [row for entry in entries for row in entry.pop("left_out")]
-    if not sum(entry["samples"] for entry in entries):
-        raise ShardError(f"{out}: none of {len(found)} samples can be decoded; first: {bad[0]['error']}", "undecodable")
-    return finish(out, paths, entries, bad, {"settings": asdict(settings)})
+    with sets.owned_set(out):
+        check_others(out, paths, overwrite)
+        entries = run_jobs(pack_shard, jobs, engine=engine, workers=workers, address=address, desc="pack")
+        bad = [row for entry in entries for row in entry.pop("left_out")]
+        if not sum(entry["samples"] for entry in entries):
+            what = f"none of {len(found)} samples can be decoded; first: {bad[0]['error']}"
+            raise ShardError(f"{out}: {what}", "undecodable")
+        return finish(out, paths, entries, bad, {"settings": asdict(settings)})
 
 
 def finish(
@@ -205,15 +208,14 @@ def finish(
         write_jsonl(quarantine, bad)
     else:
         quarantine.unlink(missing_ok=True)
-    partials = re.compile(rf"\.{re.escape(Path(out).name)}-\d{{6,}}\.(tar|index)\.\d+\.tmp")
-    for partial in Path(out).parent.iterdir():
-        if partials.fullmatch(partial.name):  # of runs that were killed; nothing of this set is being written now
-            partial.unlink(missing_ok=True)
     return sets.write_manifest(paths[0], entries, {**about, "left_out": len(bad)})[1]
 
 
 def check_others(out: str, paths: Sequence[str], overwrite: bool) -> None:
-    """Shards of this name that this run will not write: of another set."""
+    """Shards of this name that this run will not write: of another set.
+
+    A set that is to be replaced loses its manifest first: with it, it would pass for complete.
+    """
     name = Path(out).name
     there = {
         path for path in Path(out).parent.glob(f"{glob.escape(name)}-*.tar") if path.stem[len(name) + 1 :].isdigit()
@@ -221,6 +223,8 @@ def check_others(out: str, paths: Sequence[str], overwrite: bool) -> None:
     others = sorted(there - {Path(path) for path in paths})
     if others and not overwrite:
         raise ConfigError(f"{others[0]}: is of another set of this name; name another output or add --overwrite")
+    if overwrite:
+        Path(sets.manifest_location(paths[0])).unlink(missing_ok=True)
     for path in others:
         Path(beside(str(path), index.INDEX_SUFFIX)).unlink(missing_ok=True)
         path.unlink()

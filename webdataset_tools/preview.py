@@ -27,7 +27,7 @@ from lavis_lstp.data.shards.questions import ShardQuestions
 from lavis_lstp.data.shards.sets import ShardSet
 from lavis_lstp.data.shards.storage import expand
 from lavis_lstp.errors import ConfigError
-from lavis_lstp.files import atomic_writer
+from lavis_lstp.files import atomic_writer, whole_file
 from lavis_lstp.report.explanation import GOLD, PREDICTED, flow_colours
 from lavis_lstp.report.shell import page_of, picture_tag
 from webdataset_tools.pack import positive
@@ -179,12 +179,8 @@ def _write_png(path: Path, parts: Sequence[Image.Image]) -> None:
     for part in parts:
         whole.paste(part, (0, top))
         top += part.height
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with whole_file(path) as partial:
         whole.save(partial, "PNG")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -107,13 +107,14 @@ def rewrite(
 ) -> dict[str, Any]:
     """Writes a set whose shards hold these samples; returns its manifest."""
     paths = [f"{out}-{number:06d}.tar" for number in range(len(shards))]
-    check_others(out, paths, overwrite)
     jobs = []
     for path, items in zip(paths, shards, strict=True):
         identity = [item.identity() for item in items]
         jobs.append(Job(path, tuple(items), root, overwrite, sha256_json([about, identity])))
-    entries = run_jobs(rewrite_shard, jobs, desc=Path(out).name, **how)
-    return finish(out, paths, entries, bad, about)
+    with sets.owned_set(out):
+        check_others(out, paths, overwrite)
+        entries = run_jobs(rewrite_shard, jobs, desc=Path(out).name, **how)
+        return finish(out, paths, entries, bad, about)
 
 
 def kept_samples(shards: Sequence[str], drop: Sequence[str] = ()) -> list[Kept]:

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from lavis_lstp.errors import ConfigError
-from lavis_lstp.files import atomic_writer, write_json
+from lavis_lstp.files import atomic_writer, owned, write_json
 from lavis_lstp.redaction import printable, without_secrets_in
 from lavis_lstp.report.table import judge_line, measure, paired_p, table_lines
 from lavis_lstp.untrusted import guard_log
@@ -140,7 +140,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     cells = cells_of(*unique, args.options)
     launcher = ["torchrun", "--standalone", f"--nproc-per-node={args.nproc}"] if args.nproc > 1 else []
     out = args.out or Path("output/ablate", Path(args.cfg_path[0]).stem)
-    rows = ablate(cells, out, args.options, launcher)
+    with owned(out):
+        rows = ablate(cells, out, args.options, launcher)
     print(printable("\n" + "\n".join([*table_lines(rows, "frames"), "", judge_line(rows)])))
     first = ", ".join(dict.fromkeys(row["compared_with"] for row in rows if row["compared_with"]))
     print(f"\n{rows[0]['questions']} questions." + (f" p: exact McNemar test against {first}." if first else ""))

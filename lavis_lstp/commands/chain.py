@@ -37,7 +37,7 @@ from typing import Any
 import yaml
 
 from lavis_lstp.errors import ConfigError, LstpError, unknown_name
-from lavis_lstp.files import read_record, write_json
+from lavis_lstp.files import owned, read_record, sweep, write_json
 from lavis_lstp.redaction import printable, without_secrets, without_secrets_in
 from lavis_lstp.untrusted import guard_log
 
@@ -145,6 +145,7 @@ class Chain:
         whole = [*(self.launcher if launch else [sys.executable]), *command]
         logger.info("%s: %s", name, without_secrets(shlex.join(whole)))
         with _locked(folder) as lock:
+            sweep(folder, lambda name: name in (started.name, done.name))
             write_json(started, recorded)
             size = output.stat().st_size if output.is_file() else 0
             begin = time.perf_counter()
@@ -376,6 +377,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_recipes(chain, steps)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
     guard_log()
-    chain.run(chain.start_from(steps, args.start) if args.start else steps)
+    with owned(chain.out):
+        chain.run(chain.start_from(steps, args.start) if args.start else steps)
     print(f"{chain.out}: {', '.join(f'{name} {seconds:.0f} s' for name, seconds in chain.seconds.items())}")
     return 0

@@ -1,18 +1,17 @@
 """`lavis-lstp COMMAND ...`: a table of commands, each a `main(argv)` in a module that is imported when asked for.
 
 In: the words of a command line. Out: the command's output and its exit status; 2, after one line on stderr, where the
-input is at fault.
+input or the system is at fault.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import sys
 from collections.abc import Sequence
 
 from lavis_lstp import __version__
-from lavis_lstp.errors import LstpError
+from lavis_lstp.errors import run_command
 from lavis_lstp.host import hook
 from lavis_lstp.redaction import printable
 
@@ -50,11 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="what the command takes")
     args = parser.parse_args(argv)
     module, _, function = COMMANDS[args.command][0].partition(":")
-    try:
-        return getattr(importlib.import_module(module), function)(args.arguments) or 0
-    except LstpError as error:
-        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
-        return 2
+    return run_command(lambda: getattr(importlib.import_module(module), function)(args.arguments))
 
 
 def list_names(argv: Sequence[str] | None = None) -> int:

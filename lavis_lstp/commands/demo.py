@@ -26,7 +26,7 @@ from lavis_lstp.commands.report import report
 from lavis_lstp.data.frame_numbers import uniform_centres
 from lavis_lstp.data.qa_dataset import read_annotation
 from lavis_lstp.data.shapes.scene import FPS, NUM_FRAMES
-from lavis_lstp.files import atomic_writer, write_json
+from lavis_lstp.files import atomic_writer, owned, write_json
 from lavis_lstp.metrics.grounding import evaluate_spans
 from lavis_lstp.redaction import printable
 from lavis_lstp.report.table import judge_line, measure, paired_p, table_lines
@@ -182,10 +182,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "2")
     started = time.perf_counter()
     demo = Demo(args.out, args.options)
-    result = demo.run()
-    print(printable("\n" + table(result)))
-    code = explain(demo)
-    report([args.out], title="Shapes-QA")
+    with owned(args.out):
+        result = demo.run()
+        print(printable("\n" + table(result)))
+        code = explain(demo)
+        report([args.out], title="Shapes-QA")
     files = ", ".join(str(args.out / name) for name in FILES)
     print(f"\n{time.perf_counter() - started:.0f} s. Written: {files}")
     return code or (0 if result["verdict"]["met"] else 1)

@@ -23,7 +23,7 @@ import numpy as np
 
 from lavis_lstp.data.video.reading import BACKENDS, FLOW_FILE_VERSION, VIDEO_ENDINGS, read_frames
 from lavis_lstp.errors import AnnotationError, ConfigError, LstpError, VideoError
-from lavis_lstp.files import sha256_file, sorted_header
+from lavis_lstp.files import owned, sha256_file, sorted_header, whole_file
 from lavis_lstp.models.weights.hub import local_path, where_to_put
 from lavis_lstp.untrusted import why_no_file_name
 
@@ -143,16 +143,12 @@ def video_flow(video: Path, args: argparse.Namespace, extractor: Any) -> np.ndar
 
 
 def write_flow(target: Path, flow: np.ndarray, metadata: dict[str, str]) -> None:
-    """Writes under a temporary name and renames; equal flow gives equal bytes, readable by whom the umask allows."""
+    """Writes a file that is complete, and on disk, as soon as it has its name; equal flow gives equal bytes."""
     from safetensors.numpy import save
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
+    with whole_file(target) as partial:
         partial.write_bytes(sorted_header(save({"flow": np.ascontiguousarray(flow)}, metadata)))
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -178,8 +174,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         LstpError: wrong input or settings, or videos that failed.
     """
-    from tqdm import tqdm
-
     args = _parser().parse_args(argv)
     for name in ("num_frames", "size", "threads"):
         if getattr(args, name) < 1:
@@ -192,6 +186,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(f"--weights: no such file {args.weights}; {where_to_put(args.weights)}")
         args.weights = str(found)
     videos, out, settings = find_videos(args.input, args.videos), Path(args.out), settings_of(args)
+    with owned(out):
+        return _write_missing(videos, out, settings, args)
+
+
+def _write_missing(videos: dict[str, Path], out: Path, settings: dict[str, str], args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
     targets = {video_id: out / f"{video_id}.safetensors" for video_id in videos}
     if not args.overwrite:
         videos = {i: path for i, path in videos.items() if not is_finished(targets[i], path, settings)}

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lavis_lstp.errors import ConfigError
-from lavis_lstp.files import atomic_writer
+from lavis_lstp.files import atomic_writer, owned
 from lavis_lstp.redaction import printable, without_secrets
 from lavis_lstp.report.evaluations import find_evaluations
 from lavis_lstp.report.page import question_order, write_page
@@ -37,11 +37,11 @@ def report(
     Raises:
         LstpError: no predictions, or some that cannot be read.
     """
-    evaluations = find_evaluations(paths)
     first = Path(paths[0])
     target = Path(out) if out else (first if first.is_dir() else first.parent) / "report.html"
     if target.suffix != ".html" or target.is_dir():
         raise ConfigError(f"--out {target}: expected the name of a file that ends with .html")
+    evaluations = find_evaluations(paths)
     order = question_order(evaluations)
     chosen: tuple = ({}, [], [])
     if pictures:
@@ -51,7 +51,7 @@ def report(
     title = title or " and ".join(dict.fromkeys(path.resolve().name for path in map(Path, paths)))
     page, warnings = write_page(evaluations, order, title=title, chosen=chosen, asked=min(pictures, len(order)))
     try:
-        with atomic_writer(target) as file:
+        with owned(target, beside=True), atomic_writer(target) as file:
             file.write(page)
     except OSError as error:
         raise ConfigError(f"--out {target}: cannot be written ({error.strerror or error})") from error

@@ -14,11 +14,11 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any, NoReturn
 
-from lavis_lstp.errors import ConfigError, LstpError
+from lavis_lstp.errors import ConfigError, run_command
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ RENDEZVOUS_TIMEOUT = timedelta(hours=2)
 def main(argv: Sequence[str] | None = None, evaluate_only: bool = False) -> int:
     """Run a configuration; 0 when done, 2 after an error of the user's, printed as one line."""
     args = parse_args(argv, NAMES[evaluate_only])
-    return _status(run, args, evaluate_only)
+    return run_command(lambda: run(args, evaluate_only))
 
 
 def check_first(argv: Sequence[str], name: str) -> None:
@@ -42,18 +42,10 @@ def check_first(argv: Sequence[str], name: str) -> None:
     """
     from lavis_lstp.host import precheck
 
-    status = _status(precheck.check, parse_args(argv, name), name == NAMES[True])
+    args = parse_args(argv, name)
+    status = run_command(lambda: precheck.check(args, name == NAMES[True]))
     if status:
         sys.exit(status)
-
-
-def _status(work: Callable[[argparse.Namespace, bool], None], args: argparse.Namespace, evaluate_only: bool) -> int:
-    try:
-        work(args, evaluate_only)
-    except LstpError as error:
-        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
-        return 2
-    return 0
 
 
 def leave(status: int) -> NoReturn:

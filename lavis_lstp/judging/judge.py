@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lavis_lstp.errors import ConfigError, CoverageError
-from lavis_lstp.files import sha256_file, write_json, write_jsonl
+from lavis_lstp.files import owned, sha256_file, write_json, write_jsonl
 from lavis_lstp.judging.cache import VerdictCache, default_path
 from lavis_lstp.judging.compare import at_least
 from lavis_lstp.judging.endpoint import EndpointJudge, OnVerdict, refuse_keys
@@ -175,10 +175,10 @@ def _judge(args: argparse.Namespace) -> Judge | None:
 def _finish(
     args: argparse.Namespace, rows: Mapping[str, Row], verdicts: Mapping[str, Verdict], coverage: Mapping[str, Any]
 ) -> int:
-    """Write verdicts and result, print the table.
+    """Say where verdicts and result go, and let nobody else write there.
 
     Raises:
-        CoverageError: questions without a verdict, and not `--allow-partial`.
+        BusyError: another process does.
     """
     predictions = Path(args.predictions)
     out = Path(args.out) if args.out else predictions.with_name(f"{predictions.stem}_judged_{args.judge}.jsonl")
@@ -187,6 +187,23 @@ def _finish(
         Path(p).resolve() for p in (predictions, args.answers, args.verdicts) if p
     }:
         raise ConfigError(f"--out {out} or the result, {result_file}, would replace another file; name a *.jsonl")
+    with writing(out), owned(out, beside=True, leftovers=lambda name: name in (out.name, result_file.name)):
+        return _write(args, rows, verdicts, coverage, out, result_file)
+
+
+def _write(
+    args: argparse.Namespace,
+    rows: Mapping[str, Row],
+    verdicts: Mapping[str, Verdict],
+    coverage: Mapping[str, Any],
+    out: Path,
+    result_file: Path,
+) -> int:
+    """Write verdicts and result, print the table.
+
+    Raises:
+        CoverageError: questions without a verdict, and not `--allow-partial`.
+    """
     with writing(out):
         result_file.unlink(missing_ok=True)  # an earlier result must not stand beside these verdicts
         write_jsonl(out, (verdict_row(key, rows[key], verdict) for key, verdict in verdicts.items()))
@@ -198,7 +215,7 @@ def _finish(
         "version": 1,
         **{
             name: {"file": Path(path).name, "sha256": sha256_file(path)}
-            for name, path in (("predictions", predictions), ("answers", args.answers), ("verdicts", out))
+            for name, path in (("predictions", args.predictions), ("answers", args.answers), ("verdicts", out))
             if path
         },
         **score_verdicts(rows, verdicts, coverage, resamples=args.resamples, seed=args.bootstrap_seed),

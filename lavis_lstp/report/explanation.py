@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lavis_lstp.files import whole_file
 from lavis_lstp.schema import Span
 
 CHOSEN = "#e6007e"  # outline of chosen frames: in neither the data set's colours nor a film's usual ones
@@ -97,13 +98,8 @@ def explanation_picture(
         _draw_chosen(page, frames, times, chosen, large, aspect)
 
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with whole_file(path) as partial:
         FigureCanvasAgg(page.figure).print_png(str(partial))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
     return path
 
 

@@ -14,9 +14,7 @@ dict; this module knows neither models nor optimizers.
 from __future__ import annotations
 
 import logging
-import math
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -27,25 +25,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lavis_lstp.errors import LstpError, WeightsError
-from lavis_lstp.files import read_record, sha256_file, write_json
+from lavis_lstp.files import sha256_file, temporary, write_json, writing_to
 from lavis_lstp.models.weights.reading import load_torch
 from lavis_lstp.redaction import without_secrets_in
-from lavis_lstp.untrusted import why_no_file_name, why_no_path
+from lavis_lstp.models.saved_runs import (
+    BEST,
+    MANIFEST,
+    checkpoint_of_run,
+    complete_checkpoints,
+    read_best,
+    read_manifest,
+    what_is_torn,
+)
 
 log = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
-_NAME = re.compile(r"step_(\d{8,})")
-
-
-_BEST: dict[str, Callable[[Any], bool]] = {
-    "checkpoint": lambda value: isinstance(value, str) and _NAME.fullmatch(value) is not None,
-    "metric": lambda value: isinstance(value, str),
-    "value": lambda value: type(value) in (int, float) and math.isfinite(value),
-    "worse_steps": lambda value: isinstance(value, list) and all(type(step) is int for step in value),
-    "validated_step": lambda value: type(value) is int,
-}
 
 
 class CheckpointError(LstpError, OSError):
@@ -65,18 +60,16 @@ class CheckpointStore:
         return self.folder / f"step_{step:08d}"
 
     def temporary(self, step: int) -> Path:
-        return self.folder / f".step_{step:08d}.tmp"
+        """The folder in which a checkpoint is written; the process that asks chooses it for all others."""
+        return temporary(self.path(step))
 
-    def begin(self, step: int) -> Path:
-        """An empty folder to write into, out of sight of `complete`."""
-        folder = self.temporary(step)
-        shutil.rmtree(folder, ignore_errors=True)
+    def begin(self, folder: Path) -> None:
+        """Make the folder to write into, out of sight of `complete`."""
         folder.mkdir(parents=True)
-        return folder
 
-    def commit(self, step: int, manifest: Mapping[str, Any]) -> Path:
+    def commit(self, step: int, folder: Path, manifest: Mapping[str, Any]) -> Path:
         """Write the manifest and give the folder its name."""
-        folder, final = self.temporary(step), self.path(step)
+        final = self.path(step)
         files = {
             str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
             for path in sorted(folder.rglob("*"))
@@ -93,19 +86,12 @@ class CheckpointStore:
         self.point("last", final)
         return final
 
-    def abandon(self, step: int) -> None:
-        shutil.rmtree(self.temporary(step), ignore_errors=True)
+    def abandon(self, folder: Path) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
 
     def complete(self) -> list[Path]:
         """Folders of complete checkpoints by ascending step; a torn one is named in the log and left out."""
-        found = []
-        for path in sorted(self.folder.glob("step_*"), key=step_of):
-            reason = what_is_torn(path)
-            if reason:
-                log.warning("skipping torn checkpoint %s: %s", path, reason)
-            else:
-                found.append(path)
-        return found
+        return complete_checkpoints(self.folder)
 
     def latest(self) -> Path | None:
         """The complete checkpoint with the highest step whose files have the recorded content."""
@@ -119,10 +105,19 @@ class CheckpointStore:
 
     def point(self, name: str, target: Path) -> None:
         """Make `checkpoints/<name>` a symbolic link to a checkpoint, in one step."""
-        partial = self.folder / f".{name}.{os.getpid()}.tmp"
-        partial.unlink(missing_ok=True)
+        partial = temporary(self.folder / name)
         partial.symlink_to(target.name, target_is_directory=True)
         os.replace(partial, self.folder / name)
+
+    def mend_links(self) -> None:
+        """Point `last` and `best` at what they stand for: a killed process may have left them behind."""
+        complete, best = self.complete(), self.best().get("checkpoint")
+        for name, target in (("last", complete[-1].name if complete else None), ("best", best)):
+            link = self.folder / name
+            if target and not (link.is_symlink() and os.readlink(link) == target):
+                self.point(name, self.folder / target)
+            elif not target and link.is_symlink():
+                link.unlink()
 
     def best(self) -> dict[str, Any]:
         """Content of best.json; empty before any validation.
@@ -132,31 +127,19 @@ class CheckpointStore:
         Raises:
             WeightsError: the file is not of this form.
         """
-        path = self.folder / "best.json"
-        best = read_record(path, error=WeightsError) if path.is_file() else {}
-        for key, value in best.items():
-            if not _BEST.get(key, lambda _: True)(value):
-                raise WeightsError(
-                    f"{path}: '{key}' is not of the form that training writes: {value!r:.80}; restore the file, or "
-                    "remove it and validate again"
-                )
-        name = best.get("checkpoint")
-        if name and (why_no_file_name(name) or what_is_torn(self.folder / name)):
-            log.warning("ignoring %s: its checkpoint %s is gone or torn", path, best["checkpoint"])
-            return {}
-        return best
+        return read_best(self.folder)
 
     def record_best(self, record: Mapping[str, Any]) -> None:
         if record.get("checkpoint"):
             self.point("best", self.folder / record["checkpoint"])
-        write_json(self.folder / "best.json", dict(record))
+        write_json(self.folder / BEST, dict(record))
 
     def forget_best(self, metric: str) -> None:
         """Forget the best checkpoint, and what was validated, unless `metric` made it the best."""
         best = self.best()
         if best.get("metric", metric) != metric:
             log.warning("run.metric is %s: forgetting the best checkpoint by %s", metric, best["metric"])
-            for name in ("best.json", "best"):
+            for name in (BEST, "best"):
                 (self.folder / name).unlink(missing_ok=True)
 
     def prune(self, keep_last: int) -> None:
@@ -169,61 +152,18 @@ class CheckpointStore:
                 shutil.rmtree(doomed)
 
     def clean(self, *, fresh: bool = False) -> None:
-        """Remove what killed writers left behind; in a fresh run also marks of an earlier one without checkpoints."""
-        for name in ("best.json", "best", "last") if fresh else ():
+        """Remove what killed writers left behind, and mend the links that they left wrong.
+
+        In a fresh run also marks of an earlier one without checkpoints are removed.
+        """
+        for name in (BEST, "best", "last") if fresh else ():
             (self.folder / name).unlink(missing_ok=True)
-        for path in self.folder.glob(".*.tmp"):
+        for path in self.folder.glob(".*.tmp"):  # also those of versions that named them otherwise
             if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
+                shutil.rmtree(path)
             else:
-                path.unlink(missing_ok=True)
-
-
-def step_of(path: Path) -> int:
-    match = _NAME.fullmatch(path.name)
-    return int(match.group(1)) if match else -1
-
-
-def what_is_torn(path: Path) -> str | None:
-    """Why a folder is no complete checkpoint, or None if it is one. Compares sizes, not content."""
-    if step_of(path) < 0 or not path.is_dir():
-        return "not a folder named step_<number>"
-    if not (path / MANIFEST).is_file():
-        return f"no {MANIFEST}"
-    try:
-        files = read_manifest(path)["files"]
-    except WeightsError as error:
-        return f"unreadable {MANIFEST}: {error}"
-    for name, facts in files.items():
-        if why_no_path(name) is not None:
-            return f"{MANIFEST} names {name!r}, which {why_no_path(name)}"
-        if not (path / name).is_file():
-            return f"{name} is missing"
-        size = (path / name).stat().st_size
-        if size != facts["bytes"]:
-            return f"{name} has {size} bytes, expected {facts['bytes']}"
-    return None
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint folder.
-
-    Raises:
-        WeightsError: it cannot be read, or does not list the folder's files.
-    """
-    return read_record(path / MANIFEST, {"files": _lists_files}, error=WeightsError)
-
-
-def _lists_files(value: Any) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(facts, dict)
-        and type(facts.get("bytes")) is int
-        and isinstance(facts.get("sha256"), str)
-        and not Path(name).is_absolute()
-        and ".." not in Path(name).parts
-        and "\0" not in name
-        for name, facts in value.items()
-    )
+                path.unlink()
+        self.mend_links()
 
 
 def find(path: str | os.PathLike) -> Path:
@@ -238,7 +178,7 @@ def find(path: str | os.PathLike) -> Path:
         if latest is None:
             raise WeightsError(f"no complete checkpoint in {path / 'checkpoints'}")
         return latest
-    folder = path.resolve()
+    folder = (checkpoint_of_run(path) or path).resolve()
     if not folder.is_dir():
         raise WeightsError(f"no checkpoint at {path}; expected a folder such as <output_dir>/checkpoints/step_00000100")
     reason = what_is_torn(folder)
@@ -250,7 +190,8 @@ def find(path: str | os.PathLike) -> Path:
 def save_weights(state: Mapping[str, torch.Tensor], path: Path) -> None:
     """Tensors on the CPU, contiguous and without shared storage, as safetensors."""
     plain = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
-    save_file(plain, str(path), metadata={"format": "pt"})  # of several entries the order would differ each time
+    with writing_to(path):
+        save_file(plain, str(path), metadata={"format": "pt"})  # of several entries the order would differ each time
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)  # safetensors leaves 0600, which no colleague can read

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lavis_lstp import distributed
 from lavis_lstp.errors import ConfigError, WeightsError
+from lavis_lstp.files import writing_to
 from lavis_lstp.runners import checkpoint
 
 log = logging.getLogger(__name__)
@@ -156,7 +157,8 @@ class TorchEngine(WholeModel):
     def save(self, snapshot: Any, folder: Path) -> None:
         """Write it, without waiting for another rank. Called on every rank."""
         if snapshot is not None:
-            torch.save(snapshot, folder / OPTIMIZER)
+            with writing_to(folder / OPTIMIZER):
+                torch.save(snapshot, folder / OPTIMIZER)
 
     def load(self, folder: Path) -> None:
         """Read it back.

@@ -31,7 +31,7 @@ import lavis_lstp
 from lavis_lstp import distributed
 from lavis_lstp.batch import take_rows
 from lavis_lstp.errors import ConfigError, CoverageError
-from lavis_lstp.files import read_jsonl, sha256_json, write_jsonl
+from lavis_lstp.files import read_jsonl, sha256_json, sweep, write_jsonl, writing_to
 from lavis_lstp.runners import resume
 from lavis_lstp.runners.data_order import Batches, eval_batches, eval_units
 from lavis_lstp.runners.engine import WholeModel, autocast
@@ -62,8 +62,10 @@ class PartFiles:
         merged = self.folder / "merged.jsonl"
         if distributed.is_main():
             whole = [row for row in self._read() if len(row["records"]) >= row["samples"]]
-            shutil.rmtree(self.folder, ignore_errors=True)
-            write_jsonl(merged, [self.header, *whole])
+            write_jsonl(merged, [self.header, *whole])  # first: until it is there, the batches lie in these files alone
+            for path in self.folder.glob("rank*.jsonl"):
+                path.unlink(missing_ok=True)
+            sweep(self.folder)
         distributed.barrier()
         done = {row["batch"] for row in read_jsonl(merged) if "batch" in row}
         self.handle = open(self.folder / f"rank{distributed.rank():05d}.jsonl", "w", encoding="utf-8")
@@ -86,8 +88,9 @@ class PartFiles:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _append(self, row: Mapping[str, Any]) -> None:
-        self.handle.write(json.dumps(row, ensure_ascii=False) + "\n")
-        self.handle.flush()
+        with writing_to(self.handle.name):
+            self.handle.write(json.dumps(row, ensure_ascii=False) + "\n")
+            self.handle.flush()
 
     def _read(self) -> list[dict[str, Any]]:
         """Rows of all files, one per batch, in the order of the batches."""

@@ -24,7 +24,7 @@ import torch
 
 import lavis_lstp
 from lavis_lstp.errors import ConfigError
-from lavis_lstp.files import read_jsonl, read_record, write_json, write_jsonl
+from lavis_lstp.files import read_jsonl, read_record, write_json, write_jsonl, writing_to
 from lavis_lstp.redaction import without_secrets_in
 
 log = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ class JsonLog:
 
     def write(self, kind: str, **values: Any) -> None:
         if self.enabled:
-            with open(self.path, "a", encoding="utf-8") as handle:
+            with writing_to(self.path), open(self.path, "a", encoding="utf-8") as handle:
                 handle.write(json.dumps({"kind": kind, **values}, ensure_ascii=False) + "\n")
 
 

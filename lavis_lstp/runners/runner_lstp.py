@@ -9,6 +9,7 @@ weights is the engine's business (`build_engine`), what a loss or a metric is th
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
@@ -23,7 +24,7 @@ from lavis.runners.runner_base import RunnerBase
 from lavis_lstp import distributed
 from lavis_lstp.config.run import RunSettings, check_splits, splits_of
 from lavis_lstp.errors import ConfigError
-from lavis_lstp.files import sha256_json
+from lavis_lstp.files import owned, sha256_json, sweep
 from lavis_lstp.redaction import recordable
 from lavis_lstp.runners import checkpoint, resume
 from lavis_lstp.runners.data_order import Batches, TrainOrder, sampling_of
@@ -120,9 +121,29 @@ class RunnerLSTP(RunnerBase):
     # ---- entry points -------------------------------------------------------------------------------------------
 
     def train(self) -> dict[str, Any]:
-        """Train, validate, test; with `run.evaluate` only the latter two. Returns the metrics by split."""
-        if self.evaluate_only:
-            return self._evaluate_alone(self._eval_splits(), "given", skip_reload=True)
+        """Train, validate, test; with `run.evaluate` only the latter two. Returns the metrics by split.
+
+        Raises:
+            BusyError: another run works in the output folder.
+        """
+        with self._alone():
+            if self.evaluate_only:
+                return self._evaluate_alone(self._eval_splits(), "given", skip_reload=True)
+            return self._train()
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Own the output folder; rank 0 does so for all ranks."""
+        with contextlib.ExitStack() as until_the_end:
+
+            def own() -> None:
+                until_the_end.enter_context(owned(self.output_dir))
+                sweep(self.result_dir)
+
+            distributed.on_main(own)
+            yield
+
+    def _train(self) -> dict[str, Any]:
         self.manifest = self._manifest("train")
         self._prepare_training()
         with self.manifest.running():
@@ -135,7 +156,8 @@ class RunnerLSTP(RunnerBase):
 
     def evaluate(self, cur_epoch: int | str = "given", skip_reload: bool = True) -> dict[str, Any]:
         """Evaluate `test_splits` with the weights at hand, or with the best checkpoint's unless `skip_reload`."""
-        return self._evaluate_alone(self.settings.test_splits, cur_epoch, skip_reload=skip_reload)
+        with self._alone():
+            return self._evaluate_alone(self.settings.test_splits, cur_epoch, skip_reload=skip_reload)
 
     def _evaluate_alone(self, splits: Sequence[str], cur_epoch: int | str, *, skip_reload: bool) -> dict[str, Any]:
         if not splits:

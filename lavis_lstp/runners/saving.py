@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 
 from lavis_lstp import distributed
 from lavis_lstp.errors import WeightsError
+from lavis_lstp.files import writing_to
 from lavis_lstp.runners import checkpoint, resume
 from lavis_lstp.runners.engine import WholeModel
 from lavis_lstp.runners.randomness import derived_seed, rng_state, seed_everything, set_rng_state
@@ -76,25 +77,27 @@ class Saver:
             return
         weights, shard = self.engine.trained_state(), self.engine.snapshot()
         generators = distributed.gather(rng_state())
-        main, folder = distributed.is_main(), self.store.temporary(step)
+        main, folder = distributed.is_main(), distributed.broadcast(self.store.temporary(step))
 
         def write() -> None:
             if main:
                 checkpoint.save_weights(weights, folder / checkpoint.WEIGHTS)
-                torch.save({"position": asdict(position), "generators": generators}, folder / TRAINER)
-            self.engine.save(shard, folder)
+                with writing_to(folder / TRAINER):
+                    torch.save({"position": asdict(position), "generators": generators}, folder / TRAINER)
+            with writing_to(folder):
+                self.engine.save(shard, folder)
 
         def commit() -> None:
             where = {**asdict(position), "versions": versions(), "git_revision": git_revision()}
-            saved = self.store.commit(step, {**self.facts, **where})
+            saved = self.store.commit(step, folder, {**self.facts, **where})
             self.store.prune(self.keep_last)
             log.info("saved %s in %.1f s", saved, time.perf_counter() - started)
 
-        for part, here in ((lambda: self.store.begin(step), main), (write, True), (commit, main)):
-            self._together(step, part if here else None)
+        for part, here in ((lambda: self.store.begin(folder), main), (write, True), (commit, main)):
+            self._together(step, folder, part if here else None)
         self.saved_step, self.saved_at = step, time.monotonic()
 
-    def _together(self, step: int, write: Callable[[], Any] | None) -> None:
+    def _together(self, step: int, folder: Path, write: Callable[[], Any] | None) -> None:
         """Let this rank write its part; where one rank cannot, all stop."""
         problem = None
         try:
@@ -105,7 +108,7 @@ class Saver:
         said = distributed.gather(problem and str(problem))
         if any(said):
             if distributed.is_main():
-                self.store.abandon(step)
+                self.store.abandon(folder)
             what = "; ".join(dict.fromkeys(filter(None, said)))
             raise checkpoint.CheckpointError(
                 f"cannot write checkpoint {self.store.path(step)}: {what}; earlier checkpoints are intact"

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from lavis_lstp.errors import ConfigError, LstpError, unknown_name
-from lavis_lstp.files import write_json
+from lavis_lstp.files import temporary, write_json
 from lavis_lstp.models.answer.loading import DTYPES
 from lavis_lstp.models.weights.hub import SIZES_FILE
 from lavis_lstp.testing.published_layout import bert_shapes, lavis_shapes, raft_shapes, sampler_shapes
@@ -264,7 +264,7 @@ def write_all(
 def _replace(path: Path, write: Callable[[Path], None]) -> Path:
     """Lets `write` make a folder or file beside `path`, then puts it in its place."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial_path = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    partial_path = temporary(path)
     try:
         write(partial_path)
         if path.is_dir():

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from toy import RUN, make_runner
 
 from lavis_lstp.errors import ConfigError, WeightsError
+from lavis_lstp.models import saved_runs
 from lavis_lstp.runners import checkpoint
 from lavis_lstp.runners.deepspeed import config as deepspeed_config
 
@@ -189,7 +190,7 @@ def test_a_disk_that_fills_on_one_rank_stops_both_and_spares_the_old_checkpoint(
         assert "CheckpointError: cannot write checkpoint" in said and "\n" not in said
         assert "step_00000004: [Errno 28] No space left on device; earlier checkpoints are intact" in said
     store = checkpoint.CheckpointStore(tmp_path / "checkpoints")
-    assert [checkpoint.step_of(path) for path in store.complete()] == [2, 3]
+    assert [saved_runs.step_of(path) for path in store.complete()] == [2, 3]
     assert not list(store.folder.glob(".step*")), "nothing half-written is left"
 
 

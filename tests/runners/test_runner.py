@@ -13,6 +13,7 @@ from toy import RUN, ToyConfig, ToyData, ToyModel, make_runner
 
 from lavis_lstp.config.run import RunSettings
 from lavis_lstp.errors import ConfigError, WeightsError
+from lavis_lstp.models import saved_runs
 from lavis_lstp.runners import checkpoint, resume
 from lavis_lstp.runners.checkpoint import CheckpointError, CheckpointStore
 from lavis_lstp.runners.data_order import Batches, TrainOrder, eval_batches
@@ -444,7 +445,7 @@ def test_a_checkpoint_every_so_many_minutes(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "_train_step", step)
     monkeypatch.setattr("lavis_lstp.runners.runner_lstp.time.monotonic", lambda: now[0])
     runner.train()
-    steps = [checkpoint.step_of(path) for path in runner.store.complete()]
+    steps = [saved_runs.step_of(path) for path in runner.store.complete()]
     assert steps == [4, 7, 10, 13, 14]
 
 

@@ -30,7 +30,6 @@ import argparse
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -44,7 +43,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from lavis_lstp.data.shapes import scene as world
-from lavis_lstp.errors import ConfigError
+from lavis_lstp.errors import ConfigError, run_command
+from lavis_lstp.files import whole_file, write_json
 
 VERSION = 1
 FORMAT = "lavis_lstp.shapes_qa"
@@ -142,22 +142,6 @@ def draw_scene(scene: world.Scene, size: int) -> np.ndarray:
 # ---------------------------------------------------------------- files
 
 
-def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """`write` gets a temporary name beside `path`; `path` appears only when it returned."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        write(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _write_json(path: Path, content: Any) -> None:
-    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    _write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
-
-
 def write_video(path: Path, frames: np.ndarray) -> None:
     """Encodes uint8 [T,H,W,3] RGB to H.264 at 10 fps, with key frames at the evenly spaced frames."""
     import av
@@ -170,21 +154,18 @@ def write_video(path: Path, frames: np.ndarray) -> None:
         "threads": "1",
     }
 
-    def write(partial: Path) -> None:
-        with av.open(str(partial), "w", format="mp4") as container:
-            stream = container.add_stream("libx264", rate=world.FPS, options=options)
-            stream.height, stream.width = frames.shape[1:3]
-            stream.pix_fmt = "yuv420p"
-            stream.codec_context.time_base = Fraction(1, world.FPS)
-            for i, pixels in enumerate(frames):
-                frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-                frame.pts = i
-                if i in KEY_FRAMES:
-                    frame.pict_type = PictureType.I
-                container.mux(stream.encode(frame))
-            container.mux(stream.encode(None))
-
-    _write_whole(path, write)
+    with whole_file(path) as partial, av.open(str(partial), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=world.FPS, options=options)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.time_base = Fraction(1, world.FPS)
+        for i, pixels in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts = i
+            if i in KEY_FRAMES:
+                frame.pict_type = PictureType.I
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
 
 
 def _make_video(job: tuple[Path, world.Scene, int]) -> None:
@@ -197,7 +178,8 @@ def _make_image(job: tuple[Path, tuple[world.Shape, ...], int, int]) -> None:
     path, shapes, texture_seed, size = job
     if not path.exists():
         picture = Image.fromarray(draw_background(texture_seed, shapes, size))
-        _write_whole(path, lambda partial: picture.save(partial, format="JPEG", quality=92))
+        with whole_file(path) as partial:
+            picture.save(partial, format="JPEG", quality=92)
 
 
 def _run(function: Callable[[Any], None], jobs: list, workers: int) -> None:
@@ -325,7 +307,7 @@ def generate(out: str | Path, *, workers: int = 2, **parameters: int) -> dict[st
     if done:
         logger.info("Shapes-QA is complete in %s", out)
         return done
-    _write_json(out / "incomplete.json", {"parameters": wanted.as_dict()})
+    write_json(out / "incomplete.json", {"parameters": wanted.as_dict()}, indent=1)
 
     annotations: dict[str, list[dict[str, Any]]] = {}
     videos = []
@@ -345,14 +327,14 @@ def generate(out: str | Path, *, workers: int = 2, **parameters: int) -> dict[st
     _run(_make_video, videos, workers)
     _run(_make_image, images, workers)
     for name, entries in annotations.items():
-        _write_json(out / f"{name}.json", entries)
+        write_json(out / f"{name}.json", entries, indent=1)
     manifest = {
         "parameters": wanted.as_dict(),
         "sha256": {f"{n}.json": _sha256(out / f"{n}.json") for n in annotations},
         "questions": {name: len(entries) for name, entries in annotations.items()},
         "chance": _chance(),
     }
-    _write_json(out / "manifest.json", manifest)
+    write_json(out / "manifest.json", manifest, indent=1)
     (out / "incomplete.json").unlink(missing_ok=True)  # another process may have finished the same folder
     return manifest
 
@@ -371,13 +353,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=2)
     chosen = vars(parser.parse_args(arguments))
     out = chosen.pop("out")
-    try:
+
+    def work() -> None:
         manifest = generate(out, **chosen)
-    except (ConfigError, OSError) as error:
-        parser.exit(2, f"error: {error}\n")
-    counts = ", ".join(f"{name} {n}" for name, n in manifest["questions"].items())
-    print(f"Shapes-QA in {out}: questions: {counts}; chance {manifest['chance']['overall']:.1%}")
-    return 0
+        counts = ", ".join(f"{name} {n}" for name, n in manifest["questions"].items())
+        print(f"Shapes-QA in {out}: questions: {counts}; chance {manifest['chance']['overall']:.1%}")
+
+    return run_command(work)
 
 
 if __name__ == "__main__":

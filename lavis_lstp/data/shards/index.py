@@ -29,7 +29,7 @@ from lavis_lstp.data.shards.format import (
 from lavis_lstp.data.shards.storage import RETRY, Retry, beside, open_scan, open_stream
 from lavis_lstp.data.shards.tar import Member, TarScan, samples
 from lavis_lstp.errors import ShardError
-from lavis_lstp.files import sorted_header
+from lavis_lstp.files import sorted_header, whole_file
 
 INDEX_FORMAT = "lavis_lstp.shard_index"
 INDEX_SUFFIX = ".index"
@@ -243,15 +243,8 @@ def _check_columns(columns: Mapping[str, np.ndarray], facts: Mapping[str, str]) 
 def write(index: ShardIndex, shard: str | os.PathLike) -> Path:
     """Writes the index beside its shard, complete or not at all."""
     path = Path(beside(os.fspath(shard), INDEX_SUFFIX))
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(partial, "wb") as file:
-            file.write(dump(index))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(path) as partial:
+        partial.write_bytes(dump(index))
     return path
 
 

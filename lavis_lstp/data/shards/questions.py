@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +35,7 @@ from lavis_lstp.data.shards.storage import RETRY, Retry, expand, knows_ranges, o
 from lavis_lstp.data.spans import Spans, checked_spans
 from lavis_lstp.data.video.reading import flow_file, read_flow_file
 from lavis_lstp.errors import AnnotationError, ConfigError, ShardError
+from lavis_lstp.files import whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -388,18 +388,13 @@ def _copy(shard: str, path: Path, retry: Retry) -> None:
 
     if path.is_file():
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     logger.info("copying %s to %s", shard, path)
-    try:
+    with whole_file(path) as partial:
         with open(partial, "wb") as file, open_stream(shard, retry) as stream:
             while block := stream.read(1 << 20):
                 file.write(block)
         found = index.scan(str(partial), retry)  # a copy that broke off is not kept
-        os.replace(partial, path)
-        index.write(found, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    index.write(found, path)
 
 
 def first_process_alone(work) -> None:

@@ -7,12 +7,13 @@ of a shard no more than the members that are asked for. The manifest is written 
 from __future__ import annotations
 
 import bisect
+import contextlib
 import functools
 import hashlib
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from lavis_lstp.data.shards.index import INDEX_SUFFIX, UNKNOWN, ShardIndex, pars
 from lavis_lstp.data.shards.storage import RETRY, Retry, beside, read_all, read_at
 from lavis_lstp.data.shards.tar import CONTENT_LIMIT, Member
 from lavis_lstp.errors import ShardError
-from lavis_lstp.files import write_json
+from lavis_lstp.files import owned, write_json
 from lavis_lstp.redaction import without_secrets_in
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,14 @@ def manifest_location(shard: str) -> str:
     """The manifest of the set that a shard belongs to: its name without number."""
     named = re.sub(r"(-\d+)?\.tar(?=$|\?)", MANIFEST_SUFFIX, shard)
     return named if named != shard else shard + MANIFEST_SUFFIX
+
+
+@contextlib.contextmanager
+def owned_set(out: str | os.PathLike) -> Iterator[None]:
+    """Let no other process write the set `out`, and remove what killed ones left of it; see `files.owned`."""
+    parts = re.compile(rf"{re.escape(Path(out).name)}(-\d{{6,}}\.(tar|index)|\.manifest\.json|\.quarantine\.jsonl)?")
+    with owned(out, beside=True, leftovers=lambda name: bool(parts.fullmatch(name))):
+        yield
 
 
 def shard_entry(name: str, index: ShardIndex) -> dict[str, Any]:

@@ -11,6 +11,7 @@ read by `tar`, `tarfile` and `webdataset`.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -21,6 +22,7 @@ from typing import BinaryIO, NamedTuple
 
 from lavis_lstp.data.shards.format import by_member, split_member
 from lavis_lstp.errors import ShardError
+from lavis_lstp.files import whole_file
 
 BLOCK = 512
 COPY = 1 << 20
@@ -76,9 +78,8 @@ class ShardWriter:
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        self._file = open(self._partial, "wb", COPY)
+        self._whole = contextlib.ExitStack()
+        self._file = self._whole.enter_context(open(self._whole.enter_context(whole_file(self.path)), "wb", COPY))
         self._at = 0
         self.samples: list[tuple[str, list[Member]]] = []
 
@@ -89,8 +90,7 @@ class ShardWriter:
         if kind is None:
             self.close()
         else:
-            self._file.close()
-            self._partial.unlink(missing_ok=True)
+            self._whole.__exit__(kind, error, trace)
 
     @property
     def bytes(self) -> int:
@@ -152,12 +152,9 @@ class ShardWriter:
         self._at += padding
 
     def close(self) -> None:
-        self._file.write(END)
-        self._at += len(END)
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        os.replace(self._partial, self.path)
+        with self._whole:
+            self._file.write(END)
+            self._at += len(END)
 
 
 # ---------------------------------------------------------------- reading

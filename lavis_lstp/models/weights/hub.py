@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lavis_lstp.errors import WeightsError
+from lavis_lstp.models.saved_runs import checkpoint_of_run
 
 ENVIRONMENT = "LAVIS_LSTP_WEIGHTS"
 HUB_MODELS = (
@@ -167,14 +168,15 @@ def hub_file(repository: str, file: str, problem: str) -> Path:
 
 
 def weights_file(path: str | Path) -> Path:
-    """The weights that a path stands for: a file, a checkpoint folder, or a run's folder (its best, else its last).
+    """The weights that a path stands for: a file, a checkpoint folder, or a run's folder (its best, else its newest).
 
     A name that is no path is looked for as `checkpoint_source` does.
 
     Raises:
         WeightsError: nothing is there.
     """
-    path = checkpoint_source(path)
+    path = checkpoint_of_run(Path(path).expanduser()) or checkpoint_source(path)  # a link there may lead nowhere
+    path = checkpoint_of_run(path) or path
     if path.is_file():
         return path
     for folder in (path, *(path / name for name in RUN_CHECKPOINTS)):
