@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,7 @@ from safetensors.torch import load_file, save_file
 from lavis_lstp.errors import LstpError, WeightsError
 from lavis_lstp.files import sha256_file, temporary, write_json, writing_to
 from lavis_lstp.models.weights.reading import load_torch
-from lavis_lstp.redaction import without_secrets_in
-from lavis_lstp.models.saved_runs import (
+from lavis_lstp.models.weights.saved_runs import (
     BEST,
     MANIFEST,
     checkpoint_of_run,
@@ -37,6 +36,7 @@ from lavis_lstp.models.saved_runs import (
     read_manifest,
     what_is_torn,
 )
+from lavis_lstp.redaction import without_secrets_in
 
 log = logging.getLogger(__name__)
 

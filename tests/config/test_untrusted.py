@@ -269,7 +269,7 @@ OWN = {
 def doors(path: Path) -> set[str]:
     """Functions of a module, with their class, that interpret or open something."""
     found, tree = set(), ast.parse(path.read_text())
-    sources = ("subprocess", "urllib", "lavis_lstp.data.shards")
+    sources = ("subprocess", "urllib", "lavis_lstp.data.shards.questions")
     imports = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and (n.module or "").startswith(sources)]
     imported = {name.name for node in imports for name in node.names} | {path.stem}
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from toy import RUN, make_runner
 
 from lavis_lstp.errors import ConfigError, WeightsError
-from lavis_lstp.models import saved_runs
+from lavis_lstp.models.weights import saved_runs
 from lavis_lstp.runners import checkpoint
 from lavis_lstp.runners.deepspeed import config as deepspeed_config
 

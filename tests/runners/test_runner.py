@@ -13,7 +13,7 @@ from toy import RUN, ToyConfig, ToyData, ToyModel, make_runner
 
 from lavis_lstp.config.run import RunSettings
 from lavis_lstp.errors import ConfigError, WeightsError
-from lavis_lstp.models import saved_runs
+from lavis_lstp.models.weights import saved_runs
 from lavis_lstp.runners import checkpoint, resume
 from lavis_lstp.runners.checkpoint import CheckpointError, CheckpointStore
 from lavis_lstp.runners.data_order import Batches, TrainOrder, eval_batches

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lavis_lstp.errors import WeightsError
-from lavis_lstp.models.saved_runs import checkpoint_of_run
+from lavis_lstp.models.weights.saved_runs import checkpoint_of_run
 
 ENVIRONMENT = "LAVIS_LSTP_WEIGHTS"
 HUB_MODELS = (

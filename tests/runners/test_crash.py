@@ -16,10 +16,10 @@ import pytest
 
 from lavis_lstp.errors import BROKEN_PIPE, STOPPED, BusyError, ConfigError, WeightsError, run_command
 from lavis_lstp.files import complete_folder, owned, sweep, temporary, whole_file, write_json, writing_to
-from lavis_lstp.models.saved_runs import checkpoint_of_run
 from lavis_lstp.models.weights.reading import weights_file
+from lavis_lstp.models.weights.saved_runs import checkpoint_of_run
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def in_child(work) -> int:
