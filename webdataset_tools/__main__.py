@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from lavis_lstp.errors import run_command
+from lavis_lstp.host.hook import sleep_while_waiting
 from lavis_lstp.redaction import printable, without_secrets
 from lavis_lstp.untrusted import guard_log
 from webdataset_tools.engine import ENGINES
@@ -65,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv[1:])
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     guard_log()
+    sleep_while_waiting()
     return run_command(lambda: _run(module, args))
 
 
