@@ -15,10 +15,10 @@ from torch import nn
 
 from lavis_lstp.errors import ConfigError, WeightsError, unknown_name
 from lavis_lstp.models.answer.fusion import FrameFusion
+from lavis_lstp.models.answer.generation import checked
 from lavis_lstp.models.answer.loading import DTYPES
 from lavis_lstp.models.answer.qformer import Backbone
 from lavis_lstp.models.answer.tiny_tokenizer import tiny_tokenizer
-from lavis_lstp.models.generation import checked
 from lavis_lstp.models.refinement import Refinement
 from lavis_lstp.models.weights.hub import is_missing, local_path, where_from, where_to_put
 from lavis_lstp.models.weights.reading import load_bert_into_sampler, weights_file

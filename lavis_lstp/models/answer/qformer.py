@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from lavis_lstp.errors import ConfigError
+from lavis_lstp.models.answer.generation import arguments, checked
 from lavis_lstp.models.answer.likelihood import IGNORED
 from lavis_lstp.models.answer.loading import (
     checkpoint_gradients,
@@ -25,7 +26,6 @@ from lavis_lstp.models.answer.loading import (
     untie_as_in,
 )
 from lavis_lstp.models.answer.lora import add_lora, matched, merge_lora
-from lavis_lstp.models.generation import arguments, checked
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)

@@ -9,10 +9,10 @@ import torch
 from transformers import GenerationConfig
 
 from lavis_lstp.errors import ConfigError
+from lavis_lstp.models.answer.generation import DRAWING, FOLLOWED, HERE, REFUSED, _Drawn, checked
 from lavis_lstp.models.answer.likelihood import ReadPrompts
 from lavis_lstp.models.answer.qformer import Backbone
 from lavis_lstp.models.building import build_backbone
-from lavis_lstp.models.generation import DRAWING, FOLLOWED, HERE, REFUSED, _Drawn, checked
 from lavis_lstp.models.where.frame_selector import sample_generators
 
 SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
