@@ -27,6 +27,7 @@ COMMANDS = {
     "estimate": ("lavis_lstp.commands.estimate:main", "say how much memory a training run takes, before it is started"),
     "export": ("lavis_lstp.commands.export:main", "write a folder that plain transformers loads, LoRA merged"),
     "flow": ("lavis_lstp.commands.flow:main", "compute optical flow once, for `flow: precomputed`"),
+    "import-answers": ("lavis_lstp.judging.published:main", "read answers and verdicts of the published evaluation"),
     "judge": ("lavis_lstp.judging.judge:main", "say which answers are right: rules, a language model, or a record"),
     "report": ("lavis_lstp.commands.report:main", "write one HTML page about evaluations: tables, plots, questions"),
     "list": ("lavis_lstp.commands.cli:list_names", "list models, datasets, tasks, runners or recipes"),

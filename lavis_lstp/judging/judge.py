@@ -23,7 +23,7 @@ from lavis_lstp.judging.cache import VerdictCache, default_path
 from lavis_lstp.judging.compare import at_least
 from lavis_lstp.judging.endpoint import EndpointJudge, OnVerdict, refuse_keys
 from lavis_lstp.judging.prompts import PRESETS, Prompt, preset
-from lavis_lstp.judging.replay import Replay
+from lavis_lstp.judging.replay import FORMS, Replay
 from lavis_lstp.judging.rows import Row, case_of, named, read_predictions, verdict_row, writing
 from lavis_lstp.judging.rules import decide, rules_identity, undecided
 from lavis_lstp.judging.scores import format_result, score_verdicts
@@ -134,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.judge == "replay":
         if not args.verdicts:
             raise ConfigError("--judge replay needs --verdicts FILE, the record")
-        replay = Replay(args.verdicts, only=args.only)
+        replay = Replay(args.verdicts, only=args.only, form=args.form)
         return _finish(args, rows, {key: replay.get(case) for key, case in cases.items()}, coverage)
     judge = _judge(args)
     with VerdictCache(args.cache) as cache:
@@ -275,5 +275,11 @@ def _parser() -> argparse.ArgumentParser:
     local.add_argument("--batch-size", type=at_least(1), default=8, help="cases at a time (default: %(default)s)")
     replay = parser.add_argument_group("--judge replay")
     replay.add_argument("--verdicts", help="the record: an export, or the verdict file of an earlier call")
+    replay.add_argument(
+        "--form",
+        choices=FORMS,
+        default=FORMS[0],
+        help="published: pred and score as gpt-3.5 said them, counted as published (default: %(default)s)",
+    )
     replay.add_argument("--only", metavar="TEXT", help="of the recorded judges the one with TEXT in its identity")
     return parser

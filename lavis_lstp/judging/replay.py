@@ -10,8 +10,11 @@ from __future__ import annotations
 import os
 
 from lavis_lstp.errors import AnnotationError, ConfigError
+from lavis_lstp.judging.published import published_verdict
 from lavis_lstp.judging.rows import Row, case_of, read_rows
-from lavis_lstp.judging.verdict import JUDGED, MAX_SCORE, MISSING, OPEN, PREDS, UNJUDGED, Case, Verdict
+from lavis_lstp.judging.verdict import JUDGED, MAX_SCORE, MISSING, OPEN, PREDS, UNJUDGED, UNPARSABLE, Case, Verdict
+
+FORMS = ("documented", "published")
 
 
 class Replay:
@@ -20,17 +23,18 @@ class Replay:
     Args:
         path: the record.
         only: take verdicts of judges whose identity has this text in it, and those of rules.
+        form: "documented", or "published": pred and score as gpt-3.5 said them ("Yes.", "unknown", 4.8).
 
     Raises:
         AnnotationError: a row of another form.
         ConfigError: two different verdicts on one case, or no judge is called like `only`.
     """
 
-    def __init__(self, path: str | os.PathLike, *, only: str | None = None):
+    def __init__(self, path: str | os.PathLike, *, only: str | None = None, form: str = FORMS[0]):
         self._verdicts: dict[Case, Verdict] = {}
         judges: set[str] = set()
         for where, row in read_rows(path):
-            verdict = read_verdict(where, row)
+            verdict = published_verdict(where, row) if form == "published" else read_verdict(where, row)
             judges.add(verdict.judge)
             if verdict.status in OPEN or not (only is None or only in verdict.judge or is_rules(verdict.judge)):
                 continue
@@ -63,9 +67,10 @@ def read_verdict(where: str, row: Row) -> Verdict:
     tokens = note.get("tokens", [0, 0]) if isinstance(note, dict) else None
     if not isinstance(rule, str) or not isinstance(tokens, list) or [type(count) for count in tokens] != [int, int]:
         raise AnnotationError(f"{where}: rule or note is not of the form that `lavis-lstp judge` writes: {note!r:.80}")
-    if status != JUDGED:
-        return Verdict(judge, status, rule=rule, note=note)
     pred, score = row.get("pred"), row.get("score")
+    if status != JUDGED:
+        counts = status == UNPARSABLE and type(score) is int and 0 <= score <= MAX_SCORE  # of the published form
+        return Verdict(judge, status, score=score if counts else None, rule=rule, note=note)
     if pred not in PREDS or type(score) is not int or not 0 <= score <= MAX_SCORE:
         raise AnnotationError(
             f"{where}: expected pred 'yes' or 'no' and score 0 to {MAX_SCORE}, got {pred!r}, {score!r}"

@@ -125,6 +125,8 @@ def verdict_fields(verdict: Verdict) -> Row:
     fields: Row = {"status": verdict.status}
     if verdict.status == JUDGED:
         fields.update(pred="yes" if verdict.correct else "no", score=verdict.score)
+    elif verdict.score is not None:
+        fields["score"] = verdict.score
     if verdict.rule:
         fields["rule"] = verdict.rule
     return {**fields, "judge": verdict.judge, **({"note": dict(sorted(verdict.note.items()))} if verdict.note else {})}

@@ -3,7 +3,8 @@
 In: rows and their verdicts by question_id. Out: one dict that is the result file, and the table that is printed.
 
 Ours: right answers among all questions, and the mean score with 0 where a judge gave no verdict. Published style:
-yes / (yes + no), and the mean of int(score) over what was judged, which is kinder the more a judge refuses.
+yes / (yes + no), and the mean of int(score) over what was judged, which is kinder the more a judge refuses. In a record
+of the published form (`judge --form published`) every item counts in that mean, as published.
 """
 
 from __future__ import annotations
@@ -43,12 +44,12 @@ def score_verdicts(
     if not ids:
         raise CoverageError(f"nothing to score: none of {len(rows)} questions has a verdict")
     said = [verdicts[key] for key in ids]
-    table = np.array([[1, v.correct is True, v.score or 0, v.status == JUDGED] for v in said], dtype=float)
-    n, right, score, judged = table.sum(axis=0)
+    table = np.array([_counts(verdict) for verdict in said], dtype=float)
+    n, right, score, judged, published_score, published_n = table.sum(axis=0)
     groups = group_rows([rows[key].get("video_id") for key in ids])
     sums = resampled_sums(table, groups, resamples=resamples, seed=seed)
     with np.errstate(invalid="ignore"):
-        published = sums[:, 1:3] / sums[:, 3:4]
+        published = np.stack([sums[:, 1] / sums[:, 3], sums[:, 4] / sums[:, 5]], axis=1)
     by_rules = Counter(v.rule for v in said if v.rule)
     return {
         "accuracy": right / n,
@@ -58,8 +59,8 @@ def score_verdicts(
         "published_style": {
             "accuracy": right / judged if judged else None,
             "accuracy_interval": _share_interval(right, judged, published[:, 0]) if judged else None,
-            "score": score / judged if judged else None,
-            "score_interval": percentile_interval(published[:, 1]) if judged else None,
+            "score": published_score / published_n if published_n else None,
+            "score_interval": percentile_interval(published[:, 1]) if published_n else None,
         },
         "bootstrap": {"of": "questions" if groups is None else "videos", "resamples": resamples, "seed": seed},
         "judges": dict(Counter(v.judge for v in said).most_common()),
@@ -74,6 +75,12 @@ def score_verdicts(
         "coverage": len(ids) / coverage["num_questions"],
         "partial": bool(coverage["partial"] or len(ids) < len(rows)),
     }
+
+
+def _counts(verdict: Verdict) -> list[float]:
+    """One question; right; score on our side; judged; score in the published style, and whether it counts there."""
+    judged, points = verdict.status == JUDGED, verdict.score or 0
+    return [1, verdict.correct is True, points * judged, judged, points, verdict.score is not None]
 
 
 def _share_interval(successes: float, n: float, resampled: np.ndarray) -> tuple[float, float]:

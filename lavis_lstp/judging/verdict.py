@@ -51,7 +51,8 @@ class Verdict:
     Attributes:
         judge: identity of who said it, one line (see `identity`).
         status: "judged", or why there is no verdict.
-        correct, score: whether the prediction is right, and 0..5; None unless judged.
+        correct, score: whether the prediction is right, and 0..5; None unless judged. A verdict of the published form
+            that is unparsable has a score, which the published style counts.
         rule: the rule that decided, "" where a judge did.
         note: what else is worth keeping: the text that could not be read, the model that served, tokens.
     """
