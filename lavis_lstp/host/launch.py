@@ -40,7 +40,7 @@ def check_first(argv: Sequence[str], name: str) -> None:
 
     Called by the import hook while Python looks for the module, before it imports LAVIS for that.
     """
-    from lavis_lstp import precheck
+    from lavis_lstp.host import precheck
 
     status = _status(precheck.check, parse_args(argv, name), name == NAMES[True])
     if status:
@@ -121,7 +121,7 @@ def configured(args: argparse.Namespace, evaluate_only: bool = False) -> Any:
     Raises:
         LstpError: it cannot be used.
     """
-    from lavis_lstp import precheck
+    from lavis_lstp.host import precheck
 
     precheck.check(args, evaluate_only)  # before LAVIS is imported
     from lavis_lstp import register

@@ -278,7 +278,7 @@ def test_the_hook_checks_a_run_before_lavis_is_imported(here):
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert done.returncode == 2 and "did you mean 'run.max_epoch'?" in done.stderr
-    assert not {"torch", "transformers", "lavis.common"} & imported and "lavis_lstp.precheck" in imported
+    assert not {"torch", "transformers", "lavis.common"} & imported and "lavis_lstp.host.precheck" in imported
 
 
 def test_deepspeed_that_is_missing_is_said_at_once(here, monkeypatch):
@@ -290,6 +290,27 @@ def test_deepspeed_that_is_missing_is_said_at_once(here, monkeypatch):
     )
     options = ("run.runner=runner_deepspeed", "run.deepspeed=projects/lstp/deepspeed/zero2.json")
     assert "needs DeepSpeed, which is not installed; pip install" in error(*options)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *(
+            "model.checkpoint",
+            "model.flow.weights",
+            "model.backbone.weights",
+            "model.sampler.tokenizer",
+            "run.output_dir",
+        ),
+        *("datasets.lstp_video_qa.spans", "datasets.lstp_video_qa.build_info.videos.storage", "run.resume_ckpt_path"),
+        "datasets.lstp_video_qa.build_info.annotations.train.storage",
+    ],
+)
+def test_names_too_long_for_a_file(here, key, capsys):
+    flow = "raft_small" if "flow" in key else "none"
+    words = ["--cfg-path", "run.yaml", "--options", f"{key}={'x' * 5000}", f"model.flow.name={flow}"]
+    assert launch.main(words) == 2
+    assert [line[:7] for line in capsys.readouterr().err.splitlines() if "error" in line] == ["error: "]
 
 
 @pytest.mark.parametrize("key", ["model.arch", "model.model_type", "run.task", "run.runner"])
