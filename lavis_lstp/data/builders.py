@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -41,10 +42,10 @@ NOT_SETTINGS = ("spans", "vis_processor", "text_processor")
 def local_path(path: str) -> Path:
     """As given, relative to where the user stands; failing that, in LAVIS's cache_root."""
     given = Path(path).expanduser()
-    if given.is_absolute() or given.exists():
+    if given.is_absolute() or os.path.exists(given):
         return given
     cached = Path(registry.get_path("cache_root") or "") / given
-    return cached if cached.exists() else given
+    return cached if os.path.exists(cached) else given
 
 
 @registry.register_builder("lstp_video_qa")
@@ -96,7 +97,7 @@ class VideoQABuilder(BaseDatasetBuilder):
 
     def _folder(self, info: Mapping[str, Any]) -> Path:
         folder = (info.get(self.media) or {}).get("storage")
-        if not folder or not local_path(folder).is_dir():
+        if not folder or not os.path.isdir(local_path(folder)):
             raise ConfigError(f"{self.section}.build_info.{self.media}.storage: no such folder: {folder}")
         return local_path(folder)
 

@@ -12,6 +12,7 @@ Nothing in an old file says which of the two it is, and [0, 1] may be either, so
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def read_spans(
     path = Path(path)
     if form not in SPANS_FORMS:
         raise ConfigError(unknown_name(f"{section}.spans_form", form, SPANS_FORMS))
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise AnnotationError(
             f"{path}: no such span file ({section}.spans); write it with run.task=pseudo_span, or "
             "temporal_grounding and run.spans_out for what a sampler finds"

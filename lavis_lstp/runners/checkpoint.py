@@ -173,13 +173,13 @@ def find(path: str | os.PathLike) -> Path:
         WeightsError: there is none, or it is torn.
     """
     path = Path(path)
-    if (path / "checkpoints").is_dir():
+    if os.path.isdir(path / "checkpoints"):
         latest = CheckpointStore(path / "checkpoints").latest()
         if latest is None:
             raise WeightsError(f"no complete checkpoint in {path / 'checkpoints'}")
         return latest
     folder = (checkpoint_of_run(path) or path).resolve()
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise WeightsError(f"no checkpoint at {path}; expected a folder such as <output_dir>/checkpoints/step_00000100")
     reason = what_is_torn(folder)
     if reason:

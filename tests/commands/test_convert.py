@@ -18,7 +18,7 @@ from test_weights import Evil
 from lavis_lstp.commands import cli
 from lavis_lstp.commands.convert import convert
 from lavis_lstp.errors import ConfigError, WeightsError
-from lavis_lstp.models.weights import reading as weights
+from lavis_lstp.models.weights import hub
 from lavis_lstp.models.weights.parts import part_of
 from lavis_lstp.models.weights.published_names import NOT_IN_BERT
 from lavis_lstp.models.weights.reading import (
@@ -667,14 +667,14 @@ def test_hub_files(tiny, tmp_path, monkeypatch):
 def test_the_hub_is_asked_for_files_of_repositories_only(tmp_path, monkeypatch):
     asked = []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(weights, "_hub_file", lambda *args: asked.append(args[:2]) or tmp_path)
-    weights.checkpoint_source("a/b/c.ckpt")
-    weights.checkpoint_source("a/b/c/d.pth")
+    monkeypatch.setattr(hub, "hub_file", lambda *args: asked.append(args[:2]) or tmp_path)
+    hub.checkpoint_source("a/b/c.ckpt")
+    hub.checkpoint_source("a/b/c/d.pth")
     assert asked == [("a/b", "c.ckpt"), ("a/b", "c/d.pth")]
     (tmp_path / "output").mkdir()
     for name in ("output/run/x.pth", "a/b", "./a/b/c.ckpt", "/a/b/c.ckpt", "a/b/c"):
         with pytest.raises(WeightsError, match="expected a run's folder"):
-            weights.checkpoint_source(name)
+            hub.checkpoint_source(name)
 
 
 def test_patterns_of_what_bert_lacks_match_something():

@@ -292,6 +292,27 @@ def test_deepspeed_that_is_missing_is_said_at_once(here, monkeypatch):
     assert "needs DeepSpeed, which is not installed; pip install" in error(*options)
 
 
+@pytest.mark.parametrize(
+    "key",
+    [
+        *(
+            "model.checkpoint",
+            "model.flow.weights",
+            "model.backbone.weights",
+            "model.sampler.tokenizer",
+            "run.output_dir",
+        ),
+        *("datasets.lstp_video_qa.spans", "datasets.lstp_video_qa.build_info.videos.storage", "run.resume_ckpt_path"),
+        "datasets.lstp_video_qa.build_info.annotations.train.storage",
+    ],
+)
+def test_names_too_long_for_a_file(here, key, capsys):
+    flow = "raft_small" if "flow" in key else "none"
+    words = ["--cfg-path", "run.yaml", "--options", f"{key}={'x' * 5000}", f"model.flow.name={flow}"]
+    assert launch.main(words) == 2
+    assert [line[:7] for line in capsys.readouterr().err.splitlines() if "error" in line] == ["error: "]
+
+
 @pytest.mark.parametrize("key", ["model.arch", "model.model_type", "run.task", "run.runner"])
 def test_names_in_a_file_that_are_no_texts(here, key):
     section, name = key.split(".")

@@ -40,7 +40,7 @@ def local_path(name: str) -> Path | None:
     given = Path(name).expanduser()
     below = os.environ.get(ENVIRONMENT)
     for path in (given, *([Path(below).expanduser() / name] if below and not given.is_absolute() else [])):
-        if path.exists():
+        if os.path.exists(path):  # unlike Path's, also where a name is too long to be one
             return path
     return None
 
@@ -142,7 +142,7 @@ def checkpoint_source(name: str | Path) -> Path:
     if (found := local_path(str(name))) is not None:
         return found
     parts = str(name).split("/")
-    if len(parts) >= 3 and parts[-1].endswith(SUFFIXES) and re.match(r"\w", str(name)) and not Path(parts[0]).exists():
+    if len(parts) >= 3 and parts[-1].endswith(SUFFIXES) and re.match(r"\w", str(name)) and not os.path.exists(parts[0]):
         return hub_file("/".join(parts[:2]), "/".join(parts[2:]), f"no weights at '{name}'")
     raise WeightsError(
         f"no weights at '{name}': expected a run's folder, one of its checkpoint folders, a file "

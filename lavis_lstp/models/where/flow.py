@@ -280,7 +280,7 @@ def load_raft(net: nn.Module, name: str, weights: str | os.PathLike | None) -> N
     path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
     if weights is not None:
         path = local_path(weights) or Path(weights)
-    if not path.is_file():
+    if not os.path.isfile(path):
         if weights is None:
             where = f"download {url} (nothing is downloaded by itself), put it there as {path}"
         else:

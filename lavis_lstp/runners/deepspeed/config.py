@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -53,7 +54,7 @@ def load(source: str | Mapping[str, Any]) -> dict[str, Any]:
         return _said(source)
     given = Path(str(source)).expanduser()
     roots = (Path(), PACKAGE, PACKAGE.parent)
-    found = next((root / given for root in roots if (root / given).is_file()), None)
+    found = next((root / given for root in roots if os.path.isfile(root / given)), None)
     if found is None:
         known = {str(file.relative_to(root)) for root in roots[1:] for file in (root / FOLDER).glob("*.json")}
         raise ConfigError(unknown_name("file run.deepspeed", str(source), known))
