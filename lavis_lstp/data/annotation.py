@@ -15,6 +15,7 @@ SECTION = "datasets.<name>"
 """Where in a configuration the settings of a data set lie; builders know the name."""
 
 MOST_OPTIONS = 26
+LONGEST_S = 1e9
 
 
 def read_annotation(path: str | Path, *, section: str = SECTION) -> list[dict[str, Any]]:
@@ -97,7 +98,7 @@ def check_seconds(span: Any, key: str, place: str) -> None:
     if span is None:
         return
     numbers = isinstance(span, list) and len(span) == 2 and all(type(x) in (int, float) for x in span)
-    if not numbers or not 0 <= span[0] < span[1]:
+    if not numbers or not 0 <= span[0] < span[1] <= LONGEST_S:  # also refuses 1e999, which JSON reads as infinity
         raise AnnotationError(f"{place}: '{key}' must be [start, end] in seconds with start < end, got {span!r}")
 
 
@@ -117,6 +118,8 @@ def _check_entry(row: Any, place: str, seen: set[str]) -> None:
     media = "image" if isinstance(row, dict) and "image" in row else "video"
     texts = ("question_id", "video_id", media, "question", "answer", "category")
     check_object(row, place, ("question_id", media, "question", "answer"), texts)
+    if not Path(row[media]).name or not row[media].strip():
+        raise AnnotationError(f"{place}: '{media}' must name a file (or a folder of pictures), got {row[media]!r}")
     row.setdefault("video_id", Path(row[media]).stem)
     for key in ("span_s", "clip_s"):
         check_seconds(row.get(key), key, place)

@@ -42,6 +42,7 @@ SETTINGS = (
     "backend",
     "cache_videos",
     "max_bad_fraction",
+    "max_megapixels",
     "image_frames",
     "quarantine",
 )

@@ -114,6 +114,8 @@ class FolderQuestions(Sequence):
                 )
         missing = []
         for name, question in paths.items():
+            if not Path(name).name or not name.strip():  # the folder itself is no video, whatever lies in it
+                raise AnnotationError(f"question {question!r}: expected the path of a file, got {name!r}")
             # By the name alone: a folder may well hold links to where the videos are kept.
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 raise AnnotationError(f"question {question!r}: path {name!r} leads out of {self.root}")
