@@ -60,6 +60,8 @@ class VideoQABuilder(BaseDatasetBuilder):
     DATASET_CONFIG_DICT = {"default": str(CONFIGS / "lstp_video_qa.yaml")}
 
     def __init__(self, cfg=None):
+        self.recorded = cfg if OmegaConf.is_config(cfg) else None
+        """The run's own section, which its manifest records."""
         if OmegaConf.is_config(cfg):  # while it lies in the configuration that its interpolations speak of
             cfg = OmegaConf.to_container(cfg, resolve=True)
         super().__init__(complete_dataset(self.name, cfg or {}))
@@ -262,6 +264,8 @@ class ShapesBuilder(VideoQABuilder):
             "annotations": {split: {"storage": storage} for split, storage in storages.items()},
             "videos": {"storage": str(root)},
         }
+        if self.recorded is not None:
+            self.recorded.build_info = self.config.build_info
         return super().build()
 
 
