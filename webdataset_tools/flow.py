@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import argparse
 import functools
-import io
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
+from lavis_lstp.data.pictures import open_picture
 from lavis_lstp.data.shards.format import VIDEO_MEMBERS, dump_flow, parse_frames
 from lavis_lstp.data.shards.storage import expand
 from lavis_lstp.data.video.reading import read_frames
@@ -92,8 +92,6 @@ def sample_flow(value: Mapping[str, Any], read: Callable[..., dict], name: str, 
 
 def _stored(raw: bytes, name: str, settings: Settings) -> np.ndarray:
     """uint8 [T,3,H,W] of stored frames, or of a folder of pictures."""
-    from PIL import Image
-
     stored = parse_frames(raw, f"{name}.frames")
     if settings.extractor == "motion_vectors":
         raise ConfigError(f"{name}: stored frames have no motion vectors; choose another --flow")
@@ -107,7 +105,8 @@ def _stored(raw: bytes, name: str, settings: Settings) -> np.ndarray:
                 f"{name}: its frames were stored with {key} {stored.settings.get(key)}, {option} is "
                 f"{getattr(settings, key)}; set it alike"
             )
-    pictures = [np.asarray(Image.open(io.BytesIO(picture)).convert("RGB")) for picture in stored.pictures]
+    named = ((picture, f"{name}.frames, {number}") for number, picture in enumerate(stored.pictures))
+    pictures = [np.asarray(open_picture(*picture)) for picture in named]
     return np.ascontiguousarray(np.stack(pictures).transpose(0, 3, 1, 2))
 
 

@@ -18,9 +18,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lavis_lstp.data.pictures import picture_size
 from lavis_lstp.data.shards.format import StoredFrames, dump_frames
 from lavis_lstp.data.video.index import VideoInfo
-from lavis_lstp.data.video.picture_folder import folder_index, pictures_in
+from lavis_lstp.data.video.picture_folder import folder_index, pictures_in, sha256_of_pictures
 from lavis_lstp.data.video.reading import probe, read_frames
 from lavis_lstp.errors import VideoError
 from lavis_lstp.files import sha256_file
@@ -114,12 +115,7 @@ def _load_folder(path: Path, settings: Settings) -> Medium:
 
 def sha256_of(path: Path) -> str:
     """Of a file, or of a folder's pictures one after the other: what a sample's json says."""
-    if not path.is_dir():
-        return sha256_file(path)
-    digest = hashlib.sha256()
-    for picture in pictures_in(path):
-        digest.update(picture.read_bytes())
-    return digest.hexdigest()
+    return sha256_of_pictures(path) if path.is_dir() else sha256_file(path)
 
 
 def _video_facts(raw: bytes | None, path: str) -> dict[str, Any]:
@@ -129,13 +125,8 @@ def _video_facts(raw: bytes | None, path: str) -> dict[str, Any]:
 
 
 def _image_facts(raw: bytes | None, path: str) -> dict[str, int]:
-    from PIL import Image
-
-    try:
-        with Image.open(path if raw is None else io.BytesIO(raw)) as picture:
-            return {"width": picture.width, "height": picture.height}
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise VideoError(f"{path}: cannot be read as a picture ({error})") from None
+    width, height = picture_size(path if raw is None else raw, path)
+    return {"width": width, "height": height}
 
 
 def encode_frames(path: Path, settings: Settings) -> StoredFrames:

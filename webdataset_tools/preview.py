@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import html
-import io
 import os
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from lavis_lstp.data.frame_numbers import uniform_centres
+from lavis_lstp.data.pictures import open_picture
 from lavis_lstp.data.qa_dataset import VideoQADataset
 from lavis_lstp.data.shards.format import parse_flow, parse_json
 from lavis_lstp.data.shards.questions import ShardQuestions
@@ -123,8 +123,8 @@ def _frames(questions: ShardQuestions, number: int, count: int, size: int) -> tu
     if stored is None:
         sample = VideoQADataset(questions, num_frames=count, image_size=size)[number]
         return sample["frames"].numpy(), sample["frame_times"].numpy()
-    chosen = uniform_centres(count, len(stored.pictures))
-    pictures = [Image.open(io.BytesIO(stored.pictures[n])).convert("RGB").resize((size, size)) for n in chosen]
+    chosen, name = uniform_centres(count, len(stored.pictures)), questions.name(questions[number]["place"])
+    pictures = [open_picture(stored.pictures[n], f"{name}, frame {n}").resize((size, size)) for n in chosen]
     return np.stack([np.asarray(picture).transpose(2, 0, 1) for picture in pictures]), stored.times_s[chosen]
 
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lavis_lstp.data.pictures import open_picture
 from lavis_lstp.data.shards import index, sets
 from lavis_lstp.data.shards.format import (
     IMAGE_MEMBERS,
@@ -31,7 +31,7 @@ from lavis_lstp.data.shards.format import (
 )
 from lavis_lstp.data.shards.storage import RETRY, Retry, beside, can_seek, expand, open_stream, read_all, read_at
 from lavis_lstp.data.shards.tar import Member, TarScan, samples
-from lavis_lstp.errors import LstpError, ShardError, VideoError
+from lavis_lstp.errors import LstpError, ShardError
 from webdataset_tools.engine import how, run_jobs
 from webdataset_tools.pack import whole
 
@@ -225,18 +225,12 @@ def check_derived(content: Mapping[str, bytes], place: str, decode: int | None =
 
 def check_decodable(kind: str, raw: bytes | Path, place: str, decode: int) -> None:
     """Raises VideoError where `decode` frames of a video, or a picture, cannot be decoded."""
-    from PIL import Image
-
     from lavis_lstp.data.video.reading import read_frames
 
     if kind == "video":
         read_frames(raw, num=decode, size=64, name=place)
         return
-    try:
-        with Image.open(raw if isinstance(raw, Path) else io.BytesIO(raw)) as picture:
-            picture.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise VideoError(f"{place}: cannot be read as a picture ({error})") from None
+    open_picture(raw, place)
 
 
 def verify(

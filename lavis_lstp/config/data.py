@@ -101,6 +101,9 @@ class DataSettings:
 
 @dataclass
 class PictureSettings(DataSettings):
+    max_megapixels: int | float = key(
+        64, above=0
+    )  # millions of pixels; a picture or video of a larger area is not read
     image_frames: int = key(1, least=1, most=FRAMES)  # evenly spaced frames in `image`; 1 = the middle one
     vis_processor: dict[str, Any] | None = key(
         None, keys=Processors

@@ -119,6 +119,8 @@ def _check_entry(row: Any, place: str, seen: set[str]) -> None:
     media = "image" if isinstance(row, dict) and "image" in row else "video"
     texts = ("question_id", "video_id", media, "question", "answer", "category")
     check_object(row, place, ("question_id", media, "question", "answer"), texts)
+    if not Path(row[media]).name or not row[media].strip():
+        raise AnnotationError(f"{place}: '{media}' must name a file (or a folder of pictures), got {row[media]!r}")
     row.setdefault("video_id", Path(row[media]).stem)
     for key in ("span_s", "clip_s"):
         check_seconds(row.get(key), key, place)

@@ -118,6 +118,8 @@ class FolderQuestions(Sequence):
                 )
         missing = []
         for name, question in paths.items():
+            if not Path(name).name or not name.strip():  # the folder itself is no video, whatever lies in it
+                raise AnnotationError(f"question {question!r}: expected the path of a file, got {name!r}")
             # By the name alone: a folder may well hold links to where the videos are kept.
             if why := why_no_path(name):
                 what = f"leads out of {self.root}" if "leads out" in why else why

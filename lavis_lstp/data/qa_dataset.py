@@ -15,7 +15,6 @@ the run, or, up to `max_bad_fraction`, leaves the batch and is counted. It is ne
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -32,10 +31,11 @@ from lavis_lstp.data.annotation import SECTION, read_annotation
 from lavis_lstp.data.folder import FolderQuestions, kind_of
 from lavis_lstp.data.frame_numbers import sample_indices
 from lavis_lstp.data.left_out import LeftOut
+from lavis_lstp.data.pictures import DEFAULT_MAX_MEGAPIXELS, open_picture
 from lavis_lstp.data.published_flow import read_published_flow
 from lavis_lstp.data.shards.questions import ShardQuestions, unpack_frames
 from lavis_lstp.data.spans import Spans
-from lavis_lstp.data.video.reading import SHORT_VIDEOS, read_frames
+from lavis_lstp.data.video.reading import SHORT_VIDEOS, check_inside, read_frames
 from lavis_lstp.errors import AnnotationError, ConfigError, ShardError, VideoError, unknown_name
 from lavis_lstp.schema import NO_SPAN, Span
 
@@ -69,6 +69,7 @@ class VideoQADataset(Dataset):
         cache_videos: so many decoded videos are kept in memory, in each loader process; at least one always is.
         max_bad_fraction: share of samples that may fail to decode, or have no file, before the run stops.
         quarantine: file that a line of JSON is appended to for each sample that fails; None = the log alone.
+        max_megapixels: a picture of a larger area, in millions of pixels, is not read.
         window, resampled: how a training epoch goes through shards; see `runners.data_order.Sampling`.
         image_frames: frames in `image`, evenly spaced; 1 = the middle one.
         vis_processor, text_processor: LAVIS processors; the first makes `image`, [3,h,w], or with image_frames
@@ -99,6 +100,7 @@ class VideoQADataset(Dataset):
         cache_videos: int = 0,
         max_bad_fraction: float = 0.0,
         quarantine: str | Path | None = None,
+        max_megapixels: float = DEFAULT_MAX_MEGAPIXELS,
         window: int = 0,
         resampled: bool = False,
         image_frames: int = 1,
@@ -121,6 +123,7 @@ class VideoQADataset(Dataset):
         self.backend = backend
         self.cache_videos = cache_videos
         self.max_bad_fraction = max_bad_fraction
+        self.max_megapixels = max_megapixels
         self.image_frames = image_frames
         self.vis_processor = vis_processor
         self.text_processor = text_processor
@@ -164,6 +167,9 @@ class VideoQADataset(Dataset):
             optional = value is None and (name.endswith("_size") or name == "max_flows")
             if not optional and (type(value) is not int or value < least):
                 raise ConfigError(f"{self.section}.{name} must be a whole number of at least {least}, got {value!r}")
+        limit = self.max_megapixels
+        if type(limit) not in (int, float) or not 0 < limit < float("inf"):
+            raise ConfigError(f"{self.section}.max_megapixels must be a number greater than 0, got {limit!r}")
         share = self.max_bad_fraction
         if type(share) not in (int, float) or not 0 <= share <= 1:
             raise ConfigError(f"{self.section}.max_bad_fraction must lie in 0..1, got {share!r}")
@@ -301,13 +307,15 @@ class VideoQADataset(Dataset):
             return frames, np.zeros(len(frames)), self._no_flow(frames)
         if self._decode is None:  # the last video is kept always: questions about it may come one after the other
             self._decode = lru_cache(maxsize=max(1, self.cache_videos))(self._read)
-        frames, times, flow = self._decode(place, tuple(row.get("clip_s") or ()) or None)
+        frames, times, flow, duration_s = self._decode(place, tuple(row.get("clip_s") or ()) or None)
+        if row.get("span_s") and duration_s is not None:
+            check_inside(row["span_s"], "span_s", duration_s, str(row["video"]))
         return torch.from_numpy(frames), times, None if flow is None else torch.from_numpy(flow)
 
     def _read(
         self, place: Any, clip_s: tuple[float, float] | None = None
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        codec, flow = self.flow == "motion_vectors", None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, float | None]:
+        codec, flow, duration_s = self.flow == "motion_vectors", None, None
         chosen = {"num": self.num_frames, "fps": self.fps, "short_videos": self.short_videos, "size": self.image_size}
         stored = self.annotation.frames(place)
         if stored is not None:
@@ -317,9 +325,11 @@ class VideoQADataset(Dataset):
             frames, times_s = unpack_frames(stored, self.annotation.name(place), self.section, **chosen), stored.times_s
         else:
             source, name = self.annotation.medium(place)
+            chosen["max_megapixels"] = self.max_megapixels
             codec_flow = {"motion_vectors": codec, "flow_size": self.flow_size if codec else None}
             video = read_frames(source, between_s=clip_s, backend=self.backend, name=name, **chosen, **codec_flow)
             frames, times_s, flow = video.frames, video.times_s, video.flow.astype(np.float16) if codec else None
+            duration_s = video.info.duration_s
         if self.flow == "precomputed":
             if clip_s:
                 raise ConfigError(_FLOW_OF_PARTS.format(section=self.section))
@@ -328,16 +338,12 @@ class VideoQADataset(Dataset):
                 flow = read_published_flow(published, self.max_flows)
             else:
                 flow = self.annotation.flow(place, len(frames))
-        return frames, times_s, flow
+        return frames, times_s, flow, duration_s
 
     def _read_image(self, place: Any) -> torch.Tensor:
         """uint8 [1,3,H,W]; pictures are resized as published: bicubic with antialias."""
         source, name = self.annotation.medium(place)
-        try:
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
-                picture = picture.convert("RGB")
-        except OSError as error:
-            raise VideoError(f"{name}: cannot be read as a picture ({error})") from error
+        picture = open_picture(source, name, max_megapixels=self.max_megapixels)
         if self.image_size:
             picture = picture.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].contiguous()

@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from lavis_lstp.data.folder import FolderQuestions, kind_of
+from lavis_lstp.data.pictures import open_picture
 from lavis_lstp.data.shards.questions import ShardQuestions, is_shards
 from lavis_lstp.data.shards.storage import expand
 from lavis_lstp.data.video.reading import VIDEO_ENDINGS, read_frames
@@ -93,11 +94,10 @@ class Media:
         stored = self.questions.frames(place)
         if stored is not None:
             nearest = [int(np.abs(stored.times_s - time).argmin()) for time in times_s]
-            return [Image.open(io.BytesIO(stored.pictures[i])).convert("RGB") for i in nearest]
+            return [open_picture(stored.pictures[i], f"{self.questions.name(place)}, frame {i}") for i in nearest]
         source, name = self.questions.medium(place)
         if kind_of(entry) == "image":
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
-                return [picture.convert("RGB")] * len(times_s)
+            return [open_picture(source, name)] * len(times_s)
         return _of_video(source, name, times_s)
 
 

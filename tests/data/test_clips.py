@@ -43,7 +43,7 @@ def numbers(sample: dict) -> list[int]:
     [
         ([1.0, 2.0], 5, [10, 12, 14, 16, 18]),
         ([1.0, 1.3], 5, [10, 11, 12]),  # fewer than asked for: each once
-        ([2.9, 9.0], 2, [29]),  # ends behind the video
+        ([2.9, 3.9], 2, [29]),  # ends behind the video
         ([1.01, 1.02], 2, [10]),  # between two frames: the nearest
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -260,7 +261,7 @@ def test_real_footage_is_the_same_from_both_backends_and_from_decoding_it_all(re
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 40), st.integers(1, 40), st.integers(0, 9))
 def test_resize_equals_torch_within_its_own_rounding(height, width, new_height, new_width, seed):
-    """Within what truncation makes of a rounding error; see below for equality to the bit."""
+    """Within what truncation makes of a rounding error; its bits are recorded below."""
     import torch
 
     frames = np.random.default_rng(seed).integers(0, 256, (2, 3, height, width), dtype=np.uint8)
@@ -272,14 +273,36 @@ def test_resize_equals_torch_within_its_own_rounding(height, width, new_height, 
     assert ((ours <= exact + 1e-3) & (ours > exact - 1 - 1e-3)).all()
 
 
+def made_up(*shape: int) -> np.ndarray:
+    """Frames from a formula, so that no library's generator decides them; the upper half has flat areas."""
+    count = np.arange(np.prod(shape), dtype=np.uint64)
+    frames = ((count * np.uint64(2654435761) >> np.uint64(13)) & np.uint64(255)).astype(np.uint8).reshape(shape)
+    frames[:, :, : shape[2] // 2] &= 0xC0
+    return frames
+
+
+RESIZED = {
+    ((360, 640), 224): "6baa1690b4310c9710b201dd1f634ceab4b54d8b4d4a573adfb720e830a23300",
+    ((336, 596), 224): "6277911292cae72e460041013173fa002a7f5bd63647d7153375b70a409dde3b",
+    ((48, 50), 224): "25ff24797cd8d320f3fee9c5e9b4be4f66580a4e4bcf3e7ad6c670bea2661d2e",
+    ((97, 31), (40, 56)): "4d92ac89a1f48149456c2ef0ec09a39966142378aabbb0ab75e37c3159c3fa3e",
+    ((224, 224), 224): "b7102bfe57c5e7c6c07206388e207c5b3cbeac690e36e12de8ee5c475aa93ca2",
+    ((1, 7), (3, 2)): "15249cd7d1dbf5e9af15a5c6c9b6af074d3a927263159668660a53164af95bdc",
+}
+"""SHA-256 of what `resize_frames` gave for `made_up` frames when its definition was written down."""
+
+
+@pytest.mark.parametrize("shape, size", RESIZED)
+def test_resize_has_one_result_on_every_machine(shape, size):
+    assert hashlib.sha256(resize_frames(made_up(2, 3, *shape), size).tobytes()).hexdigest() == RESIZED[shape, size]
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("shape", [(360, 640), (336, 596), (48, 50), (1080, 1920)])
-def test_resize_is_bit_equal_to_the_published_call(shape, threads):
-    """Of a clip [3,T,H,W]: for three channels or less torch takes another path, and rounds otherwise."""
+def test_resize_is_within_one_level_of_the_published_call(shape, threads):
+    """torch's rounding depends on its version and on the processor: 0.11 % of values of flat areas at most, so far."""
     import torch
 
-    if torch.backends.cpu.get_cpu_capability() == "DEFAULT":
-        pytest.skip("this CPU has no fused multiply-add, torch rounds otherwise here")
     frames = np.random.default_rng(0).integers(0, 256, (4, 3, *shape), dtype=np.uint8)
     frames[:, :, : shape[0] // 2] &= 0xC0  # flat areas: whole numbers, where truncation shows every rounding
     before = torch.get_num_threads()
@@ -289,7 +312,8 @@ def test_resize_is_bit_equal_to_the_published_call(shape, threads):
         theirs = torch.nn.functional.interpolate(clip, size=(224, 224), mode="bilinear", align_corners=False)
     finally:
         torch.set_num_threads(before)
-    assert (resize_frames(frames, 224) == theirs.to(torch.uint8).transpose(0, 1).numpy()).all()
+    apart = np.abs(resize_frames(frames, 224).astype(int) - theirs.to(torch.uint8).transpose(0, 1).numpy())
+    assert apart.max() <= 1 and (apart > 0).mean() < 0.002
 
 
 def test_size_resizes_while_reading(odd):

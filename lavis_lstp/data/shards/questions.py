@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from lavis_lstp.data.annotation import SECTION
+from lavis_lstp.data.pictures import open_picture
 from lavis_lstp.data.prompts import conversation_prompt
 from lavis_lstp.data.shards.format import (
     MEDIA_MEMBERS,
@@ -34,7 +35,7 @@ from lavis_lstp.data.shards.sets import ShardSet
 from lavis_lstp.data.shards.storage import RETRY, Retry, expand, knows_ranges, open_stream, scheme
 from lavis_lstp.data.spans import Spans, checked_spans
 from lavis_lstp.data.video.reading import flow_file, read_flow_file
-from lavis_lstp.errors import AnnotationError, ConfigError, ShardError
+from lavis_lstp.errors import AnnotationError, ConfigError, ShardError, VideoError
 from lavis_lstp.files import whole_file
 
 logger = logging.getLogger(__name__)
@@ -337,8 +338,6 @@ def unpack_frames(
         ConfigError: they are not the ones that these settings of a data set choose.
         ShardError: one of them cannot be decoded.
     """
-    import cv2
-
     wanted = {"num_frames": num, "fps": fps, "short_videos": short_videos, "size": size}
     for key, value in wanted.items():
         found, setting = stored.settings.get(key), "image_size" if key == "size" else key
@@ -349,11 +348,13 @@ def unpack_frames(
             )
     frames = np.empty((len(stored.pictures), 3, size, size), dtype=np.uint8)
     for number, raw in enumerate(stored.pictures):
-        # The pixels that PIL gives, in 0.30 ms instead of 0.42 for 224 px.
-        picture = cv2.imdecode(np.frombuffer(raw, np.uint8), cv2.IMREAD_COLOR)
-        if picture is None or picture.shape != (size, size, 3):
-            raise ShardError(f"{name}.frames: frame {number} cannot be decoded", "frames")
-        cv2.split(picture, list(frames[number, ::-1]))  # BGR, straight into the planes
+        try:  # not by OpenCV, which is faster (0.30 ms, not 0.42) and fills what is cut off with grey
+            picture = open_picture(raw, f"frame {number}")
+        except VideoError as error:
+            raise ShardError(f"{name}.frames: frame {number} cannot be decoded ({error})", "frames") from None
+        if picture.size != (size, size):
+            raise ShardError(f"{name}.frames: frame {number} cannot be decoded as {size} x {size} px", "frames")
+        frames[number] = np.asarray(picture).transpose(2, 0, 1)
     return frames
 
 

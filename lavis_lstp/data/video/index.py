@@ -31,6 +31,7 @@ import av
 import numpy as np
 from av.stream import Discard
 
+from lavis_lstp.data.pictures import DEFAULT_MAX_MEGAPIXELS
 from lavis_lstp.errors import VideoError
 
 logger = logging.getLogger(__name__)
@@ -49,8 +50,6 @@ NO_PRESENTATION_TIMES = {"avi", "h264", "hevc", "m4v", "mpegvideo", "obu"}
 # Where a clock may begin anew, a step of more than GAP_S is no pause but another clock: FFmpeg's dts_delta_threshold.
 CLOCKS_BEGIN_ANEW = {"mpegts", "mpeg", "ogg"}
 GAP_S = 10.0
-DEFAULT_MAX_MEGAPIXELS = 64.0
-"""The largest picture that is decoded; eight times the area of 4K."""
 
 
 @dataclass(frozen=True)

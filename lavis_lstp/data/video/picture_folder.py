@@ -1,17 +1,20 @@
-"""A folder of pictures in place of a video file, as TVQA's videos are published: sorted by name, three a second.
+"""A folder of pictures in place of a video file, as TVQA's videos are published: by name, three a second.
+
+Names are in natural order: frame_2 comes before frame_10.
 
 In: the folder, or its pictures as bytes, and which frames are wanted. Out: what `video.read_frames` gives of a file.
 """
 
 from __future__ import annotations
 
-import io
+import hashlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
+from lavis_lstp.data.pictures import DEFAULT_MAX_MEGAPIXELS, open_picture
 from lavis_lstp.data.video.index import VideoIndex
 from lavis_lstp.errors import ConfigError, VideoError
 
@@ -20,15 +23,33 @@ ENDINGS = (".jpg", ".jpeg", ".png")
 
 
 def pictures_in(folder: Path) -> list[Path]:
-    """Its pictures in the order of their names.
+    """Its pictures in the natural order of their names. Hidden files, such as macOS's `._1.jpg`, are none.
 
     Raises:
         VideoError: it has none.
     """
-    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in ENDINGS)
+    found = [path for path in folder.iterdir() if path.suffix.lower() in ENDINGS and not path.name.startswith(".")]
     if not found:
         raise VideoError(f"{folder}: a folder without pictures ({', '.join(ENDINGS)})")
-    return found
+    return sorted(found, key=lambda path: natural(path.name))
+
+
+def natural(name: str) -> tuple[list[tuple[str, int]], str]:
+    """A key that orders names by the numbers in them; names that differ in zeros alone by their text.
+
+    >>> sorted(["f10", "f9", "f1"], key=natural)
+    ['f1', 'f9', 'f10']
+    """
+    parts = re.findall(r"([^0-9]*)([0-9]*)", name)
+    return [(text, int(number or -1)) for text, number in parts], name
+
+
+def sha256_of_pictures(folder: Path) -> str:
+    """SHA-256 of a folder's pictures, one after the other."""
+    digest = hashlib.sha256()
+    for picture in pictures_in(folder):
+        digest.update(picture.read_bytes())
+    return digest.hexdigest()
 
 
 def folder_index(name: str, count: int) -> VideoIndex:
@@ -51,7 +72,12 @@ def folder_index(name: str, count: int) -> VideoIndex:
     )
 
 
-def read_pictures(pictures: Sequence[tuple[str, Path | bytes]], size: tuple[int, int] | None, resize) -> np.ndarray:
+def read_pictures(
+    pictures: Sequence[tuple[str, Path | bytes]],
+    size: tuple[int, int] | None,
+    resize,
+    max_megapixels: float = DEFAULT_MAX_MEGAPIXELS,
+) -> np.ndarray:
     """uint8 [T,3,H,W].
 
     Args:
@@ -65,11 +91,7 @@ def read_pictures(pictures: Sequence[tuple[str, Path | bytes]], size: tuple[int,
     """
     frames = []
     for name, source in pictures:
-        try:
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
-                pixels = np.asarray(picture.convert("RGB"))
-        except OSError as error:
-            raise VideoError(f"{name}: cannot be read as a picture ({error})") from error
+        pixels = np.asarray(open_picture(source, name, max_megapixels=max_megapixels))
         frames.append(pixels if size is None else resize(pixels, *size))
         if frames[-1].shape != frames[0].shape:
             raise ConfigError(f"{name}: is of another size than the first one; give a size to bring them together")

@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from lavis_lstp.data.frame_numbers import sample_indices, uniform_centres
+from lavis_lstp.data.pictures import DEFAULT_MAX_MEGAPIXELS
 from lavis_lstp.data.video.decode import (
     DecodeCount,
     IndexMismatch,
@@ -34,7 +35,6 @@ from lavis_lstp.data.video.decode import (
     orientation,
 )
 from lavis_lstp.data.video.index import (
-    DEFAULT_MAX_MEGAPIXELS,
     Source,
     VideoIndex,
     VideoInfo,
@@ -92,10 +92,10 @@ def _taps(source: int, target: int) -> tuple[np.ndarray, np.ndarray, np.ndarray,
 def _resize_picture(picture: np.ndarray, height: int, width: int) -> np.ndarray:
     """uint8 [H,W,3] to [height,width,3], truncated.
 
-    Bit-equal to torch's `interpolate(float, mode="bilinear", align_corners=False)` of a clip [3,T,H,W] with T > 3, the
-    published layout, on CPUs with fused multiply-add: rows first, then columns. Which sum comes first matters, because
-    flat areas sit on whole numbers and truncation drops 1 for an error of 1e-6. A float64 sum rounded to float32 is
-    what that instruction does.
+    This is the package's own definition: columns first, then rows, each a float64 sum of two products rounded to
+    float32. NumPy rounds every one of these steps exactly, so the result is the same on every machine. It follows the
+    published call, torch's `interpolate(float, mode="bilinear", align_corners=False)`, whose own rounding depends on
+    its version and on the processor; the two differ by at most one level, in about 0.1 % of the values.
     """
     if picture.shape[:2] == (height, width):
         return picture
@@ -178,6 +178,8 @@ def _spread(
 ) -> list[int]:
     """At most `num` frames, or exactly that many where short videos are doubled; see `read_frames`."""
     _refuse_incomplete(index)
+    if between_s is not None:
+        check_inside(between_s, "clip_s", index.duration_s, index.name)
     chosen = frames_between(index.times_s, between_s)
     if fps is not None and fps < index.fps:
         at_fps = sorted(set(frames_at_rate(index.num_frames, index.fps, fps)) & set(chosen))
@@ -197,6 +199,20 @@ def frames_at_rate(length: int, rate: float, fps: float) -> list[int]:
     second = int(rate + 1e-6) or rate
     found = (int(k * second / fps + 1e-9) for k in range(math.ceil(length * fps / second)))
     return sorted({i for i in found if i < length})
+
+
+def check_inside(span_s: Sequence[float], key: str, duration_s: float, name: str) -> None:
+    """Raises VideoError for a span that begins behind the video's end, or ends far behind it.
+
+    Annotators round, and videos are cut again: an end may lie a second, or a tenth of the video, behind the last frame.
+    An infinite end means the end of the video.
+    """
+    start, end = span_s
+    if start >= duration_s or (math.isfinite(end) and end > duration_s + max(1.0, 0.1 * duration_s)):
+        raise VideoError(
+            f"{name}: '{key}' [{start:g}, {end:g}] lies outside of the video, which lasts {duration_s:.3f} s; seconds "
+            "are counted from its start"
+        )
 
 
 def frames_between(times_s: Sequence[float], between_s: Sequence[float] | None) -> list[int]:
@@ -236,8 +252,8 @@ def read_frames(
     motion_vectors: bool = False,
     flow_size: int | Sequence[int] | None = None,
     threads: int = 1,
-    name: str | None = None,
     max_megapixels: float = DEFAULT_MAX_MEGAPIXELS,
+    name: str | None = None,
 ) -> VideoFrames:
     """Reads frames given by number, by time, or `num` uniform centres (fewer in a shorter video).
 
@@ -259,7 +275,7 @@ def read_frames(
         flow_size: grid of that flow, its values scaled along; None is the size of the frames.
         threads: decoder threads; 1 suits loaders with several workers.
         name: what errors call the source, for bytes.
-        max_megapixels: a video whose pictures are larger is refused before one is decoded.
+        max_megapixels: a picture of a larger area is refused, that of a video before it is decoded.
 
     Raises:
         VideoError: nothing there, not a video, no such frame, or one that is damaged.
@@ -267,7 +283,7 @@ def read_frames(
     """
     if _is_pictures(source):
         chosen = {"num": num, "fps": fps, "short_videos": short_videos, "between_s": between_s}
-        return _read_folder(source, name, **chosen, size=size, motion_vectors=motion_vectors)
+        return _read_folder(source, name, **chosen, size=size, motion_vectors=motion_vectors, limit=max_megapixels)
     if backend not in BACKENDS:
         raise ConfigError(unknown_name("video backend", backend, BACKENDS))
     if short_videos not in SHORT_VIDEOS:
@@ -291,7 +307,16 @@ def _is_pictures(source: Source | Sequence[bytes]) -> bool:
 
 
 def _read_folder(
-    source, name, *, num, fps=None, short_videos="keep", between_s=None, size=None, motion_vectors=False
+    source,
+    name,
+    *,
+    num,
+    fps=None,
+    short_videos="keep",
+    between_s=None,
+    size=None,
+    motion_vectors=False,
+    limit=DEFAULT_MAX_MEGAPIXELS,
 ) -> VideoFrames:
     """`num` frames of a folder of pictures, or of a list of them as bytes."""
     if isinstance(source, list):
@@ -304,7 +329,7 @@ def _read_folder(
     index = folder_index(name, len(pictures))
     chosen = _choose(index, None, None, num, fps, short_videos, between_s)
     wanted = [pictures[i] for i in chosen]
-    frames = read_pictures(wanted, None if size is None else _height_width(size), _resize_picture)
+    frames = read_pictures(wanted, None if size is None else _height_width(size), _resize_picture, limit)
     info = VideoInfo(len(pictures), index.fps, index.duration_s, frames.shape[3], frames.shape[2], 0, index.codec)
     return VideoFrames(frames, index.times_s[chosen], chosen, info)
 

@@ -1,0 +1,179 @@
+"""A picture file or its bytes in, an upright RGB picture out: the one place where this package opens pictures.
+
+Every mode is scaled to its own range, so that black is 0 and white is 255 whatever the file stores, transparency is put
+on white, and the orientation that a camera notes in EXIF is applied. What a picture cannot be read for is always a
+`VideoError` of one line, which data sets count. Formats are listed: PIL would hand a `.jpg` that is PostScript to
+Ghostscript. LAVIS sets PIL's LOAD_TRUNCATED_IMAGES when it is imported, which would fill the rest of a cut-off picture
+with grey; it is set aside while a picture is decoded here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import struct
+import threading
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageFile
+
+from lavis_lstp.errors import VideoError
+
+logger = logging.getLogger(__name__)
+
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+DEFAULT_MAX_MEGAPIXELS = 64
+"""Largest area of a picture or of a video's frame, in millions of pixels: 200 MB as RGB."""
+
+BROKEN = (OSError, SyntaxError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RuntimeError)
+BROKEN += (EOFError, MemoryError, AssertionError, struct.error, zlib.error, Image.DecompressionBombError)
+"""What PIL's readers raise for damaged files; they document no common class."""
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> what makes the picture upright."""
+_ORIENTATION, _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 0x0112, 258, 262, 0
+
+
+def open_picture(
+    source: str | Path | bytes, name: str, *, max_megapixels: float = DEFAULT_MAX_MEGAPIXELS
+) -> Image.Image:
+    """The picture (of several in a file the first), RGB, upright.
+
+    Args:
+        source: file or its bytes.
+        name: what errors call it.
+        max_megapixels: a picture of a larger area is refused before it is decoded.
+
+    Raises:
+        VideoError: there is no such file, it is no picture of `FORMATS`, damaged, cut off, or too large.
+    """
+    with _strict(max_megapixels), _one_line(name), _opened(source, name, max_megapixels) as picture:
+        picture.load()
+        orientation = _orientation(picture, name)
+        upright = _to_rgb(picture)
+        return upright.transpose(_TURNS[orientation]) if orientation in _TURNS else upright
+
+
+def picture_size(
+    source: str | Path | bytes, name: str, *, max_megapixels: float = DEFAULT_MAX_MEGAPIXELS
+) -> tuple[int, int]:
+    """(width, height) in px of the upright picture, from its header: nothing is decoded.
+
+    Raises:
+        VideoError: as `open_picture`, as far as the header shows it.
+    """
+    with _strict(max_megapixels), _one_line(name), _opened(source, name, max_megapixels) as picture:
+        # PIL turns the size of a TIFF by itself.
+        turned = picture.format != "TIFF" and _orientation(picture, name) in (5, 6, 7, 8)
+        return (picture.height, picture.width) if turned else (picture.width, picture.height)
+
+
+@contextlib.contextmanager
+def _opened(source: str | Path | bytes, name: str, max_megapixels: float) -> Iterator[Image.Image]:
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as picture:
+        if picture.width * picture.height > max_megapixels * 1e6:
+            raise VideoError(
+                f"{name}: is {picture.width} x {picture.height} px, more than max_megapixels: {max_megapixels:g} "
+                "allows; make it smaller, or raise the limit in the data set's section"
+            )
+        yield picture
+
+
+@contextlib.contextmanager
+def _one_line(name: str) -> Iterator[None]:
+    try:
+        yield
+    except VideoError:
+        raise
+    except BROKEN as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise VideoError(f"{name}: cannot be read as a picture ({text})") from error
+
+
+_inside = 0
+_before: tuple[bool, int | None] = (False, None)
+_counting = threading.Lock()
+
+
+@contextlib.contextmanager
+def _strict(max_megapixels: float) -> Iterator[None]:
+    """Sets PIL's global switches aside; threads that decode at the same time share one setting."""
+    global _inside, _before
+    with _counting:
+        if not _inside:
+            _before = ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS
+        _inside += 1
+        ImageFile.LOAD_TRUNCATED_IMAGES = False
+        # PIL's own limit, which also guards a file's inner tiles, must not be below the user's.
+        Image.MAX_IMAGE_PIXELS = max(_before[1] or 0, Image.MAX_IMAGE_PIXELS or 0, int(max_megapixels * 1e6))
+    try:
+        yield
+    finally:
+        with _counting:
+            _inside -= 1
+            if not _inside:
+                ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = _before
+
+
+def _orientation(picture: Image.Image, name: str) -> int:
+    """The EXIF orientation, 1 where there is none. A damaged EXIF block leaves the picture as it is, as viewers do."""
+    try:
+        # The method of the base class: PNG's own one would decode the picture to look behind it.
+        found = Image.Image.getexif(picture).get(_ORIENTATION, 1)
+    except BROKEN as error:
+        logger.warning("%s: its EXIF block cannot be read (%s); the picture is shown as stored", name, error)
+        return 1
+    return found if isinstance(found, int) else 1
+
+
+def _to_rgb(picture: Image.Image) -> Image.Image:
+    tags = getattr(picture, "tag_v2", {})
+    if picture.mode.startswith("I;16"):
+        bits = tags.get(_BITS_PER_SAMPLE, (16,))[0]
+        return _grey(picture, (1 << min(16, max(1, bits))) - 1)
+    if picture.mode == "I":
+        return _grey(picture, 65535 if picture.format in ("PNG", "PPM") else None)
+    if picture.mode == "F":
+        return _grey(picture, None)
+    if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    return picture.convert("RGB")
+
+
+def _grey(picture: Image.Image, white: int | None) -> Image.Image:
+    """RGB of a picture of one channel of more than 8 bits.
+
+    Args:
+        white: the value that is white. None = nothing in the file says it: 1 (floats), 255 or 65535, the first that no
+            value is above; where there are negative or larger values, the smallest is black and the largest white.
+    """
+    values = np.asarray(picture).astype(np.float64)
+    least, most = float(values.min()), float(values.max())
+    if not (np.isfinite(least) and np.isfinite(most)):
+        raise ValueError("it holds values that are not finite")
+    black = 0.0
+    if white is None:
+        known = (1, 255, 65535) if picture.mode == "F" else (255, 65535)
+        white = next((value for value in known if most <= value), None) if least >= 0 else None
+        if white is None:
+            black, white = least, max(most, least + 1)
+    grey = ((values - black) / (white - black) * 255 + 0.5).clip(0, 255).astype(np.uint8)
+    if getattr(picture, "tag_v2", {}).get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+        grey = 255 - grey
+    clear = picture.info.get("transparency")
+    if isinstance(clear, int):
+        grey[values == clear] = 255
+    return Image.fromarray(grey).convert("RGB")

@@ -1,0 +1,312 @@
+"""Every picture is opened in one way: upright, scaled to its range, on white, and what is broken is one line."""
+
+import io
+import json
+import struct
+import threading
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFile
+
+from lavis_lstp.data.annotation import read_annotation
+from lavis_lstp.data.pictures import BROKEN, FORMATS, open_picture, picture_size
+from lavis_lstp.data.qa_dataset import VideoQADataset
+from lavis_lstp.data.video.picture_folder import pictures_in
+from lavis_lstp.data.video.reading import read_frames
+from lavis_lstp.errors import AnnotationError, ConfigError, LstpError, VideoError
+from webdataset_tools.verify import check_decodable
+
+
+def stored(picture: Image.Image, form: str, **options) -> bytes:
+    raw = io.BytesIO()
+    picture.save(raw, form, **options)
+    return raw.getvalue()
+
+
+def noise(width=80, height=60) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8))
+
+
+def row(raw: bytes) -> list[int]:
+    """The first line of a grey picture."""
+    pixels = np.asarray(open_picture(raw, "x"))
+    assert pixels.dtype == np.uint8 and (pixels == pixels[..., :1]).all()
+    return pixels[0, :, 0].tolist()
+
+
+@pytest.fixture
+def lenient(monkeypatch):
+    """What importing LAVIS does to PIL."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "TIFF", "BMP", "GIF", "WEBP"])
+def test_a_cut_off_picture_is_refused_everywhere_though_lavis_made_pil_lenient(form, lenient, tmp_path):
+    raw = stored(noise(800, 600), form)
+    assert open_picture(raw, "x").size == (800, 600)
+    file = tmp_path / f"folder/1.{'png' if form == 'PNG' else 'jpg'}"
+    file.parent.mkdir()
+    file.write_bytes(raw[: len(raw) // 3])
+    for read in (
+        lambda: open_picture(file, "x"),
+        lambda: open_picture(file.read_bytes(), "x"),
+        lambda: read_frames(file.parent, num=1),
+        lambda: check_decodable("image", file.read_bytes(), "x", 1),
+    ):
+        with pytest.raises(VideoError, match="cannot be read as a picture") as caught:
+            read()
+        assert "\n" not in str(caught.value)
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is True  # whoever set it has it back
+
+
+def test_switches_of_pil_are_set_aside_for_threads_that_overlap(lenient):
+    raw, problems = stored(noise(400, 300), "JPEG"), []
+
+    def work(content: bytes, whole: bool):
+        for _ in range(30):
+            try:
+                open_picture(content, "x")
+                seen = True
+            except VideoError:
+                seen = False
+            if seen is not whole:
+                problems.append(content[:4])
+
+    threads = [threading.Thread(target=work, args=(raw[: len(raw) // (1 + n % 2)], n % 2 == 0)) for n in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not problems and ImageFile.LOAD_TRUNCATED_IMAGES is True
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_of_a_camera_is_applied(orientation, form):
+    wanted = np.zeros((32, 48, 3), np.uint8)
+    wanted[:16, :24], wanted[:16, 24:], wanted[16:, :24] = (250, 0, 0), (0, 250, 0), (0, 0, 250)
+    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Image.Transpose that stores it so
+    picture = Image.fromarray(wanted)
+    if orientation in undo:
+        picture = picture.transpose(Image.Transpose(undo[orientation]))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    raw = stored(picture, form, exif=exif, **({"lossless": True} if form == "WEBP" else {}))
+    shown = np.asarray(open_picture(raw, "x")).astype(int)
+    assert shown.shape == wanted.shape and picture_size(raw, "x") == (48, 32)
+    corners = np.s_[4::24, 4::40]
+    assert abs(shown[corners] - wanted[corners]).max() < 30
+
+
+def test_a_damaged_exif_block_costs_the_orientation_alone(caplog):
+    raw = stored(noise(), "PNG", exif=b"Exif\0\0XX damaged")
+    assert np.array_equal(np.asarray(open_picture(raw, "x")), np.asarray(noise()))
+    assert "x: its EXIF block cannot be read" in caplog.text
+
+
+def ramp(dtype, most, least=0.0) -> Image.Image:
+    return Image.fromarray(np.linspace(least, most, 6).astype(dtype)[None].repeat(4, 0))
+
+
+RAMP = [0, 51, 102, 153, 204, 255]
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        stored(ramp(np.uint16, 65535), "PNG"),
+        stored(ramp(np.uint16, 65535), "TIFF"),
+        stored(Image.fromarray(np.linspace(0, 65535, 6).astype(">u2")[None].repeat(4, 0)), "TIFF"),
+        stored(ramp(np.float32, 1), "TIFF"),
+        stored(ramp(np.float32, 255), "TIFF"),
+        stored(ramp(np.float32, 65535), "TIFF"),
+        stored(ramp(np.float32, 3.5, -1.5), "TIFF"),
+        stored(ramp(np.float32, 1e6), "TIFF"),
+        stored(ramp(np.int32, 255), "TIFF"),
+        stored(ramp(np.int32, 65535), "TIFF"),
+        stored(ramp(np.int32, 2**30), "TIFF"),
+        stored(ramp(np.uint8, 255), "PNG"),
+        stored(ramp(np.uint8, 255).convert("P"), "PNG"),
+        stored(ramp(np.uint8, 255).convert("P"), "GIF"),
+        stored(ramp(np.uint8, 255).convert("LA"), "PNG"),
+        stored(ramp(np.uint8, 255).convert("RGB").convert("CMYK"), "TIFF"),
+        stored(ramp(np.uint8, 255), "PPM"),
+        b"P5 6 1 65535\n" + np.linspace(0, 65535, 6).astype(">u2").tobytes(),
+    ],
+    ids="png16 tiff16 tiff16b f1 f255 f65535 f-neg f1e6 i255 i65535 i2^30 l p gif la cmyk ppm ppm16".split(),
+)
+def test_every_mode_is_scaled_to_its_range(raw):
+    assert np.abs(np.array(row(raw)) - RAMP).max() <= 1
+
+
+def test_two_colours_white_is_zero_and_twelve_bits(tmp_path):
+    assert row(stored(Image.fromarray(np.array([[0, 255]], np.uint8)).convert("1"), "PNG")) == [0, 255]
+    tags = {262: 0}
+    assert row(stored(ramp(np.uint16, 65535), "TIFF", tiffinfo=tags)) in (RAMP[::-1], RAMP)  # PIL may refuse the tag
+    with pytest.raises(VideoError, match="not finite"):
+        open_picture(stored(Image.fromarray(np.array([[0, np.nan]], np.float32)), "TIFF"), "x")
+
+
+@pytest.mark.parametrize(
+    "picture, options",
+    [
+        (Image.new("RGBA", (4, 4), (255, 0, 0, 0)), {}),
+        (Image.new("LA", (4, 4), (0, 0)), {}),
+        (Image.new("RGB", (4, 4), (1, 2, 3)), {"transparency": (1, 2, 3)}),
+        (Image.new("L", (4, 4), 7), {"transparency": 7}),
+        (Image.new("P", (4, 4), 0), {"transparency": 0}),
+        (Image.fromarray(np.full((4, 4), 900, np.uint16)), {"transparency": 900}),
+    ],
+    ids=["rgba", "la", "rgb", "l", "p", "i16"],
+)
+def test_what_is_transparent_is_white(picture, options):
+    assert (np.asarray(open_picture(stored(picture, "PNG", **options), "x")) == 255).all()
+
+
+def test_half_transparent_is_half_white():
+    half = open_picture(stored(Image.new("RGBA", (4, 4), (255, 0, 0, 128)), "PNG"), "x")
+    assert np.abs(np.asarray(half)[0, 0].astype(int) - [255, 127, 127]).max() <= 1
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def empty_png(width: int, height: int) -> bytes:
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 999)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("width, height", [(30000, 30000), (8001, 8000), (12000, 9000), (2**31 - 1, 2**31 - 1)])
+def test_a_picture_of_too_large_an_area_is_one_line(width, height):
+    for look in (open_picture, picture_size):
+        with pytest.raises(VideoError, match="^x: .*(max_megapixels: 64|pixels)") as caught:
+            look(empty_png(width, height), "x")
+        assert "\n" not in str(caught.value)
+
+
+def test_the_limit_is_the_users(tmp_path):
+    raw = stored(Image.new("L", (400, 300)), "PNG")
+    assert open_picture(raw, "x", max_megapixels=0.12).size == (400, 300)
+    with pytest.raises(VideoError, match="400 x 300 px, more than max_megapixels: 0.1 allows"):
+        open_picture(raw, "x", max_megapixels=0.1)
+    (tmp_path / "clip").mkdir()
+    for place in ("a.png", "clip/1.png"):
+        (tmp_path / place).write_bytes(raw)
+    texts = {"question": "q", "answer": "a"}
+    rows = [{"question_id": "1", "video_id": "a", "image": "a.png", **texts}]
+    rows += [{"question_id": "2", "video_id": "c", "video": "clip", **texts}]
+    whole = VideoQADataset(rows, tmp_path, image_size=8)
+    assert whole[0]["frames"].shape == whole[1]["frames"].shape == (1, 3, 8, 8)
+    small = VideoQADataset(rows, tmp_path, image_size=8, max_megapixels=0.1, max_bad_fraction=1.0)
+    assert small[0] is None and small[1] is None and small.left_out.by_cause() == {"undecodable": 2}
+    for wrong in (0, -1, "64", float("nan"), float("inf"), True):
+        with pytest.raises(ConfigError, match="max_megapixels must be a number greater than 0"):
+            VideoQADataset(rows, tmp_path, max_megapixels=wrong)
+    with pytest.raises(VideoError, match="PIL|exceeds|max_megapixels"):  # more than PIL allows by itself
+        open_picture(empty_png(30000, 30000), "x", max_megapixels=100)
+    with pytest.raises(VideoError, match="truncated|cannot be read as a picture"):
+        open_picture(empty_png(15000, 15000)[:60], "x", max_megapixels=300)
+
+
+def test_a_postscript_file_called_jpg_goes_to_no_interpreter(tmp_path, monkeypatch):
+    from PIL import EpsImagePlugin
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_: pytest.fail("PIL called Ghostscript"))
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
+    (tmp_path / "a.jpg").write_bytes(eps)
+    assert "EPS" not in FORMATS
+    with pytest.raises(VideoError, match="cannot be read as a picture"):
+        open_picture(tmp_path / "a.jpg", "a.jpg")
+
+
+def test_whatever_is_wrong_with_a_file_is_one_line():
+    """Bytes of whole pictures changed, removed and doubled at random: a picture, or a `VideoError`."""
+    rng = np.random.default_rng(1)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    forms = [stored(noise(24, 16), form, exif=exif) for form in ("JPEG", "PNG", "TIFF", "WEBP")]
+    forms += [stored(noise(24, 16), "GIF"), stored(noise(24, 16), "BMP"), stored(ramp(np.float32, 1), "TIFF")]
+    read = 0
+    for number in range(700):
+        raw = bytearray(forms[number % len(forms)])
+        for _ in range(int(rng.integers(1, 6))):
+            raw[int(rng.integers(len(raw)))] = int(rng.integers(256))
+        if number % 3 == 0:
+            raw = raw[: int(rng.integers(1, len(raw)))]
+        try:
+            assert open_picture(bytes(raw), "x", max_megapixels=1).mode == "RGB"
+            read += 1
+        except VideoError as error:
+            assert "\n" not in str(error) and str(error).startswith("x: ")
+    assert 50 < read < 650
+    assert not any(issubclass(LstpError, kind) for kind in BROKEN if kind is not Exception)
+
+
+def test_folders_of_pictures_are_in_natural_order(tmp_path):
+    names = ["f1.png", "f2.png", "f09.png", "f9b.png", "f10.png", "f100.jpg", "g1.png"]
+    for name in names[::-1]:
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "._f1.png").write_bytes(b"")
+    assert [path.name for path in pictures_in(tmp_path)] == names
+
+
+def test_frames_of_a_folder_come_in_that_order(tmp_path):
+    for number in range(1, 13):
+        Image.new("L", (8, 8), 20 * number).save(tmp_path / f"frame_{number}.png")
+    shown = read_frames(tmp_path, num=12).frames[:, 0, 0, 0] // 20
+    assert shown.tolist() == list(range(1, 13))
+
+
+def test_json_of_left_out_pictures(tmp_path):
+    (tmp_path / "a.png").write_bytes(empty_png(30000, 30000))
+    rows = [{"question_id": "1", "video_id": "a", "image": "a.png", "question": "q", "answer": "a"}]
+    data = VideoQADataset(rows, tmp_path, image_size=8, max_bad_fraction=1.0, quarantine=tmp_path / "bad.jsonl")
+    assert data[0] is None
+    line = json.loads((tmp_path / "bad.jsonl").read_text(encoding="utf-8"))
+    assert line["cause"] == "undecodable" and line["file"] == "a.png"
+
+
+@pytest.mark.parametrize("key", ["video", "image"])
+@pytest.mark.parametrize("path", ["", ".", "./", " ", "/"])
+def test_the_media_folder_itself_is_no_medium(key, path, tmp_path):
+    Image.new("L", (8, 8)).save(tmp_path / "unrelated.png")
+    entry = {"question_id": "1", "video_id": "v", key: path, "question": "q", "answer": "a"}
+    (tmp_path / "a.json").write_text(json.dumps([entry]), encoding="utf-8")
+    with pytest.raises(AnnotationError, match=f"a.json, entry 0 .*'{key}' must name a file"):
+        read_annotation(tmp_path / "a.json")
+    with pytest.raises(AnnotationError, match="expected the path of a file|leads out"):
+        VideoQADataset([entry], tmp_path)
+
+
+def folder_of(count: int, path):
+    """A video of `count` / 3 seconds."""
+    path.mkdir()
+    for number in range(count):
+        Image.new("L", (8, 8), number).save(path / f"{number}.png")
+
+
+@pytest.mark.parametrize("key", ["clip_s", "span_s"])
+def test_seconds_outside_of_the_video_are_an_error(key, tmp_path):
+    folder_of(12, tmp_path / "v")
+    entry = {"question_id": "q7", "video_id": "v", "video": "v", "question": "q", "answer": "a"}
+    for wrong in ([100, 200], [4, 4.5], [1, 5.5], [0, 1e6]):
+        with pytest.raises(VideoError, match=rf"'q7': .*v: '{key}' \[.*\] lies outside .* lasts 4.000 s"):
+            VideoQADataset([{**entry, key: wrong}], tmp_path, image_size=8)[0]
+    for fine in ([0, 4], [3.9, 4], [2, 4.9]):  # annotators round
+        assert VideoQADataset([{**entry, key: fine}], tmp_path, image_size=8)[0] is not None
+    data = VideoQADataset([{**entry, key: [100, 200]}], tmp_path, image_size=8, max_bad_fraction=1.0)
+    assert data[0] is None and data.left_out.by_cause() == {"undecodable": 1}
+
+
+@pytest.mark.parametrize(
+    "span", ["[0, 1e999]", "[NaN, 1]", "[0, Infinity]", "[2, 1]", "[1, 1]", "[-1, 2]", "[0, true]"]
+)
+@pytest.mark.parametrize("key", ["clip_s", "span_s"])
+def test_spans_that_are_none(key, span, tmp_path):
+    text = f'[{{"question_id": "1", "video": "v", "question": "q", "answer": "a", "{key}": {span}}}]'
+    (tmp_path / "a.json").write_text(text, encoding="utf-8")
+    with pytest.raises(AnnotationError, match="a.json, entry 0"):
+        read_annotation(tmp_path / "a.json")
