@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from lavis_lstp.config.fields import SEED, check_sampling, checked, key, rules, unknown_key
 from lavis_lstp.errors import ConfigError, unknown_name
 
@@ -136,6 +138,7 @@ class RunSettings:
         Raises:
             ConfigError: a value is missing, of the wrong type, out of range, or contradicts another.
         """
+        run = OmegaConf.to_container(run, resolve=True) if OmegaConf.is_config(run) else run
         given = {name: value for name, value in run.items() if value is not None and name in rules(cls)}
         if "output_dir" not in given:
             raise ConfigError("run.output_dir is missing; name the folder that checkpoints and results go to")

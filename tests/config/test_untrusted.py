@@ -175,11 +175,11 @@ def test_a_manifests_shard_is_a_file_and_a_far_folder_is_told(watched, tmp_path_
 
 
 @pytest.mark.parametrize("manifest", [{"config": []}, {"config": {"datasets": {"lstp_shards": "pipe:id"}}}, {"cwd": 3}])
-def test_a_manifest_of_another_form_gives_a_note(manifest, watched, capsys):
+def test_a_manifest_of_another_form_is_named(manifest, watched, capsys):
     folder = results_of(watched / "run", "lstp_shards", {})
     (folder / "evaluate_manifest.json").write_text(json.dumps(manifest))
-    assert cli.main(["report", str(folder)]) == 0
-    assert "1 without pictures" in capsys.readouterr().out
+    assert cli.main(["report", str(folder)]) == 2
+    assert "evaluate_manifest.json" in capsys.readouterr().err
 
 
 def run_with(folder: Path, model: dict) -> Path:
@@ -261,7 +261,7 @@ OWN = {
     """,
     "what opens, for those above": "_pipe _strip _fsspec ShardSet._index ShardSet.read read_manifest",
     "a copy of the configuration for a record": "recordable",
-    "what has passed the line": "model_config _save_sampler _questions _placed _media",
+    "what has passed the line": "RunSettings.from_config model_config _save_sampler _questions _placed _media",
 }
 """Functions that call these, by whose text they take."""
 
@@ -269,7 +269,8 @@ OWN = {
 def doors(path: Path) -> set[str]:
     """Functions of a module, with their class, that interpret or open something."""
     found, tree = set(), ast.parse(path.read_text())
-    sources = ("subprocess", "urllib", "lavis_lstp.data.shards.questions")
+    storages = "lavis_lstp.data." + "shards"  # every module of it
+    sources = ("subprocess", "urllib", storages)
     imports = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and (n.module or "").startswith(sources)]
     imported = {name.name for node in imports for name in node.names} | {path.stem}
 
@@ -364,7 +365,7 @@ def test_a_path_of_an_annotation_or_a_shard_stays_in_its_folder(name, tmp_path):
         media_path(name)
 
 
-def test_a_checkpoint_is_not_looked_for_outside_its_folder(tmp_path, caplog):
+def test_a_checkpoint_is_not_looked_for_outside_its_folder(tmp_path):
     from lavis_lstp.runners.checkpoint import CheckpointStore, what_is_torn
 
     outside = tmp_path / "outside" / "step_00000001"
@@ -374,9 +375,10 @@ def test_a_checkpoint_is_not_looked_for_outside_its_folder(tmp_path, caplog):
     store.folder.mkdir(parents=True)
     for name in ("../../outside/step_00000001", str(outside), 7):
         (store.folder / "best.json").write_text(json.dumps({"checkpoint": name}))
-        assert store.best() == {} and "ignoring" in caplog.text
+        with pytest.raises(WeightsError, match="best.json: 'checkpoint' is not of the form"):
+            store.best()
     (outside / "manifest.json").write_text(json.dumps({"files": {"../../secret": {"bytes": 1, "sha256": ""}}}))
-    assert "leads out of its folder" in what_is_torn(outside)
+    assert "'files' is not of the form" in what_is_torn(outside)
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------

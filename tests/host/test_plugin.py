@@ -126,7 +126,7 @@ def test_every_part_is_registered_once_although_register_ran_three_times(no_ment
 
 
 def test_train_and_evaluate_are_served_where_lavis_has_none(no_mention):
-    assert no_mention["served"] == [str(ROOT / "lavis_lstp" / name) for name in ("train.py", "evaluate.py")]
+    assert no_mention["served"] == [str(ROOT / "lavis_lstp" / "host" / name) for name in ("train.py", "evaluate.py")]
     assert no_mention["main"] == "lavis.train"
 
 

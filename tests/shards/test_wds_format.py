@@ -402,7 +402,7 @@ def test_a_manifest_whose_lines_are_not_of_the_form(tmp_path, entry):
 def test_an_index_is_the_same_in_each_process(tmp_path):
     """Hash maps are ordered differently in each process."""
     code = (
-        "import sys; sys.path[:0] = ['tests']; from test_wds_format import *; import pathlib;"
+        "import sys; sys.path[:0] = ['tests', 'tests/shards']; from test_wds_format import *; import pathlib;"
         "write_shard(pathlib.Path(sys.argv[1]) / 'x-000000.tar')"
     )
     seen = set()

@@ -1,5 +1,5 @@
 """Weights: where they are looked for, how files are read, which part of a model a key belongs to."""
 
-from lavis_lstp.models.weights.reading import weights_file
+from lavis_lstp.models.weights.hub import weights_file
 
 __all__ = ["weights_file"]

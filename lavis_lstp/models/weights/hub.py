@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lavis_lstp.errors import WeightsError
+from lavis_lstp.errors import WeightsError, shortened
 from lavis_lstp.models.weights.saved_runs import checkpoint_of_run
 
 ENVIRONMENT = "LAVIS_LSTP_WEIGHTS"
@@ -210,7 +210,9 @@ def require_weights(cfg: Mapping[str, Any]) -> None:
     if raft not in (None, UNINITIALISED) and local_path(raft) is None:
         missing[raft] = ["model.flow.weights"]
     if missing:
-        listed = "; ".join(f"{name} ({', '.join(keys)}): {where_to_put(name)}" for name, keys in missing.items())
+        listed = "; ".join(
+            f"{shortened(name)} ({', '.join(keys)}): {where_to_put(shortened(name))}" for name, keys in missing.items()
+        )
         raise WeightsError(
             f"missing weights, neither on this machine nor in the hub's cache, and the hub does not answer: {listed}. "
             "Each is a hub id that is cached or can be reached, or a folder with its files (config.json, "
