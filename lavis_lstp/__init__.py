@@ -17,7 +17,7 @@ NEEDS_LAVIS = {
     "lavis_lstp.models.lstp",
     "lavis_lstp.runners",
     "lavis_lstp.tasks",
-}  # our modules that import LAVIS when they are imported; tests/test_imports.py compares this with the sources
+}  # our modules that import LAVIS when they are imported; tests/host/test_imports.py compares this with the sources
 
 MOVED = {
     "lavis_lstp.ask": "lavis_lstp.inference.loading",

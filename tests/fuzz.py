@@ -4,8 +4,8 @@
 
 A target takes the bytes of a file. It may return, or raise an `LstpError` of one line; whatever else is a fault.
 Bytes come from sound seeds whose JSON values are replaced by odd ones, whose headers lie, or whose bytes are moved. An
-input that fails is written, as small as hypothesis can make it, to tests/fuzz_cases/<target>/; `tests/test_fuzz.py`
-runs those files and a few new inputs in each run of the tests.
+input that fails is written, as small as hypothesis can make it, to tests/fuzz_cases/<target>/;
+`tests/host/test_fuzz.py` runs those files and a few new inputs in each run of the tests.
 """
 
 from __future__ import annotations

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 from lavis_lstp.errors import ConfigError, WeightsError
 from lavis_lstp.models.answer import loading as backbone_loading
+from lavis_lstp.models.answer.likelihood import ReadPrompts
 from lavis_lstp.models.answer.qformer import Backbone
+from lavis_lstp.models.answer.tiny_tokenizer import tiny_tokenizer
 from lavis_lstp.models.building import build_backbone
 from lavis_lstp.testing.tiny_backbones import Sizes
 from lavis_lstp.testing.tiny_checkpoints import write_all
@@ -474,3 +476,41 @@ def test_a_batch_without_an_answer_costs_nothing(folders):
     one = backbone.lm_loss(prefix, mask, PROMPTS, ["red", ""])
     alone = backbone.lm_loss(prefix[:1], mask[:1], PROMPTS[:1], ["red"])
     assert one.item() == pytest.approx(alone.item(), rel=1e-5)
+
+
+class PatchBackbone(Backbone):
+    """The example of CONTRIBUTING.md: patches of the frames, no Q-Former, a language model without a begin mark."""
+
+    PARTS = {"vision": ("eye.",), "projection": ("bridge.",), "language_model": ("tongue.",)}
+    image_size = 64
+    vision_model = property(lambda self: self.eye)
+    projection = property(lambda self: self.bridge)
+    language_model = property(lambda self: self.tongue)
+
+    def __init__(self):
+        tokenizer = tiny_tokenizer(bos=False)
+        super().__init__(None, tokenizer)
+        self.eye = nn.Conv2d(3, 32, 16, stride=16)
+        self.bridge = nn.Linear(32, 48)
+        marks = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+        sizes = {"vocab_size": len(tokenizer), "n_embd": 48, "n_layer": 1, "n_head": 2, "n_positions": 256}
+        self.tongue = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **marks))
+
+    def _vision(self, pixels: Tensor) -> Tensor:
+        return self.eye(pixels).flatten(2).transpose(1, 2)
+
+    def frame_tokens(self, features: Tensor, prompts: list[str]) -> Tensor:
+        return features
+
+
+def test_a_backbone_without_a_qformer_learns_and_answers():
+    backbone = PatchBackbone().eval()
+    loss_of(backbone).backward()
+    assert set(gradients(backbone)) == {key for key, _ in backbone.named_parameters()}
+    prefix = backbone.project(backbone.frame_tokens(backbone.image_features(frames_of(backbone)), PROMPTS))
+    mask = torch.ones(prefix.shape[:2], dtype=torch.long)
+    texts, log_probs, counts = backbone.generate_scored(prefix, mask, PROMPTS, max_new_tokens=3)
+    assert len(texts) == 2 and counts.tolist() == [3, 3] and (log_probs < 0).all()
+    scored, numbers, _ = ReadPrompts(backbone, prefix, mask, PROMPTS).log_probs([0, 1], ANSWERS)
+    expected = -loss_of(backbone) * numbers.sum()
+    torch.testing.assert_close(scored.sum(), expected.detach(), rtol=1e-4, atol=1e-4)

@@ -8,7 +8,7 @@ A video has 128 frames at 10 per second. Two to four grey shapes lie still in it
 last. Four times, for 1.0 to 1.4 s and never two at once, a coloured shape enters, moves in one of six ways and
 is gone again. The four have distinct motions, colours and kinds, so that a question names exactly one of them.
 
-Three properties are built in, each proven in tests/test_shapes_qa.py:
+Three properties are built in, each proven in tests/data/test_shapes_qa.py:
 
 * **The question alone does not help.** Motion, colour, kind, time and place are drawn independently and
   uniformly, so each question has its answers equally likely: 1/8 for a colour, 1/6 for a kind, and 7/48

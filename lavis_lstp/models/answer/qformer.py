@@ -305,8 +305,8 @@ class Backbone(nn.Module):
     ) -> dict[str, object]:
         """Arguments of transformers' `generate`, but for inputs and special ids."""
         settings = checked(settings, encoder_decoder=self.is_encoder_decoder)
-        model = self.language_model
-        return arguments(settings, model.generation_config, len(prompts), generators, self.query_tokens.device)
+        model, embeddings = self.language_model, self.language_model.get_input_embeddings()
+        return arguments(settings, model.generation_config, len(prompts), generators, embeddings.weight.device)
 
     @torch.no_grad()
     def _generate(self, prefix: Tensor, prefix_mask: Tensor, prompts: list[str], settings: Mapping):
