@@ -37,7 +37,6 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status, 2 for an error of the user's."""
     hook.sleep_while_waiting()
-    hook.sleep_while_waiting()
     width = max(map(len, COMMANDS)) + 2
     table = "\n".join(f"  {name:<{width}}{text}" for name, (_, text) in sorted(COMMANDS.items()))
     parser = argparse.ArgumentParser(
