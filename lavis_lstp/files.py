@@ -188,6 +188,8 @@ def owned(
             command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:2]])
             write_json(owner, {"pid": os.getpid(), "host": socket.gethostname(), "since": started, "command": command})
         yield
+        if first:  # of workers that were killed, and whose work others did again
+            sweep(folder, ours)
     finally:
         if first:
             owner.unlink(missing_ok=True)

@@ -23,6 +23,8 @@ hypothesis.settings.load_profile("repeatable")
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / "golden"
+# Test modules use one another's small makers of input, whichever folder they lie in.
+sys.path += sorted(str(path) for path in Path(__file__).resolve().parent.iterdir() if path.is_dir())
 
 
 @pytest.hookimpl(tryfirst=True)

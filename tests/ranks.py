@@ -19,6 +19,8 @@ import traceback
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+FOLDERS = [HERE.parent, HERE, *(path for path in sorted(HERE.iterdir()) if path.is_dir())]
+"""Where a test's process looks for modules: a job lies in the module of its test."""
 HUNG = "hung"
 
 
@@ -26,7 +28,7 @@ class Ranks:
     """The server, from the test's side."""
 
     def __init__(self):
-        env = {**os.environ, "PYTHONPATH": f"{HERE.parent}:{HERE}", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        env = {**os.environ, "PYTHONPATH": ":".join(map(str, FOLDERS)), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.server = subprocess.Popen([sys.executable, __file__], env=env, **pipes)
 

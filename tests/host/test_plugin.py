@@ -238,7 +238,7 @@ def test_laviss_own_train_module_goes_first(tmp_path):
     finder = Finder()
     assert _hook.find_spec(finder, "lavis.train", [str(tmp_path)], None).origin == str(tmp_path / "train.py")
     served = _hook.find_spec(finder, "lavis.evaluate", [str(tmp_path)], None).origin
-    assert served == str(ROOT / "lavis_lstp" / "evaluate.py")
+    assert served == str(ROOT / "lavis_lstp" / "host" / "evaluate.py")
 
 
 def test_other_names_are_left_to_other_finders():

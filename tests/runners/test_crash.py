@@ -217,9 +217,13 @@ def test_complete_checkpoints_decide_and_links_do_not(tmp_path):
         assert weights_file(path) == second / "model.safetensors"
     (tmp_path / "checkpoints/best.json").write_text(json.dumps({"checkpoint": first.name}))
     assert weights_file(tmp_path).parent == weights_file(tmp_path / "checkpoints/best").parent == first
-    for wrong in ("[]", "{", '{"checkpoint": 3}', '{"checkpoint": "step_00000099"}'):
+    (tmp_path / "checkpoints/best.json").write_text('{"checkpoint": "step_00000099"}')
+    assert checkpoint_of_run(tmp_path) == second
+    for wrong in ("[]", "{", '{"checkpoint": 3}'):  # no kill leaves such a file, so somebody should look
         (tmp_path / "checkpoints/best.json").write_text(wrong)
-        assert checkpoint_of_run(tmp_path) == second
+        with pytest.raises(WeightsError, match="best.json"):
+            checkpoint_of_run(tmp_path)
+    (tmp_path / "checkpoints/best.json").unlink()
     with pytest.raises(WeightsError, match="no weights"):
         weights_file(tmp_path / "checkpoints/none")
 

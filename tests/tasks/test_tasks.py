@@ -233,7 +233,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(tmp_path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tasks"]
 from test_tasks import evaluator
 runner, batches = evaluator(Path(sys.argv[2]), test_splits=["train"]), []
 plain = runner.task.valid_step
