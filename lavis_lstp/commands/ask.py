@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lavis_lstp.errors import ConfigError, LstpError
-from lavis_lstp.inference.loading import ask, build_model, recorded_frames
+from lavis_lstp.inference.loading import EXAMPLE, ask, build_model, recorded_frames
 from lavis_lstp.redaction import printable
 
 if TYPE_CHECKING:
@@ -48,10 +48,20 @@ def as_text(result: Mapping[str, Any]) -> str:
     )
 
 
+def _take_example(args: argparse.Namespace) -> None:
+    """Fill in the shipped checkpoint and clip; one word of the user's is another question about the clip."""
+    if args.question is not None or args.checkpoint is not None:
+        raise ConfigError("--example brings its own video and checkpoint; give it a question alone, or nothing")
+    rows = json.loads((EXAMPLE / "questions.json").read_text(encoding="utf-8"))
+    args.question = args.video or rows[1]["question"]
+    args.video, args.checkpoint = str(EXAMPLE / "clip.mp4"), str(EXAMPLE)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="lavis-lstp ask", description=__doc__.splitlines()[0])
-    parser.add_argument("video", help="video file")
-    parser.add_argument("question")
+    parser.add_argument("video", nargs="?", help="video file")
+    parser.add_argument("question", nargs="?")
+    parser.add_argument("--example", action="store_true", help="ask the shipped tiny model about the shipped clip")
     parser.add_argument("--checkpoint", help="a run's folder, one of its checkpoints, or a weights file")
     parser.add_argument("--model", default="lstp_tiny", help="without a run's folder (default: lstp_tiny)")
     parser.add_argument("--model-type", help="default: the model's default type")
@@ -60,6 +70,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--options", nargs="*", default=[], metavar="model.A=B", help="overrides of the model config")
     args = parser.parse_args(argv)
+    if args.example:
+        _take_example(args)
+    elif args.question is None:
+        parser.error("name a video and a question, or --example")
     if args.num_frames is not None and args.num_frames < 1:
         raise ConfigError(f"--num-frames must be at least 1, got {args.num_frames}")
     if not Path(args.video).is_file():  # before the seconds that a model takes

@@ -19,6 +19,8 @@ from lavis_lstp.untrusted import recorded, why_no_path
 logger = logging.getLogger(__name__)
 
 DEFAULT_FRAMES = 64  # T where no run says how many
+EXAMPLE = Path(__file__).resolve().parents[1] / "example"
+"""A tiny trained checkpoint with `clip.mp4` and `questions.json`, which ship with the package."""
 HUB_KEYS = ("backbone.weights", "sampler.weights", "sampler.tokenizer")
 """Settings of a model that may name a repository of the hub."""
 CONVERTED = "lavis-lstp convert"
