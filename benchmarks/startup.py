@@ -1,4 +1,6 @@
-"""What lavis_lstp costs an interpreter that never imports LAVIS. Run: python benchmarks/startup.py
+"""How long commands take to start, and what lavis_lstp costs any other interpreter. Run: python benchmarks/startup.py
+
+The table has the best of some runs of each command, beside `python -c pass` and `python -c "import torch"`.
 
 Starts `python -c pass` many times and reads the time of the one import that lavis_lstp.pth makes from -X importtime.
 The best of the runs is the cost, the rest is the machine.
@@ -12,6 +14,26 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
+
+CLI = ("-m", "lavis_lstp")
+TOOLS = ("-m", "webdataset_tools")
+COMMANDS = (
+    ("-c", "pass"),
+    ("-c", "import torch"),
+    (*CLI, "--help"),
+    *((*CLI, "list", kind) for kind in ("models", "datasets", "tasks", "runners", "recipes")),
+    *((*CLI, name, "--help") for name in ("judge", "compare", "calibrate", "report")),
+    (*TOOLS, "--help"),
+    *((*TOOLS, verb, "--help") for verb in ("verify", "stats", "spans", "reshard", "repair", "extract")),
+)
+
+
+def seconds(words: tuple[str, ...]) -> float:
+    """One run of `python WORDS`."""
+    started = time.perf_counter()
+    subprocess.run([sys.executable, *words], capture_output=True, check=True)
+    return time.perf_counter() - started
 
 
 def import_us(env: dict[str, str], folder: str) -> int:
@@ -27,7 +49,11 @@ def import_us(env: dict[str, str], folder: str) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=40)
-    runs = parser.parse_args().runs
+    parser.add_argument("--repeat", type=int, default=3, help="runs of each command (default: 3)")
+    args = parser.parse_args()
+    runs = args.runs
+    for words in COMMANDS:
+        print(f"python {' '.join(words):<42} {min(seconds(words) for _ in range(args.repeat)):6.2f} s")
     with tempfile.TemporaryDirectory() as folder:
         env = {**os.environ, "PYTHONPYCACHEPREFIX": os.path.join(folder, "pyc"), "PYTHONDONTWRITEBYTECODE": ""}
         import_us(env, folder)  # compiles

@@ -21,7 +21,6 @@ from tqdm import tqdm
 
 from lavis_lstp.data.frame_numbers import uniform_centres
 from lavis_lstp.data.pictures import open_picture
-from lavis_lstp.data.qa_dataset import VideoQADataset
 from lavis_lstp.data.shards.format import parse_flow, parse_json
 from lavis_lstp.data.shards.questions import ShardQuestions
 from lavis_lstp.data.shards.sets import ShardSet
@@ -121,6 +120,8 @@ def _frames(questions: ShardQuestions, number: int, count: int, size: int) -> tu
     """uint8 [T,3,size,size] and seconds."""
     stored = questions.frames(questions[number]["place"])
     if stored is None:
+        from lavis_lstp.data.qa_dataset import VideoQADataset  # which needs torch
+
         sample = VideoQADataset(questions, num_frames=count, image_size=size)[number]
         return sample["frames"].numpy(), sample["frame_times"].numpy()
     chosen, name = uniform_centres(count, len(stored.pictures)), questions.name(questions[number]["place"])

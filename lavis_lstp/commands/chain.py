@@ -44,6 +44,8 @@ from lavis_lstp.untrusted import guard_log
 logger = logging.getLogger(__name__)
 
 KINDS = ("train", "evaluate", "command")
+TELL_EVERY_S = 20.0
+"""How often a step that goes on says so."""
 STOPPED = 128 + signal.SIGTERM
 STOPS = (STOPPED, -signal.SIGTERM)
 """How a process ends that SIGTERM stopped: in order, or at once."""
@@ -81,6 +83,7 @@ class Chain:
         self.options = list(options)
         self.launcher = list(launcher) or [sys.executable]
         self.seconds: dict[str, float] = {}
+        self.about_s: dict[str, float] = {}  # how long a step takes on two quiet cores, where that is known
 
     def run(self, steps: Sequence[Step]) -> None:
         """Each step that is not done yet.
@@ -144,12 +147,15 @@ class Chain:
             return
         whole = [*(self.launcher if launch else [sys.executable]), *command]
         logger.info("%s: %s", name, without_secrets(shlex.join(whole)))
+        about = f", of about {self.about_s[name]:.0f} s" if name in self.about_s else ""
+        if about:
+            logger.info("%s: takes about %.0f s on two quiet cores", name, self.about_s[name])
         with _locked(folder) as lock:
             sweep(folder, lambda name: name in (started.name, done.name))
             write_json(started, recorded)
             size = output.stat().st_size if output.is_file() else 0
             begin = time.perf_counter()
-            status, stopped = _call(whole, output, lock)
+            status, stopped = _call(whole, output, lock, f"{name}: %.0f s so far{about}")
             stopped = stopped or status in STOPS
             if status and not stopped:
                 raise LstpError(f"step {name} ended with status {status}: {_reason(output, size)} (see {output})")
@@ -215,8 +221,13 @@ def _locked(folder: Path) -> Iterator[int]:
         yield lock.fileno()
 
 
-def _call(command: Sequence[str], output: Path, lock: int) -> tuple[int, bool]:
-    """Exit status, and whether SIGTERM came; it is passed on, and the command may take its time to save."""
+def _call(command: Sequence[str], output: Path, lock: int, going_on: str) -> tuple[int, bool]:
+    """Exit status, and whether SIGTERM came; it is passed on, and the command may take its time to save.
+
+    Args:
+        going_on: what to log every `TELL_EVERY_S` seconds, with the seconds so far.
+    """
+    begin = time.perf_counter()
     process, stopped = None, False
 
     def pass_on(*unused: Any) -> None:
@@ -236,7 +247,11 @@ def _call(command: Sequence[str], output: Path, lock: int) -> tuple[int, bool]:
             with process:
                 if stopped:
                     process.terminate()
-                return process.wait(), stopped
+                while True:
+                    try:
+                        return process.wait(timeout=TELL_EVERY_S), stopped
+                    except subprocess.TimeoutExpired:
+                        logger.info(going_on, time.perf_counter() - begin)
     finally:
         if main:
             signal.signal(signal.SIGTERM, before)

@@ -65,17 +65,18 @@ def list_names(argv: Sequence[str] | None = None) -> int:
 
 
 def _names(kind: str) -> list[str]:
-    from lavis_lstp import register
-
-    register()
+    """What LAVIS's registry would list, from this package's tables and LAVIS's sources: neither is imported."""
     if kind == "recipes":
         from lavis_lstp.config import recipes
 
         return recipes()
+    from lavis_lstp.config.data import names as datasets
+    from lavis_lstp.config.lavis_names import lavis_names
+    from lavis_lstp.config.run import RUNNERS, TASKS
+
+    names = lavis_names(kind)
     if kind == "models":
-        from lavis.models import model_zoo
+        from lavis_lstp.models.variants import MODEL_TYPES
 
-        return [f"{name}  {', '.join(types)}" for name, types in sorted(model_zoo)]
-    from lavis.common.registry import registry
-
-    return {"datasets": registry.list_datasets, "tasks": registry.list_tasks, "runners": registry.list_runners}[kind]()
+        return [f"{name}  {', '.join(types)}" for name, types in sorted({**names, **MODEL_TYPES}.items())]
+    return sorted({*names, *{"datasets": datasets(), "tasks": TASKS, "runners": RUNNERS}[kind]})

@@ -217,6 +217,11 @@ SETTINGS: dict[str, type[DataSettings]] = {
 """The other data sets of configs/datasets are benchmarks."""
 
 
+def names() -> list[str]:
+    """The data sets of this package: each has a YAML file in configs/datasets."""
+    return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+
+
 def settings_of(name: str) -> type[DataSettings] | None:
     """The settings of a data set of this package; None for one of LAVIS's."""
     if name in SETTINGS:

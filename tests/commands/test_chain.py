@@ -272,3 +272,16 @@ def test_the_files_there_are_can_be_listed_and_read(capsys):
         steps = read_chain(chains.find_chain(name))
         chains.check_recipes(Chain(Path("out")), steps)
         assert all(isinstance(step, Step) for step in steps)
+
+
+def test_a_step_that_goes_on_says_so(tmp_path, caplog, monkeypatch):
+    from lavis_lstp.commands import chain
+
+    monkeypatch.setattr(chain, "TELL_EVERY_S", 0.1)
+    one = chain.Chain(tmp_path)
+    one.about_s["slow"] = 2
+    with caplog.at_level("INFO"):
+        one.step("slow", ["-c", "import time; time.sleep(0.7)"])
+    said = [record.getMessage() for record in caplog.records]
+    assert "slow: takes about 2 s on two quiet cores" in said
+    assert any(line.endswith("s so far, of about 2 s") for line in said)
