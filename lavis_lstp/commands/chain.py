@@ -83,7 +83,7 @@ class Chain:
         self.options = list(options)
         self.launcher = list(launcher) or [sys.executable]
         self.seconds: dict[str, float] = {}
-        self.about_s: dict[str, float] = {}  # how long a step takes on two quiet cores, where that is known
+        self.about_s: dict[str, float] = {}  # how long a step takes, where that is known
 
     def run(self, steps: Sequence[Step]) -> None:
         """Each step that is not done yet.
@@ -149,7 +149,7 @@ class Chain:
         logger.info("%s: %s", name, without_secrets(shlex.join(whole)))
         about = f", of about {self.about_s[name]:.0f} s" if name in self.about_s else ""
         if about:
-            logger.info("%s: takes about %.0f s on two quiet cores", name, self.about_s[name])
+            logger.info("%s: takes about %.0f s", name, self.about_s[name])
         with _locked(folder) as lock:
             sweep(folder, lambda name: name in (started.name, done.name))
             write_json(started, recorded)
