@@ -18,11 +18,20 @@ from lavis_lstp.redaction import printable, without_secrets
 class LstpError(Exception):
     """Base of every error whose cause lies in the input, not in the program.
 
-    Its text may be printed: it has no secret of an address in it, and no escape of a terminal.
+    Its text may be printed: it has no secret of an address in it, no escape of a terminal, and an end.
     """
 
     def __init__(self, *args: object):
-        super().__init__(*(printable(without_secrets(one)) if isinstance(one, str) else one for one in args))
+        super().__init__(*(_told(one) if isinstance(one, str) else one for one in args))
+
+
+MOST_TEXT = 4000
+"""Characters of an error: a value or a name in it may be as long as the file that it comes from."""
+
+
+def _told(text: str) -> str:
+    text = printable(without_secrets(text))
+    return text if len(text) <= MOST_TEXT else f"{text[: MOST_TEXT // 2]} ... {text[-MOST_TEXT // 2 :]}"
 
 
 class ConfigError(LstpError, ValueError):

@@ -148,7 +148,7 @@ def test_a_tensor_that_gloo_releases_late_does_not_abort_a_finished_run(tmp_path
 
 def test_only_rank_0_logs(trained):
     _, done = trained
-    assert done.stderr.count("=====  Running Parameters    =====") == 1
+    assert done.stderr.count("checkpoints/step_00000002 in ") == 1
 
 
 def test_evaluate_answers_every_question_of_the_split(trained):

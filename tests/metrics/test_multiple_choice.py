@@ -321,7 +321,7 @@ def test_a_prompt_is_read_once_for_all_its_options(family, language):
                 counted = labels[0] != IGNORED
                 own = logits[0, counted].log_softmax(-1).gather(1, labels[0, counted, None])
                 assert found["tokens"] == int(counted.sum()) > 0
-                assert found["mean"] == pytest.approx(float(own.mean()), rel=1e-6, abs=1e-5)
+                assert found["mean"] == pytest.approx(float(own.mean()), rel=1e-6, abs=6e-5)  # 4 decimals are written
                 assert said == bool((logits[0, counted].argmax(-1) == labels[0, counted]).all())
 
 
