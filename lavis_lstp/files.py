@@ -21,6 +21,7 @@ import socket
 import sys
 import threading
 import time
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -238,6 +239,23 @@ def sweep(folder: Path, ours: Callable[[str], bool] = lambda name: True) -> None
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
+
+
+def find_path(root: Path, name: str) -> Path:
+    """The file or folder below `root` that a name means: as it is written, else with its accents encoded otherwise.
+
+    File systems and tools write an accent as a letter of its own (NFD) or as part of one (NFC).
+    """
+    path = root / name
+    if name.isascii() or path.exists():
+        return path
+    here = root
+    for part in Path(name).parts:
+        if here.is_dir() and not (here / part).exists():
+            wanted = unicodedata.normalize("NFC", part)
+            part = next((one for one in os.listdir(here) if unicodedata.normalize("NFC", one) == wanted), part)
+        here = here / part
+    return here
 
 
 # ---- JSON -------------------------------------------------------------------------------------------------------

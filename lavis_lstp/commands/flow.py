@@ -12,18 +12,20 @@ skipped. Videos that fail are listed at the end and the exit status says so; the
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lavis_lstp.data.annotation import check_object, parse_rows, read_text
+from lavis_lstp.data.video.picture_folder import sha256_of_pictures
 from lavis_lstp.data.video.reading import BACKENDS, FLOW_FILE_VERSION, VIDEO_ENDINGS, read_frames
 from lavis_lstp.errors import AnnotationError, ConfigError, LstpError, VideoError
-from lavis_lstp.files import owned, sha256_file, sorted_header, whole_file
+from lavis_lstp.files import find_path, owned, sha256_file, sorted_header, whole_file
 from lavis_lstp.models.weights.hub import local_path, where_to_put
 from lavis_lstp.untrusted import why_no_file_name
 
@@ -43,16 +45,10 @@ def find_videos(source: str | os.PathLike, root: str | os.PathLike | None = None
     """
     source = Path(source)
     if source.is_dir():
-        pairs = [
-            (path.stem, path, str(path))
-            for path in sorted(source.rglob("*"))
-            if path.suffix.lower() in VIDEO_ENDINGS and not path.name.startswith(".")
-        ]
-        if not pairs:
-            raise AnnotationError(f"{source}: no video in this folder; looked for {', '.join(VIDEO_ENDINGS)}")
+        pairs = _in_folder(source)
     elif source.is_file():
         base = Path(root) if root is not None else source.parent
-        pairs = [(video_id, base / video, where) for video_id, video, where in _annotated(source)]
+        pairs = [(video_id, find_path(base, video), where) for video_id, video, where in _annotated(source)]
     else:
         raise AnnotationError(f"{source}: no such folder or annotation file")
     found: dict[str, Path] = {}
@@ -65,27 +61,39 @@ def find_videos(source: str | os.PathLike, root: str | os.PathLike | None = None
 
 
 def _annotated(source: Path) -> list[tuple[str, str, str]]:
-    """(video_id, video, where it stands) of each entry of a JSON list or JSON lines."""
-    try:
-        text = source.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise AnnotationError(f"{source}: cannot be read ({error})") from None
-    try:
-        if text.lstrip().startswith("["):
-            entries = [(f"{source}: entry {n}", entry) for n, entry in enumerate(json.loads(text))]
-        else:
-            lines = enumerate(text.splitlines(), 1)
-            entries = [(f"{source}: line {n}", json.loads(line)) for n, line in lines if line.strip()]
-    except json.JSONDecodeError as error:
-        raise AnnotationError(f"{source}: neither a JSON list nor JSON lines ({error})") from None
-    rows = []
-    for where, entry in entries:
-        for key in ("video_id", "video"):
-            if not isinstance(entry, dict) or not isinstance(entry.get(key), str):
-                got = repr(entry.get(key)) if isinstance(entry, dict) else type(entry).__name__
-                raise AnnotationError(f"{where}: expected a text under '{key}', got {got}")
-        rows.append((entry["video_id"], entry["video"], where))
+    """(video_id, video, where it stands) of each row that is about a video, read as data sets read it."""
+    rows, others = [], 0
+    for where, row in parse_rows(read_text(source), source):
+        if isinstance(row, dict) and "video" not in row and {"image", "conversations", "question"} & row.keys():
+            others += 1
+            continue
+        check_object(row, where, ("video",), ("video", "video_id"))
+        rows.append((row.get("video_id", Path(row["video"]).stem), row["video"], where))
+    if others:
+        logger.warning("%s: %d rows are about pictures or texts, which have no flow", source, others)
+    if not rows:
+        raise AnnotationError(f"{source}: no row is about a video")
     return rows
+
+
+def _in_folder(source: Path) -> list[tuple[str, Path, str]]:
+    """(id, file, where it stands) of each video; the id is the name without its ending where no other has the same."""
+    files = [path for path in sorted(source.rglob("*")) if path.is_file() and not path.name.startswith(".")]
+    videos = [path for path in files if path.suffix.lower() in VIDEO_ENDINGS]
+    if not videos:
+        raise AnnotationError(f"{source}: no video in this folder; looked for {', '.join(VIDEO_ENDINGS)}")
+    others = [path.name for path in files if path.suffix.lower() not in VIDEO_ENDINGS]
+    if others:
+        logger.warning(
+            "%s: left out %d files that are no videos by their endings, first %s", source, len(others), others[0]
+        )
+    stems = Counter((path.parent, path.stem) for path in videos)
+    alike = [path for path in videos if stems[path.parent, path.stem] > 1]
+    if alike:
+        logger.warning(
+            "%s: %s and others differ by their endings alone; their ids are whole names", source, alike[0].name
+        )
+    return [(path.name if path in alike else path.stem, path, str(path)) for path in videos]
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, str]:
@@ -140,6 +148,11 @@ def video_flow(video: Path, args: argparse.Namespace, extractor: Any) -> np.ndar
         return clip.flow.astype(np.float16)
     frames = torch.from_numpy(clip.frames)[None].to(args.device)
     return extractor(frames)[0].cpu().numpy().astype(np.float16)
+
+
+def digest(video: Path) -> str:
+    """SHA-256 of a file, or of the pictures in a folder."""
+    return sha256_of_pictures(video) if video.is_dir() else sha256_file(video)
 
 
 def write_flow(target: Path, flow: np.ndarray, metadata: dict[str, str]) -> None:
@@ -204,7 +217,7 @@ def _write_missing(videos: dict[str, Path], out: Path, settings: dict[str, str],
         except VideoError as error:
             failed.append(str(error))
             continue
-        source = {"source": path.name, "source_bytes": str(path.stat().st_size), "source_sha256": sha256_file(path)}
+        source = {"source": path.name, "source_bytes": str(path.stat().st_size), "source_sha256": digest(path)}
         write_flow(targets[video_id], flow, settings | source | {"num_frames": str(len(flow))})
     kept = len(targets) - len(videos)
     print(f"{out}: flow of {len(targets) - len(failed)} videos, {kept} of them there already, {len(failed)} failed")

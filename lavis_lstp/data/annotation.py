@@ -6,6 +6,7 @@ The form of this package's own files is told in `qa_dataset`; others' are read b
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def read_text(path: Path, *, section: str = SECTION) -> str:
     if not path.is_file():
         raise AnnotationError(f"{path}: no such annotation file ({section}.build_info.annotations)")
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # Windows programs begin a file with a mark
     except (OSError, UnicodeDecodeError) as error:
         raise AnnotationError(f"{path}: cannot be read as UTF-8 text ({error})") from None
 
@@ -73,13 +74,31 @@ def parse(text: str, path: Path, place: str) -> Any:
         AnnotationError: it is none.
     """
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_no_key_twice, parse_constant=_no_number, parse_float=_finite)
         if "\\u" in text:
             # An escape may hold half a character, which no text has, but a file's name, where it is a byte of no text.
             json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogateescape")
         return value
     except (ValueError, RecursionError) as error:
         raise AnnotationError(f"{path}, {place}: not JSON ({error}); expected a list or JSON lines") from None
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r:.80} stands twice in one object")
+    return found
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(float(text)):
+        raise ValueError(f"{text[:40]} is larger than any number")
+    return float(text)
 
 
 def check_object(row: Any, place: str, required: tuple[str, ...], texts: tuple[str, ...] = ()) -> None:

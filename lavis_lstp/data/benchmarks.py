@@ -24,7 +24,7 @@ from lavis_lstp.errors import AnnotationError, ConfigError, unknown_name
 logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
-ENDINGS = (*VIDEO_ENDINGS, ".gif")
+ENDINGS = VIDEO_ENDINGS
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from lavis_lstp.data.annotation import SECTION
 from lavis_lstp.data.published_flow import ENDING
 from lavis_lstp.data.video.reading import flow_file, read_flow_file
 from lavis_lstp.errors import AnnotationError, VideoError
+from lavis_lstp.files import find_path
 from lavis_lstp.untrusted import why_no_path
 
 logger = logging.getLogger(__name__)
@@ -124,7 +125,7 @@ class FolderQuestions(Sequence):
             if why := why_no_path(name):
                 what = f"leads out of {self.root}" if "leads out" in why else why
                 raise AnnotationError(f"question {question!r}: path {name[:200]!r} {what}")
-            if not (self.root / name).exists():  # a folder of pictures is a video, too
+            if not find_path(self.root, name).exists():  # a folder of pictures is a video, too
                 missing.append((self.root / name, question))
         lost = {path for path, _ in missing}
         open_questions = sum(self.root / row.get(kind_of(row), "") in lost for row in self._rows)
@@ -149,7 +150,7 @@ class FolderQuestions(Sequence):
 
     def medium(self, place: Place) -> tuple[Path, str]:
         """Where a video or picture lies, and what messages call it."""
-        path = self.root / place[0]
+        path = find_path(self.root, place[0])
         return path, str(path)
 
     def frames(self, place: Place) -> None:

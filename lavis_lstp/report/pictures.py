@@ -183,7 +183,7 @@ def _media(one: Evaluation, videos: str | None) -> Media | str:
         folder = Path(videos)
         if not folder.is_dir():
             raise ConfigError(f"--videos {videos}: no such folder; expected one with videos, or shards (*.tar)")
-        files = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in (*VIDEO_ENDINGS, ".gif"))
+        files = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in VIDEO_ENDINGS)
         return Media(files={path.stem: path for path in files})
     config = one.manifest.get("config")
     sections = config.get("datasets") if isinstance(config, Mapping) else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 from video_files import moving_texture, numbered_video, write_video
 
 from lavis_lstp.commands import flow as flow_files
+from lavis_lstp.commands.flow import find_videos
 from lavis_lstp.commands.flow import main as flow_main
 from lavis_lstp.data.video.reading import probe, read_flow_file, read_frames
 from lavis_lstp.errors import AnnotationError, ConfigError, LstpError, VideoError, WeightsError
@@ -450,11 +452,15 @@ def test_annotations_name_the_videos(folder):
         assert run_flow(folder / source, out) == 0
         assert sorted(p.name for p in out.iterdir()) == ["id a.safetensors", "id b.safetensors"]
     for text, line in [
-        ('[{"video": "a.mp4"}]', "entry 0: expected a text under 'video_id', got None"),
-        ('{"video_id": "a", "video": 3}\n', "line 1: expected a text under 'video', got 3"),
+        ('{"video_id": "a", "video": 3}\n', "line 1: 'video' must be a string, got int 3"),
+        ('[{"id": "a"}]', "entry 0: key 'video' is missing"),
+        ('[{"image": "a.png", "question": "?"}]', "no row is about a video"),
         ('[{"video_id": "../a", "video": "a.mp4"}]', "cannot be a file name"),
         ('[{"video_id": "a", "video": "a.mp4"}, {"video_id": "a", "video": "b.mp4"}]', "also belongs to"),
-        ("{", "neither a JSON list nor JSON lines"),
+        ('[{"video": "a.mp4", "video": "b.mp4"}]', "'video' stands twice"),
+        ('[{"video": "a.mp4", "clip_s": [0, 1e999]}]', "larger than any number"),
+        ('[{"video": "a.mp4", "clip_s": [0, NaN]}]', "NaN is no number"),
+        ("{", "not JSON"),
     ]:
         (folder / "bad.json").write_text(text)
         with pytest.raises(AnnotationError, match=line):
@@ -463,6 +469,24 @@ def test_annotations_name_the_videos(folder):
         (folder / "flow_empty").mkdir(exist_ok=True)
         with pytest.raises(AnnotationError, match=line):
             run_flow(source, folder / "flow")
+
+
+def test_annotations_are_read_as_data_sets_read_them(folder, caplog):
+    """No video_id, a picture beside videos, a line separator in a text, the mark of Windows programs, other accents."""
+    (folder / unicodedata.normalize("NFD", "é.mp4")).write_bytes((folder / "a.mp4").read_bytes())
+    rows = [{"video": "a.mp4", "question": "a\u2028b"}, {"image": "p.png", "question": "?"}, {"video": "é.mp4"}]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (folder / "rows.jsonl").write_text("\ufeff" + lines, encoding="utf-8")
+    found = find_videos(folder / "rows.jsonl")
+    assert list(found) == ["a", "é"] and all(path.is_file() for path in found.values())
+    assert "1 rows are about pictures or texts" in caplog.text
+
+
+def test_a_folder_says_what_it_leaves_out(folder, caplog):
+    for name in ("a.gif", "c.TS", "notes.txt"):
+        (folder / name).write_bytes(b"")
+    assert list(find_videos(folder)) == ["a.gif", "a.mp4", "b", "c"]
+    assert "left out 1 files" in caplog.text and "notes.txt" in caplog.text and "differ by their endings" in caplog.text
 
 
 def test_wrong_options_are_one_line(folder):

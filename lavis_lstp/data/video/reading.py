@@ -53,7 +53,10 @@ __all__ += ["BACKENDS", "FLOW_FILE_VERSION", "SHORT_VIDEOS", "VIDEO_ENDINGS"]
 
 BACKENDS = ("pyav", "decord")
 SHORT_VIDEOS = ("keep", "double")
-VIDEO_ENDINGS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v")
+VIDEO_ENDINGS = (
+    *(".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".gif", ".mpg", ".mpeg", ".ts", ".m2ts", ".mts", ".wmv", ".flv"),
+    *(".3gp", ".ogv", ".vob"),
+)
 FLOW_FILE_VERSION = 1
 
 
