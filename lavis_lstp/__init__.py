@@ -36,6 +36,24 @@ MOVED = {
 WATCHED = NEEDS_LAVIS | MOVED.keys() | {"lavis", "lavis.train", "lavis.evaluate"}
 
 
+PUBLIC = {
+    "load": "lavis_lstp.inference.predictor",
+    "LSTP": "lavis_lstp.models.lstp",
+    "TemporalSampler": "lavis_lstp.models.where.temporal_sampler",
+    "Span": "lavis_lstp.schema",
+    "read_frames": "lavis_lstp.data.video.reading",
+    "probe": "lavis_lstp.data.video.reading",
+}  # public name -> its module, which is imported when the name is asked for
+
+
+def __getattr__(name):
+    if name not in PUBLIC:
+        raise AttributeError(f"module 'lavis_lstp' has no attribute '{name}'")
+    from importlib import import_module
+
+    return getattr(import_module(PUBLIC[name]), name)
+
+
 def register():
     """Make LAVIS know this package's data sets, models, tasks and runners; any number of times."""
     from lavis_lstp.host import plugin

@@ -6,22 +6,23 @@ import json
 
 import pytest
 
+import lavis_lstp
 from lavis_lstp.commands import cli
-from lavis_lstp.inference.loading import EXAMPLE, ask, build_model
+from lavis_lstp.inference.loading import EXAMPLE
 
 ROWS = json.loads((EXAMPLE / "questions.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
-def model():
-    built, notes = build_model("lstp_tiny", None, str(EXAMPLE), [])
-    assert notes == []
-    return built
+def predictor():
+    loaded = lavis_lstp.load("example")
+    assert loaded.notes == ()
+    return loaded
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[row["question"] for row in ROWS])
-def test_each_question_is_answered_and_its_moment_found(model, row):
-    found = ask(model, EXAMPLE / "clip.mp4", row["question"])
+def test_each_question_is_answered_and_its_moment_found(predictor, row):
+    found = predictor.answer(EXAMPLE / "clip.mp4", row["question"])
     assert found["prediction"] == row["answer"]
     assert found["span_s"] == pytest.approx(row["span_s"], abs=0.3)
 

@@ -170,6 +170,20 @@ def test_modules_that_need_lavis_are_the_ones_the_hook_knows():
     assert not missing, f"NEEDS_LAVIS names modules that do not exist: {sorted(missing)}"
 
 
+def test_public_and_old_names_lead_somewhere():
+    import lavis_lstp
+
+    assert set(lavis_lstp.PUBLIC.values()) | set(lavis_lstp.MOVED.values()) <= SOURCES.keys()
+    assert not set(lavis_lstp.MOVED) & SOURCES.keys()
+    assert all(getattr(lavis_lstp, name).__name__ == name for name in lavis_lstp.PUBLIC)
+    from lavis_lstp import cli  # an old name
+    from lavis_lstp.commands import cli as moved
+
+    assert cli is moved
+    with pytest.raises(AttributeError, match="no attribute 'lode'"):
+        lavis_lstp.lode  # noqa: B018
+
+
 def test_no_top_level_package_of_ours_has_a_name_that_lavis_or_fairscale_use():
     packages = {path.parent.name for path in ROOT.glob("*/__init__.py")}
     assert packages == {"lavis_lstp", "webdataset_tools"}
