@@ -120,7 +120,7 @@ def in_process(monkeypatch) -> list[str]:
     """Evaluations run here; gives the steps that did."""
     ran = []
 
-    def call(whole, output, lock):
+    def call(whole, output, lock, going_on):
         ran.append(whole)
         with open(output, "a") as log, contextlib.redirect_stderr(log):
             return evaluate.main(whole[whole.index("--cfg-path") :]), False

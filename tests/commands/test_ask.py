@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from video_files import audio_file, numbered_video, write_video
 
 from lavis_lstp.commands import ask, cli
+from lavis_lstp.data.video import probe
 from lavis_lstp.errors import WeightsError
 from lavis_lstp.files import write_json
 from lavis_lstp.inference import loading
@@ -138,7 +139,7 @@ def test_real_footage(real_videos, tmp_path, capsys, flow):
         words = ("--picture", str(picture), "--json", "--options", f"model.flow.name={flow}")
         code, out, _ = run(capsys, str(video), "what is on the table?", *words)
         assert code == 0
-        check(json.loads(out), 10.0, picture)
+        check(json.loads(out), probe(video).duration_s, picture)
 
 
 def test_bad_input_is_one_line(tmp_path, capsys):

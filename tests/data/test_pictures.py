@@ -308,5 +308,5 @@ def test_seconds_outside_of_the_video_are_an_error(key, tmp_path):
 def test_spans_that_are_none(key, span, tmp_path):
     text = f'[{{"question_id": "1", "video": "v", "question": "q", "answer": "a", "{key}": {span}}}]'
     (tmp_path / "a.json").write_text(text, encoding="utf-8")
-    with pytest.raises(AnnotationError, match="a.json, entry 0"):
+    with pytest.raises(AnnotationError, match="a.json, (entry 0|file: not JSON)"):
         read_annotation(tmp_path / "a.json")
