@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import errno
+import functools
 import hashlib
 import itertools
 import json
@@ -252,10 +253,16 @@ def find_path(root: Path, name: str) -> Path:
     here = root
     for part in Path(name).parts:
         if here.is_dir() and not (here / part).exists():
-            wanted = unicodedata.normalize("NFC", part)
-            part = next((one for one in os.listdir(here) if unicodedata.normalize("NFC", one) == wanted), part)
+            part = _by_nfc(here, here.stat().st_mtime_ns).get(unicodedata.normalize("NFC", part), part)
         here = here / part
     return here
+
+
+@functools.lru_cache(maxsize=16)
+def _by_nfc(folder: Path, changed_ns: int) -> dict[str, str]:
+    """NFC of each non-ASCII name in a folder -> the name; read once for each state of the folder, however many ask."""
+    names = (name for name in sorted(os.listdir(folder)) if not name.isascii())
+    return {unicodedata.normalize("NFC", name): name for name in names}
 
 
 # ---- JSON -------------------------------------------------------------------------------------------------------
@@ -286,6 +293,57 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(one) for one in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def strict_json(text: str | bytes, *, finite: bool = True) -> Any:
+    """The value of a JSON text, where every reader would find the same one.
+
+    Args:
+        finite: refuse NaN, Infinity and numbers such as 1e999, too.
+
+    Raises:
+        UnicodeEncodeError: an escape holds half a character. It may be a byte of a file's name that is no text.
+        ValueError: it is no JSON, or too deep, or a key stands twice in one object.
+    """
+    numbers: dict[str, Callable[[str], Any]] = {"parse_constant": _no_number, "parse_float": _number} if finite else {}
+    try:
+        value = json.loads(text, object_pairs_hook=_no_key_twice, **numbers)
+        if "\\u" in text if isinstance(text, str) else b"\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogateescape")
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
+    return value
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r:.80} stands twice in one object")
+    return found
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _number(text: str) -> float:
+    if not math.isfinite(float(text)):
+        raise ValueError(f"{text[:40]} is larger than any number")
+    return float(text)
+
+
+def json_rows(text: str, path: str | os.PathLike, parse: Callable[[str, str], Any]) -> list[tuple[str, Any]]:
+    """(place, row) of each row of a JSON list or of JSON lines; `place` names file and row, for messages.
+
+    Args:
+        parse: (text, place) -> the value, or an error that names the place.
+    """
+    if text.lstrip()[:1] == "[":
+        return [(f"{path}, entry {n}", row) for n, row in enumerate(parse(text, f"{path}, file"))]
+    lines = enumerate(text.split("\n"), 1)  # not splitlines: a JSON string may hold U+2028
+    places = ((f"{path}, line {n}", line) for n, line in lines if line.strip())
+    return [(place, parse(line, place)) for place, line in places]
 
 
 def read_jsonl(path: str | os.PathLike) -> Iterator[Any]:
@@ -323,8 +381,8 @@ def read_record(
     """
     path = Path(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as reason:
+        value = strict_json(path.read_text(encoding="utf-8-sig"), finite=False)
+    except (OSError, ValueError) as reason:
         raise error(f"{path}: cannot be read as JSON ({reason})") from None
     if not isinstance(value, dict):
         raise error(f"{path}: expected a JSON object, got {type(value).__name__}")

@@ -24,7 +24,7 @@ from lavis_lstp.data.video.index import VideoInfo
 from lavis_lstp.data.video.picture_folder import folder_index, pictures_in, sha256_of_pictures
 from lavis_lstp.data.video.reading import probe, read_frames
 from lavis_lstp.errors import VideoError
-from lavis_lstp.files import sha256_file
+from lavis_lstp.files import find_path, sha256_file
 from webdataset_tools.mp4_header import mp4_info
 from webdataset_tools.sources import Unit, member_of
 
@@ -82,7 +82,7 @@ def load(unit: Unit, root: Path, settings: Settings) -> Medium | None:
     """
     if unit.kind == "text":
         return None
-    path = os.path.join(root, unit.source)
+    path = str(find_path(Path(root), unit.source))
     if os.path.isdir(path):
         return _load_folder(Path(path), settings)
     raw = None

@@ -25,7 +25,7 @@ from lavis_lstp.data.shards.storage import beside
 from lavis_lstp.data.shards.tar import ShardWriter
 from lavis_lstp.data.video.picture_folder import pictures_in
 from lavis_lstp.errors import ConfigError, ShardError, VideoError
-from lavis_lstp.files import sha256_json, write_jsonl
+from lavis_lstp.files import find_path, sha256_json, write_jsonl
 from webdataset_tools.engine import how, run_jobs
 from webdataset_tools.media import Medium, Settings, read_ahead
 from webdataset_tools.sources import FORMS, Unit, units
@@ -144,9 +144,9 @@ def expected_bytes(unit: Unit, root: Path, settings: Settings) -> int:
         return text + int(settings.frames * settings.size**2 * 0.3)
     if unit.kind == "text":
         return text
-    status = os.stat(os.path.join(root, unit.source))
+    status = os.stat(path := find_path(root, unit.source))
     if stat.S_ISDIR(status.st_mode):
-        return text + sum(path.stat().st_size for path in pictures_in(root / unit.source))
+        return text + sum(path.stat().st_size for path in pictures_in(path))
     return text + status.st_size
 
 

@@ -16,6 +16,7 @@ from lavis_lstp.data.shards import sets
 from lavis_lstp.data.shards.format import MEDIA_MEMBERS, check_sample, parse_frames
 from lavis_lstp.data.shards.storage import expand
 from lavis_lstp.errors import ShardError, VideoError
+from lavis_lstp.files import find_path
 from webdataset_tools.media import Settings, load, sha256_of
 from webdataset_tools.rewrite import Again, Kept, about, rewrite
 from webdataset_tools.sources import Unit
@@ -87,7 +88,7 @@ def _again(row: dict[str, str], root: Path | None, bad: list[dict[str, str]], de
     settings = _settings(found, number)
     if value["kind"] == "text" or settings is None:
         return None  # what was wrong lies in the JSON itself; or nobody knows which frames there were
-    path = root / value["source"]
+    path = find_path(root, value["source"])
     unit = Unit(key, value["kind"], value["video_id"], value["source"], tuple(value["questions"]))
     try:
         if sha256_of(path) != value["sha256"]:

@@ -21,6 +21,7 @@ from lavis_lstp.data.instruct import read_instructions
 from lavis_lstp.data.shards.format import IMAGE_MEMBERS, VIDEO_MEMBERS, media_key, media_path
 from lavis_lstp.data.video.picture_folder import pictures_in
 from lavis_lstp.errors import AnnotationError, ConfigError, VideoError
+from lavis_lstp.files import find_path
 
 FORMS = ("annotation", "shapes", "video-llava", "qa", *BENCHMARKS)
 
@@ -124,10 +125,11 @@ def _grouped(rows: Sequence[Mapping[str, Any]], root: Path) -> list[Unit]:
 def _check_file(kind: str, source: str, root: Path) -> None:
     if kind == "text":
         return
-    if kind == "video" and (root / source).is_dir():
-        pictures_in(root / source)  # says that there are none
+    path = find_path(root, source)
+    if kind == "video" and path.is_dir():
+        pictures_in(path)  # says that there are none
         return
-    if not (root / source).is_file():
+    if not path.is_file():
         raise VideoError(f"{root / source}: no such file; --root is the folder that paths are relative to")
     known = VIDEO_MEMBERS if kind == "video" else IMAGE_MEMBERS
     if member_of(source) not in known:

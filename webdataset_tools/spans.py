@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ HELP = "attach pseudo spans as a parallel set"
 
 @functools.lru_cache(maxsize=1)
 def _file(path: str) -> dict[str, Any]:
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    return parse(read_text(Path(path)), Path(path), "file")
 
 
 def sample_spans(value: Mapping[str, Any], read: Callable[..., dict], name: str, path: str) -> bytes:

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from lavis_lstp.data.annotation import check_object, parse_rows, read_text
+from lavis_lstp.data.folder import check_name
 from lavis_lstp.data.video.picture_folder import sha256_of_pictures
 from lavis_lstp.data.video.reading import BACKENDS, FLOW_FILE_VERSION, VIDEO_ENDINGS, read_frames
 from lavis_lstp.errors import AnnotationError, ConfigError, LstpError, VideoError
@@ -48,7 +49,10 @@ def find_videos(source: str | os.PathLike, root: str | os.PathLike | None = None
         pairs = _in_folder(source)
     elif source.is_file():
         base = Path(root) if root is not None else source.parent
-        pairs = [(video_id, find_path(base, video), where) for video_id, video, where in _annotated(source)]
+        pairs = []
+        for video_id, video, where in _annotated(source):
+            check_name(video, base, where)
+            pairs.append((video_id, find_path(base, video), where))
     else:
         raise AnnotationError(f"{source}: no such folder or annotation file")
     found: dict[str, Path] = {}
@@ -62,15 +66,16 @@ def find_videos(source: str | os.PathLike, root: str | os.PathLike | None = None
 
 def _annotated(source: Path) -> list[tuple[str, str, str]]:
     """(video_id, video, where it stands) of each row that is about a video, read as data sets read it."""
-    rows, others = [], 0
+    rows, others = [], []
     for where, row in parse_rows(read_text(source), source):
-        if isinstance(row, dict) and "video" not in row and {"image", "conversations", "question"} & row.keys():
-            others += 1
+        if isinstance(row, dict) and ("image" in row or ("conversations" in row and "video" not in row)):
+            others.append(where)
             continue
         check_object(row, where, ("video",), ("video", "video_id"))
         rows.append((row.get("video_id", Path(row["video"]).stem), row["video"], where))
     if others:
-        logger.warning("%s: %d rows are about pictures or texts, which have no flow", source, others)
+        what = "rows are about pictures or texts, which have no flow"
+        logger.warning("%s: %d %s; first %s", source, len(others), what, others[0])
     if not rows:
         raise AnnotationError(f"{source}: no row is about a video")
     return rows
@@ -88,10 +93,10 @@ def _in_folder(source: Path) -> list[tuple[str, Path, str]]:
             "%s: left out %d files that are no videos by their endings, first %s", source, len(others), others[0]
         )
     stems = Counter((path.parent, path.stem) for path in videos)
-    alike = [path for path in videos if stems[path.parent, path.stem] > 1]
+    alike = dict.fromkeys(path for path in videos if stems[path.parent, path.stem] > 1)
     if alike:
         logger.warning(
-            "%s: %s and others differ by their endings alone; their ids are whole names", source, alike[0].name
+            "%s: %s and others differ by their endings alone; their ids are whole names", source, next(iter(alike)).name
         )
     return [(path.name if path in alike else path.stem, path, str(path)) for path in videos]
 

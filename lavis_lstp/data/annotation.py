@@ -5,12 +5,11 @@ The form of this package's own files is told in `qa_dataset`; others' are read b
 
 from __future__ import annotations
 
-import json
-import math
 from pathlib import Path
 from typing import Any
 
 from lavis_lstp.errors import AnnotationError
+from lavis_lstp.files import json_rows, strict_json
 
 SECTION = "datasets.<name>"
 """Where in a configuration the settings of a data set lie; builders know the name."""
@@ -43,11 +42,7 @@ def parse_rows(text: str, path: Path) -> list[tuple[str, Any]]:
     Raises:
         AnnotationError: not JSON, or nothing.
     """
-    if text.lstrip()[:1] == "[":
-        rows = [(f"{path}, entry {i}", row) for i, row in enumerate(parse(text, path, "file"))]
-    else:
-        lines = enumerate(text.split("\n"), start=1)  # not splitlines: a JSON string may hold U+2028
-        rows = [(f"{path}, line {n}", parse(line, path, f"line {n}")) for n, line in lines if line.strip()]
+    rows = json_rows(text, path, _parse)
     if not rows:
         raise AnnotationError(f"{path}: holds no question")
     return rows
@@ -73,32 +68,14 @@ def parse(text: str, path: Path, place: str) -> Any:
     Raises:
         AnnotationError: it is none.
     """
+    return _parse(text, f"{path}, {place}")
+
+
+def _parse(text: str, place: str) -> Any:
     try:
-        value = json.loads(text, object_pairs_hook=_no_key_twice, parse_constant=_no_number, parse_float=_finite)
-        if "\\u" in text:
-            # An escape may hold half a character, which no text has, but a file's name, where it is a byte of no text.
-            json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogateescape")
-        return value
-    except (ValueError, RecursionError) as error:
-        raise AnnotationError(f"{path}, {place}: not JSON ({error}); expected a list or JSON lines") from None
-
-
-def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r:.80} stands twice in one object")
-    return found
-
-
-def _no_number(name: str) -> Any:
-    raise ValueError(f"{name} is no number of JSON")
-
-
-def _finite(text: str) -> float:
-    if not math.isfinite(float(text)):
-        raise ValueError(f"{text[:40]} is larger than any number")
-    return float(text)
+        return strict_json(text)
+    except ValueError as error:
+        raise AnnotationError(f"{place}: not JSON ({error}); expected a list or JSON lines") from None
 
 
 def check_object(row: Any, place: str, required: tuple[str, ...], texts: tuple[str, ...] = ()) -> None:

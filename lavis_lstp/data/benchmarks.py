@@ -20,11 +20,11 @@ from typing import Any
 from lavis_lstp.data.annotation import SECTION, check_object, check_options, check_seconds, parse, parse_rows, read_text
 from lavis_lstp.data.video.reading import VIDEO_ENDINGS
 from lavis_lstp.errors import AnnotationError, ConfigError, unknown_name
+from lavis_lstp.files import find_path
 
 logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
-ENDINGS = VIDEO_ENDINGS
 
 
 @dataclass(frozen=True)
@@ -396,8 +396,8 @@ def _chosen(answer: str | None, options: Sequence[str], spec: Form, place: str) 
 def _video_file(root: Path, names: Sequence[str]) -> tuple[str, str]:
     """(file below `root`, name without ending) of the first that is there, else of the first, to be missed by name."""
     for name in names:
-        for path in (name, *(name + ending for ending in ENDINGS)):
-            if (root / path).exists():
+        for path in (name, *(name + ending for ending in VIDEO_ENDINGS)):
+            if find_path(root, path).exists():
                 return path, name if path != name else str(Path(name).with_suffix(""))
     first = names[0]
-    return (first if first.lower().endswith(ENDINGS) else first + ENDINGS[0]), first
+    return (first if first.lower().endswith(VIDEO_ENDINGS) else first + VIDEO_ENDINGS[0]), first

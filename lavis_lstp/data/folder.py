@@ -23,6 +23,17 @@ from lavis_lstp.untrusted import why_no_path
 
 logger = logging.getLogger(__name__)
 
+
+def check_name(name: str, root: Path, where: str) -> None:
+    """Raises AnnotationError, which begins with `where`, for a medium's name that is no path of a file below `root`."""
+    if not Path(name).name or not name.strip():  # the folder itself is no video, whatever lies in it
+        raise AnnotationError(f"{where}: expected the path of a file, got {name!r}")
+    # By the name alone: a folder may well hold links to where the videos are kept.
+    if why := why_no_path(name):
+        what = f"leads out of {root}" if "leads out" in why else why
+        raise AnnotationError(f"{where}: path {name[:200]!r} {what}")
+
+
 Place = tuple[str, str]
 """(path below the folder, video id)."""
 
@@ -119,12 +130,7 @@ class FolderQuestions(Sequence):
                 )
         missing = []
         for name, question in paths.items():
-            if not Path(name).name or not name.strip():  # the folder itself is no video, whatever lies in it
-                raise AnnotationError(f"question {question!r}: expected the path of a file, got {name!r}")
-            # By the name alone: a folder may well hold links to where the videos are kept.
-            if why := why_no_path(name):
-                what = f"leads out of {self.root}" if "leads out" in why else why
-                raise AnnotationError(f"question {question!r}: path {name[:200]!r} {what}")
+            check_name(name, self.root, f"question {question!r}")
             if not find_path(self.root, name).exists():  # a folder of pictures is a video, too
                 missing.append((self.root / name, question))
         lost = {path for path, _ in missing}
@@ -159,9 +165,9 @@ class FolderQuestions(Sequence):
 
     def published_flow(self, place: Place) -> Path | None:
         """The flow file of the published code, where it lies in place of ours."""
-        if self.flow_root is None or (self.flow_root / f"{place[1]}.safetensors").is_file():
+        if self.flow_root is None or flow_file(self.flow_root, place[1]).is_file():
             return None
-        path = self.flow_root / f"{place[1]}{ENDING}"
+        path = find_path(self.flow_root, f"{place[1]}{ENDING}")
         return path if path.is_file() else None
 
     def flow(self, place: Place, num_frames: int) -> np.ndarray:

@@ -23,6 +23,7 @@ from lavis_lstp.data.annotation import SECTION, check_object, parse, parse_rows,
 from lavis_lstp.data.prompts import conversation_prompt, ends_with_user, question_prompt
 from lavis_lstp.data.video.reading import VIDEO_ENDINGS
 from lavis_lstp.errors import AnnotationError, ConfigError, unknown_name
+from lavis_lstp.files import find_path
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +114,7 @@ def _read_questions(path: Path, root: Path, section: str) -> list[dict[str, Any]
 def _video_file(root: Path, video_id: str) -> str:
     """The file of a video below `root`; with the first ending where there is none, which is then missed by name."""
     names = [video_id + ending for ending in VIDEO_ENDINGS]
-    return next((name for name in names if (root / name).is_file()), names[0])
+    return next((name for name in names if find_path(root, name).is_file()), names[0])
 
 
 def _text_of_form(path: Path, form: str, section: str) -> str:

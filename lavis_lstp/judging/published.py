@@ -9,13 +9,12 @@ and prediction, and a record for `judge --judge replay --form published`. Nothin
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lavis_lstp.errors import AnnotationError, ConfigError, CoverageError
-from lavis_lstp.files import write_jsonl
+from lavis_lstp.files import strict_json, write_jsonl
 from lavis_lstp.judging.rows import Row, named, read_rows, writing
 from lavis_lstp.judging.verdict import JUDGED, MAX_SCORE, UNPARSABLE, Verdict, storable
 
@@ -77,8 +76,8 @@ def _entries(path: Path) -> Iterator[tuple[str, str, Any]]:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return strict_json(path.read_text(encoding="utf-8-sig"), finite=False)
+    except (OSError, ValueError) as error:
         raise AnnotationError(f"{path}: cannot be read as JSON ({error})") from None
 
 

@@ -7,13 +7,13 @@ cannot be read is an error with its line, never a row less.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from lavis_lstp.errors import AnnotationError, ConfigError, CoverageError
+from lavis_lstp.files import json_rows, json_text, strict_json
 from lavis_lstp.judging.verdict import JUDGED, Case, Verdict
 from lavis_lstp.metrics.coverage import join_by_id
 
@@ -28,15 +28,10 @@ def read_rows(path: str | os.PathLike) -> list[tuple[str, Row]]:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise AnnotationError(f"{path}: cannot be read ({error})") from None
-    entries: list[tuple[str, Any]] = []
-    if text.lstrip().startswith("["):
-        entries = [(f"{path}: entry {n}", entry) for n, entry in enumerate(_json(text, str(path)))]
-    else:
-        lines = text.split("\n")  # not splitlines: a JSON string may hold U+2028
-        entries = [(f"{path}: line {n}", _json(line, f"{path}: line {n}")) for n, line in enumerate(lines, 1) if line]
+    entries = json_rows(text, path, _json)
     for where, entry in entries:
         if not isinstance(entry, dict):
             raise AnnotationError(f"{where}: expected an object, got {type(entry).__name__}")
@@ -47,15 +42,14 @@ def read_rows(path: str | os.PathLike) -> list[tuple[str, Row]]:
 
 def _json(text: str, where: str) -> Any:
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        value = strict_json(text, finite=False)  # numbers are checked by those who use them, with the question's id
+        if "\\u" in text:
+            json_text(value).encode()
+        return value
+    except UnicodeEncodeError:
+        raise AnnotationError(f"{where}: half a character (a lone \\ud800 to \\udfff), which no text has") from None
+    except ValueError as error:
         raise AnnotationError(f"{where}: no complete JSON ({error}); was its writer stopped? let it finish") from None
-    if "\\u" in text:
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise AnnotationError(f"{where}: half a character (a lone \\ud800 to \\udfff), which no text has") from None
-    return value
 
 
 def by_question_id(path: str | os.PathLike) -> dict[str, Row]:

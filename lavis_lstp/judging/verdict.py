@@ -7,10 +7,9 @@ In: question, gold answer and prediction. Out: `Verdict`. A model's text is a ve
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import Any, NamedTuple
 
-from lavis_lstp.files import sha256_json
+from lavis_lstp.files import sha256_json, strict_json
 
 MAX_SCORE = 5
 PREDS = ("yes", "no")
@@ -80,8 +79,8 @@ def parse_verdict(text: str | None, judge: str, note: dict[str, Any] | None = No
     """The verdict that `text` is, or one of status "unparsable" that keeps the text."""
     note = dict(note or {})
     try:
-        value = json.loads(text or "", object_pairs_hook=_no_key_twice, parse_constant=_refuse)
-    except (ValueError, RecursionError):
+        value = strict_json(text or "")
+    except ValueError:
         value = None
     if (
         isinstance(value, dict)
@@ -97,14 +96,3 @@ def parse_verdict(text: str | None, judge: str, note: dict[str, Any] | None = No
 def storable(text: str | None) -> str:
     """As much of what a judge said as is kept; of half a character, which JSON may hold, '?' stays."""
     return (text or "")[:1000].encode("utf-8", "replace").decode()
-
-
-def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return value
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON")

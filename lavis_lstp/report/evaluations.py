@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lavis_lstp.errors import AnnotationError, CoverageError
-from lavis_lstp.files import read_jsonl, sha256_file
+from lavis_lstp.files import read_jsonl, sha256_file, strict_json
 from lavis_lstp.judging.compare import ITSELF, Judged
 from lavis_lstp.judging.replay import read_verdict
 from lavis_lstp.judging.rows import Row, by_question_id, named
@@ -129,7 +129,7 @@ def _candidates(path: Path) -> list[Path]:
 
 def _is_ours(file: Path) -> bool:
     """Whether the first line says so; one that cannot be read is for `by_question_id` to complain about."""
-    with open(file, encoding="utf-8", errors="replace") as handle:
+    with open(file, encoding="utf-8-sig", errors="replace") as handle:
         line = handle.readline()
     try:
         row = json.loads(line)
@@ -156,8 +156,8 @@ def _json(path: Path, forms: Mapping[str, Callable[[Any], bool]] | None = None) 
         AnnotationError: one is not.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        value = strict_json(path.read_text(encoding="utf-8-sig"), finite=False)
+    except (OSError, ValueError):
         return {}
     value = value if isinstance(value, dict) else {}
     for name, is_good in (forms or {}).items():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import logging
 import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -73,7 +74,8 @@ class Media:
         """(what equal media have in common, a row of `questions` or a path); or why it is not known."""
         if self.questions is None:
             name = str(row.get("video_id", ""))
-            path = self.files.get(name) or self.files.get(f"v_{name}")
+            nfc = unicodedata.normalize("NFC", name)
+            path = self.files.get(nfc) or self.files.get(f"v_{nfc}")
             return "no file has the name of the video" if path is None else (path, path)
         if key not in self.numbers:
             return "the run's data set has no such question"
@@ -184,7 +186,7 @@ def _media(one: Evaluation, videos: str | None) -> Media | str:
         if not folder.is_dir():
             raise ConfigError(f"--videos {videos}: no such folder; expected one with videos, or shards (*.tar)")
         files = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in VIDEO_ENDINGS)
-        return Media(files={path.stem: path for path in files})
+        return Media(files={unicodedata.normalize("NFC", path.stem): path for path in files})
     config = one.manifest.get("config")
     sections = config.get("datasets") if isinstance(config, Mapping) else None
     if not isinstance(sections, Mapping):

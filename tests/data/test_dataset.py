@@ -7,6 +7,7 @@ import json
 import logging
 import pickle
 import time
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +21,14 @@ from video_files import audio_file, numbered_video, read_number
 
 from lavis_lstp.commands import flow as flow_files
 from lavis_lstp.data import qa_dataset
+from lavis_lstp.data.folder import FolderQuestions
 from lavis_lstp.data.frame_numbers import sample_indices, uniform_centres
 from lavis_lstp.data.qa_dataset import VideoQADataset, read_annotation
 from lavis_lstp.data.shapes import shapes_qa
 from lavis_lstp.data.spans import read_spans
-from lavis_lstp.data.video.reading import read_frames
+from lavis_lstp.data.video.reading import flow_file, read_frames
 from lavis_lstp.errors import AnnotationError, ConfigError, CoverageError, VideoError
+from lavis_lstp.files import find_path
 from lavis_lstp.metrics.coverage import join_by_id
 from lavis_lstp.runners.data_order import Batches
 from lavis_lstp.schema import Span
@@ -101,6 +104,10 @@ def test_what_is_wrong_with_an_entry(tmp_path, rows, said):
     [
         (b'{"question_id": "q0"\n', "line 1: not JSON"),
         (b"[1, 2", "file: not JSON"),
+        (b'[{"question_id": "a", "answer": "x", "answer": "y"}]', "file: not JSON (the key 'answer' stands twice"),
+        (b'\xef\xbb\xbf{"question_id": "a"}\n{"clip_s": [0, Infinity]}\n', "line 2: not JSON (Infinity is no number"),
+        (b'{"clip_s": [0, 1e999]}\n', "line 1: not JSON (1e999 is larger"),
+        (b"[" * 100_000, "file: not JSON"),
         (b"", "holds no question"),
         (b"\xff\xfe[]", "cannot be read as UTF-8"),
         (None, "no such annotation file"),
@@ -120,6 +127,23 @@ def test_the_line_of_a_wrong_entry_counts_blank_ones(tmp_path):
     path.write_text(json.dumps(entry(0)) + "\n\n" + json.dumps(entry(1, video=3)) + "\n")
     with pytest.raises(AnnotationError, match="line 3 .*'q1'.*'video' must be a string"):
         read_annotation(path)
+
+
+@pytest.mark.parametrize("stored", ["NFC", "NFD"])
+def test_a_name_means_its_file_however_its_accents_are_encoded(tmp_path, stored):
+    """Of the medium, of folders above it and of its flow; a name that is there as it is written wins."""
+    other = {"NFC": "NFD", "NFD": "NFC"}[stored]
+    folder, name = (unicodedata.normalize(stored, text) for text in ("caf\u00e9", "\u00fcber \uac00.mp4"))
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / name).write_bytes(b"film")
+    asked = unicodedata.normalize(other, f"{folder}/{name}")
+    assert find_path(tmp_path, asked).read_bytes() == b"film"
+    FolderQuestions([entry(0, video=asked)], tmp_path).check_files()
+    assert not find_path(tmp_path, asked + "x").exists()
+    (tmp_path / unicodedata.normalize(stored, "\u00e9.safetensors")).write_bytes(b"flow")
+    assert flow_file(tmp_path, unicodedata.normalize(other, "\u00e9")).read_bytes() == b"flow"
+    (tmp_path / unicodedata.normalize(other, folder)).mkdir()
+    assert not find_path(tmp_path, asked).exists(), "the folder of exactly this name is empty"
 
 
 # ---------------------------------------------------------------- samples

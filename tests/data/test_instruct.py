@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,13 @@ def test_any_ending_of_a_video_is_found(tmp_path):
     (tmp_path / "a.mkv").write_bytes(b"")
     path = written(tmp_path / "q.json", {"1": {"q": "what?", "a": "this", "video_id": "a"}})
     assert read_instructions([path], kind="video", form="questions", root=tmp_path)[0]["video"] == "a.mkv"
+
+
+def test_a_video_is_found_whose_file_name_encodes_accents_otherwise(tmp_path):
+    (tmp_path / unicodedata.normalize("NFD", "\u00e9.wmv")).touch()
+    path = written(tmp_path / "q.json", {"1": {"q": "?", "a": "!", "video_id": "\u00e9"}})
+    (entry,) = read_instructions([path], kind="video", form="questions", root=tmp_path)
+    assert entry["video"] == "\u00e9.wmv"
 
 
 def test_repeated_ids_get_numbers_that_are_free(tmp_path):

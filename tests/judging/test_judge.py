@@ -27,6 +27,7 @@ from lavis_lstp.judging.cache import VerdictCache
 from lavis_lstp.judging.endpoint import FAILURES_IN_A_ROW, EndpointJudge, JudgeError
 from lavis_lstp.judging.judge import main as judge
 from lavis_lstp.judging.prompts import PRESETS
+from lavis_lstp.judging.rows import read_rows
 from lavis_lstp.judging.rules import decide
 from lavis_lstp.judging.verdict import JUDGED, MAX_SCORE, UNPARSABLE, Case, Verdict, case_key, parse_verdict
 from lavis_lstp.judging.words import SYNONYMS, fold, lemma, units
@@ -747,6 +748,7 @@ def test_answers_from_a_file_of_their_own(tmp_path):
         ('{"question_id": "1", "question": "q", "answer": "a"}\n', AnnotationError, "has no prediction to judge by"),
         ('{"question_id": "1", "question": "q", "answer": " ", "prediction": "p"}\n', AnnotationError, "has no answer"),
         ('{"question": "q", "answer": "a", "prediction": "p"}\n', AnnotationError, "expected a question_id, got None"),
+        ('{"question_id": "1", "answer": "a", "answer": "b"}\n', AnnotationError, "line 1: .*'answer' stands twice"),
         ("[]", AnnotationError, "holds no row"),
         ("[3]", AnnotationError, "entry 0: expected an object, got int"),
         ('{"question_id": "1", "question": "q \\ud83d"}\n', AnnotationError, "line 1: half a character"),
@@ -758,6 +760,14 @@ def test_bad_predictions(tmp_path, text, error, message):
     (tmp_path / "p.jsonl").write_text(text)
     with pytest.raises(error, match=message):
         judge([str(tmp_path / "p.jsonl"), "--judge", "rules", "--cache", str(tmp_path / "c")])
+
+
+def test_predictions_of_other_programs(tmp_path):
+    """The mark of Windows programs, its ends of lines, and separators inside of texts."""
+    row = {"question_id": "1", "question": "q\u2028r", "answer": "a\u0085", "prediction": "p"}
+    for text in (json.dumps([row], ensure_ascii=False), json.dumps(row, ensure_ascii=False) + "\r\n \r\n"):
+        (tmp_path / "p").write_text("\ufeff" + text, encoding="utf-8", newline="")
+        assert read_rows(tmp_path / "p")[0][1] == row
 
 
 def test_bad_words(tmp_path):

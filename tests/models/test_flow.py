@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from video_files import moving_texture, numbered_video, write_video
 
@@ -454,6 +455,11 @@ def test_annotations_name_the_videos(folder):
     for text, line in [
         ('{"video_id": "a", "video": 3}\n', "line 1: 'video' must be a string, got int 3"),
         ('[{"id": "a"}]', "entry 0: key 'video' is missing"),
+        ('[{"vidoe": "a.mp4", "question": "?"}, {"video": "b.mp4"}]', "entry 0: key 'video' is missing"),
+        ('[{"video": ""}]', "entry 0: expected the path of a file"),
+        ('[{"video": "."}]', "entry 0: expected the path of a file"),
+        ('[{"video": "../a.mp4"}]', "entry 0: .*leads out of"),
+        ('[{"video": "/a.mp4"}]', "entry 0: .*leads out of"),
         ('[{"image": "a.png", "question": "?"}]', "no row is about a video"),
         ('[{"video_id": "../a", "video": "a.mp4"}]', "cannot be a file name"),
         ('[{"video_id": "a", "video": "a.mp4"}, {"video_id": "a", "video": "b.mp4"}]', "also belongs to"),
@@ -479,7 +485,16 @@ def test_annotations_are_read_as_data_sets_read_them(folder, caplog):
     (folder / "rows.jsonl").write_text("\ufeff" + lines, encoding="utf-8")
     found = find_videos(folder / "rows.jsonl")
     assert list(found) == ["a", "é"] and all(path.is_file() for path in found.values())
-    assert "1 rows are about pictures or texts" in caplog.text
+    assert "1 rows are about pictures or texts" in caplog.text and "rows.jsonl, line 2" in caplog.text
+
+
+def test_flow_of_a_folder_of_pictures(folder):
+    (folder / "frames").mkdir()
+    for number, picture in enumerate(moving_texture(4, (1, 0), 64, 64)):
+        Image.fromarray(np.asarray(picture)).save(folder / "frames" / f"{number}.png")
+    (folder / "rows.json").write_text('[{"video": "frames"}]')
+    assert run_flow(folder / "rows.json", folder / "flow") == 0
+    assert read_flow_file(folder / "flow/frames.safetensors", 4).shape[0] == 4
 
 
 def test_a_folder_says_what_it_leaves_out(folder, caplog):

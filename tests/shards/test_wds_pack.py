@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,18 @@ def test_media_need_not_be_opened(media, tmp_path):
     pack(found, str(tmp_path / "s/x"), tmp_path, settings=Settings(probe=False))
     value = opened(tmp_path / "s").read_json(0, 0)
     assert "fps" not in value and value["bytes"] == 7
+
+
+def test_any_video_that_is_read_is_packed_however_its_name_encodes_accents(tmp_path):
+    for name in ("\u00e9.wmv", "\u00e9.3gp", "\u00e9.ts"):
+        (tmp_path / unicodedata.normalize("NFD", name)).write_bytes(name.encode())
+        row = {"question_id": name, "video": name, "video_id": name, "question": "?", "answer": "!"}
+        (tmp_path / "a.json").write_text(json.dumps([row]))
+        found = units("annotation", [tmp_path / "a.json"], root=tmp_path)
+        out = tmp_path / name[2:]
+        pack(found, str(out / "x"), tmp_path, settings=Settings(probe=False))
+        value = opened(out).read_json(0, 0)
+        assert value["source"] == name and value["bytes"] == len(name.encode())
 
 
 def test_frames_in_place_of_videos(media, tmp_path):

@@ -23,9 +23,9 @@ import numpy as np
 from lavis_lstp.data.annotation import check_options, check_seconds
 from lavis_lstp.data.prompts import conversation_prompt
 from lavis_lstp.data.shards import flow_code
-from lavis_lstp.data.video.reading import is_finite
+from lavis_lstp.data.video.reading import VIDEO_ENDINGS, is_finite
 from lavis_lstp.errors import AnnotationError, ShardError
-from lavis_lstp.files import sorted_header
+from lavis_lstp.files import sorted_header, strict_json
 from lavis_lstp.untrusted import why_no_path
 
 SAMPLE_FORMAT = "lavis_lstp.shard_sample"
@@ -39,7 +39,7 @@ FLOW_SHARE = 50
 """They are at least so many times larger than ours."""
 
 KINDS = ("video", "image", "text")
-VIDEO_MEMBERS = ("mp4", "avi", "mov", "mkv", "webm", "m4v", "gif")
+VIDEO_MEMBERS = tuple(ending[1:] for ending in VIDEO_ENDINGS)
 IMAGE_MEMBERS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 MEDIA_MEMBERS = tuple(dict.fromkeys(VIDEO_MEMBERS + IMAGE_MEMBERS))  # a GIF is either
 MEMBERS = (*MEDIA_MEMBERS, "frames", "flow", "json", "span.json")
@@ -141,8 +141,8 @@ def parse_json(raw: bytes, place: str) -> dict[str, Any]:
     if len(raw) > JSON_LIMIT:
         raise ShardError(f"{place}: {len(raw)} bytes of JSON, at most {JSON_LIMIT} are read", "json too large")
     try:
-        value = json.loads(raw)
-    except (ValueError, RecursionError) as error:
+        value = strict_json(raw)
+    except ValueError as error:
         raise ShardError(f"{place}: not JSON ({error})", "json") from None
     if not isinstance(value, dict):
         raise ShardError(f"{place}: expected a JSON object, got {type(value).__name__}", "json")

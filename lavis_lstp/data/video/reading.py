@@ -45,6 +45,7 @@ from lavis_lstp.data.video.index import (
 )
 from lavis_lstp.data.video.picture_folder import folder_index, pictures_in, read_pictures
 from lavis_lstp.errors import AnnotationError, ConfigError, VideoError, unknown_name
+from lavis_lstp.files import find_path
 from lavis_lstp.schema import Span
 from lavis_lstp.untrusted import why_no_file_name
 
@@ -387,7 +388,7 @@ def flow_file(root: str | os.PathLike, video_id: str) -> Path:
     """
     if why := why_no_file_name(video_id):
         raise AnnotationError(f"flow_root {root}: video_id {video_id[:80]!r} cannot be a file name: it {why}")
-    return Path(root) / f"{video_id}.safetensors"
+    return find_path(Path(root), f"{video_id}.safetensors")
 
 
 def is_finite(flow: np.ndarray) -> bool:

@@ -8,7 +8,6 @@ error names both: whichever was silently taken, someone would train something el
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import typing
 from collections.abc import Iterator, Mapping
@@ -17,6 +16,7 @@ from typing import Any
 
 from lavis_lstp.config.run import RunSettings
 from lavis_lstp.errors import ConfigError, unknown_name
+from lavis_lstp.files import strict_json
 
 PACKAGE = Path(__file__).resolve().parents[2]
 FOLDER = "projects/lstp/deepspeed"
@@ -59,8 +59,8 @@ def load(source: str | Mapping[str, Any]) -> dict[str, Any]:
         known = {str(file.relative_to(root)) for root in roots[1:] for file in (root / FOLDER).glob("*.json")}
         raise ConfigError(unknown_name("file run.deepspeed", str(source), known))
     try:
-        content = json.loads(found.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        content = strict_json(found.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
         raise ConfigError(f"run.deepspeed: {found} is not JSON: {error}") from error
     if not isinstance(content, Mapping):
         raise ConfigError(f"run.deepspeed: expected a JSON object in {found}, got a {type(content).__name__}")
