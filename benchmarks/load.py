@@ -1,4 +1,4 @@
-"""How long the tools take with many questions: data set, metrics, report and its page, verify.
+"""Times of the tools with many questions: data set, metrics, report and its page, verify.
 
     python benchmarks/load.py [--questions 100000] [--members 100000] [--only PART ...]
 

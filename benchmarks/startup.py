@@ -1,4 +1,4 @@
-"""How long commands take to start, and what lavis_lstp costs any other interpreter. Run: python benchmarks/startup.py
+"""Start-up times of commands, and the cost of lavis_lstp to any other interpreter. Run: python benchmarks/startup.py
 
 The table has the best of some runs of each command, beside `python -c pass` and `python -c "import torch"`.
 

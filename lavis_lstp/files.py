@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 HOST = re.sub(r"\W", "_", socket.gethostname())[:32]
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?:\w*-)?\d+(?:-\d+)?\.tmp", re.DOTALL)
 _NAME_BYTES = 160
-"""Of a file's name in a temporary one's, which may have 255 in all."""
+"""Bytes of a file's name that a temporary name keeps; a name may have 255 in all."""
 _counter = itertools.count()
 _acquired = threading.local()
 

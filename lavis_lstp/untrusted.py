@@ -69,7 +69,7 @@ def _checked(value: Any, key: str, source: object, replaced: tuple[str, ...]) ->
 
 
 def what_it_names(text: str) -> str | None:
-    """What a text would do to the machine if it were taken as configuration; None for plain text and paths.
+    """The kind of thing that a text would name if it were taken as configuration; None for plain text and paths.
 
     Braces before a colon count as a command, because `{pipe,x}:id` becomes one when braces are expanded.
     """

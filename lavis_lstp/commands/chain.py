@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 KINDS = ("train", "evaluate", "command")
 TELL_EVERY_S = 20.0
-"""How often a step that goes on says so."""
+"""Seconds between two lines of a step that goes on."""
 STOPPED = 128 + signal.SIGTERM
 STOPS = (STOPPED, -signal.SIGTERM)
 """How a process ends that SIGTERM stopped: in order, or at once."""

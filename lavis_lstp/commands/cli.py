@@ -65,7 +65,7 @@ def list_names(argv: Sequence[str] | None = None) -> int:
 
 
 def _names(kind: str) -> list[str]:
-    """What LAVIS's registry would list, from this package's tables and LAVIS's sources: neither is imported."""
+    """The names that LAVIS's registry would list, from our tables and LAVIS's sources; nothing is imported."""
     if kind == "recipes":
         from lavis_lstp.config import recipes
 

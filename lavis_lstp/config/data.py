@@ -87,7 +87,7 @@ class Shards:
 
 @dataclass
 class DataSettings:
-    """What every data set of this package has."""
+    """Settings that every data set of this package has."""
 
     data_type: Any = key("videos")  # LAVIS's word for what is read
     image_size: int | None = key(224, least=1, most=SIDE)  # px, frames are resized to a square; null = as stored
@@ -185,7 +185,7 @@ class ShardSettings(VideoSettings):
 
 @dataclass
 class Generate:
-    """What decides the content of Shapes-QA."""
+    """Settings that decide the content of Shapes-QA."""
 
     seed: int = key(0, least=0, most=SEED)
     train_videos: int = key(400, least=0)
@@ -230,7 +230,7 @@ def settings_of(name: str) -> type[DataSettings] | None:
 
 
 def differences_of(name: str) -> Mapping[str, Any]:
-    """What a data set's YAML says: all that differs from its settings' defaults."""
+    """The content of a data set's YAML: all that differs from its settings' defaults."""
     content = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))
     return content["datasets"][name] or {}
 

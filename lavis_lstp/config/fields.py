@@ -50,7 +50,7 @@ def key(default: Any = None, **rule: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What a value may be: its kind, whether it may be null, what lies inside, and `key`'s arguments."""
+    """Rule for a value: its kind, whether it may be null, the rule of its items, and `key`'s arguments."""
 
     kind: str
     nullable: bool

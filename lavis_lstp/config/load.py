@@ -170,7 +170,7 @@ def with_options(config: DictConfig, options: Sequence[str] | None) -> DictConfi
 
 
 def option_value(raw: str, path: tuple[str, ...]) -> Any:
-    """What the text behind `=` means for the key at `path`."""
+    """The value that the text behind `=` stands for, at the key `path`."""
     rule = rule_at(path)
     if rule is None or rule.kind not in (TEXT, TEXTS, LIST):
         return parse(raw, path)
@@ -305,7 +305,7 @@ def _mapping(loader: Loader, node: yaml.MappingNode, path: tuple[str, ...]) -> d
 
 
 def rule_at(path: tuple[str, ...]) -> Rule | None:
-    """What the settings say of the key at `path`; None where they say nothing."""
+    """The rule of the key at `path`; None where the settings have none."""
     section, *rest = path or ("",)
     settings = {"model": ModelSettings, "run": RunSettings}.get(section)
     if section == "datasets" and rest:

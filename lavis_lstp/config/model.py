@@ -16,7 +16,7 @@ from lavis_lstp.errors import ConfigError
 PARTS = ("sampler", "vision", "qformer", "query_tokens", "projection", "language_model", "lora")
 FLOWS = ("raft_large", "raft_small", "dis", "motion_vectors", "precomputed", "none")
 MODEL_KEYS = frozenset({"arch", "model_type", "load_finetuned", "load_pretrained", "finetuned", "pretrained"})
-"""What LAVIS's Config and BaseModel read for every model."""
+"""Keys that LAVIS's Config and BaseModel read for every model."""
 
 LAYERS, WIDTH, TOKENS, SIDE = 1_000, 1_000_000, 10_000_000, 100_000
 """Largest sizes that are taken for meant: layers, features, entries of a vocabulary or positions, pixels."""

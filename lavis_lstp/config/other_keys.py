@@ -116,7 +116,7 @@ def _check_backbone(given: Mapping, defaults: Mapping) -> None:
 
 
 def transformers_errors() -> tuple[type[Exception], ...]:
-    """What transformers' classes raise for a value that they cannot use."""
+    """Errors that transformers' classes raise for a value that they cannot use."""
     from huggingface_hub.errors import StrictDataclassError
 
     wrong = (ValueError, TypeError, KeyError, AttributeError, IndexError, AssertionError)
@@ -151,7 +151,7 @@ def check_lavis_dataset(given: Mapping, defaults: Mapping, name: str, builder_cl
 
 
 def run_keys_of(classes: Iterable[type]) -> set[str]:
-    """What tasks and runners of other packages read, by their `RUN_KEYS` and by LAVIS's sources."""
+    """Keys that tasks and runners of other packages read, by their `RUN_KEYS` and by LAVIS's sources."""
     found: set[str] = set()
     for cls in classes:
         for klass in cls.__mro__:

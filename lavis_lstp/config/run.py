@@ -199,7 +199,7 @@ LAVIS_RUNNER_DEFAULTS: dict[str, object] = {
     "min_lr": 0,
     "weight_decay": 0.05,
 }
-"""What LAVIS's own runners read and have no default for."""
+"""Keys that LAVIS's own runners read and have no default for."""
 
 
 def checked_run(given: Mapping[str, Any], roles: Iterable[str], extra: Iterable[str] = ()) -> dict[str, Any]:

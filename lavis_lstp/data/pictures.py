@@ -31,7 +31,7 @@ DEFAULT_MAX_MEGAPIXELS = 64
 
 BROKEN = (OSError, SyntaxError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RuntimeError)
 BROKEN += (EOFError, MemoryError, AssertionError, struct.error, zlib.error, Image.DecompressionBombError)
-"""What PIL's readers raise for damaged files; they document no common class."""
+"""Errors that PIL's readers raise for damaged files; they document no common class."""
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

@@ -23,7 +23,7 @@ from lavis_lstp.errors import ConfigError, run_command
 log = logging.getLogger(__name__)
 
 NAMES = {False: "lavis.train", True: "lavis.evaluate"}
-"""What is served under LAVIS's name, by `evaluate_only`."""
+"""Names of LAVIS that files of ours are served under, by `evaluate_only`."""
 
 RENDEZVOUS_TIMEOUT = timedelta(hours=2)
 """How long a process waits for the others, for instance while one of them reads a large checkpoint."""

@@ -1,4 +1,4 @@
-"""What can be said of a configuration before torch and LAVIS are imported, which takes seconds.
+"""Checks of a configuration that need neither torch nor LAVIS, whose import takes seconds.
 
 In: the words of `lavis.train` or `lavis.evaluate`. Out: nothing, or the error that the run would end with: a file that
 is missing, a key or a value of this package's own sections, a split that no data set has, weights that are nowhere,

@@ -88,7 +88,11 @@ def timed(model: nn.Module, seconds: dict[str, float], stage: str) -> Iterator[N
     seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
+DECIMALS = 4
+"""Digits of a log-probability that do not depend on what else is in the batch, but for a last one at its edge."""
+
+
 def rounded(sums: Tensor, counts: Tensor) -> list[dict[str, float | int]]:
-    """sum, mean and number of tokens, as precise as float32 is."""
+    """The sum, the mean and the number of tokens of each row."""
     pairs = zip(sums.tolist(), counts.tolist(), strict=True)
-    return [{"sum": round(s, 4), "mean": round(s / max(1, n), 4), "tokens": n} for s, n in pairs]
+    return [{"sum": round(s, DECIMALS), "mean": round(s / max(1, n), DECIMALS), "tokens": n} for s, n in pairs]

@@ -289,7 +289,7 @@ RESULT_FORMS: dict[str, Callable[[Any], bool]] = {
         and 0 <= value.get("seed", 0) < 1 << 64
     ),
 }
-"""What the page reads of metrics and of a judge's result."""
+"""Keys of metrics and of a judge's result that the page reads, and their forms."""
 MANIFEST_FORMS: dict[str, Callable[[Any], bool]] = {
     "config": lambda value: (
         isinstance(value, dict)
@@ -300,7 +300,7 @@ MANIFEST_FORMS: dict[str, Callable[[Any], bool]] = {
     "versions": lambda value: isinstance(value, dict),
     "cwd": lambda value: isinstance(value, str) and "\0" not in value,
 }
-"""What the page reads of a run's manifest."""
+"""Keys of a run's manifest that the page reads, and their forms."""
 
 
 def _check_row(where: str, row: Row) -> None:

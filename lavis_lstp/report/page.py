@@ -291,7 +291,7 @@ def _data(
     places: Mapping[tuple[str, int], Sequence[int]],
     uris: Sequence[str],
 ) -> dict[str, Any]:
-    """What the script shows: columns over the questions, and for each evaluation columns over the same questions."""
+    """Data that the script shows: columns over the questions, and columns over the same for each evaluation."""
     rows = [next(one.rows[key] for one in evaluations if key in one.rows) for key in order]
     questions = {
         "id": list(order),

@@ -213,7 +213,7 @@ def load_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """What `torch.save` wrote of a run: containers, numbers and tensors, on the CPU.
+    """The state of a run as `torch.save` wrote it: containers, numbers and tensors, on the CPU.
 
     Raises:
         WeightsError: the file is missing, damaged, or holds something else.

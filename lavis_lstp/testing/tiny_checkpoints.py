@@ -42,7 +42,7 @@ from lavis_lstp.testing.tiny_backbones import (
 from lavis_lstp.testing.tiny_tokenizers import bert_files, bert_vocabulary
 
 MARKER = SIZES_FILE
-"""What a folder was written with, and its sizes; only a folder that has it is written to again."""
+"""File with the settings and sizes of a folder; only a folder that has it is written to again."""
 DEFAULT = Sizes()
 NUM_FRAMES = 8
 """Of a video, in the options that are printed."""

@@ -293,8 +293,9 @@ def test_an_options_log_probability_is_that_of_learning_it_alone(family, languag
 
 
 @pytest.mark.parametrize(("family", "language"), [*BACKBONES, ("blip2", "opt")])
-def test_a_prompt_is_read_once_for_all_its_options(family, language):
+def test_a_prompt_is_read_once_for_all_its_options(family, language, monkeypatch):
     """And each option is as likely as where prompt and option are read together, whatever else is in the batch."""
+    monkeypatch.setattr("lavis_lstp.models.answering.DECIMALS", 9)  # what is written is rounded
     config = model_config(family, "llama" if language == "opt" else language, selector={"name": "uniform"})
     if language == "opt":
         config["backbone"]["config"]["text_config"] = dict(OPT)
@@ -321,7 +322,7 @@ def test_a_prompt_is_read_once_for_all_its_options(family, language):
                 counted = labels[0] != IGNORED
                 own = logits[0, counted].log_softmax(-1).gather(1, labels[0, counted, None])
                 assert found["tokens"] == int(counted.sum()) > 0
-                assert found["mean"] == pytest.approx(float(own.mean()), rel=1e-6, abs=6e-5)  # 4 decimals are written
+                assert found["mean"] == pytest.approx(float(own.mean()), rel=1e-6, abs=1e-5)
                 assert said == bool((logits[0, counted].argmax(-1) == labels[0, counted]).all())
 
 

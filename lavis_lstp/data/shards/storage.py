@@ -312,7 +312,7 @@ def _opener() -> urllib.request.OpenerDirector:
 
 
 def _body(response: Any, most: int) -> bytes:
-    """What a server or a pipe sends, `most` bytes at most, whatever it promises."""
+    """The bytes that a server or a pipe sends, `most` at most, whatever it promises."""
     parts, left = [], most
     while left and (part := response.read(min(left, AT_ONCE))):
         parts.append(part)

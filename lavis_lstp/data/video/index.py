@@ -113,7 +113,7 @@ class VideoIndex:
         return len(self.times_s)
 
     def facts(self) -> dict[str, Any]:
-        """What does not depend on how its frames were found; see `count_frames`."""
+        """Facts that do not depend on how the frames were found; see `count_frames`."""
         kept = ("name", "codec", "container", "missing", "time_base", "track", "tracks", "start", "max_megapixels")
         return {key: getattr(self, key) for key in kept}
 

@@ -1,1 +1,1 @@
-"""What to say: models that read chosen frames and a prompt, and answer."""
+"""Models that read chosen frames and a prompt, and answer."""

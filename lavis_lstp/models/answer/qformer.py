@@ -191,7 +191,7 @@ class Backbone(nn.Module):
         return [ids[front:] for ids in self._ids(answers)]
 
     def _marks_in_front(self) -> int:
-        """How many tokens the tokenizer puts in front of every text: 1 for LLaMA and OPT, 0 where it has no begin mark.
+        """Number of tokens that the tokenizer puts in front of every text: 1 for LLaMA and OPT, 0 without a begin mark.
 
         Raises:
             ConfigError: the tokens of a text are not found again between the marks.

@@ -28,7 +28,7 @@ HUB_MODELS = (
     "google-bert/bert-base-uncased",
     "ColorfulAI/LSTP-Chat",
 )
-"""What this package's own files name."""
+"""Models that this package's own files name."""
 SIZES_FILE = "tiny_checkpoints.json"
 """In that folder: sizes of the model that its weights are of, where these are not the published ones."""
 UNINITIALISED = "checkpoint"

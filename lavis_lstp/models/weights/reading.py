@@ -233,7 +233,7 @@ SMALL = 64 << 20
 
 
 def load_torch(path: str | Path, *, mmap: bool = False) -> Any:
-    """What `torch.save` wrote, on the CPU and without running code from the file.
+    """The content of a file of `torch.save`, on the CPU and without running code from it.
 
     Args:
         mmap: map the file where its format allows that, rather than read it.
