@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import io
 import os
 import tarfile
 from collections.abc import Iterator, Mapping
@@ -192,18 +191,6 @@ class _Counted:
     def _ended(self, what: str) -> ShardError:
         return ShardError(f"{self.name}: ends inside {what}, at byte {self.at}", "truncated")
 
-    def check_reaches(self, size: int, what: str) -> None:
-        """Raises ShardError where the stream is known to end within the next `size` bytes."""
-        if self.seekable:
-            here = self.stream.tell()
-            try:
-                end = self.stream.seek(0, os.SEEK_END)
-            except io.UnsupportedOperation:  # of a server that does not say
-                return
-            self.stream.seek(here)
-            if size > end - here:
-                raise self._ended(what)
-
     def skip(self, size: int, what: str) -> None:
         if self.seekable and size > SKIP:
             try:
@@ -266,7 +253,6 @@ class TarScan:
         """
         most = CONTENT_LIMIT if limit is None else limit
         if self._left > most:
-            self._in.check_reaches(self._left, repr(self._member))
             cause = "member too large" if limit is None else "json too large"
             raise ShardError(f"{self.name}: {self._member}: {self._left} bytes, at most {most} are read", cause)
         data = self._in.exactly(self._left, repr(self._member))
