@@ -38,8 +38,8 @@ MIN_SHARE_OF_ORACLE = 0.90
 """What LSTP must reach: points above uniform, with intervals apart, and share of the oracle's accuracy."""
 CHAIN = "projects/lstp/chains/tiny.yaml"
 """The steps up to a trained LSTP."""
-ABOUT_S = {"base": 350, "flow": 42, "spans": 122, "sampler": 224, "lstp": 77, "uniform": 77}
-"""Seconds of the longer steps, on two cores."""
+ABOUT_S = {"base": 270, "flow": 30, "spans": 70, "sampler": 180, "lstp": 75, "uniform": 50}
+"""Seconds of the longer steps, on two quiet cores."""
 FILES = ("table.md", "table.json", "explanation.png", "report.html")
 
 
