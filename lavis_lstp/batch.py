@@ -60,6 +60,35 @@ def distinct_media(samples: Mapping) -> tuple[Tensor, Tensor]:
     return torch.tensor(list(first.values())), torch.tensor(which)
 
 
+def chosen_frames(
+    samples: Mapping, frame_index: Tensor, rows: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The frames that are shown, each once, however many questions chose it.
+
+    Args:
+        frame_index: int64 [B,K], of the samples' frames, -1 = none.
+        rows: int64 [B], the sample that each row is of; None = one row a sample.
+
+    Returns:
+        frames uint8 [U,3,H,W], in the order of video and time; int64 [B,K], the place of each chosen frame among these,
+        -1 = none; seconds float32 [B,K] where the samples have times, 0 where there is no frame. A batch of texts
+        alone has one black frame that no row is shown, so that each rank runs the same modules.
+    """
+    frames, index = samples["frames"], frame_index.cpu()
+    real = index >= 0
+    rows = torch.arange(len(index)) if rows is None else rows
+    times = None
+    if "frame_times" in samples and samples["frame_times"].shape[1]:
+        times = samples["frame_times"].cpu()[rows].gather(1, index.clamp(min=0)).masked_fill(~real, 0.0)
+    if not real.any():
+        return frames.new_zeros(1, *frames.shape[2:]), index, times
+    first, which = distinct_media(samples)
+    owner = which[rows][:, None].expand_as(index)
+    pairs, place = torch.unique(torch.stack([owner[real], index[real]], dim=1), dim=0, return_inverse=True)
+    chosen = frames[first[pairs[:, 0]].to(frames.device), pairs[:, 1].to(frames.device)]
+    return chosen, torch.full_like(index, -1).masked_scatter(real, place), times
+
+
 def several_ranks() -> bool:
     """Whether other processes take part, who wait in collectives until this one runs the same modules."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

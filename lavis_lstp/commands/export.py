@@ -202,9 +202,9 @@ def _save_sampler(model: Any, config: Any, folder: Path, has_flow: bool) -> None
     state = {key: value.contiguous() for key, value in model.state_dict().items() if key.startswith(parts)}
     save_file(state, str(folder / "model.safetensors"), metadata={"format": "pt"})
     if config.sampler.tokenizer:
-        _save_tokenizer(model.sampler_tokenizer, folder, config.sampler.tokenizer)
+        _save_tokenizer(model.chooser.scorer.tokenizer, folder, config.sampler.tokenizer)
     else:
-        _save_tokenizer(model.sampler_tokenizer, folder, config.backbone.weights, "qformer_tokenizer")
+        _save_tokenizer(model.chooser.scorer.tokenizer, folder, config.backbone.weights, "qformer_tokenizer")
     section = OmegaConf.to_container(config)
     if section["model_type"] == "lora":  # its adapters are merged
         section["model_type"] = "base"

@@ -8,12 +8,43 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from lavis_lstp.config.fields import SEED, TEXTS, check_sampling, checked, key
 from lavis_lstp.errors import ConfigError
 
 PARTS = ("sampler", "vision", "qformer", "query_tokens", "projection", "language_model", "lora")
+SOURCES: dict[str, str] = {
+    "hub": "lavis_lstp.models.answer.qformer:build",
+    "lavis": "lavis_lstp.models.answer.lavis_models:build_lavis_backbone",
+}
+"""`backbone.source` -> the function that builds such an answerer; a new one is a file and a line here."""
+
+
+class Kind(NamedTuple):
+    """A selector: the function (of models/where) that is its rule, and what that must be told of a video.
+
+    needs: "" nothing; "logits" of the temporal sampler; "span", one that comes with the sample. drawn: it draws.
+    """
+
+    rule: str
+    needs: str = ""
+    drawn: bool = False
+
+
+SELECTORS: dict[str, Kind] = {
+    "best_span": Kind("lavis_lstp.models.where.frame_selector:best", needs="logits"),
+    "lstp": Kind("lavis_lstp.models.where.frame_selector:best", needs="logits"),
+    "argmax": Kind("lavis_lstp.models.where.frame_selector:argmax", needs="logits"),
+    "gumbel": Kind("lavis_lstp.models.where.frame_selector:gumbel", needs="logits", drawn=True),
+    "uniform": Kind("lavis_lstp.models.where.frame_selector:uniform"),
+    "random": Kind("lavis_lstp.models.where.frame_selector:random", drawn=True),
+    "given": Kind("lavis_lstp.models.where.frame_selector:given", needs="span"),
+}
+"""`selector.name` -> its rule. best_span (also called lstp): the most likely span. argmax: likeliest start and likeliest
+end, each for itself, under the published rules. gumbel: published, two noisy candidates. uniform: K interval centres of
+the video. random: K different frames. given: a span that comes with the sample (pseudo span, or gold span as oracle)."""
+
 FLOWS = ("raft_large", "raft_small", "dis", "motion_vectors", "precomputed", "none")
 MODEL_KEYS = frozenset({"arch", "model_type", "load_finetuned", "load_pretrained", "finetuned", "pretrained"})
 """Keys that LAVIS's Config and BaseModel read for every model."""
@@ -81,7 +112,7 @@ class Sampler:
 
 @dataclass
 class Selector:
-    name: str = key("lstp")  # lstp (= best_span), argmax, gumbel, uniform, random, given
+    name: str = key("lstp", one_of=SELECTORS, called="selector (model.selector.name)")
     context: int = key(0, least=0)  # frames added on both sides of a found or given span
     num_selected: int = key(4, least=1)  # K, frames shown to the language model
     span_key: str = key(
@@ -149,8 +180,8 @@ class BackboneConfig:
 @dataclass
 class Backbone:
     source: str = key(
-        "hub", one_of=("hub", "lavis"), called="source (model.backbone.source)"
-    )  # hub: transformers' classes
+        "hub", one_of=SOURCES, called="source (model.backbone.source)"
+    )  # hub: transformers' BLIP-2 and InstructBLIP; lavis: LAVIS's own
     family: str = key("instructblip", one_of=("instructblip", "blip2"), called="backbone family")  # hub
     arch: str | None = key()  # lavis: blip2_t5, blip2_opt; with its git main blip2_vicuna_instruct, blip2_t5_instruct
     model_type: str | None = key()  # lavis: its type
@@ -247,6 +278,20 @@ def checked_model(given: Mapping[str, Any]) -> dict[str, Any]:
     found = checked(given, ModelSettings, "model", MODEL_KEYS)
     check_sampling(found.get("generation") or {}, "model.generation")
     return found
+
+
+class Used(NamedTuple):
+    """What a model is made of beside its answerer; what it does not use is neither built nor loaded nor demanded."""
+
+    sampler: bool
+    flow: bool
+
+
+def used_parts(model: Mapping[str, Any]) -> Used:
+    """What a complete `model` section uses: the sampler where frames are selected by it or it learns, and its flow."""
+    by_sampler = SELECTORS[model["selector"]["name"]].needs == "logits"
+    sampler = by_sampler or "span" in model["losses"] or "sampler" in (model["train"] or ())
+    return Used(sampler, flow=sampler)
 
 
 def check_together(

@@ -94,6 +94,8 @@ def _check_backbone(given: Mapping, defaults: Mapping) -> None:
     """Raise ConfigError for a key of `model.backbone.config` that transformers' classes would swallow."""
     from transformers import CONFIG_MAPPING
 
+    if (given.get("source") or defaults["source"]) != "hub":
+        return  # the answerer's builder knows
     where, config = "model.backbone.config", given["config"]
     family = given.get("family") or defaults["family"]
     if family not in ("blip2", "instructblip"):

@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lavis_lstp.config.data import checked_dataset, complete_dataset, settings_of
 from lavis_lstp.config.load import find_config, first_line, lavis_root, load_recipe, sections_of, with_options
-from lavis_lstp.config.model import check_complete_model, checked_model
+from lavis_lstp.config.model import check_complete_model, checked_model, used_parts
 from lavis_lstp.config.run import (
     RUNNERS,
     TASKS,
@@ -199,10 +199,13 @@ def _shapes(model: Mapping[str, Any]) -> dict[str, tuple[int | None, ...]]:
     text, qformer = config.get("text_config") or {}, config.get("qformer_config") or {}
     language = text.get("d_model" if text.get("model_type") == "t5" else "hidden_size")
     queries = qformer.get("hidden_size")
-    return {
+    of_sampler = {
         "sampler.head.weight": (2, width),
         "sampler.flow_rotary": (sampler["max_positions"], width // sampler["num_heads"]),
         "sampler.layers.0.feed_forward.up.weight": (sampler["intermediate_size"], width),
+    }
+    return {
+        **(of_sampler if used_parts(model).sampler else {}),
         "backbone.model.query_tokens": (1, config.get("num_query_tokens"), queries),
         "backbone.model.language_projection.weight": (language, queries),
         "backbone.model.language_projection.bias": (language,),

@@ -7,14 +7,14 @@ about a video, prompts are read once for all options of a question.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from lavis_lstp.batch import in_pieces, moves
-from lavis_lstp.models.answer.likelihood import ReadPrompts
+from lavis_lstp.batch import in_pieces
+from lavis_lstp.models.answer.answerer import Answers, Reading
 
 
 @torch.no_grad()
@@ -26,55 +26,67 @@ def answer(model: nn.Module, samples: Mapping, prompt: str | None, generation: M
         prompt: template to use instead of the config's.
         generation: transformers' generation arguments.
     """
-    result, prefix, mask = look(model, samples, prompt)
+    result, reading = look(model, samples, prompt)
     with timed(model, result["seconds"], "language"):
-        generators = model.row_generators(samples) if generation.get("do_sample") else None
-        texts, sums, counts = model.backbone.generate_scored(
-            prefix, mask, result["prompt"], generators=generators, **generation
-        )
-    result["prediction"], result["log_prob"] = texts, rounded(sums, counts)
-    return result
+        made = reading.answers(generators=_generators(model, samples, generation), **generation)
+    return told(result, made)
+
+
+def stream(
+    model: nn.Module, samples: Mapping, prompt: str | None, generation: Mapping
+) -> Generator[list[str], None, dict]:
+    """See `LSTP.stream`; arguments as for `answer`."""
+    with torch.no_grad():
+        result, reading = look(model, samples, prompt)
+        pieces = reading.stream(generators=_generators(model, samples, generation), **generation)
+    start = time.perf_counter()
+    made = yield from pieces
+    result["seconds"]["language"] = time.perf_counter() - start
+    return told(result, made)
+
+
+def _generators(model: nn.Module, samples: Mapping, generation: Mapping) -> list[torch.Generator] | None:
+    return model.chooser.generators(samples) if generation.get("do_sample") else None
+
+
+def told(result: dict, made: Answers) -> dict:
+    """The result with the answers in it."""
+    return {**result, "prediction": made.texts, "log_prob": rounded(made.log_probs, made.counts)}
 
 
 @torch.no_grad()
 def score_options(model: nn.Module, samples: Mapping, prompt: str | None) -> dict:
     """See `LSTP.score_options`; arguments as for `answer`."""
-    result, prefix, mask = look(model, samples, prompt)
+    result, reading = look(model, samples, prompt)
     options = samples["options"]
     pairs = [(row, option) for row, own in enumerate(options) for option in own]
     scored: dict[str, list[list]] = {key: [[] for _ in options] for key in ("option_log_prob", "option_greedy")}
     with timed(model, result["seconds"], "language"):
-        read = ReadPrompts(model.backbone, prefix, mask, result["prompt"])
         # no more rows at once than questions: memory is that of answering
         for part in in_pieces(pairs, len(options), model):
             # one that does not count where the other ranks have more options to weigh than this one
             asked = part or [(0, "")]
             answers = [model.answer_template.replace("{answer}", option) for _, option in asked]
-            sums, counts, greedy = (x[: len(part)] for x in read.log_probs([row for row, _ in asked], answers))
+            sums, counts, greedy = (x[: len(part)] for x in reading.log_probs([row for row, _ in asked], answers))
             for (row, _), log_prob, said in zip(part, rounded(sums, counts), greedy.tolist(), strict=True):
                 scored["option_log_prob"][row].append(log_prob)
                 scored["option_greedy"][row].append(said)
     return {**result, **scored}
 
 
-def look(model: nn.Module, samples: Mapping, prompt: str | None) -> tuple[dict, Tensor, Tensor]:
-    """Everything before the language model: the result so far, visual prefix and its mask."""
+def look(model: nn.Module, samples: Mapping, prompt: str | None) -> tuple[dict, Reading]:
+    """Everything before the language model: the result so far, and the prompts with their frames as they were read."""
     seconds: dict[str, float] = {}
     result: dict = {"prompt": model.prompts(samples, prompt), "seconds": seconds}
-    logits = None
-    if model.selector.needs_logits:
-        if moves(samples).any():
-            with timed(model, seconds, "flow"):
-                result["flow"] = model.compute_flow(samples)
-        with timed(model, seconds, "sampler"):
-            logits = model.sampler_logits(samples, result.get("flow"))
-            result["start_logits"] = logits.start_logits.float().cpu()
-            result["end_logits"] = logits.end_logits.float().cpu()
-    with timed(model, seconds, "selection"):
-        result["frame_index"], result["span"] = model.select(samples, logits)
+    choice = model.chooser(samples, clock=lambda stage: timed(model, seconds, stage))
+    result["frame_index"], result["span"] = choice.frame_index, choice.span
+    if choice.flow is not None:
+        result["flow"] = choice.flow
+    if choice.logits is not None:
+        result["start_logits"] = choice.logits.start_logits.float().cpu()
+        result["end_logits"] = choice.logits.end_logits.float().cpu()
     with timed(model, seconds, "vision"):
-        prefix, mask = model.visual_prefix(samples, result["frame_index"], result["prompt"])
-    return result, prefix, mask
+        return result, model.look(samples, choice.frame_index, result["prompt"])
 
 
 @contextmanager

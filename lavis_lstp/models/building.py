@@ -1,7 +1,7 @@
 """A `model` section -> the parts that `LSTP` is made of, and the settings that do not go together.
 
 In: a complete section (`variants.complete`). Out: keyword arguments of `LSTP`. No other code sees a model's config; the
-parts take flat arguments.
+parts take flat arguments. A part that the section does not use is not built, and its weights are not asked for.
 """
 
 from __future__ import annotations
@@ -13,22 +13,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from lavis_lstp.config.model import check_together
+from lavis_lstp.config.model import check_together, used_parts
 from lavis_lstp.errors import ConfigError, WeightsError, unknown_name
-from lavis_lstp.models.answer.fusion import FrameFusion
+from lavis_lstp.models.answer.answerer import build_answerer
 from lavis_lstp.models.answer.generation import checked
-from lavis_lstp.models.answer.loading import DTYPES
-from lavis_lstp.models.answer.qformer import Backbone
 from lavis_lstp.models.answer.tiny_tokenizer import tiny_tokenizer
 from lavis_lstp.models.refinement import Refinement
 from lavis_lstp.models.weights.hub import require_weights, where_from, where_to_put
 from lavis_lstp.models.weights.reading import load_bert_into_sampler
+from lavis_lstp.models.where.chooser import Chooser, SamplerScorer
 from lavis_lstp.models.where.flow import build_flow
 from lavis_lstp.models.where.frame_selector import build_selector
 from lavis_lstp.models.where.temporal_sampler import TemporalSampler
 
 LOSSES = ("lm", "span")
-SOURCES = ("hub", "lavis")
 
 
 def build_parts(cfg: Mapping[str, Any]) -> dict[str, Any]:
@@ -40,102 +38,73 @@ def build_parts(cfg: Mapping[str, Any]) -> dict[str, Any]:
     for key in ("train", "losses"):
         if isinstance(cfg[key], str):
             raise ConfigError(f"model.{key} must be a list, got '{cfg[key]}'; write [{cfg[key]}]")
+    selector = build_selector(**cfg["selector"], mask_padding=cfg["mask_padding"])
     require_weights(cfg)
-    backbone = build_backbone(**cfg["backbone"], lora=cfg["lora"])
-    tokenizer = sampler_tokenizer(cfg["sampler"]["tokenizer"], backbone)
+    answerer = build_backbone(**cfg["backbone"], fusion=cfg["fusion"], lora=cfg["lora"])
     refinement = {key: value for key, value in cfg["refinement"].items() if key != "in_loop"}
+    used = used_parts(cfg)
     return {
-        "flow": build_flow(**cfg["flow"]),
-        "sampler": _sampler(cfg["sampler"], len(tokenizer), cfg["backbone"]["seed"]),
-        "selector": build_selector(**cfg["selector"], mask_padding=cfg["mask_padding"]),
-        "backbone": backbone,
-        "fusion": FrameFusion(cfg["fusion"]),
-        "sampler_tokenizer": tokenizer,
-        "sampler_mode": cfg["sampler"]["mode"],
-        "sampler_max_tokens": cfg["sampler"]["max_text_tokens"],
+        "chooser": Chooser(
+            signal=build_flow(**cfg["flow"]) if used.flow else None,
+            scorer=_scorer(cfg, answerer) if used.sampler else None,
+            selector=selector,
+            seed=cfg["selection_seed"],
+        ),
+        "answerer": answerer,
         "prompt": cfg["prompt"],
         "answer_template": cfg["answer_template"],
-        "sampler_prompt": cfg["sampler_prompt"],
         "train": cfg["train"] or (),
         "losses": cfg["losses"],
         "refinement": Refinement(**refinement) if cfg["refinement"]["in_loop"] else None,
         "mask_padding": cfg["mask_padding"],
         "frozen_dropout": cfg["frozen_dropout"],
         "generation": cfg["generation"],
-        "seed": cfg["selection_seed"],
     }
+
+
+def _scorer(cfg: Mapping[str, Any], answerer: nn.Module) -> SamplerScorer:
+    section = cfg["sampler"]
+    tokenizer = sampler_tokenizer(section["tokenizer"], answerer)
+    return SamplerScorer(
+        _sampler(section, len(tokenizer), cfg["backbone"]["seed"]),
+        tokenizer,
+        mode=section["mode"],
+        prompt=cfg["sampler_prompt"],
+        max_tokens=section["max_text_tokens"],
+    )
 
 
 def build_backbone(
     family: str = "instructblip",
     *,
     source: str = "hub",
-    arch: str | None = None,
-    model_type: str | None = None,
-    weights: str | None = None,
-    config: Mapping | None = None,
-    dtype: str = "float32",
-    seed: int = 0,
-    max_text_tokens: int = 128,
-    attention: str | None = None,
-    quantization: str | None = None,
     gradient_checkpointing: bool = False,
     compile: bool = False,
     lora: Mapping | None = None,
-) -> Backbone:
-    """From `weights` (hub id or folder), else with random ones of the sizes in `config`.
+    **settings: Any,
+) -> nn.Module:
+    """The answerer of a `model.backbone` section.
 
     Args:
-        source: hub, or lavis for one of LAVIS's own models, named by `arch` and `model_type`.
-        attention: transformers' attention implementation; None = its own choice.
-        quantization: 8bit or 4bit, of the language model.
+        source: whose model it is, a key of `config.model.SOURCES`.
         lora: arguments of `lora.add_lora`; None = no adapters.
+        settings: of the source's builder, see there.
 
     Raises:
-        WeightsError: neither is given, or the weights are missing.
+        WeightsError: neither weights nor sizes are given, or the weights are missing.
         ConfigError: a setting is not known, or this machine cannot follow it.
     """
-    if source not in SOURCES:
-        raise ConfigError(unknown_name("source (model.backbone.source)", source, SOURCES))
-    if dtype not in DTYPES:
-        raise ConfigError(unknown_name("dtype (model.backbone.dtype)", dtype, DTYPES))
-    common = {"weights": weights, "config": config, "dtype": dtype, "seed": seed, "max_text_tokens": max_text_tokens}
-    if source == "hub":
-        backbone = _hub_backbone(family, attention=attention, quantization=quantization, **common)
-    else:
-        from lavis_lstp.models.answer.lavis_models import build_lavis_backbone
-
-        for key, value in (("attention", attention), ("quantization", quantization)):
-            if value:
-                raise ConfigError(
-                    f"model.backbone.{key} is for source hub; LAVIS's own models have one way, set it to null"
-                )
-        backbone = build_lavis_backbone(arch, model_type, **common)
+    answerer = build_answerer(source, {"family": family, **settings})
     if lora:
-        backbone.add_lora(**lora, seed=seed)
+        answerer.add_lora(**lora, seed=settings.get("seed", 0))
     if gradient_checkpointing:
-        backbone.checkpoint_gradients()
+        answerer.checkpoint_gradients()
     if compile:
-        backbone.compile_layers()
-    return backbone
+        answerer.compile_layers()
+    return answerer
 
 
-def _hub_backbone(
-    family: str, *, weights: str | None, config: Mapping | None, quantization: str | None, seed: int, **settings
-) -> Backbone:
-    if weights:
-        return Backbone.from_pretrained(weights, family=family, quantization=quantization, **settings)
-    if quantization:
-        raise ConfigError("model.backbone.quantization needs model.backbone.weights; random ones are not quantised")
-    if not config:
-        raise WeightsError(
-            "model.backbone.weights is empty: expected a hub id or a folder, "
-            "or model.backbone.config for random weights"
-        )
-    return Backbone.from_config_dict(config, family=family, seed=seed, **settings)
-
-
-def sampler_tokenizer(path: str | None, backbone: Backbone):
+def sampler_tokenizer(path: str | None, answerer: nn.Module):
     """The temporal sampler's tokenizer, BERT's: from `path`, else the Q-Former's own, else the built-in one.
 
     The Q-Former's is BERT's too, but cuts long texts at their beginning; the sampler reads the beginning (published).
@@ -144,7 +113,7 @@ def sampler_tokenizer(path: str | None, backbone: Backbone):
         WeightsError: there is none at `path`.
     """
     if not path:
-        tokenizer = copy.deepcopy(backbone.qformer_tokenizer) or tiny_tokenizer(bos=False)
+        tokenizer = copy.deepcopy(getattr(answerer, "qformer_tokenizer", None)) or tiny_tokenizer(bos=False)
         tokenizer.truncation_side = "right"
         return tokenizer
     from transformers import AutoTokenizer
@@ -175,10 +144,11 @@ def check_settings(model: nn.Module) -> None:
     Raises:
         ConfigError: one line on which and why.
     """
-    numbers = {
-        "sampler.max_text_tokens": model.sampler_max_tokens,
-        "backbone.max_text_tokens": model.backbone.max_text_tokens,
-    }
+    scorer, sampler_prompt = model.chooser.scorer, "{question}"
+    numbers = {"backbone.max_text_tokens": model.backbone.max_text_tokens}
+    if scorer is not None:
+        numbers["sampler.max_text_tokens"], sampler_prompt = scorer.max_tokens, scorer.prompt
+        scorer.sampler.mode_layers(scorer.mode)
     if model.refinement:
         numbers["refinement.smooth"] = model.refinement.smooth
         numbers["refinement.max_new_tokens"] = model.refinement.max_new_tokens
@@ -194,7 +164,6 @@ def check_settings(model: nn.Module) -> None:
         losses=model.losses,
         in_loop=bool(model.refinement),
         prompt=model.prompt,
-        sampler_prompt=model.sampler_prompt,
+        sampler_prompt=sampler_prompt,
         answer_template=model.answer_template,
     )
-    model.sampler.mode_layers(model.sampler_mode)

@@ -1,14 +1,14 @@
-"""LSTP, the model LAVIS sees: flow -> temporal sampler -> frame selector -> backbone -> frame fusion -> answer.
+"""LSTP, the model LAVIS sees: a chooser of frames and an answerer, under LAVIS's names.
 
 In: a batch of samples (`lavis_lstp.schema`). Out: losses in training, answers with the frames they came from in
-evaluation. There is one class; what is called a model variant elsewhere is a YAML file that names five parts.
+evaluation. There is one class; what is called a model variant elsewhere is a YAML file that names the parts: flow ->
+temporal sampler -> frame selector (`models/where`), vision and language (`models/answer`).
 Source: LSTP, arXiv 2402.16050.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from lavis.common.registry import registry
@@ -16,27 +16,17 @@ from lavis.models.base_model import BaseModel
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from lavis_lstp.batch import (
-    blank_video,
-    distinct_media,
-    moves,
-    readable,
-    several_ranks,
-    take_rows,
-    weights_are_divided,
-)
+from lavis_lstp.batch import chosen_frames, moves, readable
 from lavis_lstp.errors import ConfigError, unknown_name
-from lavis_lstp.models.answer.fusion import FrameFusion
-from lavis_lstp.models.answer.qformer import Backbone
-from lavis_lstp.models.answering import answer, score_options
+from lavis_lstp.models.answer.answerer import Reading
+from lavis_lstp.models.answering import answer, score_options, stream
 from lavis_lstp.models.building import build_parts, check_settings
 from lavis_lstp.models.refinement import ROWS, Refinement, pseudo_scores
 from lavis_lstp.models.variants import MODEL_TYPES, complete, load_variant
 from lavis_lstp.models.weights import parts
 from lavis_lstp.models.weights.hub import sizes_of_weights
-from lavis_lstp.models.where.flow import GIVEN
-from lavis_lstp.models.where.frame_selector import sample_generators
-from lavis_lstp.models.where.temporal_sampler import SamplerOutput, TemporalSampler, span_loss, spans_in_flows
+from lavis_lstp.models.where.chooser import Chooser
+from lavis_lstp.models.where.temporal_sampler import span_loss, spans_in_flows
 from lavis_lstp.schema import NO_SPAN
 
 
@@ -44,22 +34,16 @@ class LSTP(BaseModel):
     """Video question answering from the few frames that the question asks for.
 
     Args:
-        flow: FlowExtractor, uint8 frames [B,T,3,H,W] -> [B,T,2,H,W].
-        sampler: TemporalSampler.
-        selector: what turns logits, a given span or nothing into K frame indices.
-        backbone: vision tower, Q-Former and language model.
-        fusion: joins the K frames' query tokens.
-        sampler_tokenizer: turns the question into the sampler's token ids.
-        sampler_mode: "fusion" or "multi_modal", which layers of the sampler run.
-        prompt, answer_template, sampler_prompt: templates with {question} or {answer}.
-        train: parts that learn, of `parts.PREFIXES`; everything else is frozen and stays in eval mode.
+        chooser: where to look. Its signal and its sampler are registered here as `flow` and `sampler`, None where the
+            configuration does without.
+        answerer: what to say, an `Answerer`; registered as `backbone`, the name in checkpoints.
+        prompt, answer_template: templates with {question} and {answer}.
+        train: parts that learn, of `parts.CAN_LEARN`; everything else is frozen and stays in eval mode.
         losses: of "lm" and "span"; "span" needs samples with a span, "lm" an answer.
         refinement: how pseudo spans are made in the training step; None = they come with the samples.
         mask_padding: False lets padded flows compete in the span loss, as published.
         frozen_dropout: True lets a language model that does not learn drop out in training, as published.
-        sampler_max_tokens: questions are cut to this many tokens for the sampler.
         generation: default arguments of `generate`.
-        seed: of the random frame selector in evaluation.
     """
 
     PRETRAINED_MODEL_CONFIG_DICT: Mapping[str, str] = {}
@@ -69,49 +53,40 @@ class LSTP(BaseModel):
     def __init__(
         self,
         *,
-        flow: nn.Module,
-        sampler: TemporalSampler,
-        selector,
-        backbone: Backbone,
-        fusion: FrameFusion,
-        sampler_tokenizer,
-        sampler_mode: str = "fusion",
+        chooser: Chooser,
+        answerer: nn.Module,
         prompt: str = "USER: <video>\n{question} ASSISTANT: ",
         answer_template: str = "{answer}</s>",
-        sampler_prompt: str = "{question}",
         train: Sequence[str] = ("qformer", "query_tokens", "projection"),
         losses: Sequence[str] = ("lm",),
         refinement: Refinement | None = None,
         mask_padding: bool = True,
         frozen_dropout: bool = False,
-        sampler_max_tokens: int = 128,
         generation: Mapping | None = None,
-        seed: int = 0,
     ):
         super().__init__()
-        self.flow = flow
-        self.sampler = sampler
-        self.selector = selector
-        self.backbone = backbone
-        self.fusion = fusion
-        self.sampler_tokenizer = sampler_tokenizer
-        self.sampler_mode = sampler_mode
+        self.chooser = chooser
+        self.flow = chooser.signal
+        self.sampler = None if chooser.scorer is None else chooser.scorer.sampler
+        self.backbone = answerer
         self.prompt = prompt
         self.answer_template = answer_template
-        self.sampler_prompt = sampler_prompt
         self.losses = tuple(losses)
         self.refinement = refinement
         self.mask_padding = mask_padding
         self.frozen_dropout = frozen_dropout
-        self.sampler_max_tokens = sampler_max_tokens
         self.generation = dict(generation or {})
-        self.seed = seed
         self.train_parts = tuple(train)
-        self._last_flow: tuple[Tensor, Tensor, Tensor] | None = None
         check_settings(self)
         parts.freeze_all_but(self, self.train_parts)
-        self.sampler.freeze_unused_layers(self.sampler_mode)
+        if self.sampler is not None:
+            self.sampler.freeze_unused_layers(chooser.scorer.mode)
         parts.hold_learning_in_float32(self)
+
+    @property
+    def selector(self):
+        """The chooser's rule."""
+        return self.chooser.selector
 
     # ---- building ---------------------------------------------------------------------------------------------
 
@@ -159,7 +134,8 @@ class LSTP(BaseModel):
     def train(self, mode: bool = True) -> LSTP:
         """Frozen parts stay in eval mode, but for a language model with `frozen_dropout`."""
         super().train(mode)
-        self._last_flow = None  # weights may change between
+        self.chooser.training = mode
+        self.chooser.forget()  # weights may change between
         parts.set_frozen_to_eval(self, (*self.train_parts, *(["language_model"] if self.frozen_dropout else [])))
         return self
 
@@ -193,9 +169,9 @@ class LSTP(BaseModel):
         losses = {"lm_loss": zero, "span_loss": zero}
         logits = None
         if "span" in self.losses:
-            logits = self.sampler_logits(samples)
-            target, mask = self._target_span(samples), self._flow_mask(samples)
-            if self._has_own_flow(samples):
+            logits = self.chooser.logits(samples, must_reach=self.losses == ("span",))
+            target, mask = self._target_span(samples), self.chooser.flow_mask(samples)
+            if self.chooser.has_own_flow(samples):
                 counts = (m.sum(dim=1).to(target.device) for m in (samples["frame_mask"], mask))
                 target = spans_in_flows(target, *counts)
             losses["span_loss"] = span_loss(
@@ -206,11 +182,9 @@ class LSTP(BaseModel):
                 mask_padding=self.mask_padding,
             )
         if "lm" in self.losses:
-            frame_index, _ = self.select(samples, logits)
-            prompts = self.prompts(samples)
-            prefix, prefix_mask = self.visual_prefix(samples, frame_index, prompts)
+            choice = self.chooser(samples, logits=logits)
             answers = [self.answer_template.replace("{answer}", a) for a in samples["text_output"]]
-            losses["lm_loss"] = self.backbone.lm_loss(prefix, prefix_mask, prompts, answers)
+            losses["lm_loss"] = self.look(samples, choice.frame_index, self.prompts(samples)).loss(answers)
         return {"loss": losses["lm_loss"] + losses["span_loss"], **losses}
 
     def _target_span(self, samples: Mapping) -> Tensor:
@@ -237,150 +211,14 @@ class LSTP(BaseModel):
         made = [template.replace("{question}", q) for q in samples["text_input"]]
         return [own or general for own, general in zip(given, made, strict=True)] if given else made
 
-    # ---- the path from frames to a prefix -----------------------------------------------------------------------
-
-    def _has_own_flow(self, samples: Mapping) -> bool:
-        """Whether the data bring flow that is not one field a frame (`flow_mask`), and the model takes it."""
-        return "flow_mask" in samples and self.flow.name in GIVEN
-
-    def _flow_mask(self, samples: Mapping) -> Tensor:
-        """[B,L], 1 = real: of the flows that the sampler sees."""
-        return samples["flow_mask" if self._has_own_flow(samples) else "frame_mask"]
-
-    def compute_flow(self, samples: Mapping) -> Tensor:
-        """[B,T,2,S,S]; of a video that several questions are about it is computed once, over several batches, too."""
-        first, which = distinct_media(samples)
-        own = samples["flow_mask"] if self._has_own_flow(samples) else None
-        frames, mask, given, own = (
-            None if value is None else value[first.to(value.device)].to(self.device)
-            for value in (samples["frames"], samples["frame_mask"], samples.get("flow"), own)
-        )
-        # a video with more questions than a batch has
-        alone = len(first) == 1 and given is None and not (self.training or weights_are_divided(self))
-        if alone and self._last_flow and all(map(torch.equal, self._last_flow, (frames, mask))):
-            flow = self._last_flow[-1]
-        else:
-            with torch.no_grad():
-                flow = self.flow(frames, mask, flow=given, flow_mask=own)
-            self._last_flow = (frames, mask, flow) if alone else None
-        return flow[which.to(self.device)]
+    def look(self, samples: Mapping, frame_index: Tensor, prompts: list[str], rows: Tensor | None = None) -> Reading:
+        """The prompts with the frames at `frame_index` [B,K], as the answerer reads them; rows: see `chosen_frames`."""
+        frames, which, times_s = chosen_frames(samples, frame_index, rows)
+        return self.backbone.look(frames.to(self.device), which, prompts, times_s)
 
     def _apply(self, *args, **kwargs) -> LSTP:
-        self._last_flow = None  # it lies where the weights were
+        self.chooser.forget()  # what it keeps lies where the weights were
         return super()._apply(*args, **kwargs)
-
-    def sampler_logits(self, samples: Mapping, flow: Tensor | None = None) -> SamplerOutput:
-        """Start and end logits [B,T] of the videos; 0 for images and texts, which do not reach the sampler.
-
-        With several ranks a batch without a video runs the sampler on a blank one, times 0: each rank must run the
-        same modules in the same order, or those that exchange gradients or weights wait for ever.
-        """
-        is_video = moves(samples)
-        if is_video.all():
-            return self._video_logits(samples, flow)
-        rows = is_video.nonzero()[:, 0]
-        zeros = torch.zeros(self._flow_mask(samples).shape, device=self.device)
-        if len(rows):
-            videos = take_rows(samples, rows)
-            found = self._video_logits(videos, None if flow is None else flow[rows.to(flow.device)])
-            rows = rows.to(self.device)
-            start, end = (zeros.index_copy(0, rows, x.float()) for x in (found.start_logits, found.end_logits))
-        elif several_ranks() or self.losses == ("span",):  # which must not be left without any gradient
-            blank = self._video_logits(blank_video(samples))
-            nothing = 0 * (blank.start_logits.sum() + blank.end_logits.sum())
-            start, end = zeros + nothing, zeros + nothing
-        else:
-            start, end = zeros, zeros
-        return SamplerOutput(None, start, end)
-
-    def _video_logits(self, samples: Mapping, flow: Tensor | None = None) -> SamplerOutput:
-        flow = self.compute_flow(samples) if flow is None else flow
-        texts = [self.sampler_prompt.replace("{question}", q) for q in samples["text_input"]]
-        tokens = self.sampler_tokenizer(
-            texts,
-            padding="longest",
-            truncation=True,
-            max_length=self.sampler_max_tokens,
-            return_tensors="pt",
-            return_token_type_ids=False,
-        ).to(self.device)
-        mask = self._flow_mask(samples).to(self.device)
-        grad = nullcontext() if "sampler" in self.train_parts else torch.no_grad()
-        with grad:
-            return self.sampler(flow, mask, tokens["input_ids"], tokens["attention_mask"], mode=self.sampler_mode)
-
-    def select(self, samples: Mapping, logits: SamplerOutput | None = None) -> tuple[Tensor, Tensor]:
-        """K frame indices, -1 where a sample has none, and the span they come from."""
-        if self.selector.needs_logits and logits is None:
-            with torch.no_grad():
-                logits = self.sampler_logits(samples)
-        return self.selector(
-            samples["frame_mask"].cpu(),
-            start_logits=None if logits is None else logits.start_logits,
-            end_logits=None if logits is None else logits.end_logits,
-            span=self._given_span(samples),
-            generators=self.row_generators(samples),
-            flow_mask=self._flow_mask(samples).cpu() if self._has_own_flow(samples) else None,
-        )
-
-    def _given_span(self, samples: Mapping) -> Tensor | None:
-        if not self.selector.needs_span:
-            return None
-        key = self.selector.span_key
-        if key == "gold_span" and self.training:
-            raise ConfigError(
-                "selector 'given' with span_key 'gold_span' is for evaluation; training never sees gold spans"
-            )
-        if key not in samples:
-            raise ConfigError(f"selector 'given' needs samples with '{key}'; set datasets.<name>.spans")
-        span, count = samples[key].cpu(), samples["frame_mask"].sum(dim=1).cpu()
-        whole = torch.stack([torch.zeros_like(count), count], dim=1)
-        known = moves(samples)
-        if key == "span" and "no_moment" in samples:  # a span file knows the question, and no moment of its video
-            known = known & ~samples["no_moment"].cpu().bool()
-        return span.where(known[:, None], whole)
-
-    def row_generators(self, samples: Mapping) -> list[torch.Generator]:
-        """One a row: in training from torch's global state, which checkpoints keep; in evaluation from the
-        question's id, so that the draw does not depend on batch size, order or rank."""
-        if self.training:
-            seeds = torch.randint(2**62, (len(samples["text_input"]),)).tolist()
-            return [torch.Generator().manual_seed(seed) for seed in seeds]
-        return sample_generators(samples.get("question_id") or samples["text_input"], self.seed)
-
-    def visual_prefix(self, samples: Mapping, frame_index: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """The frames at `frame_index` [B,K] -> visual prefix [B,S,D_llm] and its mask [B,S].
-
-        The vision tower looks at a frame once, however many questions chose it; the Q-Former does where it does not
-        read the question. A batch of texts alone looks at one blank frame, whose tokens are masked out, so that each
-        rank runs the same modules.
-        """
-        frames = samples["frames"]
-        index = frame_index.cpu()
-        real = index >= 0
-        rows = torch.arange(len(index))[:, None].expand_as(index)
-        if real.any():
-            first, which = distinct_media(samples)
-            pairs, place = torch.unique(torch.stack([rows[real], index[real]], dim=1), dim=0, return_inverse=True)
-            texts = [prompts[row] for row in pairs[:, 0].tolist()]
-            pairs[:, 0] = which[pairs[:, 0]]
-            pairs, seen = torch.unique(pairs, dim=0, return_inverse=True)
-            chosen = frames[first[pairs[:, 0]].to(frames.device), pairs[:, 1].to(frames.device)]
-        else:
-            chosen, texts = frames.new_zeros(1, *frames.shape[2:]), prompts[:1]
-            place, seen = index.new_zeros(0), index.new_zeros(1)
-        features, seen = self.image_features(chosen.to(self.device)), seen.to(self.device)
-        if self.backbone.reads_question:
-            tokens = self.backbone.frame_tokens(features[seen], texts)  # [pairs of question and frame,Q,D]
-        else:
-            tokens = self.backbone.frame_tokens(features, [""] * len(features))[seen]
-        where = torch.zeros_like(index).masked_scatter(real, place).to(tokens.device)
-        return self.fusion(tokens[where], real.long().to(tokens.device), self.backbone.project)
-
-    def image_features(self, frames: Tensor) -> Tensor:
-        """uint8 frames [M,3,H,W] -> [M,P,D], without gradient unless the vision tower learns."""
-        with nullcontext() if "vision" in self.train_parts else torch.no_grad():
-            return self.backbone.image_features(frames)
 
     # ---- answers ----------------------------------------------------------------------------------------------
 
@@ -393,9 +231,11 @@ class LSTP(BaseModel):
             uses the sampler, start_logits and end_logits float32 [B,T].
         """
         samples = readable(samples)
-        logits = self.sampler_logits(samples) if self.selector.needs_logits or "span" in self.losses else None
-        frame_index, span = self.select(samples, logits)
-        found = {"span": span, "frame_index": frame_index}
+        logits = None
+        if self.selector.needs_logits or "span" in self.losses:
+            logits = self.chooser.logits(samples)
+        choice = self.chooser(samples, logits=logits)
+        found = {"span": choice.span, "frame_index": choice.frame_index}
         if logits is not None:
             found["start_logits"] = logits.start_logits.float().cpu()
             found["end_logits"] = logits.end_logits.float().cpu()
@@ -414,6 +254,14 @@ class LSTP(BaseModel):
             needed, and seconds by stage (of the whole batch).
         """
         return answer(self, readable(samples), prompt, {**self.generation, **generation})
+
+    def stream(self, samples: Mapping, prompt: str | None = None, **generation) -> Iterator[list[str]]:
+        """The answers as they are made, B new pieces of text at a time; arguments as for `answer`.
+
+        The pieces of a row are its prediction, cut. The generator returns what `answer` gives; closing it ends the
+        generation.
+        """
+        return stream(self, readable(samples), prompt, {**self.generation, **generation})
 
     def score_options(self, samples: Mapping, prompt: str | None = None) -> dict:
         """How likely each of `samples["options"]` is as the answer.

@@ -69,32 +69,26 @@ def pseudo_scores(model: nn.Module, samples: Mapping, generation: Mapping, rows:
     Returns:
         float32 [B,T] on the CPU, 0..1; padded frames, and those of images and texts, score 0.
     """
-    frames, mask = samples["frames"], samples["frame_mask"].cpu()
+    mask = samples["frame_mask"].cpu()
     prompts = model.prompts(samples)
     scores = torch.zeros(mask.shape)
+    _, which = distinct_media(samples)
     videos = [row for row, moving in enumerate(moves(samples).tolist()) if moving]
-    first, which = distinct_media(samples)
-    owner = first[which].tolist()
-    steps = [(row, step) for row in sorted({owner[row] for row in videos}) for step in range(int(mask[row].sum()))]
-    features = {}  # each video once, however many questions it has
-    for chunk in in_pieces(steps, rows, model):
-        places = torch.tensor(chunk, dtype=torch.long).view(-1, 2).to(frames.device)
-        # a black frame where the other ranks have more to look at than this one
-        chosen = frames[places[:, 0], places[:, 1]] if chunk else frames.new_zeros(1, *frames.shape[2:])
-        looked = model.image_features(chosen.to(model.device))
-        features.update(zip(chunk, looked[: len(chunk)], strict=True))
-    pairs = [(row, step) for row in videos for step in range(int(mask[row].sum()))]
+    # questions about a frame side by side, so that it is looked at once for all of them
+    pairs = sorted(
+        ((row, step) for row in videos for step in range(int(mask[row].sum()))),
+        key=lambda pair: (int(which[pair[0]]), pair[1], pair[0]),
+    )
     for chunk in in_pieces(pairs, rows, model):
-        chosen = torch.stack([features[owner[row], step] for row, step in chunk]) if chunk else looked[:1]
-        texts = [prompts[row] for row, _ in chunk] or prompts[:1]
-        tokens = model.backbone.frame_tokens(chosen, texts)
-        one = torch.ones(len(texts), 1, dtype=torch.long, device=tokens.device)
-        prefix, prefix_mask = model.fusion(tokens[:, None], one, model.backbone.project)
+        # one black frame where the other ranks have more to look at than this one
+        asked = chunk or [(0, -1)]
+        of, step = torch.tensor(asked).unbind(1)
+        reading = model.look(samples, step[:, None], [prompts[row] for row, _ in asked], rows=of)
         generators = None
         if generation.get("do_sample"):
             names = samples.get("question_id") or samples["text_input"]
-            generators = sample_generators((f"{names[row]} {step}" for row, step in chunk or [(0, 0)]), model.seed)
-        answers = model.backbone.generate(prefix, prefix_mask, texts, generators=generators, **generation)
+            generators = sample_generators((f"{names[row]} {step}" for row, step in asked), model.chooser.seed)
+        answers = reading.answers(generators=generators, scored=False, **generation).texts
         for (row, step), answer in zip(chunk, answers[: len(chunk)], strict=True):
             scores[row, step] = token_recall(samples["text_output"][row], answer)
     return scores

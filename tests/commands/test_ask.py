@@ -62,7 +62,7 @@ def test_a_runs_checkpoint_brings_its_config_and_the_weights_it_began_with(tmp_p
     write_json(folder / "manifest.json", {"config": {"model": model}})
 
     model, notes = loading.build_model("unused", None, str(tmp_path / "run"), [])
-    assert model.fusion.name == "mean" and model.flow.name == "dis"
+    assert model.backbone.fusion.name == "mean" and model.flow.name == "dis"
     assert len(notes) == 1 and "flow is computed with dis" in notes[0]
     own = model.state_dict()
     for source, amount in ((untrained, 1), (base, 2)):

@@ -126,7 +126,7 @@ def test_the_way_back(exported, name, lora):
     generator = torch.Generator().manual_seed(0)
     frames = torch.randint(0, 256, (2, 3, 28, 28), generator=generator, dtype=torch.uint8)
     assert answers(original.backbone, frames) == answers(again.backbone, frames)
-    tokens = [model.sampler_tokenizer(["where is it?"])["input_ids"] for model in (original, again)]
+    tokens = [model.chooser.scorer.tokenizer(["where is it?"])["input_ids"] for model in (original, again)]
     assert tokens[0] == tokens[1]
 
 

@@ -213,10 +213,10 @@ def test_a_picture_beside_videos_and_a_flow_without_its_mask(model):
 
 def test_a_given_span_of_a_question_without_a_moment_is_the_whole_video(model):
     made = {**samples_with([5, 5], [8, 8]), "span": torch.tensor([[1, 3], [-1, -1]])}
-    selector, model.selector = model.selector, build_selector("given")
+    selector, model.chooser.selector = model.selector, build_selector("given")
     try:
-        assert model.select({**made, "no_moment": torch.tensor([0, 1])})[1].tolist() == [[1, 3], [0, 8]]
+        assert model.chooser({**made, "no_moment": torch.tensor([0, 1])}).span.tolist() == [[1, 3], [0, 8]]
         with pytest.raises(LstpError, match="means that the sample brings none"):
-            model.select(made)
+            model.chooser(made)
     finally:
-        model.selector = selector
+        model.chooser.selector = selector

@@ -311,7 +311,8 @@ def test_a_prompt_is_read_once_for_all_its_options(family, language, monkeypatch
     assert [rows for rows, width in widths if width > 15] == [3], "the prompts, once"
     with torch.no_grad():
         prompts = model.prompts(samples)
-        prefix, mask = model.visual_prefix(samples, scored["frame_index"], prompts)
+        reading = model.look(samples, scored["frame_index"], prompts)
+        prefix, mask = reading.prefix, reading.prefix_mask
         for i, options in enumerate(samples["options"]):
             for option, found, said in zip(
                 options, scored["option_log_prob"][i], scored["option_greedy"][i], strict=True
@@ -481,7 +482,7 @@ def test_flow_runs_once_for_a_video_with_more_questions_than_a_batch(asked):
     model.flow.register_forward_pre_hook(lambda _, args: ran.append(len(args[0])))
     samples = asked.collater([asked[i] for i in (0, 2, 4, 5, 6)])
     (whole,) = steps(lambda batch: [model.answer(batch)], samples, 5)
-    model._last_flow = None
+    model.chooser.forget()
     parts = steps(lambda batch: [model.answer(batch)], samples, 2)
     assert ran == [1, 1] and len(parts) == 3
     for key in ("start_logits", "flow"):
@@ -489,12 +490,12 @@ def test_flow_runs_once_for_a_video_with_more_questions_than_a_batch(asked):
     other = asked.collater([asked[1]])
     other["frames"] = 255 - other["frames"].flip(1)
     assert not torch.equal(model.answer(other)["flow"][0], whole["flow"][0]) and len(ran) == 3
-    model.double().compute_flow(other)
-    model.eval().compute_flow(other)
+    model.double().chooser.flow(other)
+    model.eval().chooser.flow(other)
     assert len(ran) == 5, "what other weights, or weights elsewhere, made is not kept"
     model.train()
-    model.compute_flow(other)
-    model.compute_flow(other)
+    model.chooser.flow(other)
+    model.chooser.flow(other)
     assert len(ran) == 7, "of the training step nothing is kept"
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lavis_lstp.errors import ConfigError, WeightsError
 from lavis_lstp.models.answer import loading as backbone_loading
-from lavis_lstp.models.answer.likelihood import ReadPrompts
+from lavis_lstp.models.answer.language import PrefixReading
 from lavis_lstp.models.answer.qformer import Backbone
 from lavis_lstp.models.answer.tiny_tokenizer import tiny_tokenizer
 from lavis_lstp.models.building import build_backbone
@@ -132,7 +132,7 @@ def test_generation_and_labels_with_published_special_ids(folders, name):
     assert name != LLAMA or [config["text_config"][f"{k}_token_id"] for k in ("pad", "eos", "bos")] == [-1, 1, 0]
     backbone = build(folders, name)
     prefix, mask = torch.randn(2, 3, backbone.projection.out_features), torch.ones(2, 3, dtype=torch.long)
-    answers = backbone.generate(prefix, mask, PROMPTS, max_new_tokens=3)
+    answers = backbone.generate(prefix, mask, PROMPTS, max_new_tokens=3).texts
     assert len(answers) == 2 and all(isinstance(answer, str) for answer in answers)
     assert backbone._pad_id == backbone.tokenizer.pad_token_id >= 0
 
@@ -402,8 +402,8 @@ def check_compiled(folders, name, backend):
     assert loss_of(compiled).item() == pytest.approx(loss_of(plain).item(), abs=1e-5)
     assert_close(gradients(compiled), gradients(plain), 1e-4)
     prefix, mask = torch.ones(2, 3, plain.projection.out_features), torch.ones(2, 3, dtype=torch.long)
-    wanted = plain.generate(prefix, mask, PROMPTS, max_new_tokens=4)
-    assert compiled.generate(prefix, mask, PROMPTS, max_new_tokens=4) == wanted
+    wanted = plain.generate(prefix, mask, PROMPTS, max_new_tokens=4).texts
+    assert compiled.generate(prefix, mask, PROMPTS, max_new_tokens=4).texts == wanted
 
 
 # ---- number types -----------------------------------------------------------------------------------------------
@@ -459,8 +459,10 @@ def test_loss_of_rows_with_and_without_frames_is_that_of_each_alone(folders, nam
         alone = backbone.lm_loss(row, torch.ones(row.shape[:2], dtype=torch.long), [prompt], [answer])
         tokens = len(backbone.tokenizer(answer)["input_ids"]) - (not backbone.is_encoder_decoder)
         total, count = total + alone.item() * tokens, count + tokens
-        generated = backbone.generate(row, torch.ones(row.shape[:2], dtype=torch.long), [prompt], max_new_tokens=4)
-        assert backbone.generate(prefix, mask, prompts, max_new_tokens=4)[i : i + 1] == generated
+        generated = backbone.generate(
+            row, torch.ones(row.shape[:2], dtype=torch.long), [prompt], max_new_tokens=4
+        ).texts
+        assert backbone.generate(prefix, mask, prompts, max_new_tokens=4).texts[i : i + 1] == generated
     assert together.item() == pytest.approx(total / count, rel=1e-5)
     together.backward()
     assert prefix.grad.isfinite().all() and (prefix.grad[mask == 0] == 0).all()
@@ -509,8 +511,8 @@ def test_a_backbone_without_a_qformer_learns_and_answers():
     assert set(gradients(backbone)) == {key for key, _ in backbone.named_parameters()}
     prefix = backbone.project(backbone.frame_tokens(backbone.image_features(frames_of(backbone)), PROMPTS))
     mask = torch.ones(prefix.shape[:2], dtype=torch.long)
-    texts, log_probs, counts = backbone.generate_scored(prefix, mask, PROMPTS, max_new_tokens=3)
+    texts, log_probs, counts = backbone.generate(prefix, mask, PROMPTS, max_new_tokens=3)
     assert len(texts) == 2 and counts.tolist() == [3, 3] and (log_probs < 0).all()
-    scored, numbers, _ = ReadPrompts(backbone, prefix, mask, PROMPTS).log_probs([0, 1], ANSWERS)
+    scored, numbers, _ = PrefixReading(backbone, prefix, mask, PROMPTS).log_probs([0, 1], ANSWERS)
     expected = -loss_of(backbone) * numbers.sum()
     torch.testing.assert_close(scored.sum(), expected.detach(), rtol=1e-4, atol=1e-4)

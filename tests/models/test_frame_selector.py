@@ -8,10 +8,10 @@ from conftest import GOLDEN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lavis_lstp.config.model import SELECTORS
 from lavis_lstp.data.frame_numbers import sample_indices
 from lavis_lstp.errors import AnnotationError, ConfigError
 from lavis_lstp.models.where.frame_selector import (
-    SELECTORS,
     best_spans,
     build_selector,
     candidate_frames,

@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 
 from lavis_lstp.errors import ConfigError
 from lavis_lstp.models.answer.generation import DRAWING, FOLLOWED, HERE, REFUSED, _Drawn, checked
-from lavis_lstp.models.answer.likelihood import ReadPrompts
+from lavis_lstp.models.answer.language import PrefixReading
 from lavis_lstp.models.answer.qformer import Backbone
 from lavis_lstp.models.building import build_backbone
 from lavis_lstp.models.where.frame_selector import sample_generators
@@ -59,7 +59,7 @@ def ask(backbone: Backbone, rows, **settings) -> list[tuple[str, float, int]]:
     prefix = torch.randn(4, 6, backbone.projection.out_features, generator=generator)
     mask = (torch.arange(6)[None] < torch.tensor([6, 2, 0, 4])[:, None]).long()
     draw = {"generators": sample_generators([IDS[row] for row in rows])} if settings.get("do_sample") else {}
-    found = backbone.generate_scored(
+    found = backbone.generate(
         prefix[rows], mask[rows], [PROMPTS[row] for row in rows], **draw, **{**LENGTH, **settings}
     )
     return list(zip(found[0], found[1].tolist(), found[2].tolist(), strict=True))
@@ -210,7 +210,7 @@ def test_a_model_without_a_begin_mark_learns_and_scores_the_first_token(backbone
     bare = Marked(backbone.tokenizer, [], [])
     monkeypatch.setattr(backbone, "tokenizer", bare)
     prefix, mask = torch.randn(1, 2, 16, generator=torch.Generator().manual_seed(0)), torch.ones(1, 2, dtype=torch.long)
-    sums, counts, _ = ReadPrompts(backbone, prefix, mask, ["what?"]).log_probs([0], ["red</s>"])
+    sums, counts, _ = PrefixReading(backbone, prefix, mask, ["what?"]).log_probs([0], ["red</s>"])
     assert counts.item() == len(bare("red</s>")["input_ids"])
     loss = backbone.lm_loss(prefix, mask, ["what?"], ["red</s>"])
     assert loss.item() == pytest.approx(-sums.item() / counts.item(), abs=1e-4)

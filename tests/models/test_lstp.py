@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from lavis_lstp.errors import AnnotationError, ConfigError, WeightsError
 from lavis_lstp.metrics.qa import token_recall
 from lavis_lstp.models.answer.fusion import FrameFusion
-from lavis_lstp.models.answer.qformer import IGNORED, Backbone, _left_padded
+from lavis_lstp.models.answer.language import IGNORED, _left_padded
+from lavis_lstp.models.answer.qformer import Backbone
 from lavis_lstp.models.building import sampler_tokenizer
 from lavis_lstp.models.lstp import LSTP
 from lavis_lstp.models.variants import CONFIGS, load_variant
@@ -116,9 +117,8 @@ def test_lm_loss_is_the_mean_over_answer_tokens(family, language):
         expected_from = model(samples)["lm_loss"].item()
         for i in range(3):
             one = row(samples, i)
-            index, _ = model.select(one)
             prompt = model.prompts(one)
-            prefix, _ = model.visual_prefix(one, index, prompt)
+            prefix = model.look(one, model.chooser(one).frame_index, prompt).prefix
             answer = model.answer_template.format(answer=ANSWERS[i])
             prompt_ids = torch.tensor([backbone.tokenizer(prompt[0])["input_ids"]])
             answer_ids = torch.tensor([backbone.tokenizer(answer)["input_ids"]])

@@ -36,7 +36,7 @@ def test_a_type_is_built_and_answers(weights, monkeypatch, name, kind):
     model = load_model(name, kind, is_eval=True)
     assert len(model.generate(samples(), max_length=2)) == 3
     assert ("lora" in model.trained_parts()) == (kind == "lora")
-    assert model.sampler_tokenizer.truncation_side == "right"
+    assert model.chooser.scorer.tokenizer.truncation_side == "right"
     # a word of the Q-Former's tokenizer alone must not be one of the sampler's
     model.locate({**samples(), "text_input": ["[DEC] who?"] * 3})
 

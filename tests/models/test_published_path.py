@@ -209,7 +209,7 @@ def test_texts_get_the_published_ids(folders, layout):
     model = build(folders, layout, tokens=128)
     texts = CASES["texts"]["texts"]
     assert model.backbone._ids(texts) == CASES["texts"]["ids"][layout]
-    own = model.sampler_tokenizer(texts, truncation=True, max_length=model.sampler_max_tokens)
+    own = model.chooser.scorer.tokenizer(texts, truncation=True, max_length=model.chooser.scorer.max_tokens)
     assert own["input_ids"] == CASES["texts"]["sampler_ids"]
 
 
@@ -254,7 +254,7 @@ def test_evaluation_gives_the_published_answer(folders, monkeypatch, name):
         fields = flow_fields(count)
         fields[-1] = fields[-2]  # the published code repeats the last pair's
         monkeypatch.setattr(model.flow, "forward", lambda *args, **kwargs: fields[None])
-    flows = record(monkeypatch, model, "compute_flow")
+    flows = record(monkeypatch, model.chooser, "flow")
     features = record(monkeypatch, model.backbone, "_vision")
     tokens = record(monkeypatch, model.backbone, "frame_tokens")
     generated = record(monkeypatch, model.backbone.language_model, "generate")
@@ -389,7 +389,7 @@ def test_refinement_gives_the_published_spans_and_losses(folders, monkeypatch, n
     spans = model.refinement.spans(model, samples)
     starts, ends = case["targets"]
     assert spans.tolist() == [[start, end + 1] for start, end in zip(starts, ends, strict=True)]
-    logits = model.sampler_logits(samples)
+    logits = model.chooser.logits(samples)
     found = torch.stack([logits.start_logits, logits.end_logits], dim=-1).detach()
     assert (found - torch.tensor(case["logits"])).abs().max() < TOLERANCE
     with torch.no_grad():

@@ -174,7 +174,7 @@ def test_a_backbone_learns_and_answers(written, name):
     assert prefix.shape == (2, DEFAULT.queries, DEFAULT.text_width)
     losses = [backbone.lm_loss(prefix, mask, prompts, [answer] * 2).item() for answer in ("left</s>", "two</s>")]
     assert all(2 < loss < 12 for loss in losses) and losses[0] != losses[1]
-    answers = backbone.generate(prefix, mask, prompts, max_new_tokens=8, do_sample=False)
+    answers = backbone.generate(prefix, mask, prompts, max_new_tokens=8, do_sample=False).texts
     assert all(answers) and answers[0] != answers[1]
     assert not torch.allclose(prefix[0], prefix[1], atol=1e-3)
 

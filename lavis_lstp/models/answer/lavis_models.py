@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from lavis_lstp.errors import ConfigError, WeightsError, unknown_name
-from lavis_lstp.models.answer.qformer import Backbone, _left_padded
+from lavis_lstp.models.answer.language import _left_padded
+from lavis_lstp.models.answer.qformer import Backbone
 from lavis_lstp.models.weights.hub import local_path, where_to_put
 
 logger = logging.getLogger(__name__)
@@ -36,14 +37,16 @@ class LavisBackbone(Backbone):
         model: LAVIS's.
         language: how the names of its language parts begin, a value of `ARCHS`.
         max_text_tokens: prompts and answers are cut to this many tokens.
+        fusion: see `Backbone`.
     """
 
-    def __init__(self, model: nn.Module, language: str, *, max_text_tokens: int = 128):
+    def __init__(self, model: nn.Module, language: str, *, max_text_tokens: int = 128, fusion: str = "mean"):
         super().__init__(
             model,
             getattr(model, f"{language}_tokenizer"),
             model.tokenizer if getattr(model, "qformer_text_input", False) else None,
             max_text_tokens=max_text_tokens,
+            fusion=fusion,
         )
         self.language = language
         self.PARTS = {
@@ -138,6 +141,7 @@ def build_lavis_backbone(
     dtype: str = "float32",
     seed: int = 0,
     max_text_tokens: int = 128,
+    fusion: str = "mean",
 ) -> LavisBackbone:
     """From LAVIS's registry, as LAVIS builds and loads it.
 
@@ -160,7 +164,7 @@ def build_lavis_backbone(
     _check_complete(model, arch, settings, from_elsewhere=("visual_encoder.", f"{language}_model."))
     model = model.to(getattr(torch, dtype))
     model.ln_vision.float()  # computes in float32 whatever comes in
-    return LavisBackbone(model, language, max_text_tokens=max_text_tokens)
+    return LavisBackbone(model, language, max_text_tokens=max_text_tokens, fusion=fusion)
 
 
 def _model_class(arch: str | None) -> type[nn.Module]:

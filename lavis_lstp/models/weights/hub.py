@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lavis_lstp.config.model import used_parts
 from lavis_lstp.errors import WeightsError, shortened
 from lavis_lstp.models.weights.saved_runs import checkpoint_of_run
 
@@ -198,7 +199,10 @@ def require_weights(cfg: Mapping[str, Any]) -> None:
     given = cfg["checkpoint"] or []
     for path in [given] if isinstance(given, str) else given:
         weights_file(path)
-    wanted = {"model.sampler.weights": "config.json", "model.sampler.tokenizer": "tokenizer_config.json"}
+    used = used_parts(cfg)
+    wanted = {}
+    if used.sampler:
+        wanted = {"model.sampler.weights": "config.json", "model.sampler.tokenizer": "tokenizer_config.json"}
     if cfg["backbone"]["source"] == "hub":
         wanted["model.backbone.weights"] = "config.json"
     missing = {}
@@ -206,7 +210,7 @@ def require_weights(cfg: Mapping[str, Any]) -> None:
         _, section, name = key.split(".")
         if cfg[section][name] and is_missing(cfg[section][name], file):
             missing.setdefault(cfg[section][name], []).append(key)
-    raft = cfg["flow"]["weights"] if cfg["flow"]["name"].startswith("raft") else None
+    raft = cfg["flow"]["weights"] if used.flow and cfg["flow"]["name"].startswith("raft") else None
     if raft not in (None, UNINITIALISED) and local_path(raft) is None:
         missing[raft] = ["model.flow.weights"]
     if missing:

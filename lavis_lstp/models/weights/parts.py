@@ -9,6 +9,7 @@ adapters add to the language model, and then "language_model" is what was there 
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -29,6 +30,8 @@ def _with_own_parts(of_backbone: Mapping[str, tuple[str, ...]]) -> dict[str, tup
 
 PREFIXES = _with_own_parts(Backbone.PARTS)
 """Part -> how its keys begin in the state dict, over transformers' models."""
+OPTIONAL = {"flow": "RAFT", "sampler": "the temporal sampler"}
+"""Parts that a model can do without; a checkpoint's weights of these are left out there."""
 CAN_LEARN = (*(part for part in PREFIXES if part != "flow"), "lora")
 """RAFT's BatchNorm and weights are always frozen."""
 
@@ -54,6 +57,11 @@ def freeze_all_but(model: nn.Module, learning: Iterable[str]) -> None:
     for name in learning:
         if name not in CAN_LEARN:
             raise ConfigError(unknown_name("part (model.train)", name, CAN_LEARN))
+        if name != "lora" and not (name in prefixes and _has(model, prefixes[name])):
+            raise ConfigError(
+                f"model.train names {name}, which this model has not; it has "
+                f"{', '.join(part for part in CAN_LEARN if part in prefixes and _has(model, prefixes[part]))}"
+            )
     of_key = {key: part_of(key, prefixes) for key, _ in model.named_parameters()}
     if "lora" in learning and "lora" not in of_key.values():
         raise ConfigError("model.train names lora, but the model has no adapters; set model.lora={r: 8, alpha: 32}")
@@ -67,6 +75,10 @@ def freeze_all_but(model: nn.Module, learning: Iterable[str]) -> None:
             )
 
 
+def _has(model: nn.Module, prefixes: tuple[str, ...]) -> bool:
+    return any(key.startswith(prefixes) for key, _ in model.named_parameters())
+
+
 def hold_learning_in_float32(model: nn.Module) -> None:
     """Small steps are lost in the 8 bits of bfloat16's mantissa, so what learns is kept in full."""
     for parameter in model.parameters():
@@ -77,12 +89,18 @@ def hold_learning_in_float32(model: nn.Module) -> None:
 def set_frozen_to_eval(model: nn.Module, learning: Iterable[str]) -> None:
     """Puts parts that do not learn into eval mode: dropout or running statistics there are noise without learning."""
     learning, prefixes = set(learning), prefixes_of(model)
-    for part in prefixes.keys() - learning - {"query_tokens"}:  # query_tokens is a parameter, not a module
+    for part in prefixes.keys() - learning:
         for prefix in prefixes[part]:
-            model.get_submodule(prefix.rstrip(".")).eval()
+            if isinstance(module := _at(model, prefix), nn.Module):
+                module.eval()
     for key, module in model.named_modules():
         if part_of(key, prefixes) == "lora":
             module.train(model.training and "lora" in learning)
+
+
+def _at(model: nn.Module, prefix: str) -> object:
+    """The module or parameter whose keys begin so; None where the model does without it."""
+    return operator.attrgetter(prefix.rstrip("."))(model)
 
 
 def count_learning(model: nn.Module, learning: Iterable[str]) -> dict[str, int]:
@@ -124,9 +142,10 @@ def load_parts_file(model: nn.Module, path: str) -> list[str]:
     prefixes = prefixes_of(model)
     if not all(part_of(key, prefixes) for key in state_dict):
         state_dict = convert_published(state_dict, as_whole=True)
-    if getattr(model.flow, "model", None) is None:
-        raft = [key for key in state_dict if part_of(key, prefixes) == "flow"]
-        if raft:
-            logger.info("%s: left out %d weights of RAFT, the model's flow is '%s'", path, len(raft), model.flow.name)
-        state_dict = {key: value for key, value in state_dict.items() if key not in set(raft)}
+    for part, module in (("flow", getattr(model.flow, "model", None)), ("sampler", model.sampler)):
+        unused = {} if module is not None else {key for key in state_dict if part_of(key, prefixes) == part}
+        if unused:
+            why = f"the model's flow is '{model.flow.name}'" if model.flow is not None else "the model does without"
+            logger.info("%s: left out %d weights of %s, %s", path, len(unused), OPTIONAL[part], why)
+            state_dict = {key: value for key, value in state_dict.items() if key not in unused}
     return load_parts(model, state_dict, source=str(path))

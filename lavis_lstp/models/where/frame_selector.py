@@ -8,6 +8,7 @@ rules (`candidate_frames`) draw two noisy candidates and join them; the default 
 from __future__ import annotations
 
 import hashlib
+import importlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lavis_lstp.config.model import SELECTORS
 from lavis_lstp.data.frame_numbers import uniform_centres
 from lavis_lstp.errors import AnnotationError, ConfigError, unknown_name
 
@@ -139,29 +141,29 @@ Rule = Callable[[Row, int], tuple[list[int], tuple[int, int]]]
 """(row, K) -> K frames or fewer to spread over, and the span they come from."""
 
 
-def _uniform(row: Row, num_selected: int) -> tuple[list[int], tuple[int, int]]:
+def uniform(row: Row, num_selected: int) -> tuple[list[int], tuple[int, int]]:
     return list(range(row.num_frames)), (0, row.num_frames)
 
 
-def _random(row: Row, num_selected: int) -> tuple[list[int], tuple[int, int]]:
+def random(row: Row, num_selected: int) -> tuple[list[int], tuple[int, int]]:
     order = torch.randperm(row.num_frames, generator=row.generator)
     return sorted(order[:num_selected].tolist()), (0, row.num_frames)
 
 
-def _best(row: Row, num_selected: int) -> tuple[list[int], tuple[int, int]]:
+def best(row: Row, num_selected: int) -> tuple[list[int], tuple[int, int]]:
     return list(range(*row.best)), row.best
 
 
-def _given(row: Row, num_selected: int) -> tuple[list[int], tuple[int, int]]:
+def given(row: Row, num_selected: int) -> tuple[list[int], tuple[int, int]]:
     start, end = row.given[0], min(row.given[1], row.num_frames)
     return list(range(start, end)), (start, end)
 
 
-def _argmax(row: Row, num_selected: int) -> tuple[list[int], tuple[int, int]]:
+def argmax(row: Row, num_selected: int) -> tuple[list[int], tuple[int, int]]:
     return _published(row, [(int(row.start_logits.argmax()), int(row.end_logits.argmax()))])
 
 
-def _gumbel(row: Row, num_selected: int) -> tuple[list[int], tuple[int, int]]:
+def gumbel(row: Row, num_selected: int) -> tuple[list[int], tuple[int, int]]:
     # published: arg max of softmax((logits + noise) / 0.5); neither softmax nor temperature moves an arg max
     candidates = []
     for _ in range(NUM_CANDIDATES):
@@ -175,27 +177,6 @@ def _published(row: Row, candidates: list[tuple[int, int]]) -> tuple[list[int], 
     grid = published_grid(row.num_frames, row.grid) if row.grid else range(row.num_frames)
     frames = [grid[i] for i in candidate_frames(candidates, len(grid), row.num_flows + row.marks, row.mapping)]
     return frames, (frames[0], frames[-1] + 1)
-
-
-class _Kind(NamedTuple):
-    rule: Rule
-    needs_logits: bool = False
-    needs_span: bool = False
-    needs_generator: bool = False
-
-
-SELECTORS: dict[str, _Kind] = {
-    "best_span": _Kind(_best, needs_logits=True),
-    "lstp": _Kind(_best, needs_logits=True),
-    "argmax": _Kind(_argmax, needs_logits=True),
-    "gumbel": _Kind(_gumbel, needs_logits=True, needs_generator=True),
-    "uniform": _Kind(_uniform),
-    "random": _Kind(_random, needs_generator=True),
-    "given": _Kind(_given, needs_span=True),
-}
-"""best_span (also called lstp): the most likely span. argmax: likeliest start and likeliest end, each for itself,
-under the published rules. gumbel: published, two noisy candidates. uniform: K interval centres of the video. random:
-K different frames. given: a span that comes with the sample (pseudo span, or gold span as oracle)."""
 
 
 class FrameSelector:
@@ -229,7 +210,14 @@ class FrameSelector:
         self.mapping = mapping
         self.marks = marks
         self.mask_padding = mask_padding
-        self.rule, self.needs_logits, self.needs_span, self.needs_generator = SELECTORS[name]
+        kind = SELECTORS[name]
+        module, _, function = kind.rule.partition(":")
+        self.rule: Rule = getattr(importlib.import_module(module), function)
+        self.needs_logits, self.needs_span, self.needs_generator = (
+            kind.needs == "logits",
+            kind.needs == "span",
+            kind.drawn,
+        )
 
     def __repr__(self) -> str:
         return f"FrameSelector({self.name}, num_selected={self.num_selected})"
@@ -371,7 +359,7 @@ def build_selector(
     ):
         if (value is not None or key != "grid") and (not isinstance(value, int) or value < least):
             raise ConfigError(f"model.selector.{key} is {value!r}; expected a whole number of at least {least}")
-    if (grid or marks or mapping != "ends") and SELECTORS[name].rule not in (_argmax, _gumbel):
+    if (grid or marks or mapping != "ends") and name not in ("argmax", "gumbel"):
         raise ConfigError(
             f"model.selector.grid, mapping and marks belong to argmax and gumbel, the selector is '{name}'"
         )

@@ -1,0 +1,238 @@
+"""Where to look: a signal of frames, a scorer of candidates and a selector, as one.
+
+In: a batch of samples (`lavis_lstp.schema`). Out: the K frames of each that the answerer is shown, and what they were
+chosen by. A selector that asks for nothing needs neither signal nor scorer. The temporal sampler is one scorer; it
+turns flow and question into start and end logits. Indices only: an answer's loss gives the sampler no gradient (paper).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lavis_lstp.batch import blank_video, distinct_media, moves, several_ranks, take_rows, weights_are_divided
+from lavis_lstp.errors import ConfigError
+from lavis_lstp.models.where.flow import GIVEN, FlowExtractor
+from lavis_lstp.models.where.frame_selector import FrameSelector, sample_generators
+from lavis_lstp.models.where.temporal_sampler import SamplerOutput, TemporalSampler
+
+Clock = Callable[[str], AbstractContextManager]
+"""Given the name of a stage, measures what is done in it."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Frames chosen for each sample of a batch.
+
+    Attributes:
+        frame_index: int64 [B,K] of 0..T-1, sorted; -1 where a sample has no frame.
+        span: int64 [B,2], half-open: where they come from.
+        logits: of the temporal sampler, where it was asked.
+        flow: float32 [B,T,2,S,S], where it was computed or read.
+    """
+
+    frame_index: Tensor
+    span: Tensor
+    logits: SamplerOutput | None = None
+    flow: Tensor | None = None
+
+
+class SamplerScorer:
+    """The temporal sampler as a scorer: flow and question in, start and end logits of the candidates out.
+
+    Args:
+        tokenizer: turns the question into the sampler's token ids.
+        mode: "fusion" or "multi_modal", which layers of the sampler run.
+        prompt: template with {question}.
+        max_tokens: questions are cut to this many tokens.
+    """
+
+    def __init__(
+        self,
+        sampler: TemporalSampler,
+        tokenizer,
+        *,
+        mode: str = "fusion",
+        prompt: str = "{question}",
+        max_tokens: int = 128,
+    ):
+        self.sampler = sampler
+        self.tokenizer = tokenizer
+        self.mode = mode
+        self.prompt = prompt
+        self.max_tokens = max_tokens
+
+    def __call__(self, flow: Tensor, mask: Tensor, questions: list[str]) -> SamplerOutput:
+        """Logits [B,L]; without gradient unless the sampler learns.
+
+        Args:
+            flow: [B,L,2,S,S]; mask: [B,L], 1 = real; questions: B strings.
+        """
+        tokens = self.tokenizer(
+            [self.prompt.replace("{question}", question) for question in questions],
+            padding="longest",
+            truncation=True,
+            max_length=self.max_tokens,
+            return_tensors="pt",
+            return_token_type_ids=False,
+        ).to(flow.device)
+        learns = any(parameter.requires_grad for parameter in self.sampler.parameters())
+        with nullcontext() if learns else torch.no_grad():
+            return self.sampler(flow, mask, tokens["input_ids"], tokens["attention_mask"], mode=self.mode)
+
+
+class Chooser:
+    """Chooses frames. It owns no weights: `LSTP` registers those of its signal and scorer under their published names.
+
+    Args:
+        selector: the rule.
+        scorer: None where the selector asks for no logits and no loss trains it.
+        signal: uint8 frames [B,T,3,H,W] -> flow [B,T,2,h,w]; None where there is no scorer.
+        seed: of selectors that draw, in evaluation.
+    """
+
+    def __init__(
+        self,
+        selector: FrameSelector,
+        scorer: SamplerScorer | None = None,
+        signal: FlowExtractor | None = None,
+        seed: int = 0,
+    ):
+        self.selector = selector
+        self.scorer = scorer
+        self.signal = signal
+        self.seed = seed
+        self.training = False
+        self._last_flow: tuple[Tensor, Tensor, Tensor] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the scorer's weights lie."""
+        return next(self.scorer.sampler.parameters()).device
+
+    def forget(self) -> None:
+        """Drops the flow that is kept of the last video; weights or devices may have changed."""
+        self._last_flow = None
+
+    def __call__(self, samples: Mapping, *, logits: SamplerOutput | None = None, clock: Clock | None = None) -> Choice:
+        """Frames for each sample.
+
+        Args:
+            logits: of these samples, where they are known already.
+            clock: measures the stages "flow", "sampler" and "selection".
+
+        Raises:
+            ConfigError: the samples have not what the selector asks for.
+        """
+        clock = clock or (lambda stage: nullcontext())
+        flow = None
+        if self.selector.needs_logits and logits is None:
+            with torch.no_grad():
+                if moves(samples).any():
+                    with clock("flow"):
+                        flow = self.flow(samples)
+                with clock("sampler"):
+                    logits = self.logits(samples, flow)
+        with clock("selection"):
+            own_flow = self.has_own_flow(samples)
+            frame_index, span = self.selector(
+                samples["frame_mask"].cpu(),
+                start_logits=None if logits is None else logits.start_logits,
+                end_logits=None if logits is None else logits.end_logits,
+                span=self._given_span(samples),
+                generators=self.generators(samples),
+                flow_mask=self.flow_mask(samples).cpu() if own_flow else None,
+            )
+        return Choice(frame_index, span, logits, flow)
+
+    # ---- signal -------------------------------------------------------------------------------------------------
+
+    def has_own_flow(self, samples: Mapping) -> bool:
+        """Whether the data bring flow that is not one field a frame (`flow_mask`), and the signal takes it."""
+        return "flow_mask" in samples and self.signal is not None and self.signal.name in GIVEN
+
+    def flow_mask(self, samples: Mapping) -> Tensor:
+        """[B,L], 1 = real: of the flows that the scorer sees."""
+        return samples["flow_mask" if self.has_own_flow(samples) else "frame_mask"]
+
+    def flow(self, samples: Mapping) -> Tensor:
+        """[B,T,2,S,S]; of a video that several questions are about it is computed once, over several batches, too."""
+        first, which = distinct_media(samples)
+        own = samples["flow_mask"] if self.has_own_flow(samples) else None
+        frames, mask, given, own = (
+            None if value is None else value[first.to(value.device)].to(self.device)
+            for value in (samples["frames"], samples["frame_mask"], samples.get("flow"), own)
+        )
+        # a video with more questions than a batch has
+        alone = len(first) == 1 and given is None and not (self.training or weights_are_divided(self.scorer.sampler))
+        if alone and self._last_flow and all(map(torch.equal, self._last_flow, (frames, mask))):
+            flow = self._last_flow[-1]
+        else:
+            with torch.no_grad():
+                flow = self.signal(frames, mask, flow=given, flow_mask=own)
+            self._last_flow = (frames, mask, flow) if alone else None
+        return flow[which.to(self.device)]
+
+    # ---- scores -------------------------------------------------------------------------------------------------
+
+    def logits(self, samples: Mapping, flow: Tensor | None = None, *, must_reach: bool = False) -> SamplerOutput:
+        """Start and end logits [B,T] of the videos; 0 for images and texts, which do not reach the sampler.
+
+        With several ranks a batch without a video runs the sampler on a blank one, times 0: each rank must run the
+        same modules in the same order, or those that exchange gradients or weights wait for ever.
+
+        Args:
+            must_reach: so, too, where the loss would be left without any gradient.
+        """
+        is_video = moves(samples)
+        if is_video.all():
+            return self._of_videos(samples, flow)
+        rows = is_video.nonzero()[:, 0]
+        zeros = torch.zeros(self.flow_mask(samples).shape, device=self.device)
+        if len(rows):
+            videos = take_rows(samples, rows)
+            found = self._of_videos(videos, None if flow is None else flow[rows.to(flow.device)])
+            rows = rows.to(self.device)
+            start, end = (zeros.index_copy(0, rows, x.float()) for x in (found.start_logits, found.end_logits))
+        elif several_ranks() or must_reach:
+            blank = self._of_videos(blank_video(samples))
+            nothing = 0 * (blank.start_logits.sum() + blank.end_logits.sum())
+            start, end = zeros + nothing, zeros + nothing
+        else:
+            start, end = zeros, zeros
+        return SamplerOutput(None, start, end)
+
+    def _of_videos(self, samples: Mapping, flow: Tensor | None = None) -> SamplerOutput:
+        flow = self.flow(samples) if flow is None else flow
+        return self.scorer(flow, self.flow_mask(samples).to(self.device), samples["text_input"])
+
+    # ---- what a selector is told -----------------------------------------------------------------------------------
+
+    def _given_span(self, samples: Mapping) -> Tensor | None:
+        if not self.selector.needs_span:
+            return None
+        key = self.selector.span_key
+        if key == "gold_span" and self.training:
+            raise ConfigError(
+                "selector 'given' with span_key 'gold_span' is for evaluation; training never sees gold spans"
+            )
+        if key not in samples:
+            raise ConfigError(f"selector 'given' needs samples with '{key}'; set datasets.<name>.spans")
+        span, count = samples[key].cpu(), samples["frame_mask"].sum(dim=1).cpu()
+        whole = torch.stack([torch.zeros_like(count), count], dim=1)
+        known = moves(samples)
+        if key == "span" and "no_moment" in samples:  # a span file knows the question, and no moment of its video
+            known = known & ~samples["no_moment"].cpu().bool()
+        return span.where(known[:, None], whole)
+
+    def generators(self, samples: Mapping) -> list[torch.Generator]:
+        """One a row: in training from torch's global state, which checkpoints keep; in evaluation from the
+        question's id, so that the draw does not depend on batch size, order or rank."""
+        if self.training:
+            seeds = torch.randint(2**62, (len(samples["text_input"]),)).tolist()
+            return [torch.Generator().manual_seed(seed) for seed in seeds]
+        return sample_generators(samples.get("question_id") or samples["text_input"], self.seed)
