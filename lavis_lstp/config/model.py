@@ -41,9 +41,10 @@ SELECTORS: dict[str, Kind] = {
     "random": Kind("lavis_lstp.models.where.frame_selector:random", drawn=True),
     "given": Kind("lavis_lstp.models.where.frame_selector:given", needs="span"),
 }
-"""`selector.name` -> its rule. best_span (also called lstp): the most likely span. argmax: likeliest start and likeliest
-end, each for itself, under the published rules. gumbel: published, two noisy candidates. uniform: K interval centres of
-the video. random: K different frames. given: a span that comes with the sample (pseudo span, or gold span as oracle)."""
+"""`selector.name` -> its rule. best_span (also called lstp): the most likely span. argmax: likeliest start and
+likeliest end, each for itself, under the published rules. gumbel: published, two noisy candidates. uniform: K interval
+centres of the video. random: K different frames. given: a span that comes with the sample (a pseudo span, or the gold
+span as oracle)."""
 
 FLOWS = ("raft_large", "raft_small", "dis", "motion_vectors", "precomputed", "none")
 MODEL_KEYS = frozenset({"arch", "model_type", "load_finetuned", "load_pretrained", "finetuned", "pretrained"})

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -105,6 +105,10 @@ class Answerer(Protocol):
         """A state dict under this model's names, see `LanguageAnswerer.matched`."""
 
 
+NAMES = ("family", "arch", "model_type")
+"""Settings that say whose model it is; each source reads its own and leaves the others alone."""
+
+
 def build_answerer(source: str, settings: Mapping[str, Any]) -> Any:
     """The answerer of a source, built from the settings that its builder takes.
 
@@ -119,18 +123,21 @@ def build_answerer(source: str, settings: Mapping[str, Any]) -> Any:
     """
     if source not in SOURCES:
         raise ConfigError(unknown_name("source (model.backbone.source)", source, SOURCES))
-    module, _, function = SOURCES[source].partition(":")
-    build = getattr(importlib.import_module(module), function)
-    taken = inspect.signature(build).parameters
-    defaults = default_settings()
+    build = _builder(source)
+    taken, defaults = inspect.signature(build).parameters, default_settings()
     for key, value in settings.items():
-        if key not in taken and value != defaults.get(key):
-            where = "model.fusion" if key == "fusion" else f"model.backbone.{key}"
+        if key not in taken and key not in NAMES and value != defaults.get(key):
+            users = [other for other in SOURCES if key in inspect.signature(_builder(other)).parameters]
             raise ConfigError(
-                f"{where} is {value!r}, and source {source} has no use for it; set it to "
-                f"{'null' if defaults.get(key) is None else defaults[key]}"
+                f"model.{'' if key == 'fusion' else 'backbone.'}{key} is for source {', '.join(users)}; source {source} "
+                f"has no use for it, set it to {'null' if defaults.get(key) is None else defaults[key]}"
             )
     return build(**{key: value for key, value in settings.items() if key in taken})
+
+
+def _builder(source: str) -> Callable[..., Any]:
+    module, _, function = SOURCES[source].partition(":")
+    return getattr(importlib.import_module(module), function)
 
 
 def default_settings() -> dict[str, Any]:
