@@ -23,7 +23,7 @@ from lavis_lstp.files import read_jsonl
 from lavis_lstp.host import evaluate
 from lavis_lstp.metrics.choice import accuracy, choice_prompt, parse_choice
 from lavis_lstp.metrics.qa import accuracy_interval
-from lavis_lstp.models.answer.qformer import IGNORED, _left_padded
+from lavis_lstp.models.answer.language import IGNORED, _left_padded
 from lavis_lstp.models.lstp import LSTP
 from lavis_lstp.runners.data_order import eval_units
 from lavis_lstp.runners.evaluation import steps

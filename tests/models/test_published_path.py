@@ -343,7 +343,7 @@ def test_labels_are_the_published_ones(folders, monkeypatch, name):
     case = CASES[name]
     layout = case["model"] + ("-lora" if name.startswith("ivt.") else "")
     model = build(folders, layout, tokens=512)
-    import lavis_lstp.models.answer.qformer as module
+    import lavis_lstp.models.answer.language as module
 
     losses = record(monkeypatch, module, "_token_loss")
     row = training_row(case, 0)

@@ -128,9 +128,10 @@ def build_answerer(source: str, settings: Mapping[str, Any]) -> Any:
     for key, value in settings.items():
         if key not in taken and key not in NAMES and value != defaults.get(key):
             users = [other for other in SOURCES if key in inspect.signature(_builder(other)).parameters]
+            where = key if key == "fusion" else f"backbone.{key}"
             raise ConfigError(
-                f"model.{'' if key == 'fusion' else 'backbone.'}{key} is for source {', '.join(users)}; source {source} "
-                f"has no use for it, set it to {'null' if defaults.get(key) is None else defaults[key]}"
+                f"model.{where} is for source {', '.join(users)}; source {source} has no use for it, set it "
+                f"to {'null' if defaults.get(key) is None else defaults[key]}"
             )
     return build(**{key: value for key, value in settings.items() if key in taken})
 
