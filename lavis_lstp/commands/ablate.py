@@ -9,28 +9,69 @@ evaluations, so that one that was interrupted goes on where it was.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from lavis_lstp.errors import ConfigError
+import yaml
+
+from lavis_lstp.config.model import SELECTORS
+from lavis_lstp.errors import ConfigError, unknown_name
 from lavis_lstp.files import atomic_writer, owned, write_json
 from lavis_lstp.redaction import printable, without_secrets_in
 from lavis_lstp.report.table import judge_line, measure, paired_p, table_lines
 from lavis_lstp.untrusted import guard_log
 
-FRAMES = {
-    "uniform": ("evenly spaced", ("model.selector.name=uniform",)),
-    "random": ("random", ("model.selector.name=random",)),
-    "lstp": ("LSTP (predicted span)", ("model.selector.name=lstp",)),
-    "oracle": ("oracle (gold span)", ("model.selector.name=given", "model.selector.span_key=gold_span")),
-}
-"""Ways to choose frames: what the table calls them, and the options that do it."""
-LEARNT = ("lstp", "best_span", "argmax", "gumbel")
-"""Selectors that ask the sampler: a recipe that has one of these keeps it for `lstp`."""
+WAYS = Path(__file__).resolve().parents[1] / "configs" / "ways.yaml"
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to choose frames: what the table calls it, and the options that do it.
+
+    keeps: selectors that a recipe keeps under this way, as they are ways of the same kind.
+    """
+
+    title: str
+    options: tuple[str, ...]
+    keeps: tuple[str, ...] = ()
+
+
+def ways_of(file: Path | None = None) -> dict[str, Way]:
+    """The ways that are listed (configs/ways.yaml, and the user's own), and every other selector as one.
+
+    Raises:
+        ConfigError: the file is missing, or an entry has no title or is not about `model`.
+    """
+    from omegaconf import OmegaConf
+
+    ways = {name: Way(name, (f"model.selector.name={name}",)) for name in SELECTORS}
+    for path in (WAYS, *([file] if file else [])):
+        if not path.is_file():
+            raise ConfigError(f"--ways {path}: no such file")
+        try:
+            listed = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--ways {path}: not a YAML file ({str(error).splitlines()[0]})") from error
+        for name, entry in (listed if isinstance(listed, dict) else {"": None}).items():
+            known = isinstance(entry, dict) and set(entry) <= {"title", "model", "keeps"}
+            if not known or not isinstance(entry.get("model"), dict) or not isinstance(entry.get("title"), str):
+                raise ConfigError(f"{path}: '{name}' must have a title (text) and model (a mapping), and maybe keeps")
+            options = [f"model.{key}={value}" for key, value in _leaves(entry["model"])]
+            ways[str(name)] = Way(entry["title"], tuple(options), tuple(entry.get("keeps") or ()))
+    return ways
+
+
+def _leaves(section: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in section.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{before}{key}.")
+        else:
+            yield f"{before}{key}", json.dumps(value)
 
 
 @dataclass(frozen=True)
@@ -49,15 +90,13 @@ class Cell:
 # ---- the combinations -----------------------------------------------------------------------------------------------
 
 
-def no_flow(datasets: Sequence[str]) -> tuple[str, ...]:
-    """Options under which no flow is computed or read."""
-    return "model.flow.name=none", *(f"datasets.{name}.flow=none" for name in datasets)
-
-
 def cells_of(
-    recipes: Sequence[str], frames: Sequence[str], counts: Sequence[int], options: Sequence[str]
+    recipes: Sequence[str], ways: Mapping[str, Way], counts: Sequence[int], options: Sequence[str]
 ) -> list[Cell]:
     """Every combination, those of one recipe and number together; LAVIS's models on evenly spaced frames alone.
+
+    Args:
+        ways: of choosing frames; the first is what the others are compared with.
 
     Raises:
         ConfigError: a recipe is not complete, evaluates not exactly one split, or is of a task without answers.
@@ -83,22 +122,22 @@ def cells_of(
         if not issubclass(registry.get_model_class(whole.model.arch), LSTP):
             for count in counts:
                 own = tuple(f"datasets.{name}.image_frames={count}" for name in whole.datasets)
-                cells.append(_cell(recipe, "uniform", count, label, splits[0], own, "uniform"))
+                even = ways_of()["uniform"].title
+                cells.append(_cell(recipe, "uniform", even, count, label, splits[0], own, "uniform"))
             continue
         for count in counts:
-            for way in frames:
-                own = (*FRAMES[way][1], f"model.selector.num_selected={count}")
-                if way == "lstp" and whole.model.selector.name in LEARNT:
-                    own = own[1:]
-                elif way != "lstp":
-                    own = (*own, *no_flow(list(whole.datasets)))
-                cells.append(_cell(recipe, way, count, label, splits[0], own, frames[0]))
+            for name, way in ways.items():
+                changed = () if whole.model.selector.name in way.keeps else way.options
+                own = (*changed, f"model.selector.num_selected={count}")
+                cells.append(_cell(recipe, name, way.title, count, label, splits[0], own, next(iter(ways))))
     return cells
 
 
-def _cell(recipe: str, way: str, count: int, label: str, split: str, own: Sequence[str], baseline: str) -> Cell:
+def _cell(
+    recipe: str, way: str, title: str, count: int, label: str, split: str, own: Sequence[str], baseline: str
+) -> Cell:
     name = f"{Path(recipe).stem}_{{}}_{count}"
-    title = f"{label}{FRAMES[way][0]}, {count} frames"
+    title = f"{label}{title}, {count} frames"
     return Cell(name.format(way), title, recipe, split, tuple(own), name.format(baseline))
 
 
@@ -126,7 +165,8 @@ def ablate(
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="lavis-lstp ablate", description=__doc__.splitlines()[0])
     parser.add_argument("--cfg-path", required=True, nargs="+", help="evaluations, projects/lstp/eval/... or your own")
-    parser.add_argument("--frames", nargs="+", choices=list(FRAMES), default=["uniform", "random", "lstp"])
+    parser.add_argument("--frames", nargs="+", default=["uniform", "random", "lstp"], metavar="WAY")
+    parser.add_argument("--ways", type=Path, help="YAML file of further ways to choose frames, as configs/ways.yaml")
     parser.add_argument("--num-frames", nargs="+", type=int, default=[4], help="frames shown to the language model")
     parser.add_argument("--out", type=Path, help="working folder (default: output/ablate/NAME)")
     parser.add_argument("--nproc", type=int, default=1, help="processes, one a GPU, on this machine")
@@ -136,8 +176,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError(f"--num-frames must be at least 1, got {min(args.num_frames)}")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
     guard_log()
-    unique = [list(dict.fromkeys(given)) for given in (args.cfg_path, args.frames, args.num_frames)]
-    cells = cells_of(*unique, args.options)
+    known = ways_of(args.ways)
+    for name in args.frames:
+        if name not in known:
+            raise ConfigError(unknown_name("way to choose frames (--frames)", name, known))
+    recipes, counts = (list(dict.fromkeys(given)) for given in (args.cfg_path, args.num_frames))
+    cells = cells_of(recipes, {name: known[name] for name in args.frames}, counts, args.options)
     launcher = ["torchrun", "--standalone", f"--nproc-per-node={args.nproc}"] if args.nproc > 1 else []
     out = args.out or Path("output/ablate", Path(args.cfg_path[0]).stem)
     with owned(out):

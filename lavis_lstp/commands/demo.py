@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lavis_lstp.commands.ablate import FRAMES, no_flow
+from lavis_lstp.commands.ablate import ways_of
 from lavis_lstp.commands.chain import Chain, Step, check_options, find_chain, read_chain
 from lavis_lstp.commands.report import report
 from lavis_lstp.data.frame_numbers import uniform_centres
@@ -53,16 +53,14 @@ class Row:
     answerer: str = "lstp"
 
 
-NO_FLOW = no_flow(["lstp_shapes"])
-CHOOSE = {name: options for name, (_, options) in FRAMES.items()}
-TITLES = {name: title for name, (title, _) in FRAMES.items()}
+WAYS = ways_of()
 ROWS = (
-    Row("uniform", TITLES["uniform"], (*CHOOSE["uniform"], *NO_FLOW)),
-    Row("uniform_trained", "evenly spaced, trained on such", (*CHOOSE["uniform"], *NO_FLOW), "uniform"),
-    Row("random", TITLES["random"], (*CHOOSE["random"], *NO_FLOW)),
+    Row("uniform", WAYS["uniform"].title, WAYS["uniform"].options),
+    Row("uniform_trained", "evenly spaced, trained on such", WAYS["uniform"].options, "uniform"),
+    Row("random", WAYS["random"].title, WAYS["random"].options),
     # flow is computed here, not read, so that the table shows what it costs
-    Row("lstp", TITLES["lstp"], (*CHOOSE["lstp"], "model.flow.name=dis", NO_FLOW[1])),
-    Row("oracle", TITLES["oracle"], (*CHOOSE["oracle"], *NO_FLOW)),
+    Row("lstp", WAYS["lstp"].title, (*WAYS["lstp"].options, "model.flow.name=dis", "datasets.lstp_shapes.flow=none")),
+    Row("oracle", WAYS["oracle"].title, WAYS["oracle"].options),
 )
 
 
@@ -85,8 +83,7 @@ class Demo:
         """All steps; returns what `table.json` holds."""
         self.chain.run(self.steps)
         lstp = self.steps[-1]
-        without_sampler = "model.selector.name=uniform", *NO_FLOW
-        self.chain.run([replace(lstp, name="uniform", options=(*lstp.options, *without_sampler))])
+        self.chain.run([replace(lstp, name="uniform", options=(*lstp.options, *WAYS["uniform"].options))])
         for row in ROWS:
             parts = ",".join(f"{{out}}/{name}" for name in ("base", "sampler", row.answerer))
             options = *lstp.options, f"model.checkpoint=[{parts}]", "run.test_splits=[test]", *row.options

@@ -131,6 +131,7 @@ def build_without_memory(model_cfg: Any) -> nn.Module:
 
     from lavis_lstp.config.other_keys import is_ours
     from lavis_lstp.models.weights.published_sizes import PUBLISHED_SIZES
+    from lavis_lstp.models.where.frame_selector import build_selector
 
     model_cls = registry.get_model_class(model_cfg.arch)
     if not is_ours(model_cls) or model_cfg.backbone.source != "hub":
@@ -147,17 +148,20 @@ def build_without_memory(model_cfg: Any) -> nn.Module:
         model_cfg[section][key] = None
     model_cfg.sampler.tokenizer = model_cfg.checkpoint = model_cfg.flow.weights = None
     model_cfg.flow.name = "none"  # it is frozen and small, and its fields come and go before the rest
-    model_cfg.selector.name = "uniform"  # which frames are shown is no matter of size
     model_cfg.refinement.in_loop = False  # its answers are made and gone before the step
     with torch.device("meta"):
-        return model_cls.from_config(model_cfg).to("meta")
+        model = model_cls.from_config(model_cfg).to("meta")
+    # which frames are shown is no matter of size, and nothing can be read of what has none
+    model.chooser.selector = build_selector("uniform", num_selected=model_cfg.selector.num_selected)
+    return model
 
 
 def example(
     model: nn.Module, *, batch: int, frames: int, prompt_tokens: int, answer_tokens: int, device: str = "meta"
 ) -> dict[str, Any]:
     """A batch of the largest samples: videos, and texts of so many words, which the tokenizer cuts to its limit."""
-    size, flow_size = model.backbone.image_size, model.sampler.flow_embedding.grid * 16
+    size = model.backbone.image_size
+    flow_size = 16 if model.sampler is None else model.sampler.flow_embedding.grid * 16
     return {
         "frames": torch.zeros(batch, frames, 3, size, size, dtype=torch.uint8),
         "flow": torch.zeros(batch, frames, 2, flow_size, flow_size, device=device),

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lavis_lstp.config.model import used_parts
 from lavis_lstp.errors import ConfigError, unknown_name
 from lavis_lstp.files import complete_folder, write_json
 from lavis_lstp.models.answer.loading import DTYPES
@@ -92,7 +93,10 @@ def export(
         )
         if not has_flow and config.flow.name.startswith("raft"):
             config.flow.weights = UNINITIALISED  # nobody has to download RAFT for an export without it
-        model = model_class.from_config(config).eval()
+        whole = config.copy()
+        if not used_parts(config).sampler:
+            whole.selector.name = "lstp"  # the sampler is written, whether or not the run looked through it
+        model = model_class.from_config(whole).eval()
         merged = config.lora is not None
         _save_backbone(model.backbone, folder, config.backbone)
         _save_sampler(model, config, folder / "sampler", has_flow)

@@ -295,6 +295,21 @@ def used_parts(model: Mapping[str, Any]) -> Used:
     return Used(sampler, flow=sampler)
 
 
+def leave_unused_flow_out(model: Mapping[str, Any], datasets: Mapping[str, Any]) -> list[str]:
+    """Sets `flow: none` in the data sets' sections where the model looks at no flow: nobody has to have made it.
+
+    Returns:
+        Names of the data sets that would have brought some.
+    """
+    changed = []
+    for name, section in datasets.items() if not used_parts(model).flow else ():
+        if section and section.get("flow", "none") != "none":
+            section["flow"] = "none"
+            section.update({key: None for key in ("flow_root", "max_flows") if key in section})
+            changed.append(name)
+    return changed
+
+
 def check_together(
     *,
     train: Sequence[str],

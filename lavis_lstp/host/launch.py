@@ -138,6 +138,8 @@ def built(cfg: Any, evaluate_only: bool = False) -> tuple[type, Any, Any, Any]:
     import lavis.tasks as tasks
     from lavis.common.registry import registry
 
+    from lavis_lstp.config.model import leave_unused_flow_out
+    from lavis_lstp.config.other_keys import is_ours
     from lavis_lstp.tasks.base import plain
 
     run, runner_cls = plain(cfg.run_cfg), registry.get_runner_class(cfg.run_cfg.runner)
@@ -145,6 +147,9 @@ def built(cfg: Any, evaluate_only: bool = False) -> tuple[type, Any, Any, Any]:
     if own_runner:
         runner_cls.check_run(run)
     check_model(plain(cfg.model_cfg))
+    if is_ours(registry.get_model_class(cfg.model_cfg.arch)):
+        for name in leave_unused_flow_out(plain(cfg.model_cfg), cfg.datasets_cfg):
+            log.info("datasets.%s.flow is left out: the model looks at no flow", name)
     task = tasks.setup_task(cfg)
     datasets = task.build_datasets(cfg)
     if own_runner:

@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lavis_lstp.config.data import checked_dataset, complete_dataset, settings_of
 from lavis_lstp.config.load import find_config, first_line, lavis_root, load_recipe, sections_of, with_options
-from lavis_lstp.config.model import check_complete_model, checked_model, used_parts
+from lavis_lstp.config.model import check_complete_model, checked_model, leave_unused_flow_out, used_parts
 from lavis_lstp.config.run import (
     RUNNERS,
     TASKS,
@@ -55,6 +55,7 @@ def check(args: argparse.Namespace, evaluate_only: bool = False) -> None:
         _check_run(run)
     except ConfigError as error:
         raise type(error)(f"{args.cfg_path}: {error}") from error
+    leave_unused_flow_out(config["model"], config["datasets"])
     _check_data(config["datasets"], run, evaluate_only)
     require_weights(config["model"])
     _check_shapes(config["model"])

@@ -184,12 +184,13 @@ class LstpAnswers:
         from lavis_lstp.runners.evaluation import units_of
         from lavis_lstp.runners.record import progress
 
-        size = self.model.flow.flow_size
+        chooser = self.model.chooser
+        size = chooser.signal.flow_size if chooser.signal is not None else None
         dataset = VideoQADataset(
             questions,
             num_frames=self.num_frames,
             image_size=self.model.backbone.image_size,
-            flow="motion_vectors" if self.model.flow.name == "motion_vectors" else "none",
+            flow="motion_vectors" if chooser.flow_from_data == "motion_vectors" else "none",
             flow_size=size[0] if size else None,
         )
         units = units_of(dataset, self.batch_size)

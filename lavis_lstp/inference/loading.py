@@ -212,7 +212,7 @@ def ask(model: Any, video: str | Path, question: str, *, num_frames: int = DEFAU
     from lavis_lstp.data.video.reading import read_frames
     from lavis_lstp.schema import Span
 
-    codec = model.flow.name == "motion_vectors"
+    codec = model.chooser.flow_from_data == "motion_vectors"
     started = time.perf_counter()
     clip = read_frames(video, num=num_frames, size=model.backbone.image_size, motion_vectors=codec)
     decoding = time.perf_counter() - started

@@ -149,11 +149,16 @@ class Chooser:
             )
         return Choice(frame_index, span, logits, flow)
 
+    @property
+    def flow_from_data(self) -> str | None:
+        """motion_vectors or precomputed where the data must bring the flow; None where it is computed or not used."""
+        return self.signal.name if self.signal is not None and self.signal.name in GIVEN else None
+
     # ---- signal -------------------------------------------------------------------------------------------------
 
     def has_own_flow(self, samples: Mapping) -> bool:
         """Whether the data bring flow that is not one field a frame (`flow_mask`), and the signal takes it."""
-        return "flow_mask" in samples and self.signal is not None and self.signal.name in GIVEN
+        return "flow_mask" in samples and self.flow_from_data is not None
 
     def flow_mask(self, samples: Mapping) -> Tensor:
         """[B,L], 1 = real: of the flows that the scorer sees."""
