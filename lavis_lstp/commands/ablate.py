@@ -47,8 +47,6 @@ def ways_of(file: Path | None = None) -> dict[str, Way]:
     Raises:
         ConfigError: the file is missing, or an entry has no title or is not about `model`.
     """
-    from omegaconf import OmegaConf
-
     ways = {name: Way(name, (f"model.selector.name={name}",)) for name in SELECTORS}
     for path in (WAYS, *([file] if file else [])):
         if not path.is_file():
