@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from lavis_lstp.config.model import SOURCES
+from lavis_lstp.config.model import SOURCES, Backbone
 from lavis_lstp.errors import ConfigError, unknown_name
 
 
@@ -105,8 +105,8 @@ class Answerer(Protocol):
         """A state dict under this model's names, see `LanguageAnswerer.matched`."""
 
 
-NAMES = ("family", "arch", "model_type")
-"""Settings that say whose model it is; each source reads its own and leaves the others alone."""
+NAMES = ("family", "arch", "model_type", "fusion")
+"""Settings that say whose model it is, or are of the Q-Former alone; a source leaves those of others alone."""
 
 
 def build_answerer(source: str, settings: Mapping[str, Any]) -> Any:
@@ -124,13 +124,12 @@ def build_answerer(source: str, settings: Mapping[str, Any]) -> Any:
     if source not in SOURCES:
         raise ConfigError(unknown_name("source (model.backbone.source)", source, SOURCES))
     build = _builder(source)
-    taken, defaults = inspect.signature(build).parameters, default_settings()
+    taken, defaults = inspect.signature(build).parameters, vars(Backbone())
     for key, value in settings.items():
         if key not in taken and key not in NAMES and value != defaults.get(key):
             users = [other for other in SOURCES if key in inspect.signature(_builder(other)).parameters]
-            where = key if key == "fusion" else f"backbone.{key}"
             raise ConfigError(
-                f"model.{where} is for source {', '.join(users)}; source {source} has no use for it, set it "
+                f"model.backbone.{key} is for source {', '.join(users)}; source {source} has no use for it, set it "
                 f"to {'null' if defaults.get(key) is None else defaults[key]}"
             )
     return build(**{key: value for key, value in settings.items() if key in taken})
@@ -139,12 +138,3 @@ def build_answerer(source: str, settings: Mapping[str, Any]) -> Any:
 def _builder(source: str) -> Callable[..., Any]:
     module, _, function = SOURCES[source].partition(":")
     return getattr(importlib.import_module(module), function)
-
-
-def default_settings() -> dict[str, Any]:
-    """Defaults of `model.backbone` and of model.fusion."""
-    from lavis_lstp.config.fields import laid_over
-    from lavis_lstp.config.model import ModelSettings
-
-    whole = laid_over(ModelSettings)
-    return {**whole["backbone"], "fusion": whole["fusion"]}
