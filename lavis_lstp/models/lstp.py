@@ -47,8 +47,6 @@ class LSTP(BaseModel):
     """
 
     PRETRAINED_MODEL_CONFIG_DICT: Mapping[str, str] = {}
-    KEPT_WHOLE = ("flow.model",)
-    """RAFT stays in float32 and on each device: frozen, small, and wrong in bfloat16."""
 
     def __init__(
         self,
@@ -67,6 +65,8 @@ class LSTP(BaseModel):
         super().__init__()
         self.chooser = chooser
         self.flow = chooser.signal
+        # RAFT stays in float32 and on each device: frozen, small, and wrong in bfloat16
+        self.KEPT_WHOLE = ("flow.model",) if self.flow is not None else ()
         self.sampler = None if chooser.scorer is None else chooser.scorer.sampler
         self.backbone = answerer
         self.prompt = prompt

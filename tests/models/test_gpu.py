@@ -57,5 +57,5 @@ def test_vicuna_ft_at_full_size():
     if memory < FULL_SIZE_GIB:
         pytest.skip(f"needs {FULL_SIZE_GIB} GiB of GPU memory, there are {memory:.0f}")
     found = full_size().main([])
-    assert found["parameters"] > 7.9e9
+    assert found["parameters"] > 7.6e9  # the recipe takes given spans, so it has no sampler
     assert all(loss == loss and loss < 50 for loss in found["losses"])
