@@ -69,7 +69,7 @@ def _leaves(section: Mapping[str, Any], before: str = "") -> Iterator[tuple[str,
         if isinstance(value, Mapping):
             yield from _leaves(value, f"{before}{key}.")
         else:
-            yield f"{before}{key}", json.dumps(value)
+            yield f"{before}{key}", value if isinstance(value, str) else json.dumps(value)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from lavis_lstp.commands import ablate, chain, cli
+from lavis_lstp.config.model import SELECTORS
 from lavis_lstp.errors import ConfigError, CoverageError
 from lavis_lstp.files import read_jsonl, write_json, write_jsonl
 from lavis_lstp.host import evaluate
@@ -21,30 +22,50 @@ from lavis_lstp.testing.tiny_benchmarks import write_benchmarks
 SHAPES = "projects/lstp/eval/shapes_qa_lstp_tiny.yaml"
 
 
+def ways(*names: str) -> dict:
+    return {name: ablate.ways_of()[name] for name in names}
+
+
 def test_each_row_has_its_own_frames_and_the_first_is_what_the_others_are_compared_with():
-    cells = ablate.cells_of([SHAPES], ["uniform", "lstp", "oracle"], [4, 8], [])
+    cells = ablate.cells_of([SHAPES], ways("uniform", "lstp", "oracle"), [4, 8], [])
     assert [cell.name for cell in cells] == [
         f"shapes_qa_lstp_tiny_{way}_{count}" for count in (4, 8) for way in ("uniform", "lstp", "oracle")
     ]
     by_name = {cell.name.removeprefix("shapes_qa_lstp_tiny_"): cell for cell in cells}
     assert {cell.baseline for cell in cells[3:]} == {"shapes_qa_lstp_tiny_uniform_8"}
-    without_flow = ("model.flow.name=none", "datasets.lstp_shapes.flow=none")
     assert by_name["uniform_8"].options == (
         "model.selector.name=uniform",
         "model.selector.num_selected=8",
-        *without_flow,
     )
     assert by_name["lstp_4"].options == ("model.selector.num_selected=4",), "the recipe's own selector and flow"
     assert by_name["oracle_4"].options[:2] == ("model.selector.name=given", "model.selector.span_key=gold_span")
-    kept = ablate.cells_of([SHAPES], ["lstp"], [4], ["model.selector.name=argmax"])
+    kept = ablate.cells_of([SHAPES], ways("lstp"), [4], ["model.selector.name=argmax"])
     assert kept[0].options == ("model.selector.num_selected=4",)
-    (other,) = ablate.cells_of([SHAPES], ["lstp"], [4], ["model.selector.name=uniform"])
+    (other,) = ablate.cells_of([SHAPES], ways("lstp"), [4], ["model.selector.name=uniform"])
     assert other.options[0] == "model.selector.name=lstp"
+
+
+def test_every_selector_is_a_way_and_a_file_adds_more(tmp_path):
+    file = tmp_path / "ways.yaml"
+    file.write_text("near: {title: span and its surroundings, model: {selector: {name: lstp, context: 2}}}")
+    found = ablate.ways_of(file)
+    assert set(SELECTORS) <= set(found) and found["gumbel"].options == ("model.selector.name=gumbel",)
+    assert found["near"].options == ("model.selector.name=lstp", "model.selector.context=2")
+    for text, said in (
+        ("- a", "must have a title"),
+        ("a: {title: b}", "'a' must have a title"),
+        ("a: [", "not a YAML"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=said):
+            ablate.ways_of(file)
+    with pytest.raises(ConfigError, match="did you mean 'uniform'"):
+        ablate.main(["--cfg-path", SHAPES, "--frames", "unifrom"])
 
 
 def test_laviss_models_have_a_row_of_evenly_spaced_frames_for_each_number():
     recipes = [f"projects/lstp/eval/nextqa_{model}.yaml" for model in ("lstp_vicuna7b", "blip2_t5")]
-    cells = ablate.cells_of(recipes, ["uniform", "lstp"], [2, 4], [])
+    cells = ablate.cells_of(recipes, ways("uniform", "lstp"), [2, 4], [])
     assert [cell.name for cell in cells[4:]] == ["nextqa_blip2_t5_uniform_2", "nextqa_blip2_t5_uniform_4"]
     assert cells[5].options == ("datasets.lstp_nextqa.image_frames=4",) and cells[5].split == "val"
     assert cells[0].title == "nextqa_lstp_vicuna7b: evenly spaced, 2 frames"
@@ -60,7 +81,7 @@ def test_laviss_models_have_a_row_of_evenly_spaced_frames_for_each_number():
 )
 def test_what_cannot_be_ablated_is_said_before_anything_runs(options, said):
     with pytest.raises(ConfigError, match=said):
-        ablate.cells_of([SHAPES], ["uniform"], [4], options)
+        ablate.cells_of([SHAPES], ways("uniform"), [4], options)
     with pytest.raises(ConfigError, match="--num-frames must be at least 1, got 0"):
         ablate.main(["--cfg-path", SHAPES, "--num-frames", "0"])
 

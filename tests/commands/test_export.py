@@ -140,7 +140,7 @@ def answers(backbone, frames) -> list[str]:
     with torch.no_grad():
         tokens = backbone.project(backbone.frame_tokens(backbone.image_features(frames), prompts))
     mask = torch.ones(tokens.shape[:2], dtype=torch.long)
-    return backbone.generate(tokens, mask, prompts, max_new_tokens=6)
+    return backbone.generate(tokens, mask, prompts, max_new_tokens=6).texts
 
 
 LOAD = """

@@ -150,7 +150,7 @@ def test_backbone_weights_that_are_missing(error):
     line = error("shapes.yaml", "model.backbone.weights=models/instructblip-vicuna-7b")
     for part in ("models/instructblip-vicuna-7b", "model.backbone.weights", "config.json", "hub id", "huggingface.co"):
         assert part in line
-    line = error("shapes.yaml", "model.sampler.tokenizer=data")
+    line = error("shapes.yaml", "model.sampler.tokenizer=data", "model.selector.name=lstp")
     assert "no tokenizer at 'data' (model.sampler.tokenizer)" in line and "such as bert-base-uncased" in line
 
 
@@ -178,7 +178,7 @@ def test_backbone_weights_that_are_not_whole(error, here):
 
 def test_raft_weights_that_are_missing(error, here, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(here / "cache"))
-    line = error("shapes.yaml", "model.flow.name=raft_large")
+    line = error("shapes.yaml", "model.flow.name=raft_large", "model.selector.name=lstp")
     for part in ("https://download.pytorch.org/models/raft_large", "model.flow.weights", str(here / "cache")):
         assert part in line
 

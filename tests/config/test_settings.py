@@ -256,7 +256,10 @@ def test_a_split_of_one_data_set_alone_is_said(caplog):
         (["run.max_epok=1"], "did you mean 'run.max_epoch'?"),
         (["model.checkpoint=2024"], "no weights at '2024'"),
         (["model.backbone.weights=weights/of/nobody"], "missing weights"),
-        (["model.checkpoint=narrow.safetensors"], "'sampler.head.weight' is [2, 32] in the file, [2, 64] in the model"),
+        (
+            ["model.checkpoint=narrow.safetensors", "model.selector.name=lstp"],
+            "'sampler.head.weight' is [2, 32] in the file, [2, 64] in the model",
+        ),
         (["model.losses=[span]"], "do not go together"),
         (["datasets.lstp_video_qa.build_info.videos.storage=gone"], "no such folder: gone"),
         (["run.runner=runner_deepspeed"], "needs run.deepspeed"),
@@ -309,6 +312,7 @@ def test_deepspeed_that_is_missing_is_said_at_once(here, monkeypatch):
 def test_names_too_long_for_a_file(here, key, capsys):
     flow = "raft_small" if "flow" in key else "none"
     words = ["--cfg-path", "run.yaml", "--options", f"{key}={'x' * 5000}", f"model.flow.name={flow}"]
+    words.append("model.selector.name=lstp")  # which looks at all of these
     assert launch.main(words) == 2
     assert [line[:7] for line in capsys.readouterr().err.splitlines() if "error" in line] == ["error: "]
 
