@@ -24,7 +24,8 @@ SOURCES: dict[str, str] = {
 class Kind(NamedTuple):
     """A selector: the function (of models/where) that is its rule, and what that must be told of a video.
 
-    needs: "" nothing; "logits" of the temporal sampler; "span", one that comes with the sample. drawn: it draws.
+    needs: "" nothing; "scores", one a frame; "logits" of the temporal sampler; "span", one that comes with the sample.
+    drawn: it draws.
     """
 
     rule: str
@@ -39,12 +40,13 @@ SELECTORS: dict[str, Kind] = {
     "gumbel": Kind("lavis_lstp.models.where.frame_selector:gumbel", needs="logits", drawn=True),
     "uniform": Kind("lavis_lstp.models.where.frame_selector:uniform"),
     "random": Kind("lavis_lstp.models.where.frame_selector:random", drawn=True),
+    "topk": Kind("lavis_lstp.models.where.frame_selector:topk", needs="scores"),
     "given": Kind("lavis_lstp.models.where.frame_selector:given", needs="span"),
 }
 """`selector.name` -> its rule. best_span (also called lstp): the most likely span. argmax: likeliest start and
 likeliest end, each for itself, under the published rules. gumbel: published, two noisy candidates. uniform: K interval
-centres of the video. random: K different frames. given: a span that comes with the sample (a pseudo span, or the gold
-span as oracle)."""
+centres of the video. random: K different frames. topk: the K best scores. given: a span that comes with the sample (a
+pseudo span, or the gold span as oracle)."""
 
 FLOWS = ("raft_large", "raft_small", "dis", "motion_vectors", "precomputed", "none")
 MODEL_KEYS = frozenset({"arch", "model_type", "load_finetuned", "load_pretrained", "finetuned", "pretrained"})
@@ -290,7 +292,7 @@ class Used(NamedTuple):
 
 def used_parts(model: Mapping[str, Any]) -> Used:
     """What a complete `model` section uses: the sampler where frames are selected by it or it learns, and its flow."""
-    by_sampler = SELECTORS[model["selector"]["name"]].needs == "logits"
+    by_sampler = SELECTORS[model["selector"]["name"]].needs in ("scores", "logits")
     sampler = by_sampler or "span" in model["losses"] or "sampler" in (model["train"] or ())
     return Used(sampler, flow=sampler)
 

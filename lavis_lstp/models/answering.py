@@ -82,6 +82,8 @@ def look(model: nn.Module, samples: Mapping, prompt: str | None) -> tuple[dict, 
     result["frame_index"], result["span"] = choice.frame_index, choice.span
     if choice.flow is not None:
         result["flow"] = choice.flow
+    if choice.scores is not None:
+        result["scores"] = choice.scores
     if choice.logits is not None:
         result["start_logits"] = choice.logits.start_logits.float().cpu()
         result["end_logits"] = choice.logits.end_logits.float().cpu()

@@ -232,7 +232,7 @@ class LSTP(BaseModel):
         """
         samples = readable(samples)
         logits = None
-        if self.selector.needs_logits or "span" in self.losses:
+        if self.selector.needs_logits or self.selector.needs_scores or "span" in self.losses:
             logits = self.chooser.logits(samples)
         choice = self.chooser(samples, logits=logits)
         found = {"span": choice.span, "frame_index": choice.frame_index}

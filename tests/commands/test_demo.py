@@ -71,7 +71,11 @@ def test_each_row_of_the_table_is_evaluated_with_its_own_frames_and_answerer(tmp
         assert last(name, "run.test_splits") == "[test]"
     assert parts["lstp"] == parts["uniform"] == [str(tmp_path / "base"), str(tmp_path / "sampler")]
     flows = {name: last(name, "model.flow.name") for name in evaluations}
-    assert flows.pop("eval_lstp") == "dis" and set(flows.values()) == {"none"}
+    assert flows["eval_lstp"] == "dis"
+    chosen = {name: last(name, "model.selector.name") for name in evaluations}
+    assert chosen.pop("eval_lstp") == "lstp" and set(chosen.values()) == {"uniform", "random", "given"}, (
+        "no flow is used"
+    )
     assert last("eval_oracle", "model.selector.span_key") == "gold_span"
     assert last("uniform", "model.selector.name") == last("eval_uniform_trained", "model.selector.name") == "uniform"
     assert all("run.max_epoch=1" in command for name, command in commands.items() if name != "flow")

@@ -10,9 +10,9 @@ from test_lstp import BACKBONES, batch, model_config
 
 from lavis_lstp import batch as rows
 from lavis_lstp.errors import ConfigError
-from lavis_lstp.models import lstp as lstp_module
 from lavis_lstp.models import refinement
 from lavis_lstp.models.lstp import LSTP
+from lavis_lstp.models.where import chooser
 from lavis_lstp.models.where.pseudo_span import pseudo_span
 from lavis_lstp.schema import NO_SPAN
 
@@ -153,7 +153,7 @@ def test_a_given_span_is_not_asked_of_images_and_texts():
 
 def test_each_rank_runs_the_same_modules(monkeypatch):
     """With several ranks, whatever a batch holds; collectives inside modules (ZeRO-3) would wait for ever otherwise."""
-    monkeypatch.setattr(lstp_module, "several_ranks", lambda: True)
+    monkeypatch.setattr(chooser, "several_ranks", lambda: True)
     config = model_config(train=ALL_PARTS, losses=["lm", "span"])
     config["backbone"]["config"]["text_config"]["num_hidden_layers"] = 1
     model = LSTP.from_config(config).train()

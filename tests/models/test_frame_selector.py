@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from lavis_lstp.config.model import SELECTORS
 from lavis_lstp.data.frame_numbers import sample_indices
 from lavis_lstp.errors import AnnotationError, ConfigError
+from lavis_lstp.models.where.chooser import frame_scores
 from lavis_lstp.models.where.frame_selector import (
     best_spans,
     build_selector,
@@ -19,6 +20,7 @@ from lavis_lstp.models.where.frame_selector import (
     sample_generators,
     spread,
 )
+from lavis_lstp.models.where.temporal_sampler import SamplerOutput
 
 CASES = json.loads((GOLDEN / "frame_selection.json").read_text())["cases"]
 IDS = ("q1", "q2", "q3", "q4")
@@ -109,7 +111,8 @@ def test_every_selector_gives_sorted_frames_inside_its_span(name, num_selected, 
         start = data.draw(st.integers(0, max(0, n - 1)))
         spans.append((start, data.draw(st.integers(start + 1, max(start + 1, n)))))
     selector = build_selector(name, num_selected=num_selected, context=context)
-    found = selector(mask, *logits(len(lengths), 20), torch.tensor(spans), sample_generators(IDS[: len(lengths)]))
+    given, draws = logits(len(lengths), 20), sample_generators(IDS[: len(lengths)])
+    found = selector(mask, *given, torch.tensor(spans), draws, scores=given[0])
     assert found.frame_index.shape == (len(lengths), num_selected)
     assert found.frame_index.dtype == found.span.dtype == torch.long
     for index, (start, end), n in zip(found.frame_index.tolist(), found.span.tolist(), lengths, strict=True):
@@ -119,6 +122,29 @@ def test_every_selector_gives_sorted_frames_inside_its_span(name, num_selected, 
         assert 0 <= start < end <= n
         assert index == sorted(index)
         assert all(start <= i < end for i in index)
+
+
+def test_topk_takes_the_best_scores_the_earliest_of_equal_ones():
+    scores = torch.tensor([[0.1, 0.9, 0.2, 0.9, 0.2, 0.2], [0.0, 1.0, 0.0, 0.0, 0.0, 0.0]])
+    found = build_selector("topk", num_selected=3)(mask_of(6, 2, width=6), scores=scores)
+    assert found.frame_index.tolist() == [[1, 2, 3], [0, 0, 1]] and found.span.tolist() == [[1, 4], [0, 2]]
+    with pytest.raises(ValueError, match="'topk' needs scores"):
+        build_selector("topk")(mask_of(6, 2, width=6))
+
+
+def test_a_frame_scores_by_the_probability_that_the_span_covers_it():
+    start, end = torch.full((3, 6), -20.0), torch.full((3, 6), -20.0)
+    start[0, 1] = end[0, 3] = start[1, 0] = end[1, 1] = 20
+    mask = mask_of(6, 3, 0, width=6)
+    found = frame_scores(SamplerOutput(None, start, end), mask, mask)
+    assert torch.allclose(found, torch.tensor([[0, 1, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0], [0.0] * 6]), atol=1e-5)
+    half = torch.zeros(1, 4)
+    even = frame_scores(SamplerOutput(None, half, half), mask_of(4, width=4), mask_of(4, width=4))[0]
+    assert even.tolist() == pytest.approx([1 / 4, 3 / 8, 3 / 8, 1 / 4])
+    one_flow_a_second_frame = frame_scores(
+        SamplerOutput(None, start[:1, :3], end[:1, :3]), mask_of(3, width=3), mask[:1]
+    )
+    assert one_flow_a_second_frame.shape == (1, 6) and not one_flow_a_second_frame[0, :2].any()
 
 
 def test_best_span_picks_the_peaks_and_ignores_padding():

@@ -32,13 +32,35 @@ class Choice:
         frame_index: int64 [B,K] of 0..T-1, sorted; -1 where a sample has no frame.
         span: int64 [B,2], half-open: where they come from.
         logits: of the temporal sampler, where it was asked.
+        scores: float32 [B,T] of 0..1, how much each frame has to do with its question; where there are logits.
         flow: float32 [B,T,2,S,S], where it was computed or read.
     """
 
     frame_index: Tensor
     span: Tensor
     logits: SamplerOutput | None = None
+    scores: Tensor | None = None
     flow: Tensor | None = None
+
+
+def frame_scores(logits: SamplerOutput, flow_mask: Tensor, frame_mask: Tensor) -> Tensor:
+    """How likely each frame lies in the span: P(start <= t) P(end >= t), over the softmax of each set of logits.
+
+    Args:
+        flow_mask: [B,L], 1 = real, of the logits; frame_mask: [B,T]. Where flows are not one a frame, a frame has the
+            score of the flow that is as far along.
+
+    Returns:
+        float32 [B,T] on the CPU, 0 where padded.
+    """
+    real = flow_mask.cpu().bool()
+    start, end = (x.detach().float().cpu().masked_fill(~real, -torch.inf) for x in logits[1:3])
+    begun = start.softmax(dim=1).nan_to_num().cumsum(dim=1)
+    open_yet = end.softmax(dim=1).nan_to_num().flip(1).cumsum(dim=1).flip(1)
+    scores = (begun * open_yet).clamp(0, 1)
+    frames, flows = (mask.cpu().sum(dim=1, keepdim=True) for mask in (frame_mask, flow_mask))
+    at = torch.arange(frame_mask.shape[1])[None] * (flows - 1).clamp(min=0) // (frames - 1).clamp(min=1)
+    return scores.gather(1, at.clamp(max=scores.shape[1] - 1)).where(frame_mask.cpu().bool(), 0.0)
 
 
 class SamplerScorer:
@@ -129,8 +151,8 @@ class Chooser:
             ConfigError: the samples have not what the selector asks for.
         """
         clock = clock or (lambda stage: nullcontext())
-        flow = None
-        if self.selector.needs_logits and logits is None:
+        flow, scores = None, None
+        if (self.selector.needs_logits or self.selector.needs_scores) and logits is None:
             with torch.no_grad():
                 if moves(samples).any():
                     with clock("flow"):
@@ -139,6 +161,8 @@ class Chooser:
                     logits = self.logits(samples, flow)
         with clock("selection"):
             own_flow = self.has_own_flow(samples)
+            if logits is not None:
+                scores = frame_scores(logits, self.flow_mask(samples), samples["frame_mask"])
             frame_index, span = self.selector(
                 samples["frame_mask"].cpu(),
                 start_logits=None if logits is None else logits.start_logits,
@@ -146,8 +170,10 @@ class Chooser:
                 span=self._given_span(samples),
                 generators=self.generators(samples),
                 flow_mask=self.flow_mask(samples).cpu() if own_flow else None,
+                scores=scores,
+                questions=samples["text_input"],
             )
-        return Choice(frame_index, span, logits, flow)
+        return Choice(frame_index, span, logits, scores, flow)
 
     @property
     def flow_from_data(self) -> str | None:

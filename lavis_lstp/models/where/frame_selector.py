@@ -135,10 +135,13 @@ class Row(NamedTuple):
     grid: int | None = None
     mapping: str = "ends"
     marks: int = 0
+    scores: Sequence[float] | None = None
+    question: str = ""
 
 
-Rule = Callable[[Row, int], tuple[list[int], tuple[int, int]]]
-"""(row, K) -> K frames or fewer to spread over, and the span they come from."""
+Rule = Callable[[Row, int], list[int] | tuple[list[int], tuple[int, int]]]
+"""(row, K) -> K frames or fewer to spread over, in the order of time; and the span they come from, where it is not
+simply from the first to the last."""
 
 
 def uniform(row: Row, num_selected: int) -> tuple[list[int], tuple[int, int]]:
@@ -152,6 +155,12 @@ def random(row: Row, num_selected: int) -> tuple[list[int], tuple[int, int]]:
 
 def best(row: Row, num_selected: int) -> tuple[list[int], tuple[int, int]]:
     return list(range(*row.best)), row.best
+
+
+def topk(row: Row, num_selected: int) -> list[int]:
+    """The K best scores; of equal ones the earliest."""
+    best = sorted(range(row.num_frames), key=lambda frame: (-row.scores[frame], frame))
+    return sorted(best[:num_selected])
 
 
 def given(row: Row, num_selected: int) -> tuple[list[int], tuple[int, int]]:
@@ -183,7 +192,7 @@ class FrameSelector:
     """Picks K frames for each sample of a batch. Made by `build_selector`.
 
     Attributes:
-        needs_logits, needs_span, needs_generator: which arguments a call must bring.
+        needs_logits, needs_scores, needs_span, needs_generator: which arguments a call must bring.
         span_key: name in the sample of the span that "given" takes.
         Others: see `build_selector`.
     """
@@ -213,11 +222,10 @@ class FrameSelector:
         kind = SELECTORS[name]
         module, _, function = kind.rule.partition(":")
         self.rule: Rule = getattr(importlib.import_module(module), function)
-        self.needs_logits, self.needs_span, self.needs_generator = (
-            kind.needs == "logits",
-            kind.needs == "span",
-            kind.drawn,
-        )
+        self.needs_logits = kind.needs == "logits"
+        self.needs_scores = kind.needs == "scores"
+        self.needs_span = kind.needs == "span"
+        self.needs_generator = kind.drawn
 
     def __repr__(self) -> str:
         return f"FrameSelector({self.name}, num_selected={self.num_selected})"
@@ -230,6 +238,8 @@ class FrameSelector:
         span: Tensor | None = None,
         generators: Sequence[torch.Generator] | torch.Generator | None = None,
         flow_mask: Tensor | None = None,
+        scores: Tensor | None = None,
+        questions: Sequence[str] = (),
     ) -> Selection:
         """Selects frames.
 
@@ -239,6 +249,8 @@ class FrameSelector:
             span: int64 [B,2], half-open, for "given".
             generators: on the CPU; one for each row makes a sample's frames independent of its batch.
             flow_mask: [B,L], 1 = real, real ones first, where flows are not one a frame.
+            scores: [B,T], how much each frame has to do with its question.
+            questions: B strings.
 
         Returns:
             On the device of `frame_mask`.
@@ -251,6 +263,7 @@ class FrameSelector:
             ("start_logits", start_logits, self.needs_logits),
             ("end_logits", end_logits, self.needs_logits),
             ("span", span, self.needs_span),
+            ("scores", scores, self.needs_scores),
             ("generators", generators, self.needs_generator),
         ):
             if is_needed and value is None:
@@ -286,8 +299,11 @@ class FrameSelector:
                 grid=self.grid,
                 mapping=self.mapping,
                 marks=self.marks,
+                scores=scores[b, :count].tolist() if self.needs_scores else None,
+                question=questions[b] if questions else "",
             )
-            frames, found = self.rule(row, self.num_selected)
+            frames = self.rule(row, self.num_selected)
+            frames, found = frames if isinstance(frames, tuple) else (frames, (frames[0], frames[-1] + 1))
             missing = self.num_selected - len(frames)
             keeps = self.few_frames == "keep" and missing > 0
             index.append([*frames, *[-1] * missing] if keeps else spread(frames, self.num_selected))
