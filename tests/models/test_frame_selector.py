@@ -141,10 +141,8 @@ def test_a_frame_scores_by_the_probability_that_the_span_covers_it():
     half = torch.zeros(1, 4)
     even = frame_scores(SamplerOutput(None, half, half), mask_of(4, width=4), mask_of(4, width=4))[0]
     assert even.tolist() == pytest.approx([1 / 4, 3 / 8, 3 / 8, 1 / 4])
-    one_flow_a_second_frame = frame_scores(
-        SamplerOutput(None, start[:1, :3], end[:1, :3]), mask_of(3, width=3), mask[:1]
-    )
-    assert one_flow_a_second_frame.shape == (1, 6) and not one_flow_a_second_frame[0, :2].any()
+    stretched = frame_scores(SamplerOutput(None, start[:1, :3], end[:1, :3]), mask_of(3, width=3), mask[:1])
+    assert stretched.shape == (1, 6) and stretched[0, :2].max() < 1e-6 < stretched[0, 5]
 
 
 def test_best_span_picks_the_peaks_and_ignores_padding():
