@@ -220,7 +220,7 @@ class TrainOrder:
         return self.drawn(epoch)[0]
 
     def drawn(self, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """int64 [samples_per_epoch], twice: indices in the order of this epoch, and their places in the reading or -1."""
+        """Indices int64 [samples_per_epoch] in the order of this epoch, and alike their places in the reading or -1."""
         generator = torch.Generator().manual_seed(derived_seed(self.seed, "order", epoch))
         picked, parts, offset = [], [], 0
         for length, count, sampling in zip(self.lengths, self.counts, self.sampling, strict=True):
