@@ -1,6 +1,7 @@
 """Start-up times of commands, and the cost of lavis_lstp to any other interpreter. Run: python benchmarks/startup.py
 
-The table has the best of some runs of each command, beside `python -c pass` and `python -c "import torch"`.
+The table has the best of some runs of each command, beside `python -c pass`, the imports of torch, transformers and
+LAVIS, and `lavis.evaluate` with a misspelt key, which is how long reading and checking a configuration takes.
 
 Starts `python -c pass` many times and reads the time of the one import that lavis_lstp.pth makes from -X importtime.
 The best of the runs is the cost, the rest is the machine.
@@ -21,6 +22,9 @@ TOOLS = ("-m", "webdataset_tools")
 COMMANDS = (
     ("-c", "pass"),
     ("-c", "import torch"),
+    ("-c", "import torch, transformers.modeling_utils"),
+    ("-c", "import lavis"),
+    ("-m", "lavis.evaluate", "--cfg-path", "projects/lstp/tiny_eval.yaml", "--options", "run.batch_size_evl=3"),
     (*CLI, "--help"),
     *((*CLI, "list", kind) for kind in ("models", "datasets", "tasks", "runners", "recipes")),
     *((*CLI, name, "--help") for name in ("judge", "compare", "calibrate", "report")),
@@ -32,7 +36,9 @@ COMMANDS = (
 def seconds(words: tuple[str, ...]) -> float:
     """One run of `python WORDS`."""
     started = time.perf_counter()
-    subprocess.run([sys.executable, *words], capture_output=True, check=True)
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
+    if done.returncode != (2 if "run.batch_size_evl=3" in words else 0):
+        raise SystemExit(done.stderr)
     return time.perf_counter() - started
 
 
@@ -53,7 +59,7 @@ def main() -> None:
     args = parser.parse_args()
     runs = args.runs
     for words in COMMANDS:
-        print(f"python {' '.join(words):<42} {min(seconds(words) for _ in range(args.repeat)):6.2f} s")
+        print(f"python {' '.join(words)[:70]:<70} {min(seconds(words) for _ in range(args.repeat)):6.2f} s")
     with tempfile.TemporaryDirectory() as folder:
         env = {**os.environ, "PYTHONPYCACHEPREFIX": os.path.join(folder, "pyc"), "PYTHONDONTWRITEBYTECODE": ""}
         import_us(env, folder)  # compiles

@@ -50,6 +50,11 @@ def temporary(path: str | os.PathLike) -> Path:
     return path.with_name(f".{name}.{HOST}-{os.getpid()}-{next(_counter)}.tmp")
 
 
+def is_temporary(name: str) -> bool:
+    """Whether a file's name is one that `temporary` gives."""
+    return _TEMPORARY.fullmatch(name) is not None
+
+
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary name to write to; the file is named `path` when the block ends, and vanishes when it raises.

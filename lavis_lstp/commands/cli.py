@@ -18,6 +18,7 @@ from lavis_lstp.redaction import printable
 COMMANDS = {
     "ablate": ("lavis_lstp.commands.ablate:main", "compare ways of choosing frames: does the sampler help?"),
     "ask": ("lavis_lstp.commands.ask:main", "ask a question about a video file"),
+    "cache": ("lavis_lstp.commands.cache:main", "show or clear what is kept on disk about videos"),
     "calibrate": ("lavis_lstp.judging.calibrate:main", "say how far two judges of the same answers agree"),
     "chain": ("lavis_lstp.commands.chain:main", "run the steps of a chain file, from where the last call stopped"),
     "compare": ("lavis_lstp.judging.compare:main", "test whether one model answers better than another"),

@@ -72,7 +72,10 @@ class Processors:
 class Shards:
     """Where a storage names shards: docs/data_format.md."""
 
-    window: int = key(0, least=0)  # shards shuffled together, the next ones after them; 0 = all samples at once
+    loader: str = key("offsets", one_of=("offsets", "stream"))  # stream: training reads shards from end to end
+    window: int = key(0, least=0)  # offsets: shards shuffled together, then the next ones; 0 = all samples at once
+    lanes: int = key(16, least=1, most=4096)  # stream: shards read side by side, over all processes and workers
+    buffer: int = key(16, least=1, most=1_000_000)  # stream: questions of a lane shuffled together, kept in memory
     resampled: bool = key(False)  # draw samples with replacement instead of each once
     flow: Any = key(kind=TEXTS, per_split=True)  # parallel set with the flow, where it is not in the shards
     spans: Any = key(kind=TEXTS, per_split=True)  # the same with span.json members, for `spans: shards`

@@ -70,7 +70,7 @@ class VideoQADataset(Dataset):
         max_bad_fraction: share of samples that may fail to decode, or have no file, before the run stops.
         quarantine: file that a line of JSON is appended to for each sample that fails; None = the log alone.
         max_megapixels: a picture of a larger area, in millions of pixels, is not read.
-        window, resampled: how a training epoch goes through shards; see `runners.data_order.Sampling`.
+        window, resampled, lanes, buffer: how a training epoch goes through shards; see `runners.data_order.Sampling`.
         image_frames: frames in `image`, evenly spaced; 1 = the middle one.
         vis_processor, text_processor: LAVIS processors; the first makes `image`, [3,h,w], or with image_frames
             [K,3,h,w], for LAVIS's own models, the second changes the question (not a prompt).
@@ -103,6 +103,8 @@ class VideoQADataset(Dataset):
         max_megapixels: float = DEFAULT_MAX_MEGAPIXELS,
         window: int = 0,
         resampled: bool = False,
+        lanes: int = 0,
+        buffer: int = 1,
         image_frames: int = 1,
         vis_processor=None,
         text_processor=None,
@@ -129,6 +131,7 @@ class VideoQADataset(Dataset):
         self.text_processor = text_processor
         self.section = section
         self.window, self.resampled, self.blocks = window, resampled, self.annotation.blocks
+        self.lanes, self.buffer = lanes, buffer
         self.kinds = self.annotation.kinds
         self._decode = None
         self._check_settings()

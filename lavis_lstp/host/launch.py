@@ -29,6 +29,10 @@ RENDEZVOUS_TIMEOUT = timedelta(hours=2)
 """How long a process waits for the others, for instance while one of them reads a large checkpoint."""
 
 
+_waiting_since: list[float] = []
+"""When the import began that `check_first` has announced."""
+
+
 def main(argv: Sequence[str] | None = None, evaluate_only: bool = False) -> int:
     """Run a configuration; 0 when done, 2 after an error of the user's, printed as one line."""
     args = parse_args(argv, NAMES[evaluate_only])
@@ -46,6 +50,9 @@ def check_first(argv: Sequence[str], name: str) -> None:
     status = run_command(lambda: precheck.check(args, name == NAMES[True]))
     if status:
         sys.exit(status)
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        print(f"{name}: the configuration can be used; importing PyTorch, transformers and LAVIS ...", file=sys.stderr)
+        _waiting_since.append(time.perf_counter())
 
 
 def leave(status: int) -> NoReturn:
@@ -97,6 +104,8 @@ def run(args: argparse.Namespace, evaluate_only: bool = False) -> None:
         seed_processes(cfg.run_cfg.seed + get_rank())
         setup_logger()  # after the group exists: rank 0 logs, the others warn
         guard_log()
+        if _waiting_since:
+            log.info("imported in %.1f s; reading data, then weights", time.perf_counter() - _waiting_since.pop())
         runner_cls, task, datasets, model = built(cfg, evaluate_only)
         warn_of_unused_flow(cfg)
         if cfg.run_cfg.evaluate:

@@ -35,19 +35,71 @@ class Sampling:
         blocks: ends of runs of samples that lie together, the shards of a set; () = samples lie anywhere.
         window: so many blocks, in a new order each epoch, are shuffled together, and the next ones come when those are
             through, so that reads stay near each other; 0 = all samples are shuffled at once.
-        resampled: samples are drawn with replacement: any number of times in an epoch, or not at all.
+        resampled: samples are drawn with replacement: any number of times in an epoch, or not at all. Of streamed
+            shards whole ones are drawn.
+        lanes: so many shards are streamed side by side, see `stream`; 0 = samples are read each by itself.
+        buffer: so many samples of a lane are shuffled together.
     """
 
     blocks: Sequence[int] = ()
     window: int = 0
     resampled: bool = False
+    lanes: int = 0
+    buffer: int = 1
 
     @property
     def local(self) -> bool:
         return bool(self.window and self.blocks and not self.resampled)
 
+    @property
+    def streamed(self) -> bool:
+        return bool(self.lanes and self.blocks)
+
+    @property
+    def used_lanes(self) -> int:
+        """`lanes`, halved until there are as many shards."""
+        shards, lanes = int((np.diff(self.blocks, prepend=0) > 0).sum()), self.lanes
+        while lanes > max(1, shards):
+            lanes = -(-lanes // 2)
+        return lanes
+
+    def stream(self, slots: np.ndarray, generator: torch.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """The samples of an epoch where shards are read from end to end.
+
+        The shards, in a new order each epoch, make one long row of samples, which is cut into lanes. The sample of a
+        slot comes from lane `slot % lanes`. Of R processes the r-th takes slots r, r + R, ..., and of its W workers the
+        w-th every W-th of those: where R * W divides the number of lanes, each lane is read by one worker alone, and
+        the order depends on neither R nor W. Each lane has a shuffle buffer of its own.
+
+        Args:
+            slots: positions in the epoch that are this data set's, rising.
+
+        Returns:
+            For each slot a sample, and its place in the reading: `LANE` times the lane, plus its number in the row.
+        """
+        row, lanes = self._row(len(slots), generator), self.used_lanes
+        lane = slots % lanes
+        ends = np.cumsum(np.bincount(lane, minlength=lanes)).tolist()
+        places = np.empty(len(slots), dtype=np.int64)
+        for number, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
+            places[lane == number] = _through_buffer(start, end, self.buffer, generator)
+        return row[places], lane * LANE + places
+
+    def _row(self, count: int, generator: torch.Generator) -> np.ndarray:
+        """Samples of shards in the order of the reading; shards come again where there are fewer samples."""
+        starts, parts, left = [0, *self.blocks[:-1]], [], count
+        while left > 0:
+            number = len(self.blocks)
+            draw = torch.randint(number, (number,), generator=generator) if self.resampled else None
+            for block in (torch.randperm(number, generator=generator) if draw is None else draw).tolist():
+                parts.append(np.arange(starts[block], self.blocks[block]))
+                left -= len(parts[-1])
+        return np.concatenate(parts)[:count] if parts else np.empty(0, dtype=np.int64)
+
     def draw(self, length: int, generator: torch.Generator) -> torch.Tensor:
         """int64 [length]: every sample once, or as many drawn with replacement."""
+        if self.streamed:
+            return torch.arange(length)  # `stream` says which, when it is known where
         if self.resampled:
             return torch.randint(length, (length,), generator=generator)
         if not self.local:
@@ -62,9 +114,26 @@ class Sampling:
         return torch.from_numpy(np.concatenate(drawn))
 
 
+LANE = 1 << 40
+"""More than the samples of any epoch."""
+
+
+def _through_buffer(start: int, end: int, buffer: int, generator: torch.Generator) -> np.ndarray:
+    """The numbers from start to end as they leave a shuffle buffer: one that is drawn goes, the next one comes in."""
+    waiting = list(range(start, min(start + buffer, end)))
+    drawn = (
+        torch.randint(len(waiting), (max(0, end - start - buffer),), generator=generator).tolist() if waiting else []
+    )
+    order = []
+    for following, at in enumerate(drawn, start + buffer):
+        order.append(waiting[at])
+        waiting[at] = following
+    return np.array(order + [waiting[at] for at in torch.randperm(len(waiting), generator=generator).tolist()], int)
+
+
 def sampling_of(dataset: Any) -> Sampling:
     """What a data set says of itself, if it does."""
-    names = ("blocks", "window", "resampled")
+    names = ("blocks", "window", "resampled", "lanes", "buffer")
     return Sampling(**{name: getattr(dataset, name) for name in names if hasattr(dataset, name)})
 
 
@@ -76,11 +145,13 @@ class StepPlan:
         batches: sample indices of each micro-batch, never empty.
         counts: how many of each micro-batch's samples count: all of them, or 0 on an idle rank.
         size: samples that count, over all ranks and micro-batches.
+        places: for each sample its place in the reading, see `Sampling.stream`; -1 where it is read by itself.
     """
 
     batches: tuple[tuple[int, ...], ...]
     counts: tuple[int, ...]
     size: int
+    places: tuple[tuple[int, ...], ...] = ()
 
 
 class TrainOrder:
@@ -139,43 +210,65 @@ class TrainOrder:
     def steps_per_epoch(self) -> int:
         return -(-self.samples_per_epoch // self.group_size)
 
+    @property
+    def streamed(self) -> bool:
+        """Whether a data set is read shard by shard."""
+        return any(sampling.streamed for sampling in self.sampling)
+
     def permutation(self, epoch: int) -> torch.Tensor:
         """Indices int64 [samples_per_epoch] in the order of this epoch."""
+        return self.drawn(epoch)[0]
+
+    def drawn(self, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Indices int64 [samples_per_epoch] in the order of this epoch, and alike their places in the reading or -1."""
         generator = torch.Generator().manual_seed(derived_seed(self.seed, "order", epoch))
-        picked, offset = [], 0
+        picked, parts, offset = [], [], 0
         for length, count, sampling in zip(self.lengths, self.counts, self.sampling, strict=True):
             rounds = -(-count // length) if length else 0
             drawn = [sampling.draw(length, generator) for _ in range(rounds)]
             if drawn:
                 picked.append(torch.cat(drawn)[:count] + offset)
+                parts.append((sampling, offset))
             offset += length
-        if len(picked) == 1 and any(sampling.local for sampling in self.sampling):
-            return picked[0]
-        indices = torch.cat(picked)
-        shuffled = torch.randperm(len(indices), generator=generator)
-        if not any(sampling.local for sampling in self.sampling):
-            return indices[shuffled]
-        # Data sets are mixed by chance, each in its own order.
-        owner = torch.cat([torch.full((len(part),), n) for n, part in enumerate(picked)])[shuffled]
-        for n, part in enumerate(picked):
-            indices[owner == n] = part
-        return indices
+        ordered = any(sampling.local or sampling.streamed for sampling in self.sampling)
+        if ordered and len(picked) == 1:
+            indices, owner = picked[0], torch.zeros(len(picked[0]), dtype=torch.long)
+        else:
+            indices = torch.cat(picked)
+            shuffled = torch.randperm(len(indices), generator=generator)
+            if not ordered:
+                return indices[shuffled], torch.full_like(indices, -1)
+            # Data sets are mixed by chance, each in its own order.
+            owner = torch.cat([torch.full((len(part),), n) for n, part in enumerate(picked)])[shuffled]
+            for n, part in enumerate(picked):
+                indices[owner == n] = part
+        places = torch.full_like(indices, -1)
+        for n, (sampling, first) in enumerate(parts):
+            if sampling.streamed:
+                generator = torch.Generator().manual_seed(derived_seed(self.seed, "stream", epoch, n))
+                slots = (owner == n).nonzero().flatten()
+                found, read = sampling.stream(slots.numpy(), generator)
+                indices[slots], places[slots] = torch.from_numpy(found) + first, torch.from_numpy(read)
+        return indices, places
 
     def steps(self, epoch: int, position: int = 0) -> Iterator[StepPlan]:
         """Plans of the optimizer steps of an epoch that come after `position` consumed samples."""
-        order = self.permutation(epoch)[position:].tolist()
+        order, places = (drawn[position:].tolist() for drawn in self.drawn(epoch))
         for start in range(0, len(order), self.group_size):
-            yield self._plan(order[start : start + self.group_size])
+            end = start + self.group_size
+            yield self._plan(order[start:end], places[start:end])
 
-    def _plan(self, group: list[int]) -> StepPlan:
-        batches, counts = [], []
+    def _plan(self, group: list[int], places: list[int]) -> StepPlan:
+        batches, counts, read = [], [], []
         width = self.batch_size * self.world_size
         for start in range(0, len(group), width):
             micro = group[start : start + width]
             mine = micro[self.rank :: self.world_size]
             counts.append(len(mine))
             batches.append(tuple(mine or micro[:1]))
-        return StepPlan(tuple(batches), tuple(counts), len(group))
+            there = places[start : start + width]
+            read.append(tuple(there[self.rank :: self.world_size] or there[:1]))
+        return StepPlan(tuple(batches), tuple(counts), len(group), tuple(read))
 
 
 def eval_batches(length: int, batch_size: int) -> list[tuple[int, ...]]:
@@ -239,7 +332,7 @@ class SeededDataset(Dataset):
         return samples
 
 
-def _collate(collater: Callable[[list[Any]], Any], samples: list[Any]) -> Any:
+def collated(collater: Callable[[list[Any]], Any], samples: list[Any]) -> Any:
     """A batch, or the error that came instead of its samples or of it."""
     if isinstance(samples[0], LstpError):
         return samples[0]
@@ -275,12 +368,16 @@ class Batches:
         self.loader = DataLoader(
             SeededDataset(dataset, seed),
             batch_sampler=self.keys,
-            collate_fn=functools.partial(_collate, getattr(dataset, "collater", None) or default_collate),
+            collate_fn=functools.partial(collated, getattr(dataset, "collater", None) or default_collate),
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             pin_memory=pin_memory,
             generator=torch.Generator().manual_seed(seed),
         )
+
+    def of_plans(self, plans: Sequence[StepPlan], epoch: int) -> Iterator[Any]:
+        """The batches of optimizer steps."""
+        return self([batch for plan in plans for batch in plan.batches], epoch)
 
     def __call__(self, batches: Sequence[tuple[int, ...]], epoch: int = 0) -> Iterator[Any]:
         self.keys.epoch, self.keys.batches = epoch, batches

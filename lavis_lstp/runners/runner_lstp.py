@@ -27,13 +27,14 @@ from lavis_lstp.errors import ConfigError
 from lavis_lstp.files import owned, sha256_json, sweep
 from lavis_lstp.redaction import recordable
 from lavis_lstp.runners import checkpoint, resume
-from lavis_lstp.runners.data_order import Batches, TrainOrder, sampling_of
+from lavis_lstp.runners.data_order import TrainOrder, sampling_of
 from lavis_lstp.runners.engine import TorchEngine, WholeModel
 from lavis_lstp.runners.evaluation import evaluate_split, fingerprint, is_better, metric_value, to_device
 from lavis_lstp.runners.randomness import derived_seed, seed_everything
 from lavis_lstp.runners.record import JsonLog, RunManifest, parameter_table
 from lavis_lstp.runners.saving import Position, Saver
 from lavis_lstp.runners.schedule import build_schedule
+from lavis_lstp.runners.shard_stream import build_batches
 from lavis_lstp.runners.sigterm import StopRequest
 from lavis_lstp.runners.splits import evaluation_dataset, join, training_parts
 from lavis_lstp.runners.train_loop import StepLosses, StepWindow, TrainingError, epoch_bar, losses_of, show
@@ -199,9 +200,8 @@ class RunnerLSTP(RunnerBase):
             sampling=[sampling_of(part) for part in parts.values()],
         )
         dataset = join(parts)
-        self.train_batches = Batches(
-            dataset, seed=settings.seed, num_workers=settings.num_workers, pin_memory=self.device.type == "cuda"
-        )
+        loading = {"seed": settings.seed, "num_workers": settings.num_workers, "pin_memory": self.device.type == "cuda"}
+        self.train_batches = build_batches(dataset, self.order, **loading)
         self.train_fingerprint = sha256_json({name: fingerprint(part) for name, part in parts.items()})
         self.manifest.add(data={"train": self.train_fingerprint}, samples_per_epoch=self.order.samples_per_epoch)
         if hasattr(self.task, "before_training"):  # LAVIS's git main
@@ -287,7 +287,7 @@ class RunnerLSTP(RunnerBase):
         plans = [] if self._finished() else list(self.order.steps(epoch, self.position.consumed))
         if not plans:  # resumed from a checkpoint at the end of an epoch
             return
-        batches = self.train_batches([batch for plan in plans for batch in plan.batches], epoch)
+        batches = self.train_batches.of_plans(plans, epoch)
         self.engine.train_mode()
         with epoch_bar(epoch, plans, self.order.steps_per_epoch, main=distributed.is_main()) as bar:
             window = StepWindow(self.json_log, self.settings.log_freq, say=bar.disable)

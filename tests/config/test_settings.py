@@ -282,6 +282,24 @@ def test_the_hook_checks_a_run_before_lavis_is_imported(here):
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert done.returncode == 2 and "did you mean 'run.max_epoch'?" in done.stderr
     assert not {"torch", "transformers", "lavis.common"} & imported and "lavis_lstp.host.precheck" in imported
+    assert "importing PyTorch" not in done.stderr
+
+
+@pytest.mark.parametrize(("rank", "told"), [(None, True), ("0", True), ("1", False)])
+def test_the_first_process_says_what_is_waited_for(here, monkeypatch, capsys, rank, told):
+    from lavis_lstp.host import launch
+
+    monkeypatch.setattr(launch, "_waiting_since", [])
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    launch.check_first(["--cfg-path", "run.yaml"], "lavis.train")
+    said = capsys.readouterr().err
+    assert (
+        said.splitlines()
+        == ["lavis.train: the configuration can be used; importing PyTorch, transformers and LAVIS ..."] * told
+    )
+    assert len(launch._waiting_since) == told
 
 
 def test_deepspeed_that_is_missing_is_said_at_once(here, monkeypatch):

@@ -216,7 +216,8 @@ def test_evaluation_over_shards_writes_the_bytes_of_files(tmp_path):
     assert results[0] == results[1] and len(results[0].splitlines()) == 6
 
 
-def test_shards_for_a_window_train_and_resume(tmp_path):
+@pytest.mark.parametrize("way", ["window=1", "loader=stream"])
+def test_shards_for_a_window_or_a_stream_train_and_resume(tmp_path, way):
     """Another order than that of files, so other weights; stopped and resumed, the same ones."""
     # A constant rate: a cosine would end with max_steps.
     steps = [
@@ -226,7 +227,7 @@ def test_shards_for_a_window_train_and_resume(tmp_path):
         "run.min_lr=1.0e-3",
         "run.warmup_ratio=0",
     ]
-    more = ["datasets.lstp_shapes.from_shards=true", "datasets.lstp_shapes.shards.window=1", *steps]
+    more = ["datasets.lstp_shapes.from_shards=true", f"datasets.lstp_shapes.shards.{way}", *steps]
     whole = recipe(tmp_path, "base_whole", train, *more)
     recipe(tmp_path, "base_half", train, *more, "run.max_steps=3")
     half = recipe(tmp_path, "base_half", train, *more, "run.resume_ckpt_path=auto", "run.num_workers=2")

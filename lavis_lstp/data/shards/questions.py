@@ -31,16 +31,27 @@ from lavis_lstp.data.shards.format import (
     parse_frames,
     parse_json,
 )
-from lavis_lstp.data.shards.sets import ShardSet
-from lavis_lstp.data.shards.storage import RETRY, Retry, expand, knows_ranges, open_stream, scheme
+from lavis_lstp.data.shards.sets import Read, ShardSet
+from lavis_lstp.data.shards.storage import (
+    RETRY,
+    ForwardReader,
+    Retry,
+    expand,
+    knows_ranges,
+    open_stream,
+    read_at,
+    scheme,
+)
 from lavis_lstp.data.spans import Spans, checked_spans
 from lavis_lstp.data.video.reading import flow_file, read_flow_file
-from lavis_lstp.errors import AnnotationError, ConfigError, ShardError, VideoError
+from lavis_lstp.errors import AnnotationError, ConfigError, ShardError, VideoError, unknown_name
 from lavis_lstp.files import whole_file
 
 logger = logging.getLogger(__name__)
 
 COPIES_AT_ONCE = 4
+LOADERS = ("offsets", "stream")
+LANES, BUFFER = 16, 16
 KEPT = 8
 """Samples whose bytes a loader process keeps: the questions of one are often asked one after the other."""
 
@@ -60,14 +71,22 @@ def shard_options(config: Mapping[str, Any], split: str, section: str) -> tuple[
     Raises:
         ConfigError: a number is out of range.
     """
-    least = {"window": 0, "attempts": 1, "wait_s": 0, "timeout_s": 0.1}
+    least = {"window": 0, "lanes": 1, "buffer": 1, "attempts": 1, "wait_s": 0, "timeout_s": 0.1}
     for key, smallest in least.items():
-        value, whole = config.get(key, smallest), key in ("window", "attempts")
+        value, whole = config.get(key, smallest), not key.endswith("_s")
         if type(value) not in ((int,) if whole else (int, float)) or value < smallest:
             raise ConfigError(f"{section}.shards.{key} must be a number of at least {smallest}, got {value!r}")
+    if config.get("loader", LOADERS[0]) not in LOADERS:
+        raise ConfigError(unknown_name(f"{section}.shards.loader", config["loader"], LOADERS))
     retry = Retry(**{key: config[key] for key in ("attempts", "wait_s", "timeout_s") if key in config})
     options = {key: of_split(config[key], split) for key in ("flow", "cache", "check") if key in config}
     order = {"window": config.get("window", 0), "resampled": config.get("resampled", False)}
+    if config.get("loader", LOADERS[0]) == "stream":
+        if order["window"]:
+            raise ConfigError(
+                f"{section}.shards.window is for loader: offsets; with stream, lanes says how many shards are mixed"
+            )
+        order |= {"lanes": config.get("lanes", LANES), "buffer": config.get("buffer", BUFFER)}
     return {**options, "retry": retry}, order
 
 
@@ -117,6 +136,7 @@ class ShardQuestions(Sequence):
         if self._flow is not None:
             self._check_parallel(self._flow, "flow")
         self._kept: OrderedDict[Place, dict[str, bytes]] = OrderedDict()
+        self._handed: tuple[Place, dict[str, bytes] | ShardError] | None = None
 
     def _choose(self, kind: str | None) -> tuple[np.ndarray | None, list[int]]:
         """Numbers of the questions of a kind, None for all, and where each shard's end among them."""
@@ -177,7 +197,7 @@ class ShardQuestions(Sequence):
         return found
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": OrderedDict()}  # of one process
+        return {**self.__dict__, "_kept": OrderedDict(), "_handed": None}  # of one process
 
     # ---- entries ----------------------------------------------------------------------------------------------
 
@@ -267,17 +287,37 @@ class ShardQuestions(Sequence):
         return f"{self._set.shards[place[0]]}, {self._set.index(place[0]).key(place[1])}"
 
     def content(self, place: Place) -> dict[str, bytes]:
-        """The members that training reads: not the video where there are frames of it. One read."""
+        """The members that training reads, as `hand_over` brought them, or in one read."""
+        if self._handed is not None and self._handed[0] == place:
+            if isinstance(self._handed[1], ShardError):
+                raise self._handed[1]
+            return self._handed[1]
         if place not in self._kept:
-            names = set(self._set.index(place[0]).members(place[1]))
-            wanted = names - set(MEDIA_MEMBERS) if "frames" in names else names
-            found = self._set.read(*place, tuple(wanted))
-            if self._flow is not None:
-                found |= self._flow.read(*place, ("flow",))
-            self._kept[place] = found
+            self._kept[place] = self.read(place)
             while len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
         return self._kept[place]
+
+    def read(self, place: Place, by: Read = read_at, flow_by: Read = read_at) -> dict[str, bytes]:
+        """The members that training reads: not the video where there are frames of it."""
+        names = set(self._set.index(place[0]).members(place[1]))
+        wanted = names - set(MEDIA_MEMBERS) if "frames" in names else names
+        found = self._set.read(*place, tuple(wanted), by)
+        if self._flow is not None:
+            found |= self._flow.read(*place, ("flow",), flow_by)
+        return found
+
+    def readers(self, shard: int) -> tuple[ForwardReader, ...]:
+        """What reads a shard, and its parallel one, from one sample to the next: for `read`."""
+        return tuple(ForwardReader(one.shards[shard], one.retry) for one in (self._set, self._flow) if one is not None)
+
+    def hand_over(self, place: Place, content: dict[str, bytes] | ShardError) -> None:
+        """What a stream has read of a sample, or why it could not; kept until the next one is handed over."""
+        self._handed = place, content
+
+    def place_of(self, index: int) -> Place:
+        """Where the medium of a question lies."""
+        return self._set.locate(self._number(index))[:2]
 
     def place(self, row: Mapping[str, Any]) -> Place:
         """What a decoded video is kept under."""

@@ -13,7 +13,7 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 MANIFEST_FORMAT = "lavis_lstp.shards"
 MANIFEST_SUFFIX = ".manifest.json"
+Read = Callable[[str, int, int, Retry], bytes]
 AT_ONCE = 16
 """Shards whose indexes are fetched, or that are scanned, at the same time."""
 
@@ -170,7 +171,13 @@ class ShardSet:
         before = self.ends[shard - 1] if shard else 0
         return shard, *self.index(shard).of_question(question - before)
 
+    def load_indexes(self) -> None:
+        """Fetch the indexes of all shards, several at a time: one after the other, each is a round trip."""
+        with ThreadPoolExecutor(min(AT_ONCE, len(self.shards))) as pool:
+            list(pool.map(self.index, range(len(self.shards))))
+
     def question_ids(self) -> list[str]:
+        self.load_indexes()
         return [name for shard in range(len(self.shards)) for name in self.index(shard).question_ids()]
 
     def kinds(self) -> set[str]:
@@ -180,8 +187,11 @@ class ShardSet:
         """SHA-256 of all content."""
         return hashlib.sha256("\n".join(entry["digest"] for entry in self.entries).encode()).hexdigest()
 
-    def read(self, shard: int, sample: int, names: Sequence[str]) -> dict[str, bytes]:
+    def read(self, shard: int, sample: int, names: Sequence[str], by: Read = read_at) -> dict[str, bytes]:
         """The members of a sample that are asked for and there; those that lie together come in one read.
+
+        Args:
+            by: what reads them: `read_at`, or `ForwardReader.read_at` of this shard.
 
         Raises:
             ShardError: they cannot be read, or are not what the index says.
@@ -198,7 +208,7 @@ class ShardSet:
             if end - start > CONTENT_LIMIT:
                 text = f"{end - start} bytes of one sample, at most {CONTENT_LIMIT} are read at once"
                 raise ShardError(f"{location}, {run[0][1].name}: {text}", "member too large")
-            data = read_at(location, start, end - start, self.retry)
+            data = by(location, start, end - start, self.retry)
             for name, member in run:
                 content[name] = data[member.offset - start : member.offset - start + member.size]
         if self.check:

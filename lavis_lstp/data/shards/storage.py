@@ -144,6 +144,10 @@ def read_at(location: str, offset: int, size: int, retry: Retry = RETRY) -> byte
         data = _local(location, lambda file: _pread(file, offset, size))
     else:
         data = _up_to(location, offset, size, retry)
+    return _all_of(location, offset, size, data)
+
+
+def _all_of(location: str, offset: int, size: int, data: bytes) -> bytes:
     if len(data) != size:
         raise ShardError(f"{location}: {len(data)} of {size} bytes at offset {offset}; truncated", "truncated")
     return data
@@ -339,26 +343,35 @@ def _http_range(location: str, offset: int, size: int, timeout_s: float) -> byte
     try:
         with _opener().open(_request(location, headers), timeout=timeout_s) as response:
             if response.status != 206:
-                raise ShardError(
-                    f"{location}: the server answers range requests with {response.status}; expected 206. Copy the "
-                    "shards to a disk or a server that knows ranges; a data set copies them to a folder named in its "
-                    "shards.cache",
-                    "no ranges",
-                )
-            data, stated = _body(response, size + 1), response.headers.get("Content-Range", "")
+                raise _no_ranges(location, response.status)
+            data, end = _body(response, size + 1), _stated_end(location, response, offset)
     except urllib.error.HTTPError as error:
         if error.code != 416:
             raise
         error.close()
         return b""
+    if len(data) > size:
+        raise ShardError(f"{location}: asked for {size} bytes from {offset} on, the server sends more", "refused")
+    if len(data) != end - offset:
+        raise http.client.IncompleteRead(data, size - len(data))
+    return data
+
+
+def _no_ranges(location: str, status: int) -> ShardError:
+    return ShardError(
+        f"{location}: the server answers range requests with {status}; expected 206. Copy the shards to a disk or a "
+        "server that knows ranges; a data set copies them to a folder named in its shards.cache",
+        "no ranges",
+    )
+
+
+def _stated_end(location: str, response: Any, offset: int) -> int:
+    """The byte after the last one that a server sends, which must begin with `offset`."""
+    stated = response.headers.get("Content-Range", "")
     found = re.fullmatch(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]+|\*)", stated.strip())
     if not found or int(found[1]) != offset:
         raise ShardError(f"{location}: asked for bytes from {offset} on, got {stated[:80]!r}", "refused")
-    if len(data) > size:
-        raise ShardError(f"{location}: asked for {size} bytes from {offset} on, the server sends more", "refused")
-    if len(data) != int(found[2]) - offset + 1:
-        raise http.client.IncompleteRead(data, size - len(data))
-    return data
+    return int(found[2]) + 1
 
 
 class _Ranges(io.RawIOBase):
@@ -390,10 +403,10 @@ class _Ranges(io.RawIOBase):
 
 
 class _HttpStream(io.RawIOBase):
-    """A file over HTTP that reconnects at the byte it has reached."""
+    """A file over HTTP, from a byte on, that reconnects at the byte it has reached."""
 
-    def __init__(self, location: str, retry: Retry):
-        self.location, self.retry, self.at = location, retry, 0
+    def __init__(self, location: str, retry: Retry, at: int = 0):
+        self.location, self.retry, self.at, self.first = location, retry, at, at
         self._response: Any = None
         self._length: int | None = None
 
@@ -420,11 +433,23 @@ class _HttpStream(io.RawIOBase):
 
     def _connect(self) -> None:
         headers = {"Range": f"bytes={self.at}-"} if self.at else {}
-        self._response = _opener().open(_request(self.location, headers), timeout=self.retry.timeout_s)
-        if self.at and self._response.status != 206:
-            raise ShardError(f"{self.location}: broke at byte {self.at}, and the server knows no ranges", "connection")
+        try:
+            response = _opener().open(_request(self.location, headers), timeout=self.retry.timeout_s)
+        except urllib.error.HTTPError as error:
+            if error.code != 416 or self.at != self.first:
+                raise
+            error.close()
+            self._response, self._length = io.BytesIO(), self.at  # the file ends before
+            return
+        self._response = response
         if not self.at:
-            self._length = _stated_length(self._response)
+            self._length = _stated_length(response)
+        elif response.status == 206:
+            self._length = _stated_end(self.location, response, self.at)
+        elif self.at == self.first:
+            raise _no_ranges(self.location, response.status)
+        else:
+            raise ShardError(f"{self.location}: broke at byte {self.at}, and the server knows no ranges", "connection")
 
     def _disconnect(self) -> None:
         if self._response is not None:
@@ -434,6 +459,60 @@ class _HttpStream(io.RawIOBase):
     def close(self) -> None:
         self._disconnect()
         super().close()
+
+
+class ForwardReader:
+    """Bytes at rising offsets of one shard, over one connection, where `read_at` makes a request each time.
+
+    What lies between two reads is transferred and dropped, up to `skip` bytes; beyond, and for an offset before the
+    last one, a new connection is made.
+    """
+
+    def __init__(self, location: str, retry: Retry = RETRY, *, skip: int = 4 << 20):
+        self.location, self.retry, self.skip = location, retry, skip
+        self._at = 0
+        self._stream: BinaryIO | None = None
+
+    def read_at(self, location: str, offset: int, size: int, retry: Retry) -> bytes:
+        """As the function `read_at`, of this shard; with the same errors."""
+        assert location == self.location and retry == self.retry, "one reader for each shard"
+        kind = scheme(location)
+        if kind in ("file", "pipe") or not size:
+            return read_at(location, offset, size, retry)
+        try:
+            if kind == "http":
+                data = self._http(offset, size)
+            else:
+                data = _again(location, retry, lambda: self._seek(offset, size))
+        except ShardError:
+            self.close()
+            raise
+        self._at = offset + len(data)
+        return _all_of(location, offset, size, data)
+
+    def _http(self, offset: int, size: int) -> bytes:
+        gap = offset - self._at
+        if self._stream is None or not 0 <= gap <= self.skip:
+            self.close()
+            self._stream = io.BufferedReader(_HttpStream(self.location, self.retry, offset), 1 << 20)
+        elif gap:
+            _body(self._stream, gap)
+        return _body(self._stream, size)
+
+    def _seek(self, offset: int, size: int) -> bytes:
+        try:
+            if self._stream is None:
+                self._stream = _fsspec(self.location).open(_strip(self.location), "rb")
+            self._stream.seek(offset)
+            return _body(self._stream, size)
+        except Exception:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
 
 
 def _fsspec(location: str) -> Any:
