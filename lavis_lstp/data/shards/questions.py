@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from lavis_lstp.data.annotation import SECTION
-from lavis_lstp.data.pictures import open_picture
+from lavis_lstp.data.pictures import DEFAULT_MAX_MEGAPIXELS, open_picture
 from lavis_lstp.data.prompts import conversation_prompt
 from lavis_lstp.data.shards.format import (
     MEDIA_MEMBERS,
@@ -330,7 +330,15 @@ class ShardQuestions(Sequence):
 
 
 def unpack_frames(
-    stored: StoredFrames, name: str, section: str, *, num: int, fps: float | None, short_videos: str, size: int | None
+    stored: StoredFrames,
+    name: str,
+    section: str,
+    *,
+    num: int,
+    fps: float | None,
+    short_videos: str,
+    size: int | None,
+    max_megapixels: float = DEFAULT_MAX_MEGAPIXELS,
 ) -> np.ndarray:
     """uint8 [T,3,H,W] of stored frames.
 
@@ -349,7 +357,7 @@ def unpack_frames(
     frames = np.empty((len(stored.pictures), 3, size, size), dtype=np.uint8)
     for number, raw in enumerate(stored.pictures):
         try:  # not by OpenCV, which is faster (0.30 ms, not 0.42) and fills what is cut off with grey
-            picture = open_picture(raw, f"frame {number}")
+            picture = open_picture(raw, f"frame {number}", max_megapixels=max_megapixels)
         except VideoError as error:
             raise ShardError(f"{name}.frames: frame {number} cannot be decoded ({error})", "frames") from None
         if picture.size != (size, size):
