@@ -7,7 +7,6 @@ judge are verdicts, rows with a prediction are predictions. A verdict that is ab
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,8 +131,8 @@ def _is_ours(file: Path) -> bool:
     with open(file, encoding="utf-8-sig", errors="replace") as handle:
         line = handle.readline()
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError:
+        row = strict_json(line, finite=False)
+    except ValueError:
         return bool(line.strip())
     return isinstance(row, dict) and "question_id" in row and bool({"prediction", "judge"} & row.keys())
 

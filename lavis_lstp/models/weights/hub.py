@@ -7,7 +7,6 @@ environment variable LAVIS_LSTP_WEIGHTS names, and else the hub (its cache first
 from __future__ import annotations
 
 import functools
-import json
 import os
 import re
 import socket
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lavis_lstp.errors import WeightsError, shortened
+from lavis_lstp.files import strict_json
 from lavis_lstp.models.weights.saved_runs import checkpoint_of_run
 
 ENVIRONMENT = "LAVIS_LSTP_WEIGHTS"
@@ -56,7 +56,7 @@ def sizes_of_weights() -> dict[str, dict[str, int]]:
     if path is None or not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8")).get("model", {})
+        found = strict_json(path.read_text(encoding="utf-8-sig")).get("model", {})
         sections = {key: dict(found[key]) for key in ("sampler", "flow") if key in found}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise WeightsError(f"{path}: cannot be read as sizes of a model ({error}); write the folder again") from None
