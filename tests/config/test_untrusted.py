@@ -425,6 +425,28 @@ def test_a_malicious_pickle_is_refused_by_every_loader(tmp_path, monkeypatch):
     assert not made.exists()
 
 
+@pytest.mark.parametrize("name", ["vit", "timesformer.helpers"])
+def test_what_lavis_downloads_by_torch_hub_holds_weights_only(name, tmp_path, monkeypatch):
+    """DeiT's and TimeSformer's files; torch.hub itself would run what they hold."""
+    import importlib
+    import pickle
+
+    from lavis_lstp import register
+    from lavis_lstp.host import shims
+
+    register()
+    module = importlib.import_module(f"lavis.models.{name}")
+    shims.apply_to_lavis()
+    load = module.model_zoo.load_url if name != "vit" else module.torch.hub.load_state_dict_from_url
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    torch.save({"model": {"a": torch.ones(1)}}, tmp_path / "good.pth")
+    torch.save({"model": Bomb(tmp_path / "made")}, tmp_path / "bomb.pth")
+    assert load(f"file://{tmp_path}/good.pth", map_location="cpu", progress=False)["model"]["a"] == 1
+    with pytest.raises(pickle.UnpicklingError, match="[Ww]eights"):
+        load(f"file://{tmp_path}/bomb.pth", map_location="cpu", progress=False)
+    assert not (tmp_path / "made").exists()
+
+
 def test_pickles_are_read_in_one_place():
     """`torch.load` is called by `load_torch` alone, and nothing else reads pickles."""
     for path in [*(ROOT / "lavis_lstp").rglob("*.py"), *(ROOT / "webdataset_tools").rglob("*.py")]:
@@ -580,6 +602,7 @@ def two_hosts():
 
 def test_a_redirect_to_another_host_is_followed_only_where_the_user_says_so(two_hosts, monkeypatch):
     from lavis_lstp.data.shards import storage
+    from lavis_lstp.data.shards.questions import shard_options
 
     first, second = two_hosts
     monkeypatch.delenv(storage.REDIRECTS, raising=False)
@@ -598,6 +621,12 @@ def test_a_redirect_to_another_host_is_followed_only_where_the_user_says_so(two_
     assert not second.asked
     monkeypatch.setenv(storage.REDIRECTS, "example.org, 127.0.0.1")
     assert storage.read_all(f"{first.url}/x.json") == b"{}" and len(second.asked) == 1
+    monkeypatch.delenv(storage.REDIRECTS)
+    options, _ = shard_options({"redirects": ["127.0.0.1"], "attempts": 2}, "train", "datasets.x")
+    assert storage.read_all(f"{first.url}/x.json", options["retry"]) == b"{}" and len(second.asked) == 2
+    others, _ = shard_options({"redirects": ["example.org"]}, "train", "datasets.x")
+    with pytest.raises(ShardError, match=r"shards.redirects=\[127.0.0.1\] of the data set, or"):
+        storage.read_all(f"{first.url}/x.json", others["retry"])
     monkeypatch.setenv(storage.REDIRECTS, "*")
     first.to = "ftp://127.0.0.1/x"
     with pytest.raises(ShardError, match="not encrypted"):

@@ -65,7 +65,8 @@ def shard_options(config: Mapping[str, Any], split: str, section: str) -> tuple[
         value, whole = config.get(key, smallest), key in ("window", "attempts")
         if type(value) not in ((int,) if whole else (int, float)) or value < smallest:
             raise ConfigError(f"{section}.shards.{key} must be a number of at least {smallest}, got {value!r}")
-    retry = Retry(**{key: config[key] for key in ("attempts", "wait_s", "timeout_s") if key in config})
+    patience = {key: config[key] for key in ("attempts", "wait_s", "timeout_s") if key in config}
+    retry = Retry(**patience, redirects=tuple(config.get("redirects", ())))
     options = {key: of_split(config[key], split) for key in ("flow", "cache", "check") if key in config}
     order = {"window": config.get("window", 0), "resampled": config.get("resampled", False)}
     return {**options, "retry": retry}, order
