@@ -152,6 +152,7 @@ setup(
         "lmms": [
             "datasets>=2.19",
             "evaluate>=0.4",
+            "filelock>=4,<4.3",  # lmms-eval imports filelock._api
             "loguru>=0.7",
             "pytablewriter>=1.0",
             "sacrebleu>=2.0",

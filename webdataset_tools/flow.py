@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from lavis_lstp.data.pictures import open_picture
+from lavis_lstp.data.pictures import DEFAULT_MAX_MEGAPIXELS, open_picture
 from lavis_lstp.data.shards.format import VIDEO_MEMBERS, dump_flow, parse_frames
 from lavis_lstp.data.shards.storage import expand
 from lavis_lstp.data.video.reading import read_frames
@@ -23,7 +23,7 @@ from lavis_lstp.errors import ConfigError, ShardError
 from lavis_lstp.files import sha256_file
 from webdataset_tools.derive import derive
 from webdataset_tools.engine import how
-from webdataset_tools.pack import positive, rate
+from webdataset_tools.pack import above_zero, add_area_argument, positive
 
 HELP = "compute optical flow into a parallel set"
 EXTRACTORS = ("dis", "raft_large", "raft_small", "motion_vectors")
@@ -40,10 +40,12 @@ class Settings:
     weights: str | None = None
     device: str = "cpu"
     pairs_at_once: int = 8
+    max_megapixels: float = DEFAULT_MAX_MEGAPIXELS
 
     def about(self) -> dict[str, str]:
         """What decides the result, as texts."""
-        facts = {name: value for name, value in asdict(self).items() if name not in ("device", "pairs_at_once")}
+        others = ("device", "pairs_at_once", "max_megapixels")
+        facts = {name: value for name, value in asdict(self).items() if name not in others}
         facts["weights"] = sha256_file(self.weights) if self.weights else None
         return {name: str(value) for name, value in facts.items()}
 
@@ -81,6 +83,7 @@ def sample_flow(value: Mapping[str, Any], read: Callable[..., dict], name: str, 
             fps=settings.fps,
             size=settings.size,
             motion_vectors=given,
+            max_megapixels=settings.max_megapixels,
             name=f"{name}.{member}",
         )
         if given:
@@ -97,6 +100,7 @@ def _stored(raw: bytes, name: str, settings: Settings) -> np.ndarray:
         raise ConfigError(f"{name}: stored frames have no motion vectors; choose another --flow")
     if stored.folder:
         chosen = {"num": settings.num_frames, "fps": settings.fps, "size": settings.size}
+        chosen["max_megapixels"] = settings.max_megapixels
         return read_frames(list(stored.pictures), **chosen, name=f"{name}.frames").frames
     for key in ("num_frames", "fps", "size"):
         if stored.settings.get(key) != str(getattr(settings, key)):
@@ -106,7 +110,7 @@ def _stored(raw: bytes, name: str, settings: Settings) -> np.ndarray:
                 f"{getattr(settings, key)}; set it alike"
             )
     named = ((picture, f"{name}.frames, {number}") for number, picture in enumerate(stored.pictures))
-    pictures = [np.asarray(open_picture(*picture)) for picture in named]
+    pictures = [np.asarray(open_picture(*picture, max_megapixels=settings.max_megapixels)) for picture in named]
     return np.ascontiguousarray(np.stack(pictures).transpose(0, 3, 1, 2))
 
 
@@ -119,16 +123,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, help="path and name of the parallel set")
     parser.add_argument("--flow", choices=EXTRACTORS, default="dis", help="default: dis")
     parser.add_argument("--num-frames", type=positive, default=32, help="as datasets.<name>.num_frames; default: 32")
-    parser.add_argument("--fps", type=rate, help="as datasets.<name>.fps")
+    parser.add_argument("--fps", type=above_zero, help="as datasets.<name>.fps")
     parser.add_argument("--size", type=positive, default=224, help="px, side of the frames compared; default: 224")
     parser.add_argument("--weights", help="RAFT's weights; default: torchvision's file in torch's cache")
     parser.add_argument("--device", default="cpu", help="for RAFT: cpu, cuda; default: cpu")
     parser.add_argument("--pairs-at-once", type=positive, default=8, help="RAFT's batch; default: 8")
+    add_area_argument(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace a set of other input or settings")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    settings = Settings(args.flow, args.num_frames, args.fps, args.size, args.weights, args.device, args.pairs_at_once)
+    chosen = (args.flow, args.num_frames, args.fps, args.size, args.weights, args.device, args.pairs_at_once)
+    settings = Settings(*chosen, args.max_megapixels)
     if settings.weights and not settings.extractor.startswith("raft"):
         raise ConfigError(f"--weights: flow '{settings.extractor}' has none")
     if settings.extractor != "motion_vectors":

@@ -18,7 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lavis_lstp.data.pictures import picture_size
+from lavis_lstp.data.pictures import DEFAULT_MAX_MEGAPIXELS, check_area, picture_size
 from lavis_lstp.data.shards.format import StoredFrames, dump_frames
 from lavis_lstp.data.video.index import VideoInfo
 from lavis_lstp.data.video.picture_folder import folder_index, pictures_in, sha256_of_pictures
@@ -48,6 +48,7 @@ class Settings:
         encoding, quality: of those pictures.
         probe: look into every medium, so that what is none is noticed and the JSON says its length and size. Nothing is
             decoded where a header says that; `verify` decodes.
+        max_megapixels: a picture, or a video whose frames have a larger area, in millions of pixels, is not packed.
     """
 
     frames: int = 0
@@ -57,6 +58,7 @@ class Settings:
     encoding: str = "jpeg"
     quality: int = 95
     probe: bool = True
+    max_megapixels: float = DEFAULT_MAX_MEGAPIXELS
 
 
 class Medium(NamedTuple):
@@ -92,7 +94,8 @@ def load(unit: Unit, root: Path, settings: Settings) -> Medium | None:
             raw = file.readall()
     facts = {"bytes": size}
     if settings.probe:
-        facts |= _video_facts(raw, path) if unit.kind == "video" else _image_facts(raw, path)
+        look = _video_facts if unit.kind == "video" else _image_facts
+        facts |= look(raw, path, settings.max_megapixels)
     sha256 = hashlib.sha256(raw).digest() if raw is not None else None
     if unit.kind == "video" and settings.frames:
         sha256 = sha256 or bytes.fromhex(sha256_file(path))
@@ -105,7 +108,9 @@ def _load_folder(path: Path, settings: Settings) -> Medium:
     files = pictures_in(path)
     pictures = [file.read_bytes() for file in files]
     sha256 = hashlib.sha256(b"".join(pictures)).digest()
-    facts = {"bytes": sum(map(len, pictures))} | (_video_facts(None, str(path)) if settings.probe else {})
+    facts = {"bytes": sum(map(len, pictures))}
+    if settings.probe:
+        facts |= _video_facts(None, str(path), settings.max_megapixels)
     if settings.frames:
         return Medium("frames", dump_frames(encode_frames(path, settings)), sha256, facts)
     times_s = folder_index(str(path), len(files)).times_s
@@ -118,14 +123,15 @@ def sha256_of(path: Path) -> str:
     return sha256_of_pictures(path) if path.is_dir() else sha256_file(path)
 
 
-def _video_facts(raw: bytes | None, path: str) -> dict[str, Any]:
-    info: VideoInfo = (raw and mp4_info(raw)) or probe(path)
+def _video_facts(raw: bytes | None, path: str, max_megapixels: float) -> dict[str, Any]:
+    info: VideoInfo = (raw and mp4_info(raw)) or probe(path, max_megapixels=max_megapixels)
+    check_area(info.width, info.height, path, max_megapixels)
     facts = {name: getattr(info, name) for name in ("fps", "num_frames", "width", "height", "codec")}
     return facts | {"duration_s": round(info.duration_s, 6)}
 
 
-def _image_facts(raw: bytes | None, path: str) -> dict[str, int]:
-    width, height = picture_size(path if raw is None else raw, path)
+def _image_facts(raw: bytes | None, path: str, max_megapixels: float) -> dict[str, int]:
+    width, height = picture_size(path if raw is None else raw, path, max_megapixels=max_megapixels)
     return {"width": width, "height": height}
 
 
@@ -134,7 +140,7 @@ def encode_frames(path: Path, settings: Settings) -> StoredFrames:
     from PIL import Image
 
     chosen = {"fps": settings.fps, "short_videos": settings.short_videos}
-    video = read_frames(path, num=settings.frames, size=settings.size, **chosen)
+    video = read_frames(path, num=settings.frames, size=settings.size, max_megapixels=settings.max_megapixels, **chosen)
     pictures = []
     for frame in video.frames:
         raw = io.BytesIO()

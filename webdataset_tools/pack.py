@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lavis_lstp.data.pictures import DEFAULT_MAX_MEGAPIXELS
 from lavis_lstp.data.shards import index, sets
 from lavis_lstp.data.shards.format import SAMPLE_FORMAT, VERSION, check_sample, dump_json
 from lavis_lstp.data.shards.storage import beside
@@ -105,6 +106,14 @@ def pack_shard(job: Job) -> dict[str, Any]:
     return {**sets.shard_entry(path.name, found), "left_out": json.loads(found.facts["left_out"])}
 
 
+def planned(settings: Settings) -> dict[str, Any]:
+    """What of the settings decides a shard; the usual limit of pictures is left out, for sets that began without it."""
+    facts = asdict(settings)
+    if settings.max_megapixels == DEFAULT_MAX_MEGAPIXELS:
+        del facts["max_megapixels"]
+    return facts
+
+
 def finished(path: Path, plan: str, overwrite: bool) -> index.ShardIndex | None:
     """The index of a shard that is there already and was made by this plan; None where there is work to do.
 
@@ -187,7 +196,7 @@ def pack(
     jobs = []
     for path, part in zip(paths, parts, strict=True):
         chosen, about = tuple(found[part.start : part.stop]), tuple(sizes[part.start : part.stop])
-        plan = sha256_json([VERSION, asdict(settings), skip_bad, list(about), [list(unit) for unit in chosen]])
+        plan = sha256_json([VERSION, planned(settings), skip_bad, list(about), [list(unit) for unit in chosen]])
         jobs.append(Job(path, str(root), chosen, about, settings, skip_bad, overwrite, plan))
     with sets.owned_set(out):
         check_others(out, paths, overwrite)
@@ -267,8 +276,7 @@ def percent(text: str) -> int:
     return int(text)
 
 
-def rate(text: str) -> float:
-    """Frames a second."""
+def above_zero(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
@@ -303,13 +311,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--video-names", type=Path, help="file of other names of a benchmark's videos")
     add_size_arguments(parser)
     parser.add_argument("--frames", type=whole, default=0, metavar="N", help="store N frames instead of each video")
-    parser.add_argument("--fps", type=rate, help="as datasets.<name>.fps, for --frames")
+    parser.add_argument("--fps", type=above_zero, help="as datasets.<name>.fps, for --frames")
     parser.add_argument("--short-videos", choices=("keep", "double"), default="keep", help="for --frames")
     parser.add_argument("--size", type=positive, default=224, help="px, side of stored frames; default: 224")
     parser.add_argument("--encoding", choices=ENCODINGS, default="jpeg", help="of stored frames; default: jpeg")
     parser.add_argument("--quality", type=percent, default=95, help="of stored frames, 1..100; default: 95")
     parser.add_argument("--no-probe", action="store_true", help="do not look into media, not even into headers")
+    add_area_argument(parser)
     parser.add_argument("--skip-bad", action="store_true", help="leave out what cannot be opened, and list it")
+
+
+def add_area_argument(parser: argparse.ArgumentParser) -> None:
+    text = f"as datasets.<name>.max_megapixels; default: {DEFAULT_MAX_MEGAPIXELS}"
+    parser.add_argument("--max-megapixels", type=above_zero, default=DEFAULT_MAX_MEGAPIXELS, metavar="N", help=text)
 
 
 def add_size_arguments(parser: argparse.ArgumentParser) -> None:
@@ -325,7 +339,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     more = {"split": args.split, "answers": args.answers, "video_names": args.video_names}
     found = units(args.form, args.files, root=root, **more)
     pictures = args.encoding, args.quality
-    settings = Settings(args.frames, args.fps, args.short_videos, args.size, *pictures, probe=not args.no_probe)
+    chosen = (args.frames, args.fps, args.short_videos, args.size, *pictures)
+    settings = Settings(*chosen, probe=not args.no_probe, max_megapixels=args.max_megapixels)
     return pack(
         found,
         args.out,

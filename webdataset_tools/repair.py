@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lavis_lstp.data.pictures import DEFAULT_MAX_MEGAPIXELS
 from lavis_lstp.data.shards import sets
 from lavis_lstp.data.shards.format import MEDIA_MEMBERS, check_sample, parse_frames
 from lavis_lstp.data.shards.storage import expand
@@ -34,6 +35,7 @@ def repair(
     against: Sequence[str] = (),
     root: Path | None = None,
     decode: int = 8,
+    max_megapixels: float = DEFAULT_MAX_MEGAPIXELS,
     overwrite: bool = False,
     **how: Any,
 ) -> dict[str, Any]:
@@ -42,7 +44,7 @@ def repair(
     Raises:
         ShardError: nothing of it is sound.
     """
-    problems, sound = examine(shards, against, decode=decode, **how)
+    problems, sound = examine(shards, against, decode=decode, max_megapixels=max_megapixels, **how)
     named: dict[tuple[str, str], dict[str, str]] = {}
     for row in problems:
         if row["key"] and row["cause"] not in (*OF_THE_SET, "duplicate key"):
@@ -57,7 +59,8 @@ def repair(
             taken.add(key)
             new[shard].append(Kept(key, tuple((shard, member) for member in members)))
     for (shard, key), row in named.items():
-        fetched = _again(row, root, bad, decode) if row["cause"] not in ("leak", "duplicate question") else None
+        copies = row["cause"] in ("leak", "duplicate question")
+        fetched = None if copies else _again(row, root, bad, decode, max_megapixels)
         if fetched is None or key in taken:
             bad.append(row)
         else:
@@ -70,7 +73,9 @@ def repair(
     return rewrite(kept, out, about=facts, bad=bad, root=str(root or ""), overwrite=overwrite, **how)
 
 
-def _again(row: dict[str, str], root: Path | None, bad: list[dict[str, str]], decode: int) -> Again | None:
+def _again(
+    row: dict[str, str], root: Path | None, bad: list[dict[str, str]], decode: int, max_megapixels: float
+) -> Again | None:
     """The sample with its medium of `root`, where its JSON is whole and what lies there is what it says and sound.
 
     Members that are not sound are listed in `bad`.
@@ -85,7 +90,7 @@ def _again(row: dict[str, str], root: Path | None, bad: list[dict[str, str]], de
         check_sample(value, key, key)
     except (ShardError, ValueError):
         return None
-    settings = _settings(found, number)
+    settings = _settings(found, number, max_megapixels)
     if value["kind"] == "text" or settings is None:
         return None  # what was wrong lies in the JSON itself; or nobody knows which frames there were
     path = find_path(root, value["source"])
@@ -95,7 +100,7 @@ def _again(row: dict[str, str], root: Path | None, bad: list[dict[str, str]], de
             return None
         medium = load(unit, root, settings)
         if decode and medium.member in MEDIA_MEMBERS:
-            check_decodable(unit.kind, medium.content, str(path), decode)
+            check_decodable(unit.kind, medium.content, str(path), decode, max_megapixels)
     except (VideoError, OSError):
         return None
     kept, derived = [], []
@@ -113,10 +118,10 @@ def _again(row: dict[str, str], root: Path | None, bad: list[dict[str, str]], de
     return Again(Kept(key, tuple(kept)), unit, settings)
 
 
-def _settings(found: sets.ShardSet, number: int) -> Settings | None:
+def _settings(found: sets.ShardSet, number: int, max_megapixels: float) -> Settings | None:
     """How the sample's medium was stored: as it is, or as frames that other samples' tell how to choose."""
     if "frames" not in found.index(0).members(number):
-        return Settings()
+        return Settings(max_megapixels=max_megapixels)
     for other, sample in enumerate(found.index(0).samples()):
         if "frames" in dict(sample.members):
             try:
@@ -124,7 +129,7 @@ def _settings(found: sets.ShardSet, number: int) -> Settings | None:
             except ShardError:
                 continue
             if stored.folder:
-                return Settings()
+                return Settings(max_megapixels=max_megapixels)
             chosen = stored.settings
             return Settings(
                 frames=int(chosen["num_frames"]),
@@ -133,6 +138,7 @@ def _settings(found: sets.ShardSet, number: int) -> Settings | None:
                 size=int(chosen["size"]),
                 encoding=chosen["encoding"],
                 quality=int(chosen["quality"]),
+                max_megapixels=max_megapixels,
             )
     return None
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lavis_lstp.data.pictures import open_picture
+from lavis_lstp.data.pictures import DEFAULT_MAX_MEGAPIXELS, open_picture
 from lavis_lstp.data.shards import index, sets
 from lavis_lstp.data.shards.format import (
     IMAGE_MEMBERS,
@@ -33,7 +33,7 @@ from lavis_lstp.data.shards.storage import RETRY, Retry, beside, can_seek, expan
 from lavis_lstp.data.shards.tar import Member, TarScan, samples
 from lavis_lstp.errors import LstpError, ShardError
 from webdataset_tools.engine import how, run_jobs
-from webdataset_tools.pack import whole
+from webdataset_tools.pack import add_area_argument, whole
 
 HELP = "check shards; exit status 1 and a table of causes where something is wrong"
 
@@ -44,11 +44,13 @@ class Job:
 
     Attributes:
         decode: frames of each video that are decoded, 0 = none, also no picture.
+        max_megapixels: pictures and videos of a larger area, in millions of pixels, are problems.
     """
 
     location: str
     decode: int
     retry: Retry
+    max_megapixels: float = DEFAULT_MAX_MEGAPIXELS
 
 
 def check_shard(job: Job) -> dict[str, Any]:
@@ -133,7 +135,7 @@ class _Checker:
         try:
             if reason is not None:
                 raise reason
-            facts = check_content(key, content, f"{self.job.location}, {key}", self.job.decode)
+            facts = check_content(key, content, f"{self.job.location}, {key}", self.job.decode, self.job.max_megapixels)
             self.sound.append([key, *facts, list(members.values())])
         except LstpError as error:
             self.problem(key, getattr(error, "cause", "undecodable"), str(error))
@@ -171,7 +173,9 @@ class _Checker:
         return raw
 
 
-def check_content(key: str, content: Mapping[str, bytes], place: str, decode: int) -> tuple[str, str, list[str]]:
+def check_content(
+    key: str, content: Mapping[str, bytes], place: str, decode: int, max_megapixels: float = DEFAULT_MAX_MEGAPIXELS
+) -> tuple[str, str, list[str]]:
     """Kind, digest of medium or text, and question ids of a sample.
 
     Raises:
@@ -200,12 +204,18 @@ def check_content(key: str, content: Mapping[str, bytes], place: str, decode: in
         if hashlib.sha256(content[name]).hexdigest() != digest:
             raise ShardError(f"{place}.{name}: its SHA-256 is not that of its json", "hash")
         if decode:
-            check_decodable(kind, content[name], f"{place}.{name}", decode)
-    check_derived(content, place, decode, digest)
+            check_decodable(kind, content[name], f"{place}.{name}", decode, max_megapixels)
+    check_derived(content, place, decode, digest, max_megapixels)
     return kind, digest, ids
 
 
-def check_derived(content: Mapping[str, bytes], place: str, decode: int | None = None, digest: str = "") -> None:
+def check_derived(
+    content: Mapping[str, bytes],
+    place: str,
+    decode: int | None = None,
+    digest: str = "",
+    max_megapixels: float = DEFAULT_MAX_MEGAPIXELS,
+) -> None:
     """Raises ShardError or VideoError where frames, flow or spans are not of their form, or frames not of `digest`."""
     count = None
     if "frames" in content:
@@ -214,7 +224,7 @@ def check_derived(content: Mapping[str, bytes], place: str, decode: int | None =
         if frames.folder and hashlib.sha256(b"".join(frames.pictures)).hexdigest() != digest:
             raise ShardError(f"{place}.frames: the SHA-256 of its pictures is not that of its json", "hash")
         for number, picture in enumerate(frames.pictures if decode else ()):
-            check_decodable("image", picture, f"{place}.frames, {number}", 1)
+            check_decodable("image", picture, f"{place}.frames, {number}", 1, max_megapixels)
     if "flow" in content:
         flow, _ = parse_flow(content["flow"], f"{place}.flow")
         if count not in (None, len(flow)):
@@ -223,14 +233,16 @@ def check_derived(content: Mapping[str, bytes], place: str, decode: int | None =
         parse_json(content["span.json"], f"{place}.span.json")
 
 
-def check_decodable(kind: str, raw: bytes | Path, place: str, decode: int) -> None:
+def check_decodable(
+    kind: str, raw: bytes | Path, place: str, decode: int, max_megapixels: float = DEFAULT_MAX_MEGAPIXELS
+) -> None:
     """Raises VideoError where `decode` frames of a video, or a picture, cannot be decoded."""
     from lavis_lstp.data.video.reading import read_frames
 
     if kind == "video":
-        read_frames(raw, num=decode, size=64, name=place)
+        read_frames(raw, num=decode, size=64, name=place, max_megapixels=max_megapixels)
         return
-    open_picture(raw, place)
+    open_picture(raw, place, max_megapixels=max_megapixels)
 
 
 def verify(
@@ -238,6 +250,7 @@ def verify(
     against: Sequence[str] = (),
     *,
     decode: int = 8,
+    max_megapixels: float = DEFAULT_MAX_MEGAPIXELS,
     retry: Retry = RETRY,
     engine: str = "local",
     workers: int = 1,
@@ -250,9 +263,8 @@ def verify(
 
     Returns: failed, shards, samples, questions, causes (cause -> count), problems, notes.
     """
-    problems, sound = examine(
-        shards, against, decode=decode, retry=retry, engine=engine, workers=workers, address=address
-    )
+    looking = {"decode": decode, "max_megapixels": max_megapixels, "retry": retry}
+    problems, sound = examine(shards, against, **looking, engine=engine, workers=workers, address=address)
     same = Counter(digest for _, _, kind, digest, *_ in sound if kind in ("video", "image"))
     twice = sum(count - 1 for count in same.values() if count > 1)
     return {
@@ -267,10 +279,17 @@ def verify(
 
 
 def examine(
-    shards: Sequence[str], against: Sequence[str], *, decode: int, retry: Retry = RETRY, **how: Any
+    shards: Sequence[str],
+    against: Sequence[str],
+    *,
+    decode: int,
+    max_megapixels: float = DEFAULT_MAX_MEGAPIXELS,
+    retry: Retry = RETRY,
+    **how: Any,
 ) -> tuple[list[dict[str, str]], list[tuple]]:
     """Everything wrong with a set, and (shard, key, kind, digest, question ids, members) of each sound sample."""
-    results = run_jobs(check_shard, [Job(location, decode, retry) for location in shards], desc="verify", **how)
+    jobs = [Job(location, decode, retry, max_megapixels) for location in shards]
+    results = run_jobs(check_shard, jobs, desc="verify", **how)
     problems = [row for result in results for row in result["problems"]]
     sound = [(result["shard"], *row) for result in results for row in result["samples"]]
     problems += _duplicates(sound)
@@ -346,11 +365,13 @@ def add_check_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--against", nargs="+", default=(), help="shards of other splits: nothing may be in both")
     text = "frames decoded of each video; 0 = decode nothing; default: 8"
     parser.add_argument("--decode", type=whole, default=8, help=text)
+    add_area_argument(parser)
 
 
 def checks(args: argparse.Namespace) -> dict[str, Any]:
     """Options of the command line -> those of `verify` and `repair`."""
-    return {"against": expand(args.against) if args.against else (), "decode": args.decode, **how(args)}
+    looking = {"decode": args.decode, "max_megapixels": args.max_megapixels}
+    return {"against": expand(args.against) if args.against else (), **looking, **how(args)}
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

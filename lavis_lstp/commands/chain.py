@@ -37,7 +37,7 @@ from typing import Any
 import yaml
 
 from lavis_lstp.errors import ConfigError, LstpError, unknown_name
-from lavis_lstp.files import owned, read_record, sweep, write_json
+from lavis_lstp.files import owned, read_record, strict_json, sweep, write_json
 from lavis_lstp.redaction import printable, without_secrets, without_secrets_in
 from lavis_lstp.untrusted import guard_log
 
@@ -191,8 +191,8 @@ class Chain:
 def _command_of(started: Path) -> list[str] | None:
     """The command in a step's `command.json`; None where the file holds something else."""
     try:
-        found = json.loads(started.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
+        found = strict_json(started.read_text(encoding="utf-8-sig"))
+    except ValueError:
         return None
     return found if isinstance(found, list) else None
 

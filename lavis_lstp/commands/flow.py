@@ -23,6 +23,7 @@ import numpy as np
 
 from lavis_lstp.data.annotation import check_object, parse_rows, read_text
 from lavis_lstp.data.folder import check_name
+from lavis_lstp.data.pictures import DEFAULT_MAX_MEGAPIXELS
 from lavis_lstp.data.video.picture_folder import sha256_of_pictures
 from lavis_lstp.data.video.reading import BACKENDS, FLOW_FILE_VERSION, VIDEO_ENDINGS, read_frames
 from lavis_lstp.errors import AnnotationError, ConfigError, LstpError, VideoError
@@ -148,6 +149,7 @@ def video_flow(video: Path, args: argparse.Namespace, extractor: Any) -> np.ndar
         motion_vectors=given,
         flow_size=args.flow_size if given else None,
         threads=args.threads,
+        max_megapixels=args.max_megapixels,
     )
     if given:
         return clip.flow.astype(np.float16)
@@ -182,6 +184,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--backend", default="pyav", choices=BACKENDS)
     parser.add_argument("--device", default="cpu", help="for RAFT: cpu, cuda, ...; default: cpu")
     parser.add_argument("--threads", type=int, default=1, help="decoder threads; default: 1")
+    parser.add_argument(
+        "--max-megapixels", type=float, default=DEFAULT_MAX_MEGAPIXELS, help="as datasets.<name>.max_megapixels"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace files made with other settings")
     return parser
 
@@ -196,6 +201,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("num_frames", "size", "threads"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
+    if not 0 < args.max_megapixels < float("inf"):
+        raise ConfigError(f"--max-megapixels: expected a number greater than 0, got {args.max_megapixels}")
     if args.weights:
         if not args.flow.startswith("raft"):
             raise ConfigError(f"--weights: flow '{args.flow}' has no weights; leave it out")

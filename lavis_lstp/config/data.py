@@ -86,6 +86,7 @@ class Shards:
     attempts: int = key(6, least=1, most=1000)  # tries of a remote read, with waits that double from wait_s
     wait_s: int | float = key(0.5, least=0, most=3600)
     timeout_s: int | float = key(30, least=0.1, most=86400)
+    redirects: list[str] = key([])  # hosts beside its own that a server may redirect to; "*" = any
 
 
 @dataclass

@@ -218,9 +218,9 @@ def laid_over(settings: type, *sections: Any) -> DictConfig:
     return OmegaConf.merge(OmegaConf.create(defaults), *sections)
 
 
-def check_sampling(given: Mapping, where: str) -> None:
-    """Raise ConfigError for a temperature of 0 where sampling divides by it."""
-    if given.get("temperature") == 0 and given.get("do_sample", False) is True:
+def check_sampling(given: Mapping | str, where: str) -> None:
+    """Raise ConfigError for a temperature of 0 where sampling divides by it; an interpolation is checked later."""
+    if isinstance(given, Mapping) and given.get("temperature") == 0 and given.get("do_sample", False) is True:
         raise ConfigError(f"{where}.temperature must be a number above 0 where do_sample is true, got 0")
 
 

@@ -348,7 +348,6 @@ def check_together(
 
 def check_complete_model(model: Mapping[str, Any]) -> None:
     """Raise ConfigError for a value of a complete `model` section that cannot be used, or values that do not fit."""
-    checked_model(model)
-    check_sampling(model["generation"] or {}, "model.generation")
+    model = {**model, **checked_model(model)}  # an interpolation may stand for a number where text is expected
     together = {name: model[name] for name in ("losses", "prompt", "sampler_prompt", "answer_template")}
     check_together(train=model["train"] or (), in_loop=model["refinement"]["in_loop"], **together)

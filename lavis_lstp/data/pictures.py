@@ -10,6 +10,7 @@ with grey; it is set aside while a picture is decoded here.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import logging
 import struct
@@ -44,6 +45,8 @@ _TURNS = {
 }
 """EXIF orientation -> what makes the picture upright."""
 _ORIENTATION, _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 0x0112, 258, 262, 0
+_STATED = (340, 341)
+"""TIFF's SMinSampleValue and SMaxSampleValue."""
 
 
 def open_picture(
@@ -83,12 +86,17 @@ def picture_size(
 @contextlib.contextmanager
 def _opened(source: str | Path | bytes, name: str, max_megapixels: float) -> Iterator[Image.Image]:
     with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as picture:
-        if picture.width * picture.height > max_megapixels * 1e6:
-            raise VideoError(
-                f"{name}: is {picture.width} x {picture.height} px, more than max_megapixels: {max_megapixels:g} "
-                "allows; make it smaller, or raise the limit in the data set's section"
-            )
+        check_area(picture.width, picture.height, name, max_megapixels)
         yield picture
+
+
+def check_area(width: int, height: int, name: str, max_megapixels: float) -> None:
+    """Raises VideoError where a picture has more than `max_megapixels` millions of pixels."""
+    if width * height > max_megapixels * 1e6:
+        raise VideoError(
+            f"{name}: is {width} x {height} px, more than max_megapixels: {max_megapixels:g} allows; make it smaller, "
+            "or raise the limit (max_megapixels in the data set's section, --max-megapixels of a command)"
+        )
 
 
 @contextlib.contextmanager
@@ -139,37 +147,21 @@ def _orientation(picture: Image.Image, name: str) -> int:
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
-    tags = getattr(picture, "tag_v2", {})
-    if picture.mode.startswith("I;16"):
-        bits = tags.get(_BITS_PER_SAMPLE, (16,))[0]
-        return _grey(picture, (1 << min(16, max(1, bits))) - 1)
-    if picture.mode == "I":
-        return _grey(picture, 65535 if picture.format in ("PNG", "PPM") else None)
-    if picture.mode == "F":
-        return _grey(picture, None)
+    if picture.mode.startswith(("I", "F")):
+        return _grey(picture)
     if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
     return picture.convert("RGB")
 
 
-def _grey(picture: Image.Image, white: int | None) -> Image.Image:
-    """RGB of a picture of one channel of more than 8 bits.
-
-    Args:
-        white: the value that is white. None = nothing in the file says it: 1 (floats), 255 or 65535, the first that no
-            value is above; where there are negative or larger values, the smallest is black and the largest white.
-    """
+def _grey(picture: Image.Image) -> Image.Image:
+    """RGB of a picture of one channel of more than 8 bits."""
     values = np.asarray(picture).astype(np.float64)
     least, most = float(values.min()), float(values.max())
     if not (np.isfinite(least) and np.isfinite(most)):
         raise ValueError("it holds values that are not finite")
-    black = 0.0
-    if white is None:
-        known = (1, 255, 65535) if picture.mode == "F" else (255, 65535)
-        white = next((value for value in known if most <= value), None) if least >= 0 else None
-        if white is None:
-            black, white = least, max(most, least + 1)
+    black, white = _range(picture, least, most)
     grey = ((values - black) / (white - black) * 255 + 0.5).clip(0, 255).astype(np.uint8)
     if getattr(picture, "tag_v2", {}).get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
         grey = 255 - grey
@@ -177,3 +169,43 @@ def _grey(picture: Image.Image, white: int | None) -> Image.Image:
     if isinstance(clear, int):
         grey[values == clear] = 255
     return Image.fromarray(grey).convert("RGB")
+
+
+def _range(picture: Image.Image, least: float, most: float) -> tuple[float, float]:
+    """(black, white): the values between which a picture of one channel lies.
+
+    A TIFF may state them (SMinSampleValue, SMaxSampleValue). Up to 16 bits they are those of the type. Floats and 32
+    bits have no range of their own: white is 1 for floats, else 255 or 65535, the first that no value is above; a
+    picture with other values is refused, because stretching each by its own values would make frames of one video
+    flicker.
+
+    Raises:
+        ValueError: nothing says which value is white.
+    """
+    tags = getattr(picture, "tag_v2", {})
+    stated = [tags[tag][0] if isinstance(tags[tag], tuple) else tags[tag] for tag in _STATED if tag in tags]
+    if len(stated) == 2 and np.isfinite(stated).all() and stated[0] < stated[1]:
+        return float(stated[0]), float(stated[1])
+    bits = tags.get(_BITS_PER_SAMPLE, (16,))[0]
+    if picture.mode.startswith("I;16"):
+        return 0.0, (1 << min(16, max(1, bits))) - 1.0
+    if picture.mode == "I" and picture.format in ("PNG", "PPM"):
+        return 0.0, 65535.0
+    if picture.mode == "I" and bits == 16 and least >= 0:  # signed
+        return 0.0, 32767.0
+    known = (1.0, 255.0, 65535.0) if picture.mode == "F" else (255.0, 65535.0)
+    white = next((value for value in known if most <= value), None) if least >= 0 else None
+    if white is None:
+        raise ValueError(
+            f"its values are {least:g} to {most:g}, and nothing says which is black and which is white; store it with 8"
+            " or 16 bits, or with the TIFF tags SMinSampleValue and SMaxSampleValue"
+        )
+    if white > 1:
+        _say_once(picture.mode, white)
+    return 0.0, white
+
+
+@functools.lru_cache
+def _say_once(mode: str, white: float) -> None:
+    kind = "floats" if mode == "F" else "32 bits"
+    logger.warning("pictures of %s whose files state no range are read with %g as white", kind, white)

@@ -320,6 +320,7 @@ class VideoQADataset(Dataset):
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, float | None]:
         codec, flow, duration_s = self.flow == "motion_vectors", None, None
         chosen = {"num": self.num_frames, "fps": self.fps, "short_videos": self.short_videos, "size": self.image_size}
+        chosen["max_megapixels"] = self.max_megapixels
         stored = self.annotation.frames(place)
         if stored is not None:
             if codec or clip_s:
@@ -328,7 +329,6 @@ class VideoQADataset(Dataset):
             frames, times_s = unpack_frames(stored, self.annotation.name(place), self.section, **chosen), stored.times_s
         else:
             source, name = self.annotation.medium(place)
-            chosen["max_megapixels"] = self.max_megapixels
             codec_flow = {"motion_vectors": codec, "flow_size": self.flow_size if codec else None}
             video = read_frames(source, between_s=clip_s, backend=self.backend, name=name, **chosen, **codec_flow)
             frames, times_s, flow = video.frames, video.times_s, video.flow.astype(np.float16) if codec else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import contextlib
 import logging
 import os
 import sys
@@ -106,15 +107,17 @@ def run(args: argparse.Namespace, evaluate_only: bool = False) -> None:
         guard_log()
         if _waiting_since:
             log.info("imported in %.1f s; reading data, then weights", time.perf_counter() - _waiting_since.pop())
-        runner_cls, task, datasets, model = built(cfg, evaluate_only)
+        runner_cls, task, datasets = prepared(cfg, evaluate_only)
         warn_of_unused_flow(cfg)
-        if cfg.run_cfg.evaluate:
-            warn_of_random_weights(model, cfg)
-        runner = runner_cls(cfg=cfg, job_id=shared_job_id(), task=task, model=model, datasets=datasets)
-        if evaluate_only:
-            runner.evaluate(skip_reload=True)
-        else:
-            runner.train()
+        with alone(runner_cls, cfg.run_cfg):  # a second start need not read 14 GB to be refused
+            model = task.build_model(cfg)
+            if cfg.run_cfg.evaluate:
+                warn_of_random_weights(model, cfg)
+            runner = runner_cls(cfg=cfg, job_id=shared_job_id(), task=task, model=model, datasets=datasets)
+            if evaluate_only:
+                runner.evaluate(skip_reload=True)
+            else:
+                runner.train()
     finally:
         destroy_processes()
 
@@ -139,7 +142,22 @@ def configured(args: argparse.Namespace, evaluate_only: bool = False) -> Any:
 
 
 def built(cfg: Any, evaluate_only: bool = False) -> tuple[type, Any, Any, Any]:
-    """Runner class, task, data sets and model; what costs little is looked at first.
+    """Runner class, task, data sets and model.
+
+    Raises:
+        LstpError: settings, data or weights cannot be used.
+    """
+    runner_cls, task, datasets = prepared(cfg, evaluate_only)
+    return runner_cls, task, datasets, task.build_model(cfg)
+
+
+def alone(runner_cls: type, run: Mapping[str, Any]) -> contextlib.AbstractContextManager[None]:
+    """Own the output folder where the runner knows how to; LAVIS's own ones make a new folder for each job."""
+    return runner_cls.alone(run["output_dir"]) if hasattr(runner_cls, "alone") else contextlib.nullcontext()
+
+
+def prepared(cfg: Any, evaluate_only: bool = False) -> tuple[type, Any, Any]:
+    """Runner class, task and data sets; what costs little is looked at first.
 
     Raises:
         LstpError: settings, data or weights cannot be used.
@@ -163,7 +181,7 @@ def built(cfg: Any, evaluate_only: bool = False) -> tuple[type, Any, Any, Any]:
     datasets = task.build_datasets(cfg)
     if own_runner:
         runner_cls.check_splits(datasets, run, evaluate_only)
-    return runner_cls, task, datasets, task.build_model(cfg)
+    return runner_cls, task, datasets
 
 
 def check_model(model: Mapping[str, Any]) -> None:

@@ -6,7 +6,6 @@ reads its answers should know, and answers with the frames they came from.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lavis_lstp.errors import ConfigError, WeightsError
+from lavis_lstp.files import strict_json
 from lavis_lstp.untrusted import recorded, why_no_path
 
 logger = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ def _recorded_run(checkpoint: str) -> tuple[Path, dict[str, Any]]:
     if not manifest.is_file():
         return manifest, {}
     try:
-        recorded = json.loads(manifest.read_text(encoding="utf-8"))
+        recorded = strict_json(manifest.read_text(encoding="utf-8-sig"), finite=False)
         config = recorded["config"]
         if recorded.get("written_by") == CONVERTED and "arch" not in config["model"]:
             return manifest, {}  # RAFT or a sampler alone: of any model

@@ -19,7 +19,7 @@ from lavis_lstp.files import sha256_file, sha256_json
 from lavis_lstp.judging.endpoint import OnVerdict
 from lavis_lstp.judging.prompts import Prompt
 from lavis_lstp.judging.verdict import MAX_SCORE, PREDS, REFUSED, Case, Verdict, identity
-from lavis_lstp.models.weights.hub import local_path, where_to_put
+from lavis_lstp.models.weights.hub import BROKEN_FOLDER, check_configurations, local_path, where_to_put
 
 _BESIDE_WEIGHTS = (".json", ".jinja", ".model", ".txt")
 _VERDICTS = {
@@ -81,12 +81,13 @@ class LocalJudge:
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = "auto" if device == "cuda" else torch.float32
+        check_configurations(folder)
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
             model, found = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, use_safetensors=True, output_loading_info=True
             )
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        except (*BROKEN_FOLDER, SafetensorError) as error:
             said = " ".join(str(error).split())[:160]  # transformers lists all models it knows
             raise WeightsError(f"{folder}: no causal language model of transformers ({said})") from None
         if missing := sorted(found["missing_keys"]):

@@ -7,7 +7,7 @@ judge are verdicts, rows with a prediction are predictions. A verdict that is ab
 
 from __future__ import annotations
 
-import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,8 @@ from lavis_lstp.judging.verdict import JUDGED, MISSING, Case, Verdict
 from lavis_lstp.metrics.choice import LETTERS
 from lavis_lstp.metrics.qa import exact_match
 from lavis_lstp.metrics.resampling import RESAMPLES
+
+logger = logging.getLogger(__name__)
 
 EXACT = "nobody: exact match"
 """In place of a judge where nobody judged open answers."""
@@ -132,8 +134,8 @@ def _is_ours(file: Path) -> bool:
     with open(file, encoding="utf-8-sig", errors="replace") as handle:
         line = handle.readline()
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError:
+        row = strict_json(line, finite=False)
+    except ValueError:
         return bool(line.strip())
     return isinstance(row, dict) and "question_id" in row and bool({"prediction", "judge"} & row.keys())
 
@@ -188,15 +190,20 @@ def _evaluation(
     if verdicts is not None:
         _check_same(rows, file, verdicts, verdict_file)
     whole, judged = {}, {}
+    wild: list[str] = []
     for key, row in rows.items():
         given = (verdicts or {}).get(key)
         # a judge that was given --answers knows what the predictions do not say
         texts = {name: given[name] for name in TEXTS if name in given} if given else {}
         row = {"question": "", **texts, **{name: value for name, value in row.items() if value is not None}}
+        wild += [f"question_id '{key}': {what}" for what in _drop_wild(row)]
         _check_row(f"{file}: question_id '{key}'", row)
         whole[key] = row
         if "answer" in row:  # else it is hidden
             judged[key] = Judged(row, _verdict(row, verdict_file, key, given))
+    if wild:
+        what = f"NaN, infinite or beyond {LARGEST:g}, and left out of the page"
+        logger.warning("%s: %d numbers are %s; first %s", file, len(wild), what, wild[0])
     result = _json(verdict_file.with_suffix(".json"), RESULT_FORMS) if verdict_file else {}
     metrics = _json(file.with_name(f"{file.stem}_metrics.json"), RESULT_FORMS)
     expected = max(len(rows), *(one.get("num_questions", 0) for one in (metrics, result)))
@@ -301,6 +308,31 @@ MANIFEST_FORMS: dict[str, Callable[[Any], bool]] = {
     "cwd": lambda value: isinstance(value, str) and "\0" not in value,
 }
 """Keys of a run's manifest that the page reads, and their forms."""
+
+
+SHOWN_ONLY = ("span_s", "frame_times", "entropy", "log_prob", "option_log_prob")
+"""Numbers of a row that the page shows and no score is made of."""
+
+
+def _drop_wild(row: Row) -> list[str]:
+    """Remove what a page only shows and no number of JSON or of a video can be; returns what it was."""
+    found = []
+    for name in SHOWN_ONLY:
+        if name in row and (tame := _tame(row[name])) != row[name]:
+            found.append(f"{name} {row[name]!r:.80}")
+            row[name] = tame
+            if not FORMS[name](tame):  # a span of one end is none
+                del row[name]
+    return found
+
+
+def _tame(value: Any, depth: int = 2) -> Any:
+    """The value with None for each number, at most so deep, that is NaN, infinite or larger than an evaluation's."""
+    if depth and isinstance(value, dict):
+        return {key: _tame(one, depth - 1) for key, one in value.items()}
+    if depth and isinstance(value, list):
+        return [_tame(one, depth - 1) for one in value]
+    return value if type(value) not in (int, float) or _is_number(value) else None
 
 
 def _check_row(where: str, row: Row) -> None:

@@ -14,13 +14,13 @@ import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
 from lavis_lstp.data.folder import FolderQuestions, kind_of
-from lavis_lstp.data.pictures import open_picture
+from lavis_lstp.data.pictures import DEFAULT_MAX_MEGAPIXELS, open_picture
 from lavis_lstp.data.shards.questions import ShardQuestions, is_shards
 from lavis_lstp.data.shards.storage import expand
 from lavis_lstp.data.video.reading import VIDEO_ENDINGS, read_frames
@@ -29,6 +29,9 @@ from lavis_lstp.judging.rows import Row
 from lavis_lstp.report.evaluations import Evaluation
 from lavis_lstp.report.shell import data_uri
 from lavis_lstp.untrusted import recorded, what_it_names
+
+if TYPE_CHECKING:
+    from lavis_lstp.data.qa_dataset import VideoQADataset
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +60,7 @@ class Media:
         questions: of a folder or of shards; None where nothing is known.
         files: or files by video_id, of any folder.
         cwd: folder where the run was started, which messages leave out.
+        max_megapixels: the run's limit, from its data set's section.
         far: what to say of a folder that a manifest names, and that is neither here nor near the run; '' = nothing.
     """
 
@@ -66,8 +70,10 @@ class Media:
         files: Mapping[str, Path] | None = None,
         cwd: Path | None = None,
         far: str = "",
+        max_megapixels: float = DEFAULT_MAX_MEGAPIXELS,
     ):
         self.questions, self.files, self.cwd, self.far = questions, files or {}, cwd, far
+        self.limit = {"max_megapixels": max_megapixels}
         self.numbers = {name: i for i, name in enumerate(questions.question_ids())} if questions is not None else {}
 
     def find(self, key: str, row: Row) -> tuple[Any, Any] | str:
@@ -92,23 +98,25 @@ class Media:
             LstpError, OSError: the medium is missing or cannot be decoded.
         """
         if self.questions is None:
-            return _of_video(entry, str(entry), times_s)
+            return _of_video(entry, str(entry), times_s, self.limit)
         stored = self.questions.frames(place)
         if stored is not None:
             nearest = [int(np.abs(stored.times_s - time).argmin()) for time in times_s]
-            return [open_picture(stored.pictures[i], f"{self.questions.name(place)}, frame {i}") for i in nearest]
+            name = self.questions.name(place)
+            return [open_picture(stored.pictures[i], f"{name}, frame {i}", **self.limit) for i in nearest]
         source, name = self.questions.medium(place)
         if kind_of(entry) == "image":
-            return [open_picture(source, name)] * len(times_s)
-        return _of_video(source, name, times_s)
+            return [open_picture(source, name, **self.limit)] * len(times_s)
+        return _of_video(source, name, times_s, self.limit)
 
 
-def _of_video(source: Any, name: str, times_s: Sequence[float]) -> list[Image.Image]:
+def _of_video(source: Any, name: str, times_s: Sequence[float], limit: Mapping[str, float]) -> list[Image.Image]:
     if isinstance(source, Path) and source.is_dir():  # of pictures, which are read by number alone
-        every = read_frames(source, num=sys.maxsize, name=name)
+        every = read_frames(source, num=sys.maxsize, name=name, **limit)
         frames = every.frames[[int(np.abs(every.times_s - time).argmin()) for time in times_s]]
     else:
-        frames = read_frames(source, times_s=[time + HALF_A_STEP_S for time in times_s], name=name).frames
+        later = [time + HALF_A_STEP_S for time in times_s]
+        frames = read_frames(source, times_s=later, name=name, **limit).frames
     return [Image.fromarray(frame.transpose(1, 2, 0)) for frame in frames]
 
 
@@ -201,8 +209,9 @@ def _media(one: Evaluation, videos: str | None) -> Media | str:
         if split not in _storages(section):
             continue
         try:
-            questions = _questions(name, section, split, cwd, one.manifest_file)
-            return Media(questions, cwd=cwd, far=_far(questions, one))
+            data = _data_set(name, section, split, cwd, one.manifest_file)
+            far = _far(data.annotation, one)
+            return Media(data.annotation, cwd=cwd, far=far, max_megapixels=data.max_megapixels)
         except (LstpError, OSError) as error:
             reasons.append(_line(error, cwd))
     return reasons[0] if reasons else f"the run's data sets have no split '{split}'"
@@ -224,10 +233,8 @@ def _storages(section: Any) -> Mapping[str, Any]:
     return {split: value for split, value in section.items() if value} if isinstance(section, Mapping) else {}
 
 
-def _questions(
-    name: str, section: Mapping[str, Any], split: str, cwd: Path | None, source: Path
-) -> FolderQuestions | ShardQuestions:
-    """Those of a split, from a section of a run's config; read, never written, and from local files alone.
+def _data_set(name: str, section: Mapping[str, Any], split: str, cwd: Path | None, source: Path) -> VideoQADataset:
+    """The data set of a split, from a section of a run's config; read, never written, and from local files alone.
 
     Args:
         cwd: where the run was started, which relative paths begin at; None = the current folder.
@@ -257,7 +264,7 @@ def _questions(
         }
         kept = {key: value for key, value in section.items() if key not in (*ALONE, "build_info", "root", "generate")}
         content = recorded({**kept, "build_info": _placed(info, cwd)}, f"{source}: datasets.{name}")
-        return builder(OmegaConf.create({**content, **ALONE})).build_datasets()[split].annotation
+        return builder(OmegaConf.create({**content, **ALONE})).build_datasets()[split]
     except (OmegaConfBaseException, KeyError, TypeError, AttributeError) as error:  # a manifest that was changed
         raise ConfigError(
             f"{source}: the section of data set '{name}' in the run's manifest is damaged: {_line(error, cwd)}"

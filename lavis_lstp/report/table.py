@@ -5,13 +5,12 @@ In: the `result` folders of runs. Out: rows, and the lines of a table.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lavis_lstp.errors import CoverageError
-from lavis_lstp.files import read_jsonl
+from lavis_lstp.files import read_jsonl, read_record
 from lavis_lstp.metrics.agreement import mcnemar_exact
 from lavis_lstp.metrics.grounding import evaluate_spans
 from lavis_lstp.metrics.qa import accuracy_interval
@@ -33,7 +32,7 @@ def measure(folder: Path, stem: str) -> tuple[dict[str, Any], dict[str, bool]]:
     records = [r for r in read_jsonl(folder / f"{stem}.jsonl") if r.get("answer") is not None]
     if not records:
         raise CoverageError(f"{folder / stem}.jsonl: no question has an answer to compare with")
-    metrics = json.loads((folder / f"{stem}_metrics.json").read_text(encoding="utf-8"))
+    metrics = read_record(folder / f"{stem}_metrics.json", error=CoverageError)
     right = {record["question_id"]: is_right(record) for record in records}
     gold = {r["question_id"]: r["gold_span"] for r in records if "gold_span" in r and "span" in r}
     spans = {r["question_id"]: r["span"] for r in records if r["question_id"] in gold}

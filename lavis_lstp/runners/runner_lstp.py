@@ -110,12 +110,8 @@ class RunnerLSTP(RunnerBase):
 
     def setup_output_dir(self) -> None:
         """`run.output_dir` itself; no job id is added, so a resumed run finds its own checkpoints."""
-        self.output_dir = Path(self.settings.output_dir).expanduser().absolute()
+        self.output_dir = _made(self.settings.output_dir)
         self.result_dir = self.output_dir / "result"
-        try:
-            self.result_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"run.output_dir: cannot write to {self.output_dir} ({error.strerror})") from error
         for name, path in (("output_dir", self.output_dir), ("result_dir", self.result_dir)):
             registry.mapping["paths"][name] = str(path)  # register_path allows one run per process
 
@@ -127,19 +123,26 @@ class RunnerLSTP(RunnerBase):
         Raises:
             BusyError: another run works in the output folder.
         """
-        with self._alone():
+        with self.alone(self.output_dir):
             if self.evaluate_only:
                 return self._evaluate_alone(self._eval_splits(), "given", skip_reload=True)
             return self._train()
 
+    @staticmethod
     @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Own the output folder; rank 0 does so for all ranks."""
+    def alone(output_dir: str | os.PathLike) -> Iterator[None]:
+        """Own an output folder, several times over if need be; rank 0 does so for all ranks.
+
+        Raises:
+            BusyError: another run works there.
+            ConfigError: it cannot be written to.
+        """
         with contextlib.ExitStack() as until_the_end:
 
             def own() -> None:
-                until_the_end.enter_context(owned(self.output_dir))
-                sweep(self.result_dir)
+                folder = _made(output_dir)
+                until_the_end.enter_context(owned(folder))
+                sweep(folder / "result")
 
             distributed.on_main(own)
             yield
@@ -157,7 +160,7 @@ class RunnerLSTP(RunnerBase):
 
     def evaluate(self, cur_epoch: int | str = "given", skip_reload: bool = True) -> dict[str, Any]:
         """Evaluate `test_splits` with the weights at hand, or with the best checkpoint's unless `skip_reload`."""
-        with self._alone():
+        with self.alone(self.output_dir):
             return self._evaluate_alone(self.settings.test_splits, cur_epoch, skip_reload=skip_reload)
 
     def _evaluate_alone(self, splits: Sequence[str], cur_epoch: int | str, *, skip_reload: bool) -> dict[str, Any]:
@@ -425,3 +428,13 @@ class RunnerLSTP(RunnerBase):
         where = {"split": split_name, "step": self.position.step, "epoch": cur_epoch, "seconds": seconds}
         self.json_log.write("eval", **where, **shown)
         return metrics
+
+
+def _made(output_dir: str | os.PathLike) -> Path:
+    """`run.output_dir`, absolute and with its folder of results."""
+    folder = Path(output_dir).expanduser().absolute()
+    try:
+        (folder / "result").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"run.output_dir: cannot write to {folder} ({error.strerror})") from error
+    return folder

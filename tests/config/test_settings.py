@@ -417,6 +417,21 @@ def fuzz(count: int, seed: int) -> list[str]:
     return [f"{option[:100]!r}: {what}" for option, what in found if what]
 
 
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("model.generation=${run.seed}", "model.generation must be a mapping, got 42"),
+        ("model.generation=${oc.env:LSTP_NOBODY_SETS_THIS}", "LSTP_NOBODY_SETS_THIS"),
+        ("model.sampler_prompt=${run.seed}", "model.sampler_prompt must contain {question}, got '42'"),
+        ("model.prompt=${run.seed}", "model.prompt must contain {question}, got '42'"),
+        ("model.backbone.weights=a.json", "a.json' is a file; expected a folder in the hub's layout"),
+        ("model.sampler.tokenizer=a.json", "a.json' is a file; expected a folder in the hub's layout"),
+    ],
+)
+def test_what_five_thousand_values_found(here, option, said):
+    assert said in error(option)
+
+
 def test_no_value_of_a_key_ends_in_a_traceback(here):
     assert fuzz(120, seed=1) == []
 

@@ -243,7 +243,7 @@ from pathlib import Path
 from PIL import Image
 HERE = Path(__file__).resolve().parents[1]
 def visual(doc):
-    path = HERE.parent / "data" / doc["medium"]
+    path = HERE / "data" / doc["medium"]
     return [Image.open(path) if path.suffix == ".png" else str(path)]
 def choices(doc):
     return doc["options"]

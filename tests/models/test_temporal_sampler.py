@@ -285,8 +285,9 @@ def test_gradient_reaches_what_the_mode_uses_and_nothing_else(mode):
         part, _, rest = name.partition(".")
         expected = int(rest.split(".")[0]) in used if part == "layers" else part != "text_embedding" or has_text
         got = parameter.grad is not None and bool(parameter.grad.abs().sum() > 0)
-        # no bias of a key or of pooling can change a softmax or a difference of logits
-        if not name.endswith("key.bias") and name != "flow_embedding.pool.bias":
+        # no bias of a key, of pooling or of the head can change a softmax or a difference of logits: their gradients
+        # are rounding alone, which may be exactly 0 in one torch and not in another
+        if not name.endswith("key.bias") and name not in ("flow_embedding.pool.bias", "head.bias"):
             assert got == expected, name
 
 

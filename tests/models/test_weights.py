@@ -14,6 +14,7 @@ from torch import nn
 from lavis_lstp.errors import WeightsError
 from lavis_lstp.models.answer.loading import model_classes
 from lavis_lstp.models.answer.lora import add_lora, matched
+from lavis_lstp.models.weights import hub
 from lavis_lstp.models.weights.published_sizes import PUBLISHED_SIZES
 from lavis_lstp.models.weights.reading import (
     convert_published,
@@ -323,3 +324,21 @@ def test_tied_weights():
     torn = {**state, "2.weight": torch.zeros(1, 3)}
     with pytest.raises(WeightsError, match="'1.weight' and '2.weight' differ in the file but are one tensor"):
         load_strict(model, torn)
+
+
+@pytest.mark.parametrize("content", ["[]", '[{"a": 1}]', "null", "7", "{", '{"a": 1, "a": 2}', "[" * 100_000])
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "qformer_tokenizer/tokenizer_config.json"])
+def test_a_configuration_that_is_no_object_is_named_before_transformers_meets_it(name, content, tmp_path):
+    from lavis_lstp.models.answer.loading import load_published
+
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(WeightsError, match=rf"{tmp_path / name}: ") as caught:
+        load_published(str(tmp_path), family="instructblip")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_in_place_of_a_folder_in_the_hubs_layout(tmp_path):
+    (tmp_path / "a.json").write_text("[]")
+    with pytest.raises(WeightsError, match=r"a.json' is a file; expected a folder in the hub's layout"):
+        hub.where_from(str(tmp_path / "a.json"))

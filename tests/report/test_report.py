@@ -487,18 +487,47 @@ def test_text_stays_text(tmp_path):
     assert next(q for q in seen.data["questions"] if q["id"] == "q006")["question"] == EVIL
 
 
-@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e308", "1" + "0" * 400])
-@pytest.mark.parametrize("name", ["span_s", "log_prob", "frame_times", "gold_span", "num_frames", "entropy"])
-def test_numbers_that_are_none_are_named(tmp_path, name, value):
+@pytest.mark.parametrize("value", ["NaN", "1" + "0" * 400])
+@pytest.mark.parametrize("name", ["span", "gold_span", "num_frames", "frame_index"])
+def test_numbers_that_scores_are_made_of_must_be_numbers(tmp_path, name, value):
     rows = [prediction(i, True) for i in range(3)]
-    numbers = {
-        "log_prob": {"sum": "?", "mean": -1, "tokens": 2},
-        "entropy": {"start": "?", "end": 1},
-        "num_frames": "?",
-    }
-    rows[1][name] = numbers.get(name, [0, "?"])
+    rows[1][name] = "?" if name == "num_frames" else [0, "?"]
     file = write_run(tmp_path, rows)
     file.write_text(file.read_text().replace('"?"', value))
+    with pytest.raises(AnnotationError, match=f"question_id 'q001': {name} is not of the form"):
+        report([tmp_path], pictures=0)
+
+
+@pytest.mark.parametrize("value", ["-Infinity", "1e308"])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("span_s", [0, "?"]),
+        ("frame_times", ["?", 0.5, 1.0, 1.5]),
+        ("entropy", {"start": "?", "end": 1}),
+        ("log_prob", {"sum": -1, "mean": "?", "tokens": 2}),
+        ("log_prob", {"sum": -1, "mean": -1, "tokens": "?"}),
+        ("option_log_prob", [{"sum": "?", "mean": -1, "tokens": 2}] * 2),
+    ],
+)
+def test_numbers_that_are_shown_alone_are_left_out_and_said(tmp_path, name, content, value, caplog):
+    rows = [prediction(i, True) for i in range(3)]
+    rows[1][name] = content
+    if name == "option_log_prob":
+        rows[1] |= {"options": ["a", "b"], "choice": "A"}
+    file = write_run(tmp_path, rows)
+    file.write_text(file.read_text().replace('"?"', value))
+    seen = page(tmp_path)
+    assert len(seen.data["questions"]) == 3 and "1" + "0" * 308 not in json.dumps(seen.data)
+    (line,) = [record.getMessage() for record in caplog.records if "left out of the page" in record.getMessage()]
+    assert line.startswith(f"{file}: 1 numbers are NaN, infinite or beyond") and f"'q001': {name} " in line
+
+
+@pytest.mark.parametrize("name", ["span_s", "log_prob", "frame_times", "entropy"])
+def test_what_is_shown_alone_and_of_another_form_is_named(tmp_path, name):
+    rows = [prediction(i, True) for i in range(3)]
+    rows[1][name] = "a text"
+    write_run(tmp_path, rows)
     with pytest.raises(AnnotationError, match=f"question_id 'q001': {name} is not of the form"):
         report([tmp_path], pictures=0)
 

@@ -36,6 +36,37 @@ def in_child(work) -> int:
 # ---- one owner
 
 
+def test_a_second_start_is_refused_before_its_model_is_built(tmp_path, monkeypatch, capfd):
+    from lavis_lstp.host import train
+    from lavis_lstp.tasks.base import LSTPTask
+
+    reading, writing = os.pipe()
+
+    def first() -> None:
+        with owned(tmp_path / "run"):
+            os.write(writing, b"!")
+            signal.pause()
+
+    pid = os.fork()
+    if pid == 0:
+        try:
+            first()
+        finally:
+            os._exit(1)
+    try:
+        assert os.read(reading, 1) == b"!"
+        monkeypatch.setattr(LSTPTask, "build_model", lambda self, cfg: pytest.fail("the model is built"))
+        shapes = {"train_videos": 1, "val_videos": 1, "test_videos": 1, "train_images": 0, "size": 48}
+        options = [f"datasets.lstp_shapes.generate.{name}={value}" for name, value in shapes.items()]
+        options += [f"datasets.lstp_shapes.root={tmp_path / 'data'}", f"run.output_dir={tmp_path / 'run'}"]
+        assert train.main(["--cfg-path", "projects/lstp/tiny_ft.yaml", "--options", *options]) == 2
+        said = capfd.readouterr().err
+        assert f"{tmp_path / 'run'}: process {pid} on" in said and "Traceback" not in said
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
 def test_a_second_owner_is_told_who_the_first_is_and_a_dead_one_is_followed(tmp_path):
     def refused() -> None:
         with pytest.raises(BusyError, match=rf"{tmp_path}: process {os.getppid()} on \S+ \(.*\) has been .* since 2"):

@@ -294,3 +294,33 @@ def test_a_folder_with_something_in_it_is_left_alone(media, tmp_path):
         extract(shards, media)
     (tmp_path / "link").symlink_to(media)
     assert main(["extract", *shards, "--out", str(tmp_path / "link")]) == 2
+
+
+@pytest.mark.parametrize("stored", [(), ("--frames", "2", "--size", "32")], ids=["files", "frames"])
+def test_the_largest_area_is_the_users_in_every_verb(media, tmp_path, stored, capsys):
+    """Frames of a numbered video have 0.0154 megapixels, the picture has 0.0012, a stored frame 0.001."""
+    small, great = ("--max-megapixels", "0.01"), ("--max-megapixels", "0.02")
+    source = (str(media / "a.json"), *stored)
+    assert main(["pack", str(tmp_path / "no/x"), *source, *small]) == 2
+    assert "max_megapixels" in capsys.readouterr().err
+    if not stored:  # a limit of another size is another plan; the usual one is that of sets that began without it
+        assert main(["pack", str(tmp_path / "some/x"), *source, *small, "--skip-bad"]) == 0
+        assert "3 left out" in capsys.readouterr().out
+        assert main(["pack", str(tmp_path / "some/x"), *source, "--skip-bad"]) == 2
+        assert "with other settings" in capsys.readouterr().err
+    assert main(["pack", str(tmp_path / "all/x"), *source, *great]) == 0
+    (shard,) = map(str, (tmp_path / "all").glob("*.tar"))
+    assert main(["verify", shard, *great]) == 0
+    tight = small if not stored else ("--max-megapixels", "0.0011")
+    capsys.readouterr()
+    assert main(["verify", shard, *tight]) == 1
+    assert ["undecodable", "1" if stored else "3"] in [
+        line.split()[:2] for line in capsys.readouterr().out.splitlines()
+    ]
+    assert main(["repair", shard, "--out", str(tmp_path / "mended/x"), *tight]) == 0
+    assert f"{1 if not stored else 3} samples" in capsys.readouterr().out
+    frames = ("--num-frames", "2", "--size", "32")
+    assert main(["flow", shard, "--out", str(tmp_path / "flow/x"), *frames, *great]) == 0
+    assert main(["flow", shard, "--out", str(tmp_path / "flow2/x"), *frames, "--max-megapixels", "0.0009"]) == 2
+    with pytest.raises(SystemExit):
+        main(["verify", shard, "--max-megapixels", "0"])

@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import logging
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
@@ -44,7 +43,7 @@ from PIL import Image, ImageDraw
 
 from lavis_lstp.data.shapes import scene as world
 from lavis_lstp.errors import ConfigError, run_command
-from lavis_lstp.files import whole_file, write_json
+from lavis_lstp.files import strict_json, whole_file, write_json
 
 VERSION = 1
 FORMAT = "lavis_lstp.shapes_qa"
@@ -279,7 +278,7 @@ def _check_parameters(out: Path, parameters: Parameters) -> dict[str, Any] | Non
         if not path.exists():
             continue
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = strict_json(path.read_text(encoding="utf-8-sig"))
             there = found["parameters"]
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{path} is not a Shapes-QA manifest ({error}); use another folder") from error

@@ -24,7 +24,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -53,11 +53,14 @@ class Retry:
         attempts: in all, so 1 = never again.
         wait_s: before the second; doubles each time, plus up to as much again by chance.
         timeout_s: without a byte, after which a connection counts as broken.
+        redirects: hosts beside its own that a server may send us to; "*" = any. REDIRECTS in the environment names
+            more, for commands.
     """
 
     attempts: int = 6
     wait_s: float = 0.5
     timeout_s: float = 30.0
+    redirects: tuple[str, ...] = ()
 
 
 RETRY = Retry()
@@ -163,7 +166,7 @@ def read_all(location: str, retry: Retry = RETRY) -> bytes:
     if kind == "file":
         data = _local(location, lambda file: _pread(file, 0, most))
     elif kind == "http":
-        data = _again(location, retry, lambda: _http_get(location, most, retry.timeout_s))
+        data = _again(location, retry, lambda: _http_get(location, most, retry))
     elif kind == "pipe":
         with open_stream(location, retry) as stream:
             data = _body(stream, most)
@@ -218,7 +221,7 @@ def knows_ranges(location: str, retry: Retry = RETRY) -> bool:
 def _up_to(location: str, offset: int, size: int, retry: Retry) -> bytes:
     """Bytes from `offset` on, fewer where the file ends before."""
     if scheme(location) == "http":
-        return _again(location, retry, lambda: _http_range(location, offset, size, retry.timeout_s))
+        return _again(location, retry, lambda: _http_range(location, offset, size, retry))
     return _again(location, retry, lambda: _fsspec(location).cat_file(_strip(location), offset, offset + size))
 
 
@@ -290,9 +293,12 @@ def _request(location: str, headers: dict[str, str]) -> urllib.request.Request:
 class _Redirects(urllib.request.HTTPRedirectHandler):
     """Follows a server to its own host, and to others that the user has named: the request tells who asks for what."""
 
+    def __init__(self, hosts: Iterable[str] = ()):
+        self.hosts = hosts
+
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
         before, after = urllib.parse.urlsplit(req.full_url), urllib.parse.urlsplit(newurl)
-        named = {name.strip().lower() for name in os.environ.get(REDIRECTS, "").split(",")}
+        named = {name.strip().lower() for name in (*self.hosts, *os.environ.get(REDIRECTS, "").split(","))}
         same = _place(before) == _place(after) or (_place(before), _place(after)) == (
             (before.hostname, 80),
             (before.hostname, 443),
@@ -300,9 +306,9 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         downgraded = after.scheme != "https" and (after.scheme != "http" or before.scheme == "https")
         if downgraded or not (same or "*" in named or after.hostname in named):
             where = f"{after.scheme}://{after.netloc}"
-            why = "which is not encrypted" if downgraded else f"another host; where you trust it, set {REDIRECTS}"
-            hint = "" if downgraded else f"={after.hostname}"
-            raise ShardError(f"{req.full_url}: redirected to {where}, {why}{hint}", "refused")
+            trust = f"another host; where you trust it, set shards.redirects=[{after.hostname}] of the data set, or "
+            why = "which is not encrypted" if downgraded else f"{trust}{REDIRECTS}={after.hostname}"
+            raise ShardError(f"{req.full_url}: redirected to {where}, {why}", "refused")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
@@ -310,9 +316,9 @@ def _place(parts: urllib.parse.SplitResult) -> tuple[str | None, int]:
     return parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
 
 
-@functools.lru_cache(maxsize=1)
-def _opener() -> urllib.request.OpenerDirector:
-    return urllib.request.build_opener(_Redirects)
+@functools.lru_cache(maxsize=8)
+def _opener(redirects: tuple[str, ...]) -> urllib.request.OpenerDirector:
+    return urllib.request.build_opener(_Redirects(redirects))
 
 
 def _body(response: Any, most: int) -> bytes:
@@ -329,19 +335,19 @@ def _stated_length(response: Any) -> int | None:
     return int(stated) if re.fullmatch("[0-9]{1,18}", stated) else None
 
 
-def _http_get(location: str, most: int, timeout_s: float) -> bytes:
-    with _opener().open(_request(location, {}), timeout=timeout_s) as response:
+def _http_get(location: str, most: int, retry: Retry) -> bytes:
+    with _opener(retry.redirects).open(_request(location, {}), timeout=retry.timeout_s) as response:
         data, stated = _body(response, most), _stated_length(response)
     if stated is not None and len(data) != min(stated, most):
         raise http.client.IncompleteRead(data)
     return data
 
 
-def _http_range(location: str, offset: int, size: int, timeout_s: float) -> bytes:
+def _http_range(location: str, offset: int, size: int, retry: Retry) -> bytes:
     """The range; fewer bytes only where the file ends before."""
     headers = {"Range": f"bytes={offset}-{offset + size - 1}"}
     try:
-        with _opener().open(_request(location, headers), timeout=timeout_s) as response:
+        with _opener(retry.redirects).open(_request(location, headers), timeout=retry.timeout_s) as response:
             if response.status != 206:
                 raise _no_ranges(location, response.status)
             data, end = _body(response, size + 1), _stated_end(location, response, offset)
@@ -434,7 +440,9 @@ class _HttpStream(io.RawIOBase):
     def _connect(self) -> None:
         headers = {"Range": f"bytes={self.at}-"} if self.at else {}
         try:
-            response = _opener().open(_request(self.location, headers), timeout=self.retry.timeout_s)
+            response = _opener(self.retry.redirects).open(
+                _request(self.location, headers), timeout=self.retry.timeout_s
+            )
         except urllib.error.HTTPError as error:
             if error.code != 416 or self.at != self.first:
                 raise

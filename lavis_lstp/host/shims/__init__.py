@@ -107,6 +107,12 @@ AFTER_LAVIS = (
         "transformers 4.27",
         models.lift_blip_refusal,
     ),
+    Shim(
+        "lavis...vit, timesformer.helpers: weights from the net",
+        "torch.hub.load_state_dict_from_url takes any pickle unless told not to, and LAVIS does not tell it",
+        "torch 2.6",
+        models.take_weights_only,
+    ),
 )
 
 TABLE = BEFORE_LAVIS + AFTER_LAVIS

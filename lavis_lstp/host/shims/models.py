@@ -12,8 +12,9 @@ import functools
 import importlib
 import inspect
 import sys
+import types
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lavis_lstp.host.shims.names import lavis_has
 
@@ -344,3 +345,35 @@ def lift_blip_refusal() -> bool:
     base._lstp_refusal = True
     base.__init__ = _unless_refused(base.__init__)
     return True
+
+
+class _Instead(types.ModuleType):
+    """A module with some names of its own; any other is the real one's."""
+
+    def __init__(self, real: types.ModuleType, **own: Any):
+        super().__init__(real.__name__, real.__doc__)
+        self.__dict__.update(own, _real=real)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+
+def take_weights_only() -> bool:
+    """LAVIS's two downloads by torch.hub, of DeiT and TimeSformer: pickles that hold more than weights are refused."""
+    import torch
+
+    load = functools.partial(torch.hub.load_state_dict_from_url, weights_only=True)
+    mended = False
+    for name, attribute, instead in (
+        (
+            "lavis.models.vit",
+            "torch",
+            lambda real: _Instead(real, hub=_Instead(real.hub, load_state_dict_from_url=load)),
+        ),
+        ("lavis.models.timesformer.helpers", "model_zoo", lambda real: _Instead(real, load_url=load)),
+    ):
+        module = sys.modules.get(name)
+        if module is not None and not isinstance(getattr(module, attribute), _Instead):
+            setattr(module, attribute, instead(getattr(module, attribute)))
+            mended = True
+    return mended

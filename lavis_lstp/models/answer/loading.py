@@ -20,7 +20,7 @@ from lavis_lstp.config.fields import reason
 from lavis_lstp.config.other_keys import transformers_errors
 from lavis_lstp.errors import ConfigError, WeightsError, unknown_name
 from lavis_lstp.models.answer.tiny_tokenizer import tiny_tokenizer
-from lavis_lstp.models.weights.hub import where_from, where_to_put
+from lavis_lstp.models.weights.hub import BROKEN_FOLDER, where_from, where_to_put
 
 FAMILIES = ("instructblip", "blip2")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -87,12 +87,12 @@ def load_published(
         qformer_tokenizer = None
         if family == "instructblip":
             qformer_tokenizer = AutoTokenizer.from_pretrained(**where, subfolder="qformer_tokenizer")
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+    except (*BROKEN_FOLDER, SafetensorError) as error:
         raise WeightsError(
             f"no {family} weights at '{name}' (model.backbone.weights): expected a hub id that is cached or can be "
             f"reached, such as {HUB_IDS[family]}, or a folder with its files (config.json, *.safetensors and "
             f"tokenizer files) downloaded from huggingface.co; {where_to_put(name)}; "
-            f"transformers says: {str(error).strip().splitlines()[0]}"
+            f"transformers says: {' '.join(str(error).split())[:300] or type(error).__name__}"
         ) from error
     if missing := sorted(found["missing_keys"]):
         raise WeightsError(

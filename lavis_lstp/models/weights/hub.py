@@ -7,7 +7,6 @@ environment variable LAVIS_LSTP_WEIGHTS names, and else the hub (its cache first
 from __future__ import annotations
 
 import functools
-import json
 import os
 import re
 import socket
@@ -19,6 +18,7 @@ from typing import Any
 
 from lavis_lstp.config.model import used_parts
 from lavis_lstp.errors import WeightsError, shortened
+from lavis_lstp.files import read_record, strict_json
 from lavis_lstp.models.weights.saved_runs import checkpoint_of_run
 
 ENVIRONMENT = "LAVIS_LSTP_WEIGHTS"
@@ -32,6 +32,8 @@ HUB_MODELS = (
 """Models that this package's own files name."""
 SIZES_FILE = "tiny_checkpoints.json"
 """In that folder: sizes of the model that its weights are of, where these are not the published ones."""
+BROKEN_FOLDER = (OSError, ValueError, RuntimeError, ImportError, LookupError, TypeError, AttributeError)
+"""What transformers raises for folders whose files are not there, damaged, or say what it does not expect."""
 UNINITIALISED = "checkpoint"
 """`model.flow.weights`: RAFT's come with a checkpoint."""
 
@@ -57,7 +59,7 @@ def sizes_of_weights() -> dict[str, dict[str, int]]:
     if path is None or not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8")).get("model", {})
+        found = strict_json(path.read_text(encoding="utf-8-sig")).get("model", {})
         sections = {key: dict(found[key]) for key in ("sampler", "flow") if key in found}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise WeightsError(f"{path}: cannot be read as sizes of a model ({error}); write the folder again") from None
@@ -78,10 +80,27 @@ def where_to_put(name: str) -> str:
 
 def where_from(name: str) -> dict:
     """Arguments for transformers' `from_pretrained`: a folder of this machine, or a hub id, from the hub's cache alone
-    where the hub cannot be reached, because it would be asked again and again, 25 s for each file."""
+    where the hub cannot be reached, because it would be asked again and again, 25 s for each file.
+
+    Raises:
+        WeightsError: it is a file, or a folder with a configuration that is no JSON object.
+    """
     if path := local_path(name):
+        check_configurations(path)
         return {"pretrained_model_name_or_path": str(path)}
     return {"pretrained_model_name_or_path": name, "local_files_only": not _hub_answers()}
+
+
+def check_configurations(folder: Path) -> None:
+    """Refuse what transformers would meet with a TypeError deep inside.
+
+    Raises:
+        WeightsError: `folder` is a file, or one of its configurations is no JSON object.
+    """
+    if folder.is_file():
+        raise WeightsError(f"'{folder}' is a file; expected a folder in the hub's layout, with config.json or its like")
+    for file in sorted([*folder.glob("*config.json"), *folder.glob("*/*config.json")]):
+        read_record(file, error=WeightsError)
 
 
 def is_missing(name: str, file: str) -> bool:

@@ -9,7 +9,6 @@ of names are in `published_names`.
 from __future__ import annotations
 
 import fnmatch
-import json
 import logging
 import pickle
 import re
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lavis_lstp.errors import WeightsError
+from lavis_lstp.files import strict_json
 from lavis_lstp.models.weights.hub import (
     CHECKPOINT_FILES,
     INDEX,
@@ -201,7 +201,7 @@ def load_state_dict_file(path: str | Path) -> dict[str, Tensor]:
 def _load_shards(index: Path) -> dict[str, Tensor]:
     """The shards named in an index of transformers, as one state dict."""
     try:
-        place = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        place = strict_json(index.read_text(encoding="utf-8-sig"))["weight_map"]
         shards = {key: index.parent / Path(name).name for key, name in place.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(f"'{index}' is damaged or no index of shards: {type(error).__name__} {error}") from error

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 
 from lavis_lstp import distributed
 from lavis_lstp.errors import WeightsError
+from lavis_lstp.files import strict_json
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _NAME = re.compile(r"optimizer_(\d{5})_of_(\d{5})\.safetensors")
@@ -176,8 +177,8 @@ def _files(folder: Path) -> list[Path]:
 
 def _step(metadata: dict[str, str] | None, path: Path) -> int | float:
     try:
-        step = json.loads((metadata or {})["about"])["step"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        step = strict_json((metadata or {})["about"])["step"]
+    except (ValueError, KeyError, TypeError):
         step = None
     if type(step) not in (int, float):
         raise WeightsError(f"{path}: its header does not say of which step it is; it is no optimizer's state of a run")
