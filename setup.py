@@ -102,6 +102,7 @@ OUR_NEEDS = [
     "opencv-python-headless>=4.9",
     "peft>=0.17",
     "pillow>=10",
+    "prompt_toolkit>=3",  # edits the lines of `chat`; pure Python
     "protobuf>=4",  # transformers reads hub folders that have tokenizer.model alone with it
     "pyyaml>=6",
     "safetensors>=0.4.3",
@@ -115,6 +116,15 @@ OUR_NEEDS = [
     # Both packages occupy the module `decord`; the first has no wheel for macOS on ARM.
     "decord>=0.6.0; sys_platform != 'darwin' or platform_machine != 'arm64'",
     "eva-decord>=0.6.1; sys_platform == 'darwin' and platform_machine == 'arm64'",
+]
+
+SERVE_NEEDS = [
+    "fastapi>=0.165",  # bounds bodies (max_body_size)
+    "gradio>=6.31",  # 83 MB; its pin keeps pillow below 13
+    "httpx>=0.27",
+    "prometheus_client>=0.20",
+    "python-multipart>=0.0.18",
+    "uvicorn>=0.34",
 ]
 
 setup(
@@ -143,7 +153,9 @@ setup(
             "sacrebleu>=2.4",
             "selenium>=4.20",
             "setuptools>=70.1",
+            *SERVE_NEEDS,
         ],
+        "serve": SERVE_NEEDS,
         "deepspeed": ["deepspeed>=0.19"],
         "ray": ["ray>=2.40"],
         "judge": ["openai>=2.39"],

@@ -1,8 +1,8 @@
 """`lavis-lstp chat VIDEO`: a conversation about a video in a terminal, or one question a line through a pipe.
 
-In: a video, and lines: questions, or commands that begin with a slash. Out: answers as they are written, and the seconds
-they came from. Lines are edited with prompt_toolkit, which brings history, keys and wide characters; without a terminal
-nothing of it is imported. A line that cannot be answered is one line on stderr, and the conversation goes on.
+In: a video, and lines: questions, or commands that begin with a slash. Out: answers as they are written, and the
+seconds they came from. Lines are edited with prompt_toolkit, which brings history, keys and wide characters; without a
+terminal nothing of it is imported. A line that cannot be answered is one line on stderr, and the conversation goes on.
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ def prompt_of(model: Any, asked: Asked) -> str:
     def turn(question: str) -> str:
         return model.prompts({"text_input": [question]}, template)[0]
 
-    prompt = turn(asked.question)
+    prompt = turn(f"{asked.instructions}\n{asked.question}" if asked.instructions else asked.question)
     room = model.backbone.max_text_tokens
     for question, answer in reversed(asked.history):
         longer = f"{turn(question)}{answer}{END_OF_TURN}{prompt}"

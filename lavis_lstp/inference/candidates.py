@@ -1,7 +1,7 @@
 """One video, picture or text -> its candidate frames and their flow, kept in memory by content.
 
-In: a path, bytes, a seekable binary file, a list of pictures, or None. Out: `Candidates`, everything about a medium that
-does not depend on the question. A second question about the same bytes neither reads nor decodes them, whatever they
+In: a path, bytes, a seekable binary file, a list of pictures, or None. Out: `Candidates`, all that does not depend on
+the question. A second question about the same bytes neither reads nor decodes them, whatever they
 are called. Several threads may ask at once: the same medium is decoded once, and the others wait for it.
 """
 
@@ -172,9 +172,13 @@ class Reader:
         cache_bytes: of frames and flow that are kept in memory.
         max_seconds: a longer video is refused; None = any.
         max_megapixels: a larger picture, or video with larger pictures, is refused.
+        decoders: media that are decoded at a time.
     """
 
-    def __init__(self, model: Any, *, cache_bytes: int, max_seconds: float | None, max_megapixels: float):
+    def __init__(
+        self, model: Any, *, cache_bytes: int, max_seconds: float | None, max_megapixels: float, decoders: int
+    ):
+        self._decoders = threading.Semaphore(decoders)
         self.model, self.max_seconds, self.max_megapixels = model, max_seconds, max_megapixels
         self.kept = Kept(cache_bytes, num_bytes)
         self._digests: OrderedDict[tuple, str] = OrderedDict()  # path, size, time of change -> digest
@@ -199,9 +203,10 @@ class Reader:
         digest = self._digest(source)
 
         def timed(stage: str, make: Callable[..., Any], *args: Any) -> Any:
-            started = time.perf_counter()
-            value = make(*args)
-            seconds[stage] = time.perf_counter() - started
+            with self._decoders:
+                started = time.perf_counter()
+                value = make(*args)
+                seconds[stage] = time.perf_counter() - started
             return value
 
         key = f"{digest} {num_frames}"

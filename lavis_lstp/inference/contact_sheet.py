@@ -71,7 +71,9 @@ def as_blocks(picture: Image.Image, columns: int) -> str:
     pixels = np.asarray(picture.resize((columns, height)))
     lines = []
     for upper, lower in zip(pixels[::2].tolist(), pixels[1::2].tolist(), strict=True):
-        cells = (f"\x1b[38;2;{r};{g};{b}m\x1b[48;2;{x};{y};{z}m▀" for (r, g, b), (x, y, z) in zip(upper, lower))
+        cells = (
+            f"\x1b[38;2;{r};{g};{b}m\x1b[48;2;{x};{y};{z}m▀" for (r, g, b), (x, y, z) in zip(upper, lower, strict=True)
+        )
         lines.append("".join(cells) + "\x1b[0m")
     return "\n".join(lines)
 

@@ -72,6 +72,7 @@ class Asked:
     """A question whose medium has been read; `Predictor.prepare` makes it.
 
     Attributes:
+        instructions: what the language model reads before the question, and the sampler does not.
         on_text: called with each further piece of the answer, in the thread of the model.
         cancel: set by whoever asked, to give the answer up.
         seconds: what reading and flow took.
@@ -82,5 +83,6 @@ class Asked:
     candidates: Candidates
     settings: Settings
     seconds: dict[str, float]
+    instructions: str = ""
     on_text: Callable[[str], None] | None = None
     cancel: threading.Event = field(default_factory=threading.Event)

@@ -1,8 +1,8 @@
 """A loaded model that answers questions about videos: `lavis_lstp.load(...)`.
 
 In: a model's name, a run's folder, a checkpoint, or "example" for the one that ships; then videos (paths, bytes, file
-objects), pictures or nothing, questions, and the turns before them. Out: a `Prediction`, the answer and the frames that it
-came from. `ask`, `chat`, the page, the server and lmms-eval hold the same object.
+objects), pictures or nothing, questions, and the turns before them. Out: a `Prediction`, the answer and its frames.
+`ask`, `chat`, the page, the server and lmms-eval hold the same object.
 
 Threads may share a predictor. Reading and flow run in the thread that asks; the model answers one batch at a time.
 """
@@ -37,6 +37,7 @@ class Predictor:
         cache_bytes: of candidates and flow that are kept in memory.
         max_seconds: a longer video is refused; None = any.
         max_megapixels: a larger picture, or video with larger pictures, is refused.
+        decoders: media that are decoded at a time.
     """
 
     def __init__(
@@ -48,9 +49,16 @@ class Predictor:
         cache_bytes: int = CACHE_BYTES,
         max_seconds: float | None = None,
         max_megapixels: float = DEFAULT_MAX_MEGAPIXELS,
+        decoders: int = 8,
     ):
         self.model, self.num_frames, self.notes = model, num_frames, tuple(notes)
-        self.reader = Reader(model, cache_bytes=cache_bytes, max_seconds=max_seconds, max_megapixels=max_megapixels)
+        self.reader = Reader(
+            model,
+            cache_bytes=cache_bytes,
+            max_seconds=max_seconds,
+            max_megapixels=max_megapixels,
+            decoders=decoders,
+        )
         self._model_lock = threading.Lock()
 
     @classmethod
@@ -91,6 +99,7 @@ class Predictor:
         history: Sequence[Turn] = (),
         settings: Settings | None = None,
         name: str | None = None,
+        instructions: str = "",
         on_text: Callable[[str], None] | None = None,
         cancel: threading.Event | None = None,
     ) -> Asked:
@@ -113,7 +122,7 @@ class Predictor:
             video, settings.num_frames, flow=settings.selector.needs_logits, name=name
         )
         _unless(cancel)
-        return Asked(question, tuple(history), candidates, settings, seconds, on_text, cancel)
+        return Asked(question, tuple(history), candidates, settings, seconds, instructions, on_text, cancel)
 
     def answer(
         self,
@@ -150,7 +159,7 @@ class Predictor:
     ) -> Iterator[str | Prediction]:
         """The answer in pieces as they are found, then the `Prediction`; leaving the loop early gives the answer up.
 
-        Args and errors as for `answer`. The pieces joined are the prediction. With several beams the answer is one piece.
+        Args and errors as for `answer`. The pieces joined are the prediction; with several beams it is one piece.
         """
         pieces: queue.SimpleQueue[str | Prediction | BaseException] = queue.SimpleQueue()
         cancel = cancel or threading.Event()
@@ -232,7 +241,8 @@ def load(
         model_type: of a named model; None means its default.
         options: `model.a.b=c` overrides.
         how: num_frames (T where a call does not say; default: as many as the checkpoint's run read, else 64), device
-            (default: the GPU where there is one), and cache_bytes, max_seconds, max_megapixels of `Predictor`.
+            (default: the GPU where there is one), and cache_bytes, max_seconds, max_megapixels, decoders of
+            `Predictor`.
 
     Raises:
         ConfigError, WeightsError: it cannot be built; one line on why.

@@ -22,7 +22,7 @@ from video_files import numbered_video
 
 from lavis_lstp.errors import ConfigError, VideoError
 from lavis_lstp.files import read_jsonl, write_json
-from lavis_lstp.inference import lmms, loading
+from lavis_lstp.inference import lmms
 from lavis_lstp.inference.lmms_requests import Request, cut, generation_settings, questions_of
 from lavis_lstp.metrics.choice import choice_prompt
 from lavis_lstp.models.variants import MODEL_TYPES
