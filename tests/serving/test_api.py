@@ -23,7 +23,6 @@ httpx = pytest.importorskip("httpx", reason=WITHOUT)
 pytest.importorskip("fastapi", reason=WITHOUT)
 
 from lavis_lstp.serving.limits import Limits  # noqa: E402
-from lavis_lstp.serving.media import DATA, public_address  # noqa: E402
 
 CLIP = EXAMPLE / "clip.mp4"
 ROWS = json.loads((EXAMPLE / "questions.json").read_text(encoding="utf-8"))
