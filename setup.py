@@ -138,7 +138,11 @@ setup(
     python_requires=">=3.10",
     package_dir={"": "."},  # a plain .pth line for `pip install -e`, no finder that each interpreter pays for
     packages=find_packages(include=["lavis_lstp*", "webdataset_tools*"]),
-    package_data={"lavis_lstp": ["configs/**/*.yaml", "example/*"], "lavis_lstp.report": ["*.html", "*.css", "*.js"]},
+    package_data={
+        "lavis_lstp": ["configs/**/*.yaml", "example/*"],
+        "lavis_lstp.report": ["*.html", "*.css", "*.js"],
+        "lavis_lstp.serving": ["*.css"],
+    },
     install_requires=LAVIS_NEEDS + OUR_NEEDS,
     extras_require={
         "test": [

@@ -171,7 +171,7 @@ def build_app(server: Server, *, loopback: bool = True, with_page: Callable[[Fas
         lifespan=lifespan,
         docs_url=None,  # these pages load scripts from elsewhere
         redoc_url=None,
-        max_body_size=server.limits.inline_bytes,
+        max_body_size=server.limits.upload_bytes + MORE_BYTES,
     )
     app.state.server = server
     app.add_middleware(Guard)
@@ -246,7 +246,7 @@ Owner = Annotated[str, Depends(_owner)]
 
 
 def _add_chat(app: FastAPI, server: Server) -> None:
-    @app.post("/v1/chat/completions", responses=FAILS)
+    @app.post("/v1/chat/completions", responses=FAILS, max_body_size=server.limits.inline_bytes)
     async def chat_completions(body: ChatRequest, request: Request, owner: Owner) -> Response:
         """Answer a question about a video, a picture or nothing; streams server-sent events with `stream: true`."""
         asked = read_request(body, server.limits)
@@ -333,7 +333,7 @@ async def _chunks(
 def _add_files(app: FastAPI, server: Server) -> None:
     files = server.files
 
-    @app.post("/v1/files", responses=FAILS, max_body_size=server.limits.upload_bytes + MORE_BYTES)
+    @app.post("/v1/files", responses=FAILS)
     async def upload(
         owner: Owner, file: Annotated[UploadFile, File()], purpose: Annotated[str, Form(max_length=64)] = "user_data"
     ) -> dict[str, Any]:
