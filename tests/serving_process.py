@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -48,3 +52,34 @@ def running(predictor: Any, folder: Path, *, page: dict[str, Any] | None = None,
     finally:
         own.should_exit = True
         thread.join(30)
+
+
+@contextlib.contextmanager
+def serving(folder: Path, *words: str) -> Iterator[tuple[subprocess.Popen, str]]:
+    """The command `lavis-lstp serve --example` in a process of its own, and its address; ended by SIGTERM.
+
+    Args:
+        folder: for uploads and temporary files.
+    """
+    pytest.importorskip("fastapi", reason=WITHOUT)
+    (folder / "tmp").mkdir(exist_ok=True)
+    command = [
+        sys.executable,
+        "-m",
+        "lavis_lstp",
+        "serve",
+        "--example",
+        "--port",
+        "0",
+        "--files",
+        str(folder / "files"),
+    ]
+    environment = {**os.environ, "TMPDIR": str(folder / "tmp")}
+    process = subprocess.Popen([*command, *words], stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        line = process.stdout.readline()
+        yield process, re.search(r"http://[^/]+", line)[0]
+    finally:
+        process.terminate()
+        process.wait(60)
+        process.stdout.close()

@@ -10,6 +10,7 @@ import argparse
 import ipaddress
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -173,6 +174,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         server_header=False,
         timeout_graceful_shutdown=GRACE_S,
     )
+    # uvicorn ends what is under way and then raises the signal again: temporary files go only if Python ends by itself
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         Stoppable(config).run()
     finally:

@@ -133,11 +133,11 @@ class Server:
             raise HTTPException(401, "the API key is missing or wrong (Authorization: Bearer KEY)")
         return _digest(f"key {given}")
 
-    async def join(self, owner: str, asked: Question) -> Ticket:
+    async def join(self, owner: str, asked: Question, stream: bool) -> Ticket:
         """A place in the line, and the video read."""
         settings = self.predictor.settings(**asked.settings)
         medium = await self.media.read_all(owner, asked.media, "the video or picture")
-        how = {"history": asked.history, "instructions": asked.instructions, "settings": settings}
+        how = {"history": asked.history, "instructions": asked.instructions, "settings": settings, "stream": stream}
         return self.line.join(medium, asked.question, name="the video or picture", **how)
 
     def prompt_tokens(self, prompt: str) -> int:
@@ -250,7 +250,7 @@ def _add_chat(app: FastAPI, server: Server) -> None:
     async def chat_completions(body: ChatRequest, request: Request, owner: Owner) -> Response:
         """Answer a question about a video, a picture or nothing; streams server-sent events with `stream: true`."""
         asked = read_request(body, server.limits)
-        ticket = await server.join(owner, asked)
+        ticket = await server.join(owner, asked, bool(body.stream) and not asked.stops)
         await _or_gone(request, ticket.ready, lambda: server.line.give_up(ticket))
         answer_id = f"chatcmpl-{secrets.token_hex(12)}"
         if body.stream:

@@ -113,8 +113,11 @@ class Line:
         self._readers.shutdown(wait=False, cancel_futures=True)
         await asyncio.get_running_loop().run_in_executor(None, self._model.shutdown)
 
-    def join(self, video: Any, question: str, **how: Any) -> Ticket:
+    def join(self, video: Any, question: str, *, stream: bool = False, **how: Any) -> Ticket:
         """A place in the line; arguments as for `Predictor.prepare`.
+
+        Args:
+            stream: whether the pieces are wanted: making texts of each row at each token takes the model's time.
 
         Raises:
             Full: there is none.
@@ -128,7 +131,7 @@ class Line:
         loop = asyncio.get_running_loop()
         ticket = Ticket(loop.create_future(), loop.create_future())
         self._tickets.add(ticket)
-        task = asyncio.create_task(self._read(ticket, video, question, how))
+        task = asyncio.create_task(self._read(ticket, video, question, stream, how))
         self._reading.add(task)
         task.add_done_callback(self._reading.discard)
         return ticket
@@ -146,13 +149,15 @@ class Line:
             self._ready.remove(ticket)
         ticket.finish(outcome)
 
-    async def _read(self, ticket: Ticket, video: Any, question: str, how: dict[str, Any]) -> None:
+    async def _read(self, ticket: Ticket, video: Any, question: str, stream: bool, how: dict[str, Any]) -> None:
         loop = asyncio.get_running_loop()
 
         def tell(piece: str) -> None:
             loop.call_soon_threadsafe(ticket._pieces.put_nowait, piece)
 
-        prepare = functools.partial(self.predictor.prepare, video, question, on_text=tell, cancel=ticket.cancel, **how)
+        prepare = functools.partial(
+            self.predictor.prepare, video, question, on_text=tell if stream else None, cancel=ticket.cancel, **how
+        )
         try:
             asked = await loop.run_in_executor(self._readers, prepare)
         except Exception as error:  # handed to whoever waits

@@ -136,7 +136,7 @@ class Page:
                     with gr.Row():
                         self.ask_button = gr.Button("Ask", variant="primary", elem_id="ask", min_width=90)
                         self.stop_button = gr.Button("Stop", elem_id="stop", min_width=90)
-                        self.again_button = gr.Button("Regenerate", elem_id="regenerate", min_width=90)
+                        self.again_button = gr.Button("Regenerate", elem_id="regenerate", min_width=115)
                         self.reset_button = gr.Button("Reset", elem_id="reset", min_width=90)
                     if self.example:
                         self._examples()
@@ -225,7 +225,7 @@ class Page:
         keep = gr.skip()
         ticket = None
         try:
-            ticket = self._join(video, question, earlier, settings)
+            ticket = self._join(video, question, earlier, settings, stream=True)
             await ticket.ready
             yield turns, keep, ""
             async for piece in ticket.pieces():
@@ -303,7 +303,9 @@ class Page:
 
     # ---- the line ---------------------------------------------------------------------------------------------------
 
-    def _join(self, video: str | None, question: str, earlier: Messages, widgets: tuple) -> Any:
+    def _join(
+        self, video: str | None, question: str, earlier: Messages, widgets: tuple, *, stream: bool = False
+    ) -> Any:
         given, reads_history = settings_of_widgets(widgets)
         pairs = [
             (earlier[i]["content"], earlier[i + 1]["content"])
@@ -312,7 +314,9 @@ class Page:
         ]
         settings = self.server.predictor.settings(**given)
         history = pairs if reads_history else []
-        return self.server.line.join(video, question or "", history=history, settings=settings, name=MEDIUM)
+        return self.server.line.join(
+            video, question or "", history=history, settings=settings, name=MEDIUM, stream=stream
+        )
 
     async def _evidence(self, video: str | None, found: Prediction) -> str:
         def draw() -> str:
