@@ -82,6 +82,9 @@ def settings_of(model: Any, num_frames: int, given: Mapping[str, Any]) -> Settin
             raise ConfigError(f"settings.{name} must be at most {most}, got {generation[name]}")
     together = {**model.generation, **generation}
     check_sampling(together, "settings")
+    least, most = together.get("min_new_tokens") or 0, together.get("max_new_tokens")
+    if most is not None and least > most:
+        raise ConfigError(f"settings.min_new_tokens must be at most max_new_tokens ({most}), got {least}")
     checked_generation(together, encoder_decoder=model.backbone.is_encoder_decoder)
     frames = own.get("num_frames", num_frames)
     selector = _selector(model.selector, own)

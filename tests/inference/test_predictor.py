@@ -136,6 +136,7 @@ def test_settings_of_a_call_leave_the_next_call_alone(predictor):
         ({"selector": "lstpp"}, "lstp"),
         ({"selector": "given"}, "takes spans from a data set"),
         ({"max_new_tokens": 10**6}, "at most 4096"),
+        ({"min_new_tokens": 9}, "at most max_new_tokens (8), got 9"),
         ({"temperature": 0, "do_sample": True}, "temperature"),
         ({"top_p": 1.5}, "settings.top_p"),
         ({"num_beams": 2, "do_sample": True}, "num_beams"),

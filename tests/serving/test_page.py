@@ -184,6 +184,17 @@ def test_an_upload_streams_is_stopped_and_regenerated(visitor, tmp_path, gate, s
     visitor.until(lambda: not visitor.has_video())
 
 
+def test_a_question_is_edited_and_what_followed_it_is_dropped(visitor):
+    for row in ROWS[:2]:
+        visitor.ask(row["question"])
+        visitor.until(lambda row=row: visitor.said()[-1:] == [row["answer"]] and visitor.times())
+    visitor.click("#chat button[aria-label='Edit'], #chat button[title='Edit']")
+    box = visitor.until(lambda: visitor.one("#chat textarea"))
+    box.send_keys("\ue009a\ue000", ROWS[2]["question"])
+    visitor.click("#chat button[aria-label='Submit'], #chat button[title='Submit']")
+    visitor.until(lambda: visitor.said("user") == [ROWS[2]["question"]] and visitor.said() == [ROWS[2]["answer"]])
+
+
 def test_eight_frames(visitor):
     visitor.click("#settings button")
     number = visitor.until(lambda: visitor.one("#frames input[type=number]"))
