@@ -102,6 +102,7 @@ OUR_NEEDS = [
     "opencv-python-headless>=4.9",
     "peft>=0.17",
     "pillow>=10",
+    "prompt_toolkit>=3",  # edits the lines of `chat`; pure Python
     "protobuf>=4",  # transformers reads hub folders that have tokenizer.model alone with it
     "pyyaml>=6",
     "safetensors>=0.4.3",
@@ -117,6 +118,15 @@ OUR_NEEDS = [
     "eva-decord>=0.6.1; sys_platform == 'darwin' and platform_machine == 'arm64'",
 ]
 
+SERVE_NEEDS = [
+    "fastapi>=0.165",  # bounds bodies (max_body_size)
+    "gradio>=6.31",  # 83 MB; its pin keeps pillow below 13
+    "httpx>=0.27",
+    "prometheus_client>=0.20",
+    "python-multipart>=0.0.18",
+    "uvicorn>=0.34",
+]
+
 setup(
     name="lavis_lstp",
     version=VERSION,
@@ -128,7 +138,11 @@ setup(
     python_requires=">=3.10",
     package_dir={"": "."},  # a plain .pth line for `pip install -e`, no finder that each interpreter pays for
     packages=find_packages(include=["lavis_lstp*", "webdataset_tools*"]),
-    package_data={"lavis_lstp": ["configs/**/*.yaml", "example/*"], "lavis_lstp.report": ["*.html", "*.css", "*.js"]},
+    package_data={
+        "lavis_lstp": ["configs/**/*.yaml", "example/*"],
+        "lavis_lstp.report": ["*.html", "*.css", "*.js"],
+        "lavis_lstp.serving": ["*.css"],
+    },
     install_requires=LAVIS_NEEDS + OUR_NEEDS,
     extras_require={
         "test": [
@@ -143,7 +157,9 @@ setup(
             "sacrebleu>=2.4",
             "selenium>=4.20",
             "setuptools>=70.1",
+            *SERVE_NEEDS,
         ],
+        "serve": SERVE_NEEDS,
         "deepspeed": ["deepspeed>=0.19"],
         "ray": ["ray>=2.40"],
         "judge": ["openai>=2.39"],

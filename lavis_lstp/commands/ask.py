@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lavis_lstp.errors import ConfigError, LstpError
-from lavis_lstp.inference.loading import EXAMPLE, ask, build_model, recorded_frames
+from lavis_lstp.inference.loading import EXAMPLE
 from lavis_lstp.redaction import printable
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from lavis_lstp.inference.prediction import Prediction
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +30,16 @@ PICTURE_SIDE = 320  # px, longer side of a frame in the picture
 
 def picture_frames(video: str | Path, num_frames: int) -> np.ndarray:
     """uint8 [T,3,h,w]: the frames of `ask` once more in the video's own proportions, where the model sees squares."""
-    from lavis_lstp.data.video.reading import probe, read_frames
+    import numpy as np
 
+    from lavis_lstp.data.pictures import open_picture
+    from lavis_lstp.data.video.reading import probe, read_frames
+    from lavis_lstp.inference.candidates import is_picture
+
+    if is_picture(video):
+        picture = open_picture(Path(video), str(video))
+        picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+        return np.asarray(picture).transpose(2, 0, 1)[None]
     info = probe(video)
     scale = min(1.0, PICTURE_SIDE / max(info.height, info.width))
     size = (max(1, round(info.height * scale)), max(1, round(info.width * scale)))
@@ -37,14 +47,33 @@ def picture_frames(video: str | Path, num_frames: int) -> np.ndarray:
 
 
 def as_text(result: Mapping[str, Any]) -> str:
-    start_s, end_s = result["span_s"]
     times = ", ".join(f"{t:.2f}" for t in result["frame_times_s"])
     stages = ", ".join(f"{stage} {value:.0f}" for stage, value in result["milliseconds"].items())
     total = sum(result["milliseconds"].values())
+    span = "" if result["span_s"] is None else "span      {:.2f} to {:.2f} s\n".format(*result["span_s"])
     return (
-        f"question  {result['question']}\nanswer    {result['prediction']}\n"
-        f"span      {start_s:.2f} to {end_s:.2f} s\nframes    {times} s\n"
-        f"time      {total:.0f} ms ({stages})\npicture   {result['picture']}"
+        f"question  {result['question']}\nanswer    {result['prediction']}\n{span}"
+        f"frames    {times} s\ntime      {total:.0f} ms ({stages})\npicture   {result['picture']}"
+    )
+
+
+def explain(path: Path, video: str | Path, found: Prediction) -> None:
+    """Write the picture that explains an answer about a video."""
+    from lavis_lstp.report.explanation import explanation_picture
+
+    times = found.candidate_times_s
+    explanation_picture(
+        path,
+        question=found.question,
+        prediction=found.prediction,
+        title=Path(video).name,
+        frames=picture_frames(video, len(times)),
+        flow=found.flow,
+        frame_times=times,
+        span=found.span,
+        frame_index=found.frame_index,
+        start_logits=found.start_logits,
+        end_logits=found.end_logits,
     )
 
 
@@ -59,7 +88,7 @@ def _take_example(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="lavis-lstp ask", description=__doc__.splitlines()[0])
-    parser.add_argument("video", nargs="?", help="video file")
+    parser.add_argument("video", nargs="?", help="video or picture file")
     parser.add_argument("question", nargs="?")
     parser.add_argument("--example", action="store_true", help="ask the shipped tiny model about the shipped clip")
     parser.add_argument("--checkpoint", help="a run's folder, one of its checkpoints, or a weights file")
@@ -78,22 +107,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError(f"--num-frames must be at least 1, got {args.num_frames}")
     if not Path(args.video).is_file():  # before the seconds that a model takes
         raise LstpError(f"{args.video}: no such video file")
-    model, notes = build_model(args.model, args.model_type, args.checkpoint, args.options)
-    for note in notes:
+    from lavis_lstp.inference.predictor import Predictor
+
+    predictor = Predictor.build(args.model, args.model_type, args.checkpoint, args.options, num_frames=args.num_frames)
+    for note in predictor.notes:
         print(printable(f"note: {note}"), file=sys.stderr)
-    num_frames = args.num_frames or recorded_frames(args.checkpoint)
-    result = ask(model, args.video, args.question, num_frames=num_frames)
-
-    from lavis_lstp.report.explanation import explanation_picture
-
-    evidence = result.pop("evidence")
+    found = predictor.answer(args.video, args.question)
     picture = args.picture or Path(f"{Path(args.video).stem}_lstp.png")
-    evidence["frames"] = picture_frames(args.video, num_frames)
-    texts = {"question": args.question, "prediction": result["prediction"], "title": Path(args.video).name}
     try:
-        explanation_picture(picture, **texts, **evidence)
+        explain(picture, args.video, found)
     except OSError as error:
         raise ConfigError(f"--picture {picture}: cannot be written ({error.strerror or error})") from error
-    result["picture"] = str(picture)
+    result = {
+        "video": args.video,
+        **{name: getattr(found, name) for name in ("question", "prediction", "span_s", "frame_times_s")},
+        "milliseconds": {stage: round(1000 * seconds, 1) for stage, seconds in found.seconds.items()},
+        "picture": str(picture),
+    }
     print(printable(json.dumps(result, ensure_ascii=False) if args.json else as_text(result)))
     return 0

@@ -21,6 +21,7 @@ COMMANDS = {
     "cache": ("lavis_lstp.commands.cache:main", "show or clear what is kept on disk about videos"),
     "calibrate": ("lavis_lstp.judging.calibrate:main", "say how far two judges of the same answers agree"),
     "chain": ("lavis_lstp.commands.chain:main", "run the steps of a chain file, from where the last call stopped"),
+    "chat": ("lavis_lstp.commands.chat:main", "ask question after question about a video, in a terminal or a pipe"),
     "compare": ("lavis_lstp.judging.compare:main", "test whether one model answers better than another"),
     "convert": ("lavis_lstp.commands.convert:main", "turn published weights into a small folder for model.checkpoint"),
     "demo": ("lavis_lstp.commands.demo:main", "generate data, train, evaluate and print the table"),
@@ -31,6 +32,7 @@ COMMANDS = {
     "import-answers": ("lavis_lstp.judging.published:main", "read answers and verdicts of the published evaluation"),
     "judge": ("lavis_lstp.judging.judge:main", "say which answers are right: rules, a language model, or a record"),
     "report": ("lavis_lstp.commands.report:main", "write one HTML page about evaluations: tables, plots, questions"),
+    "serve": ("lavis_lstp.commands.serve:main", "answer browsers, and programs that speak OpenAI's API"),
     "list": ("lavis_lstp.commands.cli:list_names", "list models, datasets, tasks, runners or recipes"),
 }
 

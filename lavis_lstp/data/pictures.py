@@ -62,7 +62,7 @@ def open_picture(
     Raises:
         VideoError: there is no such file, it is no picture of `FORMATS`, damaged, cut off, or too large.
     """
-    with _strict(max_megapixels), _one_line(name), _opened(source, name, max_megapixels) as picture:
+    with _strict(max_megapixels), _one_line(name, source), _opened(source, name, max_megapixels) as picture:
         picture.load()
         orientation = _orientation(picture, name)
         upright = _to_rgb(picture)
@@ -77,7 +77,7 @@ def picture_size(
     Raises:
         VideoError: as `open_picture`, as far as the header shows it.
     """
-    with _strict(max_megapixels), _one_line(name), _opened(source, name, max_megapixels) as picture:
+    with _strict(max_megapixels), _one_line(name, source), _opened(source, name, max_megapixels) as picture:
         # PIL turns the size of a TIFF by itself.
         turned = picture.format != "TIFF" and _orientation(picture, name) in (5, 6, 7, 8)
         return (picture.height, picture.width) if turned else (picture.width, picture.height)
@@ -100,13 +100,15 @@ def check_area(width: int, height: int, name: str, max_megapixels: float) -> Non
 
 
 @contextlib.contextmanager
-def _one_line(name: str) -> Iterator[None]:
+def _one_line(name: str, source: str | Path | bytes) -> Iterator[None]:
+    """PIL's errors as one line, in which the file has the name that the caller gave it."""
     try:
         yield
     except VideoError:
         raise
     except BROKEN as error:
         text = " ".join(str(error).split()) or type(error).__name__
+        text = text if isinstance(source, bytes) else text.replace(str(source), name)
         raise VideoError(f"{name}: cannot be read as a picture ({text})") from error
 
 

@@ -17,7 +17,8 @@ from typing import Any
 
 from lavis_lstp.errors import ConfigError, unknown_name
 from lavis_lstp.inference.lmms_requests import Questions, Request, cut, generation_settings, questions_of
-from lavis_lstp.inference.loading import build_model, recorded_frames, recorded_model
+from lavis_lstp.inference.loading import recorded_frames, recorded_model
+from lavis_lstp.inference.predictor import Predictor
 from lavis_lstp.models.variants import MODEL_TYPES
 
 logger = logging.getLogger(__name__)
@@ -91,8 +92,11 @@ class LstpAnswers:
         frames = recorded_frames(checkpoint, default=DEFAULT_FRAMES) if num_frames is None else num_frames
         self.num_frames = _whole_number("num_frames", frames, 1)
         # Nothing learns here: what does not is held in the backbone's dtype, as in the recipes of projects/lstp/eval.
-        self.model, notes = build_model(self.MODEL, model_type, checkpoint, given)
-        for note in notes:
+        self.predictor = Predictor.build(
+            self.MODEL, model_type, checkpoint, given, num_frames=self.num_frames, device="cpu"
+        )
+        self.model = self.predictor.model
+        for note in self.predictor.notes:
             logger.warning("%s: %s", self.MODEL, note)
         self._place(device)
 

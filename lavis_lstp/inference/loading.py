@@ -1,13 +1,12 @@
-"""A run, a checkpoint or a name -> a model in eval mode that answers one question about one video.
+"""A run, a checkpoint or a name -> a model in eval mode.
 
-In: weights, and the manifest that lies beside them: the model is built as it was trained. Out: the model, what whoever
-reads its answers should know, and answers with the frames they came from.
+In: weights, and the manifest that lies beside them: the model is built as it was trained. Out: the model, and what
+whoever reads its answers should know.
 """
 
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -191,55 +190,3 @@ def recorded_frames(checkpoint: str | None, default: int = DEFAULT_FRAMES) -> in
     sections = datasets.values() if isinstance(datasets, Mapping) else ()
     counts = [section.get("num_frames") for section in sections if isinstance(section, Mapping)]
     return max((count for count in counts if isinstance(count, int) and count > 0), default=default)
-
-
-def ask(model: Any, video: str | Path, question: str, *, num_frames: int = DEFAULT_FRAMES) -> dict[str, Any]:
-    """Answers one question about one video file.
-
-    Args:
-        model: an LSTP in eval mode.
-        num_frames: T, evenly spaced frames read from the file.
-
-    Returns:
-        video, question, prediction, span_s [start, end] in seconds, frame_times_s of the K chosen frames,
-        milliseconds by stage, and `evidence`, the arguments of `picture.explanation_picture` that are arrays.
-
-    Raises:
-        VideoError: the file is missing or not a readable video.
-    """
-    import torch
-
-    from lavis_lstp.data.video.reading import read_frames
-    from lavis_lstp.schema import Span
-
-    codec = model.chooser.flow_from_data == "motion_vectors"
-    started = time.perf_counter()
-    clip = read_frames(video, num=num_frames, size=model.backbone.image_size, motion_vectors=codec)
-    decoding = time.perf_counter() - started
-    samples = {
-        "frames": torch.from_numpy(clip.frames)[None],
-        "frame_mask": torch.ones(1, len(clip.frames), dtype=torch.long),
-        "text_input": [question],
-        "question_id": [Path(video).name],
-    }
-    if codec:
-        samples["flow"] = torch.from_numpy(clip.flow)[None]
-    answer = model.answer(samples)
-    span = Span(*answer["span"][0].tolist())
-    chosen = [int(i) for i in answer["frame_index"][0]]
-    return {
-        "video": str(video),
-        "question": question,
-        "prediction": answer["prediction"][0],
-        "span_s": [round(edge, 3) for edge in span.to_seconds(clip.times_s, clip.info.duration_s)],
-        "frame_times_s": [round(float(clip.times_s[i]), 3) for i in chosen],
-        "milliseconds": {k: round(1000 * v, 1) for k, v in {"decode": decoding, **answer["seconds"]}.items()},
-        "evidence": {
-            "frames": clip.frames,
-            "flow": answer["flow"][0].cpu().numpy() if "flow" in answer else None,
-            "frame_times": clip.times_s,
-            "span": list(span),
-            "frame_index": chosen,
-            **{key: answer[key][0].tolist() for key in ("start_logits", "end_logits") if key in answer},
-        },
-    }

@@ -17,6 +17,7 @@ from lavis_lstp.data.video import probe
 from lavis_lstp.errors import WeightsError
 from lavis_lstp.files import write_json
 from lavis_lstp.inference import loading
+from lavis_lstp.inference.predictor import Predictor
 
 STAGES = {"decode", "flow", "sampler", "selection", "vision", "language"}
 
@@ -120,9 +121,8 @@ def test_earlier_weights_may_be_a_file_of_the_hub_that_lies_elsewhere(tmp_path, 
 def test_frames_are_as_many_as_the_run_used_and_replaced_flow_is_said(tmp_path, capsys, monkeypatch):
     video = numbered_video(tmp_path / "clip.mp4", 30)
     folder = make_run(tmp_path / "run", flow={"name": "precomputed"})
-    asked = []
-    real = ask.ask
-    monkeypatch.setattr(ask, "ask", lambda *a, **k: asked.append(k["num_frames"]) or real(*a, **k))
+    asked, real = [], Predictor.answer
+    monkeypatch.setattr(Predictor, "answer", lambda self, *a: asked.append(self.num_frames) or real(self, *a))
     words = (str(video), "what?", "--picture", str(tmp_path / "why.png"))
     code, _, err = run(capsys, *words, "--checkpoint", str(folder))
     assert code == 0 and asked == [9] and "note: flow is computed with dis" in err

@@ -13,7 +13,8 @@ COLD = """
 import contextlib, importlib, io, sys
 from lavis_lstp.commands import cli
 with contextlib.redirect_stdout(io.StringIO()):
-    for words in [["--help"]] + [[name, "--help"] for name in ("judge", "compare", "calibrate", "report", "ask")] + [
+    names = ("judge", "compare", "calibrate", "report", "ask", "chat", "serve")
+    for words in [["--help"]] + [[name, "--help"] for name in names] + [
         ["list", kind] for kind in ("models", "datasets", "tasks", "runners", "recipes")
     ]:
         with contextlib.suppress(SystemExit):

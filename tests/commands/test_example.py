@@ -23,8 +23,8 @@ def predictor():
 @pytest.mark.parametrize("row", ROWS, ids=[row["question"] for row in ROWS])
 def test_each_question_is_answered_and_its_moment_found(predictor, row):
     found = predictor.answer(EXAMPLE / "clip.mp4", row["question"])
-    assert found["prediction"] == row["answer"]
-    assert found["span_s"] == pytest.approx(row["span_s"], abs=0.3)
+    assert found.prediction == row["answer"]
+    assert found.span_s == pytest.approx(row["span_s"], abs=0.3)
 
 
 def test_the_command_answers(tmp_path, capsys):

@@ -62,7 +62,7 @@ LAYERS = (
     ("models", "models.weights.parts", "models.weights.sizes"),
     ("tasks",),
     ("runners",),
-    ("judging", "report", "inference"),
+    ("judging", "report", "inference", "serving"),
     ("commands", "webdataset_tools", "testing"),
 )
 """What may import what: a folder imports from its own row and from those above it, at whatever place in a file."""

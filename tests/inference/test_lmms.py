@@ -22,7 +22,7 @@ from video_files import numbered_video
 
 from lavis_lstp.errors import ConfigError, VideoError
 from lavis_lstp.files import read_jsonl, write_json
-from lavis_lstp.inference import lmms, loading
+from lavis_lstp.inference import lmms
 from lavis_lstp.inference.lmms_requests import Request, cut, generation_settings, questions_of
 from lavis_lstp.metrics.choice import choice_prompt
 from lavis_lstp.models.variants import MODEL_TYPES
@@ -103,9 +103,9 @@ def test_frames_are_found_by_the_question_and_the_language_model_reads_everythin
 
 def test_a_video_gets_the_answer_of_the_command_ask(model, documents):
     for number in (0, 1):
-        direct = loading.ask(model.model, documents[number]["medium"], "which shape?", num_frames=8)
+        direct = model.predictor.answer(documents[number]["medium"], "which shape?")
         (found,) = model.generate_until([request(number, "which shape?", {"do_sample": False})])
-        assert found == direct["prediction"]
+        assert found == direct.prediction
 
 
 def test_equal_questions_are_asked_once_unless_answers_are_drawn(model, monkeypatch):

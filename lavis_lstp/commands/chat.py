@@ -1,0 +1,214 @@
+"""`lavis-lstp chat VIDEO`: a conversation about a video in a terminal, or one question a line through a pipe.
+
+In: a video, and lines: questions, or commands that begin with a slash. Out: answers as they are written, and the
+seconds they came from. Lines are edited with prompt_toolkit, which brings history, keys and wide characters; without a
+terminal nothing of it is imported. A line that cannot be answered is one line on stderr, and the conversation goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lavis_lstp.errors import ConfigError, LstpError, unknown_name
+from lavis_lstp.files import whole_file, write_json
+from lavis_lstp.inference.loading import EXAMPLE
+from lavis_lstp.redaction import printable
+
+if TYPE_CHECKING:
+    from lavis_lstp.inference.prediction import Prediction
+    from lavis_lstp.inference.predictor import Predictor
+
+HELP = """\
+/frames [FILE.png]    the frames that the last answer came from
+/video FILE           another video or picture; the conversation begins anew
+/set NAME=VALUE       a setting of the answers to come, such as num_selected=8; NAME= takes it back
+/save FILE.json       the conversation with the evidence of each answer
+/reset                forget the turns so far
+/help, /quit"""
+SHEET_COLUMNS = 100
+
+
+class Chat:
+    """A conversation.
+
+    Args:
+        predictor: what answers.
+        video: what it is about.
+        history: whether earlier turns are read by the model.
+    """
+
+    def __init__(self, predictor: Predictor, video: str, *, history: bool):
+        self.predictor, self.video, self.reads_history = predictor, video, history
+        self.settings: dict[str, Any] = {}
+        self.turns: list[Prediction] = []
+        self.commands: dict[str, Callable[[str], None]] = {
+            "/frames": self.frames,
+            "/video": self.open,
+            "/set": self.set,
+            "/save": self.save,
+            "/reset": lambda _: self.turns.clear(),
+            "/help": lambda _: print(HELP),
+        }
+
+    def line(self, line: str) -> None:
+        """Answer a question, or follow a command.
+
+        Raises:
+            LstpError: it cannot be done; one line on why.
+        """
+        word, _, rest = line.partition(" ")
+        if not word.startswith("/"):
+            return self.ask(line)
+        if word not in self.commands:
+            raise ConfigError(unknown_name("command", word, [*self.commands, "/quit"]))
+        return self.commands[word](rest.strip())
+
+    def ask(self, question: str) -> None:
+        history = [(turn.question, turn.prediction) for turn in self.turns] if self.reads_history else []
+        for piece in self.predictor.stream(self.video, question, history=history, **self.settings):
+            if isinstance(piece, str):
+                print(printable(piece), end="", flush=True)
+            else:
+                found = piece
+        print()
+        if found.span_s is not None:
+            times = ", ".join(f"{time:.2f}" for time in found.frame_times_s)
+            print("  [{:.2f} to {:.2f} s; frames at {} s]".format(*found.span_s, times), flush=True)
+        self.turns.append(found)
+
+    def frames(self, file: str) -> None:
+        from lavis_lstp.inference.contact_sheet import as_blocks, as_png, contact_sheet, pictures_at
+
+        if not self.turns:
+            raise ConfigError("/frames: nothing has been asked yet")
+        times = self.turns[-1].frame_times_s
+        if not times:
+            raise ConfigError("/frames: the last answer looked at no frames")
+        sheet = contact_sheet(pictures_at(self.video, times), [f"{time:.2f} s" for time in times])
+        path = Path(file or f"{Path(self.video).stem}_frames.png").expanduser()
+        with whole_file(path) as partial:
+            partial.write_bytes(as_png(sheet))
+        if sys.stdout.isatty() and os.environ.get("COLORTERM") in ("truecolor", "24bit"):
+            print(as_blocks(sheet, min(SHEET_COLUMNS, shutil.get_terminal_size().columns)))
+        print(printable(f"  [{path}]"))
+
+    def open(self, file: str) -> None:
+        path = Path(file).expanduser()
+        if not path.exists():
+            raise LstpError(f"{path}: no such video file")
+        self.video = str(path)
+        self.turns.clear()
+
+    def set(self, words: str) -> None:
+        if not words:
+            print(printable("\n".join(f"{name}={value}" for name, value in self.settings.items()) or "nothing is set"))
+            return
+        name, equals, value = (part.strip() for part in words.partition("="))
+        if not equals:
+            raise ConfigError(f"/set: expected NAME=VALUE, got {words!r}")
+        wanted = {key: kept for key, kept in self.settings.items() if key != name}
+        if value:
+            wanted[name] = _value(value)
+        self.predictor.settings(**wanted)
+        self.settings = wanted
+
+    def save(self, file: str) -> None:
+        if not file:
+            raise ConfigError("/save: name a file")
+        path = Path(file).expanduser()
+        write_json(path, {"video": self.video, "settings": self.settings, "turns": [t.as_dict() for t in self.turns]})
+        print(printable(f"  [{path}]"))
+
+
+def _value(text: str) -> Any:
+    """A number, true, false, null, or the text itself."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return value if value is None or isinstance(value, bool | int | float | str) else text
+
+
+def lines() -> Iterator[str]:
+    """What the user types, or what comes through a pipe, line by line."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        for line in sys.stdin:
+            yield line.rstrip("\r\n")
+        return
+    try:
+        from prompt_toolkit import PromptSession
+    except ImportError:
+        raise ConfigError("a terminal needs prompt_toolkit: pip install prompt_toolkit; pipes do without it") from None
+    session: PromptSession[str] = PromptSession("> ")
+    while True:
+        try:
+            yield session.prompt()
+        except EOFError:  # Ctrl-D
+            return
+        except KeyboardInterrupt:  # Ctrl-C empties the line
+            continue
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="lavis-lstp chat",
+        description=__doc__.splitlines()[0],
+        epilog=f"In the conversation:\n{HELP}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("video", nargs="?", help="video or picture file")
+    parser.add_argument("--example", action="store_true", help="the shipped tiny model and the shipped clip")
+    parser.add_argument("--checkpoint", help="a run's folder, one of its checkpoints, or a weights file")
+    parser.add_argument("--model", default="lstp_tiny", help="without a run's folder (default: lstp_tiny)")
+    parser.add_argument("--model-type", help="default: the model's default type")
+    parser.add_argument("--num-frames", type=int, help="frames to read, evenly spaced (default: as the run; else 64)")
+    parser.add_argument(
+        "--no-history", action="store_true", help="the model reads each question alone, as --example's was trained"
+    )
+    parser.add_argument("--options", nargs="*", default=[], metavar="model.A=B", help="overrides of the model config")
+    args = parser.parse_args(argv)
+    if args.example:
+        if args.checkpoint:
+            raise ConfigError("--example brings its own checkpoint; leave out --checkpoint")
+        args.video, args.checkpoint = args.video or str(EXAMPLE / "clip.mp4"), str(EXAMPLE)
+    elif args.video is None:
+        parser.error("name a video, or --example")
+    if args.num_frames is not None and args.num_frames < 1:
+        raise ConfigError(f"--num-frames must be at least 1, got {args.num_frames}")
+    if not Path(args.video).exists():  # before the seconds that a model takes
+        raise LstpError(f"{args.video}: no such video file")
+
+    from lavis_lstp.inference.predictor import Predictor
+
+    with Predictor.build(
+        args.model, args.model_type, args.checkpoint, args.options, num_frames=args.num_frames
+    ) as predictor:
+        for note in predictor.notes:
+            print(printable(f"note: {note}"), file=sys.stderr)
+        return converse(Chat(predictor, args.video, history=not (args.no_history or args.example)))
+
+
+def converse(chat: Chat) -> int:
+    """Every line until the end; 2 where a line of a pipe could not be answered, as other commands give."""
+    failed = False
+    for line in lines():
+        if line.strip() == "/quit":
+            break
+        if not line.strip():
+            continue
+        try:
+            chat.line(line.strip())
+        except KeyboardInterrupt:  # gives the answer up
+            print("\n  [stopped]")
+        except (LstpError, OSError) as error:
+            failed = True
+            text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
+            print(printable(f"error: {' '.join(text.split())}"), file=sys.stderr, flush=True)
+    return 2 if failed and not sys.stdin.isatty() else 0

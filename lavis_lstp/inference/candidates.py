@@ -1,0 +1,278 @@
+"""One video, picture or text -> its candidate frames and their flow, kept in memory by content.
+
+In: a path, bytes, a seekable binary file, a list of pictures, or None. Out: `Candidates`, all that does not depend on
+the question. A second question about the same bytes neither reads nor decodes them, whatever they
+are called. Several threads may ask at once: the same medium is decoded once, and the others wait for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from lavis_lstp.errors import VideoError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+Medium = str | os.PathLike | bytes | BinaryIO | Sequence[bytes] | None
+
+PICTURE_MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"II*\0", b"MM\0*", b"P5", b"P6")
+"""How files of pictures begin; a GIF is a video here, and a WebP picture begins with RIFF, four bytes, WEBP."""
+CHUNK = 1 << 20  # bytes read at a time for a digest
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The T frames of a medium among which an answer chooses; T is 1 for a picture and 0 for a text.
+
+    Attributes:
+        media: equal for equal content read in the same way, "" for a text.
+        kind: video, image or text.
+        frames: uint8 [T,3,S,S], RGB, as the model sees them.
+        times_s: float64 [T], seconds since the start of the file.
+        duration_s: when the last frame ends.
+        flow: float32 [T,2,h,w], px per frame; None where the medium does not move or the selector needs none.
+        codec_flow: the same from the codec's motion vectors, where the model is set to take them.
+    """
+
+    media: str
+    kind: str
+    frames: Tensor
+    times_s: np.ndarray
+    duration_s: float
+    flow: Tensor | None
+    codec_flow: Tensor | None
+
+
+def num_bytes(value: Candidates | Tensor) -> int:
+    """Bytes of the tensors of a value that is kept."""
+    parts = (value.frames, value.codec_flow) if isinstance(value, Candidates) else (value,)
+    return sum(part.numel() * part.element_size() for part in parts if part is not None)
+
+
+class Kept:
+    """Values by key, the last used ones, at most so many bytes together; each is made once.
+
+    Args:
+        most_bytes: a value that is larger by itself is handed out and not kept.
+        size: bytes of a value.
+    """
+
+    def __init__(self, most_bytes: int, size: Callable[[Any], int]):
+        self.most_bytes, self._size = most_bytes, size
+        self._found: OrderedDict[Hashable, Future] = OrderedDict()
+        self._lock = threading.Lock()
+        self.num_bytes = self.hits = self.misses = 0
+
+    def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """The value of `key`; an error of `make` is raised for all who wait for it, and nothing is kept."""
+        with self._lock:
+            known = self._found.get(key)
+            if known is not None:
+                self.hits += 1
+                self._found.move_to_end(key)
+            else:
+                self.misses += 1
+                own = self._found[key] = Future()
+        if known is not None:
+            return known.result()
+        try:
+            value = make()
+        except BaseException as error:
+            with self._lock:
+                self._found.pop(key, None)
+            own.set_exception(error)
+            raise
+        own.set_result(value)
+        with self._lock:
+            if self._found.get(key) is own:  # not cleared meanwhile
+                self.num_bytes += self._size(value)
+                self._forget_the_oldest()
+        return value
+
+    def _forget_the_oldest(self) -> None:
+        for key in list(self._found):
+            if self.num_bytes <= self.most_bytes:
+                return
+            if self._found[key].done():
+                self.num_bytes -= self._size(self._found.pop(key).result())
+
+    def clear(self) -> None:
+        with self._lock:
+            self._found.clear()
+            self.num_bytes = 0
+
+
+def is_picture(source: Medium) -> bool:
+    """Whether a file or its bytes are a picture, by how they begin and not by a name."""
+    if source is None or isinstance(source, list | tuple):
+        return False
+    start = _start(source, 12)
+    return start.startswith(PICTURE_MAGIC) or (start[:4] == b"RIFF" and start[8:12] == b"WEBP")
+
+
+def _start(source: Medium, count: int) -> bytes:
+    if isinstance(source, bytes | bytearray | memoryview):
+        return bytes(source[:count])
+    if isinstance(source, str | os.PathLike):
+        if not os.path.isfile(source):
+            return b""  # a folder of pictures, or what `read_frames` will refuse by its name
+        with open(source, "rb") as file:
+            return file.read(count)
+    source.seek(0)
+    return source.read(count)
+
+
+def content_digest(source: Medium) -> str:
+    """SHA-256 of the content, 64 hexadecimal digits; of a folder, of its pictures.
+
+    Raises:
+        VideoError: there is no such file.
+    """
+    from lavis_lstp.data.video.picture_folder import sha256_of_pictures
+
+    if isinstance(source, str | os.PathLike):
+        path = Path(source)
+        if path.is_dir():
+            return sha256_of_pictures(path)
+        try:
+            with path.open("rb") as file:
+                return _sha256(file)
+        except (OSError, ValueError) as error:
+            raise VideoError(f"{path}: no such video ({getattr(error, 'strerror', None) or error})") from None
+    if isinstance(source, list | tuple):
+        return hashlib.sha256("".join(content_digest(one) for one in source).encode()).hexdigest()
+    return _sha256(io.BytesIO(source) if isinstance(source, bytes | bytearray | memoryview) else source)
+
+
+def _sha256(file: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    file.seek(0)
+    while chunk := file.read(CHUNK):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+class Reader:
+    """Reads candidates for one model and keeps them.
+
+    Args:
+        model: an LSTP in eval mode.
+        cache_bytes: of frames and flow that are kept in memory.
+        max_seconds: a longer video is refused; None = any.
+        max_megapixels: a larger picture, or video with larger pictures, is refused.
+        decoders: media that are decoded at a time.
+    """
+
+    def __init__(
+        self, model: Any, *, cache_bytes: int, max_seconds: float | None, max_megapixels: float, decoders: int
+    ):
+        self._decoders = threading.Semaphore(decoders)
+        self.model, self.max_seconds, self.max_megapixels = model, max_seconds, max_megapixels
+        self.kept = Kept(cache_bytes, num_bytes)
+        self._digests: OrderedDict[tuple, str] = OrderedDict()  # path, size, time of change -> digest
+
+    def read(
+        self, source: Medium, num_frames: int, *, flow: bool, name: str | None = None
+    ) -> tuple[Candidates, dict[str, float]]:
+        """The candidates of a medium, and the seconds of the stages that they took just now (none where kept).
+
+        Args:
+            source: see `Medium`; None is a text.
+            num_frames: T, evenly spaced frames of a video.
+            flow: whether flow is needed.
+            name: what errors call the medium; default: its path.
+
+        Raises:
+            VideoError: it is missing, not a readable video or picture, too long or too large.
+        """
+        seconds: dict[str, float] = {}
+        if source is None:
+            return self._text(), seconds
+        digest = self._digest(source)
+
+        def timed(stage: str, make: Callable[..., Any], *args: Any) -> Any:
+            with self._decoders:
+                started = time.perf_counter()
+                value = make(*args)
+                seconds[stage] = time.perf_counter() - started
+            return value
+
+        key = f"{digest} {num_frames}"
+        found = self.kept.get(key, lambda: timed("decode", self._decode, source, key, num_frames, name))
+        if flow and len(found.frames) > 1:
+            field = self.kept.get((key, "flow"), lambda: timed("flow", self._flow, found))
+            found = replace(found, flow=field)
+        return found, seconds
+
+    def _digest(self, source: Medium) -> str:
+        """The digest of a file that was not changed since is remembered: reading a film for it takes seconds."""
+        if not isinstance(source, str | os.PathLike) or not os.path.isfile(source):
+            return content_digest(source)
+        status = os.stat(source)
+        place = (os.path.realpath(source), status.st_size, status.st_mtime_ns, status.st_ino)
+        if place not in self._digests:
+            self._digests[place] = content_digest(source)
+            while len(self._digests) > 1024:
+                self._digests.popitem(last=False)
+        return self._digests[place]
+
+    def _text(self) -> Candidates:
+        import numpy as np
+        import torch
+
+        side = self.model.backbone.image_size
+        nothing = torch.zeros(0, 3, side, side, dtype=torch.uint8)
+        return Candidates("", "text", nothing, np.zeros(0), 0.0, None, None)
+
+    def _decode(self, source: Medium, media: str, num_frames: int, name: str | None) -> Candidates:
+        import numpy as np
+        import torch
+
+        from lavis_lstp.data.pictures import open_picture
+        from lavis_lstp.data.video.reading import probe, read_frames, resize_frames
+
+        side = self.model.backbone.image_size
+        if is_picture(source):
+            given = Path(source) if isinstance(source, str | os.PathLike) else _all_bytes(source)
+            picture = open_picture(given, name or str(source), max_megapixels=self.max_megapixels)
+            frames = resize_frames(np.asarray(picture).transpose(2, 0, 1)[None], side)
+            return Candidates(media, "image", torch.from_numpy(frames), np.zeros(1), 0.0, None, None)
+        named = {"name": name, "max_megapixels": self.max_megapixels}
+        source = list(source) if isinstance(source, tuple) else source
+        if self.max_seconds is not None and not isinstance(source, list):
+            self._refuse_long(probe(source, **named).duration_s, name or str(source))
+        codec = self.model.flow.name == "motion_vectors"
+        clip = read_frames(source, num=num_frames, size=side, motion_vectors=codec, **named)
+        frames, given = torch.from_numpy(clip.frames), torch.from_numpy(clip.flow) if codec else None
+        return Candidates(media, "video", frames, clip.times_s, clip.info.duration_s, None, given)
+
+    def _flow(self, found: Candidates) -> Tensor:
+        device = next(self.model.parameters()).device
+        given = None if found.codec_flow is None else found.codec_flow[None].to(device)
+        return self.model.flow(found.frames[None].to(device), flow=given)[0].cpu()
+
+    def _refuse_long(self, duration_s: float, name: str) -> None:
+        if duration_s > self.max_seconds:
+            raise VideoError(
+                f"{name}: lasts {duration_s:.1f} s, more than the {self.max_seconds:g} s that are allowed; send the "
+                "part that the question is about"
+            )
+
+
+def _all_bytes(source: Medium) -> bytes:
+    if isinstance(source, bytes | bytearray | memoryview):
+        return bytes(source)
+    source.seek(0)
+    return source.read()

@@ -1,0 +1,113 @@
+"""Settings of one answer, over those of the model: which frames, and how the answer is generated.
+
+In: what a caller writes. Out: `Settings`, checked; two questions with equal settings can be answered in one batch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lavis_lstp.config.fields import SEED, check_sampling, checked, key
+from lavis_lstp.config.model import Generation
+from lavis_lstp.errors import ConfigError
+
+GENERATION = (
+    *("do_sample", "temperature", "top_p", "top_k", "min_p", "typical_p", "num_beams", "max_new_tokens"),
+    *("min_new_tokens", "length_penalty", "repetition_penalty", "no_repeat_ngram_size"),
+)
+"""Generation arguments that a call may set: single numbers, which can be checked before the model runs."""
+MOST_FRAMES, MOST_SELECTED, MOST_TOKENS, MOST_BEAMS = 4096, 256, 4096, 32
+"""Beyond these a number is taken for a mistake: T, K, tokens of an answer, beams."""
+
+
+@dataclass
+class OwnSettings:
+    """Settings that are not transformers'."""
+
+    num_frames: int | None = key(None, least=1, most=MOST_FRAMES)  # T, evenly spaced candidates of the video
+    num_selected: int | None = key(None, least=1, most=MOST_SELECTED)  # K, frames shown to the language model
+    selector: str | None = key()  # of models/where/frame_selector.py
+    seed: int | None = key(None, least=0, most=SEED)  # of tokens and frames that are drawn
+
+
+OWN = tuple(OwnSettings.__dataclass_fields__)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How one question is answered.
+
+    Attributes:
+        num_frames: T.
+        selector: the rule that chooses K frames.
+        seed: of drawing.
+        generation: transformers' arguments over those of the model.
+    """
+
+    num_frames: int
+    selector: Any
+    seed: int
+    generation: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def batch_key(self) -> str:
+        """Equal where two questions may be answered in one batch."""
+        rule = sorted((name, str(value)) for name, value in vars(self.selector).items())
+        return json.dumps([rule, self.generation], sort_keys=True)
+
+
+def settings_of(model: Any, num_frames: int, given: Mapping[str, Any]) -> Settings:
+    """See `Predictor.settings`.
+
+    Args:
+        num_frames: T where `given` does not say.
+
+    Raises:
+        ConfigError: a setting is not known, or cannot be used.
+    """
+    from lavis_lstp.models.answer.generation import checked as checked_generation
+
+    unknown = [name for name in given if name not in (*OWN, *GENERATION)]
+    if unknown:
+        checked({unknown[0]: None}, OwnSettings, "settings", GENERATION)  # raises, with the nearest name
+    own = checked({name: value for name, value in given.items() if name in OWN}, OwnSettings, "settings")
+    own = {name: value for name, value in own.items() if value is not None}
+    wanted = {name: value for name, value in given.items() if name in GENERATION and value is not None}
+    generation = checked(wanted, Generation, "settings")
+    for name, most in (("max_new_tokens", MOST_TOKENS), ("min_new_tokens", MOST_TOKENS), ("num_beams", MOST_BEAMS)):
+        if generation.get(name, 0) > most:
+            raise ConfigError(f"settings.{name} must be at most {most}, got {generation[name]}")
+    together = {**model.generation, **generation}
+    check_sampling(together, "settings")
+    least, most = together.get("min_new_tokens") or 0, together.get("max_new_tokens")
+    if most is not None and least > most:
+        raise ConfigError(f"settings.min_new_tokens must be at most max_new_tokens ({most}), got {least}")
+    checked_generation(together, encoder_decoder=model.backbone.is_encoder_decoder)
+    frames = own.get("num_frames", num_frames)
+    selector = _selector(model.selector, own)
+    places = getattr(model.sampler, "max_positions", None)
+    if selector.needs_logits and places is not None and frames + 2 > places:
+        raise ConfigError(f"settings.num_frames must be at most {places - 2} for this model's sampler, got {frames}")
+    return Settings(frames, selector, own.get("seed", model.seed), generation)
+
+
+def _selector(used: Any, own: Mapping[str, Any]) -> Any:
+    """The model's selector, or one like it with another rule or another K."""
+    from lavis_lstp.models.where.frame_selector import build_selector
+
+    if not {"selector", "num_selected"} & own.keys():
+        return used
+    kept = ("span_key", "context", "few_frames", "grid", "mapping", "marks", "mask_padding")
+    made = build_selector(
+        own.get("selector", used.name),
+        num_selected=own.get("num_selected", used.num_selected),
+        **{name: getattr(used, name) for name in kept},
+    )
+    if made.needs_span:
+        raise ConfigError(
+            f"selector '{made.name}' takes spans from a data set, and a question alone has none; use lstp"
+        )
+    return made

@@ -1,0 +1,239 @@
+"""`lavis_lstp.load(...)`: one object for every way to ask, with what it keeps, streams, refuses and gives up."""
+
+from __future__ import annotations
+
+import io
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from PIL import Image
+from video_files import numbered_video
+
+import lavis_lstp
+from lavis_lstp.data.video import reading
+from lavis_lstp.errors import ConfigError, VideoError
+from lavis_lstp.inference import candidates
+from lavis_lstp.inference.candidates import Kept
+from lavis_lstp.inference.loading import EXAMPLE
+from lavis_lstp.inference.prediction import Cancelled, Prediction
+from lavis_lstp.inference.predictor import history_of
+
+CLIP = EXAMPLE / "clip.mp4"
+ROWS = json.loads((EXAMPLE / "questions.json").read_text(encoding="utf-8"))
+ASKED = ROWS[1]["question"]
+
+
+@pytest.fixture(scope="module")
+def predictor():
+    with lavis_lstp.load("example") as loaded:
+        yield loaded
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """Names of the sources that were really decoded."""
+    seen, real = [], reading.read_frames
+    monkeypatch.setattr(reading, "read_frames", lambda source, **how: seen.append(how["name"]) or real(source, **how))
+    return seen
+
+
+def picture_bytes(colour="red", form="PNG") -> bytes:
+    stored = io.BytesIO()
+    Image.new("RGB", (40, 30), colour).save(stored, form)
+    return stored.getvalue()
+
+
+def same(one: Prediction, other: Prediction) -> bool:
+    return all(getattr(one, name) == getattr(other, name) for name in ("prediction", "span", "frame_index", "log_prob"))
+
+
+def test_path_bytes_and_file_are_the_same_video_and_are_decoded_once(decoded):
+    with lavis_lstp.load("example") as fresh:
+        first = fresh.answer(CLIP, ASKED, name="first")
+        assert {"decode", "flow"} <= first.seconds.keys()
+        with CLIP.open("rb") as file:
+            others = [fresh.answer(CLIP.read_bytes(), ASKED, name="x"), fresh.answer(file, ASKED, name="y")]
+        others.append(fresh.answer(CLIP, ROWS[0]["question"]))
+        assert all(same(first, other) for other in others[:2]) and others[2].prediction == ROWS[0]["answer"]
+        assert not any({"decode", "flow"} & other.seconds.keys() for other in others)
+        assert decoded == ["first"]
+        fresh.answer(CLIP, ASKED, num_frames=9, name="other frames")
+        assert decoded == ["first", "other frames"]
+
+
+def test_a_file_that_was_changed_is_read_again(tmp_path, predictor):
+    video = numbered_video(tmp_path / "clip.mp4", 12)
+    first = predictor.answer(video, ASKED)
+    numbered_video(tmp_path / "clip.mp4", 7)
+    assert len(predictor.answer(video, ASKED).candidate_times_s) == 7 < len(first.candidate_times_s)
+
+
+def test_threads_that_ask_at_once_get_what_they_would_get_alone(predictor, decoded):
+    questions = [row["question"] for row in ROWS] * 3
+    data = CLIP.read_bytes() + b"\0" * 8  # other content than in other tests, the same pictures
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(lambda question: predictor.answer(data, question, name="once").prediction, questions))
+    assert found == [row["answer"] for row in ROWS] * 3 and decoded == ["once"]
+
+
+def test_a_batch_of_unlike_media_is_answered_as_each_is_alone(predictor, tmp_path):
+    short = numbered_video(tmp_path / "short.mp4", 5)
+    media = [CLIP, short, picture_bytes(), None, [picture_bytes("red"), picture_bytes("blue")], CLIP]
+    alone = [predictor.answer(medium, ASKED) for medium in media]
+    together = predictor.answer_many([predictor.prepare(medium, ASKED) for medium in media])
+    for one, other in zip(alone, together, strict=True):
+        assert same(one, other)
+    assert [one.span is None for one in together] == [False, False, True, True, False, False]
+    assert [len(one.candidate_times_s) for one in together] == [64, 5, 1, 0, 2, 64]
+    assert together[3].frame_index == [] and together[3].prompt == f"USER: {ASKED} ASSISTANT: "
+    assert together[2].prompt == f"USER: <image>\n{ASKED} ASSISTANT: "
+
+
+def test_scores_are_high_inside_the_moment(predictor):
+    found = predictor.answer(CLIP, ASKED)
+    inside = np.zeros(64, bool)
+    inside[slice(*found.span)] = True
+    scores = np.array(found.scores)
+    assert scores[inside].mean() > 0.6 and scores[~inside].mean() < 0.2 and 0 <= scores.min() <= scores.max() <= 1
+    assert found.frame_times_s == [found.candidate_times_s[i] for i in found.frame_index]
+    json.dumps(found.as_dict(), allow_nan=False)
+
+
+def test_pieces_of_a_stream_are_the_answer(predictor):
+    for settings in ({"max_new_tokens": 12, "min_new_tokens": 12}, {"num_beams": 3}, {"do_sample": True, "seed": 3}):
+        *pieces, last = predictor.stream(CLIP, "tell me, what happens?", **settings)
+        assert isinstance(last, Prediction) and "".join(pieces) == last.prediction
+        assert same(last, predictor.answer(CLIP, "tell me, what happens?", **settings))
+        assert len(pieces) > 1 or "min_new_tokens" not in settings, pieces
+
+
+def test_draws_depend_on_the_seed_alone(predictor):
+    def drawn(seed):
+        return predictor.answer(CLIP, "what?", do_sample=True, temperature=3.0, seed=seed, min_new_tokens=8).prediction
+
+    assert drawn(1) == drawn(1) and len({drawn(seed) for seed in range(4)}) > 1
+
+
+def test_settings_of_a_call_leave_the_next_call_alone(predictor):
+    before = predictor.answer(CLIP, ASKED)
+    uniform = predictor.answer(CLIP, ASKED, selector="uniform", num_selected=2)
+    assert len(uniform.frame_index) == 2 and uniform.scores is None and uniform.span == (0, 64)
+    assert same(before, predictor.answer(CLIP, ASKED))
+    assert "compute_flow" not in vars(predictor.model) and predictor.model.selector.name != "uniform"
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"num_selectd": 3}, "did you mean 'settings.num_selected'"),
+        ({"num_selected": 0}, "settings.num_selected"),
+        ({"num_selected": "many"}, "settings.num_selected"),
+        ({"num_frames": 159}, "at most 158"),
+        ({"num_frames": 10**9}, "settings.num_frames"),
+        ({"selector": "lstpp"}, "lstp"),
+        ({"selector": "given"}, "takes spans from a data set"),
+        ({"max_new_tokens": 10**6}, "at most 4096"),
+        ({"min_new_tokens": 9}, "at most max_new_tokens (8), got 9"),
+        ({"temperature": 0, "do_sample": True}, "temperature"),
+        ({"top_p": 1.5}, "settings.top_p"),
+        ({"num_beams": 2, "do_sample": True}, "num_beams"),
+        ({"max_time": 3}, "max_time"),
+        ({"seed": -1}, "settings.seed"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_named(predictor, settings, said):
+    with pytest.raises(ConfigError, match="settings|generation|selector") as refused:
+        predictor.answer(CLIP, ASKED, **settings)
+    assert said in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("medium", [b"", b"no video", b"\x89PNG\r\n\x1a\nbroken", io.BytesIO(b"#EXTM3U\nfile.ts\n")])
+def test_a_medium_that_cannot_be_read_is_named_and_not_kept(predictor, medium):
+    held = len(predictor.reader.kept._found)
+    with pytest.raises(VideoError, match="^the upload: "):
+        predictor.answer(medium, ASKED, name="the upload")
+    assert len(predictor.reader.kept._found) == held
+
+
+def test_limits_of_length_and_size():
+    with lavis_lstp.load("example", max_seconds=5, max_megapixels=0.001) as strict:
+        with pytest.raises(VideoError, match="max_megapixels"):
+            strict.answer(picture_bytes(), ASKED, name="picture")
+        strict.reader.max_megapixels = 1
+        with pytest.raises(VideoError, match="clip: lasts 12.8 s, more than the 5 s"):
+            strict.answer(CLIP.read_bytes(), ASKED, name="clip")
+
+
+def test_an_answer_can_be_given_up_before_and_while_it_is_written(predictor):
+    gone = threading.Event()
+    gone.set()
+    with pytest.raises(Cancelled):
+        predictor.answer(CLIP, ASKED, cancel=gone)
+    stream = predictor.stream(CLIP, "tell me", min_new_tokens=400, max_new_tokens=400)
+    assert isinstance(next(stream), str)
+    stream.close()  # the model is free again
+    assert predictor.answer(CLIP, ASKED).prediction == ROWS[1]["answer"]
+
+
+def test_of_a_batch_only_the_row_that_was_given_up_is_cut_short(predictor):
+    long = predictor.settings(min_new_tokens=30, max_new_tokens=30)
+    gone = threading.Event()
+    left = predictor.prepare(CLIP, "tell me", settings=long, cancel=gone, on_text=lambda text: gone.set())
+    stays = predictor.prepare(CLIP, ASKED, settings=long)
+    _, found = predictor.answer_many([left, stays])
+    assert same(found, predictor.answer_many([predictor.prepare(CLIP, ASKED, settings=long)])[0])
+
+
+def test_earlier_turns_are_read_in_the_published_form_as_many_as_fit(predictor):
+    turns = history_of(
+        [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "a star"}]
+        + [{"role": "user", "content": "and?"}, {"role": "assistant", "content": "red"}]
+    )
+    found = predictor.answer(CLIP, ASKED, history=turns)
+    assert found.prompt == (
+        "USER: <video>\nwhat? ASSISTANT: a star</s>USER: <video>\nand? ASSISTANT: red</s>"
+        f"USER: <video>\n{ASKED} ASSISTANT: "
+    )
+    many = predictor.answer(CLIP, ASKED, history=[(f"question {n}?", "x" * 20) for n in range(20)])
+    assert many.prompt.endswith(f"</s>USER: <video>\n{ASKED} ASSISTANT: ") and "question 19?" in many.prompt
+    assert "question 0?" not in many.prompt
+    with pytest.raises(ConfigError, match="in turn, got user, user"):
+        history_of([{"role": "user", "content": "a"}] * 2)
+
+
+@pytest.mark.parametrize("question", ["", " \n", None, 3])
+def test_a_question_must_be_a_text(predictor, question):
+    with pytest.raises(ConfigError, match="question"):
+        predictor.answer(CLIP, question)
+
+
+def test_a_closed_predictor_says_so():
+    loaded = lavis_lstp.load("example")
+    loaded.close()
+    with pytest.raises(ConfigError, match="closed"):
+        loaded.answer(CLIP, ASKED)
+
+
+def test_what_is_kept_has_a_bound_and_the_last_used_stays():
+    kept = Kept(10, len)
+    made = []
+
+    def get(key, size):
+        return kept.get(key, lambda: made.append(key) or "x" * size)
+
+    for key, size in (("a", 4), ("b", 4), ("a", 4), ("c", 4), ("a", 4), ("b", 4)):
+        get(key, size)
+    assert made == ["a", "b", "c", "b"] and kept.num_bytes == 8
+    assert get("large", 11) == "x" * 11 and kept.num_bytes <= 10
+    with pytest.raises(ZeroDivisionError):
+        kept.get("bad", lambda: 1 // 0)
+    assert get("bad", 1) == "x"
+
+
+def test_pictures_are_told_by_content(tmp_path):
+    for form in ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "PPM"):
+        assert candidates.is_picture(picture_bytes(form=form)), form
+    assert not candidates.is_picture(CLIP) and not candidates.is_picture(picture_bytes(form="GIF"))
