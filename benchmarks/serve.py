@@ -4,8 +4,8 @@
     python benchmarks/serve.py --checkpoint RUN --seconds 30
 
 In: nothing, or a checkpoint. Out: a Markdown table. Each client asks one question after the other about a clip that was
-uploaded once. The base line is one client and batches of one question. Both servers are measured in turns, and medians of the rounds
-count, so that what else the machine does concerns all lines alike.
+uploaded once. The base line is one client and batches of one question. Both servers are measured in turns, and medians
+of the rounds count, so that what else the machine does concerns all lines alike.
 """
 
 from __future__ import annotations

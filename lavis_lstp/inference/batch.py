@@ -1,14 +1,13 @@
 """The one place where questions meet the model: a batch of prepared questions in, predictions out.
 
-What is asked of the model is `answer`, `prompts` and its selector, flow, backbone; an exchange of these ends here.
-Flow that was kept stands in for `compute_flow`, the selector of the call for the model's own, and a stopping criterion
+Flow that was kept stands in for the chooser's, the selector of the call for the model's own, and a stopping criterion
 sees each new token of each row: it hands out text as it comes, and ends the rows that nobody waits for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -31,12 +30,8 @@ def answer_batch(model: Any, asked: Sequence[Asked]) -> list[Prediction]:
     settings = asked[0].settings
     samples = _samples(model, asked)
     watch = _Watch(model, asked)
-    with ExitStack() as stack:
-        stack.enter_context(_replaced(model, selector=settings.selector, compute_flow=partial(_kept_flow, asked)))
-        language = model.backbone.language_model
-        watched = partial(language.generate, stopping_criteria=[watch])
-        stack.enter_context(_replaced(language, generate=watched))
-        found = model.answer(samples, **settings.generation)
+    with _replaced(model.chooser, selector=settings.selector, flow=partial(_kept_flow, asked)):
+        found = model.answer(samples, watched_by={"stopping_criteria": [watch]}, **settings.generation)
     rows = [_prediction(one, row, found) for row, one in enumerate(asked)]
     for row, prediction in enumerate(rows):
         watch.finish(row, prediction.prediction)
@@ -129,20 +124,13 @@ def _prediction(one: Asked, row: int, found: dict[str, Any]) -> Prediction:
         frame_index=chosen,
         frame_times_s=[times[i] for i in chosen],
         candidate_times_s=times,
-        scores=_inside(**logits) if logits else None,
+        scores=[round(score, 4) for score in found["scores"][row, :count].tolist()] if logits else None,
         log_prob=found["log_prob"][row],
         prompt=found["prompt"][row],
         seconds={stage: round(value, 4) for stage, value in seconds.items()},
         flow=None if media.flow is None else media.flow.numpy(),
         **{name: value.tolist() for name, value in logits.items()},
     )
-
-
-def _inside(start_logits: Tensor, end_logits: Tensor) -> list[float]:
-    """P(start <= t) P(end >= t) of each of T candidates."""
-    begun = start_logits.double().softmax(0).cumsum(0)
-    lasts = end_logits.double().softmax(0).flip(0).cumsum(0).flip(0)
-    return [round(value, 4) for value in (begun * lasts).clamp(0, 1).tolist()]
 
 
 class _Watch:

@@ -253,7 +253,7 @@ class Reader:
         source = list(source) if isinstance(source, tuple) else source
         if self.max_seconds is not None and not isinstance(source, list):
             self._refuse_long(probe(source, **named).duration_s, name or str(source))
-        codec = self.model.flow.name == "motion_vectors"
+        codec = self.model.chooser.flow_from_data == "motion_vectors"
         clip = read_frames(source, num=num_frames, size=side, motion_vectors=codec, **named)
         frames, given = torch.from_numpy(clip.frames), torch.from_numpy(clip.flow) if codec else None
         return Candidates(media, "video", frames, clip.times_s, clip.info.duration_s, None, given)

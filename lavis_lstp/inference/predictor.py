@@ -119,7 +119,7 @@ class Predictor:
         cancel = cancel or threading.Event()
         _unless(cancel)
         candidates, seconds = self.reader.read(
-            video, settings.num_frames, flow=settings.selector.needs_logits, name=name
+            video, settings.num_frames, flow=settings.selector.needs_logits or settings.selector.needs_scores, name=name
         )
         _unless(cancel)
         return Asked(question, tuple(history), candidates, settings, seconds, instructions, on_text, cancel)

@@ -88,10 +88,16 @@ def settings_of(model: Any, num_frames: int, given: Mapping[str, Any]) -> Settin
     checked_generation(together, encoder_decoder=model.backbone.is_encoder_decoder)
     frames = own.get("num_frames", num_frames)
     selector = _selector(model.selector, own)
+    by_sampler = selector.needs_logits or selector.needs_scores
+    if by_sampler and model.sampler is None:
+        raise ConfigError(
+            f"settings.selector: '{selector.name}' asks the temporal sampler, and the model was loaded without one, for "
+            f"selector '{model.selector.name}'; load it with the option model.selector.name={selector.name}"
+        )
     places = getattr(model.sampler, "max_positions", None)
-    if selector.needs_logits and places is not None and frames + 2 > places:
+    if by_sampler and places is not None and frames + 2 > places:
         raise ConfigError(f"settings.num_frames must be at most {places - 2} for this model's sampler, got {frames}")
-    return Settings(frames, selector, own.get("seed", model.seed), generation)
+    return Settings(frames, selector, own.get("seed", model.chooser.seed), generation)
 
 
 def _selector(used: Any, own: Mapping[str, Any]) -> Any:

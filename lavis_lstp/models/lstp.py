@@ -64,6 +64,7 @@ class LSTP(BaseModel):
     ):
         super().__init__()
         self.chooser = chooser
+        chooser.training = self.training
         self.flow = chooser.signal
         # RAFT stays in float32 and on each device: frozen, small, and wrong in bfloat16
         self.KEPT_WHOLE = ("flow.model",) if self.flow is not None else ()
