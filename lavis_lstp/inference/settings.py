@@ -91,8 +91,8 @@ def settings_of(model: Any, num_frames: int, given: Mapping[str, Any]) -> Settin
     by_sampler = selector.needs_logits or selector.needs_scores
     if by_sampler and model.sampler is None:
         raise ConfigError(
-            f"settings.selector: '{selector.name}' asks the temporal sampler, and the model was loaded without one, for "
-            f"selector '{model.selector.name}'; load it with the option model.selector.name={selector.name}"
+            f"settings.selector: '{selector.name}' asks the temporal sampler, and this model was loaded without one; "
+            f"load it with the option model.selector.name={selector.name}"
         )
     places = getattr(model.sampler, "max_positions", None)
     if by_sampler and places is not None and frames + 2 > places:
