@@ -48,6 +48,9 @@ likeliest end, each for itself, under the published rules. gumbel: published, tw
 centres of the video. random: K different frames. topk: the K best scores. given: a span that comes with the sample (a
 pseudo span, or the gold span as oracle)."""
 
+BY_SAMPLER = ("scores", "logits")
+"""What a selector may need that the temporal sampler gives."""
+
 FLOWS = ("raft_large", "raft_small", "dis", "motion_vectors", "precomputed", "none")
 MODEL_KEYS = frozenset({"arch", "model_type", "load_finetuned", "load_pretrained", "finetuned", "pretrained"})
 """Keys that LAVIS's Config and BaseModel read for every model."""
@@ -292,7 +295,7 @@ class Used(NamedTuple):
 
 def used_parts(model: Mapping[str, Any]) -> Used:
     """What a complete `model` section uses: the sampler where frames are selected by it or it learns, and its flow."""
-    by_sampler = SELECTORS[model["selector"]["name"]].needs in ("scores", "logits")
+    by_sampler = SELECTORS[model["selector"]["name"]].needs in BY_SAMPLER
     sampler = by_sampler or "span" in model["losses"] or "sampler" in (model["train"] or ())
     return Used(sampler, flow=sampler)
 
