@@ -126,6 +126,10 @@ class VideoSettings(PictureSettings):
         "lavis_lstp", one_of=("lavis_lstp", "indices", "fractions")
     )  # published files: indices (0..31) or fractions (0..1), both ends inclusive
     backend: str = key("pyav", one_of=("pyav", "decord"))  # what decodes
+    # keyframe: in place of each frame the nearest key frame, at its own time; several times faster
+    frames: str = key("exact", one_of=("exact", "keyframe"))
+    # motion_vectors: from a frame to the next one read (sampled, published), or to the next picture of the file (local)
+    flow_pairs: str = key("sampled", one_of=("sampled", "local"))
     cache_videos: int = key(0, least=0)  # decoded videos kept in memory by each loader process
 
 

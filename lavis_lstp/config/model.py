@@ -311,6 +311,7 @@ def leave_unused_flow_out(model: Mapping[str, Any], datasets: Mapping[str, Any])
         if section and section.get("flow", "none") != "none":
             section["flow"] = "none"
             section.update({key: None for key in ("flow_root", "max_flows") if key in section})
+            section.update({key: "sampled" for key in ("flow_pairs",) if key in section})
             changed.append(name)
     return changed
 

@@ -66,6 +66,8 @@ class VideoQADataset(Dataset):
             frames.
         spans: pseudo spans by question id, or None; see `data.spans`.
         backend: pyav or decord.
+        frames: exact, or keyframe: in place of each frame the nearest key frame of the file.
+        flow_pairs: of motion_vectors: sampled, from each frame to the next one read, or local, to the file's next.
         cache_videos: so many decoded videos are kept in memory, in each loader process; at least one always is.
         max_bad_fraction: share of samples that may fail to decode, or have no file, before the run stops.
         quarantine: file that a line of JSON is appended to for each sample that fails; None = the log alone.
@@ -97,6 +99,8 @@ class VideoQADataset(Dataset):
         max_flows: int | None = None,
         spans: Spans | None = None,
         backend: str = "pyav",
+        frames: str = "exact",
+        flow_pairs: str = "sampled",
         cache_videos: int = 0,
         max_bad_fraction: float = 0.0,
         quarantine: str | Path | None = None,
@@ -123,6 +127,8 @@ class VideoQADataset(Dataset):
         self.max_flows = max_flows
         self.spans = spans
         self.backend = backend
+        self.exact = frames == "exact"
+        self.flow_pairs = flow_pairs
         self.cache_videos = cache_videos
         self.max_bad_fraction = max_bad_fraction
         self.max_megapixels = max_megapixels
@@ -141,6 +147,10 @@ class VideoQADataset(Dataset):
         self.left_out = LeftOut(len(self), max_bad_fraction, quarantine, section)
 
     def _check_settings(self) -> None:
+        if not self.exact and self.flow == "precomputed":
+            raise ConfigError(f"{self.section}.frames: keyframe does not go with flow: precomputed, which is of others")
+        if self.flow_pairs == "local" and self.flow != "motion_vectors":
+            raise ConfigError(f"{self.section}.flow_pairs: local is for flow: motion_vectors, flow is {self.flow}")
         if self.flow not in FLOWS:
             raise ConfigError(unknown_name(f"{self.section}.flow", self.flow, FLOWS))
         if self.short_videos not in SHORT_VIDEOS:
@@ -239,6 +249,8 @@ class VideoQADataset(Dataset):
         settings = [self.num_frames, self.image_size, self.flow, self.flow_size, self.backend]
         if self.fps is not None or self.short_videos != "keep":
             settings += [self.fps, self.short_videos]
+        settings += [] if self.exact else ["keyframe"]
+        settings += [self.flow_pairs] if self.flow_pairs != "sampled" else []
         settings += [self.max_flows] if self.max_flows is not None else []
         spans = {name: span and list(span) for name, span in (self.spans or {}).items()}
         content = json.dumps([self.annotation.identity(), settings, spans], sort_keys=True, default=str)
@@ -323,6 +335,10 @@ class VideoQADataset(Dataset):
         chosen["max_megapixels"] = self.max_megapixels
         stored = self.annotation.frames(place)
         if stored is not None:
+            if not self.exact:
+                raise ConfigError(
+                    f"{self.section}.frames: keyframe needs the video, and shards hold frames of it; exact"
+                )
             if codec or clip_s:
                 what = "flow: motion_vectors needs" if codec else "questions about a part of a video (clip_s) need"
                 raise ConfigError(f"{self.annotation.name(place)}: {self.section}: {what} the video, not stored frames")
@@ -330,6 +346,7 @@ class VideoQADataset(Dataset):
         else:
             source, name = self.annotation.medium(place)
             codec_flow = {"motion_vectors": codec, "flow_size": self.flow_size if codec else None}
+            codec_flow |= {"flow_pairs": self.flow_pairs, "exact": self.exact}
             video = read_frames(source, between_s=clip_s, backend=self.backend, name=name, **chosen, **codec_flow)
             frames, times_s, flow = video.frames, video.times_s, video.flow.astype(np.float16) if codec else None
             duration_s = video.info.duration_s

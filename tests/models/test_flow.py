@@ -77,6 +77,41 @@ def test_motion_vectors_find_the_motion(tmp_path, codec, velocity):
         assert (build_flow("motion_vectors")(frames, flow=given) == given).all()
 
 
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("velocity", VELOCITIES)
+def test_local_motion_vectors_are_those_to_the_next_picture(tmp_path, codec, velocity):
+    """Whatever lies between the candidates; the frames are those that are read without flow."""
+    path = texture_video(tmp_path / "moving.mp4", velocity, codec=codec)
+    for indices in ([4, 5, 6, 7], [0, 3, 8, 20, 30]):
+        video = read_frames(path, indices=indices, motion_vectors=True, flow_pairs="local")
+        assert_moves(video.flow, velocity, within=0.25)
+        assert (video.frames == read_frames(path, indices=indices).frames).all()
+
+
+def test_local_motion_vectors_look_at_a_few_pictures_a_candidate(tmp_path):
+    options = {"g": "20", "keyint_min": "20", "sc_threshold": "0", "bf": "2", "crf": "15"}
+    path = texture_video(tmp_path / "long.mp4", (3, 1), count=200, options=options)
+    sampled = read_frames(path, num=5, motion_vectors=True)
+    local = read_frames(path, num=5, motion_vectors=True, flow_pairs="local")
+    assert local.count.pictures <= 5 * 20 < sampled.count.pictures
+    assert_moves(local.flow, (3, 1), within=0.25)
+    keys = read_frames(path, num=5, motion_vectors=True, flow_pairs="local", exact=False)
+    assert all(i % 20 == 0 for i in keys.indices) and keys.count.pictures <= 5 * 8
+    assert_moves(keys.flow, (3, 1), within=0.25)
+    with pytest.raises(ConfigError, match="flow_pairs 'locla'.*did you mean 'local'"):
+        read_frames(path, num=5, motion_vectors=True, flow_pairs="locla")
+
+
+def test_long_ways_between_candidates_are_announced(tmp_path, caplog, monkeypatch):
+    path = texture_video(tmp_path / "moving.mp4", (1, 0))
+    monkeypatch.setattr("lavis_lstp.data.video.reading.MANY_PICTURES", 10)
+    read_frames(path, indices=[1, 30], motion_vectors=True)
+    assert "followed through 29 pictures" in caplog.text and "flow_pairs: local" in caplog.text
+    caplog.clear()
+    read_frames(path, indices=[1, 30], motion_vectors=True, flow_pairs="local")
+    assert not caplog.text
+
+
 def raft_weights(name: str) -> str:
     path = os.environ.get(f"LAVIS_LSTP_{name.upper()}")
     if not path:
@@ -146,6 +181,8 @@ def test_codecs_without_motion_vectors_say_so(tmp_path):
     for path in (hevc, still):
         with pytest.raises(VideoError, match=f"{path.name}: no motion vectors.*'dis'"):
             read_frames(path, num=4, motion_vectors=True)
+        with pytest.raises(VideoError, match=f"{path.name}: no motion vectors near.*'dis'"):
+            read_frames(path, num=4, motion_vectors=True, flow_pairs="local")
 
 
 def test_a_still_picture_has_no_motion(tmp_path):

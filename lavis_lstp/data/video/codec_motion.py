@@ -97,6 +97,7 @@ class CodecMotion:
         if not known.any():
             return None
         before, earlier = self._anchor
+        earlier = earlier if isinstance(earlier, np.ndarray) else self._look(earlier)
         away = [shown - r for r in reversed(self._references) if r <= before][:REFERENCES] or [shown - before]
         best = -vectors / away[0]
         if len(away) > 1:
@@ -167,6 +168,64 @@ class CodecMotion:
         uv = uv[:: -1 if turn.mirror_y else 1, :: -1 if turn.mirror_x else 1]
         uv = uv * np.float32([-1 if turn.mirror_x else 1, -1 if turn.mirror_y else 1])
         return uv.transpose(2, 0, 1)
+
+
+class LocalMotion(CodecMotion):
+    """From each marked picture to the next picture of the file: the velocity there, of the next predicted picture.
+
+    Only pictures around the marked ones are seen, so that candidates may lie minutes apart.
+    """
+
+    PATIENCE = 8  # anchors behind a marked picture, such as those of a flash, after which it has no field
+
+    def __init__(self, name: str):
+        super().__init__(name)
+        self.waits = False
+        self._found: list[np.ndarray | None] = []
+        self._anchors_since = 0
+
+    def restart(self) -> None:
+        """Decoding goes on at another place."""
+        self._references, self._anchor, self.waits = [], None, False
+
+    def add(self, frame: Any, shown: int, reference: bool) -> None:
+        if self.size is None:
+            self.size, self.turn = (frame.width, frame.height), orientation(frame)
+        if frame.pict_type != PictureType.B:
+            if self.waits and frame.pict_type != PictureType.I and self._anchor is not None:
+                self._found[-1] = self._velocity_of(frame, shown, self._look(frame))
+            self._anchors_since += 1
+            self.waits = self.waits and self._found[-1] is None and self._anchors_since < self.PATIENCE
+            self._anchor = (shown, frame)  # turned into a grey picture where a velocity asks for it
+        if frame.pict_type != PictureType.B or reference:
+            self._references = sorted([*self._references, shown])[-2 * REFERENCES :]
+
+    def mark(self) -> None:
+        self._found.append(None)
+        self.waits, self._anchors_since = True, 0
+
+    def flow(self, size: tuple[int, int]) -> np.ndarray:
+        """float32 [T,2,height,width] in px of that grid per picture of the file, upright.
+
+        The last picture of a file, and one with nothing but intra pictures behind it, repeats the field of the
+        candidate before.
+
+        Raises:
+            VideoError: the codec stores no motion vectors, or the decoder does not give them.
+        """
+        height, width = size
+        out = np.zeros((len(self._found), 2, height, width), dtype=np.float32)
+        if len(self._found) > 1 and all(velocity is None for velocity in self._found):
+            raise VideoError(
+                f"{self.name}: no motion vectors near the chosen frames (every picture is coded by itself, or "
+                "its codec gives none; H.264 and MPEG-1/2/4 do); choose flow 'dis' or 'raft_small'"
+            )
+        last = next((velocity for velocity in self._found if velocity is not None), None)
+        for t, velocity in enumerate(self._found):
+            last = last if velocity is None else velocity
+            if len(self._found) > 1:
+                out[t] = self._upright(last, height, width)
+        return out
 
 
 def _grid(size: tuple[int, int]) -> tuple[int, int]:

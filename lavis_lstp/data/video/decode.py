@@ -13,7 +13,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import av
 import numpy as np
@@ -29,6 +29,18 @@ SKIPPABLE = {"h264", "hevc", "mpeg4", "mpeg2video"}
 DECORD_CONTAINERS = {"mov", "matroska"}
 
 Visit = Callable[[Any, int, bool], None]  # picture, frame number, may others refer to it
+
+
+class Around(Protocol):
+    """Looks at the surroundings of wanted frames.
+
+    waits: whether it needs further pictures behind the last frame handed out. restart: decoding goes on elsewhere.
+    """
+
+    waits: bool
+    add: Visit
+
+    def restart(self) -> None: ...
 
 
 @dataclass
@@ -51,6 +63,7 @@ def decode_pyav(
     *,
     threads: int = 1,
     visit: Visit | None = None,
+    around: Around | None = None,
     count: DecodeCount | None = None,
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yields (frame index, uint8 [H,W,3]) for each of `wanted`.
@@ -59,6 +72,8 @@ def decode_pyav(
         wanted: ascending, without repeats, all below `index.num_frames`.
         visit: called with each reference picture and wanted frame, in order, to the end of the last group, for
             motion vectors. Nothing is jumped over then.
+        around: in place of `visit`: sees the pictures that are decoded on the way to a wanted frame, and those behind
+            it until it has what it needs.
 
     Raises:
         VideoError: where a wanted frame cannot be decoded without damage.
@@ -68,19 +83,20 @@ def decode_pyav(
     with reopen(source, index, threads) as (container, stream):
         options = dict(stream.codec_context.options)
         options["err_detect"] = "explode"  # a damaged picture is an error, not a patched-up neighbour
-        if visit:
+        if visit or around:
             options["flags2"] = "+export_mvs"
         stream.codec_context.options = options
         walk = _by_count if index.by_count else _by_time
-        for i, frame in walk(container, stream, index, wanted, visit, count):
+        for i, frame in walk(container, stream, index, wanted, visit, around, count):
             if frame.is_corrupt:
                 raise VideoError(f"{index.name}: frame {i} is damaged")
             yield i, upright(picture(frame, "rgb24"), orientation(frame))
 
 
-def _by_count(container, stream, index, wanted, visit, count) -> Iterator[tuple[int, Any]]:
+def _by_count(container, stream, index, wanted, visit, around, count) -> Iterator[tuple[int, Any]]:
     """From the start of the file to the last wanted frame."""
     left = set(wanted)
+    visit = around.add if around else visit
     position = 0
     try:
         for position, frame in enumerate(container.decode(stream)):
@@ -90,7 +106,7 @@ def _by_count(container, stream, index, wanted, visit, count) -> Iterator[tuple[
             if position in left:
                 left.discard(position)
                 yield position, frame
-            if not left and not (visit and frame.pict_type == PictureType.B):
+            if not left and not (around.waits if around else visit and frame.pict_type == PictureType.B):
                 return
     except av.FFmpegError as error:
         if left:
@@ -100,9 +116,9 @@ def _by_count(container, stream, index, wanted, visit, count) -> Iterator[tuple[
     raise VideoError(f"{index.name}: frame {min(left)} cannot be decoded, the video ends after {position + 1}")
 
 
-def _by_time(container, stream, index, wanted, visit, count) -> Iterator[tuple[int, Any]]:
+def _by_time(container, stream, index, wanted, visit, around, count) -> Iterator[tuple[int, Any]]:
     """Seeks wherever a key frame lies between where decoding stands and the next wanted frame."""
-    reader = _Reader(container, stream, index, wanted, visit, count)
+    reader = _Reader(container, stream, index, wanted, around.add if around else visit, around, count)
     for i in wanted:
         packet = int(index.frame_packet[i])
         key = 0 if visit and reader.running else _start_for(index, packet)
@@ -119,6 +135,8 @@ def _by_time(container, stream, index, wanted, visit, count) -> Iterator[tuple[i
             cause = reader.failure or "the data are damaged or cut off"
             raise VideoError(f"{index.name}: frame {i} cannot be decoded ({cause})")
         yield i, frame
+        if around:
+            reader.look_ahead()
     if visit:
         reader.finish_group()
 
@@ -136,9 +154,10 @@ def _start_for(index: VideoIndex, packet: int, before: int | None = None) -> int
 class _Reader:
     """One pass of the decoder over the packets from `started_at` on."""
 
-    def __init__(self, container, stream, index, wanted, visit, count):
+    def __init__(self, container, stream, index, wanted, visit, around, count):
         self.container, self.stream, self.index = container, stream, index
-        self.visit, self.count = visit, count
+        self.visit, self.around, self.count = visit, around, count
+        self.ahead: list[Any] = []  # pictures decoded behind the one asked for
         self.position_of = {int(pts): p for p, pts in enumerate(index.packet_pts)}
         self.wanted_pts = {int(index.packet_pts[index.frame_packet[i]]) for i in wanted}
         self.skip = stream.codec_context.name in SKIPPABLE
@@ -156,13 +175,16 @@ class _Reader:
 
     def start_at(self, packet: int) -> None:
         self.started_at, self.failure = packet, None
-        self.frames = self._decode(packet)
+        self.frames, self.ahead = self._decode(packet), []
+        if self.around:
+            self.around.restart()
+            self.last_visited = None
 
     def find(self, packet: int) -> Any | None:
         """The picture of this packet, or None where the decoder passes it by or fails."""
         pts = int(self.index.packet_pts[packet])
         later = 0
-        for frame in self.frames or ():
+        while (frame := self._next()) is not None:
             if frame.pts is None or frame.pts not in self.position_of:
                 raise IndexMismatch(f"a picture at {frame.pts}")
             self._visit(frame)
@@ -178,6 +200,19 @@ class _Reader:
             self.last_visited = frame.pts
             referred = self.referred.pop(frame.pts, False)
             self.visit(frame, self.shown[self.position_of[frame.pts]], referred)
+
+    def _next(self) -> Any | None:
+        return self.ahead.pop(0) if self.ahead else next(self.frames or iter(()), None)
+
+    def look_ahead(self) -> None:
+        """Shows `around` what follows, until it has what it needs; the next search begins with these pictures."""
+        seen = []
+        while self.around.waits and (frame := self._next()) is not None:
+            seen.append(frame)
+            if frame.pts not in self.position_of:
+                break
+            self._visit(frame)
+        self.ahead = seen + self.ahead
 
     def finish_group(self) -> None:
         """Visits what follows up to a picture that is not bidirectional: it tells how those before it move."""

@@ -77,6 +77,7 @@ class VideoIndex:
     Attributes:
         packet_pts: int64 [P] presentation times in ticks; empty when `by_count`.
         packet_key: bool [P], decoding can start here.
+        packet_bytes: int64 [P], what a packet takes in the file: the codec's own measure of what is new in a picture.
         packet_damaged: bool [P], known to be damaged.
         frame_packet: int64 [N], the packet that holds frame i; empty when `by_count`.
         times_s: float64 [N], seconds since the start of the file.
@@ -93,6 +94,7 @@ class VideoIndex:
     name: str
     packet_pts: np.ndarray
     packet_key: np.ndarray
+    packet_bytes: np.ndarray
     packet_damaged: np.ndarray
     frame_packet: np.ndarray
     times_s: np.ndarray
@@ -291,6 +293,7 @@ def _index_of_track(source: Source, name: str, track: int | None, max_megapixels
     return VideoIndex(
         packet_pts=packet_pts,
         packet_key=np.asarray([p.key for p in packets]),
+        packet_bytes=np.asarray([p.size for p in packets], dtype=np.int64),
         packet_damaged=np.asarray([p.damaged for p in packets]),
         frame_packet=frame_packet,
         times_s=times_s,
@@ -336,6 +339,7 @@ class _Packet(NamedTuple):
     key: bool
     shown: bool
     damaged: bool
+    size: int
 
 
 def _read_packets(container: Any, stream: Any) -> tuple[list[_Packet], str | None]:
@@ -349,7 +353,9 @@ def _read_packets(container: Any, stream: Any) -> tuple[list[_Packet], str | Non
                 # VP8 stores pictures that are only referred to as packets of their own; a header bit tells.
                 shown = not packet.is_discard and not (is_vp8 and not bytes(packet)[0] & 0x10)
                 ticks = packet.duration or 0
-                packets.append(_Packet(packet.pts, packet.dts, ticks, packet.is_keyframe, shown, packet.is_corrupt))
+                packets.append(
+                    _Packet(packet.pts, packet.dts, ticks, packet.is_keyframe, shown, packet.is_corrupt, packet.size)
+                )
     except av.FFmpegError as error:
         missing = f"truncated: reading stops after {len(packets)} frames ({error.strerror})"
     if container.format.name == "mpegts" and packets and all(container.size % n for n in TS_PACKET):
@@ -438,6 +444,7 @@ def count_frames(
     return VideoIndex(
         packet_pts=none,
         packet_key=none.astype(bool),
+        packet_bytes=none,
         packet_damaged=none.astype(bool),
         frame_packet=none,
         times_s=times_s,

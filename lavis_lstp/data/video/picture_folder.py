@@ -59,6 +59,7 @@ def folder_index(name: str, count: int) -> VideoIndex:
         name=name,
         packet_pts=nothing,
         packet_key=nothing.astype(bool),
+        packet_bytes=nothing,
         packet_damaged=nothing.astype(bool),
         frame_packet=nothing,
         times_s=np.arange(count) / PICTURES_PER_SECOND,

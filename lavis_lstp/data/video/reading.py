@@ -15,12 +15,14 @@ needs the FFmpeg of the system, which the other two bring along.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -49,10 +51,15 @@ from lavis_lstp.files import find_path
 from lavis_lstp.schema import Span
 from lavis_lstp.untrusted import why_no_file_name
 
+logger = logging.getLogger(__name__)
+
 __all__ = ["VideoFrames", "VideoInfo", "probe", "read_flow_file", "read_frames", "resize_frames"]
 __all__ += ["BACKENDS", "FLOW_FILE_VERSION", "SHORT_VIDEOS", "VIDEO_ENDINGS"]
 
 BACKENDS = ("pyav", "decord")
+FLOW_PAIRS = ("sampled", "local")
+MANY_PICTURES = 2000
+"""Motion vectors through more pictures than these are announced: they take 10 ms or more each."""
 SHORT_VIDEOS = ("keep", "double")
 VIDEO_ENDINGS = (
     *(".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".gif", ".mpg", ".mpeg", ".ts", ".m2ts", ".mts", ".wmv", ".flv"),
@@ -105,6 +112,9 @@ def _resize_picture(picture: np.ndarray, height: int, width: int) -> np.ndarray:
         return picture
     top, bottom, w_top, w_bottom = _taps(picture.shape[0], height)
     left, right, w_left, w_right = _taps(picture.shape[1], width)
+    if 2 * height < picture.shape[0]:  # of a large picture most rows are no row's neighbour
+        used = np.union1d(top, bottom)
+        picture, top, bottom = picture[used], np.searchsorted(used, top), np.searchsorted(used, bottom)
     far = (picture.take(right, axis=1) * w_right[:, None]).astype(np.float32)
     rows = (picture.take(left, axis=1) * w_left[:, None] + far).astype(np.float32).astype(np.float64)
     far = (rows.take(bottom, axis=0) * w_bottom[:, None, None]).astype(np.float32)
@@ -253,7 +263,9 @@ def read_frames(
     between_s: Sequence[float] | None = None,
     size: int | Sequence[int] | None = None,
     backend: str = "pyav",
+    exact: bool = True,
     motion_vectors: bool = False,
+    flow_pairs: str = "sampled",
     flow_size: int | Sequence[int] | None = None,
     threads: int = 1,
     max_megapixels: float = DEFAULT_MAX_MEGAPIXELS,
@@ -274,8 +286,11 @@ def read_frames(
             exactly `num`, as published training did (`sample_indices`).
         between_s: with `num`: choose among the frames of [start, end) seconds, not of the whole video.
         size: S, or (height, width); None keeps the video's own.
-        motion_vectors: also give `flow` from the codec's motion vectors. Everything between the first and the last
-            chosen frame is decoded then.
+        exact: False takes, in place of each frame, the nearest one at which decoding can begin (a key frame), each
+            once: fewer frames, at the times and under the numbers that are theirs.
+        motion_vectors: also give `flow` from the codec's motion vectors.
+        flow_pairs: sampled: from each chosen frame to the next chosen one (published); everything between the first
+            and the last is decoded for it. local: to the next picture of the file; a few pictures are.
         flow_size: grid of that flow, its values scaled along; None is the size of the frames.
         threads: decoder threads; 1 suits loaders with several workers.
         name: what errors call the source, for bytes.
@@ -296,14 +311,17 @@ def read_frames(
         raise ConfigError(f"fps must be greater than 0, got {fps!r}")
     if motion_vectors and backend != "pyav":
         raise ConfigError(f"motion vectors need backend 'pyav', got '{backend}'")
+    if flow_pairs not in FLOW_PAIRS:
+        raise ConfigError(unknown_name("flow_pairs", flow_pairs, FLOW_PAIRS))
     name = source_name(source, name)
     index = video_index(source, name, max_megapixels)
     asked = (indices, times_s, num, fps, short_videos, between_s)
+    flow = flow_pairs if motion_vectors else None
     try:
-        return _read(source, index, asked, size, backend, motion_vectors, flow_size, threads)
+        return _read(source, index, asked, exact, size, backend, flow, flow_size, threads)
     except IndexMismatch:
         index = count_frames(source, None, index.facts())
-        return _read(source, index, asked, size, backend, motion_vectors, flow_size, threads)
+        return _read(source, index, asked, exact, size, backend, flow, flow_size, threads)
 
 
 def _is_pictures(source: Source | Sequence[bytes]) -> bool:
@@ -338,26 +356,86 @@ def _read_folder(
     return VideoFrames(frames, index.times_s[chosen], chosen, info)
 
 
-def _read(source, index, asked, size, backend, motion_vectors, flow_size, threads) -> VideoFrames:
+class PacketCosts(NamedTuple):
+    """What a file says of its N frames without decoding them, in the order they are shown.
+
+    times_s: float64 [N], seconds since the start of the file. bytes: int64 [N], size of the packet that holds a frame.
+    key: bool [N], whether decoding can begin there.
+    """
+
+    times_s: np.ndarray
+    bytes: np.ndarray
+    key: np.ndarray
+
+
+def packet_costs(source: Source, *, name: str | None = None) -> PacketCosts:
+    """Bit cost and key frames of a video by one pass over its packets, a twentieth of a second a minute of film.
+
+    Raises:
+        VideoError: not a video, or one whose packets do not tell which frame they hold.
+    """
+    name = source_name(source, name)
+    index = video_index(source, name)
+    _refuse_incomplete(index)
+    if index.by_count:
+        raise VideoError(
+            f"{name}: its packets do not tell which frames they hold; choose a method that looks at frames"
+        )
+    order = index.frame_packet
+    return PacketCosts(index.times_s, index.packet_bytes[order], index.packet_key[order])
+
+
+def key_frames(index: VideoIndex, chosen: Sequence[int]) -> list[int]:
+    """The key frames nearest to chosen frames, in time; each once, ascending.
+
+    Raises:
+        VideoError: the file does not tell which are key frames, or has too few to tell the chosen ones apart.
+    """
+    if index.by_count:
+        raise VideoError(f"{index.name}: its packets do not tell which frames are key frames; read exact frames of it")
+    keys = np.flatnonzero(index.packet_key[index.frame_packet])
+    if not len(keys):
+        raise VideoError(f"{index.name}: has no key frame that is shown; read exact frames of it")
+    at = np.abs(index.times_s[keys][None] - index.times_s[list(chosen)][:, None]).argmin(axis=1)
+    found = sorted(set(keys[at].tolist()))
+    if len(found) < 2 <= len(set(chosen)):
+        raise VideoError(
+            f"{index.name}: all {len(set(chosen))} frames asked for lie nearest to one key frame (it has {len(keys)}); "
+            "read exact frames of it"
+        )
+    return found
+
+
+def _read(source, index, asked, exact, size, backend, flow_pairs, flow_size, threads) -> VideoFrames:
     chosen = _choose(index, *asked)
     if not chosen:
         raise VideoError(f"{index.name}: no frames were asked for")
+    if not exact:
+        chosen = key_frames(index, chosen)
     wanted = sorted(set(chosen))
     info, turn = _info(source, index)
     height, width = _height_width(size) if size is not None else (info.height, info.width)
     count = DecodeCount()
-    motion = None
-    if motion_vectors:
-        from lavis_lstp.data.video.codec_motion import CodecMotion
+    motion, local = None, flow_pairs == "local"
+    if flow_pairs:
+        from lavis_lstp.data.video.codec_motion import CodecMotion, LocalMotion
 
-        motion = CodecMotion(index.name)
+        motion = (LocalMotion if local else CodecMotion)(index.name)
+        between = wanted[-1] - wanted[0]
+        if not local and between > MANY_PICTURES:
+            logger.warning(
+                "%s: motion vectors between %d frames are followed through %d pictures, at 10 ms or more each; "
+                "flow_pairs: local looks at a few a frame",
+                *(index.name, len(wanted), between),
+            )
     if backend == "decord":
         if turn.mirrored:
             raise VideoError(f"{index.name}: is stored mirrored, which decord ignores; use backend 'pyav'")
         pictures = decode_decord(source, index, wanted, threads=threads)
     else:
-        visit = motion.add if motion else None
-        pictures = decode_pyav(source, index, wanted, threads=threads, visit=visit, count=count)
+        visit = motion.add if motion and not local else None
+        around = motion if local else None
+        pictures = decode_pyav(source, index, wanted, threads=threads, visit=visit, around=around, count=count)
     # Filled in the order of decoding; the caller's order and repeats come last, as one gather.
     frames = np.empty((len(wanted), 3, height, width), dtype=np.uint8)
     for t, (i, picture) in enumerate(pictures):
