@@ -90,7 +90,7 @@ def test_local_motion_vectors_are_those_to_the_next_picture(tmp_path, codec, vel
 
 def test_local_motion_vectors_look_at_a_few_pictures_a_candidate(tmp_path):
     options = {"g": "20", "keyint_min": "20", "sc_threshold": "0", "bf": "2", "crf": "15"}
-    path = texture_video(tmp_path / "long.mp4", (3, 1), count=200, options=options)
+    path = write_video(tmp_path / "long.mp4", moving_texture(200, (3, 1)), options=options)
     sampled = read_frames(path, num=5, motion_vectors=True)
     local = read_frames(path, num=5, motion_vectors=True, flow_pairs="local")
     assert local.count.pictures <= 5 * 20 < sampled.count.pictures
