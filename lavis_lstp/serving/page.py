@@ -27,6 +27,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lavis_lstp.config.model import SELECTORS
 from lavis_lstp.errors import LstpError
+from lavis_lstp.files import strict_json
 from lavis_lstp.inference.contact_sheet import pictures_at
 from lavis_lstp.inference.loading import EXAMPLE
 from lavis_lstp.inference.prediction import Cancelled, Prediction
@@ -156,7 +157,7 @@ class Page:
         return blocks
 
     def _examples(self) -> None:
-        rows = json.loads((EXAMPLE / "questions.json").read_text(encoding="utf-8"))
+        rows = strict_json((EXAMPLE / "questions.json").read_text(encoding="utf-8"))
         clip = str(EXAMPLE / "clip.mp4")
         gr.Examples(
             [[clip, row["question"]] for row in rows],
