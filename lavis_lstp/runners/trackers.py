@@ -76,7 +76,8 @@ def _settings(name: str, output_dir: Path, step: int) -> dict[str, Any]:
     """How the tracker finds the curve that it is to continue; a run's id is made of its folder."""
     run = f"{output_dir.name}-{hashlib.sha256(str(output_dir).encode()).hexdigest()[:12]}"
     return {
-        "tensorboard": {"purge_step": step + 1},
+        # a name of its own: files are named by the second they are made in
+        "tensorboard": {"purge_step": step + 1, "filename_suffix": f".{step + 1}"},
         "wandb": {"id": run, "name": output_dir.name, "resume": "allow", "dir": str(output_dir)},
         "trackio": {"name": run, "resume": "allow"},
         "mlflow": {"run_name": run},
