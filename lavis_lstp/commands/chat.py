@@ -8,7 +8,6 @@ terminal nothing of it is imported. A line that cannot be answered is one line o
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import sys
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lavis_lstp.errors import ConfigError, LstpError, unknown_name
-from lavis_lstp.files import whole_file, write_json
+from lavis_lstp.files import strict_json, whole_file, write_json
 from lavis_lstp.inference.loading import EXAMPLE
 from lavis_lstp.redaction import printable
 
@@ -130,7 +129,7 @@ class Chat:
 def _value(text: str) -> Any:
     """A number, true, false, null, or the text itself."""
     try:
-        value = json.loads(text)
+        value = strict_json(text)
     except ValueError:
         return text
     return value if value is None or isinstance(value, bool | int | float | str) else text

@@ -20,6 +20,7 @@ from lavis_lstp.errors import ConfigError, unknown_name
 OPTIMIZERS = ("adamw", "adam")
 RUNNERS = ("runner_lstp", "runner_deepspeed")
 TASKS = ("video_qa", "video_instruct", "temporal_grounding", "pseudo_span")
+TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 ANSWERING = ("video_qa", "video_instruct")
 """Runners and tasks of this package."""
 RATE = {"least": 0, "most": 1_000_000}
@@ -37,6 +38,7 @@ class RunSettings:
     # evaluate, auto or a run's folder meaning its best checkpoint, else its last (runner_lstp)
     resume_ckpt_path: str | None = key()
     log_freq: int = key(50, least=1)  # steps between two log lines
+    track: list[str] = key([], one_of=TRACKERS, only=RUNNERS, called="tracker (run.track)")  # beside log.jsonl
     # ---- data
     train_splits: list[str] = key(["train"])
     valid_splits: list[str] = key([])  # evaluated after each epoch

@@ -30,7 +30,8 @@ def answer_batch(model: Any, asked: Sequence[Asked]) -> list[Prediction]:
     settings = asked[0].settings
     samples = _samples(model, asked)
     watch = _Watch(model, asked)
-    with _replaced(model.chooser, selector=settings.selector, flow=partial(_kept_flow, asked)):
+    flow = partial(_kept_flow, asked, device=model.device)
+    with _replaced(model.chooser, selector=settings.selector, flow=flow):
         found = model.answer(samples, watched_by={"stopping_criteria": [watch]}, **settings.generation)
     rows = [_prediction(one, row, found) for row, one in enumerate(asked)]
     for row, prediction in enumerate(rows):
@@ -69,7 +70,7 @@ def _samples(model: Any, asked: Sequence[Asked]) -> dict[str, Any]:
         "question_id": [f"{one.settings.seed} {one.question}" for one in asked],
     }
     if any(one.candidates.codec_flow is not None for one in asked):
-        samples["flow"] = _kept_flow(asked, samples, "codec_flow")
+        samples["flow"] = _kept_flow(asked, samples, name="codec_flow")
     return samples
 
 
@@ -77,12 +78,13 @@ def _padded(value: Tensor, length: int) -> Tensor:
     return torch.cat([value, value.new_zeros(length - len(value), *value.shape[1:])])
 
 
-def _kept_flow(asked: Sequence[Asked], samples: Any, name: str = "flow") -> Tensor:
+def _kept_flow(asked: Sequence[Asked], samples: Any, *, name: str = "flow", device: Any = None) -> Tensor:
     """[B,T,2,h,w]; zeros for rows that do not move."""
     fields = [getattr(one.candidates, name) for one in asked]
     grid = next(one.shape[1:] for one in fields if one is not None)
     longest = samples["frames"].shape[1]
-    return torch.stack([_padded(torch.zeros(0, *grid) if one is None else one, longest) for one in fields])
+    rows = [_padded(torch.zeros(0, *grid) if one is None else one, longest) for one in fields]
+    return torch.stack(rows).to(device)
 
 
 def prompt_of(model: Any, asked: Asked) -> str:

@@ -16,7 +16,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ import lavis_lstp
 from lavis_lstp.errors import ConfigError
 from lavis_lstp.files import read_jsonl, read_record, write_json, write_jsonl, writing_to
 from lavis_lstp.redaction import without_secrets_in
+from lavis_lstp.runners.trackers import Trackers, check_trackers
 
 log = logging.getLogger(__name__)
 
@@ -103,14 +104,23 @@ class RunManifest:
 
 
 class JsonLog:
-    """Appends JSON lines; lines of steps that a resumed run will do again are removed first."""
+    """Appends JSON lines; lines of steps that a resumed run will do again are removed first.
 
-    def __init__(self, path: Path, *, enabled: bool = True):
+    Args:
+        track: trackers that get the same numbers.
+    """
+
+    def __init__(self, path: Path, *, enabled: bool = True, track: Sequence[str] = ()):
         self.path = path
         self.enabled = enabled
+        self.track = tuple(track) if enabled else ()
+        self._step = -1
+        self._trackers: Trackers | None = None
+        check_trackers(self.track)
 
     def rewind(self, step: int) -> None:
         """Keep what happened up to and including optimizer step `step`; -1 starts afresh."""
+        self._step = step
         if not self.enabled or not self.path.exists():
             return
         write_jsonl(self.path, [row for row in read_jsonl(self.path) if row.get("step", 0) <= step])
@@ -119,6 +129,15 @@ class JsonLog:
         if self.enabled:
             with writing_to(self.path), open(self.path, "a", encoding="utf-8") as handle:
                 handle.write(json.dumps({"kind": kind, **values}, ensure_ascii=False) + "\n")
+        if self.track:
+            self._trackers = self._trackers or Trackers(self.track, self.path.parent, self._step)
+            self._trackers.write(kind, values)
+
+    def close(self) -> None:
+        """Let the trackers write what they hold."""
+        if self._trackers:
+            self._trackers.close()
+            self._trackers = None
 
 
 def progress(iterable: Iterable | None = None, *, total: int, initial: int = 0, title: str, main: bool) -> Any:

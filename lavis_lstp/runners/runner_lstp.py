@@ -58,7 +58,8 @@ class RunnerLSTP(RunnerBase):
         self.position = Position()
         self.built_engine: WholeModel | None = None
         self.store = checkpoint.CheckpointStore(self.output_dir / "checkpoints")
-        self.json_log = JsonLog(self.output_dir / "log.jsonl", enabled=distributed.is_main())
+        log_file, track = self.output_dir / "log.jsonl", self.settings.track
+        self.json_log = JsonLog(log_file, enabled=distributed.is_main(), track=track)
         self.manifest: RunManifest | None = None  # of training
         self.stop_request = StopRequest()
         self.spare_batch: dict[str, Any] | None = None
@@ -123,7 +124,7 @@ class RunnerLSTP(RunnerBase):
         Raises:
             BusyError: another run works in the output folder.
         """
-        with self.alone(self.output_dir):
+        with self.alone(self.output_dir), contextlib.closing(self.json_log):
             if self.evaluate_only:
                 return self._evaluate_alone(self._eval_splits(), "given", skip_reload=True)
             return self._train()
@@ -160,7 +161,7 @@ class RunnerLSTP(RunnerBase):
 
     def evaluate(self, cur_epoch: int | str = "given", skip_reload: bool = True) -> dict[str, Any]:
         """Evaluate `test_splits` with the weights at hand, or with the best checkpoint's unless `skip_reload`."""
-        with self.alone(self.output_dir):
+        with self.alone(self.output_dir), contextlib.closing(self.json_log):
             return self._evaluate_alone(self.settings.test_splits, cur_epoch, skip_reload=skip_reload)
 
     def _evaluate_alone(self, splits: Sequence[str], cur_epoch: int | str, *, skip_reload: bool) -> dict[str, Any]:

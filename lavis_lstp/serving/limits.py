@@ -25,7 +25,7 @@ class Limits:
     """
 
     most_waiting: int = 64
-    most_in_batch: int = 16
+    most_in_batch: int = 8
     decoders: int = 8
     inline_bytes: int = 64 << 20
     upload_bytes: int = 512 << 20

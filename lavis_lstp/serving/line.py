@@ -9,6 +9,7 @@ together. Questions with other settings wait for the next batch.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import math
 import threading
@@ -25,6 +26,8 @@ from lavis_lstp.inference.predictor import Predictor
 from lavis_lstp.serving.limits import Limits
 from lavis_lstp.serving.metrics import Metrics
 
+GATHERING, MOST_GATHERING_S = 0.25, 0.05
+"""Waiting for a batch to fill takes at most this share of the last batch's time, and so many seconds."""
 FORGETS = 0.9  # of the mean of seconds that a question takes, at each batch
 STOPPING = "the server is stopping; ask again when it is back"
 
@@ -180,15 +183,31 @@ class Line:
 
     async def _answer_batches(self) -> None:
         loop = asyncio.get_running_loop()
+        expected, wait = 1, 0.0
         while True:
             await self._wake.wait()
             self._wake.clear()
             while self._ready:
+                await self._gather(expected, wait)
+                if not self._ready:
+                    break
                 batch, started = self._take(), perf_counter()
                 await self._answer(loop, batch)
-                each = (perf_counter() - started) / len(batch)
-                self._seconds = FORGETS * self._seconds + (1 - FORGETS) * each
+                took = perf_counter() - started
+                expected, wait = len(batch), min(MOST_GATHERING_S, GATHERING * took)
+                self._seconds = FORGETS * self._seconds + (1 - FORGETS) * took / len(batch)
                 self.metrics.batch.observe(len(batch))
+
+    async def _gather(self, expected: int, seconds: float) -> None:
+        """Wait a little for as many questions as the last batch had: clients that got their answers ask again at once,
+        and the first of them would otherwise be answered alone while the others wait. A client alone waits for nobody.
+        """
+        loop = asyncio.get_running_loop()
+        end = loop.time() + seconds
+        while len(self._ready) < min(expected, self.limits.most_in_batch) and (left := end - loop.time()) > 0:
+            self._wake.clear()
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), left)
 
     async def _answer(self, loop: asyncio.AbstractEventLoop, batch: list[Ticket]) -> None:
         try:

@@ -25,7 +25,9 @@ from starlette.middleware import Middleware
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from lavis_lstp.config.model import SELECTORS
 from lavis_lstp.errors import LstpError
+from lavis_lstp.files import strict_json
 from lavis_lstp.inference.contact_sheet import pictures_at
 from lavis_lstp.inference.loading import EXAMPLE
 from lavis_lstp.inference.prediction import Cancelled, Prediction
@@ -33,7 +35,6 @@ from lavis_lstp.serving.app import Server
 from lavis_lstp.serving.timeline import evidence_html
 
 MEDIUM = "the video"
-SELECTORS = ("lstp", "argmax", "gumbel", "uniform", "random")
 NO_DOCS = {"docs_url": None, "redoc_url": None, "openapi_url": None}
 MOST_CALL_BYTES = 1 << 20
 NOTHING_YET = '<p class="evidence">Ask a question to see which moment the answer came from.</p>'
@@ -107,6 +108,7 @@ class Page:
     def __init__(self, server: Server, *, example: bool, feedback: Path | None):
         self.server, self.example, self.feedback = server, example, feedback
         self._feedback_lock = threading.Lock()
+        self.selectors = selectors_of(server.predictor.model)
         self.folder: Any = None
 
     # ---- layout -----------------------------------------------------------------------------------------------------
@@ -145,8 +147,8 @@ class Page:
                     settings = self._settings()
                     with gr.Row():
                         self.third = gr.Dropdown(
-                            [name for name in SELECTORS if name not in ("uniform", "lstp")],
-                            value="argmax",
+                            others := [name for name in self.selectors if name not in ("uniform", "lstp")],
+                            value=others[0],
                             label="Compare uniform and lstp with",
                         )
                         self.compare_button = gr.Button("Compare", elem_id="compare")
@@ -155,7 +157,7 @@ class Page:
         return blocks
 
     def _examples(self) -> None:
-        rows = json.loads((EXAMPLE / "questions.json").read_text(encoding="utf-8"))
+        rows = strict_json((EXAMPLE / "questions.json").read_text(encoding="utf-8"))
         clip = str(EXAMPLE / "clip.mp4")
         gr.Examples(
             [[clip, row["question"]] for row in rows],
@@ -175,8 +177,8 @@ class Page:
             return [
                 gr.Slider(1, most, value=min(used.num_selected, most), step=1, label="Frames", elem_id="frames"),
                 gr.Dropdown(
-                    list(SELECTORS),
-                    value=used.name if used.name in SELECTORS else "lstp",
+                    self.selectors,
+                    value=used.name if used.name in self.selectors else self.selectors[0],
                     label="How frames are chosen",
                 ),
                 gr.Slider(
@@ -267,7 +269,7 @@ class Page:
         """The question, or else the last one, answered from frames that are chosen in three ways."""
         asked = [turn["content"] for turn in plain(chat) if turn["role"] == "user"]
         question = question.strip() or (asked[-1] if asked else "")
-        names, tickets = ("uniform", "lstp", third), []
+        names, tickets = [name for name in ("uniform", "lstp", third) if name in self.selectors], []
         try:
             for name in names:
                 tickets.append(self._join(video, question, [], (settings[0], name, *settings[2:])))
@@ -326,6 +328,12 @@ class Page:
             return evidence_html(found, pictures)
 
         return await asyncio.to_thread(draw)
+
+
+def selectors_of(model: Any) -> list[str]:
+    """Names of the selectors that this model can follow: without a temporal sampler, those that ask for none."""
+    found = {name: kind.needs for name, kind in SELECTORS.items() if kind.needs != "span" and name != "best_span"}
+    return [name for name, needs in found.items() if model.sampler is not None or not needs]
 
 
 def settings_of_widgets(widgets: tuple) -> tuple[dict[str, Any], bool]:

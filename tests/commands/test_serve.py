@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
+import yaml
 from serving_process import WITHOUT, serving
 
 from lavis_lstp.commands import cli, serve
@@ -43,3 +45,23 @@ def test_without_the_extra_the_line_to_install_it_is_told(monkeypatch, capsys):
 )  # fmt: skip
 def test_which_addresses_are_of_this_machine_alone(host, alone):
     assert serve.is_loopback(host) is alone
+
+
+def test_the_container_starts_the_command_with_words_it_knows():
+    """Docker itself is not at hand: what the files name exists, and the words are those of the command."""
+    root = Path(__file__).resolve().parents[2]
+    lines = [line.split(maxsplit=1) for line in (root / "Dockerfile").read_text(encoding="utf-8").splitlines() if line]
+    found = {}
+    for instruction, rest in (line for line in lines if len(line) == 2):
+        found.setdefault(instruction, []).append(rest)
+    copied = [name for rest in found["COPY"] for name in rest.split()[:-1]]
+    assert copied and all((root / name).exists() for name in copied)
+    ignored = (root / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    assert {f"!{name}" for name in copied} <= set(ignored), "what is copied must reach the builder"
+    compose = yaml.safe_load((root / "compose.yaml").read_text(encoding="utf-8"))["services"]["serve"]
+    entry = json.loads(found["ENTRYPOINT"][0])
+    for words in (json.loads(found["CMD"][0]), compose["command"]):
+        args = serve.parser().parse_args([*entry[2:], *words])
+        assert entry[:2] == ["lavis-lstp", "serve"] and args.example and not serve.is_loopback(args.host)
+    assert serve.KEY in compose["environment"] and compose["ports"] == [f"127.0.0.1:8000:{args.port}"]
+    assert found["USER"] == ["serve"]
