@@ -37,6 +37,7 @@ class RunSettings:
     # evaluate, auto or a run's folder meaning its best checkpoint, else its last (runner_lstp)
     resume_ckpt_path: str | None = key()
     log_freq: int = key(50, least=1)  # steps between two log lines
+    profile: bool = key(False, only=RUNNERS)  # say where each second went; a trace for Chrome in output_dir/profile
     # ---- data
     train_splits: list[str] = key(["train"])
     valid_splits: list[str] = key([])  # evaluated after each epoch

@@ -33,7 +33,7 @@ UNIMPORTANT = frozenset(
     f"run.{name}"
     for name in (
         "output_dir resume_ckpt_path evaluate device distributed world_size rank gpu dist_url dist_backend num_workers "
-        "log_freq keep_last save_every_steps save_every_minutes save_every_epochs"
+        "log_freq profile keep_last save_every_steps save_every_minutes save_every_epochs"
     ).split()
 )
 """Settings that change neither weights nor predictions."""

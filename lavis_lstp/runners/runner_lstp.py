@@ -26,7 +26,7 @@ from lavis_lstp.config.run import RunSettings, check_splits, splits_of
 from lavis_lstp.errors import ConfigError
 from lavis_lstp.files import owned, sha256_json, sweep
 from lavis_lstp.redaction import recordable
-from lavis_lstp.runners import checkpoint, resume
+from lavis_lstp.runners import checkpoint, profile, resume
 from lavis_lstp.runners.data_order import TrainOrder, sampling_of
 from lavis_lstp.runners.engine import TorchEngine, WholeModel
 from lavis_lstp.runners.evaluation import evaluate_split, fingerprint, is_better, metric_value, to_device
@@ -145,6 +145,8 @@ class RunnerLSTP(RunnerBase):
                 sweep(folder / "result")
 
             distributed.on_main(own)
+            if self.settings.profile:
+                until_the_end.enter_context(profile.profiled(self.output_dir / "profile", self.bare_model))
             yield
 
     def _train(self) -> dict[str, Any]:
@@ -281,7 +283,8 @@ class RunnerLSTP(RunnerBase):
 
     def save_checkpoint(self) -> None:
         """Write a checkpoint of this moment; see `Saver.save`."""
-        self.saver.save(self.position)
+        with profile.span("checkpoint"):
+            self.saver.save(self.position)
 
     # ---- training -----------------------------------------------------------------------------------------------
 
@@ -318,7 +321,8 @@ class RunnerLSTP(RunnerBase):
         losses = StepLosses(lr=self.engine.lr, samples=plan.size)
         for micro, count in enumerate(plan.counts):
             asked = time.perf_counter()
-            samples = next(batches)
+            with profile.span("waiting for data"):
+                samples = next(batches)
             waited += time.perf_counter() - asked
             if samples is None:  # none of its videos could be read; the data set has counted them
                 if not self.engine.needs_every_batch:
@@ -326,22 +330,27 @@ class RunnerLSTP(RunnerBase):
                 samples, count = self.spare_batch, 0  # the other ranks wait for a forward and a backward
             if samples is None:
                 raise TrainingError(f"the first batch of this run has no readable sample: {plan.batches[micro]}")
-            samples = self.spare_batch = to_device(samples, self.device)
+            with profile.span("copying to the device"):
+                samples = self.spare_batch = to_device(samples, self.device)
             ids.extend(map(str, samples.get("question_id", samples.get("instance_id", []))))
             samples.update(epoch=epoch, num_iters_per_epoch=self.order.steps_per_epoch, iters=index)
             weight = count * distributed.world_size() / plan.size
-            found = self.engine.accumulate(
-                lambda model, samples=samples: losses_of(self.task.train_step(model=model, samples=samples)),
-                weight=weight,
-                last=micro == len(plan.counts) - 1,
-            )
+            with profile.span("forward and backward"):
+                found = self.engine.accumulate(
+                    lambda model, samples=samples: losses_of(self.task.train_step(model=model, samples=samples)),
+                    weight=weight,
+                    last=micro == len(plan.counts) - 1,
+                )
             losses.add(found, count)
         if not losses.counted and distributed.world_size() == 1:
             raise TrainingError(f"no sample of optimizer step {self.position.step + 1} could be read: {plan.batches}")
         save = self.saver.is_due(self.settings.save_every_minutes)
-        losses.reduce(self.engine.clip(), stop=self.stop_request.asked, save=save)
+        with profile.span("losses and gradients over processes"):
+            losses.reduce(self.engine.clip(), stop=self.stop_request.asked, save=save)
         losses.require_finite(self.position.step + 1, ids)
-        self.engine.step()
+        with profile.span("optimizer"):
+            self.engine.step()
+        profile.step()
         losses.data_s, losses.step_s = waited, time.perf_counter() - started
         return losses
 
