@@ -4,8 +4,8 @@ In: the named stretches of a run (`span`) and the parts of its model. Out, in `<
 the wall time of each stretch without those inside it, which is also logged as a table, and `trace_rank0.json`, what
 `torch.profiler` saw of the first steps, for chrome://tracing or https://ui.perfetto.dev.
 
-Like `torch.profiler.record_function`, a stretch is known to the whole process and is not handed from one function to the
-next; where nothing is profiled it costs a look at a list. On CUDA a stretch ends when its kernels have ended, so a
+Like `torch.profiler.record_function`, a stretch is known to the whole process and is not handed from one function to
+the next; where nothing is profiled it costs a look at a list. On CUDA a stretch ends when its kernels have ended, so a
 profiled run is slower than others. What loader processes do is seen as waiting for them.
 """
 
