@@ -123,7 +123,7 @@ def check(saved: Mapping[str, Any], current: Mapping[str, Any], source: object) 
             f"{saved['step_samples']} -> {current['step_samples']}"
         )
     if saved["data"] != current["data"]:
-        binding.append("the training data (its fingerprint differs)")
+        binding.append("the training data, or how its shards are streamed (the fingerprint differs)")
     if binding:
         raise ConfigError(
             f"cannot continue from {source}: {'; '.join(binding)}; restore what it was, or start a new run in another "

@@ -207,7 +207,10 @@ class RunnerLSTP(RunnerBase):
         dataset = join(parts)
         loading = {"seed": settings.seed, "num_workers": settings.num_workers, "pin_memory": self.device.type == "cuda"}
         self.train_batches = build_batches(dataset, self.order, **loading)
-        self.train_fingerprint = sha256_json({name: fingerprint(part) for name, part in parts.items()})
+        data = {name: fingerprint(part) for name, part in parts.items()}
+        if self.order.streamed:  # a position in the middle of an epoch means something in this order alone
+            data["streams"] = [(one.lanes, one.buffer, one.resampled) for one in self.order.sampling]
+        self.train_fingerprint = sha256_json(data)
         self.manifest.add(data={"train": self.train_fingerprint}, samples_per_epoch=self.order.samples_per_epoch)
         if hasattr(self.task, "before_training"):  # LAVIS's git main
             self.task.before_training(model=self.bare_model, dataset=dataset)

@@ -48,33 +48,32 @@ class ReadShards:
         pool = ThreadPoolExecutor(READ_AT_ONCE, "shards")
         passes = self._passes(wanted, pool)
         try:
-            for one in wanted:
-                if one.place >= 0:
+            for one, turn in zip(wanted, passes, strict=True):
+                if turn is not None:
                     first, questions = self._part(one.index)
-                    turn = passes[first, one.place]
                     sample = questions.place_of(one.index - first)
                     questions.hand_over(sample, turn.take(sample))
                 yield one.index
         finally:
             pool.shutdown(cancel_futures=True)
-            for turn in passes.values():
+            for turn in filter(None, passes):
                 turn.close()
 
     def _part(self, index: int) -> tuple[int, ShardQuestions]:
         return max((part for part in self.parts if part[0] <= index), key=lambda part: part[0])
 
-    def _passes(self, wanted: Sequence[Wanted], pool: ThreadPoolExecutor) -> dict[tuple[int, int], _Pass]:
-        """By data set and place in the reading: the pass through a shard that brings the sample."""
-        rows: dict[int, list[tuple[int, Place]]] = {}
-        for index, place in wanted:
+    def _passes(self, wanted: Sequence[Wanted], pool: ThreadPoolExecutor) -> list[_Pass | None]:
+        """For each question the pass through a shard that brings its sample; None where it is not streamed."""
+        rows: dict[int, list[tuple[int, Place, int]]] = {}
+        for number, (index, place) in enumerate(wanted):
             if place >= 0:
                 first, questions = self._part(index)
-                rows.setdefault(first, []).append((place, questions.place_of(index - first)))
-        found: dict[tuple[int, int], _Pass] = {}
+                rows.setdefault(first, []).append((place, questions.place_of(index - first), number))
+        found: list[_Pass | None] = [None] * len(wanted)
         begin: list[_Pass] = []
         for first, questions in self.parts:
             last = None
-            for place, sample in sorted(rows.get(first, ())):
+            for place, sample, number in sorted(rows.get(first, ())):
                 lane = place // self.lane
                 if last is None or (lane, sample[0]) != (last.lane, last.shard) or sample < last.end:
                     turn = _Pass(questions, lane, sample[0], pool)
@@ -84,7 +83,7 @@ class ReadShards:
                         last.following = turn
                     last = turn
                 last.add(sample)
-                found[first, place] = last
+                found[number] = last
         for turn in begin:
             turn.start()
         return found
