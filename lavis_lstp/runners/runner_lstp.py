@@ -123,7 +123,7 @@ class RunnerLSTP(RunnerBase):
         Raises:
             BusyError: another run works in the output folder.
         """
-        with self.alone(self.output_dir):
+        with self.alone(self.output_dir), self._profiled():
             if self.evaluate_only:
                 return self._evaluate_alone(self._eval_splits(), "given", skip_reload=True)
             return self._train()
@@ -145,9 +145,13 @@ class RunnerLSTP(RunnerBase):
                 sweep(folder / "result")
 
             distributed.on_main(own)
-            if self.settings.profile:
-                until_the_end.enter_context(profile.profiled(self.output_dir / "profile", self.bare_model))
             yield
+
+    def _profiled(self) -> contextlib.AbstractContextManager:
+        """What says where the time went, where the settings ask for it."""
+        if not self.settings.profile:
+            return contextlib.nullcontext()
+        return profile.profiled(self.output_dir / "profile", self.bare_model)
 
     def _train(self) -> dict[str, Any]:
         self.manifest = self._manifest("train")
@@ -162,7 +166,7 @@ class RunnerLSTP(RunnerBase):
 
     def evaluate(self, cur_epoch: int | str = "given", skip_reload: bool = True) -> dict[str, Any]:
         """Evaluate `test_splits` with the weights at hand, or with the best checkpoint's unless `skip_reload`."""
-        with self.alone(self.output_dir):
+        with self.alone(self.output_dir), self._profiled():
             return self._evaluate_alone(self.settings.test_splits, cur_epoch, skip_reload=skip_reload)
 
     def _evaluate_alone(self, splits: Sequence[str], cur_epoch: int | str, *, skip_reload: bool) -> dict[str, Any]:
