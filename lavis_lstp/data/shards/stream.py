@@ -6,12 +6,13 @@ index and compared with their SHA-256 as those that are read at an offset.
 
 A lane is a row of shards that are read one after the other. The shuffle buffer of a lane is what was read and is not
 wanted yet: its order was drawn beforehand, so a run that goes on in the middle of an epoch begins each shard at the
-first byte that is still wanted. One sample a lane is read ahead, and the next shard is opened when the last sample of
-the one before has come.
+first byte that is still wanted. A few samples of each lane are read ahead, and the next shard is opened when the last
+sample of the one before has come.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +23,8 @@ from lavis_lstp.errors import ShardError
 
 READ_AT_ONCE = 16
 """Lanes of one process that are waited for at the same time."""
+AHEAD = 4
+"""Samples of a lane that a thread reads before it hands them over: on a busy machine each handing over is a wait."""
 
 
 class Wanted(NamedTuple):
@@ -114,15 +117,18 @@ class _Pass:
         self._uses[sample] += 1
 
     def start(self) -> None:
-        """Read the next sample in a thread."""
+        """Read the next samples in a thread."""
         if self._reading is None and self._waiting:
             self._reading = self._pool.submit(self._read)
 
-    def _read(self) -> dict[str, bytes] | ShardError:
-        try:
-            return self._questions.read(self._waiting[0], *(reader.read_at for reader in self._readers))
-        except ShardError as error:
-            return error
+    def _read(self) -> list[dict[str, bytes] | ShardError]:
+        found: list[dict[str, bytes] | ShardError] = []
+        for sample in itertools.islice(self._waiting, AHEAD):
+            try:
+                found.append(self._questions.read(sample, *(reader.read_at for reader in self._readers)))
+            except ShardError as error:
+                found.append(error)
+        return found
 
     def take(self, sample: Place) -> dict[str, bytes] | ShardError:
         """The content of a sample, or why it cannot be read; each question of it takes it once."""
@@ -130,7 +136,7 @@ class _Pass:
             self.start()
             found = self._reading.result()
             self._reading = None
-            self._here[self._waiting.popleft()] = found
+            self._here |= {self._waiting.popleft(): content for content in found}
             if self._waiting:
                 self.start()
                 continue
