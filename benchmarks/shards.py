@@ -8,7 +8,8 @@ for each size (width x height x pictures) and the clips: samples a second in one
 pass that fills the page cache, and the time to the first batch of 8; then one against two loader processes, and how
 memory grows over epochs. With --remote instead: shards of frames and flow, and of mp4, on a local HTTP server that
 waits before it answers a request and limits each connection, read as a stream, at offsets, and by bare webdataset:
-samples a second of whole epochs in one process, and the requests of each. What is compared is measured turn by turn, so
+samples a second of whole epochs in one process, its CPU time and requests (curl, which webdataset starts for each
+shard, is a process of its own). What is compared is measured turn by turn, so
 that other work on the machine slows all alike; medians.
 """
 
@@ -62,6 +63,13 @@ def rate(items: Iterable, seconds: float = 1.5) -> float:
         if time.perf_counter() - begin > seconds:
             break
     return count / (time.perf_counter() - begin)
+
+
+def cpu_ms(items: Iterable) -> float:
+    """Milliseconds of this process's CPU time for an item; other work on the machine does not count."""
+    begin = time.process_time()
+    count = sum(1 for _ in items)
+    return 1e3 * (time.process_time() - begin) / count
 
 
 def turn_by_turn(works: dict[str, Callable[[], float]], turns: int = 5) -> dict[str, float]:
@@ -211,10 +219,18 @@ def remote_rows(name: str, there: list[str], size: float, args: argparse.Namespa
         before = requests.value
         assert sum(1 for _ in make()) == len(offsets)
         asked[way] = requests.value - before
-    rates = turn_by_turn({way: lambda make=make: rate(make(), 60) for way, make in passes.items()}, args.turns)
+    works = {way: lambda make=make: rate(make(), 60) for way, make in passes.items()}
+    works |= {f"{way}, CPU": lambda make=make: cpu_ms(make()) for way, make in passes.items()}
+    rates = turn_by_turn(works, args.turns)
     about = f"{what}, {len(offsets)} samples of {size / len(offsets):.2f} MB in {len(there)} shards"
     return [
-        *((f"{about}: {way}", f"{one:.1f} samples/s, {asked[way]} requests") for way, one in rates.items()),
+        *(
+            (
+                f"{about}: {way}",
+                f"{rates[way]:.1f} samples/s, {rates[f'{way}, CPU']:.1f} ms CPU, {asked[way]} requests",
+            )
+            for way in passes
+        ),
         (f"{what}: stream over bare", f"{rates['stream'] / rates['bare webdataset']:.2f}"),
         (f"{what}: stream over offsets", f"{rates['stream'] / rates['offsets']:.2f}"),
     ]

@@ -39,6 +39,7 @@ class RunSettings:
     resume_ckpt_path: str | None = key()
     log_freq: int = key(50, least=1)  # steps between two log lines
     track: list[str] = key([], one_of=TRACKERS, only=RUNNERS, called="tracker (run.track)")  # beside log.jsonl
+    profile: bool = key(False, only=RUNNERS)  # say where each second went; a trace for Chrome in output_dir/profile
     # ---- data
     train_splits: list[str] = key(["train"])
     valid_splits: list[str] = key([])  # evaluated after each epoch

@@ -32,7 +32,7 @@ from lavis_lstp import distributed
 from lavis_lstp.batch import take_rows
 from lavis_lstp.errors import ConfigError, CoverageError
 from lavis_lstp.files import read_jsonl, sha256_json, sweep, write_jsonl, writing_to
-from lavis_lstp.runners import resume
+from lavis_lstp.runners import profile, resume
 from lavis_lstp.runners.data_order import Batches, eval_batches, eval_units
 from lavis_lstp.runners.engine import WholeModel, autocast
 from lavis_lstp.runners.randomness import borrowed
@@ -140,8 +140,9 @@ def evaluate_split(
     parts = PartFiles(result_dir / ".parts" / f"{split}_{name}", sha256_json(key))
 
     def step(samples: Any) -> Records:
-        with autocast(device, precision):
-            batch = to_device(samples, device)
+        with autocast(device, precision), profile.span("answering"):
+            with profile.span("copying to the device"):
+                batch = to_device(samples, device)
             return engine.apply(lambda model: task.valid_step(model=model, samples=batch))
 
     with borrowed(seed):
@@ -211,7 +212,8 @@ def run_evaluation(
     bar = progress(total=len(todo), title=title, main=distributed.is_main())
     spare = None
     with bar, torch.no_grad():
-        for turn, (number, samples) in enumerate(zip(todo, loader([batches[i] for i in todo]), strict=True)):
+        given = profile.waiting(loader([batches[i] for i in todo]), "waiting for data")
+        for turn, (number, samples) in enumerate(zip(todo, given, strict=True)):
             readable, counts = samples is not None, turn < own
             if in_step:  # the other ranks wait for this one's part of the weights
                 samples = spare = samples if readable else spare
@@ -221,6 +223,7 @@ def run_evaluation(
             if counts:
                 parts.add(number, records if readable else [], len(batches[number]))
             bar.update()
+            profile.step()
     return parts.end()
 
 

@@ -33,7 +33,7 @@ UNIMPORTANT = frozenset(
     f"run.{name}"
     for name in (
         "output_dir resume_ckpt_path evaluate device distributed world_size rank gpu dist_url dist_backend num_workers "
-        "log_freq keep_last save_every_steps save_every_minutes save_every_epochs"
+        "log_freq profile keep_last save_every_steps save_every_minutes save_every_epochs"
     ).split()
 )
 """Settings that change neither weights nor predictions."""
@@ -123,7 +123,7 @@ def check(saved: Mapping[str, Any], current: Mapping[str, Any], source: object) 
             f"{saved['step_samples']} -> {current['step_samples']}"
         )
     if saved["data"] != current["data"]:
-        binding.append("the training data (its fingerprint differs)")
+        binding.append("the training data, or how its shards are streamed (the fingerprint differs)")
     if binding:
         raise ConfigError(
             f"cannot continue from {source}: {'; '.join(binding)}; restore what it was, or start a new run in another "

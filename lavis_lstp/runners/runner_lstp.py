@@ -26,7 +26,7 @@ from lavis_lstp.config.run import RunSettings, check_splits, splits_of
 from lavis_lstp.errors import ConfigError
 from lavis_lstp.files import owned, sha256_json, sweep
 from lavis_lstp.redaction import recordable
-from lavis_lstp.runners import checkpoint, resume
+from lavis_lstp.runners import checkpoint, profile, resume
 from lavis_lstp.runners.data_order import TrainOrder, sampling_of
 from lavis_lstp.runners.engine import TorchEngine, WholeModel
 from lavis_lstp.runners.evaluation import evaluate_split, fingerprint, is_better, metric_value, to_device
@@ -124,7 +124,7 @@ class RunnerLSTP(RunnerBase):
         Raises:
             BusyError: another run works in the output folder.
         """
-        with self.alone(self.output_dir), contextlib.closing(self.json_log):
+        with self.alone(self.output_dir), contextlib.closing(self.json_log), self._profiled():
             if self.evaluate_only:
                 return self._evaluate_alone(self._eval_splits(), "given", skip_reload=True)
             return self._train()
@@ -148,6 +148,12 @@ class RunnerLSTP(RunnerBase):
             distributed.on_main(own)
             yield
 
+    def _profiled(self) -> contextlib.AbstractContextManager:
+        """What says where the time went, where the settings ask for it."""
+        if not self.settings.profile:
+            return contextlib.nullcontext()
+        return profile.profiled(self.output_dir / "profile", self.bare_model)
+
     def _train(self) -> dict[str, Any]:
         self.manifest = self._manifest("train")
         self._prepare_training()
@@ -161,7 +167,7 @@ class RunnerLSTP(RunnerBase):
 
     def evaluate(self, cur_epoch: int | str = "given", skip_reload: bool = True) -> dict[str, Any]:
         """Evaluate `test_splits` with the weights at hand, or with the best checkpoint's unless `skip_reload`."""
-        with self.alone(self.output_dir), contextlib.closing(self.json_log):
+        with self.alone(self.output_dir), contextlib.closing(self.json_log), self._profiled():
             return self._evaluate_alone(self.settings.test_splits, cur_epoch, skip_reload=skip_reload)
 
     def _evaluate_alone(self, splits: Sequence[str], cur_epoch: int | str, *, skip_reload: bool) -> dict[str, Any]:
@@ -206,7 +212,10 @@ class RunnerLSTP(RunnerBase):
         dataset = join(parts)
         loading = {"seed": settings.seed, "num_workers": settings.num_workers, "pin_memory": self.device.type == "cuda"}
         self.train_batches = build_batches(dataset, self.order, **loading)
-        self.train_fingerprint = sha256_json({name: fingerprint(part) for name, part in parts.items()})
+        data = {name: fingerprint(part) for name, part in parts.items()}
+        if self.order.streamed:  # a position in the middle of an epoch means something in this order alone
+            data["streams"] = [(one.lanes, one.buffer, one.resampled) for one in self.order.sampling]
+        self.train_fingerprint = sha256_json(data)
         self.manifest.add(data={"train": self.train_fingerprint}, samples_per_epoch=self.order.samples_per_epoch)
         if hasattr(self.task, "before_training"):  # LAVIS's git main
             self.task.before_training(model=self.bare_model, dataset=dataset)
@@ -282,7 +291,8 @@ class RunnerLSTP(RunnerBase):
 
     def save_checkpoint(self) -> None:
         """Write a checkpoint of this moment; see `Saver.save`."""
-        self.saver.save(self.position)
+        with profile.span("checkpoint"):
+            self.saver.save(self.position)
 
     # ---- training -----------------------------------------------------------------------------------------------
 
@@ -319,7 +329,8 @@ class RunnerLSTP(RunnerBase):
         losses = StepLosses(lr=self.engine.lr, samples=plan.size)
         for micro, count in enumerate(plan.counts):
             asked = time.perf_counter()
-            samples = next(batches)
+            with profile.span("waiting for data"):
+                samples = next(batches)
             waited += time.perf_counter() - asked
             if samples is None:  # none of its videos could be read; the data set has counted them
                 if not self.engine.needs_every_batch:
@@ -327,22 +338,27 @@ class RunnerLSTP(RunnerBase):
                 samples, count = self.spare_batch, 0  # the other ranks wait for a forward and a backward
             if samples is None:
                 raise TrainingError(f"the first batch of this run has no readable sample: {plan.batches[micro]}")
-            samples = self.spare_batch = to_device(samples, self.device)
+            with profile.span("copying to the device"):
+                samples = self.spare_batch = to_device(samples, self.device)
             ids.extend(map(str, samples.get("question_id", samples.get("instance_id", []))))
             samples.update(epoch=epoch, num_iters_per_epoch=self.order.steps_per_epoch, iters=index)
             weight = count * distributed.world_size() / plan.size
-            found = self.engine.accumulate(
-                lambda model, samples=samples: losses_of(self.task.train_step(model=model, samples=samples)),
-                weight=weight,
-                last=micro == len(plan.counts) - 1,
-            )
+            with profile.span("forward and backward"):
+                found = self.engine.accumulate(
+                    lambda model, samples=samples: losses_of(self.task.train_step(model=model, samples=samples)),
+                    weight=weight,
+                    last=micro == len(plan.counts) - 1,
+                )
             losses.add(found, count)
         if not losses.counted and distributed.world_size() == 1:
             raise TrainingError(f"no sample of optimizer step {self.position.step + 1} could be read: {plan.batches}")
         save = self.saver.is_due(self.settings.save_every_minutes)
-        losses.reduce(self.engine.clip(), stop=self.stop_request.asked, save=save)
+        with profile.span("losses and gradients over processes"):
+            losses.reduce(self.engine.clip(), stop=self.stop_request.asked, save=save)
         losses.require_finite(self.position.step + 1, ids)
-        self.engine.step()
+        with profile.span("optimizer"):
+            self.engine.step()
+        profile.step()
         losses.data_s, losses.step_s = waited, time.perf_counter() - started
         return losses
 

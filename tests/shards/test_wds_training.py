@@ -140,13 +140,13 @@ def test_each_split_may_have_its_own_parallel_set(moving, tmp_path):  # noqa: F8
 SHAPES = {"seed": 0, "train_videos": 5, "val_videos": 1, "test_videos": 1, "train_images": 3, "size": 64}
 
 
-def recipe(root: Path, name: str, module, *more: str) -> Path:
+def recipe(root: Path, name: str, module, *more: str, status: int = 0) -> Path:
     """Runs a tiny recipe; the data lie in root/data, whichever way they are read."""
     sizes = [f"datasets.lstp_shapes.generate.{key}={value}" for key, value in SHAPES.items()]
     options = [*sizes, f"datasets.lstp_shapes.root={root / 'data'}", "datasets.lstp_shapes.num_frames=8", *more]
     out = root / name
     command = ["--cfg-path", f"projects/lstp/tiny_{name.split('_')[0]}.yaml", "--options", *options]
-    assert module.main([*command, f"run.output_dir={out}"]) == 0
+    assert module.main([*command, f"run.output_dir={out}"]) == status
     return out
 
 
@@ -217,7 +217,7 @@ def test_evaluation_over_shards_writes_the_bytes_of_files(tmp_path):
 
 
 @pytest.mark.parametrize("way", ["window=1", "loader=stream"])
-def test_shards_for_a_window_or_a_stream_train_and_resume(tmp_path, way):
+def test_shards_for_a_window_or_a_stream_train_and_resume(tmp_path, way, capsys):
     """Another order than that of files, so other weights; stopped and resumed, the same ones."""
     # A constant rate: a cosine would end with max_steps.
     steps = [
@@ -230,6 +230,10 @@ def test_shards_for_a_window_or_a_stream_train_and_resume(tmp_path, way):
     more = ["datasets.lstp_shapes.from_shards=true", f"datasets.lstp_shapes.shards.{way}", *steps]
     whole = recipe(tmp_path, "base_whole", train, *more)
     recipe(tmp_path, "base_half", train, *more, "run.max_steps=3")
+    if way == "loader=stream":  # where the run stands is a position in its own order
+        other = ["datasets.lstp_shapes.shards.buffer=3", "run.resume_ckpt_path=auto"]
+        recipe(tmp_path, "base_half", train, *more, *other, status=2)
+        assert "how its shards are streamed" in capsys.readouterr().err
     half = recipe(tmp_path, "base_half", train, *more, "run.resume_ckpt_path=auto", "run.num_workers=2")
     one, other = (load_state_dict_file(out / "checkpoints/last/model.safetensors") for out in (whole, half))
     assert all(torch.equal(value, other[name]) for name, value in one.items())

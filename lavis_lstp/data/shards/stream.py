@@ -6,12 +6,13 @@ index and compared with their SHA-256 as those that are read at an offset.
 
 A lane is a row of shards that are read one after the other. The shuffle buffer of a lane is what was read and is not
 wanted yet: its order was drawn beforehand, so a run that goes on in the middle of an epoch begins each shard at the
-first byte that is still wanted. One sample a lane is read ahead, and the next shard is opened when the last sample of
-the one before has come.
+first byte that is still wanted. A few samples of each lane are read ahead, and the next shard is opened when the last
+sample of the one before has come.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +23,8 @@ from lavis_lstp.errors import ShardError
 
 READ_AT_ONCE = 16
 """Lanes of one process that are waited for at the same time."""
+AHEAD = 4
+"""Samples of a lane that a thread reads before it hands them over: on a busy machine each handing over is a wait."""
 
 
 class Wanted(NamedTuple):
@@ -48,33 +51,32 @@ class ReadShards:
         pool = ThreadPoolExecutor(READ_AT_ONCE, "shards")
         passes = self._passes(wanted, pool)
         try:
-            for one in wanted:
-                if one.place >= 0:
+            for one, turn in zip(wanted, passes, strict=True):
+                if turn is not None:
                     first, questions = self._part(one.index)
-                    turn = passes[first, one.place]
                     sample = questions.place_of(one.index - first)
                     questions.hand_over(sample, turn.take(sample))
                 yield one.index
         finally:
             pool.shutdown(cancel_futures=True)
-            for turn in passes.values():
+            for turn in filter(None, passes):
                 turn.close()
 
     def _part(self, index: int) -> tuple[int, ShardQuestions]:
         return max((part for part in self.parts if part[0] <= index), key=lambda part: part[0])
 
-    def _passes(self, wanted: Sequence[Wanted], pool: ThreadPoolExecutor) -> dict[tuple[int, int], _Pass]:
-        """By data set and place in the reading: the pass through a shard that brings the sample."""
-        rows: dict[int, list[tuple[int, Place]]] = {}
-        for index, place in wanted:
+    def _passes(self, wanted: Sequence[Wanted], pool: ThreadPoolExecutor) -> list[_Pass | None]:
+        """For each question the pass through a shard that brings its sample; None where it is not streamed."""
+        rows: dict[int, list[tuple[int, Place, int]]] = {}
+        for number, (index, place) in enumerate(wanted):
             if place >= 0:
                 first, questions = self._part(index)
-                rows.setdefault(first, []).append((place, questions.place_of(index - first)))
-        found: dict[tuple[int, int], _Pass] = {}
+                rows.setdefault(first, []).append((place, questions.place_of(index - first), number))
+        found: list[_Pass | None] = [None] * len(wanted)
         begin: list[_Pass] = []
         for first, questions in self.parts:
             last = None
-            for place, sample in sorted(rows.get(first, ())):
+            for place, sample, number in sorted(rows.get(first, ())):
                 lane = place // self.lane
                 if last is None or (lane, sample[0]) != (last.lane, last.shard) or sample < last.end:
                     turn = _Pass(questions, lane, sample[0], pool)
@@ -84,7 +86,7 @@ class ReadShards:
                         last.following = turn
                     last = turn
                 last.add(sample)
-                found[first, place] = last
+                found[number] = last
         for turn in begin:
             turn.start()
         return found
@@ -115,15 +117,18 @@ class _Pass:
         self._uses[sample] += 1
 
     def start(self) -> None:
-        """Read the next sample in a thread."""
+        """Read the next samples in a thread."""
         if self._reading is None and self._waiting:
             self._reading = self._pool.submit(self._read)
 
-    def _read(self) -> dict[str, bytes] | ShardError:
-        try:
-            return self._questions.read(self._waiting[0], *(reader.read_at for reader in self._readers))
-        except ShardError as error:
-            return error
+    def _read(self) -> list[dict[str, bytes] | ShardError]:
+        found: list[dict[str, bytes] | ShardError] = []
+        for sample in itertools.islice(self._waiting, AHEAD):
+            try:
+                found.append(self._questions.read(sample, *(reader.read_at for reader in self._readers)))
+            except ShardError as error:
+                found.append(error)
+        return found
 
     def take(self, sample: Place) -> dict[str, bytes] | ShardError:
         """The content of a sample, or why it cannot be read; each question of it takes it once."""
@@ -131,7 +136,7 @@ class _Pass:
             self.start()
             found = self._reading.result()
             self._reading = None
-            self._here[self._waiting.popleft()] = found
+            self._here |= {self._waiting.popleft(): content for content in found}
             if self._waiting:
                 self.start()
                 continue
