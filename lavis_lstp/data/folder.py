@@ -172,11 +172,17 @@ class FolderQuestions(Sequence):
 
     def published_flow(self, place: Place) -> Path | None:
         """The flow file of the published code, where it lies in place of ours."""
-        if self.flow_root is None or flow_file(self.flow_root, place[1]).is_file():
+        if self.flow_root is None or self._flow_file(place).is_file():
             return None
         path = find_path(self.flow_root, f"{place[1]}{ENDING}")
         return path if path.is_file() else None
 
     def flow(self, place: Place, num_frames: int) -> np.ndarray:
         """float16 [T,2,h,w] in px of its own grid."""
-        return read_flow_file(flow_file(self.flow_root, place[1]), num_frames)
+        return read_flow_file(self._flow_file(place), num_frames)
+
+    def _flow_file(self, place: Place) -> Path:
+        """By the id; else by the whole name, which `lavis-lstp flow` uses in folders with a.mp4 beside a.gif."""
+        by_id = flow_file(self.flow_root, place[1])
+        by_name = by_id.with_name(f"{Path(place[0]).name}.safetensors")
+        return by_name if by_name.is_file() and not by_id.is_file() else by_id

@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import GOLDEN
 from PIL import Image
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from torch.utils.data import DataLoader
 from video_files import audio_file, numbered_video, read_number
 
@@ -752,3 +752,28 @@ def test_what_is_wrong_with_a_row_names_annotation_and_row(lines, tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(rows))
     with pytest.raises(VideoError, match=r"needed by question 'q1' \(.*a.json, entry 1\); 1 of 2 files"):
         VideoQADataset(read_annotation(tmp_path / "a.json"), folder)
+
+
+def test_flow_of_a_folder_with_equal_stems_is_found_by_whole_names(tmp_path, caplog):
+    """`lavis-lstp flow FOLDER` names a.mp4 and a.gif apart; an annotation without video_id calls both "a"."""
+    folder, out = tmp_path / "media", tmp_path / "flow"
+    folder.mkdir()
+    numbered_video(folder / "a.mp4", 9, width=32, height=32)
+    pictures = [Image.new("L", (32, 32), 20 * n) for n in range(9)]
+    pictures[0].save(folder / "a.gif", save_all=True, append_images=pictures[1:], duration=100)
+    assert flow_files.main([str(folder), str(out), "--num-frames", "4", "--size", "16"]) == 0
+    assert sorted(path.name for path in out.glob("*.safetensors")) == ["a.gif.safetensors", "a.mp4.safetensors"]
+    some = {"num_frames": 4, "image_size": 16, "flow": "precomputed", "flow_root": out}
+    flows = []
+    for name in ("a.mp4", "a.gif"):
+        (tmp_path / "a.json").write_text(
+            json.dumps([{"question_id": "1", "video": name, "question": "q", "answer": "a"}])
+        )
+        data = VideoQADataset(read_annotation(tmp_path / "a.json"), folder, **some)
+        assert torch.equal(data[0]["flow"], torch.from_numpy(load_file(out / f"{name}.safetensors")["flow"]))
+        flows.append(data[0]["flow"])
+    assert not torch.equal(*flows)
+    rows = [{"question_id": n, "video": n, "question": "q", "answer": "a"} for n in ("a.mp4", "a.gif")]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    with pytest.raises(AnnotationError, match=r"entry 1\): video_id 'a' names two files, .*give each an id"):
+        VideoQADataset(read_annotation(tmp_path / "a.json"), folder, **some)
