@@ -423,7 +423,7 @@ COMMANDS = [
     Command("flow, folder", lstp("flow", "{i}/videos", "{o}/f", "--size", "16", "--num-frames", "4"), videos),
     Command("convert", lstp("convert", "{i}/lstp.ckpt", "{o}/c"), published, new=True),
     Command("export", lstp("export", str(EXAMPLE), "{o}/h"), new=True),
-    Command("spans", pseudo_spans, shapes, spans),
+    Command("spans", pseudo_spans, shapes, spans, slow=True),
     Command("chain", lstp("chain", "{i}/chain.yaml", "--out", "{o}"), steps, pages, slow=True),
     Command("train", toy_run(), result=trained),
     Command("train, DDP", toy_run(), result=trained, ranks=2),
