@@ -142,7 +142,7 @@ def test_a_report_on_somebody_elses_results_does_nothing_that_they_say(text, wat
         (folder / "v.mp4").write_bytes(b"no video")
         assert cli.main(["report", str(folder)]) == 0
         said = capsys.readouterr()
-        page = (folder / "report.html").read_text()
+        page = (folder / "report.html").read_text(encoding="utf-8")
         assert "1 without pictures" in said.out
         assert "sk-nobody-may-see-this" not in page + said.out + said.err
     assert not (watched / "made").exists()
