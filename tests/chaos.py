@@ -19,25 +19,34 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import toy
 from PIL import Image
+from video_files import numbered_video
 
 from lavis_lstp.commands import cli
+from lavis_lstp.data.shapes.shapes_qa import generate
 from lavis_lstp.errors import run_command
+from lavis_lstp.host import evaluate
+from lavis_lstp.inference.loading import EXAMPLE
 from lavis_lstp.models.weights.reading import load_state_dict_file, weights_file
+from lavis_lstp.testing.tiny_checkpoints import write_all
 from webdataset_tools import __main__ as tools
 
 OPERATIONS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.symlink", "os.truncate", "shutil.rmtree"}
-KINDS = ("kill", "disk", "term", "clock")
+KINDS = ("kill", "disk", "term", "int", "gone", "clock", "full", "readonly")
+"""SIGKILL, no file above 200 bytes, SIGTERM, Ctrl-C, the output folder vanishes, the clock jumps; and where this
+process may mount file systems: one that is full, and one that is read-only after a kill."""
 TIMEOUT_S = 120
+BUSY = ("still works here", "has been working here")
 
 
 @dataclass
@@ -50,6 +59,7 @@ class Command:
         result: what must be equal after a restart; by default every file's content.
         ranks: processes that run it together.
         new: it refuses a folder that is there, so that a finished one needs no restart.
+        slow: a trial takes seconds; left out where no command is named and trials are few.
     """
 
     name: str
@@ -58,6 +68,7 @@ class Command:
     result: Callable[[Path], object] = field(default=lambda out: contents(out))
     ranks: int = 1
     new: bool = False
+    slow: bool = False
 
 
 def contents(out: Path) -> dict[str, str]:
@@ -84,8 +95,13 @@ def disturb(kind: str, number: int, out: Path, seen: list[int]) -> None:
             return
         if kind == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-        elif kind == "term":
-            os.kill(os.getpid(), signal.SIGTERM)
+        elif kind in ("term", "int"):
+            os.kill(os.getpid(), signal.SIGTERM if kind == "term" else signal.SIGINT)
+        elif kind == "gone":
+            for path in out.iterdir():
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            with contextlib.suppress(OSError):  # a mount stays
+                out.rmdir()
         elif kind == "disk":
             resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))
         elif kind == "clock":
@@ -166,28 +182,91 @@ def wait(pids: list[int]) -> list[int]:
 # ---- the campaign -----------------------------------------------------------------------------------------------
 
 
-def problem_of(command: Command, inputs: Path, out: Path, kind: str, number: int, wanted: object) -> str | None:
-    """What is wrong after one disturbed attempt and a restart; None where nothing is."""
+def may_mount() -> bool:
+    with tempfile.TemporaryDirectory() as folder:
+        done = (
+            subprocess.run(["mount", "-t", "tmpfs", "tmpfs", folder], capture_output=True)
+            if shutil.which("mount")
+            else None
+        )
+        if done is None or done.returncode:
+            return False
+        subprocess.run(["umount", folder], check=True)
+    return True
+
+
+@contextlib.contextmanager
+def mounted(out: Path, size: int = 1 << 28) -> Iterator[Callable[[str], object]]:
+    """A file system of `size` bytes at `out`, and what changes its options."""
+    out.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", out], check=True)
+    try:
+        yield lambda options: subprocess.run(["mount", "-o", f"remount,{options}", out], check=True)
+    finally:
+        subprocess.run(["umount", "-l", out], check=True)
+
+
+def size_of(out: Path) -> int:
+    return sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+
+
+def problem_of(
+    command: Command, inputs: Path, out: Path, kind: str, number: int, wanted: object, room: float = 0
+) -> str | None:
+    """What is wrong after one disturbed attempt and a restart; None where nothing is.
+
+    Args:
+        room: bytes of the file system that is full.
+    """
+    if kind == "full":
+        with mounted(out, max(1, int(room))) as remount:
+            statuses, said, _ = attempt(command, inputs, out)
+            remount(f"size={1 << 28}")
+            return judged(command, inputs, out, "disk", statuses, said, wanted)
+    if kind == "readonly":
+        with mounted(out) as remount:
+            attempt(command, inputs, out, "kill", number)
+            remount("ro")
+            statuses, said, _ = attempt(command, inputs, out)
+            remount("rw")
+            done = not any(statuses) and command.result(out) == wanted
+            return None if done else judged(command, inputs, out, "disk", statuses, said, wanted)
     statuses, said, _ = attempt(command, inputs, out, kind, number)
+    return judged(command, inputs, out, kind, statuses, said, wanted)
+
+
+def judged(
+    command: Command, inputs: Path, out: Path, kind: str, statuses: list[int], said: str, wanted: object
+) -> str | None:
+    """What is wrong with a disturbed attempt that ended so, or with its restart."""
     if "Traceback" in said and command.ranks == 1:  # of several, the others say that their peer has gone
         return f"traceback: {said.strip().splitlines()[-1]}"
     if kind == "disk" and any(statuses) and not any(line.startswith("error: ") for line in said.splitlines()):
         return f"status {statuses} without a line: {said[-200:]!r}"
-    if any(statuses) and not (command.new and command.result(out) == wanted):
-        statuses, said, _ = attempt(command, inputs, out)
+    if kind == "gone" or (any(statuses) and not (command.new and command.result(out) == wanted)):
+        if kind == "gone" and not any(
+            statuses
+        ):  # whoever removes results of a command that goes on must remove the rest
+            shutil.rmtree(out, ignore_errors=True)
+        until = time.monotonic() + TIMEOUT_S
+        while True:
+            statuses, said, _ = attempt(command, inputs, out)
+            if not (any(statuses) and any(word in said for word in BUSY) and time.monotonic() < until):
+                break
+            time.sleep(0.2)  # a child of what was killed is still at work
     elif command.new:  # the lock of a killed owner stays until the next one, and no next one came
         return None if command.result(out) == wanted else "it said that it was done, and the result differs"
     if any(statuses):
         return f"the restart ended with {statuses}: {said.strip()[-300:]}"
     if command.result(out) != wanted:
         return "the result differs from that of an undisturbed run"
-    left = [str(path.relative_to(out)) for path in out.rglob(".*") if path.name.endswith((".tmp", ".lock"))]
+    left = [str(path.relative_to(out)) for path in out.rglob(".*") if path.name.endswith((".tmp", ".owner.lock"))]
     return f"left behind: {left}" if left else None
 
 
 def campaign(commands: list[Command], trials: int, seed: int = 0) -> dict[str, tuple[int, list[str]]]:
     """Trials and failures by command; `trials` for each, the file operations and kinds of disturbance drawn evenly."""
-    found = {}
+    found, mounts = {}, may_mount()
     for command in commands:
         with tempfile.TemporaryDirectory() as folder:
             inputs, out = Path(folder, "in"), Path(folder, "out")
@@ -195,12 +274,14 @@ def campaign(commands: list[Command], trials: int, seed: int = 0) -> dict[str, t
             command.before(inputs)
             statuses, said, count = attempt(command, inputs, out)
             assert not any(statuses), f"{command.name}, undisturbed: {statuses}, {said}"
-            wanted, failures = command.result(out), []
-            moments = [(kind, number) for kind in KINDS for number in range(count * command.ranks)]
+            wanted, failures, size = command.result(out), [], size_of(out)
+            kinds = [kind for kind in KINDS if mounts or kind not in ("full", "readonly")]
+            moments = [(kind, number) for kind in kinds for number in range(count * command.ranks)]
             chosen = random.Random(f"{seed} {command.name}").sample(moments, min(trials, len(moments)))
             for kind, number in chosen:
-                shutil.rmtree(out)
-                problem = problem_of(command, inputs, out, kind, number, wanted)
+                shutil.rmtree(out, ignore_errors=True)
+                room = size * (number + 1) / (count * command.ranks + 1)
+                problem = problem_of(command, inputs, out, kind, number, wanted, room)
                 if problem:
                     failures.append(f"{kind} before operation {number} of {count}: {problem}")
             found[command.name] = len(chosen), failures
@@ -232,6 +313,44 @@ def predictions(inputs: Path) -> None:
     (inputs / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def videos(inputs: Path) -> None:
+    (inputs / "videos").mkdir()
+    for number in range(3):
+        numbered_video(inputs / f"videos/{number}.mp4", 6, width=32, height=32)
+
+
+def shapes(inputs: Path) -> None:
+    generate(inputs / "shapes", workers=1, **SHAPES)
+
+
+def published(inputs: Path) -> None:
+    (file,) = write_all(inputs / "hub", only=["lstp-7b"]).values()
+    shutil.copyfile(file, inputs / "lstp.ckpt")
+
+
+def steps(inputs: Path) -> None:
+    predictions(inputs)
+    report = [str(inputs / "p.jsonl"), "--pictures", "0", "--out"]
+    first = ["judge", str(inputs / "p.jsonl"), "--judge", "rules", "--cache", "{out}/c", "--out", "{out}/v.jsonl"]
+    chain = {"steps": {"judge": {"command": [*first, "--resamples", 9]}}}
+    chain["steps"]["page"] = {"command": ["report", *report, "{out}/r.html"]}
+    (inputs / "chain.yaml").write_text(json.dumps(chain))
+
+
+def zero(stage: int) -> dict:
+    section = {"stage": stage, **({"stage3_param_persistence_threshold": 0} if stage == 3 else {})}
+    return {"runner": "runner_deepspeed", "deepspeed": {"zero_optimization": section}}
+
+
+def pseudo_spans(inputs: Path, out: Path) -> int:
+    shapes = {"root": inputs / "shapes", "num_frames": 4, "image_size": 64}
+    options = [f"datasets.lstp_shapes.{name}={value}" for name, value in shapes.items()]
+    options += [f"datasets.lstp_shapes.generate.{name}={value}" for name, value in SHAPES.items()]
+    options += [f"run.output_dir={out}", f"run.spans_out={out}/spans_{{split}}.json", "model.checkpoint=null"]
+    options += ["run.batch_size_eval=3", "model.backbone.seed=3"]
+    return evaluate.main(["--cfg-path", "projects/lstp/tiny_spans.yaml", "--options", *options])
+
+
 def verb(name: str, *words: str) -> Callable[[Path, Path], int]:
     def run(inputs: Path, out: Path) -> int:
         placed = [word.format(i=inputs, o=out) for word in words]
@@ -249,6 +368,8 @@ def toy_run(**options: object) -> Callable[[Path, Path], int]:
     return lambda inputs, out: run_command(lambda: toy.make_runner(out, **{**RUN, **options}).train() and None)
 
 
+SHAPES = {"train_videos": 2, "val_videos": 1, "test_videos": 1, "train_images": 0, "size": 32}
+FEW = 60
 RUN = {"length": 12, "batch_size_train": 2, "save_every_steps": 2, "keep_last": 2, "resume_ckpt_path": "auto"}
 RUN |= {"valid_splits": ["val"], "test_splits": ["test"], "max_epoch": 1}
 
@@ -272,6 +393,18 @@ def evaluated(out: Path) -> object:
     return contents(out / "result")
 
 
+def spans(out: Path) -> object:
+    return [json.loads(path.read_text())["spans"] for path in sorted(out.glob("spans_*.json"))], contents(
+        out / "result"
+    )
+
+
+def pages(out: Path) -> object:
+    """What a chain's steps write; times and a data base's pages are others each time."""
+    done = {path.parent.name for path in out.glob("*/done.json")}
+    return done, {name: digest for name, digest in contents(out).items() if name in ("v.jsonl", "v.json", "r.html")}
+
+
 COMMANDS = [
     Command("pack", verb("pack", "{o}/x", "{i}/a.json", "--max-count", "2"), pictures),
     Command("reshard", verb("reshard", "{i}/s/x-000000.tar", "{i}/s/x-000001.tar", "--out", "{o}/y"), shards),
@@ -287,8 +420,15 @@ COMMANDS = [
     ),
     Command("report", lstp("report", "{i}/p.jsonl", "--out", "{o}/r.html", "--pictures", "0"), predictions),
     Command("evaluate", toy_run(evaluate=True, resume_ckpt_path=None), result=evaluated),
+    Command("flow, folder", lstp("flow", "{i}/videos", "{o}/f", "--size", "16", "--num-frames", "4"), videos),
+    Command("convert", lstp("convert", "{i}/lstp.ckpt", "{o}/c"), published, new=True, slow=True),
+    Command("export", lstp("export", str(EXAMPLE), "{o}/h"), new=True, slow=True),
+    Command("spans", pseudo_spans, shapes, spans, slow=True),
+    Command("chain", lstp("chain", "{i}/chain.yaml", "--out", "{o}"), steps, pages, slow=True),
     Command("train", toy_run(), result=trained),
     Command("train, DDP", toy_run(), result=trained, ranks=2),
+    Command("train, ZeRO-2", toy_run(**zero(2)), result=trained, ranks=2, slow=True),
+    Command("train, ZeRO-3", toy_run(**zero(3)), result=trained, ranks=2, slow=True),
 ]
 
 
@@ -300,18 +440,19 @@ def main() -> int:
     args = parser.parse_args()
     total, wrong = 0, 0
     for command in COMMANDS:
-        if args.commands and command.name not in args.commands:
+        if command.name not in (args.commands or [one.name for one in COMMANDS if not one.slow or args.trials >= FEW]):
             continue
         started = time.perf_counter()
-        trials, failures = campaign([command], args.trials, args.seed)[command.name]
+        trials = args.trials // 6 if command.slow and not args.commands else args.trials
+        trials, failures = campaign([command], trials, args.seed)[command.name]
         total, wrong = total + trials, wrong + len(failures)
         print(
-            f"{command.name:<12}{trials:>6} trials{len(failures):>5} failures {time.perf_counter() - started:>6.0f} s",
+            f"{command.name:<14}{trials:>6} trials{len(failures):>5} failures {time.perf_counter() - started:>6.0f} s",
             flush=True,
         )
         for line in failures[:5]:
             print(f"    {line}", flush=True)
-    print(f"{'in all':<12}{total:>6} trials{wrong:>5} failures")
+    print(f"{'in all':<14}{total:>6} trials{wrong:>5} failures")
     return 1 if wrong else 0
 
 

@@ -5,6 +5,7 @@ The form of this package's own files is told in `qa_dataset`; others' are read b
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,16 @@ SECTION = "datasets.<name>"
 MOST_OPTIONS = 26
 MOST_SECONDS = 1e9
 """30 years, which no video has; JSON's 1e999 and a number of 400 digits are more."""
+
+
+class Entry(dict):
+    """A question, and where it stands: "FILE, entry 3", for messages."""
+
+    __slots__ = ("stands",)
+
+    def __init__(self, row: Mapping[str, Any], stands: str = ""):
+        super().__init__(row)
+        self.stands = stands
 
 
 def read_annotation(path: str | Path, *, section: str = SECTION) -> list[dict[str, Any]]:
@@ -33,7 +44,7 @@ def read_annotation(path: str | Path, *, section: str = SECTION) -> list[dict[st
     seen: set[str] = set()
     for place, row in rows:
         _check_entry(row, place, seen)
-    return [row for _, row in rows]
+    return [Entry(row, place) for place, row in rows]
 
 
 def parse_rows(text: str, path: Path) -> list[tuple[str, Any]]:

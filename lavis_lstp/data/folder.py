@@ -43,6 +43,12 @@ def kind_of(row: Mapping[str, Any]) -> str:
     return "image" if "image" in row else "video" if "video" in row else "text"
 
 
+def _named(row: Mapping[str, Any]) -> str:
+    """A question, for messages, with file and row where these are known."""
+    stands = getattr(row, "stands", "")
+    return f"question {row['question_id']!r}" + (f" ({stands})" if stands else "")
+
+
 class FolderQuestions(Sequence):
     """Questions about files.
 
@@ -99,7 +105,8 @@ class FolderQuestions(Sequence):
     def where(self, index: int) -> dict[str, str]:
         """For the quarantine list."""
         row = self._rows[index]
-        return {"file": row.get(kind_of(row), "")}
+        stands = getattr(row, "stands", "")
+        return {"file": row.get(kind_of(row), ""), **({"annotation": stands} if stands else {})}
 
     @property
     def has_clips(self) -> bool:
@@ -116,23 +123,23 @@ class FolderQuestions(Sequence):
             AnnotationError: a path leads out of the folder, or one video_id names two files.
             VideoError: more files are missing than that.
         """
-        paths: dict[str, str] = {}
+        paths: dict[str, Mapping[str, Any]] = {}
         files: dict[str, str] = {}
         for row in self._rows:
             if kind_of(row) != "text":
-                paths.setdefault(row[kind_of(row)], row["question_id"])
+                paths.setdefault(row[kind_of(row)], row)
             if kind_of(row) == "video" and self.flow_root is not None:
                 flow_file(self.flow_root, row["video_id"])  # said now, and not in the middle of an epoch
             if kind_of(row) == "video" and files.setdefault(row["video_id"], row["video"]) != row["video"]:
                 raise AnnotationError(  # flow files and what is kept of a video go by its id
-                    f"question {row['question_id']!r}: video_id {row['video_id']!r} names two files, "
+                    f"{_named(row)}: video_id {row['video_id']!r} names two files, "
                     f"{files[row['video_id']]!r} and {row['video']!r}; give each an id (or a file name) of its own"
                 )
         missing = []
-        for name, question in paths.items():
-            check_name(name, self.root, f"question {question!r}")
+        for name, row in paths.items():
+            check_name(name, self.root, _named(row))
             if not find_path(self.root, name).exists():  # a folder of pictures is a video, too
-                missing.append((self.root / name, question))
+                missing.append((self.root / name, row))
         lost = {path for path, _ in missing}
         open_questions = sum(self.root / row.get(kind_of(row), "") in lost for row in self._rows)
         if missing and open_questions <= max_bad_fraction * len(self):
@@ -140,11 +147,11 @@ class FolderQuestions(Sequence):
             what = f"{len(missing)} of {len(paths)} files are missing"
             logger.warning("%s, %d questions about them stay open: %s", what, open_questions, names)
         elif missing:
-            path, question = missing[0]
+            path, row = missing[0]
             if len(missing) > 1:  # all of them, so that one go is enough to bring them
                 logger.error("missing files:\n%s", "\n".join(str(path) for path, _ in missing))
             raise VideoError(
-                f"{path}: no such file, needed by question {question!r}; {len(missing)} of {len(paths)} files are "
+                f"{path}: no such file, needed by {_named(row)}; {len(missing)} of {len(paths)} files are "
                 f"missing. Check the folder in {self.section}.build_info; {self.section}.max_bad_fraction allows some"
             )
 
@@ -165,11 +172,17 @@ class FolderQuestions(Sequence):
 
     def published_flow(self, place: Place) -> Path | None:
         """The flow file of the published code, where it lies in place of ours."""
-        if self.flow_root is None or flow_file(self.flow_root, place[1]).is_file():
+        if self.flow_root is None or self._flow_file(place).is_file():
             return None
         path = find_path(self.flow_root, f"{place[1]}{ENDING}")
         return path if path.is_file() else None
 
     def flow(self, place: Place, num_frames: int) -> np.ndarray:
         """float16 [T,2,h,w] in px of its own grid."""
-        return read_flow_file(flow_file(self.flow_root, place[1]), num_frames)
+        return read_flow_file(self._flow_file(place), num_frames)
+
+    def _flow_file(self, place: Place) -> Path:
+        """By the id; else by the whole name, which `lavis-lstp flow` uses in folders with a.mp4 beside a.gif."""
+        by_id = flow_file(self.flow_root, place[1])
+        by_name = by_id.with_name(f"{Path(place[0]).name}.safetensors")
+        return by_name if by_name.is_file() and not by_id.is_file() else by_id

@@ -49,7 +49,7 @@ class LeftOut:
         """Counts a question.
 
         Args:
-            where: what else the quarantine file says of it.
+            where: what else the quarantine file says of it; "annotation" is file and row of the question.
 
         Raises:
             VideoError: with it there are too many.
@@ -64,8 +64,9 @@ class LeftOut:
             self._list({"question_id": question_id, **where, "cause": cause, "error": str(error)})
         if count > self.max_bad_fraction * self.total:
             counted = ", ".join(f"{number} {name}" for name, number in causes.items())
+            stands = f" ({where['annotation']})" if "annotation" in where else ""
             raise VideoError(
-                f"question {question_id!r}: {error}; with it {count} of {self.total} questions cannot be read "
+                f"question {question_id!r}{stands}: {error}; with it {count} of {self.total} questions cannot be read "
                 f"({counted}), {self.section}.max_bad_fraction allows {self.max_bad_fraction:g}"
             ) from error
         if not known:

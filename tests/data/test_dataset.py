@@ -6,6 +6,7 @@ import gc
 import json
 import logging
 import pickle
+import re
 import time
 import unicodedata
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 import torch
 from conftest import GOLDEN
 from PIL import Image
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from torch.utils.data import DataLoader
 from video_files import audio_file, numbered_video, read_number
 
@@ -722,3 +723,57 @@ def test_one_video_id_for_two_files(tmp_path):
         VideoQADataset(read_annotation(tmp_path / "rows.json"), tmp_path)
     (tmp_path / "rows.json").write_text(json.dumps([{**row, "video_id": row["question_id"]} for row in rows]))
     assert len(VideoQADataset(read_annotation(tmp_path / "rows.json"), tmp_path)) == 2
+
+
+@pytest.mark.parametrize("lines", [False, True], ids=["list", "lines"])
+def test_what_is_wrong_with_a_row_names_annotation_and_row(lines, tmp_path):
+    folder = tmp_path / "media"
+    folder.mkdir()
+    (folder / "bad.mp4").write_bytes(b"no video")
+    numbered_video(folder / "good.mp4", 9)
+    names = ("good", "bad", "good")
+    rows = [
+        {"question_id": f"q{n}", "video": f"{name}.mp4", "question": "q", "answer": "a"} for n, name in enumerate(names)
+    ]
+    rows[2]["clip_s"] = [100, 200]
+    text = "\n\n".join(map(json.dumps, rows)) if lines else json.dumps(rows)
+    (tmp_path / "a.json").write_text(text)
+    stands = [f"{tmp_path / 'a.json'}, {f'line {2 * n + 1}' if lines else f'entry {n}'}" for n in range(3)]
+    data = VideoQADataset(read_annotation(tmp_path / "a.json"), folder, num_frames=2, image_size=16)
+    for number in (1, 2):
+        with pytest.raises(VideoError, match=re.escape(f"question 'q{number}' ({stands[number]}): ")):
+            data[number]
+    quarantine = tmp_path / "bad.jsonl"
+    some = {"num_frames": 2, "image_size": 16, "max_bad_fraction": 1.0, "quarantine": quarantine}
+    data = pickle.loads(pickle.dumps(VideoQADataset(read_annotation(tmp_path / "a.json"), folder, **some)))
+    assert data[0] is not None and data[1] is None and data[2] is None
+    assert [json.loads(line)["annotation"] for line in quarantine.read_text().splitlines()] == stands[1:]
+    rows[1]["video"] = "gone.mp4"
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    with pytest.raises(VideoError, match=r"needed by question 'q1' \(.*a.json, entry 1\); 1 of 2 files"):
+        VideoQADataset(read_annotation(tmp_path / "a.json"), folder)
+
+
+def test_flow_of_a_folder_with_equal_stems_is_found_by_whole_names(tmp_path, caplog):
+    """`lavis-lstp flow FOLDER` names a.mp4 and a.gif apart; an annotation without video_id calls both "a"."""
+    folder, out = tmp_path / "media", tmp_path / "flow"
+    folder.mkdir()
+    numbered_video(folder / "a.mp4", 9, width=32, height=32)
+    pictures = [Image.new("L", (32, 32), 20 * n) for n in range(9)]
+    pictures[0].save(folder / "a.gif", save_all=True, append_images=pictures[1:], duration=100)
+    assert flow_files.main([str(folder), str(out), "--num-frames", "4", "--size", "16"]) == 0
+    assert sorted(path.name for path in out.glob("*.safetensors")) == ["a.gif.safetensors", "a.mp4.safetensors"]
+    some = {"num_frames": 4, "image_size": 16, "flow": "precomputed", "flow_root": out}
+    flows = []
+    for name in ("a.mp4", "a.gif"):
+        (tmp_path / "a.json").write_text(
+            json.dumps([{"question_id": "1", "video": name, "question": "q", "answer": "a"}])
+        )
+        data = VideoQADataset(read_annotation(tmp_path / "a.json"), folder, **some)
+        assert torch.equal(data[0]["flow"], torch.from_numpy(load_file(out / f"{name}.safetensors")["flow"]))
+        flows.append(data[0]["flow"])
+    assert not torch.equal(*flows)
+    rows = [{"question_id": n, "video": n, "question": "q", "answer": "a"} for n in ("a.mp4", "a.gif")]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    with pytest.raises(AnnotationError, match=r"entry 1\): video_id 'a' names two files, .*give each an id"):
+        VideoQADataset(read_annotation(tmp_path / "a.json"), folder, **some)
