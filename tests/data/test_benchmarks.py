@@ -16,7 +16,7 @@ from lavis.datasets.builders import load_dataset
 from test_wds_verify import rewritten
 
 from lavis_lstp.config import Config
-from lavis_lstp.data.benchmarks import BENCHMARKS, MVBENCH, read_benchmark
+from lavis_lstp.data.benchmarks import BENCHMARKS, described, read_benchmark
 from lavis_lstp.data.shards.format import dump_frames, parse_frames
 from lavis_lstp.errors import AnnotationError, ConfigError, VideoError
 from lavis_lstp.host import evaluate
@@ -24,6 +24,7 @@ from lavis_lstp.testing import tiny_benchmarks
 from lavis_lstp.testing.tiny_benchmarks import WRITERS, write_benchmarks
 from webdataset_tools.__main__ import main as tools
 
+MVBENCH = BENCHMARKS["lstp_mvbench"].forms["authors"].files
 ROOT = Path(__file__).resolve().parents[2]
 
 
