@@ -25,7 +25,7 @@ flow, flow_mask and no_moment, whatever the sample is.
     span         int64 [B,2]        half-open frame span to learn from (a pseudo span), (-1, -1) = none
     no_moment    int64 [B]          only where a row of a span file says that there is no span: 1, the others 0
     gold_span    int64 [B,2]        for evaluation alone, (-1, -1) = unknown; no training code reads it
-    moments_s    list of B lists        gold [start, end] in seconds, in the order of time, [] = unknown; for evaluation alone
+    moments_s    list of B lists        gold [start, end] in seconds, [] = unknown; for evaluation alone
     question_id, video_id, instance_id    list of B str
 """
 

@@ -2,8 +2,8 @@
 
 In: question files (JSON, JSON lines, CSV, TSV, parquet), where the authors split them answer files, and a file of
 other video names where one is published. Out: one entry per question. A benchmark is a YAML file in configs/datasets,
-whose section `benchmark` describes the files; docs/benchmarks.md says where they come from. Answers are joined to questions by id, never by
-position, and ids that differ are an error.
+whose section `benchmark` describes the files; docs/benchmarks.md says where they come from. Answers are joined to
+questions by id, never by position, and ids that differ are an error.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ class Form:
         delimiter: of a table in text, where its ending says something else.
         clip_s: columns of start and end in seconds of the part that is asked about.
         moments_s: the column of [start, end] in seconds or of a list of them: where the answer is seen.
+        overlap: moments of one question may overlap (CG-Bench's do in 8 of 3,000).
         duration_s: the column of the video's length in seconds; moments are checked against it.
         category: axis -> kind of question: a template, or {of: template, pattern: regular expression, names: list}.
         left_out: ids of questions that the authors' file leaves without an answer or with one that is no option.
@@ -79,6 +80,7 @@ class Form:
     delimiter: str | None = None
     clip_s: Sequence[str] | None = None
     moments_s: str | None = None
+    overlap: bool = False
     duration_s: str | None = None
     category: Mapping[str, Any] = field(default_factory=dict)
     left_out: Sequence[str] = ()
@@ -363,7 +365,7 @@ def _read(path: Path, spec: Form, section: str) -> list[tuple[str, Any]]:
     delimiter = spec.delimiter or {".csv": ",", ".tsv": "\t"}.get(path.suffix)
     if delimiter is not None:
         return _delimited(text, path, delimiter)
-    if path.suffix == ".json" and text.lstrip()[:1] == "{":  # rows by name; JSON lines have one row in each line
+    if spec.rows and path.suffix == ".json" and text.lstrip()[:1] == "{":  # {name: row of parallel lists}
         content = parse(text, path, "file")
         return [
             (f"{path}, {key!r:.80}", {"key": key, **_object(row, f"{path}, {key!r:.80}")})
@@ -474,7 +476,9 @@ def _entry(key: str, row: Row, spec: Form, place: str, root: Path, names: Mappin
         entry["clip_s"] = [row[column] for column in spec.clip_s if column in row]
         check_seconds(entry["clip_s"], " and ".join(spec.clip_s), place)
     if spec.moments_s and row.get(spec.moments_s) is not None:
-        entry["moments_s"] = _moments(row[spec.moments_s], row.get(spec.duration_s or ""), spec.moments_s, place)
+        entry["moments_s"] = _moments(
+            row[spec.moments_s], row.get(spec.duration_s or ""), spec.moments_s, place, allow_overlap=spec.overlap
+        )
         start, end = max(entry["moments_s"], key=lambda moment: (moment[1] - moment[0], -moment[0]))
         entry["span_s"] = [max(0, start), end]
     return entry
@@ -494,19 +498,22 @@ def _kind(row: Row, rule: str | Mapping[str, Any]) -> Any:
     return names[int(value)] if value.isdigit() and int(value) < len(names) else value
 
 
-def _moments(value: Any, duration_s: Any, column: str, place: str) -> list[list[float]]:
+def _moments(value: Any, duration_s: Any, column: str, place: str, *, allow_overlap: bool = False) -> list[list[float]]:
     """One [start, end] or several, in seconds and in the order of time.
 
     Raises:
         AnnotationError: a moment is reversed or empty, overlaps another one, or lies behind the end of the video.
     """
-    single = isinstance(value, list) and len(value) == 2 and not isinstance(value[0], list)
+    single = isinstance(value, list) and len(value) == 2 and not any(isinstance(one, list) for one in value)
     moments = [value] if single else value
     if not isinstance(moments, list) or not moments:
         raise AnnotationError(f"{place}: '{column}' must be [start, end] or a list of them, got {value!r:.80}")
     for moment in moments:
         check_moment(moment, column, place)
     moments = sorted([list(moment) for moment in moments])
+    for one, other in zip(moments, moments[1:], strict=False):
+        if other[0] < one[1] and not allow_overlap:
+            raise AnnotationError(f"{place}: '{column}' {one} and {other} overlap")
     if type(duration_s) in (int, float) and moments[-1][1] > duration_s + MOMENT_SLACK_S:
         raise AnnotationError(f"{place}: '{column}' {moments[-1]} ends behind its video of {duration_s:g} s")
     return moments
