@@ -146,6 +146,7 @@ setup(
     install_requires=LAVIS_NEEDS + OUR_NEEDS,
     extras_require={
         "test": [
+            "pyarrow>=17",
             "deepspeed>=0.19",
             "hypothesis>=6.100",
             "openai>=2.39",
@@ -165,6 +166,7 @@ setup(
         "deepspeed": ["deepspeed>=0.19"],
         "ray": ["ray>=2.40"],
         "judge": ["openai>=2.39"],
+        "parquet": ["pyarrow>=17"],  # benchmarks whose authors publish parquet files: Video-MME
         "bleu": ["sacrebleu>=2.4"],
         # What lmms-eval 0.7.3 imports. It is installed with --no-deps: it pins av<16, and tasks want 30 packages more.
         "lmms": [

@@ -18,12 +18,14 @@ flow, flow_mask and no_moment, whatever the sample is.
     prompt       list of B str      the whole prompt where the data bring one (a conversation), '' = the model makes it
     options      list of B lists of str   what to choose from, [] = the answer is open
     category     list of B str      kind of question, '' = unknown
+    categories   list of B dicts        axis -> kind or list of kinds, {} = no more than `category`
     media        list of B str      equal where frames and flow are the same, '' = a text
     text_output  list of B str      the answer to learn or to be compared with, without an end mark, '' = unknown
     answer       list of B str      the same, None = unknown
     span         int64 [B,2]        half-open frame span to learn from (a pseudo span), (-1, -1) = none
     no_moment    int64 [B]          only where a row of a span file says that there is no span: 1, the others 0
     gold_span    int64 [B,2]        for evaluation alone, (-1, -1) = unknown; no training code reads it
+    moments_s    list of B lists        gold [start, end] in seconds, [] = unknown; for evaluation alone
     question_id, video_id, instance_id    list of B str
 """
 

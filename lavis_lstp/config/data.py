@@ -230,6 +230,11 @@ def names() -> list[str]:
     return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 
 
+def benchmark_names() -> list[str]:
+    """The benchmarks: data sets whose YAML file describes their authors' files."""
+    return [name for name in names() if name not in SETTINGS]
+
+
 def settings_of(name: str) -> type[DataSettings] | None:
     """The settings of a data set of this package; None for one of LAVIS's."""
     if name in SETTINGS:

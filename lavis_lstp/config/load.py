@@ -20,7 +20,8 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lavis_lstp.config.data import VideoQA, settings_of
+from lavis_lstp.config.data import CONFIGS as DATASETS
+from lavis_lstp.config.data import VideoQA, benchmark_names, settings_of
 from lavis_lstp.config.fields import LIST, TEXT, TEXTS, Rule, nearest, rules
 from lavis_lstp.config.model import ModelSettings
 from lavis_lstp.config.run import RunSettings
@@ -75,16 +76,24 @@ EVALUATION_PARTS = ("benchmarks", "models")
 
 def evaluations() -> list[str]:
     """projects/lstp/eval/<benchmark>_<model>.yaml, every pair."""
-    names = [[Path(name) for name in project_files(f"lstp/eval/{part}/*.yaml")] for part in EVALUATION_PARTS]
-    return [str(one.parent.parent / f"{one.stem}_{other.name}") for one in names[0] for other in names[1]]
+    models = [Path(name) for name in project_files("lstp/eval/models/*.yaml")]
+    own = [Path(name).stem for name in project_files("lstp/eval/benchmarks/*.yaml")]
+    names = sorted({*own, *(name.removeprefix("lstp_") for name in benchmark_names())})
+    return [str(model.parent.parent / f"{name}_{model.name}") for name in names for model in models]
 
 
 def evaluation_parts(path: Path) -> tuple[Path, Path] | None:
-    """FOLDER/benchmarks/<benchmark>.yaml and FOLDER/models/<model>.yaml of a path FOLDER/<benchmark>_<model>.yaml."""
+    """The two files that a path FOLDER/<benchmark>_<model>.yaml is composed of.
+
+    FOLDER/benchmarks/<benchmark>.yaml, or else the data set's own file in configs/datasets where it has a section
+    `run`, and FOLDER/models/<model>.yaml.
+    """
     for i, letter in enumerate(path.stem):
         if letter == "_":
             names = path.stem[:i], path.stem[i + 1 :]
             parts = tuple(path.parent / p / (n + path.suffix) for p, n in zip(EVALUATION_PARTS, names, strict=True))
+            if not os.path.isfile(parts[0]) and f"lstp_{names[0]}" in benchmark_names():
+                parts = DATASETS / f"lstp_{names[0]}.yaml", parts[1]
             if all(os.path.isfile(part) for part in parts):
                 return parts
     return None
@@ -97,7 +106,10 @@ def load_recipe(path: Path) -> DictConfig:
     """
     if path.is_file():
         return _load(path)
-    benchmark, model = map(_load, evaluation_parts(path))
+    parts = evaluation_parts(path)
+    benchmark, model = map(_load, parts)
+    if parts[0].parent == DATASETS:  # what it says of the data are their defaults anyway
+        benchmark = OmegaConf.create({"datasets": {parts[0].stem: {}}, "run": benchmark.run})
     common = (model.pop("datasets", None) or {}).get("*") or {}
     for name, section in benchmark.datasets.items():
         benchmark.datasets[name] = OmegaConf.merge(section or {}, common)

@@ -110,6 +110,19 @@ def check_seconds(span: Any, key: str, place: str) -> None:
         raise AnnotationError(f"{place}: '{key}' must be [start, end] in seconds with start < end, got {span!r:.80}")
 
 
+MOMENT_SLACK_S = 1.0
+"""A gold moment may begin so much before its video and end so much behind it: authors round (NExT-GQA: -0.1, 0.5 s)."""
+
+
+def check_moment(moment: Any, key: str, place: str) -> None:
+    """Raises AnnotationError for what is not [start, end] in seconds; see MOMENT_SLACK_S."""
+    if moment is None:
+        raise AnnotationError(f"{place}: '{key}' has null in place of [start, end]")
+    first = moment[0] if isinstance(moment, list) and moment else None
+    early = type(first) in (int, float) and -MOMENT_SLACK_S <= first < 0
+    check_seconds([0, *moment[1:]] if early else moment, key, place)
+
+
 def check_options(options: Any, answer: str | None, place: str) -> None:
     """Raises AnnotationError for options that cannot be told apart by what they say, or lack the answer."""
     if not isinstance(options, list) or len(options) < 2 or not all(isinstance(o, str) and o for o in options):

@@ -1,9 +1,9 @@
 """Video question answering benchmarks, in the files their authors publish -> entries as `qa_dataset` wants them.
 
-In: question files (JSON, JSON lines, CSV), where the authors split them answer files, and a file of other video names
-where one is published. Out: one entry per question. A benchmark is a row of a table here and a YAML file in
-configs/datasets; docs/benchmarks.md says where the files come from. Answers are joined to questions by id, never by
-position, and ids that differ are an error.
+In: question files (JSON, JSON lines, CSV, TSV, parquet), where the authors split them answer files, and a file of
+other video names where one is published. Out: one entry per question. A benchmark is a YAML file in configs/datasets,
+whose section `benchmark` describes the files; docs/benchmarks.md says where they come from. Answers are joined to
+questions by id, never by position, and ids that differ are an error.
 """
 
 from __future__ import annotations
@@ -11,13 +11,28 @@ from __future__ import annotations
 import csv
 import io
 import logging
+import re
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from string import Formatter
 from typing import Any
 
-from lavis_lstp.data.annotation import SECTION, check_object, check_options, check_seconds, parse, parse_rows, read_text
+import yaml
+
+from lavis_lstp.config.data import CONFIGS
+from lavis_lstp.data.annotation import (
+    MOMENT_SLACK_S,
+    SECTION,
+    check_moment,
+    check_object,
+    check_options,
+    check_seconds,
+    parse,
+    parse_rows,
+    read_text,
+)
 from lavis_lstp.data.video.reading import VIDEO_ENDINGS
 from lavis_lstp.errors import AnnotationError, ConfigError, unknown_name
 from lavis_lstp.files import find_path
@@ -29,36 +44,53 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Form:
-    """What the columns of a file mean. Templates are filled from a row, {file} and {number} say where it stands.
+    """Meaning of the columns of a file, as `benchmark.forms.<form>` of a YAML file in configs/datasets gives it.
+
+    Templates are filled from a row; {file} is the file's name without ending, {number} the row's place in it.
 
     Args:
         question_id, video: templates; of several videos the first that exists is meant, without its ending.
         question, answer: columns.
+        answer_is: `text`, or an option: `index` counts from 0, `letter` from A. `none`: there is a moment to find.
         options: the column of a list of texts or of {choice: text}, or a column for each.
-        answer_is_index: of an option, counted from 0; else the answer is a text.
-        delimiter: of a table in text.
+        lettered: options begin with their letter, as in "A. Apples."; it is checked and removed.
+        padding: text of a column that stands for "no such option".
+        rows: the column of a list of rows in each row of the file, or parallel lists of which each gives a row.
+        reader: one of READERS, for a file that no ending describes.
+        delimiter: of a table in text, where its ending says something else.
         clip_s: columns of start and end in seconds of the part that is asked about.
-        category: from a row to the kind of question.
-        of_file: per file's stem, further columns of its rows; None in one of them drops the clip.
+        moments_s: the column of [start, end] in seconds or of a list of them: where the answer is seen.
+        overlap: moments of one question may overlap (CG-Bench's do in 8 of 3,000).
+        duration_s: the column of the video's length in seconds; moments are checked against it.
+        category: axis -> kind of question: a template, or {of: template, pattern: regular expression, names: list}.
+        left_out: ids of questions that the authors' file leaves without an answer or with one that is no option.
+        files: per file's stem, further columns of its rows; `bounded: false` drops the clip.
     """
 
     question_id: str
-    video: tuple[str, ...]
+    video: Sequence[str]
     question: str = "question"
     answer: str = "answer"
-    options: str | tuple[str, ...] = ()
-    answer_is_index: bool = False
+    answer_is: str = "text"
+    options: str | Sequence[str] | None = None
+    lettered: bool = False
+    padding: str | None = None
+    rows: str | Sequence[str] | None = None
+    reader: str | None = None
     delimiter: str | None = None
-    clip_s: tuple[str, str] | None = None
-    category: Callable[[Row], str] = lambda row: ""
-    of_file: Mapping[str, Row] = field(default_factory=dict)
+    clip_s: Sequence[str] | None = None
+    moments_s: str | None = None
+    overlap: bool = False
+    duration_s: str | None = None
+    category: Mapping[str, Any] = field(default_factory=dict)
+    left_out: Sequence[str] = ()
+    files: Mapping[str, Row] = field(default_factory=dict)
 
     @property
     def columns(self) -> list[str]:
-        """That every row has, but for the answer."""
-        templates = (self.question_id, *self.video)
-        filled = [name for template in templates for _, name, *_ in Formatter().parse(template) if name]
-        options = [self.options] if isinstance(self.options, str) else self.options
+        """Columns that every row has, but for the answer."""
+        filled = [name for template in (self.question_id, *self.video) for name in _columns(template)]
+        options = [self.options] if isinstance(self.options, str) else self.options or []
         return list(dict.fromkeys([*filled, self.question, *options]))
 
 
@@ -67,141 +99,97 @@ class Benchmark:
     """Forms by name, the first being the authors', and how many questions a split has."""
 
     forms: Mapping[str, Form]
-    sizes: Mapping[str, int]
+    sizes: Mapping[str, int] = field(default_factory=dict)
     answers_choose: bool = False
     """The answer file has a part of the questions, and the split is that part."""
 
 
-def first_word(row: Row) -> str:
-    """what, who, how, when or where: the kinds that the authors of MSVD-QA and MSRVTT-QA report."""
-    word = str(row["question"]).split(" ")[0].lower()
-    return word if word in ("what", "who", "how", "when", "where") else "other"
+def _columns(template: str) -> list[str]:
+    return [name for _, name, *_ in Formatter().parse(template) if name]
 
 
-def named(column: str, names: Sequence[str]) -> Callable[[Row], str]:
-    """The kind whose number stands in a column."""
+def described(content: Mapping[str, Any], path: object) -> Benchmark:
+    """The section `benchmark` of a YAML file as what it describes.
 
-    def category(row: Row) -> str:
-        number = str(row.get(column, ""))
-        return names[int(number)] if number.isdigit() and int(number) < len(names) else number
-
-    return category
-
-
-ACTIVITYNET_TYPES = ("motion", "spatial", "temporal", "yes/no", "color", "object", "location", "number", "other")
-TGIF_TYPES = ("object", "number", "color", "location")
-
-MVBENCH: dict[str, Row] = {
-    task: {"folder": folder, "bounded": bounded}
-    for task, folder, bounded in (
-        ("action_sequence", "star/Charades_v1_480", True),
-        ("action_prediction", "star/Charades_v1_480", True),
-        ("action_antonym", "ssv2_video", False),
-        ("fine_grained_action", "Moments_in_Time_Raw/videos", False),
-        ("unexpected_action", "FunQA_test/test", False),
-        ("object_existence", "clevrer/video_validation", False),
-        ("object_interaction", "star/Charades_v1_480", True),
-        ("object_shuffle", "perception/videos", False),
-        ("moving_direction", "clevrer/video_validation", False),
-        ("action_localization", "sta/sta_video", True),
-        ("scene_transition", "scene_qa/video", False),
-        ("action_count", "perception/videos", False),
-        ("moving_count", "clevrer/video_validation", False),
-        ("moving_attribute", "clevrer/video_validation", False),
-        ("state_change", "perception/videos", False),
-        ("fine_grained_pose", "nturgbd", False),
-        ("character_order", "perception/videos", False),
-        ("egocentric_navigation", "vlnqa", False),
-        ("episodic_reasoning", "tvqa/frames_fps3_hq", True),
-        ("counterfactual_inference", "clevrer/video_validation", False),
-    )
-}
-"""Tasks, the folders of their videos, and whether `start` and `end` bound what is shown."""
+    Raises:
+        ConfigError: a key that nobody reads, a form without question_id or video, or an unknown `answer_is` or reader.
+    """
+    given = dict(content)
+    forms = {}
+    for name, form in given.pop("forms").items():
+        known = {one.name for one in fields(Form)}
+        for key in form:
+            if key not in known:
+                raise ConfigError(f"{path}: {unknown_name(f'key of benchmark.forms.{name}', key, known)}")
+        if not {"question_id", "video"} <= form.keys():
+            raise ConfigError(f"{path}: benchmark.forms.{name} needs question_id and video")
+        video = form["video"]
+        forms[name] = Form(**{**form, "video": [video] if isinstance(video, str) else video})
+        for key, names in (("answer_is", ANSWERS), ("reader", (None, *READERS))):
+            if (value := getattr(forms[name], key)) not in names:
+                known_names = [str(one) for one in names if one]
+                raise ConfigError(f"{path}: {unknown_name(f'benchmark.forms.{name}.{key}', value, known_names)}")
+    return Benchmark(forms, **given)
 
 
-def questions_form(*videos: str, category: Callable[[Row], str] = lambda row: "") -> Form:
-    """Question file and answer file of ActivityNet-QA, into which Video-ChatGPT and later work brought the others."""
-    return Form("{question_id}", videos or ("{video_name}",), category=category)
+ANSWERS = ("text", "index", "letter", "none")
 
 
-BENCHMARKS: dict[str, Benchmark] = {
-    "lstp_msvd_qa": Benchmark(
-        {
-            "authors": Form("{id}", ("vid{video_id}",), category=first_word),
-            "questions": questions_form(category=first_word),
-        },
-        {"train": 30933, "val": 6415, "test": 13157},
-    ),
-    "lstp_msrvtt_qa": Benchmark(
-        {
-            "authors": Form("{id}", ("video{video_id}",), category=first_word),
-            "questions": questions_form(category=first_word),
-        },
-        {"train": 158581, "val": 12278, "test": 72821},
-    ),
-    "lstp_activitynet_qa": Benchmark(
-        {"authors": questions_form("v_{video_name}", "{video_name}", category=named("type", ACTIVITYNET_TYPES))},
-        {"train": 32000, "val": 18000, "test": 8000},
-    ),
-    "lstp_tgif_qa": Benchmark(
-        {
-            "authors": Form("{vid_id}", ("{gif_name}",), delimiter="\t", category=named("type", TGIF_TYPES)),
-            "questions": questions_form(),
-        },
-        {"train": 39392, "test": 13691},
-    ),
-    "lstp_nextqa": Benchmark(
-        {
-            "authors": Form(
-                "{video}_{qid}",
-                ("{video}",),
-                options=("a0", "a1", "a2", "a3", "a4"),
-                answer_is_index=True,
-                delimiter=",",
-                category=lambda row: str(row.get("type", "")),
-            )
-        },
-        {"train": 34132, "val": 4996, "test": 8564},
-    ),
-    "lstp_star": Benchmark(
-        {
-            "authors": Form(
-                "{question_id}",
-                ("{video_id}",),
-                options="choices",
-                clip_s=("start", "end"),
-                category=lambda row: str(row["question_id"]).split("_")[0],
-            )
-        },
-        {"train": 45731, "val": 7098, "test": 7377},
-    ),
-    "lstp_egoschema": Benchmark(
-        {
-            "authors": Form(
-                "{q_uid}", ("{q_uid}",), options=tuple(f"option {i}" for i in range(5)), answer_is_index=True
-            )
-        },
-        {"subset": 500, "test": 5031},
-        answers_choose=True,
-    ),
-    "lstp_mvbench": Benchmark(
-        {
-            "authors": Form(
-                "{file}/{number}",
-                ("{folder}/{video}",),
-                options="candidates",
-                clip_s=("start", "end"),
-                category=lambda row: str(row["file"]),
-                of_file=MVBENCH,
-            )
-        },
-        {"test": 4000},
-    ),
-}
+def _charades(text: str, path: Path) -> list[tuple[str, Any]]:
+    """Charades-STA's lines: "VIDEO START END##SENTENCE", times in seconds."""
+    rows = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            head, mark, sentence = line.partition("##")
+            words = head.split()
+            place = f"{path}, line {number}"
+            if not mark or len(words) != 3 or not all(re.fullmatch(r"\d+(\.\d+)?", word) for word in words[1:]):
+                raise AnnotationError(f"{place}: expected 'VIDEO START END##SENTENCE', got {line[:80]!r}")
+            rows.append((place, {"video": words[0], "moment": [float(w) for w in words[1:]], "sentence": sentence}))
+    return rows
 
+
+def _lvbench(text: str, path: Path) -> list[tuple[str, Any]]:
+    """LVBench's JSON lines: options "(A) ..." stand in the question, `time_reference` is "MM:SS-MM:SS"."""
+    rows = []
+    for place, video in parse_rows(text, path):
+        check_object(video, place, ("key", "qa"))
+        for number, row in enumerate(video["qa"] if isinstance(video["qa"], list) else [None]):
+            where = f"{place}, qa {number}"
+            check_object(row, where, ("uid", "question", "answer", "question_type", "time_reference"), ("question",))
+            question, *options = re.split(r"\n\s*(?=\([A-Z]\) ?)", row["question"])
+            asked = {"question": question, "options": options, "moment": _clock_span(row["time_reference"], where)}
+            rows.append((where, {**row, "key": video["key"], "type": video.get("type", ""), **asked}))
+    return rows
+
+
+def _clock_span(text: Any, place: str) -> list[float]:
+    """ "01:05-01:10" or "1:01:05-1:01:10" in seconds; one time alone is the second that begins there."""
+    times = re.findall(r"(?:(\d+):)?(\d{1,2}):(\d{1,2}(?:\.\d+)?)", str(text))
+    if len(times) not in (1, 2) or re.sub(r"[\d:.\s~\u2013-]", "", str(text)):
+        raise AnnotationError(f"{place}: 'time_reference' must be MM:SS-MM:SS or H:MM:SS-H:MM:SS, got {text!r:.80}")
+    seconds = [int(hours or 0) * 3600 + int(minutes) * 60 + float(rest) for hours, minutes, rest in times]
+    return seconds if len(seconds) == 2 else [seconds[0], seconds[0] + 1]
+
+
+READERS: dict[str, Callable[[str, Path], list[tuple[str, Any]]]] = {"charades": _charades, "lvbench": _lvbench}
+"""Text and path of a file -> (place for messages, row) of each question, where no ending says how it is read."""
+
+
+def _table() -> dict[str, Benchmark]:
+    """The benchmarks that configs/datasets describes."""
+    found = {}
+    for path in sorted(CONFIGS.glob("*.yaml")):
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if "benchmark" in content:
+            found[path.stem] = described(content["benchmark"], path)
+    return found
+
+
+BENCHMARKS: dict[str, Benchmark] = _table()
 
 QUESTIONS = Benchmark(
-    {"questions": questions_form("{video_name}", "v_{video_name}", category=lambda row: str(row.get("type", "")))}, {}
+    {"questions": Form("{question_id}", ["{video_name}", "v_{video_name}"], category={"type": "{type}"})}
 )
 """Anybody's question file and answer file. ActivityNet's videos have "v_" in front of what its questions call them."""
 
@@ -244,19 +232,57 @@ def read_benchmark(
         by_id[key] = place, row
     if answers is not None:
         by_id = _with_answers(by_id, read_answers(answers, section), answers, benchmark.answers_choose)
-    unknown = [key for key, (place, row) in by_id.items() if _answer(row, spec, place) is None]
+    count = len(by_id)
+    broken = [key for key in spec.left_out if by_id.pop(key, None)]
+    if broken:
+        logger.warning(
+            "%s: %d of %d questions have no right option and are left out: %s",
+            section,
+            len(broken),
+            count,
+            _some(broken),
+        )
+    grounding = spec.answer_is == "none"
+    unknown = [
+        key
+        for key, (place, row) in by_id.items()
+        if (row.get(spec.moments_s) if grounding else _answer(row, spec, place)) is None
+    ]
+    what = "moment" if grounding else "answer"
     if unknown and len(unknown) < len(by_id):
         raise AnnotationError(
-            f"{', '.join(map(str, paths))}: {len(unknown)} of {len(by_id)} questions have no answer: {_some(unknown)}"
+            f"{', '.join(map(str, paths))}: {len(unknown)} of {len(by_id)} questions have no {what}: {_some(unknown)}"
         )
     if unknown:
-        logger.warning("%s: the %d questions have no answers; predictions are written, not scored", section, len(by_id))
-    if split in benchmark.sizes and benchmark.sizes[split] != len(by_id):
+        lost = f"have no {what}s; predictions are written, not scored"
+        logger.warning("%s: the %d questions %s", section, len(by_id), lost)
+    if split in benchmark.sizes and benchmark.sizes[split] != count:
         published = benchmark.sizes[split]
-        logger.warning("%s: split %s has %d questions, published are %d", section, split, len(by_id), published)
+        logger.warning("%s: split %s has %d questions, published are %d", section, split, count, published)
+    if split.startswith("train"):
+        by_id = _without_reversed(by_id, spec, section)
     names = read_names(video_names, section) if video_names else {}
     files: dict[tuple[str, ...], tuple[str, str]] = {}
     return [_entry(key, row, spec, place, root, names, files) for key, (place, row) in by_id.items()]
+
+
+def _without_reversed(questions: dict[str, tuple[str, Row]], spec: Form, section: str) -> dict[str, tuple[str, Row]]:
+    """Training questions but for those whose only moment does not end after it begins, which are counted.
+
+    The authors' own training files have some (4 of 12,408 in Charades-STA, 4 of 37,421 in ActivityNet-Captions); in a
+    split that is evaluated they are an error.
+    """
+    kept = {}
+    for key, (place, row) in questions.items():
+        moment = row.get(spec.moments_s or "")
+        flat = isinstance(moment, list) and len(moment) == 2 and all(type(edge) in (int, float) for edge in moment)
+        if not flat or moment[0] < moment[1]:
+            kept[key] = place, row
+    if len(kept) < len(questions):
+        first = next(key for key in questions if key not in kept)
+        lost = len(questions) - len(kept)
+        logger.warning("%s: %d moments end before they begin and are left out, first %r", section, lost, first)
+    return kept
 
 
 def read_answers(path: Path, section: str = SECTION) -> dict[str, Row]:
@@ -269,6 +295,12 @@ def read_answers(path: Path, section: str = SECTION) -> dict[str, Row]:
     text = read_text(path, section=section)
     if text.lstrip()[:1] == "{" and '"question_id"' not in text.splitlines()[0]:
         content = parse(text, path, "file")
+        if all(isinstance(value, dict) and isinstance(value.get("location"), dict) for value in content.values()):
+            return {  # NExT-GQA's moments; the answers stand beside the questions
+                f"{video}_{question}": {"moments": moments, "duration": row.get("duration")}
+                for video, row in content.items()
+                for question, moments in row["location"].items()
+            }
         return {str(key): {"answer": value} for key, value in content.items()}
     found: dict[str, Row] = {}
     for place, row in parse_rows(text, path):
@@ -297,29 +329,21 @@ def _files(path: Path, spec: Form) -> list[Path]:
     """The file, or a folder's JSON files; a benchmark in several files has all of them or is not whole."""
     if not path.is_dir():
         return [path]
-    missing = [name for name in spec.of_file if not (path / f"{name}.json").is_file()]
+    missing = [name for name in spec.files if not (path / f"{name}.json").is_file()]
     if missing:
-        raise AnnotationError(f"{path}: lacks {len(missing)} of {len(spec.of_file)} files, first {missing[0]}.json")
-    return [path / f"{name}.json" for name in spec.of_file] or sorted(path.glob("*.json"))
+        raise AnnotationError(f"{path}: lacks {len(missing)} of {len(spec.files)} files, first {missing[0]}.json")
+    return [path / f"{name}.json" for name in spec.files] or sorted(path.glob("*.json"))
 
 
 def _rows(path: Path, spec: Form, section: str, form: str) -> list[tuple[str, Row]]:
-    text = read_text(path, section=section)
-    if spec.of_file and path.stem not in spec.of_file:
-        raise AnnotationError(f"{path}: {unknown_name('task', path.stem, spec.of_file)}")
-    if spec.delimiter is None:
-        rows = parse_rows(text, path)
-    else:
-        # TGIF-QA's quotes are part of the text; in a table with commas they hold cells together.
-        quoting = csv.QUOTE_NONE if spec.delimiter == "\t" else csv.QUOTE_MINIMAL
-        table = csv.DictReader(io.StringIO(text.lstrip("\ufeff")), delimiter=spec.delimiter, quoting=quoting)
-        rows = [(f"{path}, line {table.line_num}", row) for row in table]
-        for place, row in rows:
-            if None in row or None in row.values():
-                raise AnnotationError(f"{place}: expected {len(table.fieldnames)} cells, as in the first line")
+    if spec.files and path.stem not in spec.files:
+        raise AnnotationError(f"{path}: {unknown_name('task', path.stem, spec.files)}")
+    rows = _read(path, spec, section)
+    if spec.rows:
+        rows = [one for place, row in rows for one in _each(row, place, spec.rows)]
     if not rows:
         raise AnnotationError(f"{path}: holds no question")
-    more = {"file": path.stem, **spec.of_file.get(path.stem, {})}
+    more = {"file": path.stem, **spec.files.get(path.stem, {})}
     needed = tuple(column for column in spec.columns if column not in (*more, "number"))
     found = []
     for number, (place, row) in enumerate(rows):
@@ -328,6 +352,90 @@ def _rows(path: Path, spec: Form, section: str, form: str) -> list[tuple[str, Ro
         except AnnotationError as error:
             raise AnnotationError(f"{error}; read as {section}.form: {form}") from None
         found.append((place, {**row, **more, "number": number}))
+    return found
+
+
+def _read(path: Path, spec: Form, section: str) -> list[tuple[str, Any]]:
+    """(place, row) of each row; the file's ending says how it is read."""
+    if spec.reader is None and path.suffix == ".parquet":
+        return _parquet(path, section)
+    text = read_text(path, section=section)
+    if spec.reader is not None:
+        return READERS[spec.reader](text, path)
+    delimiter = spec.delimiter or {".csv": ",", ".tsv": "\t"}.get(path.suffix)
+    if delimiter is not None:
+        return _delimited(text, path, delimiter)
+    if spec.rows and path.suffix == ".json" and text.lstrip()[:1] == "{":  # {name: row of parallel lists}
+        content = parse(text, path, "file")
+        return [
+            (f"{path}, {key!r:.80}", {"key": key, **_object(row, f"{path}, {key!r:.80}")})
+            for key, row in content.items()
+        ]
+    return parse_rows(text, path)
+
+
+def _object(row: Any, place: str) -> Row:
+    check_object(row, place, ())
+    return row
+
+
+def _delimited(text: str, path: Path, delimiter: str) -> list[tuple[str, Any]]:
+    # TGIF-QA's quotes are part of the text; in a table with commas they hold cells together.
+    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
+    table = csv.DictReader(io.StringIO(text.lstrip("\ufeff")), delimiter=delimiter, quoting=quoting)
+    rows = [(f"{path}, line {table.line_num}", row) for row in table]
+    for place, row in rows:
+        if None in row or None in row.values():
+            raise AnnotationError(f"{place}: expected {len(table.fieldnames)} cells, as in the first line")
+    return rows
+
+
+MOST_BYTES = 1 << 30
+"""Size of a parquet file's columns when unpacked; the largest benchmark has 30 MB."""
+
+
+def _parquet(path: Path, section: str) -> list[tuple[str, Any]]:
+    """Rows of a parquet file, nested lists and structures as Python's.
+
+    Raises:
+        ConfigError: pyarrow is not installed.
+        AnnotationError: there is no such file, it is none, or it unpacks to more than MOST_BYTES.
+    """
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise ConfigError(f"{path}: reading parquet needs pyarrow; pip install 'lavis_lstp[parquet]'") from None
+    if not path.is_file():
+        raise AnnotationError(f"{path}: no such annotation file ({section}.build_info.annotations)")
+    try:
+        file = parquet.ParquetFile(path)
+        groups = [file.metadata.row_group(number).total_byte_size for number in range(file.metadata.num_row_groups)]
+        if sum(groups) > MOST_BYTES:
+            raise AnnotationError(
+                f"{path}: unpacks to {sum(groups)} bytes, more than {MOST_BYTES}; it is no question file"
+            )
+        rows = file.read().to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        if isinstance(error, AnnotationError):
+            raise
+        raise AnnotationError(f"{path}: cannot be read as parquet ({str(error).splitlines()[0]:.200})") from None
+    return [(f"{path}, row {number}", row) for number, row in enumerate(rows)]
+
+
+def _each(row: Any, place: str, columns: str | Sequence[str]) -> list[tuple[str, Row]]:
+    """Rows that lie in a row: a list of objects, or parallel lists; the outer columns go to each of them."""
+    names = [columns] if isinstance(columns, str) else columns
+    check_object(row, place, tuple(names))
+    lists = [row[name] for name in names]
+    if not all(isinstance(one, list) for one in lists) or len({len(one) for one in lists}) != 1:
+        raise AnnotationError(f"{place}: {' and '.join(names)} must be lists of one length")
+    outer = {name: value for name, value in row.items() if name not in names}
+    found = []
+    for number, values in enumerate(zip(*lists, strict=True)):
+        where = f"{place}, {names[0]} {number}"
+        inner = _object(values[0], where) if isinstance(columns, str) else dict(zip(names, values, strict=True))
+        found.append((where, {**outer, **inner, "index": number}))
     return found
 
 
@@ -360,16 +468,60 @@ def _entry(key: str, row: Row, spec: Form, place: str, root: Path, names: Mappin
         answer = _chosen(answer, entry["options"], spec, place)
         check_options(entry["options"], answer, place)
     entry["answer"] = answer
-    entry["category"] = spec.category(row)
+    kinds = {axis: _kind(row, rule) for axis, rule in spec.category.items()}
+    entry["category"] = next(iter(kinds.values()), "")
+    if len(kinds) > 1:
+        entry["categories"] = kinds
     if spec.clip_s and row.get("bounded", True) and row.get(spec.clip_s[0]) is not None:
         entry["clip_s"] = [row[column] for column in spec.clip_s if column in row]
         check_seconds(entry["clip_s"], " and ".join(spec.clip_s), place)
+    if spec.moments_s and row.get(spec.moments_s) is not None:
+        entry["moments_s"] = _moments(
+            row[spec.moments_s], row.get(spec.duration_s or ""), spec.moments_s, place, allow_overlap=spec.overlap
+        )
+        start, end = max(entry["moments_s"], key=lambda moment: (moment[1] - moment[0], -moment[0]))
+        entry["span_s"] = [max(0, start), end]
     return entry
+
+
+def _kind(row: Row, rule: str | Mapping[str, Any]) -> Any:
+    """Kind of a question along one axis; a list where the authors count a question in several."""
+    rule = {"of": rule} if isinstance(rule, str) else rule
+    (column, *more) = _columns(rule["of"])
+    if not more and isinstance(row.get(column), list):
+        return [str(one) for one in row[column]]
+    value = rule["of"].format_map(defaultdict(str, row))
+    if "pattern" in rule:
+        found = re.search(rule["pattern"], value, re.IGNORECASE)
+        value = found[0].lower() if found and rule.get("else") else found[0] if found else rule.get("else", "")
+    names = rule.get("names", ())
+    return names[int(value)] if value.isdigit() and int(value) < len(names) else value
+
+
+def _moments(value: Any, duration_s: Any, column: str, place: str, *, allow_overlap: bool = False) -> list[list[float]]:
+    """One [start, end] or several, in seconds and in the order of time.
+
+    Raises:
+        AnnotationError: a moment is reversed or empty, overlaps another one, or lies behind the end of the video.
+    """
+    single = isinstance(value, list) and len(value) == 2 and not any(isinstance(one, list) for one in value)
+    moments = [value] if single else value
+    if not isinstance(moments, list) or not moments:
+        raise AnnotationError(f"{place}: '{column}' must be [start, end] or a list of them, got {value!r:.80}")
+    for moment in moments:
+        check_moment(moment, column, place)
+    moments = sorted([list(moment) for moment in moments])
+    for one, other in zip(moments, moments[1:], strict=False):
+        if other[0] < one[1] and not allow_overlap:
+            raise AnnotationError(f"{place}: '{column}' {one} and {other} overlap")
+    if type(duration_s) in (int, float) and moments[-1][1] > duration_s + MOMENT_SLACK_S:
+        raise AnnotationError(f"{place}: '{column}' {moments[-1]} ends behind its video of {duration_s:g} s")
+    return moments
 
 
 def _answer(row: Row, spec: Form, place: str) -> str | None:
     """The answer as a text, None where there is none; nothing but blanks is none."""
-    answer = row.get(spec.answer)
+    answer = row.get(spec.answer) if spec.answer_is != "none" else None
     if answer is not None and type(answer) not in (str, int, float):
         raise AnnotationError(f"{place}: '{spec.answer}' must be a text or a number, got {answer!r}")
     return None if answer is None or not str(answer).strip() else str(answer)
@@ -377,20 +529,38 @@ def _answer(row: Row, spec: Form, place: str) -> str | None:
 
 def _options(row: Row, spec: Form, place: str) -> list[str]:
     if not isinstance(spec.options, str):
-        return [str(row[column]) for column in spec.options]
-    if not isinstance(row[spec.options], list):
-        raise AnnotationError(f"{place}: '{spec.options}' must be a list, got {row[spec.options]!r}")
-    return [str(item.get("choice") if isinstance(item, dict) else item) for item in row[spec.options]]
+        texts = [str(row[column]) for column in spec.options]
+    elif not isinstance(row[spec.options], list):
+        raise AnnotationError(f"{place}: '{spec.options}' must be a list, got {row[spec.options]!r:.80}")
+    else:
+        texts = [str(item.get("choice") if isinstance(item, dict) else item) for item in row[spec.options]]
+    if spec.padding is not None and spec.answer_is == "text":
+        texts = [text for text in texts if text != spec.padding]
+    elif spec.padding is not None:  # others keep their number and letter
+        while texts and texts[-1] == spec.padding:
+            texts.pop()
+    if not spec.lettered:
+        return texts
+    found = [re.match(r"\(?([A-Z])[.):]\s*(?=\S)", text) for text in texts]
+    if [match and match[1] for match in found] != [chr(ord("A") + number) for number in range(len(texts))]:
+        raise AnnotationError(
+            f"{place}: '{spec.options}' must begin with their letters, as 'A. ...', got {texts!r:.200}"
+        )
+    return [text[match.end() :] for text, match in zip(texts, found, strict=True)]
 
 
 def _chosen(answer: str | None, options: Sequence[str], spec: Form, place: str) -> str | None:
-    if answer is None or not spec.answer_is_index:
+    if answer is None or spec.answer_is == "text":
         return answer
-    if not answer.isdigit() or int(answer) >= len(options):
-        raise AnnotationError(
-            f"{place}: '{spec.answer}' must be the number of an option, 0 to {len(options) - 1}, got {answer}"
-        )
-    return options[int(answer)]
+    if spec.answer_is == "letter":
+        number = ord(answer.strip()) - ord("A") if re.fullmatch(r"\s*[A-Z]\s*", answer) else len(options)
+        expected = f"the letter of an option, A to {chr(ord('A') + len(options) - 1)}"
+    else:
+        number = int(answer) if answer.isdigit() and len(answer) < 3 else len(options)
+        expected = f"the number of an option, 0 to {len(options) - 1}"
+    if number >= len(options):
+        raise AnnotationError(f"{place}: '{spec.answer}' must be {expected}, got {answer:.80}")
+    return options[number]
 
 
 def _video_file(root: Path, names: Sequence[str]) -> tuple[str, str]:

@@ -4,6 +4,8 @@ In: a JSON list or JSON lines, one entry per question:
 
     {"question_id": str, "video_id": str, "video": "path below the video folder" (or "image": ...),
      "question": str, "answer": str, "span_s": [start, end] (optional, gold, seconds), "category": str (optional),
+     "categories": {axis: kind or [kinds]} (optional), "moments_s": [[start, end], ...] (optional, gold, where there may
+     be several; span_s is then the longest of them),
      "options": [str, ...] (optional, the answer is one of them), "clip_s": [start, end] (optional, seconds: this part)}
 
 Out: one sample per question, `collater` makes the batch. A picture is a sample of one frame, and an entry with neither
@@ -283,6 +285,7 @@ class VideoQADataset(Dataset):
             "prompt": row.get("prompt", ""),
             "options": row.get("options") or [],
             "category": row.get("category") or "",
+            "categories": row.get("categories") or {},
             "media": f"{self.annotation.origin} {_media_name(row)}" if kind_of(row) != "text" else "",
             "text_output": row["answer"] or "",
             "answer": row["answer"],
@@ -291,6 +294,7 @@ class VideoQADataset(Dataset):
             "video_id": row["video_id"],
             "span": self._span(row, len(frames)),
             "gold_span": self._gold_span(row, times),
+            "moments_s": row.get("moments_s") or ([row["span_s"]] if row.get("span_s") else []),
         }
         if flow is not None:
             sample["flow"] = flow

@@ -153,12 +153,17 @@ def _options_in(text: str, options: Sequence[str]) -> list[int]:
     return list({folded(options[i]): i for i in reversed(longest)}.values())[::-1]
 
 
-def accuracy(correct: Mapping[str, bool], categories: Mapping[str, str] | None = None) -> dict:
+def accuracy(
+    correct: Mapping[str, bool],
+    categories: Mapping[str, str] | None = None,
+    axes: Mapping[str, Mapping[str, str | Sequence[str]]] | None = None,
+) -> dict:
     """Share of right answers with its 95 % interval, and the same for each kind of question.
 
     Args:
         correct: by question id.
         categories: kind of each question; '' counts in the whole alone.
+        axes: {axis: kind or kinds} of each question; one of several kinds counts in each of them (`by_axis`).
     """
     result: dict = _share(list(correct.values()))
     kinds: dict[str, list[bool]] = {}
@@ -169,6 +174,15 @@ def accuracy(correct: Mapping[str, bool], categories: Mapping[str, str] | None =
         result["by_category"] = {kind: _share(kinds[kind]) for kind in sorted(kinds)}
         shares = [value["accuracy"] for value in result["by_category"].values()]
         result["mean_of_categories"] = sum(shares) / len(shares)
+    found: dict[str, dict[str, list[bool]]] = {}
+    for key, right in correct.items():
+        for axis, named in (axes or {}).get(key, {}).items():
+            for kind in [named] if isinstance(named, str) else named:
+                if kind:
+                    found.setdefault(axis, {}).setdefault(kind, []).append(right)
+    if found:
+        by_axis = {axis: {kind: _share(kinds[kind]) for kind in sorted(kinds)} for axis, kinds in found.items()}
+        result["by_axis"] = by_axis
     return result
 
 

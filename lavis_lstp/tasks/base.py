@@ -165,6 +165,13 @@ def one_each(found: Mapping[str, Any], ids: list[str], model: torch.nn.Module) -
             )
 
 
+def real_times(samples: Mapping[str, Any], row: int) -> list[float]:
+    """Seconds of the frames of a sample that are no padding."""
+    if "frame_times" not in samples or "frame_mask" not in samples:
+        return []
+    return [round(time, 6) for time in samples["frame_times"][row][: int(samples["frame_mask"][row].sum())].tolist()]
+
+
 def plain(value: Any) -> Any:
     """OmegaConf nodes as plain containers."""
     from omegaconf import OmegaConf

@@ -17,8 +17,9 @@ import torch
 from lavis.common.registry import registry
 
 from lavis_lstp.errors import ConfigError, unknown_name
-from lavis_lstp.metrics.grounding import IOUS, evaluate_spans
-from lavis_lstp.tasks.base import LSTPTask, one_each, sample_ids
+from lavis_lstp.metrics.grounding import IOUS, evaluate_moments, evaluate_spans
+from lavis_lstp.schema import Span
+from lavis_lstp.tasks.base import LSTPTask, one_each, real_times, sample_ids
 from lavis_lstp.tasks.pseudo_span import save_spans, spans_template
 
 
@@ -45,6 +46,11 @@ class TemporalGroundingTask(LSTPTask):
             if "video_id" in samples:
                 record["video_id"] = samples["video_id"][row]
             record["span"] = [int(edge) for edge in found["span"][row]]
+            times = real_times(samples, row)
+            if times and 0 <= record["span"][0] < record["span"][1] <= len(times):
+                record["span_s"] = [round(edge, 3) for edge in Span(*record["span"]).to_seconds(times)]
+            if samples.get("moments_s") and samples["moments_s"][row]:
+                record["moments_s"] = samples["moments_s"][row]
             for name, key in (("gold_span", "gold_span"), ("pseudo_span", "span")):
                 if key in samples and int(samples[key][row][0]) >= 0:
                     record[name] = [int(edge) for edge in samples[key][row]]
@@ -62,6 +68,13 @@ class TemporalGroundingTask(LSTPTask):
                 kept = {name: value for name, value in scores.items() if name.startswith(("iou", "recall"))}
                 result.update({f"{prefix}{name}": value for name, value in kept.items()})
                 result[f"num_{target}s"] = len(scored)
+        moments = {r["question_id"]: r["moments_s"] for r in records if "moments_s" in r}
+        if moments:
+            found = {r["question_id"]: [r["span_s"]] if "span_s" in r else [] for r in records if "moments_s" in r}
+            scores = evaluate_moments(found, moments)
+            result["moments"] = {
+                name: value for name, value in scores.items() if name.startswith(("r1_", "miou", "map"))
+            }
         if not result and self.spans_out:
             return {"located": len(records), "agg_metrics": 0.0}
         if not result:

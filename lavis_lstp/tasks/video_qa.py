@@ -21,7 +21,7 @@ from lavis_lstp.metrics.grounding import entropy_bits
 from lavis_lstp.metrics.qa import bleu_1, evaluate_answers, exact_match, require_bleu
 from lavis_lstp.models.answer.lavis_frames import several_frames
 from lavis_lstp.schema import Span
-from lavis_lstp.tasks.base import TIMINGS, LSTPTask, one_each, sample_ids
+from lavis_lstp.tasks.base import TIMINGS, LSTPTask, one_each, real_times, sample_ids
 
 GENERATION = (
     "num_beams",
@@ -73,6 +73,10 @@ class VideoQATask(LSTPTask):
             for key, source in (("video_id", "video_id"), ("category", "category"), ("question", "text_input")):
                 if source in samples and samples[source][row] != "":
                     record[key] = samples[source][row]
+            if samples.get("categories") and samples["categories"][row]:
+                record["categories"] = samples["categories"][row]
+            if samples.get("moments_s") and samples["moments_s"][row]:
+                record["moments_s"] = samples["moments_s"][row]
             if "text_output" in samples:
                 record["answer"] = None if _is_hidden(samples, row) else samples["text_output"][row]
             record["prediction"] = predicted["prediction"][row]
@@ -142,6 +146,7 @@ class VideoQATask(LSTPTask):
         predictions = {name: record["prediction"] for name, record in scored.items()}
         answers = {name: record["answer"] for name, record in scored.items()}
         categories = {name: record.get("category", "") for name, record in scored.items()}
+        axes = {name: record.get("categories") or {} for name, record in scored.items()}
         right = {name: is_right(record) for name, record in scored.items()}
         chosen = [record for record in scored.values() if "options" in record]
         if not chosen:
@@ -152,7 +157,7 @@ class VideoQATask(LSTPTask):
             return {**scores, **({"by_category": kinds} if kinds else {}), "agg_metrics": scores["exact_match"]}
         *_, coverage = join_by_id(predictions, answers)
         unparsable = [record["question_id"] for record in chosen if record["choice"] is None]
-        found = {**accuracy(right, categories), "chosen_by": self.choose, "num_unparsable": len(unparsable)}
+        found = {**accuracy(right, categories, axes), "chosen_by": self.choose, "num_unparsable": len(unparsable)}
         return {**found, "unparsable": unparsable, **coverage, "agg_metrics": found["accuracy"]}
 
 
@@ -218,20 +223,13 @@ def _is_hidden(samples: Mapping[str, Any], row: int) -> bool:
     return isinstance(answers, list) and len(answers) == len(samples["text_output"]) and answers[row] is None
 
 
-def _real_times(samples: Mapping[str, Any], row: int) -> list[float]:
-    """Seconds of the frames of a sample that are no padding."""
-    if "frame_times" not in samples or "frame_mask" not in samples:
-        return []
-    return [round(time, 6) for time in samples["frame_times"][row][: int(samples["frame_mask"][row].sum())].tolist()]
-
-
 def _evidence(predicted: Mapping[str, Any], samples: Mapping[str, Any], row: int) -> dict[str, Any]:
     """Prompt, log-probability, span and frames of one answer, as far as the model gave them."""
     found: dict[str, Any] = {}
     for key in ("prompt", "log_prob"):
         if predicted.get(key) is not None:
             found[key] = predicted[key][row]
-    times = _real_times(samples, row)
+    times = real_times(samples, row)
     if predicted.get("span") is not None:
         found["span"] = [int(edge) for edge in predicted["span"][row]]
         if times:

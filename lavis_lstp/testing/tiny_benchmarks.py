@@ -19,11 +19,11 @@ from typing import Any
 
 from PIL import Image
 
-from lavis_lstp.data.benchmarks import MVBENCH
+from lavis_lstp.data.benchmarks import BENCHMARKS
 from lavis_lstp.data.shapes import scene as world
 from lavis_lstp.data.shapes.shapes_qa import write_video
 from lavis_lstp.errors import ConfigError, unknown_name
-from lavis_lstp.files import atomic_writer, write_json
+from lavis_lstp.files import atomic_writer, whole_file, write_json, write_jsonl
 from lavis_lstp.testing.tiny_instruct import Clip, make_clip
 
 VIDEOS = 3
@@ -166,7 +166,7 @@ def _mvbench(folder: Path) -> None:
     question, answer, options = _ask(clip, 0)
     options = options[:3] if answer in options[:3] else [answer, *options[:2]]
     start, end = (edge / world.FPS for edge in clip.shown)
-    for task, facts in MVBENCH.items():
+    for task, facts in BENCHMARKS["lstp_mvbench"].forms["authors"].files.items():
         file = f"clip{EXTENSIONS.get(task, '.mp4')}"
         row = {"video": file, "question": f"{question}?", "candidates": options, "answer": answer}
         if facts["bounded"]:
@@ -178,6 +178,180 @@ def _mvbench(folder: Path) -> None:
             _write(path, clip)
 
 
+def _asked() -> list[tuple[Clip, str, str, str, list[str]]]:
+    """(clip, id, question, answer, four options), the answer among them."""
+    found = []
+    for i, clip, q in _questions():
+        question, answer, options = _ask(clip, q)
+        options = options[:4] if answer in options[:4] else [answer, *options[:3]]
+        found.append((clip, f"{clip.number:03d}-{i + 1}", f"{question}?", answer, options))
+    return found
+
+
+def _lettered(options: Sequence[str]) -> list[str]:
+    return [f"{letter}. {option}" for letter, option in zip("ABCDEFGH"[: len(options)], options, strict=True)]
+
+
+def _shown_s(clip: Clip) -> list[float]:
+    """Seconds in which the clip's shape is seen."""
+    return [edge / world.FPS for edge in clip.shown]
+
+
+SUBTITLE = "{number}\n00:00:0{start},000 --> 00:00:0{end},500\n{text}\n\n"
+
+
+def _videomme(folder: Path) -> None:
+    rows, videos = [], {}
+    for clip, key, question, answer, options in _asked():
+        outer = {"video_id": f"{clip.number:03d}", "duration": ("short", "medium", "long")[clip.number % 3]}
+        outer |= {"domain": "Knowledge", "sub_category": "Geography"}
+        row = {"question_id": key, "task_type": "Object Recognition", "question": question}
+        row |= {"options": _lettered(options), "answer": "ABCD"[options.index(answer)]}
+        rows.append({**outer, "url": "", "videoID": clip.name, **row})
+        videos.setdefault(clip.name, {**outer, "questions": []})["questions"].append(row)
+    _parquet(folder / "test-00000-of-00001.parquet", rows)
+    write_json(folder / "questions.json", list(videos.values()))
+    _videos(folder / "data", lambda clip: f"{clip.name}.mp4")
+    (folder / "subtitle").mkdir(exist_ok=True)
+    for clip in map(make_clip, range(VIDEOS - 1)):  # the authors' short videos are not all subtitled
+        lines = [SUBTITLE.format(number=n, start=n, end=n + 1, text=f"line {n} of {clip.name}") for n in range(2)]
+        with atomic_writer(folder / "subtitle" / f"{clip.name}.srt") as file:
+            file.write("".join(lines))
+
+
+def _parquet(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Skipped where pyarrow is not installed."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        return
+    with whole_file(path) as partial:
+        parquet.write_table(pyarrow.Table.from_pylist(list(rows)), partial)
+
+
+def _longvideobench(folder: Path) -> None:
+    rows = []
+    for clip, key, question, answer, options in _asked():
+        row = {"video_id": clip.name, "question": question, "question_wo_referring_query": question}
+        row |= {"candidates": options, "correct_choice": options.index(answer), "position": [1]}
+        row |= {"topic_category": "KG-Knowledge-Geography", "question_category": "O2E", "level": "L1-Perception"}
+        row |= {"id": key, "video_path": f"{clip.name}.mp4", "subtitle_path": f"{clip.name}_en.json"}
+        rows.append({**row, "duration_group": 15, "starting_timestamp_for_subtitles": 0, "duration": 2.0})
+    write_json(folder / "lvb_val.json", rows)
+    spread = [
+        {
+            **{k: v for k, v in row.items() if k != "candidates"},
+            **dict(zip(OPTIONS, [*row["candidates"], "N/A"], strict=True)),
+        }
+        for row in rows
+    ]
+    _parquet(folder / "validation-00000-of-00001.parquet", spread)
+    _videos(folder / "videos", lambda clip: f"{clip.name}.mp4")
+    (folder / "subtitles").mkdir(exist_ok=True)
+    for clip in map(make_clip, range(VIDEOS)):
+        lines = [{"start": "00:00:00.000", "end": "00:00:01.000", "line": f"a line of {clip.name}"}]
+        write_json(folder / "subtitles" / f"{clip.name}_en.json", lines)
+
+
+OPTIONS = tuple(f"option{i}" for i in range(5))
+
+
+def _mlvu(folder: Path) -> None:
+    """Both MLVU benchmarks read this folder's files, each its own."""
+    for task in ("lstp_mlvu", "lstp_mlvu_generation"):
+        for name, facts in BENCHMARKS[task].forms["authors"].files.items():
+            clip, _, question, answer, options = _asked()[0]
+            row = {"video": f"{facts['task']}_1.mp4", "duration": 2.0, "question": question, "answer": answer}
+            chosen = {"candidates": options} if task == "lstp_mlvu" else {}
+            write_json(folder / "json" / f"{name}.json", [{**row, **chosen, "question_type": facts["task"]}])
+            path = folder / "video" / facts["folder"] / f"{facts['task']}_1.mp4"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write(path, clip)
+
+
+def _lvbench(folder: Path) -> None:
+    videos: dict[str, dict[str, Any]] = {}
+    for clip, key, question, answer, options in _asked():
+        listed = "".join(f"\n({letter}) {option}" for letter, option in zip("ABCD", options, strict=True))
+        row = {"uid": key, "question": question + listed, "answer": "ABCD"[options.index(answer)]}
+        row |= {"question_type": ["entity recognition", "reasoning"][: 1 + clip.number % 2]}
+        video = videos.setdefault(clip.name, {"key": clip.name, "qa": [], "type": "cartoon", "video_info": {}})
+        video["qa"].append({**row, "time_reference": "00:00-00:01"})
+    write_jsonl(folder / "video_info.meta.jsonl", videos.values())
+    _videos(folder / "videos", lambda clip: f"{clip.name}.mp4")
+
+
+def _cgbench(folder: Path) -> None:
+    rows = []
+    for number, (clip, _, question, answer, options) in enumerate(_asked()):
+        row = {"qid": number, "video_uid": clip.name, "question": question, "answer": answer, "choices": options}
+        row |= {
+            "right_answer": "ABCD"[options.index(answer)],
+            "clue_intervals": [[0, 0.5], [0.75, 1]][: 1 + number % 2],
+        }
+        rows.append({**row, "domain": "Driving", "sub_category": "Entity Perception", "duration": 2})
+    write_json(folder / "cgbench_mini.json", rows)
+    _videos(folder / "cg_videos_720p", lambda clip: f"{clip.name}.mp4")
+
+
+def _nextgqa(folder: Path) -> None:
+    rows, moments = [], {}
+    for _, clip, q in _questions():
+        question, answer, options = _ask(clip, q)
+        video = str(4000 + clip.number)
+        row = {"video_id": video, "frame_count": clip.length, "width": 64, "height": 64, "question": question}
+        row |= {"answer": answer, "qid": q, "type": ("CW", "TN")[q], **{f"a{i}": o for i, o in enumerate(options)}}
+        rows.append(row)
+        about = moments.setdefault(video, {"duration": 2, "location": {}, "fps": world.FPS})
+        about["location"][str(q)] = [_shown_s(clip)]
+    for split in ("val", "test"):
+        _table(folder / f"{split}.csv", rows, ",")
+        write_json(folder / f"gsub_{split}.json", moments)
+    write_json(folder / "map_vid_vidorID.json", {str(4000 + i): f"01{i:02d}/{4000 + i}" for i in range(VIDEOS)})
+    _videos(folder / "NExTVideo", lambda clip: f"01{clip.number:02d}/{4000 + clip.number}.mp4")
+
+
+def _charades_sta(folder: Path) -> None:
+    with atomic_writer(folder / "charades_sta_test.txt") as file:
+        for clip, _, _, answer, _ in _asked():
+            start, end = _shown_s(clip)
+            file.write(f"VID{clip.number} {start} {end}##a {answer} appears.\n")
+    _videos(folder / "Charades_v1_480", lambda clip: f"VID{clip.number}.mp4")
+
+
+def _by_video(spans: str, sentences: str, name: Callable[[Clip], str]) -> dict[str, Any]:
+    """{video: {duration, parallel lists of moments and sentences}}"""
+    found: dict[str, Any] = {}
+    for clip, _, _, answer, _ in _asked():
+        row = found.setdefault(name(clip), {"duration": 2.0, spans: [], sentences: []})
+        row[spans].append(_shown_s(clip))
+        row[sentences].append(f"A {answer} appears.")
+    return found
+
+
+def _activitynet_captions(folder: Path) -> None:
+    for name in ("val_1", "val_2"):
+        write_json(folder / f"{name}.json", _by_video("timestamps", "sentences", lambda clip: f"v_{clip.name}"))
+    _videos(folder / "videos", lambda clip: f"v_{clip.name}.mp4")
+
+
+def _timelens(folder: Path) -> None:
+    for name in ("charades", "activitynet", "qvhighlights"):
+        write_json(folder / f"{name}-timelens.json", _by_video("spans", "queries", lambda clip: clip.name))
+        _videos(folder / "videos" / name, lambda clip: f"{clip.name}.mp4")
+
+
+def _qvhighlights(folder: Path) -> None:
+    rows = []
+    for number, (clip, _, _, answer, _) in enumerate(_asked()):
+        windows = [[0, 1], [1.5, 2]][: 1 + number % 2]
+        row = {"qid": number, "query": f"A {answer} appears", "duration": 2, "vid": clip.name}
+        rows.append({**row, "relevant_windows": windows, "relevant_clip_ids": [0], "saliency_scores": [[4, 3, 2]]})
+    write_jsonl(folder / "highlight_val_release.jsonl", rows)
+    _videos(folder / "videos", lambda clip: f"{clip.name}.mp4")
+
+
 WRITERS: dict[str, Callable[[Path], None]] = {
     "msvd_qa": _authors_json("vid", ".avi"),
     "msrvtt_qa": _authors_json("video", ".mp4"),
@@ -187,6 +361,17 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "star": _star,
     "egoschema": _egoschema,
     "mvbench": _mvbench,
+    "videomme": _videomme,
+    "longvideobench": _longvideobench,
+    "mlvu": _mlvu,
+    "mlvu_generation": lambda folder: _mlvu(folder.with_name("mlvu")),
+    "lvbench": _lvbench,
+    "cgbench": _cgbench,
+    "nextgqa": _nextgqa,
+    "charades_sta": _charades_sta,
+    "activitynet_captions": _activitynet_captions,
+    "qvhighlights": _qvhighlights,
+    "timelens": _timelens,
 }
 
 

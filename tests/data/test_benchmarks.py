@@ -16,14 +16,16 @@ from lavis.datasets.builders import load_dataset
 from test_wds_verify import rewritten
 
 from lavis_lstp.config import Config
-from lavis_lstp.data.benchmarks import BENCHMARKS, MVBENCH, read_benchmark
+from lavis_lstp.data.benchmarks import BENCHMARKS, described, read_benchmark
 from lavis_lstp.data.shards.format import dump_frames, parse_frames
 from lavis_lstp.errors import AnnotationError, ConfigError, VideoError
+from lavis_lstp.files import write_json
 from lavis_lstp.host import evaluate
 from lavis_lstp.testing import tiny_benchmarks
 from lavis_lstp.testing.tiny_benchmarks import WRITERS, write_benchmarks
 from webdataset_tools.__main__ import main as tools
 
+MVBENCH = BENCHMARKS["lstp_mvbench"].forms["authors"].files
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -62,7 +64,11 @@ def test_every_benchmark_has_a_writer_a_file_and_a_builder():
     assert all(registry.get_builder_class(f"lstp_{name}") is not None for name in names)
 
 
-COUNTS = {"egoschema": {"subset": 2}, "mvbench": {"test": 20}, "nextqa": {"val": 6, "test": 6}, "star": {"val": 6}}
+COUNTS = {"egoschema": {"subset": 2}, "mvbench": {"test": 20}, "star": {"val": 6}}
+COUNTS |= {"longvideobench": {"val": 6}, "qvhighlights": {"val": 6}, "cgbench": {"mini": 6}, "mlvu": {"dev": 7}}
+COUNTS |= {name: {"val": 6, "test": 6} for name in ("nextqa", "nextgqa", "activitynet_captions")}
+COUNTS |= {"mlvu_generation": {"dev": 2}, "timelens": {"charades": 6, "activitynet": 6, "qvhighlights": 6}}
+GROUNDING = ("charades_sta", "activitynet_captions", "qvhighlights", "timelens")
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -72,7 +78,10 @@ def test_defaults_read_the_authors_files_and_every_sample_has_frames(here, name)
     for dataset in found.values():
         for row, sample in zip(dataset.annotation, map(dataset.__getitem__, range(len(dataset))), strict=True):
             assert sample["frames"].shape[0] >= 2 and sample["frames"].shape[1:] == (3, 64, 64)
-            assert row["answer"] and sample["text_output"] == row["answer"]
+            assert sample["text_output"] == (row["answer"] or "") and bool(row["answer"]) == (name not in GROUNDING)
+            assert sample["moments_s"] == row.get("moments_s", []) and sample["categories"] == row.get("categories", {})
+            if name in (*GROUNDING, "nextgqa", "cgbench", "lvbench"):
+                assert row["span_s"] in row["moments_s"] and sample["gold_span"][0] >= 0
             assert sample["options"] == row.get("options", [])
             if sample["options"]:
                 assert row["answer"] in sample["options"] and len(sample["options"]) in (3, 4, 5)
@@ -106,6 +115,91 @@ def test_ids_kinds_and_names_are_the_published_ones(here):
     assert [task for task, row in mvbench.items() if "clip_s" in row] == [t for t, f in MVBENCH.items() if f["bounded"]]
     assert mvbench["episodic_reasoning"]["video"] == "tvqa/frames_fps3_hq/clip"
     assert mvbench["action_antonym"]["question_id"] == "action_antonym/0"
+
+
+def test_the_new_benchmarks_say_what_their_authors_files_say(here):
+    videomme = build("videomme")["test"].annotation
+    assert videomme[0]["answer"] in videomme[0]["options"] and not videomme[0]["options"][0].startswith("A.")
+    kinds = {"duration": "short", "domain": "Knowledge", "sub_category": "Geography", "task": "Object Recognition"}
+    assert videomme[0]["categories"] == kinds and videomme[0]["category"] == "short"
+    storage = "build_info.annotations.test.storage=inputs/videomme/questions.json"
+    for row in (here / "videomme/data").iterdir():  # the authors' JSON names videos by number
+        row.rename(row.with_stem(f"{int(row.stem[-1]):03d}"))
+    assert answers(build("videomme", "form=json", storage)["test"]) == answers(SimpleNamespace(annotation=videomme))
+    whole = answers(build("longvideobench")["val"])
+    parquet = "build_info.annotations.val.storage=inputs/longvideobench/validation-00000-of-00001.parquet"
+    assert answers(build("longvideobench", "form=parquet", parquet)["val"]) == whole
+    lvbench = build("lvbench")["test"].annotation
+    assert lvbench[2]["categories"] == {"type": "cartoon", "ability": ["entity recognition", "reasoning"]}
+    assert len(lvbench[2]["options"]) == 4 and "(A)" not in lvbench[2]["question"] and lvbench[2]["span_s"] == [0, 1]
+    cgbench = build("cgbench")["mini"].annotation
+    assert cgbench[1]["moments_s"] == [[0, 0.5], [0.75, 1]] and cgbench[1]["span_s"] == [0, 0.5]
+    assert build("charades_sta")["test"].annotation[0]["question"] == "a red appears."
+    assert build("timelens")["activitynet"].annotation[0]["video"] == "activitynet/clip-0.mp4"
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "old", "new", "said"),
+    [
+        ("charades_sta", "charades_sta_test.txt", "0.1 0.6##", "0.6 0.1##", "'moment' must be .* start < end, got"),
+        ("charades_sta", "charades_sta_test.txt", "##", "#", "line 1: expected 'VIDEO START END##SENTENCE'"),
+        ("qvhighlights", "highlight_val_release.jsonl", "[1.5, 2]", "[0.5, 2]", "overlap"),
+        ("qvhighlights", "highlight_val_release.jsonl", "[1.5, 2]", "[1.5, 9]", "ends behind its video of 2 s"),
+        (
+            "qvhighlights",
+            "highlight_val_release.jsonl",
+            '"relevant_windows": [[0, 1]]',
+            '"x": 0',
+            "3 of 6 .* no moment",
+        ),
+        ("lvbench", "video_info.meta.jsonl", "00:00-00:01", "soon", "'time_reference' must be MM:SS-MM:SS .* 'soon'"),
+        ("videomme", "questions.json", '"A. ', '"', "must begin with their letters"),
+        ("videomme", "questions.json", '"answer": "', '"answer": "Z', "must be the letter of an option, A to D, got"),
+        ("cgbench", "cgbench_mini.json", '"clue_intervals": [', '"clue_intervals": [null, ', "has null in place of"),
+        ("timelens", "charades-timelens.json", '"queries": [', '"queries": ["more", ', "must be lists of one length"),
+    ],
+)
+def test_what_a_new_benchmark_cannot_say_is_refused_in_a_line(here, name, file, old, new, said):
+    path = here / name / file
+    write_json(path, json.loads(path.read_text()), indent=None) if path.suffix == ".json" else None
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    options = ["form=json", f"build_info.annotations.test.storage=inputs/{name}/{file}"] if name == "videomme" else []
+    with pytest.raises(AnnotationError, match=said) as caught:
+        build(name, *options)
+    assert file in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_parquet_of_other_columns_or_of_none_is_refused(here):
+    path = here / "videomme/test-00000-of-00001.parquet"
+    other = "build_info.annotations.test.storage=inputs/longvideobench/validation-00000-of-00001.parquet"
+    with pytest.raises(AnnotationError, match=r"parquet, row 0: key 'question_id' is missing; it has video_id"):
+        build("videomme", other)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(AnnotationError, match="parquet: cannot be read as parquet"):
+        build("videomme")
+
+
+def test_reversed_moments_are_left_out_of_training_alone(here, caplog):
+    path = here / "charades_sta/charades_sta_test.txt"
+    path.write_text("VID0 8.0 7.0##person is holding medicine.\n" + path.read_text())
+    info = "build_info.annotations"
+    with caplog.at_level(logging.WARNING):
+        train = build(
+            "charades_sta", f"{info}={{train: {{storage: inputs/charades_sta/charades_sta_test.txt}}, test: null}}"
+        )
+    assert (
+        len(train["train"]) == 6 and "1 moments end before they begin and are left out, first 'VID0/0'" in caplog.text
+    )
+
+
+def test_a_description_with_a_key_that_nobody_reads_is_refused():
+    form = {"question_id": "{id}", "video": "{v}", "option": "x"}
+    with pytest.raises(ConfigError, match=r"x.yaml: unknown key of benchmark.forms.a 'option'; did you mean 'options'"):
+        described({"forms": {"a": form}}, "x.yaml")
+    with pytest.raises(ConfigError, match="answer_is 'leter'; did you mean 'letter'"):
+        described({"forms": {"a": {"question_id": "{id}", "video": "{v}", "answer_is": "leter"}}}, "x.yaml")
 
 
 def test_the_form_of_question_and_answer_files_is_joined_by_id(here):

@@ -30,6 +30,8 @@ ROOT = Path(__file__).resolve().parents[2]
 MODELS = ("lstp_vicuna7b", "lstp_flant5xl", "lstp_instruct_flant5xl", "lstp_tiny", "blip2_t5", "blip2_opt")
 NAMES = [*(name.removeprefix("lstp_") for name in BENCHMARKS), "shapes_qa"]
 
+GROUNDING = ("charades_sta", "activitynet_captions", "qvhighlights", "timelens")
+
 
 def config(name: str, *options: str):
     return Config(SimpleNamespace(cfg_path=f"projects/lstp/eval/{name}.yaml", options=list(options))).config
@@ -51,7 +53,11 @@ def test_every_pair_is_complete(name, model):
     whole = config(f"{name}_{model}")
     assert list(whole.datasets) == ["lstp_shapes" if name == "shapes_qa" else f"lstp_{name}"]
     (section,) = whole.datasets.values()
-    assert whole.model.arch == model and whole.run.task == "video_qa" and whole.run.evaluate
+    assert (
+        whole.model.arch == model
+        and whole.run.task == ("temporal_grounding" if name in GROUNDING else "video_qa")
+        and whole.run.evaluate
+    )
     assert whole.run.output_dir == str(Path(f"output/lstp/eval/{name}_{model}").absolute())
     assert section.image_size == (64 if model == "lstp_tiny" else 224)
     assert section.image_frames == (4 if model.startswith("blip2") else 1)

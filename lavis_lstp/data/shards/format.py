@@ -20,7 +20,7 @@ from urllib.parse import unquote_to_bytes
 
 import numpy as np
 
-from lavis_lstp.data.annotation import check_options, check_seconds
+from lavis_lstp.data.annotation import check_moment, check_options, check_seconds
 from lavis_lstp.data.prompts import conversation_prompt
 from lavis_lstp.data.shards import flow_code
 from lavis_lstp.data.video.reading import VIDEO_ENDINGS, is_finite
@@ -201,6 +201,9 @@ def _check_question(row: Any, place: str) -> None:
     for name in ("prompt", "category"):
         if not isinstance(row.get(name, ""), str):
             raise ShardError(f"{place}: '{name}' must be a string, got {row[name]!r}", "schema")
+    for name, kind in (("categories", dict), ("moments_s", list)):
+        if not isinstance(row.get(name, kind()), kind):
+            raise ShardError(f"{place}: '{name}' must be {kind.__name__}, got {row[name]!r:.80}", "schema")
     turns = row.get("conversations")
     if "conversations" in row and not (isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns)):
         raise ShardError(f"{place}: 'conversations' must be a list of {{from, value}}", "schema")
@@ -209,6 +212,8 @@ def _check_question(row: Any, place: str) -> None:
             conversation_prompt(turns)  # what a data set makes of it
         for name in ("span_s", "clip_s"):
             check_seconds(row.get(name), name, place)
+        for moment in row.get("moments_s", []):
+            check_moment(moment, "moments_s", place)
         if row.get("options"):
             check_options(row["options"], row.get("answer"), place)
     except AnnotationError as error:
