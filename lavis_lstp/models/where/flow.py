@@ -151,8 +151,8 @@ class FlowExtractor(nn.Module):
         elif self.name == "none":
             field = torch.zeros(batch, length, 2, *(self.flow_size or frames.shape[-2:]), device=frames.device)
         else:
-            # As `lavis-lstp flow` computes it, in any run. TF32, cuDNN's default for convolutions, moves RAFT's fields by
-            # up to 0.05 px, and differently with another number of pairs at once.
+            # As `lavis-lstp flow` computes it, in any run. TF32, cuDNN's default for convolutions, moves RAFT's fields
+            # by up to 0.05 px, and differently with another number of pairs at once.
             with torch.autocast(frames.device.type, enabled=False), full_precision_convolutions():
                 field = self._between(frames, mask)
         own = self.name in GIVEN and flow_mask is not None
