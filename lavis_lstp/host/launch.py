@@ -287,7 +287,11 @@ def destroy_processes() -> None:
 
 
 def seed_processes(seed: int) -> None:
-    """Seed all generators, and ask cuDNN for repeatable kernels."""
+    """Seed all generators, and ask for repeatable kernels.
+
+    On a GPU the backward pass of fused fp32 attention adds up in any order otherwise, so that two runs of the same seed
+    differ. Operations that have no repeatable kernel warn once.
+    """
     import torch
 
     from lavis_lstp.runners.randomness import seed_everything
@@ -295,6 +299,10 @@ def seed_processes(seed: int) -> None:
     seed_everything(seed)
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
+    if torch.cuda.is_available():
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
 
 
 def shared_job_id() -> str:

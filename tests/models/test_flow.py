@@ -356,6 +356,17 @@ def test_raft_computes_in_float32_whatever_the_run_s_precision(raft_files):
     assert torch.equal(under_autocast, flow(frames))
 
 
+def test_no_tf32_while_flow_is_computed(monkeypatch):
+    """cuDNN's default would make a GPU's fields differ from the CPU's by 0.05 px."""
+    flow = build_flow("dis")
+    seen = []
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    own = flow.estimator
+    flow.estimator = lambda *given: seen.append(torch.backends.cudnn.allow_tf32) or own(*given)
+    flow(torch.zeros(1, 2, 3, 32, 32, dtype=torch.uint8))
+    assert seen == [False] and torch.backends.cudnn.allow_tf32 is True
+
+
 def test_raft_stays_frozen_and_in_eval_mode(raft_files):
     extractor = build_flow("raft_large", weights=raft_files["raft_large"], iterations=1)
     around = torch.nn.Sequential(extractor)

@@ -12,8 +12,9 @@ vectors 1 to 2 ms.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -150,7 +151,9 @@ class FlowExtractor(nn.Module):
         elif self.name == "none":
             field = torch.zeros(batch, length, 2, *(self.flow_size or frames.shape[-2:]), device=frames.device)
         else:
-            with torch.autocast(frames.device.type, enabled=False):  # as `lavis-lstp flow` computes it, in any run
+            # As `lavis-lstp flow` computes it, in any run. TF32, cuDNN's default for convolutions, moves RAFT's fields
+            # by up to 0.05 px, and differently with another number of pairs at once.
+            with torch.autocast(frames.device.type, enabled=False), full_precision_convolutions():
                 field = self._between(frames, mask)
         own = self.name in GIVEN and flow_mask is not None
         field = field * flow_mask.to(field)[:, :, None, None, None] if own else repeat_last(field, mask)
@@ -178,6 +181,17 @@ class FlowExtractor(nn.Module):
         if len(rows):
             field[rows, steps] = self.estimator(frames, rows, steps)
         return field
+
+
+@contextlib.contextmanager
+def full_precision_convolutions() -> Iterator[None]:
+    """No TF32 in cuDNN's convolutions for the block; nothing elsewhere."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def repeat_last(field: Tensor, mask: Tensor) -> Tensor:
