@@ -62,6 +62,8 @@ def folder_index(name: str, count: int) -> VideoIndex:
         packet_damaged=nothing.astype(bool),
         frame_packet=nothing,
         times_s=np.arange(count) / PICTURES_PER_SECOND,
+        frame_bytes=nothing,
+        frame_key=nothing.astype(bool),
         fps=PICTURES_PER_SECOND,
         duration_s=count / PICTURES_PER_SECOND,
         time_base=1 / PICTURES_PER_SECOND,
