@@ -29,6 +29,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import av
 import numpy as np
+from av.codec.context import Flags
 from av.stream import Discard
 
 from lavis_lstp.data.pictures import DEFAULT_MAX_MEGAPIXELS
@@ -77,10 +78,11 @@ class VideoIndex:
     Attributes:
         packet_pts: int64 [P] presentation times in ticks; empty when `by_count`.
         packet_key: bool [P], decoding can start here.
-        packet_bytes: int64 [P], what a packet takes in the file: the codec's own measure of what is new in a picture.
         packet_damaged: bool [P], known to be damaged.
         frame_packet: int64 [N], the packet that holds frame i; empty when `by_count`.
         times_s: float64 [N], seconds since the start of the file.
+        frame_bytes: int64 [N], the size of the packet that holds frame i; empty for a folder of pictures.
+        frame_key: bool [N], frame i is coded by itself and decoding can start there; empty for a folder of pictures.
         duration_s: when the last frame ends, in the same seconds.
         container: FFmpeg's name of the file format.
         by_count: frames can be told only by counting decoded ones from the start of the file.
@@ -94,10 +96,11 @@ class VideoIndex:
     name: str
     packet_pts: np.ndarray
     packet_key: np.ndarray
-    packet_bytes: np.ndarray
     packet_damaged: np.ndarray
     frame_packet: np.ndarray
     times_s: np.ndarray
+    frame_bytes: np.ndarray
+    frame_key: np.ndarray
     fps: float
     duration_s: float
     time_base: float
@@ -285,6 +288,7 @@ def _index_of_track(source: Source, name: str, track: int | None, max_megapixels
         raise VideoError(f"{name}: {missing or 'its edit list hides every frame'}")
     packet_pts = np.asarray(stamps, dtype=np.int64)
     frame_packet = np.asarray(sorted(visible, key=stamps.__getitem__), dtype=np.int64)
+    packet_key = np.asarray([p.key for p in packets])
     ticks = packet_pts[frame_packet]
     begins_s = _seconds_after(start, int(ticks[0]) * tick)
     times_s = (ticks - ticks[0]) * facts["time_base"] + begins_s
@@ -292,11 +296,12 @@ def _index_of_track(source: Source, name: str, track: int | None, max_megapixels
     end_s = (max(packets[n].pts + packets[n].ticks for n in visible) - ticks[0]) * facts["time_base"] + begins_s
     return VideoIndex(
         packet_pts=packet_pts,
-        packet_key=np.asarray([p.key for p in packets]),
-        packet_bytes=np.asarray([p.size for p in packets], dtype=np.int64),
+        packet_key=packet_key,
         packet_damaged=np.asarray([p.damaged for p in packets]),
         frame_packet=frame_packet,
         times_s=times_s,
+        frame_bytes=np.asarray([p.size for p in packets], dtype=np.int64)[frame_packet],
+        frame_key=packet_key[frame_packet],
         fps=fps,
         duration_s=float(end_s if end_s > times_s[-1] else times_s[-1] + 1 / fps),
         by_count=False,
@@ -339,7 +344,7 @@ class _Packet(NamedTuple):
     key: bool
     shown: bool
     damaged: bool
-    size: int
+    size: int  # bytes
 
 
 def _read_packets(container: Any, stream: Any) -> tuple[list[_Packet], str | None]:
@@ -353,9 +358,8 @@ def _read_packets(container: Any, stream: Any) -> tuple[list[_Packet], str | Non
                 # VP8 stores pictures that are only referred to as packets of their own; a header bit tells.
                 shown = not packet.is_discard and not (is_vp8 and not bytes(packet)[0] & 0x10)
                 ticks = packet.duration or 0
-                packets.append(
-                    _Packet(packet.pts, packet.dts, ticks, packet.is_keyframe, shown, packet.is_corrupt, packet.size)
-                )
+                key, damaged = packet.is_keyframe, packet.is_corrupt
+                packets.append(_Packet(packet.pts, packet.dts, ticks, key, shown, damaged, packet.size))
     except av.FFmpegError as error:
         missing = f"truncated: reading stops after {len(packets)} frames ({error.strerror})"
     if container.format.name == "mpegts" and packets and all(container.size % n for n in TS_PACKET):
@@ -423,11 +427,19 @@ def count_frames(
         joints: how often the file's clock begins anew.
     """
     ticks: list[int | None] = []
+    sizes: list[int] = []
+    keys: list[bool] = []
     name, track, most = facts["name"], facts["track"], facts["max_megapixels"]
     with open_video(source, name, track=track, max_megapixels=most) as (container, stream):
         tick = stream.time_base
+        stream.codec_context.flags |= Flags.copy_opaque  # a frame comes with what its packet was given
         try:
-            ticks.extend(frame.pts for frame in container.decode(stream))
+            for packet in container.demux(stream):
+                packet.opaque = [packet.size]  # PyAV keeps it by identity, and small numbers are all the same object
+                for frame in packet.decode():
+                    ticks.append(frame.pts)
+                    sizes.append(frame.opaque[0] if frame.opaque else 0)
+                    keys.append(bool(frame.key_frame))
         except av.FFmpegError as error:
             facts = facts | {"missing": f"decoding stops after {len(ticks)} frames ({error.strerror})"}
     if facts["missing"]:
@@ -444,10 +456,11 @@ def count_frames(
     return VideoIndex(
         packet_pts=none,
         packet_key=none.astype(bool),
-        packet_bytes=none,
         packet_damaged=none.astype(bool),
         frame_packet=none,
         times_s=times_s,
+        frame_bytes=np.asarray(sizes[: len(ticks)], dtype=np.int64),
+        frame_key=np.asarray(keys[: len(ticks)], dtype=bool),
         fps=fps,
         duration_s=float(times_s[-1] + 1 / fps),
         by_count=True,

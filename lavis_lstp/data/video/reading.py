@@ -22,7 +22,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -356,35 +355,6 @@ def _read_folder(
     return VideoFrames(frames, index.times_s[chosen], chosen, info)
 
 
-class PacketCosts(NamedTuple):
-    """What a file says of its N frames without decoding them, in the order they are shown.
-
-    times_s: float64 [N], seconds since the start of the file. bytes: int64 [N], size of the packet that holds a frame.
-    key: bool [N], whether decoding can begin there.
-    """
-
-    times_s: np.ndarray
-    bytes: np.ndarray
-    key: np.ndarray
-
-
-def packet_costs(source: Source, *, name: str | None = None) -> PacketCosts:
-    """Bit cost and key frames of a video by one pass over its packets, a twentieth of a second a minute of film.
-
-    Raises:
-        VideoError: not a video, or one whose packets do not tell which frame they hold.
-    """
-    name = source_name(source, name)
-    index = video_index(source, name)
-    _refuse_incomplete(index)
-    if index.by_count:
-        raise VideoError(
-            f"{name}: its packets do not tell which frames they hold; choose a method that looks at frames"
-        )
-    order = index.frame_packet
-    return PacketCosts(index.times_s, index.packet_bytes[order], index.packet_key[order])
-
-
 def key_frames(index: VideoIndex, chosen: Sequence[int]) -> list[int]:
     """The key frames nearest to chosen frames, in time; each once, ascending.
 
@@ -392,8 +362,10 @@ def key_frames(index: VideoIndex, chosen: Sequence[int]) -> list[int]:
         VideoError: the file does not tell which are key frames, or has too few to tell the chosen ones apart.
     """
     if index.by_count:
-        raise VideoError(f"{index.name}: its packets do not tell which frames are key frames; read exact frames of it")
-    keys = np.flatnonzero(index.packet_key[index.frame_packet])
+        raise VideoError(
+            f"{index.name}: stores no times to seek to, so key frames are no faster; read exact frames of it"
+        )
+    keys = np.flatnonzero(index.frame_key)
     if not len(keys):
         raise VideoError(f"{index.name}: has no key frame that is shown; read exact frames of it")
     at = np.abs(index.times_s[keys][None] - index.times_s[list(chosen)][:, None]).argmin(axis=1)

@@ -82,6 +82,24 @@ Rule = Callable[..., list[int]]
 """(row, *, its own settings with their defaults) -> at most K frame numbers, in any order."""
 
 
+class LazyScores:
+    """Scores that are computed when they are asked for, as `focus` does with few of them.
+
+    Args:
+        compute: numbers of candidates, int [n] -> their scores, float [n].
+        count: T.
+    """
+
+    def __init__(self, compute: Callable[[np.ndarray], np.ndarray], count: int):
+        self._compute, self._count = compute, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, numbers: np.ndarray) -> np.ndarray:
+        return self._compute(np.asarray(numbers))
+
+
 class Selector(NamedTuple):
     """A rule, and what must be in the row."""
 
