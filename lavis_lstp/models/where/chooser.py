@@ -161,7 +161,7 @@ class Chooser:
                     logits = self.logits(samples, flow)
         with clock("selection"):
             own_flow = self.has_own_flow(samples)
-            if logits is not None:
+            if logits is not None and (self.selector.needs_scores or not self.training):
                 scores = frame_scores(logits, self.flow_mask(samples), samples["frame_mask"])
             frame_index, span = self.selector(
                 samples["frame_mask"].cpu(),

@@ -28,7 +28,7 @@ class Row:
     """What a rule may read about one question and the T candidate frames of its video.
 
     Args:
-        scores: float [T], larger = more useful for the question. `LazyScores` serve `focus`, which asks for few of them;
+        scores: float [T], larger = more useful for the question. `LazyScores` serve `focus`, which asks for few;
             other rules take them all. None where nothing was scored.
         num_selected: K.
         times_s: float [T], ascending seconds of the candidates.
@@ -80,24 +80,6 @@ class LazyScores:
 
 Rule = Callable[..., list[int]]
 """(row, *, its own settings with their defaults) -> at most K frame numbers, in any order."""
-
-
-class LazyScores:
-    """Scores that are computed when they are asked for, as `focus` does with few of them.
-
-    Args:
-        compute: numbers of candidates, int [n] -> their scores, float [n].
-        count: T.
-    """
-
-    def __init__(self, compute: Callable[[np.ndarray], np.ndarray], count: int):
-        self._compute, self._count = compute, count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, numbers: np.ndarray) -> np.ndarray:
-        return self._compute(np.asarray(numbers))
 
 
 class Selector(NamedTuple):
