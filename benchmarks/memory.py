@@ -1,8 +1,8 @@
 """Peak memory of a training step against `lavis-lstp estimate`: python benchmarks/memory.py [RECIPE] [--kind zero1]
 
 Random weights of the published sizes (no download), a batch of the largest samples in bf16, frames chosen evenly, and
-four steps by runner_lstp's engine ("plain") or DeepSpeed's at a ZeRO stage. Prints the estimate, what torch allocated
-in the last step, and seconds. `--model lstp_tiny --device cpu` tries the script itself, without the memory.
+four steps by the engine of runner_lstp ("plain") or DeepSpeed at a ZeRO stage. Prints the estimate, what torch
+allocated in the last step, and seconds. `--model lstp_tiny --device cpu` tries the script itself, without the memory.
 """
 
 from __future__ import annotations
