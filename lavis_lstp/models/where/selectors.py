@@ -14,7 +14,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,8 +28,8 @@ class Row:
     """What a rule may read about one question and the T candidate frames of its video.
 
     Args:
-        scores: float [T], larger = more useful for the question; an object that computes `scores[numbers]` when it is
-            asked serves for `focus`, which asks for few of them. None where nothing was scored.
+        scores: float [T], larger = more useful for the question. `LazyScores` serve `focus`, which asks for few;
+            other rules take them all. None where nothing was scored.
         num_selected: K.
         times_s: float [T], ascending seconds of the candidates.
         question: its text.
@@ -50,6 +50,32 @@ class Row:
     def num_frames(self) -> int:
         """T."""
         return next((len(part) for part in (self.scores, self.times_s, self.features) if part is not None), 0)
+
+
+class LazyScores:
+    """Scores of T candidates that are computed when they are asked for, and each of them once.
+
+    Args:
+        length: T.
+        score: int64 [n] numbers of candidates -> float [n].
+
+    Attributes:
+        known: float64 [T], NaN where nobody has asked yet.
+    """
+
+    def __init__(self, length: int, score: Callable[[np.ndarray], Any]):
+        self.known = np.full(length, np.nan)
+        self._score = score
+
+    def __len__(self) -> int:
+        return len(self.known)
+
+    def __getitem__(self, numbers: Any) -> np.ndarray:
+        numbers = np.atleast_1d(np.asarray(numbers, dtype=np.int64))
+        new = np.unique(numbers[np.isnan(self.known[numbers])])
+        if len(new):
+            self.known[new] = _numbers("scores", self._score(new), 1)
+        return self.known[numbers]
 
 
 Rule = Callable[..., list[int]]
@@ -245,7 +271,7 @@ def dpp(row: Row, *, relevance: float = 0.7) -> list[int]:
         if volume[pick] <= 1e-9:
             break
         kernel = quality[pick] * quality * (1 + features @ features[pick]) / 2
-        kernel = kernel - sum((row_[pick] * row_ for row_ in basis), np.zeros(len(quality)))
+        kernel = kernel - sum((done[pick] * done for done in basis), np.zeros(len(quality)))
         basis.append(kernel / math.sqrt(volume[pick]))
         volume = np.maximum(volume - basis[-1] ** 2, 0)
         chosen.append(pick)
@@ -326,6 +352,8 @@ def choose(method: str, row: Row, *, repeats: bool = False, **settings: Any) -> 
     settings = selector_settings(method, settings)
     row = _checked(row)
     _check_needs(method, row)
+    if isinstance(row.scores, LazyScores) and SELECTORS[method].rule is not focus:
+        row = replace(row, scores=row.scores[np.arange(row.num_frames)])
     if row.num_selected >= row.num_frames:
         return Chosen(list(range(row.num_frames)), 0)
     frames = [int(i) for i in SELECTORS[method].rule(row, **settings)]
@@ -479,7 +507,7 @@ def _checked(row: Row) -> Row:
     if type(row.num_selected) is not int or row.num_selected < 1:
         raise ConfigError(f"k must be a whole number of at least 1, got {row.num_selected!r:.80}")
     scores = row.scores
-    if scores is not None and not hasattr(scores, "score_some"):
+    if scores is not None and not isinstance(scores, LazyScores):
         scores = _numbers("scores", scores, 1)
     times_s = None if row.times_s is None else _numbers("times_s", row.times_s, 1)
     features = None if row.features is None else _numbers("features", row.features, 2)
