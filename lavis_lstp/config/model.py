@@ -40,13 +40,17 @@ SELECTORS: dict[str, Kind] = {
     "gumbel": Kind("lavis_lstp.models.where.frame_selector:gumbel", needs="logits", drawn=True),
     "uniform": Kind("lavis_lstp.models.where.frame_selector:uniform"),
     "random": Kind("lavis_lstp.models.where.frame_selector:random", drawn=True),
-    "topk": Kind("lavis_lstp.models.where.frame_selector:topk", needs="scores"),
+    "topk": Kind("lavis_lstp.models.where.selectors:topk", needs="scores"),
+    "aks": Kind("lavis_lstp.models.where.selectors:aks", needs="scores"),
+    "inverse_transform": Kind("lavis_lstp.models.where.selectors:inverse_transform", needs="scores"),
+    "focus": Kind("lavis_lstp.models.where.selectors:focus", needs="scores", drawn=True),
+    "global_local": Kind("lavis_lstp.models.where.selectors:global_local", needs="scores"),
     "given": Kind("lavis_lstp.models.where.frame_selector:given", needs="span"),
 }
 """`selector.name` -> its rule. best_span (also called lstp): the most likely span. argmax: likeliest start and
 likeliest end, each for itself, under the published rules. gumbel: published, two noisy candidates. uniform: K interval
-centres of the video. random: K different frames. topk: the K best scores. given: a span that comes with the sample (a
-pseudo span, or the gold span as oracle)."""
+centres of the video. random: K different frames. topk, aks, inverse_transform, focus, global_local: published rules
+over scores, see selectors.py. given: a span that comes with the sample (a pseudo span, or the gold span as oracle)."""
 
 BY_SAMPLER = ("scores", "logits")
 """What a selector may need that the temporal sampler gives."""
@@ -121,6 +125,8 @@ class Selector:
     name: str = key("lstp", one_of=SELECTORS, called="selector (model.selector.name)")
     context: int = key(0, least=0)  # frames added on both sides of a found or given span
     num_selected: int = key(4, least=1)  # K, frames shown to the language model
+    # of aks, inverse_transform, focus and global_local, such as {power: 2.0}; selectors.py lists them
+    settings: dict[str, Any] = key({})
     span_key: str = key(
         "span", one_of=("span", "gold_span")
     )  # given: span (pseudo spans) or gold_span (oracle, evaluation only)

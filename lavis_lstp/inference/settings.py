@@ -107,10 +107,12 @@ def _selector(used: Any, own: Mapping[str, Any]) -> Any:
     if not {"selector", "num_selected"} & own.keys():
         return used
     kept = ("span_key", "context", "few_frames", "grid", "mapping", "marks", "mask_padding")
+    same = own.get("selector", used.name) == used.name
     made = build_selector(
         own.get("selector", used.name),
         num_selected=own.get("num_selected", used.num_selected),
         **{name: getattr(used, name) for name in kept},
+        settings=used.settings if same else None,
     )
     if made.needs_span:
         raise ConfigError(

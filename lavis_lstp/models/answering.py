@@ -80,6 +80,8 @@ def look(model: nn.Module, samples: Mapping, prompt: str | None) -> tuple[dict, 
     result: dict = {"prompt": model.prompts(samples, prompt), "seconds": seconds}
     choice = model.chooser(samples, clock=lambda stage: timed(model, seconds, stage))
     result["frame_index"], result["span"] = choice.frame_index, choice.span
+    if model.selector.needs_scores:
+        result["num_filled"] = choice.num_filled
     if choice.flow is not None:
         result["flow"] = choice.flow
     if choice.scores is not None:

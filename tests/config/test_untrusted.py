@@ -467,8 +467,6 @@ LENIENT = {
     "commands/export.py": {"_save_tokenizer"},  # written a line above by transformers
     "commands/demo.py": {"report", "_label_quality", "explain"},  # written by the demo's steps
     "commands/ask.py": {"_take_example"},  # ships with the package
-    "serving/page.py": {"_examples"},  # ships with the package
-    "commands/chat.py": {"_value"},  # what the user types
     "testing/example.py": {"make"},  # written by itself
     "testing/tiny_tokenizers.py": {"_core_json"},  # written by tokenizers
 }

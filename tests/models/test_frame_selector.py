@@ -20,6 +20,7 @@ from lavis_lstp.models.where.frame_selector import (
     sample_generators,
     spread,
 )
+from lavis_lstp.models.where.selectors import select_from_scores
 from lavis_lstp.models.where.temporal_sampler import SamplerOutput
 
 CASES = json.loads((GOLDEN / "frame_selection.json").read_text())["cases"]
@@ -124,10 +125,27 @@ def test_every_selector_gives_sorted_frames_inside_its_span(name, num_selected, 
         assert all(start <= i < end for i in index)
 
 
-def test_topk_takes_the_best_scores_the_earliest_of_equal_ones():
+def test_rules_over_scores_choose_as_the_library_does():
+    """And what they choose is independent of the other rows; settings are the rule's own."""
+    scores = torch.rand(2, 40, generator=torch.Generator().manual_seed(3))
+    mask = mask_of(40, 30, width=40)
+    for name, own in (("aks", {"depth": 2}), ("inverse_transform", {"power": 2.0}), ("topk", {}), ("aks", {})):
+        found = build_selector(name, num_selected=6, settings=own)(mask, scores=scores)
+        if name == "aks":  # of 6 frames a leaf of depth 2 gives 6 // 4, one of depth 5 none
+            assert found.num_filled.tolist() == ([2, 2] if own else [6, 6])
+        for row, count in enumerate((40, 30)):
+            wanted = select_from_scores(scores[row, :count].tolist(), 6, name, **own)
+            assert found.frame_index[row].tolist() == wanted
+    with pytest.raises(ConfigError, match="selector 'aks' has no setting 'dept'"):
+        build_selector("aks", settings={"dept": 1})
+    with pytest.raises(ConfigError, match="selector 'uniform' has none"):
+        build_selector("uniform", settings={"power": 1.0})
+
+
+def test_topk_takes_the_best_scores():
     scores = torch.tensor([[0.1, 0.9, 0.2, 0.9, 0.2, 0.2], [0.0, 1.0, 0.0, 0.0, 0.0, 0.0]])
     found = build_selector("topk", num_selected=3)(mask_of(6, 2, width=6), scores=scores)
-    assert found.frame_index.tolist() == [[1, 2, 3], [0, 0, 1]] and found.span.tolist() == [[1, 4], [0, 2]]
+    assert found.frame_index.tolist() == [[1, 3, 4], [0, 0, 1]] and found.span.tolist() == [[1, 5], [0, 2]]
     with pytest.raises(ValueError, match="'topk' needs scores"):
         build_selector("topk")(mask_of(6, 2, width=6))
 

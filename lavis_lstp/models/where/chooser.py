@@ -31,6 +31,7 @@ class Choice:
     Attributes:
         frame_index: int64 [B,K] of 0..T-1, sorted; -1 where a sample has no frame.
         span: int64 [B,2], half-open: where they come from.
+        num_filled: int64 [B], those that a rule over scores did not choose itself.
         logits: of the temporal sampler, where it was asked.
         scores: float32 [B,T] of 0..1, how much each frame has to do with its question; where there are logits.
         flow: float32 [B,T,2,S,S], where it was computed or read.
@@ -38,6 +39,7 @@ class Choice:
 
     frame_index: Tensor
     span: Tensor
+    num_filled: Tensor
     logits: SamplerOutput | None = None
     scores: Tensor | None = None
     flow: Tensor | None = None
@@ -58,7 +60,7 @@ def frame_scores(logits: SamplerOutput, flow_mask: Tensor, frame_mask: Tensor) -
     begun = start.softmax(dim=1).nan_to_num().cumsum(dim=1)
     open_yet = end.softmax(dim=1).nan_to_num().flip(1).cumsum(dim=1).flip(1)
     scores = (begun * open_yet).clamp(0, 1)
-    frames, flows = (mask.cpu().sum(dim=1, keepdim=True) for mask in (frame_mask, flow_mask))
+    frames, flows = (mask.cpu().long().sum(dim=1, keepdim=True) for mask in (frame_mask, flow_mask))
     at = torch.arange(frame_mask.shape[1])[None] * (flows - 1).clamp(min=0) // (frames - 1).clamp(min=1)
     return scores.gather(1, at.clamp(max=scores.shape[1] - 1)).where(frame_mask.cpu().bool(), 0.0)
 
@@ -163,7 +165,7 @@ class Chooser:
             own_flow = self.has_own_flow(samples)
             if logits is not None and (self.selector.needs_scores or not self.training):
                 scores = frame_scores(logits, self.flow_mask(samples), samples["frame_mask"])
-            frame_index, span = self.selector(
+            found = self.selector(
                 samples["frame_mask"].cpu(),
                 start_logits=None if logits is None else logits.start_logits,
                 end_logits=None if logits is None else logits.end_logits,
@@ -172,8 +174,9 @@ class Chooser:
                 flow_mask=self.flow_mask(samples).cpu() if own_flow else None,
                 scores=scores,
                 questions=samples["text_input"],
+                times_s=samples.get("frame_times"),
             )
-        return Choice(frame_index, span, logits, scores, flow)
+        return Choice(*found, logits, scores, flow)
 
     @property
     def flow_from_data(self) -> str | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +19,7 @@ from torch import Tensor
 from lavis_lstp.config.model import SELECTORS
 from lavis_lstp.data.frame_numbers import uniform_centres
 from lavis_lstp.errors import AnnotationError, ConfigError, unknown_name
+from lavis_lstp.models.where import selectors
 
 NUM_CANDIDATES = 2
 """Published: spans drawn per sample."""
@@ -116,10 +117,12 @@ def flows_to_frames(span: Sequence[int], num_frames: int, num_flows: int) -> tup
 
 
 class Selection(NamedTuple):
-    """frame_index int64 [B,K], sorted, -1 where a sample has no frame; span int64 [B,2], half-open."""
+    """frame_index int64 [B,K], sorted, -1 where a sample has no frame; span int64 [B,2], half-open; num_filled int64
+    [B], frames that a rule over scores did not choose itself, see `selectors.choose`."""
 
     frame_index: Tensor
     span: Tensor
+    num_filled: Tensor
 
 
 class Row(NamedTuple):
@@ -137,6 +140,7 @@ class Row(NamedTuple):
     marks: int = 0
     scores: Sequence[float] | None = None
     question: str = ""
+    times_s: Sequence[float] | None = None
 
 
 Rule = Callable[[Row, int], list[int] | tuple[list[int], tuple[int, int]]]
@@ -155,12 +159,6 @@ def random(row: Row, num_selected: int) -> tuple[list[int], tuple[int, int]]:
 
 def best(row: Row, num_selected: int) -> tuple[list[int], tuple[int, int]]:
     return list(range(*row.best)), row.best
-
-
-def topk(row: Row, num_selected: int) -> list[int]:
-    """The K best scores; of equal ones the earliest."""
-    best = sorted(range(row.num_frames), key=lambda frame: (-row.scores[frame], frame))
-    return sorted(best[:num_selected])
 
 
 def given(row: Row, num_selected: int) -> tuple[list[int], tuple[int, int]]:
@@ -209,6 +207,7 @@ class FrameSelector:
         mapping: str,
         marks: int,
         mask_padding: bool,
+        settings: Mapping[str, object],
     ):
         self.name = name
         self.num_selected = num_selected
@@ -221,7 +220,14 @@ class FrameSelector:
         self.mask_padding = mask_padding
         kind = SELECTORS[name]
         module, _, function = kind.rule.partition(":")
-        self.rule: Rule = getattr(importlib.import_module(module), function)
+        self.settings = dict(settings)
+        if module == selectors.__name__:  # rules over scores alone, which the library's users have, too
+            self.settings = selectors.selector_settings(name, self.settings)
+            self.rule: Rule = self._by_scores
+        elif settings:
+            raise ConfigError(f"model.selector.settings: selector '{name}' has none, got {', '.join(settings)}")
+        else:
+            self.rule = getattr(importlib.import_module(module), function)
         self.needs_logits = kind.needs == "logits"
         self.needs_scores = kind.needs == "scores"
         self.needs_span = kind.needs == "span"
@@ -240,6 +246,7 @@ class FrameSelector:
         flow_mask: Tensor | None = None,
         scores: Tensor | None = None,
         questions: Sequence[str] = (),
+        times_s: Tensor | None = None,
     ) -> Selection:
         """Selects frames.
 
@@ -251,6 +258,7 @@ class FrameSelector:
             flow_mask: [B,L], 1 = real, real ones first, where flows are not one a frame.
             scores: [B,T], how much each frame has to do with its question.
             questions: B strings.
+            times_s: [B,T], seconds of the frames; without them they are taken for one second apart.
 
         Returns:
             On the device of `frame_mask`.
@@ -279,7 +287,7 @@ class FrameSelector:
             if flow_mask is not None:
                 best = [flows_to_frames(*sizes) for sizes in zip(best, counts, flows, strict=True)]
         given = span.tolist() if self.needs_span else None
-        index, spans = [], []
+        index, spans, filled = [], [], [0] * len(counts)
         for b, count in enumerate(counts):
             if not count:  # a sample without a video
                 index.append([-1] * self.num_selected)
@@ -301,8 +309,12 @@ class FrameSelector:
                 marks=self.marks,
                 scores=scores[b, :count].tolist() if self.needs_scores else None,
                 question=questions[b] if questions else "",
+                times_s=list(range(count)) if times_s is None else times_s[b, :count].tolist(),
             )
-            frames = self.rule(row, self.num_selected)
+            frames, count_filled = self.rule(row, self.num_selected), 0
+            if isinstance(frames, selectors.Chosen):
+                frames, count_filled = frames
+            filled[b] = count_filled
             frames, found = frames if isinstance(frames, tuple) else (frames, (frames[0], frames[-1] + 1))
             missing = self.num_selected - len(frames)
             keeps = self.few_frames == "keep" and missing > 0
@@ -312,7 +324,19 @@ class FrameSelector:
         return Selection(
             torch.tensor(index, dtype=torch.long, device=device).view(-1, self.num_selected),
             torch.tensor(spans, dtype=torch.long, device=device).view(-1, 2),
+            torch.tensor(filled, dtype=torch.long, device=device),
         )
+
+    def _by_scores(self, row: Row, num_selected: int) -> selectors.Chosen:
+        seed = None if row.generator is None else int(torch.randint(2**62, (1,), generator=row.generator))
+        known = selectors.Row(
+            scores=np.asarray(row.scores),
+            num_selected=num_selected,
+            times_s=row.times_s,
+            question=row.question,
+            rng=None if seed is None else np.random.default_rng(seed),
+        )
+        return selectors.choose(self.name, known, **self.settings)
 
     def _widen(self, span: Sequence[int], num_frames: int) -> tuple[int, int]:
         return max(0, span[0] - self.context), min(num_frames, span[1] + self.context)
@@ -337,6 +361,7 @@ def build_selector(
     mapping: str = "ends",
     marks: int = 0,
     mask_padding: bool = True,
+    settings: Mapping[str, object] | None = None,
 ) -> FrameSelector:
     """A selector by its name in SELECTORS.
 
@@ -352,6 +377,7 @@ def build_selector(
         marks: argmax and gumbel count so many flows beyond the video's. The published InstructBLIP video recipes count
             2, the marks around the flows (V = N + 2, with the mapping "ratio"), so that the last frames are reached by
             no candidate.
+        settings: of a rule over scores, by name.
         mask_padding: False lets padded flows be drawn by argmax and gumbel, as published; one that is drawn stands
             for the whole video.
 
@@ -389,6 +415,7 @@ def build_selector(
         mapping=mapping,
         marks=marks,
         mask_padding=mask_padding,
+        settings=settings or {},
     )
 
 
