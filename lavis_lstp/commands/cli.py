@@ -32,6 +32,7 @@ COMMANDS = {
     "import-answers": ("lavis_lstp.judging.published:main", "read answers and verdicts of the published evaluation"),
     "judge": ("lavis_lstp.judging.judge:main", "say which answers are right: rules, a language model, or a record"),
     "report": ("lavis_lstp.commands.report:main", "write one HTML page about evaluations: tables, plots, questions"),
+    "select": ("lavis_lstp.commands.select:main", "choose the frames of a film that a question asks for"),
     "serve": ("lavis_lstp.commands.serve:main", "answer browsers, and programs that speak OpenAI's API"),
     "list": ("lavis_lstp.commands.cli:list_names", "list models, datasets, tasks, runners or recipes"),
 }

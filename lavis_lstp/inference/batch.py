@@ -6,7 +6,7 @@ sees each new token of each row: it hands out text as it comes, and ends the row
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lavis_lstp.inference.prediction import Asked, Prediction
+from lavis_lstp.models.where.chooser import Choice
 from lavis_lstp.schema import Span
 
 END_OF_TURN = "</s>"
@@ -37,6 +38,17 @@ def answer_batch(model: Any, asked: Sequence[Asked]) -> list[Prediction]:
     for row, prediction in enumerate(rows):
         watch.finish(row, prediction.prediction)
     return rows
+
+
+def choose(model: Any, asked: Asked, rule_settings: Mapping[str, Any]) -> Choice:
+    """The frames that would be shown for one question, without the answer; see `answer_batch`.
+
+    Args:
+        rule_settings: of a selector over scores.
+    """
+    selector = asked.settings.selector.with_settings(rule_settings) if rule_settings else asked.settings.selector
+    with _replaced(model.chooser, selector=selector, flow=partial(_kept_flow, [asked])), torch.no_grad():
+        return model.chooser(_samples(model, [asked]))
 
 
 @contextmanager

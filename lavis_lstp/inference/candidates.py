@@ -44,6 +44,7 @@ class Candidates:
         duration_s: when the last frame ends.
         flow: float32 [T,2,h,w], px per frame; None where the medium does not move or the selector needs none.
         codec_flow: the same from the codec's motion vectors, where the model is set to take them.
+        numbers: T frame numbers in the file of a video.
     """
 
     media: str
@@ -53,6 +54,7 @@ class Candidates:
     duration_s: float
     flow: Tensor | None
     codec_flow: Tensor | None
+    numbers: Sequence[int] = ()
 
 
 def num_bytes(value: Candidates | Tensor) -> int:
@@ -256,7 +258,7 @@ class Reader:
         codec = self.model.chooser.flow_from_data == "motion_vectors"
         clip = read_frames(source, num=num_frames, size=side, motion_vectors=codec, **named)
         frames, given = torch.from_numpy(clip.frames), torch.from_numpy(clip.flow) if codec else None
-        return Candidates(media, "video", frames, clip.times_s, clip.info.duration_s, None, given)
+        return Candidates(media, "video", frames, clip.times_s, clip.info.duration_s, None, given, clip.indices)
 
     def _flow(self, found: Candidates) -> Tensor:
         device = next(self.model.parameters()).device

@@ -206,6 +206,17 @@ class Predictor:
             raise Cancelled("the answer was given up")
         return found
 
+    def choose(self, asked: Asked, rule_settings: Mapping[str, Any] | None = None) -> Any:
+        """The `Choice` of frames for one prepared question, without an answer.
+
+        Args:
+            rule_settings: of a selector over scores, such as {"power": 2.0}.
+        """
+        from lavis_lstp.inference.batch import choose
+
+        with self._model_lock:
+            return choose(self._open_model(), asked, rule_settings or {})
+
     def close(self) -> None:
         """Let the model and everything that is kept go; a later call is refused."""
         with self._model_lock:

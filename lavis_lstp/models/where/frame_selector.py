@@ -7,6 +7,7 @@ rules (`candidate_frames`) draw two noisy candidates and join them; the default 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -232,6 +233,13 @@ class FrameSelector:
         self.needs_scores = kind.needs == "scores"
         self.needs_span = kind.needs == "span"
         self.needs_generator = kind.drawn
+
+    def with_settings(self, settings: Mapping[str, object]) -> FrameSelector:
+        """The same selector with other settings of its rule."""
+        made = copy.copy(self)
+        made.settings = selectors.selector_settings(self.name, dict(settings))
+        made.rule = made._by_scores
+        return made
 
     def __repr__(self) -> str:
         return f"FrameSelector({self.name}, num_selected={self.num_selected})"

@@ -1,0 +1,151 @@
+"""`lavis-lstp select VIDEO "question"`: which frames of a film to show for a question, and when they are.
+
+In: a video, or a file of questions about videos. Out: a table; with --save a folder with selection.json, the frames and
+one sheet of them; of a file of questions, JSON lines, one question each, which a killed run goes on with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lavis_lstp.data.annotation import read_annotation
+from lavis_lstp.errors import AnnotationError, ConfigError, LstpError
+from lavis_lstp.files import find_path, json_text, owned, read_jsonl, strict_json, whole_file, write_jsonl
+from lavis_lstp.inference.selection import BY_SAMPLER, METHODS, Selection, select
+from lavis_lstp.redaction import printable
+from lavis_lstp.untrusted import why_no_path
+
+
+def table(found: Selection) -> str:
+    """The frames, one a line: number in the file, seconds and, where there are scores, the nearest candidate's."""
+    lines = [f"{'frame':>9}  {'seconds':>10}" + ("" if found.scores is None else f"  {'score':>8}")]
+    for number, seconds in zip(found.frame_index, found.times_s, strict=True):
+        line = f"{number:>9}  {seconds:>10.3f}"
+        if found.scores is not None:
+            near = min(range(len(found.scores)), key=lambda i: abs(found.candidate_times_s[i] - seconds))
+            line += f"  {found.scores[near]:>8.4f}"
+        lines.append(line)
+    took = ", ".join(f"{stage} {value:.2f} s" for stage, value in found.seconds.items())
+    filled = f"; {found.num_filled} of them were filled in by the best remaining scores" if found.num_filled else ""
+    lines.append(f"{len(found.frame_index)} of {found.num_frames} frames by {found.method}{filled} ({took})")
+    return "\n".join(lines)
+
+
+def save(found: Selection, folder: Path) -> None:
+    """selection.json, FRAME.png of each frame at full size, and sheet.png, all of them with their times."""
+    import numpy as np
+    from PIL import Image
+
+    from lavis_lstp.inference.contact_sheet import contact_sheet, pictures_at
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, frame in zip(found.frame_index, found.frames(), strict=True):
+        with whole_file(folder / f"{number:07d}.png") as file:
+            Image.fromarray(np.ascontiguousarray(frame.transpose(1, 2, 0))).save(file, "PNG")
+    sheet = contact_sheet(pictures_at(found.video, found.times_s), [f"{seconds:.2f} s" for seconds in found.times_s])
+    with whole_file(folder / "sheet.png") as file:
+        sheet.save(file, "PNG")
+    found.write(folder / "selection.json")
+
+
+def select_all(
+    questions: Path, root: Path, out: Path, common: Mapping[str, Any], settings: Mapping[str, Any]
+) -> tuple[int, int]:
+    """A line of `out` for each question, in the order of the file; those that are there already are kept.
+
+    Returns:
+        How many were selected now, and how many there are.
+
+    Raises:
+        ConfigError: `out` holds selections by another method or with other settings.
+    """
+    rows = read_annotation(questions)
+    wanted = {"method": common["method"], "k": common["k"], "seed": common["seed"], "rule": dict(settings)}
+    with owned(out.parent):
+        done = {}
+        if out.exists():
+            for line in read_jsonl(out):
+                if not isinstance(line, Mapping) or line.get("asked") != wanted or "question_id" not in line:
+                    raise ConfigError(f"{out}: holds selections made otherwise; name another file, or remove it")
+                done[line["question_id"]] = line
+            write_jsonl(out, done.values())  # without the line that a killed run left unfinished
+        left = [row for row in rows if row["question_id"] not in done]
+        with out.open("a", encoding="utf-8") as file:
+            for line in _selected(left, root, common, settings):
+                file.write(json_text({**line, "asked": wanted}) + "\n")
+                file.flush()
+        by_id = {line["question_id"]: line for line in read_jsonl(out)}
+        write_jsonl(out, [by_id[row["question_id"]] for row in rows])
+    return len(left), len(rows)
+
+
+def _selected(
+    rows: Sequence[Mapping[str, Any]], root: Path, common: Mapping[str, Any], settings: Mapping[str, Any]
+) -> Iterator[dict[str, Any]]:
+    from tqdm import tqdm
+
+    for row in tqdm(rows, desc="select", unit="question", disable=None):
+        if "video" not in row:
+            raise AnnotationError(f"question {row['question_id']}: has no video to select frames of")
+        if why := why_no_path(row["video"]):
+            raise AnnotationError(f"question {row['question_id']}: video {row['video'][:80]!r} {why}")
+        path = find_path(root, row["video"])
+        yield {"question_id": row["question_id"], **select(path, row["question"], **common, **settings).to_json()}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="lavis-lstp select", description=__doc__.splitlines()[0])
+    parser.add_argument("video", nargs="?", help="video file")
+    parser.add_argument("question", nargs="?", default="")
+    parser.add_argument("-k", type=int, default=8, help="frames to choose (default: 8)")
+    parser.add_argument("--method", default="lstp", help=f"{', '.join(METHODS)} (default: lstp)")
+    parser.add_argument("--seed", type=int, default=0, help="of methods that draw")
+    parser.add_argument("--num-candidates", type=int, help="frames, or parts of the video, that are scored")
+    parser.add_argument("--checkpoint", help="whose sampler is asked (default: the shipped tiny one's)")
+    parser.add_argument("--settings", nargs="*", default=[], metavar="A=B", help="of the method, such as power=2.0")
+    parser.add_argument("--save", type=Path, help="folder for selection.json, the frames and a sheet of them")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--questions", type=Path, help="annotation file: select for every question of it")
+    parser.add_argument("--root", type=Path, help="folder of its videos (default: that of the file)")
+    parser.add_argument("--out", type=Path, help="JSON lines to write")
+    args = parser.parse_args(argv)
+    common = {"k": args.k, "method": args.method, "seed": args.seed, "num_candidates": args.num_candidates}
+    settings = dict(_setting(word) for word in args.settings)
+    if args.questions is None and args.video is None:
+        parser.error("name a video, or --questions FILE --out FILE")
+    if args.questions is None and not Path(args.video).is_file():
+        raise LstpError(f"{args.video}: no such video file")
+    if args.method in BY_SAMPLER:
+        from lavis_lstp.inference.predictor import load
+
+        common["predictor"] = load(args.checkpoint or "example")
+        if args.checkpoint is None:
+            print("note: the shipped tiny sampler knows moving shapes alone; --checkpoint names yours", file=sys.stderr)
+    elif args.checkpoint:
+        raise ConfigError(f"--checkpoint: method {args.method} asks no sampler; leave it out")
+    if args.questions is not None:
+        if args.out is None or args.video or args.save:
+            parser.error("--questions FILE goes with --out FILE, and without a video and --save")
+        made, count = select_all(args.questions, args.root or args.questions.parent, args.out, common, settings)
+        print(printable(f"{args.out}: {count} questions, {made} of them selected now"))
+        return 0
+    found = select(args.video, args.question, **common, **settings)
+    if args.save:
+        save(found, args.save)
+    print(json.dumps(found.to_json()) if args.json else printable(table(found)))
+    return 0
+
+
+def _setting(word: str) -> tuple[str, Any]:
+    name, given, value = word.partition("=")
+    if not given or not name.isidentifier():
+        raise ConfigError(f"--settings {word}: expected NAME=VALUE")
+    try:
+        return name, strict_json(value)
+    except ValueError:
+        return name, value

@@ -1,0 +1,187 @@
+"""`lavis_lstp.select` and its command: frames with their true times, with and without a network."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from video_files import numbered_video, read_number, write_video
+
+import lavis_lstp
+from lavis_lstp.commands import cli
+from lavis_lstp.data.video.codec_figures import packet_costs
+from lavis_lstp.errors import ConfigError, LstpError
+from lavis_lstp.inference.loading import EXAMPLE
+from lavis_lstp.inference.selection import BY_SAMPLER, METHODS, WITHOUT_NETWORK, Selection, timing
+
+QUESTION = "what colour is the shape that shakes?"
+CLIP = EXAMPLE / "clip.mp4"
+
+
+@pytest.fixture(scope="module")
+def film(tmp_path_factory):
+    return numbered_video(tmp_path_factory.mktemp("films") / "film.mp4", 100, gop=10)
+
+
+@pytest.fixture(scope="module")
+def predictor():
+    with lavis_lstp.load("example") as made:
+        yield made
+
+
+@pytest.mark.parametrize("method", WITHOUT_NETWORK)
+def test_frames_and_times_are_those_of_the_file(film, method):
+    found = lavis_lstp.select(film, k=6, method=method)
+    assert found.frame_index == sorted(set(found.frame_index)) and len(found.frame_index) == 6
+    assert found.times_s == pytest.approx([i / 25 for i in found.frame_index])
+    assert [read_number(frame) for frame in found.frames()] == [i % 38 for i in found.frame_index]
+    assert found == lavis_lstp.select(film, k=6, method=method) or found.seconds != {}
+    if method == "keyframes":
+        assert all(i % 10 == 0 for i in found.frame_index)
+
+
+def test_methods_without_a_network_import_neither_torch_nor_lavis(film):
+    script = "import sys, lavis_lstp\n" + "".join(
+        f"lavis_lstp.select(sys.argv[1], k=3, method={method!r})\n" for method in WITHOUT_NETWORK
+    )
+    script += "assert 'torch' not in sys.modules and 'lavis.models' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script, str(film)], check=True, timeout=300)
+
+
+def test_bit_cost_and_motion_find_where_something_happens(tmp_path):
+    still = np.full((64, 96, 3), 90, np.uint8)
+    noise = np.random.default_rng(0)
+    pictures = [noise.integers(0, 256, still.shape, dtype=np.uint8) if 50 <= i < 60 else still for i in range(100)]
+    path = write_video(tmp_path / "event.mp4", pictures)
+    for method in ("bitcost", "motion"):
+        found = lavis_lstp.select(path, k=4, method=method, rule="topk")
+        assert all(48 <= i <= 61 for i in found.frame_index), method
+        assert len(found.scores) == len(found.candidate_times_s) == 100 and found.settings["rule"] == "topk"
+
+
+@pytest.mark.parametrize("method", BY_SAMPLER)
+def test_the_sampler_of_a_checkpoint_is_asked(predictor, method):
+    found = lavis_lstp.select(CLIP, QUESTION, k=4, method=method, predictor=predictor)
+    assert len(found.frame_index) == 4 and len(found.scores) == len(found.candidate_times_s) == 64
+    assert found.times_s == pytest.approx([i / 10 for i in found.frame_index])
+    if method in ("lstp", "topk"):
+        (gold,) = (
+            row["span_s"] for row in json.loads((EXAMPLE / "questions.json").read_text()) if row["question"] == QUESTION
+        )
+        assert all(gold[0] - 0.3 <= seconds <= gold[1] + 0.3 for seconds in found.times_s)
+
+
+def test_settings_of_a_rule_and_what_was_filled_in_are_told(predictor):
+    found = lavis_lstp.select(CLIP, QUESTION, k=6, method="aks", predictor=predictor, mean_gap=0.99)
+    assert found.settings["mean_gap"] == 0.99 and found.settings["depth"] == 5 and found.num_filled == 6
+    with pytest.raises(ConfigError, match="selector 'aks' has no setting 'dept'"):
+        lavis_lstp.select(CLIP, QUESTION, method="aks", predictor=predictor, dept=1)
+
+
+def test_it_goes_through_json_and_refuses_another_video(film, tmp_path):
+    found = lavis_lstp.select(film, k=5, method="bitcost")
+    found.write(tmp_path / "selection.json")
+    assert Selection.read(tmp_path / "selection.json") == found
+    changed = {**found.to_json(), "video": str(CLIP)}
+    with pytest.raises(LstpError, match="is not the video that these frames were selected from"):
+        Selection.from_json(changed).frames()
+    for key, value in (("version", 2), ("frame_index", [1000] * 5), ("times_s", [0.0])):
+        with pytest.raises(ConfigError, match="selection"):
+            Selection.from_json({**found.to_json(), key: value}, "selection")
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"method": "unifrom"}, "did you mean 'uniform'"),
+        ({"k": 0}, "k must be a whole number of at least 1"),
+        ({"method": "lstp"}, "needs a question"),
+        ({"method": "bitcost", "rule": "topkk"}, "did you mean 'topk'"),
+        ({"method": "uniform", "power": 2.0}, "has no setting 'power'"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(film, how, said):
+    with pytest.raises(ConfigError, match=said):
+        lavis_lstp.select(film, **{"method": "uniform", **how})
+
+
+def test_more_frames_than_the_video_has_are_all_of_them(tmp_path):
+    path = numbered_video(tmp_path / "short.mp4", 5)
+    assert lavis_lstp.select(path, k=9, method="uniform").frame_index == [0, 1, 2, 3, 4]
+
+
+def test_times_that_keep_no_rate_are_told_in_milliseconds(tmp_path):
+    ticks = np.cumsum([0] + [1 + (i * 7) % 5 for i in range(29)]).tolist()
+    path = numbered_video(tmp_path / "variable.mp4", 30, ticks=ticks)
+    found = lavis_lstp.select(path, k=4, method="uniform")
+    told = found.video_metadata()
+    assert [i / told.fps for i in told.frames_indices] == pytest.approx(found.times_s, abs=6e-4)
+    assert timing([40, 50], [40 / 30, 50 / 30], 30.0, 300, 10.0) == (30.0, [40, 50], 300)
+
+
+def test_a_video_processor_writes_the_true_times():
+    """Frames 40 to 295 of a 30 fps video, as Qwen3-VL's processor tells them to its model."""
+    processor = pytest.importorskip("transformers.models.qwen3_vl.video_processing_qwen3_vl").Qwen3VLVideoProcessor()
+    from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
+
+    numbers = [40, 68, 147, 153, 218, 226, 292, 295]
+    fps, indices, total = timing(numbers, [i / 30 for i in numbers], 30.0, 300, 10.0)
+    found = processor(
+        videos=[np.zeros((8, 3, 64, 64), np.uint8)],
+        video_metadata=[{"fps": fps, "frames_indices": indices, "total_num_frames": total}],
+        do_sample_frames=False,
+        return_metadata=True,
+    )
+    (metadata,) = found["video_metadata"]
+    written = Qwen3VLProcessor._calculate_timestamps(None, metadata.frames_indices, metadata.fps, 2)
+    assert [round(seconds, 1) for seconds in written] == [1.8, 5.0, 7.4, 9.8]
+
+
+def test_the_command_prints_a_table_and_saves_pictures(film, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert cli.main(["select", str(film), "--method", "bitcost", "-k", "3", "--save", str(out)]) == 0
+    printed = capsys.readouterr().out
+    found = Selection.read(out / "selection.json")
+    assert all(str(number) in printed for number in found.frame_index) and "3 of 100 frames by bitcost" in printed
+    for number in found.frame_index:
+        frame = np.asarray(Image.open(out / f"{number:07d}.png")).transpose(2, 0, 1)
+        assert read_number(frame) == number % 38
+    assert Image.open(out / "sheet.png").size[0] > 300
+    assert cli.main(["select", str(film), "--method", "lstpp"]) == 2
+    assert "did you mean 'lstp'" in capsys.readouterr().err
+
+
+def test_a_file_of_questions_is_gone_on_with(film, tmp_path, capsys):
+    rows = [{"question_id": f"q{i}", "video": film.name, "question": "what?", "answer": "x"} for i in range(4)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    out = tmp_path / "selection.jsonl"
+    words = ["select", "--questions", str(tmp_path / "rows.json"), "--root", str(film.parent), "--out", str(out)]
+    words += ["--method", "bitcost", "-k", "2"]
+    assert cli.main(words) == 0
+    whole = out.read_text().splitlines()
+    out.write_text("\n".join(whole[:2]) + "\n" + whole[2][:30])
+    capsys.readouterr()
+    assert cli.main(words) == 0
+    assert "4 questions, 2 of them selected now" in capsys.readouterr().out
+    again = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["question_id"] for row in again] == ["q0", "q1", "q2", "q3"]
+    assert [row["frame_index"] for row in again] == [json.loads(line)["frame_index"] for line in whole]
+    assert cli.main([*words[:-1], "3"]) == 2
+    assert "holds selections made otherwise" in capsys.readouterr().err
+    rows[0]["video"] = "../film.mp4"
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    out.unlink()
+    assert cli.main(words) == 2
+    assert "error: " in capsys.readouterr().err
+
+
+def test_every_method_has_a_name_in_the_help_and_costs_are_of_all_frames(film, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["select", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert all(method in text for method in METHODS)
+    assert len(packet_costs(film).num_bytes) == 100
