@@ -8,11 +8,11 @@ import sys
 import av
 import numpy as np
 import pytest
+from video_files import moving_texture, numbered_picture, numbered_video, write_video
 
 from lavis_lstp.data.video.codec_figures import motion_energy, packet_costs
 from lavis_lstp.data.video.reading import read_frames
 from lavis_lstp.errors import VideoError
-from tests.video_files import moving_texture, numbered_picture, numbered_video, write_video
 
 OPTIONS = {"g": "12", "bf": "2", "sc_threshold": "0"}
 

@@ -180,29 +180,39 @@ class LocalMotion(CodecMotion):
 
     def __init__(self, name: str):
         super().__init__(name)
-        self.waits = False
         self._found: list[np.ndarray | None] = []
+        self._waiting: list[int] = []  # which of them
         self._anchors_since = 0
+
+    @property
+    def waits(self) -> bool:
+        """Whether a marked picture has no field yet, and may get one."""
+        return bool(self._waiting)
 
     def restart(self) -> None:
         """Decoding goes on at another place."""
-        self._references, self._anchor, self.waits = [], None, False
+        self._references, self._anchor, self._waiting = [], None, []
 
     def add(self, frame: Any, shown: int, reference: bool) -> None:
         if self.size is None:
             self.size, self.turn = (frame.width, frame.height), orientation(frame)
         if frame.pict_type != PictureType.B:
-            if self.waits and frame.pict_type != PictureType.I and self._anchor is not None:
-                self._found[-1] = self._velocity_of(frame, shown, self._look(frame))
             self._anchors_since += 1
-            self.waits = self.waits and self._found[-1] is None and self._anchors_since < self.PATIENCE
+            if self.waits and frame.pict_type != PictureType.I and self._anchor is not None:
+                velocity = self._velocity_of(frame, shown, self._look(frame))
+                for t in self._waiting:
+                    self._found[t] = velocity
+                self._waiting = self._waiting if velocity is None else []
+            if self._anchors_since >= self.PATIENCE:
+                self._waiting = []
             self._anchor = (shown, frame)  # turned into a grey picture where a velocity asks for it
         if frame.pict_type != PictureType.B or reference:
             self._references = sorted([*self._references, shown])[-2 * REFERENCES :]
 
     def mark(self) -> None:
+        self._waiting.append(len(self._found))
         self._found.append(None)
-        self.waits, self._anchors_since = True, 0
+        self._anchors_since = 0
 
     def flow(self, size: tuple[int, int]) -> np.ndarray:
         """float32 [T,2,height,width] in px of that grid per picture of the file, upright.

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import av
@@ -20,15 +20,19 @@ import numpy as np
 from av.video.frame import PictureType
 from av.video.reformatter import VideoReformatter
 
-from lavis_lstp.data.video.index import REORDER, Source, VideoIndex, check_source, reopen
+from lavis_lstp.data.video.index import Source, VideoIndex, check_source, reopen
 from lavis_lstp.errors import VideoError
 
 # Codecs whose decoders honour `skip_frame` per packet and store one picture in each.
 SKIPPABLE = {"h264", "hevc", "mpeg4", "mpeg2video"}
+# Where TorchCodec 0.17 was found to seek to the right frame; in MPEG it passes over pictures.
+TORCHCODEC_CONTAINERS = {"mov", "matroska"}
 # Where decord 0.6.0 was found to seek to the right frame; in MPEG-TS it shows broken ones without a word.
 DECORD_CONTAINERS = {"mov", "matroska"}
 
 Visit = Callable[[Any, int, bool], None]  # picture, frame number, may others refer to it
+PATIENCE = 8  # key frames behind a frame that are passed over in search of a picture that tells its motion
+LOWRES = {"mpeg1video", "mpeg2video", "mpeg4", "mjpeg"}  # decoders that give pictures of 1/2, 1/4 or 1/8 of the side
 
 
 class Around(Protocol):
@@ -65,6 +69,8 @@ def decode_pyav(
     visit: Visit | None = None,
     around: Around | None = None,
     count: DecodeCount | None = None,
+    decode_size: int | None = None,
+    hardware: str | None = None,
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yields (frame index, uint8 [H,W,3]) for each of `wanted`.
 
@@ -72,17 +78,22 @@ def decode_pyav(
         wanted: ascending, without repeats, all below `index.num_frames`.
         visit: called with each reference picture and wanted frame, in order, to the end of the last group, for
             motion vectors. Nothing is jumped over then.
-        around: in place of `visit`: sees the pictures that are decoded on the way to a wanted frame, and those behind
-            it until it has what it needs.
+        around: in place of `visit`: sees the pictures that are decoded on the way to a wanted frame, and the next
+            predicted one behind it.
+        decode_size: px, the shorter side that pictures are scaled down to by FFmpeg; None = as stored.
+        hardware: device that decodes, such as "cuda"; see `open_video`.
 
     Raises:
         VideoError: where a wanted frame cannot be decoded without damage.
         IndexMismatch: where the table of packets cannot be trusted.
     """
     count = count if count is not None else DecodeCount()
-    with reopen(source, index, threads) as (container, stream):
+    with reopen(source, index, threads, hardware) as (container, stream):
         options = dict(stream.codec_context.options)
         options["err_detect"] = "explode"  # a damaged picture is an error, not a patched-up neighbour
+        if decode_size and stream.codec_context.name in LOWRES:
+            side = min(stream.codec_context.width, stream.codec_context.height)
+            options["lowres"] = str(max(n for n in range(4) if n == 0 or side >> n >= decode_size))
         if visit or around:
             options["flags2"] = "+export_mvs"
         stream.codec_context.options = options
@@ -90,7 +101,13 @@ def decode_pyav(
         for i, frame in walk(container, stream, index, wanted, visit, around, count):
             if frame.is_corrupt:
                 raise VideoError(f"{index.name}: frame {i} is damaged")
-            yield i, upright(picture(frame, "rgb24"), orientation(frame))
+            yield i, upright(picture(frame, "rgb24", decode_size), orientation(frame))
+
+
+def scaled(height: int, width: int, decode_size: int | None) -> tuple[int, int]:
+    """Height and width of a picture whose shorter side is brought down to `decode_size` px."""
+    shrink = max(1.0, min(height, width) / decode_size) if decode_size else 1.0
+    return max(1, round(height / shrink)), max(1, round(width / shrink))
 
 
 def _by_count(container, stream, index, wanted, visit, around, count) -> Iterator[tuple[int, Any]]:
@@ -117,28 +134,70 @@ def _by_count(container, stream, index, wanted, visit, around, count) -> Iterato
 
 
 def _by_time(container, stream, index, wanted, visit, around, count) -> Iterator[tuple[int, Any]]:
-    """Seeks wherever a key frame lies between where decoding stands and the next wanted frame."""
-    reader = _Reader(container, stream, index, wanted, around.add if around else visit, around, count)
+    """Stretch by stretch, each from a key frame to the last frame wanted before another key frame helps."""
+    reader = _Reader(container, stream, index, wanted, visit, around, count)
+    for stretch in stretches(index, wanted, jump=visit is None, anchor=around is not None):
+        yield from reader.read(stretch)
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Packets decoded in a row, from a key frame on, and the frames wanted of them.
+
+    Attributes:
+        start: position of the first packet, a key frame or the beginning of the file.
+        wanted: frame numbers, ascending.
+        stop: position behind the last packet that these frames need.
+    """
+
+    start: int
+    wanted: tuple[int, ...]
+    stop: int
+
+
+def stretches(index: VideoIndex, wanted: Sequence[int], *, jump: bool = True, anchor: bool = False) -> list[Stretch]:
+    """The way through a file that decodes least: wanted frames that no key frame parts share one stretch.
+
+    Where frames are dense the stretches adjoin, and a file is read once from end to end; where they are sparse the
+    reader moves from one to the next (`_Reader._packets_from`).
+
+    Args:
+        jump: False gives one stretch, which leaves nothing out, as motion vectors between distant frames need.
+        anchor: also decode, of each frame, the first predicted picture that is shown after it.
+    """
+    found: list[Stretch] = []
     for i in wanted:
         packet = int(index.frame_packet[i])
-        key = 0 if visit and reader.running else _start_for(index, packet)
-        if not reader.running or key > reader.next_packet:
-            reader.start_at(key)
-        if index.packet_damaged[_start_for(index, packet) : packet + 1].any():
-            raise VideoError(f"{index.name}: frame {i} cannot be decoded (damaged data before it)")
-        frame = reader.find(packet)
-        while frame is None and reader.started_at > 0:
-            # A key frame that decoding could not start from after all: take the one before.
-            reader.start_at(_start_for(index, packet, before=reader.started_at))
-            frame = reader.find(packet)
-        if frame is None:
-            cause = reader.failure or "the data are damaged or cut off"
-            raise VideoError(f"{index.name}: frame {i} cannot be decoded ({cause})")
-        yield i, frame
-        if around:
-            reader.look_ahead()
-    if visit:
-        reader.finish_group()
+        start = _start_for(index, packet)
+        if found and (start < found[-1].stop or not jump):
+            last = found.pop()
+            start = last.start
+            found.append(Stretch(start, (*last.wanted, i), max(last.stop, packet + 1)))
+        else:
+            found.append(Stretch(start, (i,), packet + 1))
+        if anchor:
+            last = found.pop()
+            found.append(replace(last, stop=max(last.stop, _anchor_after(index, start, packet) + 1)))
+    return found
+
+
+def _anchor_after(index: VideoIndex, start: int, packet: int) -> int:
+    """The first packet from `start` on that is shown after `packet` and after all packets stored before it.
+
+    In H.264 and MPEG that is a picture predicted from earlier ones, unless it is a key frame, which is passed over.
+    `packet` itself where none follows soon.
+    """
+    pts = index.packet_pts
+    highest, keys = int(pts[start]), 0
+    for p in range(start + 1, len(pts)):
+        if pts[p] > highest:
+            highest = int(pts[p])
+            if highest > pts[packet] and not index.packet_key[p]:
+                return p
+            keys += highest > pts[packet]
+            if keys > PATIENCE:
+                break
+    return packet
 
 
 def _start_for(index: VideoIndex, packet: int, before: int | None = None) -> int:
@@ -151,83 +210,100 @@ def _start_for(index: VideoIndex, packet: int, before: int | None = None) -> int
     return int(keys[-1]) if len(keys) else 0
 
 
+# What moving through a file costs, in microseconds. A container with a table of its packets finds any of them at once;
+# FFmpeg looks for a time in the others by reading here and there.
+PASS_PACKET_US, PASS_BYTE_US = 8, 0.002
+SEEK_US = {True: 300, False: 8000}
+
+
 class _Reader:
-    """One pass of the decoder over the packets from `started_at` on."""
+    """Decodes stretches of packets, in the order of the file, by one decoder."""
 
     def __init__(self, container, stream, index, wanted, visit, around, count):
         self.container, self.stream, self.index = container, stream, index
-        self.visit, self.around, self.count = visit, around, count
-        self.ahead: list[Any] = []  # pictures decoded behind the one asked for
+        self.visit, self.around, self.count = around.add if around else visit, around, count
         self.position_of = {int(pts): p for p, pts in enumerate(index.packet_pts)}
         self.wanted_pts = {int(index.packet_pts[index.frame_packet[i]]) for i in wanted}
         self.skip = stream.codec_context.name in SKIPPABLE
-        self.frames: Iterator[Any] | None = None
-        self.started_at = self.next_packet = 0
-        self.fresh = True  # nothing was read from the container yet
+        self.packets: Iterator[Any] = container.demux(stream)
+        self.next_packet = 0  # position of what `packets` gives next
         self.last_visited: int | None = None
         self.shown = {p: i for i, p in enumerate(index.frame_packet.tolist())}
         self.referred: dict[int, bool] = {}
         self.failure: str | None = None
 
-    @property
-    def running(self) -> bool:
-        return self.frames is not None
+    def read(self, stretch: Stretch) -> Iterator[tuple[int, Any]]:
+        """(frame number, picture) of each frame wanted of a stretch.
 
-    def start_at(self, packet: int) -> None:
-        self.started_at, self.failure = packet, None
-        self.frames, self.ahead = self._decode(packet), []
-        if self.around:
-            self.around.restart()
-            self.last_visited = None
+        Raises:
+            VideoError: one of them cannot be decoded.
+        """
+        left = list(stretch.wanted)
+        start: int = stretch.start
+        while left:
+            packets = [int(self.index.frame_packet[i]) for i in left]
+            stop = max(stretch.stop, start + 1)
+            if self.around:
+                self.around.restart()
+                self.last_visited = None
+            damaged = np.flatnonzero(self.index.packet_damaged[start:stop]) + start
+            pictures = self._decode(start, stop)
+            for frame in pictures:
+                if frame.pts is None or frame.pts not in self.position_of:
+                    raise IndexMismatch(f"a picture at {frame.pts}")
+                self._visit(frame)
+                if frame.pts == int(self.index.packet_pts[packets[0]]):
+                    if len(damaged) and damaged[0] <= packets[0]:
+                        self._refuse(left[0], "damaged data before it")
+                    yield left.pop(0), frame
+                    packets.pop(0)
+                    if not left:
+                        break
+            if left and len(damaged) and damaged[0] <= packets[0]:
+                self._refuse(left[0], "damaged data before it")
+            if left and start == 0:
+                self._refuse(left[0], self.failure or "the data are damaged or cut off")
+            if left:  # a key frame that decoding could not start from after all: take the one before
+                start = _start_for(self.index, packets[0], before=start)
+        if self.visit:
+            self._visit_rest(pictures)
 
-    def find(self, packet: int) -> Any | None:
-        """The picture of this packet, or None where the decoder passes it by or fails."""
-        pts = int(self.index.packet_pts[packet])
-        later = 0
-        while (frame := self._next()) is not None:
-            if frame.pts is None or frame.pts not in self.position_of:
-                raise IndexMismatch(f"a picture at {frame.pts}")
-            self._visit(frame)
-            if frame.pts == pts:
-                return frame
-            later += frame.pts > pts
-            if later > REORDER:
-                break
-        return None
+    def _refuse(self, i: int, cause: str) -> None:
+        raise VideoError(f"{self.index.name}: frame {i} cannot be decoded ({cause})")
 
     def _visit(self, frame: Any) -> None:
         if self.visit and (self.last_visited is None or frame.pts > self.last_visited):
             self.last_visited = frame.pts
             referred = self.referred.pop(frame.pts, False)
-            self.visit(frame, self.shown[self.position_of[frame.pts]], referred)
+            i = self.shown.get(self.position_of[frame.pts])
+            if i is not None:  # an edit list hides the others
+                self.visit(frame, i, referred)
 
-    def _next(self) -> Any | None:
-        return self.ahead.pop(0) if self.ahead else next(self.frames or iter(()), None)
-
-    def look_ahead(self) -> None:
-        """Shows `around` what follows, until it has what it needs; the next search begins with these pictures."""
-        seen = []
-        while self.around.waits and (frame := self._next()) is not None:
-            seen.append(frame)
+    def _visit_rest(self, pictures: Iterator[Any]) -> None:
+        """Visits what follows: it tells how the pictures before it move. Chains need what is not bidirectional."""
+        for frame in pictures if not self.around or self.around.waits else ():
             if frame.pts not in self.position_of:
                 break
             self._visit(frame)
-        self.ahead = seen + self.ahead
-
-    def finish_group(self) -> None:
-        """Visits what follows up to a picture that is not bidirectional: it tells how those before it move."""
-        for frame in self.frames or ():
-            if frame.pts not in self.position_of:
-                break
-            self._visit(frame)
-            if frame.pict_type != PictureType.B:
+            if not self.around.waits if self.around else frame.pict_type != PictureType.B:
                 break
 
-    def _decode(self, packet: int) -> Iterator[Any]:
-        """Pictures from the packets from `packet` on; ends early, with `failure` set, where decoding fails."""
+    def _decode(self, start: int, stop: int) -> Iterator[Any]:
+        """Pictures of the packets [start, stop) in the order they are shown; ends early, with `failure` set, where
+        decoding fails.
+
+        Behind `stop` the decoder is emptied: waiting for it to hand out what it holds back would decode further
+        pictures, eight of these for each frame wanted in H.264 with two B-frames. A chain of motion vectors
+        goes on instead, and so do decoders that give no vectors of a picture that they are
+        emptied of.
+        """
         context = self.stream.codec_context
+        empties = not self.visit or (self.around is not None and context.name == "h264")
+        self.failure = None
         try:
-            for item in self._packets_from(packet):
+            for item in self._packets_from(start):
+                if item.size and self.next_packet <= start:
+                    continue
                 if item.size:
                     self.count.packets += 1
                     if self.visit and context.name == "h264":
@@ -237,34 +313,51 @@ class _Reader:
                 for frame in item.decode():
                     self.count.pictures += 1
                     yield frame
+                if self.next_packet >= stop and empties:
+                    for frame in context.decode(None):
+                        self.count.pictures += 1
+                        yield frame
+                    return
         except av.FFmpegError as error:
             self.failure = error.strerror
 
-    def _packets_from(self, packet: int) -> Iterator[Any]:
-        """Demuxed packets, the first of which is at or before `packet` in the file."""
-        self.next_packet = packet
-        if packet == 0 and self.fresh:
-            self.fresh = False
-            for item in self.container.demux(self.stream):
-                self.next_packet = self.position_of.get(item.pts, self.next_packet) + 1
-                yield item
+    def _packets_from(self, start: int) -> Iterator[Any]:
+        """Demuxed packets, the first of which is at or before `start` in the file; the decoder begins anew."""
+        if not self.next_packet <= start or self._passing_us(start) > SEEK_US[self._has_table]:
+            yield from self._seek(start)
             return
-        self.fresh = False
-        pts = int(self.index.packet_pts[packet])
+        if self.next_packet:
+            self.stream.codec_context.flush_buffers()
+        yield from self._counted(self.packets)
+
+    def _counted(self, packets: Iterator[Any]) -> Iterator[Any]:
+        for item in packets:
+            self.next_packet = self.position_of.get(item.pts, self.next_packet) + 1
+            yield item
+
+    @property
+    def _has_table(self) -> bool:
+        return not {"mov", "matroska", "avi"}.isdisjoint(self.index.container.split(","))
+
+    def _passing_us(self, start: int) -> float:
+        between = slice(self.next_packet, start)
+        num_bytes = float(self.index.packet_bytes[between].sum())
+        return PASS_PACKET_US * (start - self.next_packet) + PASS_BYTE_US * num_bytes
+
+    def _seek(self, start: int) -> Iterator[Any]:
+        pts = int(self.index.packet_pts[start])
         step = max(1, round(1 / self.index.time_base))  # a second, doubled at each attempt
         for attempt in range(12):
             self.count.seeks += 1
             back = 0 if attempt == 0 else step << (attempt - 1)
             self.container.seek(pts - back, stream=self.stream, backward=True)
-            packets = self.container.demux(self.stream)
-            first = next(packets, None)
+            self.packets = self.container.demux(self.stream)
+            first = next(self.packets, None)
             position = self.position_of.get(first.pts) if first is not None and first.size else None
-            if position is not None and position <= packet:
+            if position is not None and position <= start:
                 self.next_packet = position + 1
                 yield first
-                for item in packets:
-                    self.next_packet = self.position_of.get(item.pts, self.next_packet) + 1
-                    yield item
+                yield from self._counted(self.packets)
                 return
         self.failure = "seeking in the file fails"
 
@@ -272,11 +365,13 @@ class _Reader:
 _REFORMATTER = threading.local()
 
 
-def picture(frame: Any, pixel_format: str) -> np.ndarray:
+def picture(frame: Any, pixel_format: str, decode_size: int | None = None) -> np.ndarray:
     """Pixels of a frame. One thread: swscale's own take 16 ms to start for 0.3 ms of work on 640 x 360."""
     if not hasattr(_REFORMATTER, "value"):
         _REFORMATTER.value = VideoReformatter()
-    return _REFORMATTER.value.reformat(frame, format=pixel_format, threads=1).to_ndarray()
+    height, width = scaled(frame.height, frame.width, decode_size)
+    smaller = {} if decode_size is None else {"width": width, "height": height, "interpolation": "AREA"}
+    return _REFORMATTER.value.reformat(frame, format=pixel_format, threads=1, **smaller).to_ndarray()
 
 
 def h264_is_referred(data: bytes, extradata: bytes | None) -> bool:
@@ -383,3 +478,38 @@ def _check_track(source: Source, index: VideoIndex, reader: Any, some: Sequence[
         theirs = _decord_picture(reader, i)
         if theirs.shape != ours.shape or np.abs(theirs.astype(np.int16) - ours).mean() > 1:
             raise VideoError(f"{index.name}: decord does not read track {index.track} of it; use backend 'pyav'")
+
+
+def decode_torchcodec(
+    source: Source, index: VideoIndex, wanted: Sequence[int], *, threads: int = 1
+) -> Iterator[tuple[int, np.ndarray]]:
+    """The same frames by TorchCodec and the system's FFmpeg, each checked against the time the index gives it."""
+    try:
+        from torchcodec.decoders import VideoDecoder
+    except (ImportError, RuntimeError, OSError):
+        raise VideoError(
+            "backend 'torchcodec' is not usable; `pip install torchcodec` and install FFmpeg's libraries, or use "
+            "backend 'pyav'"
+        ) from None
+    if index.by_count:
+        raise VideoError(f"{index.name}: stores no presentation times, which torchcodec needs; use backend 'pyav'")
+    if not TORCHCODEC_CONTAINERS & set(index.container.split(",")):
+        raise VideoError(f"{index.name}: torchcodec seeks wrongly in {index.container} files; use backend 'pyav'")
+    try:
+        given = check_source(source, index.name)
+        reader = VideoDecoder(given, stream_index=index.track, dimension_order="NHWC", num_ffmpeg_threads=threads)
+        if len(reader) != index.num_frames:
+            line = f"torchcodec counts {len(reader)} frames, not {index.num_frames}"
+            raise VideoError(f"{index.name}: {line}; use backend 'pyav'")
+        first_s = reader.get_frame_at(0).pts_seconds
+        for i in wanted:
+            frame = reader.get_frame_at(i)
+            off_s = (frame.pts_seconds - first_s) - (index.times_s[i] - index.times_s[0])
+            if abs(off_s) > 0.5 / index.fps:
+                raise VideoError(f"{index.name}: torchcodec places frames at other times; use backend 'pyav'")
+            yield i, frame.data.numpy()
+    except (RuntimeError, ValueError, IndexError) as error:
+        if isinstance(error, VideoError):
+            raise
+        line = str(error).strip().splitlines()[0][:120]
+        raise VideoError(f"{index.name}: cannot be read by torchcodec ({line}); use backend 'pyav'") from None

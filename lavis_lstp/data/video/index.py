@@ -30,6 +30,7 @@ from typing import Any, BinaryIO, NamedTuple
 import av
 import numpy as np
 from av.codec.context import Flags
+from av.codec.hwaccel import HWAccel
 from av.stream import Discard
 
 from lavis_lstp.data.pictures import DEFAULT_MAX_MEGAPIXELS
@@ -79,6 +80,7 @@ class VideoIndex:
         packet_pts: int64 [P] presentation times in ticks; empty when `by_count`.
         packet_key: bool [P], decoding can start here.
         packet_damaged: bool [P], known to be damaged.
+        packet_bytes: int64 [P], how large each is.
         frame_packet: int64 [N], the packet that holds frame i; empty when `by_count`.
         times_s: float64 [N], seconds since the start of the file.
         frame_bytes: int64 [N], the size of the packet that holds frame i; empty for a folder of pictures.
@@ -97,6 +99,7 @@ class VideoIndex:
     packet_pts: np.ndarray
     packet_key: np.ndarray
     packet_damaged: np.ndarray
+    packet_bytes: np.ndarray
     frame_packet: np.ndarray
     times_s: np.ndarray
     frame_bytes: np.ndarray
@@ -170,19 +173,25 @@ def open_video(
     *,
     track: int | None = None,
     max_megapixels: float = DEFAULT_MAX_MEGAPIXELS,
+    hardware: str | None = None,
 ) -> Iterator[tuple[Any, Any]]:
     """Container and picture stream of a checked source; every FFmpeg error inside becomes a `VideoError`.
 
     Args:
         track: FFmpeg's number of the stream; None takes the one that FFmpeg would (`_best_track`).
         max_megapixels: a picture of a larger area is refused before it is decoded.
+        hardware: FFmpeg's name of the device that decodes, such as "cuda" or "vaapi". Where it cannot, the processor
+            does, and a warning says so once for each device.
     """
     options = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
     most = {"max_pixels": str(round(max_megapixels * 1e6))}  # the decoder's own limit: a header may lie about the size
     try:
-        with av.open(
-            check_source(source, name), options=most, container_options=options, metadata_errors="replace"
-        ) as container:
+        known = {"options": most, "container_options": options, "metadata_errors": "replace"}
+        if hardware and not _works(hardware, source, name, track, known):
+            hardware = None
+        if hardware:
+            known["hwaccel"] = HWAccel(device_type=hardware, allow_software_fallback=False)
+        with av.open(check_source(source, name), **known) as container:
             if track is not None and track >= len(container.streams):
                 raise VideoError(f"{name}: has no track {track} any more; it was changed while it was read")
             stream = _best_track(container, name) if track is None else container.streams[track]
@@ -205,9 +214,28 @@ def open_video(
         raise VideoError(f"{name}: cannot be read as a video ({error.strerror})") from None
 
 
-def reopen(source: Source, index: VideoIndex, threads: int = 1):
+def reopen(source: Source, index: VideoIndex, threads: int = 1, hardware: str | None = None):
     """`open_video` for the track of an index, within its limit."""
-    return open_video(source, index.name, threads, track=index.track, max_megapixels=index.max_megapixels)
+    known = {"track": index.track, "max_megapixels": index.max_megapixels, "hardware": hardware}
+    return open_video(source, index.name, threads, **known)
+
+
+_NO_HARDWARE: set[tuple[str, str]] = set()
+
+
+def _works(hardware: str, source: Source, name: str, track: int | None, known: dict[str, Any]) -> bool:
+    """Whether a device decodes the first picture of a track; warns once for each device and cause."""
+    try:
+        accelerator = HWAccel(device_type=hardware, allow_software_fallback=False)
+        with av.open(check_source(source, name), hwaccel=accelerator, **known) as container:
+            next(container.decode(video=0) if track is None else container.decode(container.streams[track]), None)
+        return True
+    except (av.FFmpegError, RuntimeError, ValueError, NotImplementedError) as error:
+        cause = " ".join(str(getattr(error, "strerror", None) or error).split())[:120]
+        if (hardware, cause) not in _NO_HARDWARE:
+            _NO_HARDWARE.add((hardware, cause))
+            logger.warning("%s: '%s' does not decode it (%s); the processor does", name, hardware, cause)
+        return False
 
 
 def _picture_tracks(container: Any) -> list[Any]:
@@ -289,6 +317,7 @@ def _index_of_track(source: Source, name: str, track: int | None, max_megapixels
     packet_pts = np.asarray(stamps, dtype=np.int64)
     frame_packet = np.asarray(sorted(visible, key=stamps.__getitem__), dtype=np.int64)
     packet_key = np.asarray([p.key for p in packets])
+    packet_bytes = np.asarray([p.size for p in packets], dtype=np.int64)
     ticks = packet_pts[frame_packet]
     begins_s = _seconds_after(start, int(ticks[0]) * tick)
     times_s = (ticks - ticks[0]) * facts["time_base"] + begins_s
@@ -298,9 +327,10 @@ def _index_of_track(source: Source, name: str, track: int | None, max_megapixels
         packet_pts=packet_pts,
         packet_key=packet_key,
         packet_damaged=np.asarray([p.damaged for p in packets]),
+        packet_bytes=packet_bytes,
         frame_packet=frame_packet,
         times_s=times_s,
-        frame_bytes=np.asarray([p.size for p in packets], dtype=np.int64)[frame_packet],
+        frame_bytes=packet_bytes[frame_packet],
         frame_key=packet_key[frame_packet],
         fps=fps,
         duration_s=float(end_s if end_s > times_s[-1] else times_s[-1] + 1 / fps),
@@ -457,6 +487,7 @@ def count_frames(
         packet_pts=none,
         packet_key=none.astype(bool),
         packet_damaged=none.astype(bool),
+        packet_bytes=none,
         frame_packet=none,
         times_s=times_s,
         frame_bytes=np.asarray(sizes[: len(ticks)], dtype=np.int64),

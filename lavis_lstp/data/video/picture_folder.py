@@ -60,6 +60,7 @@ def folder_index(name: str, count: int) -> VideoIndex:
         packet_pts=nothing,
         packet_key=nothing.astype(bool),
         packet_damaged=nothing.astype(bool),
+        packet_bytes=nothing,
         frame_packet=nothing,
         times_s=np.arange(count) / PICTURES_PER_SECOND,
         frame_bytes=nothing,

@@ -9,8 +9,8 @@ Frame i is the i-th picture a viewer sees, whatever the order, times and hidden 
 is a `VideoError` that begins with the name of the file. Not noticed: flipped bits that still decode, because video
 formats carry no checksums, and where a raw stream (.h264), which carries no lengths, was cut off.
 
-Backends: `pyav` (default) and `decord` give the same pixels. torchcodec would too, but it is no faster here and
-needs the FFmpeg of the system, which the other two bring along.
+Backends: `pyav` (default), `decord` and `torchcodec` give the same frames; pixels of the last may differ by the
+rounding of the colour conversion, because it uses the FFmpeg of the system, which the other two bring along.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -33,7 +34,9 @@ from lavis_lstp.data.video.decode import (
     Orientation,
     decode_decord,
     decode_pyav,
+    decode_torchcodec,
     orientation,
+    scaled,
 )
 from lavis_lstp.data.video.index import (
     Source,
@@ -55,8 +58,9 @@ logger = logging.getLogger(__name__)
 __all__ = ["VideoFrames", "VideoInfo", "probe", "read_flow_file", "read_frames", "resize_frames"]
 __all__ += ["BACKENDS", "FLOW_FILE_VERSION", "SHORT_VIDEOS", "VIDEO_ENDINGS"]
 
-BACKENDS = ("pyav", "decord")
+BACKENDS = ("pyav", "decord", "torchcodec")
 FLOW_PAIRS = ("sampled", "local")
+HARDWARE = ("cuda", "vaapi", "videotoolbox", "qsv", "d3d11va")  # FFmpeg's names of decoding devices
 MANY_PICTURES = 2000
 """Motion vectors through more pictures than these are announced: they take 10 ms or more each."""
 SHORT_VIDEOS = ("keep", "double")
@@ -267,6 +271,8 @@ def read_frames(
     flow_pairs: str = "sampled",
     flow_size: int | Sequence[int] | None = None,
     threads: int = 1,
+    decode_size: int | None = None,
+    hardware: str | None = None,
     max_megapixels: float = DEFAULT_MAX_MEGAPIXELS,
     name: str | None = None,
 ) -> VideoFrames:
@@ -292,12 +298,16 @@ def read_frames(
             and the last is decoded for it. local: to the next picture of the file; a few pictures are.
         flow_size: grid of that flow, its values scaled along; None is the size of the frames.
         threads: decoder threads; 1 suits loaders with several workers.
+        decode_size: px; FFmpeg scales pictures down to this shorter side (area average) as they are decoded, and the
+            decoders of MPEG-1, -2, -4 and Motion JPEG decode fewer pixels. `size` applies after it. Pixels differ from
+            the published preprocessing.
+        hardware: one of HARDWARE that decodes; where it cannot, the processor does, with a warning.
         name: what errors call the source, for bytes.
         max_megapixels: a picture of a larger area is refused, that of a video before it is decoded.
 
     Raises:
         VideoError: nothing there, not a video, no such frame, or one that is damaged.
-        ConfigError: unknown backend or treatment of short videos, motion vectors from decord, or fps not positive.
+        ConfigError: an unknown name, a number out of range, or what a backend cannot do.
     """
     if _is_pictures(source):
         chosen = {"num": num, "fps": fps, "short_videos": short_videos, "between_s": between_s}
@@ -308,19 +318,44 @@ def read_frames(
         raise ConfigError(unknown_name("short_videos", short_videos, SHORT_VIDEOS))
     if fps is not None and not fps > 0:
         raise ConfigError(f"fps must be greater than 0, got {fps!r}")
-    if motion_vectors and backend != "pyav":
-        raise ConfigError(f"motion vectors need backend 'pyav', got '{backend}'")
-    if flow_pairs not in FLOW_PAIRS:
-        raise ConfigError(unknown_name("flow_pairs", flow_pairs, FLOW_PAIRS))
+    _check_decoding(backend, motion_vectors, flow_pairs, decode_size, hardware)
     name = source_name(source, name)
     index = video_index(source, name, max_megapixels)
     asked = (indices, times_s, num, fps, short_videos, between_s)
-    flow = flow_pairs if motion_vectors else None
+    pairs = flow_pairs if motion_vectors else None
+    how = _How(exact, size, backend, pairs, flow_size, threads, decode_size, hardware)
     try:
-        return _read(source, index, asked, exact, size, backend, flow, flow_size, threads)
+        return _read(source, index, asked, how)
     except IndexMismatch:
         index = count_frames(source, None, index.facts())
-        return _read(source, index, asked, exact, size, backend, flow, flow_size, threads)
+        return _read(source, index, asked, how)
+
+
+class _How(NamedTuple):
+    """Arguments of `read_frames` that say how, not which, frames are read; `pairs` is None without motion vectors."""
+
+    exact: bool
+    size: int | Sequence[int] | None
+    backend: str
+    pairs: str | None
+    flow_size: int | Sequence[int] | None
+    threads: int
+    decode_size: int | None
+    hardware: str | None
+
+
+def _check_decoding(backend, motion_vectors, flow_pairs, decode_size, hardware) -> None:
+    if flow_pairs not in FLOW_PAIRS:
+        raise ConfigError(unknown_name("flow_pairs", flow_pairs, FLOW_PAIRS))
+    if hardware is not None and hardware not in HARDWARE:
+        raise ConfigError(unknown_name("hardware", hardware, HARDWARE))
+    if decode_size is not None and decode_size < 1:
+        raise ConfigError(f"decode_size must be at least 1 px, got {decode_size!r}")
+    for what, used in (("motion vectors", motion_vectors), ("decode_size", decode_size), ("hardware", hardware)):
+        if used and backend != "pyav":
+            raise ConfigError(f"{what} need backend 'pyav', got '{backend}'")
+    if motion_vectors and hardware:
+        raise ConfigError(f"motion vectors come from the processor's decoder alone; leave out hardware '{hardware}'")
 
 
 def _is_pictures(source: Source | Sequence[bytes]) -> bool:
@@ -378,41 +413,32 @@ def key_frames(index: VideoIndex, chosen: Sequence[int]) -> list[int]:
     return found
 
 
-def _read(source, index, asked, exact, size, backend, flow_pairs, flow_size, threads) -> VideoFrames:
+def _read(source, index, asked, how: _How) -> VideoFrames:
     chosen = _choose(index, *asked)
     if not chosen:
         raise VideoError(f"{index.name}: no frames were asked for")
-    if not exact:
+    if not how.exact:
         chosen = key_frames(index, chosen)
     wanted = sorted(set(chosen))
     info, turn = _info(source, index)
-    height, width = _height_width(size) if size is not None else (info.height, info.width)
+    stored = scaled(info.height, info.width, how.decode_size)
+    height, width = _height_width(how.size) if how.size is not None else stored
     count = DecodeCount()
-    motion, local = None, flow_pairs == "local"
-    if flow_pairs:
-        from lavis_lstp.data.video.codec_motion import CodecMotion, LocalMotion
-
-        motion = (LocalMotion if local else CodecMotion)(index.name)
-        between = wanted[-1] - wanted[0]
-        if not local and between > MANY_PICTURES:
-            logger.warning(
-                "%s: motion vectors between %d frames are followed through %d pictures, at 10 ms or more each; "
-                "flow_pairs: local looks at a few a frame",
-                *(index.name, len(wanted), between),
-            )
-    if backend == "decord":
-        if turn.mirrored:
-            raise VideoError(f"{index.name}: is stored mirrored, which decord ignores; use backend 'pyav'")
-        pictures = decode_decord(source, index, wanted, threads=threads)
+    motion = _motion(index, wanted, how.pairs)
+    if how.backend == "pyav":
+        seen = {"around": motion} if how.pairs == "local" else {"visit": motion.add if motion else None}
+        given = {"threads": how.threads, "decode_size": how.decode_size, "hardware": how.hardware}
+        pictures = decode_pyav(source, index, wanted, count=count, **given, **seen)
     else:
-        visit = motion.add if motion and not local else None
-        around = motion if local else None
-        pictures = decode_pyav(source, index, wanted, threads=threads, visit=visit, around=around, count=count)
+        if how.backend == "decord" and turn.mirrored:
+            raise VideoError(f"{index.name}: is stored mirrored, which decord ignores; use backend 'pyav'")
+        decode = decode_decord if how.backend == "decord" else decode_torchcodec
+        pictures = decode(source, index, wanted, threads=how.threads)
     # Filled in the order of decoding; the caller's order and repeats come last, as one gather.
     frames = np.empty((len(wanted), 3, height, width), dtype=np.uint8)
     for t, (i, picture) in enumerate(pictures):
         assert wanted[t] == i
-        if size is None and picture.shape[:2] != (height, width):
+        if how.size is None and picture.shape[:2] != (height, width):
             raise VideoError(
                 f"{index.name}: frame {i} is {picture.shape[1]} x {picture.shape[0]}, the first is "
                 f"{width} x {height}; give a size to bring them together"
@@ -424,10 +450,26 @@ def _read(source, index, asked, exact, size, backend, flow_pairs, flow_size, thr
     if motion:
         if chosen != wanted:
             raise VideoError(f"{index.name}: motion vectors need ascending frames without repeats")
-        flow = motion.flow(_height_width(flow_size) if flow_size is not None else (height, width))
+        flow = motion.flow(_height_width(how.flow_size) if how.flow_size is not None else (height, width))
     if chosen != wanted:
         frames = frames[np.searchsorted(wanted, chosen)]
     return VideoFrames(frames, index.times_s[chosen], chosen, info, flow, count)
+
+
+def _motion(index: VideoIndex, wanted: Sequence[int], pairs: str | None) -> Any:
+    """What collects motion vectors; None without. Says beforehand what a long chain of them costs."""
+    if pairs is None:
+        return None
+    from lavis_lstp.data.video.codec_motion import CodecMotion, LocalMotion
+
+    between = wanted[-1] - wanted[0]
+    if pairs == "sampled" and between > MANY_PICTURES:
+        logger.warning(
+            "%s: motion vectors between %d frames are followed through %d pictures, at 10 ms or more each; "
+            "flow_pairs: local looks at a few a frame",
+            *(index.name, len(wanted), between),
+        )
+    return (LocalMotion if pairs == "local" else CodecMotion)(index.name)
 
 
 def flow_file(root: str | os.PathLike, video_id: str) -> Path:
