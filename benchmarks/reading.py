@@ -2,9 +2,9 @@
 
     python benchmarks/reading.py VIDEO [--repeat 3] [--sampled] [--hours 2] [--out reading.json]
 
-Every way decodes on one thread, and its time leaves out Python's start and imports. Ways that read frames end with
-RGB pictures of 224 x 224, resized by the same function. The best of `--repeat` rounds counts; in a round each way runs
-once, so that a busy machine slows all of them. The film of docs/measurements.md is in moviepy's source package:
+Every way decodes on one thread, and its time leaves out Python's start and imports. Ways that read frames end with RGB
+pictures of 224 x 224, resized by the same function. The best of `--repeat` rounds counts; each way
+runs once in a round, so that a busy machine slows all of them. The film of docs/measurements.md is in moviepy's source package:
 `pip download --no-deps --no-binary :all: moviepy==2.2.1`, media/big_buck_bunny_720p.mp4 or the like in the archive.
 """
 
@@ -58,9 +58,10 @@ def _wanted(path: str, num: int = 32):
 
 
 def _read(path: str, **how) -> dict:
-    from lavis_lstp.data.video import codec_motion  # noqa: F401  imported before the clock starts
     from lavis_lstp.data.video.reading import read_frames
 
+    if how.get("motion_vectors"):
+        from lavis_lstp.data.video import codec_motion  # noqa: F401  before the clock starts
     start = time.perf_counter()
     video = read_frames(path, size=SIZE, **how)
     seconds = time.perf_counter() - start

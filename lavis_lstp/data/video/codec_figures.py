@@ -95,9 +95,6 @@ def _whole_index(source: Source, name: str | None, max_megapixels: float) -> Vid
 
 def _small_greys(source: Source, index: VideoIndex, threads: int):
     """Yields (frame number, uint8 [h,w]) of the decoded pictures, in the order they are shown."""
-    number_of = (
-        {} if index.by_count else {pts: i for i, pts in enumerate(index.packet_pts[index.frame_packet].tolist())}
-    )
     with reopen(source, index, threads) as (container, stream):
         context = stream.codec_context
         if not index.by_count and context.name in SKIPPABLE:
@@ -105,8 +102,9 @@ def _small_greys(source: Source, index: VideoIndex, threads: int):
             context.options = dict(context.options) | {"skip_loop_filter": "all"}
         try:
             for position, frame in enumerate(container.decode(stream)):
-                i = position if index.by_count else number_of.get(frame.pts)
-                if i is None or i >= index.num_frames:
+                packet = None if index.by_count else index.position(frame.pts)
+                i = position if packet is None else int(index.packet_frame[packet])
+                if not (index.by_count or packet is not None) or not 0 <= i < index.num_frames:
                     continue  # hidden by an edit list
                 grey = picture(frame, "gray")
                 size = (ENERGY_WIDTH, max(1, round(ENERGY_WIDTH * grey.shape[0] / grey.shape[1])))

@@ -222,13 +222,11 @@ class _Reader:
     def __init__(self, container, stream, index, wanted, visit, around, count):
         self.container, self.stream, self.index = container, stream, index
         self.visit, self.around, self.count = around.add if around else visit, around, count
-        self.position_of = {int(pts): p for p, pts in enumerate(index.packet_pts)}
         self.wanted_pts = {int(index.packet_pts[index.frame_packet[i]]) for i in wanted}
         self.skip = stream.codec_context.name in SKIPPABLE
         self.packets: Iterator[Any] = container.demux(stream)
         self.next_packet = 0  # position of what `packets` gives next
         self.last_visited: int | None = None
-        self.shown = {p: i for i, p in enumerate(index.frame_packet.tolist())}
         self.referred: dict[int, bool] = {}
         self.failure: str | None = None
 
@@ -249,7 +247,7 @@ class _Reader:
             damaged = np.flatnonzero(self.index.packet_damaged[start:stop]) + start
             pictures = self._decode(start, stop)
             for frame in pictures:
-                if frame.pts is None or frame.pts not in self.position_of:
+                if self.index.position(frame.pts) is None:
                     raise IndexMismatch(f"a picture at {frame.pts}")
                 self._visit(frame)
                 if frame.pts == int(self.index.packet_pts[packets[0]]):
@@ -275,14 +273,14 @@ class _Reader:
         if self.visit and (self.last_visited is None or frame.pts > self.last_visited):
             self.last_visited = frame.pts
             referred = self.referred.pop(frame.pts, False)
-            i = self.shown.get(self.position_of[frame.pts])
-            if i is not None:  # an edit list hides the others
+            i = int(self.index.packet_frame[self.index.position(frame.pts)])
+            if i >= 0:  # an edit list hides the others
                 self.visit(frame, i, referred)
 
     def _visit_rest(self, pictures: Iterator[Any]) -> None:
         """Visits what follows: it tells how the pictures before it move. Chains need what is not bidirectional."""
         for frame in pictures if not self.around or self.around.waits else ():
-            if frame.pts not in self.position_of:
+            if self.index.position(frame.pts) is None:
                 break
             self._visit(frame)
             if not self.around.waits if self.around else frame.pict_type != PictureType.B:
@@ -332,7 +330,8 @@ class _Reader:
 
     def _counted(self, packets: Iterator[Any]) -> Iterator[Any]:
         for item in packets:
-            self.next_packet = self.position_of.get(item.pts, self.next_packet) + 1
+            position = self.index.position(item.pts)
+            self.next_packet = (self.next_packet if position is None else position) + 1
             yield item
 
     @property
@@ -353,7 +352,7 @@ class _Reader:
             self.container.seek(pts - back, stream=self.stream, backward=True)
             self.packets = self.container.demux(self.stream)
             first = next(self.packets, None)
-            position = self.position_of.get(first.pts) if first is not None and first.size else None
+            position = self.index.position(first.pts) if first is not None and first.size else None
             if position is not None and position <= start:
                 self.next_packet = position + 1
                 yield first

@@ -20,12 +20,13 @@ import io
 import logging
 import os
 import stat
+from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
-from typing import Any, BinaryIO, NamedTuple
+from functools import cached_property, lru_cache
+from typing import Any, BinaryIO
 
 import av
 import numpy as np
@@ -119,6 +120,24 @@ class VideoIndex:
     @property
     def num_frames(self) -> int:
         return len(self.times_s)
+
+    def position(self, pts: int | None) -> int | None:
+        """The packet with this presentation time in ticks; None where there is none."""
+        order, stamps = self._by_pts
+        at = None if pts is None else int(stamps.searchsorted(pts))
+        return int(order[at]) if at is not None and at < len(stamps) and stamps[at] == pts else None
+
+    @cached_property
+    def _by_pts(self) -> tuple[np.ndarray, np.ndarray]:
+        order = np.argsort(self.packet_pts)
+        return order, self.packet_pts[order]
+
+    @cached_property
+    def packet_frame(self) -> np.ndarray:
+        """int64 [P], the frame that each packet holds; -1 where an edit list hides it."""
+        frames = np.full(len(self.packet_pts), -1)
+        frames[self.frame_packet] = np.arange(len(self.frame_packet))
+        return frames
 
     def facts(self) -> dict[str, Any]:
         """Facts that do not depend on how the frames were found; see `count_frames`."""
@@ -301,37 +320,36 @@ def _index_of_track(source: Source, name: str, track: int | None, max_megapixels
         facts |= {"track": stream.index, "tracks": tracks, "start": start, "max_megapixels": max_megapixels}
         facts["time_base"] = float(stream.time_base)
         rate, tick = stream.average_rate or stream.guessed_rate, stream.time_base
-    stamps = [p.pts for p in packets]
-    if not packets:
+    if not len(packets):
         raise VideoError(f"{name}: its video stream holds no frame" + (f"; {missing}" if missing else ""))
-    anew = _clocks_begin(packets, GAP_S / facts["time_base"] if formats & CLOCKS_BEGIN_ANEW else None)
-    if untimed or anew or None in stamps or len(set(stamps)) < len(stamps):
+    packet_pts = packets["pts"]
+    anew = _clocks_begin(packets["dts"], GAP_S / facts["time_base"] if formats & CLOCKS_BEGIN_ANEW else None)
+    if untimed or anew or (packet_pts == NO_TIME).any() or len(np.unique(packet_pts)) < len(packet_pts):
         # FFmpeg takes what stands before a joint for damaged: the counters of MPEG-TS packets begin anew there, too.
         joints = {n - back for n in anew for back in (1, 2)}
-        damaged = (f"packet {n} is damaged" for n, p in enumerate(packets) if p.damaged and n not in joints)
+        damaged = (f"packet {n} is damaged" for n in np.flatnonzero(packets["damaged"]).tolist() if n not in joints)
         facts["missing"] = missing or next(damaged, None)
-        return count_frames(source, rate, facts, first_dts=packets[0].dts if untimed else None, joints=len(anew))
-    visible = [n for n, p in enumerate(packets) if p.shown and not (missing and p.pts > _closed_until(stamps))]
-    if not visible:
+        first_dts = _known(packets["dts"][0]) if untimed else None
+        return count_frames(source, rate, facts, first_dts=first_dts, joints=len(anew))
+    shown = packets["shown"] & (packet_pts <= _closed_until(packet_pts)) if missing else packets["shown"]
+    if not shown.any():
         raise VideoError(f"{name}: {missing or 'its edit list hides every frame'}")
-    packet_pts = np.asarray(stamps, dtype=np.int64)
-    frame_packet = np.asarray(sorted(visible, key=stamps.__getitem__), dtype=np.int64)
-    packet_key = np.asarray([p.key for p in packets])
-    packet_bytes = np.asarray([p.size for p in packets], dtype=np.int64)
+    visible = np.flatnonzero(shown)
+    frame_packet = visible[np.argsort(packet_pts[visible])]
     ticks = packet_pts[frame_packet]
     begins_s = _seconds_after(start, int(ticks[0]) * tick)
     times_s = (ticks - ticks[0]) * facts["time_base"] + begins_s
     fps = frame_rate(times_s, rate)
-    end_s = (max(packets[n].pts + packets[n].ticks for n in visible) - ticks[0]) * facts["time_base"] + begins_s
+    end_s = ((ticks + packets["ticks"][frame_packet]).max() - ticks[0]) * facts["time_base"] + begins_s
     return VideoIndex(
         packet_pts=packet_pts,
-        packet_key=packet_key,
-        packet_damaged=np.asarray([p.damaged for p in packets]),
-        packet_bytes=packet_bytes,
+        packet_key=packets["key"],
+        packet_damaged=packets["damaged"],
+        packet_bytes=packets["size"],
         frame_packet=frame_packet,
         times_s=times_s,
-        frame_bytes=packet_bytes[frame_packet],
-        frame_key=packet_key[frame_packet],
+        frame_bytes=packets["size"][frame_packet],
+        frame_key=packets["key"][frame_packet],
         fps=fps,
         duration_s=float(end_s if end_s > times_s[-1] else times_s[-1] + 1 / fps),
         by_count=False,
@@ -355,31 +373,28 @@ def _seconds_after(start: Fraction | None, first: Fraction | None) -> float:
     return 0.0 if start is None or first is None else max(0.0, float(first - start))
 
 
-def _clocks_begin(packets: Sequence[_Packet], gap: float | None) -> list[int]:
+def _known(ticks: np.int64) -> int | None:
+    return None if ticks == NO_TIME else int(ticks)
+
+
+def _clocks_begin(dts: np.ndarray, gap: float | None) -> list[int]:
     """The packets at which another clock begins: the stamp of decoding falls, or leaps by more than `gap` ticks."""
-    found, last = [], None
-    for n, packet in enumerate(packets):
-        if packet.dts is None:
-            continue
-        if last is not None and (packet.dts < last or (gap is not None and packet.dts - last > gap)):
-            found.append(n)
-        last = packet.dts
-    return found
+    known = np.flatnonzero(dts != NO_TIME)
+    steps = np.diff(dts[known])
+    anew = (steps < 0) | (steps > gap) if gap is not None else steps < 0
+    return known[1:][anew].tolist()
 
 
-class _Packet(NamedTuple):
-    pts: int | None
-    dts: int | None
-    ticks: int  # how long it is shown, 0 = unknown
-    key: bool
-    shown: bool
-    damaged: bool
-    size: int  # bytes
+NO_TIME = np.iinfo(np.int64).min  # FFmpeg's AV_NOPTS_VALUE
+PACKET = np.dtype(
+    [("pts", "i8"), ("dts", "i8"), ("ticks", "i8"), ("size", "i8"), ("key", "?"), ("shown", "?"), ("damaged", "?")]
+)
+"""A packet: when it is shown and decoded, how long it is shown (0 = unknown), its bytes, and what is known of it."""
 
 
-def _read_packets(container: Any, stream: Any) -> tuple[list[_Packet], str | None]:
-    """Whole packets in the order of the file, and what is missing behind them."""
-    packets: list[_Packet] = []
+def _read_packets(container: Any, stream: Any) -> tuple[np.ndarray, str | None]:
+    """Whole packets in the order of the file, [P] of `PACKET`, and what is missing behind them."""
+    numbers, flags = array("q"), bytearray()  # 35 bytes a packet; two hours have 172,800
     missing = None
     is_vp8 = stream.codec_context.name == "vp8"
     try:
@@ -387,16 +402,24 @@ def _read_packets(container: Any, stream: Any) -> tuple[list[_Packet], str | Non
             if packet.size:
                 # VP8 stores pictures that are only referred to as packets of their own; a header bit tells.
                 shown = not packet.is_discard and not (is_vp8 and not bytes(packet)[0] & 0x10)
-                ticks = packet.duration or 0
-                key, damaged = packet.is_keyframe, packet.is_corrupt
-                packets.append(_Packet(packet.pts, packet.dts, ticks, key, shown, damaged, packet.size))
+                pts, dts = packet.pts, packet.dts
+                numbers.append(NO_TIME if pts is None else pts)
+                numbers.append(NO_TIME if dts is None else dts)
+                numbers.append(packet.duration or 0)
+                numbers.append(packet.size)
+                flags.append(packet.is_keyframe | shown << 1 | packet.is_corrupt << 2)
     except av.FFmpegError as error:
-        missing = f"truncated: reading stops after {len(packets)} frames ({error.strerror})"
-    if container.format.name == "mpegts" and packets and all(container.size % n for n in TS_PACKET):
-        packets.pop()  # whose end the cut took; nothing in the file says how long it was
+        missing = f"truncated: reading stops after {len(flags)} frames ({error.strerror})"
+    packets = np.zeros(len(flags), dtype=PACKET)
+    for column, name in enumerate(("pts", "dts", "ticks", "size")):
+        packets[name] = np.frombuffer(numbers, dtype=np.int64)[column::4]
+    for bit, name in enumerate(("key", "shown", "damaged")):
+        packets[name] = np.frombuffer(flags, dtype=np.uint8) >> bit & 1
+    if container.format.name == "mpegts" and len(packets) and all(container.size % n for n in TS_PACKET):
+        packets = packets[:-1]  # whose end the cut took; nothing in the file says how long it was
         missing = f"truncated: it ends inside a transport packet, after {len(packets)} whole frames"
-    while packets and packets[-1].damaged:
-        packets.pop()
+    while len(packets) and packets["damaged"][-1]:
+        packets = packets[:-1]
         missing = f"truncated: frame {len(packets)} is cut off"
     declared = _declared_frames(container, stream)
     if declared > len(packets):
@@ -406,17 +429,14 @@ def _read_packets(container: Any, stream: Any) -> tuple[list[_Packet], str | Non
     return packets, missing
 
 
-def _closed_until(stamps: list[int]) -> int:
+def _closed_until(stamps: np.ndarray) -> int:
     """The time up to which a file that was cut off has every frame.
 
     Frames shown before the last anchor may have been stored behind it, so behind the cut. An anchor is a packet later
     than all before it; up to the last but one nothing can be missing.
     """
-    highest = [stamps[0]]
-    for pts in stamps:
-        if pts > highest[-1]:
-            highest.append(pts)
-    return highest[-2] if len(highest) > 1 else highest[0] - 1
+    highest = np.unique(np.maximum.accumulate(stamps))
+    return int(highest[-2]) if len(highest) > 1 else int(highest[0]) - 1
 
 
 def _declared_frames(container: Any, stream: Any) -> int:
@@ -426,18 +446,18 @@ def _declared_frames(container: Any, stream: Any) -> int:
     return stream.frames if "avi" in formats else 0
 
 
-def _missing_seconds(stream: Any, packets: list[_Packet]) -> float:
+def _missing_seconds(stream: Any, packets: np.ndarray) -> float:
     """How far the last packet ends before the length Matroska states for this track; 0 where it does not."""
     stated = stream.metadata.get("DURATION")
-    ends = [p.pts + p.ticks for p in packets if p.pts is not None]
-    if not stated or not ends:
+    timed = packets[packets["pts"] != NO_TIME]
+    if not stated or not len(timed):
         return 0.0
     try:
         hours, minutes, seconds = stated.split(":")
         stated_s = int(hours) * 3600 + int(minutes) * 60 + float(seconds)
     except ValueError:
         return 0.0
-    short_s = stated_s - float(max(ends) * stream.time_base)
+    short_s = stated_s - float(int((timed["pts"] + timed["ticks"]).max()) * stream.time_base)
     return short_s if short_s > max(0.05, 1.5 / float(stream.average_rate or 25)) else 0.0
 
 

@@ -103,6 +103,16 @@ def _taps(source: int, target: int) -> tuple[np.ndarray, np.ndarray, np.ndarray,
     return low, high, (np.float32(1) - weight).astype(np.float64), weight.astype(np.float64)
 
 
+@lru_cache(maxsize=32)
+def _used(source: int, target: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The rows that are neighbours of any, and both neighbours' places among them. No np.unique: it imports np.ma."""
+    low, high, _, _ = _taps(source, target)
+    used = np.zeros(source, dtype=bool)
+    used[low] = used[high] = True
+    place = np.cumsum(used) - 1
+    return np.flatnonzero(used), place[low], place[high]
+
+
 def _resize_picture(picture: np.ndarray, height: int, width: int) -> np.ndarray:
     """uint8 [H,W,3] to [height,width,3], truncated.
 
@@ -116,8 +126,8 @@ def _resize_picture(picture: np.ndarray, height: int, width: int) -> np.ndarray:
     top, bottom, w_top, w_bottom = _taps(picture.shape[0], height)
     left, right, w_left, w_right = _taps(picture.shape[1], width)
     if 2 * height < picture.shape[0]:  # of a large picture most rows are no row's neighbour
-        used = np.union1d(top, bottom)
-        picture, top, bottom = picture[used], np.searchsorted(used, top), np.searchsorted(used, bottom)
+        used, top, bottom = _used(picture.shape[0], height)
+        picture = picture[used]
     far = (picture.take(right, axis=1) * w_right[:, None]).astype(np.float32)
     rows = (picture.take(left, axis=1) * w_left[:, None] + far).astype(np.float32).astype(np.float64)
     far = (rows.take(bottom, axis=0) * w_bottom[:, None, None]).astype(np.float32)
