@@ -3,9 +3,9 @@
     python benchmarks/reading.py VIDEO [--repeat 3] [--sampled] [--hours 2] [--out reading.json]
 
 Every way decodes on one thread, and its time leaves out Python's start and imports. Ways that read frames end with RGB
-pictures of 224 x 224, resized by the same function. The best of `--repeat` rounds counts; each way
-runs once in a round, so that a busy machine slows all of them. The film of docs/measurements.md is in moviepy's source package:
-`pip download --no-deps --no-binary :all: moviepy==2.2.1`, media/big_buck_bunny_720p.mp4 or the like in the archive.
+pictures of 224 x 224, resized by the same function. The best of `--repeat` rounds counts; each way runs once a round,
+so that a busy machine slows all of them. The film of docs/measurements.md is in moviepy's source package, which
+`pip download --no-deps --no-binary :all: moviepy==2.2.1` brings.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import logging
 import shutil
@@ -263,3 +264,18 @@ def test_a_file_that_changes_while_it_is_read_gives_its_frames_or_one_line(files
     else:
         for i, frame in zip([3, 50], video.frames, strict=True):
             assert (frame == old[i]).all() or (frame == new[i]).all()
+
+
+def test_pictures_are_freed_without_a_collection_of_garbage(files):
+    """PyAV ties a picture to its side data in a cycle; 64 pictures of a film then stay in memory."""
+    gc.collect()
+    gc.disable()
+    try:
+        for flow in ({}, {"motion_vectors": True, "flow_pairs": "local"}, {"motion_vectors": True}):
+            read_frames(files["closed.mp4"], num=12, **flow)
+            assert sum(type(thing) is av.VideoFrame for thing in gc.get_objects()) < 3
+        with av.open(str(files["closed.mp4"])) as container:
+            assert [frame.side_data for frame in container.decode(video=0)]
+        assert sum(type(thing) is av.VideoFrame for thing in gc.get_objects()) == COUNT  # what PyAV does by itself
+    finally:
+        gc.enable()

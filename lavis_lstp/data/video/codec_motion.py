@@ -22,7 +22,7 @@ import cv2
 import numpy as np
 from av.video.frame import PictureType
 
-from lavis_lstp.data.video.decode import Orientation, orientation, picture
+from lavis_lstp.data.video.decode import Orientation, orientation, picture, side_data_of
 from lavis_lstp.errors import VideoError
 
 CELL = 8  # px; the smallest block these decoders report
@@ -90,7 +90,7 @@ class CodecMotion:
         return cv2.resize(grey, size, interpolation=cv2.INTER_AREA)
 
     def _velocity_of(self, frame: Any, shown: int, look: np.ndarray) -> np.ndarray | None:
-        side_data = frame.side_data.get("MOTION_VECTORS")
+        side_data = side_data_of(frame, "MOTION_VECTORS")
         if side_data is None:
             return None
         vectors, known = _on_cells(side_data.to_ndarray(), self.size)
@@ -233,6 +233,7 @@ class LocalMotion(CodecMotion):
         last = next((velocity for velocity in self._found if velocity is not None), None)
         for t, velocity in enumerate(self._found):
             last = last if velocity is None else velocity
+            self._found[t] = None  # freed as it is used
             if len(self._found) > 1:
                 out[t] = self._upright(last, height, width)
         return out

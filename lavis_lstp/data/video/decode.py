@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import av
 import numpy as np
+from av.sidedata.sidedata import SideDataContainer
 from av.video.frame import PictureType
 from av.video.reformatter import VideoReformatter
 
@@ -71,6 +72,7 @@ def decode_pyav(
     count: DecodeCount | None = None,
     decode_size: int | None = None,
     hardware: str | None = None,
+    see: Callable[[Any], None] = lambda frame: None,
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yields (frame index, uint8 [H,W,3]) for each of `wanted`.
 
@@ -82,6 +84,7 @@ def decode_pyav(
             predicted one behind it.
         decode_size: px, the shorter side that pictures are scaled down to by FFmpeg; None = as stored.
         hardware: device that decodes, such as "cuda"; see `open_video`.
+        see: called with each wanted frame, as the decoder gives it.
 
     Raises:
         VideoError: where a wanted frame cannot be decoded without damage.
@@ -101,6 +104,7 @@ def decode_pyav(
         for i, frame in walk(container, stream, index, wanted, visit, around, count):
             if frame.is_corrupt:
                 raise VideoError(f"{index.name}: frame {i} is damaged")
+            see(frame)
             yield i, upright(picture(frame, "rgb24", decode_size), orientation(frame))
 
 
@@ -126,6 +130,8 @@ def _by_count(container, stream, index, wanted, visit, around, count) -> Iterato
             if not left and not (around.waits if around else visit and frame.pict_type == PictureType.B):
                 return
     except av.FFmpegError as error:
+        if isinstance(error, av.ArgumentError) and not count.pictures:
+            raise  # larger than max_megapixels: `open_video` says so
         if left:
             raise VideoError(f"{index.name}: frame {min(left)} cannot be decoded ({error.strerror})") from None
     if not left:
@@ -317,6 +323,8 @@ class _Reader:
                         yield frame
                     return
         except av.FFmpegError as error:
+            if isinstance(error, av.ArgumentError) and not self.count.pictures:
+                raise  # larger than max_megapixels: `open_video` says so
             self.failure = error.strerror
 
     def _packets_from(self, start: int) -> Iterator[Any]:
@@ -359,6 +367,12 @@ class _Reader:
                 yield from self._counted(self.packets)
                 return
         self.failure = "seeking in the file fails"
+
+
+def side_data_of(frame: Any, kind: str) -> Any | None:
+    """What the decoder gave with a picture. `frame.side_data` would tie both into a cycle: pictures of 1.4 MB then pile
+    up until Python collects garbage, 300 MB of them in 64 frames of 1280 x 720."""
+    return SideDataContainer(frame).get(kind)
 
 
 _REFORMATTER = threading.local()
@@ -408,7 +422,7 @@ class Orientation:
 
 def orientation(frame: Any) -> Orientation:
     """From the display matrix; angles that are not multiples of 90 degrees are left alone."""
-    side_data = frame.side_data.get("DISPLAYMATRIX")
+    side_data = side_data_of(frame, "DISPLAYMATRIX")
     if side_data is None:
         return Orientation()
     # x' = a x + c y, y' = b x + d y with y downwards

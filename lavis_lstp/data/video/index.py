@@ -324,7 +324,7 @@ def _index_of_track(source: Source, name: str, track: int | None, max_megapixels
         raise VideoError(f"{name}: its video stream holds no frame" + (f"; {missing}" if missing else ""))
     packet_pts = packets["pts"]
     anew = _clocks_begin(packets["dts"], GAP_S / facts["time_base"] if formats & CLOCKS_BEGIN_ANEW else None)
-    if untimed or anew or (packet_pts == NO_TIME).any() or len(np.unique(packet_pts)) < len(packet_pts):
+    if untimed or anew or (packet_pts == NO_TIME).any() or not np.diff(np.sort(packet_pts)).all():
         # FFmpeg takes what stands before a joint for damaged: the counters of MPEG-TS packets begin anew there, too.
         joints = {n - back for n in anew for back in (1, 2)}
         damaged = (f"packet {n} is damaged" for n in np.flatnonzero(packets["damaged"]).tolist() if n not in joints)
@@ -435,8 +435,9 @@ def _closed_until(stamps: np.ndarray) -> int:
     Frames shown before the last anchor may have been stored behind it, so behind the cut. An anchor is a packet later
     than all before it; up to the last but one nothing can be missing.
     """
-    highest = np.unique(np.maximum.accumulate(stamps))
-    return int(highest[-2]) if len(highest) > 1 else int(highest[0]) - 1
+    highest = np.maximum.accumulate(stamps)
+    before = highest[highest < highest[-1]]
+    return int(before[-1]) if len(before) else int(highest[0]) - 1
 
 
 def _declared_frames(container: Any, stream: Any) -> int:

@@ -36,7 +36,6 @@ from lavis_lstp.data.video.decode import (
     decode_pyav,
     decode_torchcodec,
     orientation,
-    scaled,
 )
 from lavis_lstp.data.video.index import (
     Source,
@@ -182,11 +181,15 @@ def _info(source: Source, index: VideoIndex) -> tuple[VideoInfo, Orientation]:
         first = next(container.decode(stream), None)
         if first is None:
             raise VideoError(f"{index.name}: its first frame cannot be decoded")
-        turn = orientation(first)
-        height, width = (first.width, first.height) if turn.transpose else (first.height, first.width)
-        rotation = int(first.rotation) % 360
+        return _info_of(index, first), orientation(first)
+
+
+def _info_of(index: VideoIndex, frame: Any) -> VideoInfo:
+    turned = orientation(frame).transpose
+    height, width = (frame.width, frame.height) if turned else (frame.height, frame.width)
+    rotation = int(frame.rotation) % 360
     track = index.track if len(index.tracks) > 1 else None
-    return VideoInfo(index.num_frames, index.fps, index.duration_s, width, height, rotation, index.codec, track), turn
+    return VideoInfo(index.num_frames, index.fps, index.duration_s, width, height, rotation, index.codec, track)
 
 
 def _at_times(index: VideoIndex, times_s: Sequence[float]) -> list[int]:
@@ -430,24 +433,30 @@ def _read(source, index, asked, how: _How) -> VideoFrames:
     if not how.exact:
         chosen = key_frames(index, chosen)
     wanted = sorted(set(chosen))
-    info, turn = _info(source, index)
-    stored = scaled(info.height, info.width, how.decode_size)
-    height, width = _height_width(how.size) if how.size is not None else stored
-    count = DecodeCount()
+    count, infos = DecodeCount(), []
     motion = _motion(index, wanted, how.pairs)
     if how.backend == "pyav":
         seen = {"around": motion} if how.pairs == "local" else {"visit": motion.add if motion else None}
         given = {"threads": how.threads, "decode_size": how.decode_size, "hardware": how.hardware}
+        if how.decode_size is None:  # else pictures may be decoded smaller than they are
+            seen["see"] = lambda frame: infos or infos.append(_info_of(index, frame))
+        else:
+            infos.append(_info(source, index)[0])
         pictures = decode_pyav(source, index, wanted, count=count, **given, **seen)
     else:
+        info, turn = _info(source, index)
+        infos.append(info)
         if how.backend == "decord" and turn.mirrored:
             raise VideoError(f"{index.name}: is stored mirrored, which decord ignores; use backend 'pyav'")
         decode = decode_decord if how.backend == "decord" else decode_torchcodec
         pictures = decode(source, index, wanted, threads=how.threads)
     # Filled in the order of decoding; the caller's order and repeats come last, as one gather.
-    frames = np.empty((len(wanted), 3, height, width), dtype=np.uint8)
+    frames = None
     for t, (i, picture) in enumerate(pictures):
         assert wanted[t] == i
+        if frames is None:
+            height, width = _height_width(how.size) if how.size is not None else picture.shape[:2]
+            frames = np.empty((len(wanted), 3, height, width), dtype=np.uint8)
         if how.size is None and picture.shape[:2] != (height, width):
             raise VideoError(
                 f"{index.name}: frame {i} is {picture.shape[1]} x {picture.shape[0]}, the first is "
@@ -456,6 +465,7 @@ def _read(source, index, asked, how: _How) -> VideoFrames:
         frames[t] = _resize_picture(picture, height, width).transpose(2, 0, 1)
         if motion:
             motion.mark()
+    (info,) = infos
     flow = None
     if motion:
         if chosen != wanted:
