@@ -58,7 +58,15 @@ def test_learning_is_as_published(name):
 
 LEARNT = ["qformer", "query_tokens", "projection"]
 ALONE = {"in_loop": False, "subtract_min": True, "smooth": 1, "max_new_tokens": 127}
-FRAMES = {"num_selected": 4, "context": 0, "span_key": "span", "grid": None, "mapping": "ends", "marks": 0, "settings": {}}
+FRAMES = {
+    "num_selected": 4,
+    "context": 0,
+    "span_key": "span",
+    "grid": None,
+    "mapping": "ends",
+    "marks": 0,
+    "settings": {},
+}
 VIDEOS, IMAGES, TEXTS = "lstp_video_instruct", "lstp_image_instruct", "lstp_text_instruct"
 MIXED = {
     "selector": {"name": "given", "few_frames": "keep", **FRAMES},
