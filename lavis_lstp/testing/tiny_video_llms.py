@@ -266,10 +266,11 @@ def _gemma3() -> Made:
         image_seq_length=4,
         chat_template=_marked(SPOKEN, "<start_of_image>", "", "<end_of_turn>\n"),
     )
+    local = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
     return Made(
         {
             "model_type": "gemma3",
-            "text_config": _text(tokenizer, "gemma3_text", head_dim=8, sliding_window=16, query_pre_attn_scalar=8),
+            "text_config": _text(tokenizer, "gemma3_text", head_dim=8, query_pre_attn_scalar=8, **local),
             "vision_config": {"model_type": "siglip_vision_model", **TOWER, "vision_use_head": False},
             "mm_tokens_per_image": 4,
             "image_token_index": tokenizer.image_token_id,
@@ -308,6 +309,9 @@ def write_video_llm(folder: Path, *, name: str, seed: int = 0, dtype: str = "flo
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForImageTextToText.from_config(config, dtype=getattr(torch, dtype))
+        for weight in model.parameters():
+            if weight.ndim > 1 and not weight.any():  # Gemma's projection begins at zero, and would see nothing
+                torch.nn.init.normal_(weight, std=spread)
     tokenizer = made.processor.tokenizer
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id

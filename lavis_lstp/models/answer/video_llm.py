@@ -103,10 +103,13 @@ class VideoLLM(LanguageAnswerer):
             "language_model": (f"model.model.{text}.", "model.lm_head."),
         }
         self._marks = _marks(processor)
+        self.of_frames = {
+            getattr(model.config, name, None) for name in ("image_token_id", "video_token_id", "image_token_index")
+        }
         self._takes_video = getattr(processor, "video_processor", None) is not None
         if not (times_in_prompt or self.tells_times()):
             logger.warning(
-                "%s is not told when its frames were taken; model.backbone.times_in_prompt=true writes it to the prompt",
+                "%s is not told when its frames were taken; model.backbone.times_in_prompt writes it to the prompt",
                 type(model).__name__,
             )
 
@@ -121,7 +124,7 @@ class VideoLLM(LanguageAnswerer):
 
     @property
     def image_size(self) -> int:
-        size = getattr(self.processor.video_processor if self._takes_video else self.processor.image_processor, "size")
+        size = (self.processor.video_processor if self._takes_video else self.processor.image_processor).size
         return (size or {}).get("height") or DYNAMIC_SIDE
 
     # ---- what the model is given ----------------------------------------------------------------------------------
@@ -452,6 +455,9 @@ class ChatReading:
     def _behind(self, group: Rows, answers: list[str]) -> tuple[dict[str, Tensor], Tensor]:
         """What stands behind prompts: inputs by token [M,A], and labels [M,A]."""
         told = self.answerer.answer_ids(answers)
+        for answer, ids in zip(answers, told, strict=True):
+            if self.answerer.of_frames.intersection(ids):
+                raise ConfigError(f"the answer {answer[:80]!r} contains a mark that stands for frames; answers may not")
         width = max(1, *map(len, told)) if told else 1
         device = group.positions.device
         labels = torch.tensor([ids + [IGNORED] * (width - len(ids)) for ids in told], device=device)
