@@ -265,3 +265,97 @@ def test_weights_that_are_not_all_there(folder, tmp_path):
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(WeightsError, match="lacks 1 weights, first .*q_proj"):
         LSTP.from_config(settings(broken, "qwen3_vl"))
+
+
+# ---- training -------------------------------------------------------------------------------------------------------
+
+LORA = {"r": 4, "alpha": 8, "dropout": 0.1, "targets": None}
+
+
+def parts_with_gradients(model: LSTP) -> set[str | None]:
+    prefixes = prefixes_of(model)
+    return {part_of(key, prefixes) for key, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+
+
+def shake(model: LSTP) -> None:
+    """As if adapters had learnt something."""
+    generator = torch.Generator().manual_seed(0)
+    for key, parameter in model.named_parameters():
+        if ".lora_" in key:
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("train", [["lora"], ["projection", "lora"], ["vision", "projection", "language_model"]])
+def test_what_is_named_learns_and_is_all_a_checkpoint_holds(folder, tmp_path, name, train):
+    """With checkpointed activations the gradients are the same; adapters can be merged."""
+    given, lora = samples((8, 4, 0)), LORA if "lora" in train else None
+    whole = settings(folder(name), name, train=train, lora=lora)
+    model = LSTP.from_config(whole)
+    shake(model)
+    model.eval()(given)["loss"].backward()
+    assert parts_with_gradients(model) == set(train)
+    saving = {**whole, "backbone": {**whole["backbone"], "gradient_checkpointing": True}}
+    other = LSTP.from_config(saving)
+    shake(other)
+    other.eval()(given)["loss"].backward()
+    for (key, one), two in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert (one.grad is None) == (two.grad is None), key
+        assert one.grad is None or torch.allclose(one.grad, two.grad, atol=1e-6), key
+
+    state = model.trainable_state_dict()
+    assert state and {part_of(key, prefixes_of(model)) for key in state} == set(train)
+    torch.save(state, tmp_path / "trained.pt")
+    before = model(given)["loss"].item()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            if parameter.requires_grad:
+                parameter.zero_()
+    assert other.load_checkpoint(str(tmp_path / "trained.pt")) == sorted(train)
+    assert other(given)["loss"].item() == pytest.approx(before, abs=1e-6)
+    if lora:
+        other.backbone.merge_lora()
+        assert not any(".lora_" in key for key in other.state_dict())
+        assert other(given)["loss"].item() == pytest.approx(before, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_few_steps_lower_the_loss(folder, name):
+    torch.manual_seed(0)
+    model = LSTP.from_config(settings(folder(name), name, train=["projection", "lora"], lora=LORA)).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
+    losses = []
+    for _ in range(6):
+        loss = model(samples())["loss"]
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < losses[0] - 0.1 and all(map(math.isfinite, losses))
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "smolvlm"])
+def test_half_precision_computes_what_float32_does(folder, built, name):
+    """What learns is held in float32 beside frozen bfloat16 weights, without autocast around it."""
+    half = settings(folder(name), name, train=["projection", "lora"], lora=LORA, backbone={"dtype": "bfloat16"})
+    model = LSTP.from_config(half).eval()
+    loss = model(samples())["loss"]
+    loss.backward()
+    assert loss.item() == pytest.approx(built(name)(samples())["loss"].item(), abs=0.1)
+    assert len(model.answer(samples())["prediction"]) == 3
+
+
+def test_frames_are_labelled_one_by_one(built):
+    """By the answer that each frame alone gives, as an image."""
+    model, given = built("qwen3_vl"), samples((4, 3, 1))
+    prompts = model.prompts(given)
+    said = [
+        model.backbone.look(given["frames"][i, t : t + 1], torch.zeros(1, 1).long(), [prompts[i]])
+        .answers(max_new_tokens=6, scored=False)
+        .texts[0]
+        for i, t in ((0, 2), (1, 1))
+    ]
+    given["text_output"] = [*said, "red"]
+    scores = model.pseudo_scores(given)
+    assert scores[0, 2] == 1 and scores[1, 1] == 1 and not scores[2].any()
+    assert torch.equal(scores, model.pseudo_scores(given, rows=2))
