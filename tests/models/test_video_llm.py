@@ -13,6 +13,7 @@ from test_lstp import batch, row
 
 from lavis_lstp.errors import ConfigError, WeightsError
 from lavis_lstp.models.lstp import LSTP
+from lavis_lstp.models.weights.parts import part_of, prefixes_of
 from lavis_lstp.testing.tiny_video_llms import VIDEO_LLMS, write_video_llm
 
 pytestmark = pytest.mark.skipif(

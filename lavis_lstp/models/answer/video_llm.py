@@ -15,7 +15,7 @@ import copy
 import inspect
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -253,13 +253,16 @@ class VideoLLM(LanguageAnswerer):
     # ---- what the model says --------------------------------------------------------------------------------------
 
     def forward_model(self, tokens: Mapping[str, Tensor], positions: Tensor, **inputs: Any) -> Any:
-        """The model's output. Where what learns is float32 and the rest is not, it computes in what the rest is."""
+        """The model's output."""
+        with self._one_precision(positions.device.type):
+            return self.model(**tokens, position_ids=positions, **inputs)
+
+    def _one_precision(self, device: str) -> AbstractContextManager:
+        """Where what learns is float32 and the rest is not, computes in what the rest is."""
         kinds = {p.dtype for p in self.model.parameters() if p.is_floating_point()}
-        device = positions.device.type
         low = next((kind for kind in kinds if kind != torch.float32), None)
         mixed = low is not None and len(kinds) > 1 and not torch.is_autocast_enabled(device)
-        with torch.autocast(device, dtype=low) if mixed else nullcontext():
-            return self.model(**tokens, position_ids=positions, **inputs)
+        return torch.autocast(device, dtype=low) if mixed else nullcontext()
 
     def written(
         self,
@@ -283,7 +286,7 @@ class VideoLLM(LanguageAnswerer):
     @torch.no_grad()
     def _generate_group(self, group: Rows, wanted: Mapping[str, Any]) -> Any:
         length = group.positions.shape[-1]
-        with torch.compiler.set_stance("force_eager"):
+        with torch.compiler.set_stance("force_eager"), self._one_precision(group.positions.device.type):
             made = self.model.generate(
                 **group.tokens,
                 **group.frames,
@@ -296,10 +299,6 @@ class VideoLLM(LanguageAnswerer):
             return made[:, length:]
         made.sequences = made.sequences[:, length:]
         return made
-
-    @property
-    def _end_ids(self) -> list[int]:
-        return super()._end_ids
 
     # ---- adapters, weights ----------------------------------------------------------------------------------------
 
