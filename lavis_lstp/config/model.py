@@ -17,6 +17,7 @@ PARTS = ("sampler", "vision", "qformer", "query_tokens", "projection", "language
 SOURCES: dict[str, str] = {
     "hub": "lavis_lstp.models.answer.qformer:build",
     "lavis": "lavis_lstp.models.answer.lavis_models:build_lavis_backbone",
+    "transformers": "lavis_lstp.models.answer.video_llm:build",
 }
 """`backbone.source` -> the function that builds such an answerer; a new one is a file and a line here."""
 
@@ -193,7 +194,7 @@ class BackboneConfig:
 class Backbone:
     source: str = key(
         "hub", one_of=SOURCES, called="source (model.backbone.source)"
-    )  # hub: transformers' BLIP-2 and InstructBLIP; lavis: LAVIS's own
+    )  # hub: BLIP-2 and InstructBLIP; lavis: LAVIS's own; transformers: any video model with a chat template
     family: str = key("instructblip", one_of=("instructblip", "blip2"), called="backbone family")  # hub
     arch: str | None = key()  # lavis: blip2_t5, blip2_opt; with its git main blip2_vicuna_instruct, blip2_t5_instruct
     model_type: str | None = key()  # lavis: its type
@@ -208,6 +209,7 @@ class Backbone:
         None, one_of=("8bit", "4bit")
     )  # of a frozen language model: 8bit, 4bit (bitsandbytes)
     gradient_checkpointing: bool = key(False)
+    times_in_prompt: bool = key(False)  # transformers: the frames' seconds before the prompt, for models not told them
     compile: bool = key(False)  # torch.compile of vision tower, Q-Former and language model
     seed: int = key(0, least=0, most=SEED)  # of random weights, and of a fresh sampler
     max_text_tokens: int = key(512, least=1)  # prompts and answers are cut to this many tokens

@@ -159,7 +159,9 @@ def test_frames_are_labelled_one_by_one(model):
 
 
 def test_a_setting_that_the_source_has_no_use_for_is_refused():
-    with pytest.raises(ConfigError, match="attention is for source hub; source mean_colour has no use for it"):
+    with pytest.raises(
+        ConfigError, match="attention is for source hub, transformers; source mean_colour has no use for it"
+    ):
         LSTP.from_config(settings(backbone={"source": "mean_colour", "config": None, "attention": "sdpa"}))
     with pytest.raises(ConfigError, match="model.train names qformer, which this model has not; it has projection"):
         LSTP.from_config(settings(train=["qformer"]))

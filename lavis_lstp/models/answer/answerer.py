@@ -105,8 +105,9 @@ class Answerer(Protocol):
         """A state dict under this model's names, see `LanguageAnswerer.matched`."""
 
 
-NAMES = ("family", "arch", "model_type", "fusion")
-"""Settings that say whose model it is, or are of the Q-Former alone; a source leaves those of others alone."""
+NAMES = ("family", "arch", "model_type", "fusion", "seed")
+"""Settings that say whose model it is, are of the Q-Former alone, or are for adapters and sampler as well; a source
+leaves those that it has no use for alone."""
 
 
 def build_answerer(source: str, settings: Mapping[str, Any]) -> Any:

@@ -154,11 +154,35 @@ class LanguageAnswerer(nn.Module):
         Raises:
             ConfigError: a setting is not known or not supported.
         """
+        return self._written(
+            lambda wanted: self._generate(prefix, prefix_mask, prompts, wanted),
+            len(prompts),
+            generators,
+            scored,
+            watched_by,
+            settings,
+        )
+
+    @property
+    def writer(self) -> nn.Module:
+        """The model whose `generate` writes answers: the language model, or the whole that it is the inner part of."""
+        return self.language_model
+
+    def _written(
+        self,
+        generate: Callable[[Mapping[str, object]], object],
+        rows: int,
+        generators: Sequence[torch.Generator] | None,
+        scored: bool,
+        watched_by: Mapping[str, object] | None,
+        settings: Mapping[str, object],
+    ) -> Answers:
+        """What `generate` makes of the checked settings: ids of the answers, or more where they are scored."""
         settings = checked(settings, encoder_decoder=self.is_encoder_decoder)
-        model, device = self.language_model, self.language_model.get_input_embeddings().weight.device
-        wanted = arguments(settings, model.generation_config, len(prompts), generators, device)
+        model, device = self.writer, self.writer.get_input_embeddings().weight.device
+        wanted = arguments(settings, model.generation_config, rows, generators, device)
         wanted |= {"return_dict_in_generate": scored, "output_logits": scored, **(watched_by or {})}
-        made = self._generate(prefix, prefix_mask, prompts, wanted)
+        made = generate(wanted)
         if not scored:
             return Answers(self._texts(made), None, None)
         scores = model.compute_transition_scores(
@@ -195,7 +219,7 @@ class LanguageAnswerer(nn.Module):
     @property
     def _end_ids(self) -> list[int]:
         """Ids that end an answer: the end marks of the tokenizer and of the generation config."""
-        return _ids_of(self.tokenizer.eos_token_id, self.language_model.generation_config.eos_token_id)
+        return _ids_of(self.tokenizer.eos_token_id, self.writer.generation_config.eos_token_id)
 
     def _with_prefix(
         self, prefix: Tensor, prefix_mask: Tensor, ids: Tensor, mask: Tensor, labels: Tensor | None = None
@@ -296,13 +320,12 @@ class PrefixReading:
         )
 
     def stream(self, *, generators: Sequence[torch.Generator] | None = None, **generation) -> Iterator[list[str]]:
-        if (generation.get("num_beams") or 1) > 1:
-            raise ConfigError(
-                f"generation setting num_beams={generation['num_beams']!r} does not go with streaming: beams are "
-                "chosen at the end; set it to 1"
-            )
-        pieces = _Pieces(self.answerer, len(self.prompts))
-        return pieces.of(lambda watched: self.answers(generators=generators, watched_by=watched, **generation))
+        refuse_beams(generation)
+        return stream_of(
+            self.answerer,
+            len(self.prompts),
+            lambda watched: self.answers(generators=generators, watched_by=watched, **generation),
+        )
 
     @torch.no_grad()
     def log_probs(self, rows: list[int], answers: list[str]) -> tuple[Tensor, Tensor, Tensor]:
@@ -372,6 +395,22 @@ def _at(cache, rows: Tensor):
     for number, layer in enumerate(cache.layers):
         taken.update(layer.keys[rows], layer.values[rows], number)
     return taken
+
+
+def refuse_beams(generation: Mapping[str, object]) -> None:
+    """Raise ConfigError where answers are asked for piece by piece and with beams."""
+    if (generation.get("num_beams") or 1) > 1:
+        raise ConfigError(
+            f"generation setting num_beams={generation['num_beams']!r} does not go with streaming: beams are "
+            "chosen at the end; set it to 1"
+        )
+
+
+def stream_of(
+    answerer: LanguageAnswerer, rows: int, generate: Callable[[Mapping[str, object]], Answers]
+) -> Iterator[list[str]]:
+    """The pieces of what `generate` makes for `rows` prompts, given the streamer that watches it; see `Reading`."""
+    return _Pieces(answerer, rows).of(generate)
 
 
 class _Pieces:

@@ -139,8 +139,11 @@ def checked_attention(name: str | None) -> str | None:
     return None if name == "sdpa" else name
 
 
-def quantization_config(kind: str, dtype: str):
+def quantization_config(kind: str, dtype: str, skipped: Iterable[str] = NOT_QUANTIZED):
     """What `from_pretrained` needs to hold the language model's linear layers in 8 or 4 bits.
+
+    Args:
+        skipped: names of the modules that stay as they are; the output layer does in any case.
 
     Raises:
         ConfigError: the kind is not known, or bitsandbytes or a CUDA device is missing.
@@ -158,7 +161,7 @@ def quantization_config(kind: str, dtype: str):
         )
     from transformers import BitsAndBytesConfig
 
-    skipped = list(NOT_QUANTIZED)
+    skipped = list(dict.fromkeys((*skipped, "lm_head")))
     if kind == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     return BitsAndBytesConfig(

@@ -222,7 +222,7 @@ def require_weights(cfg: Mapping[str, Any]) -> None:
     wanted = {}
     if used.sampler:
         wanted = {"model.sampler.weights": "config.json", "model.sampler.tokenizer": "tokenizer_config.json"}
-    if cfg["backbone"]["source"] == "hub":
+    if cfg["backbone"]["source"] in ("hub", "transformers"):
         wanted["model.backbone.weights"] = "config.json"
     missing = {}
     for key, file in wanted.items():

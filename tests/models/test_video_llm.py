@@ -1,0 +1,362 @@
+"""Models of transformers with a chat template behind the seam, each as a tiny random one in the hub's layout."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from test_lstp import batch, row
+
+from lavis_lstp.errors import ConfigError, WeightsError
+from lavis_lstp.models.lstp import LSTP
+from lavis_lstp.models.weights.parts import part_of, prefixes_of
+from lavis_lstp.testing.tiny_video_llms import VIDEO_LLMS, write_video_llm
+
+pytestmark = pytest.mark.skipif(
+    int(transformers.__version__.split(".")[0]) < 5, reason="processors of transformers 4 are told other things"
+)
+QWEN = ("qwen2_5_vl", "qwen3_vl")
+NAMES = list(VIDEO_LLMS)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """name -> its folder, written once."""
+    root = tmp_path_factory.mktemp("models")
+
+    @lru_cache
+    def written(name: str) -> Path:
+        write_video_llm(root / name, name=name, spread=0.2)
+        return root / name
+
+    return written
+
+
+def settings(path: Path, name: str, **overrides) -> dict:
+    backbone = {"source": "transformers", "weights": str(path), "dtype": "float32", **overrides.pop("backbone", {})}
+    return {
+        "backbone": backbone,
+        "prompt": "{question}",
+        "answer_template": "{answer}" + VIDEO_LLMS[name].end,
+        "train": [],
+        "selector": {"name": "uniform", "num_selected": 3},
+        "generation": {"max_new_tokens": 6},
+        **overrides,
+    }
+
+
+@pytest.fixture(scope="module")
+def built(folder):
+    """name -> a model that nobody changes."""
+    return lru_cache(lambda name: LSTP.from_config(settings(folder(name), name)).eval())
+
+
+def samples(lengths=(8, 5, 1)) -> dict:
+    made = batch(lengths)
+    made["frame_times"] = torch.arange(max(lengths))[None] * torch.tensor([[1.5], [0.7], [0.0]])[: len(lengths)]
+    return made
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_are_answered_as_alone(built, name):
+    """Videos of eight and five frames, and a text."""
+    model, mixed = built(name), samples((8, 2, 0))
+    together = model.answer(mixed)
+    assert len({log_prob["sum"] for log_prob in together["log_prob"]}) == 3
+    unseen = model.answer({**mixed, "frames": 255 - mixed["frames"]})["log_prob"]
+    assert unseen[:2] != together["log_prob"][:2] and unseen[2] == together["log_prob"][2]
+    for i in range(3):
+        alone = model.answer(row_of(mixed, i))
+        assert alone["prediction"] == together["prediction"][i : i + 1]
+        assert math.isclose(alone["log_prob"][0]["sum"], together["log_prob"][i]["sum"], abs_tol=2e-3)
+
+
+def row_of(samples: dict, i: int) -> dict:
+    real = max(1, int(samples["frame_mask"][i].sum()))
+    return {**row(samples, i), **{k: samples[k][i : i + 1, :real] for k in ("frames", "frame_mask", "frame_times")}}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_loss_log_probs_and_answers_agree(built, name):
+    """What greedy search says is what the scorer calls greedy, and as likely; the loss is that of all tokens."""
+    model, given = built(name), samples()
+    told = model.answer(given)
+    template = VIDEO_LLMS[name].end
+    options = [[text, "red", "a blue star"] for text in told["prediction"]]
+    scored = model.score_options({**given, "options": options})["option_log_prob"]
+    reading = model.look(given, told["frame_index"], told["prompt"])
+    answers = [f"{answer}{template}" for answer in given["text_output"]]
+    sums, counts, _ = reading.log_probs([0, 1, 2], answers)
+    loss = reading.loss(answers)
+    assert loss.item() == pytest.approx(-(sums.sum() / counts.sum()).item(), abs=1e-4)
+    assert all(len(row) == 3 and row[1]["tokens"] == len("red") + 1 for row in scored)
+    ids = model.backbone.tokenizer("red" + template, add_special_tokens=False)["input_ids"]
+    assert model.backbone.answer_ids(["red" + template]) == [ids]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_beams_are_as_likely_as_they_say(built, name):
+    """Rows and the frames behind them stay together when they are repeated for each beam."""
+    model, given = built(name), samples()
+    tokenizer = model.backbone.tokenizer
+    letters = set(tokenizer("abcdefghijklmnopqrstuvwxyz", add_special_tokens=False)["input_ids"])
+    others = [i for i in range(len(tokenizer)) if i not in letters]
+    found = model.backbone.look(*_shown(model, given)).answers(num_beams=3, max_new_tokens=4, suppress_tokens=others)
+    sums, counts, _ = model.backbone.look(*_shown(model, given)).log_probs([0, 1, 2], found.texts)
+    assert counts.tolist() == found.counts.tolist() == [4, 4, 4]
+    assert torch.allclose(sums, found.log_probs, atol=2e-3)
+
+
+def _shown(model: LSTP, given: dict) -> tuple:
+    from lavis_lstp.batch import chosen_frames
+
+    index = model.locate(given)["frame_index"]
+    frames, which, times = chosen_frames(given, index)
+    return frames, which, model.prompts(given), times
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("drawn", [{}, {"do_sample": True, "top_k": 20}])
+def test_pieces_of_a_stream_are_the_answers(built, name, drawn):
+    model, given = built(name), samples()
+    pieces, stream = ["", "", ""], model.stream(given, **drawn)
+    while True:
+        try:
+            new = next(stream)
+        except StopIteration as end:
+            result = end.value
+            break
+        pieces = [a + b for a, b in zip(pieces, new, strict=True)]
+    whole = model.answer(given, **drawn)
+    assert pieces == whole["prediction"] == result["prediction"]
+    assert result["log_prob"] == whole["log_prob"]
+
+
+# ---- true times -----------------------------------------------------------------------------------------------------
+
+CHOSEN = (40, 69, 110, 190, 220, 224, 294, 295)
+"""Frames of a 30 fps video; the mean seconds of each two are 1.8, 5.0, 7.4, 9.8."""
+
+
+def read(model: LSTP, times_s: list[float], prompt: str = "what?") -> dict:
+    frames = torch.zeros(len(times_s), 3, 64, 64, dtype=torch.uint8)
+    which = torch.arange(len(times_s))[None]
+    return model.backbone.look(frames, which, [prompt], torch.tensor([times_s])).groups[0]
+
+
+def text_of(model: LSTP, times_s: list[float], **more) -> str:
+    return model.backbone.tokenizer.decode(read(model, times_s, **more).tokens["input_ids"][0])
+
+
+def test_qwen3_writes_the_seconds_of_the_file(built):
+    """Facts of the published processor: true times, and not 0.2, 1.2, 2.2, 3.2 of a list at one frame a second."""
+    text = text_of(built("qwen3_vl"), [frame / 30 for frame in CHOSEN])
+    told = [word.split(" seconds>")[0] for word in text.split("<") if "seconds>" in word]
+    assert told == ["1.8", "5.0", "7.4", "9.8"]
+    uneven = text_of(built("qwen3_vl"), [0.0, 0.25, 61.0, 62.0])  # of a variable frame rate
+    assert "<0.1 seconds>" in uneven and "<61.5 seconds>" in uneven
+
+
+def test_smolvlm_writes_minutes_and_seconds(built):
+    text = text_of(built("smolvlm"), [1.0, 61.5, 600.0])
+    assert all(f"Frame from {time}:" in text for time in ("00:01", "01:01", "10:00")) and "0:10:00" in text
+
+
+def test_qwen2_5_places_frames_at_their_seconds(built):
+    """Two positions a second, of the first frame of each pair; the text goes on behind them."""
+    model = built("qwen2_5_vl")
+    group = read(model, [frame / 30 for frame in CHOSEN])
+    video = group.tokens["mm_token_type_ids"][0] == 2
+    text, time, height, _ = group.positions[:, 0]
+    begin = int(height[video].min())
+    assert sorted(set((time[video] - begin).tolist())) == [int(2 * frame / 30) for frame in CHOSEN[::2]]
+    after = int(video.nonzero()[-1]) + 1
+    assert time[after] == height[after] == time[video].max() + 1 and text[after] == after
+    # as transformers has them where frames are evenly spaced from the start
+    own, _ = model.backbone.model.model.get_rope_index(
+        group.tokens["input_ids"],
+        mm_token_type_ids=group.tokens["mm_token_type_ids"],
+        video_grid_thw=group.frames["video_grid_thw"],
+        second_per_grid_ts=[1.0],
+    )
+    even = read(model, [0.5 * i for i in range(8)])
+    assert torch.equal(even.positions[1:, 0, :after], own[:, 0, :after])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_who_is_told_times_by_itself(built, name):
+    assert built(name).backbone.tells_times() == (name in (*QWEN, "smolvlm"))
+
+
+def test_a_model_that_cannot_be_told_reads_them_in_the_prompt(folder, built, caplog):
+    times_s = [frame / 30 for frame in CHOSEN]
+    assert "seconds" not in text_of(built("internvl"), times_s)
+    asked = settings(folder("internvl"), "internvl", backbone={"times_in_prompt": True})
+    caplog.clear()
+    told = text_of(LSTP.from_config(asked), times_s)
+    assert "The frames show these seconds of the video: 1.3, 2.3, 3.7, 6.3, 7.3, 7.5, 9.8, 9.8.\nwhat?" in told
+    assert "not told when" not in caplog.text
+
+
+def test_frames_without_times_are_not_given_any(built):
+    """Nobody knows them, so that they are images and not a video that begins at 0 s."""
+    model, given = built("qwen3_vl"), batch((4, 4, 4))
+    frames, which, prompts, times_s = _shown(model, given)
+    assert times_s is None
+    (group,) = model.backbone.look(frames, which, prompts).groups
+    assert "image_grid_thw" in group.frames and "video_grid_thw" not in group.frames
+
+
+# ---- what is refused ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mark", ["<|video_pad|>", "<|im_end|>", "<|im_start|>"])
+def test_a_question_with_a_mark_of_the_model_is_refused(built, mark):
+    with pytest.raises(ConfigError, match="a mark of the model's own") as caught:
+        built("qwen3_vl").answer({**samples(), "text_input": [f"ignore this{mark}", "b", "c"]})
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match="stands for frames"):
+        built("qwen3_vl")({**samples(), "text_output": ["<|video_pad|>", "b", "c"]})
+
+
+def test_the_published_prompt_is_refused_with_the_remedy(folder):
+    model = LSTP.from_config(
+        {**settings(folder("llava_onevision"), "llava_onevision"), "prompt": "USER: <video>\n{question}"}
+    )
+    with pytest.raises(ConfigError, match=r"set it to '\{question\}'"):
+        model.answer(samples())
+
+
+def test_long_questions_are_cut_and_frames_are_not(folder):
+    model = LSTP.from_config(settings(folder("qwen3_vl"), "qwen3_vl", backbone={"max_text_tokens": 5}))
+    assert "abcde<|im_end|>" in text_of(model, [0.0, 1.0], prompt="abcdefgh")
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"weights": "nowhere/model"}, "missing weights"),
+        ({"weights": None}, "model.backbone.weights is empty"),
+        ({"dtype": "float8"}, "dtype"),
+        ({"quantization": "4bit"}, "needs the package bitsandbytes|needs a CUDA device"),
+        ({"config": {"num_query_tokens": 4}}, "config is for source hub"),
+    ],
+)
+def test_settings_that_cannot_be_followed(folder, monkeypatch, change, line):
+    from lavis_lstp.models.weights import hub
+
+    monkeypatch.setattr(hub, "_hub_answers", lambda: False)
+    with pytest.raises((ConfigError, WeightsError), match=line) as caught:
+        LSTP.from_config(settings(folder("qwen3_vl"), "qwen3_vl", backbone=change))
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_that_are_not_all_there(folder, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    broken = shutil.copytree(folder("qwen3_vl"), tmp_path / "model")
+    weights = load_file(broken / "model.safetensors")
+    weights.pop(next(key for key in weights if "q_proj" in key))
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(WeightsError, match="lacks 1 weights, first .*q_proj"):
+        LSTP.from_config(settings(broken, "qwen3_vl"))
+
+
+# ---- training -------------------------------------------------------------------------------------------------------
+
+LORA = {"r": 4, "alpha": 8, "dropout": 0.1, "targets": None}
+
+
+def parts_with_gradients(model: LSTP) -> set[str | None]:
+    prefixes = prefixes_of(model)
+    return {part_of(key, prefixes) for key, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+
+
+def shake(model: LSTP) -> None:
+    """As if adapters had learnt something."""
+    generator = torch.Generator().manual_seed(0)
+    for key, parameter in model.named_parameters():
+        if ".lora_" in key:
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("train", [["lora"], ["projection", "lora"], ["vision", "projection", "language_model"]])
+def test_what_is_named_learns_and_is_all_a_checkpoint_holds(folder, tmp_path, name, train):
+    """With checkpointed activations the gradients are the same; adapters can be merged."""
+    given, lora = samples((8, 4, 0)), LORA if "lora" in train else None
+    whole = settings(folder(name), name, train=train, lora=lora)
+    model = LSTP.from_config(whole)
+    shake(model)
+    model.eval()(given)["loss"].backward()
+    assert parts_with_gradients(model) == set(train)
+    saving = {**whole, "backbone": {**whole["backbone"], "gradient_checkpointing": True}}
+    other = LSTP.from_config(saving)
+    shake(other)
+    other.eval()(given)["loss"].backward()
+    for (key, one), two in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert (one.grad is None) == (two.grad is None), key
+        assert one.grad is None or torch.allclose(one.grad, two.grad, atol=1e-6), key
+
+    state = model.trainable_state_dict()
+    assert state and {part_of(key, prefixes_of(model)) for key in state} == set(train)
+    torch.save(state, tmp_path / "trained.pt")
+    before = model(given)["loss"].item()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            if parameter.requires_grad:
+                parameter.zero_()
+    assert other.load_checkpoint(str(tmp_path / "trained.pt")) == sorted(train)
+    assert other(given)["loss"].item() == pytest.approx(before, abs=1e-6)
+    if lora:
+        other.backbone.merge_lora()
+        assert not any(".lora_" in key for key in other.state_dict())
+        assert other(given)["loss"].item() == pytest.approx(before, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_few_steps_lower_the_loss(folder, name):
+    torch.manual_seed(0)
+    model = LSTP.from_config(settings(folder(name), name, train=["projection", "lora"], lora=LORA)).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
+    losses = []
+    for _ in range(6):
+        loss = model(samples())["loss"]
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < losses[0] - 0.1 and all(map(math.isfinite, losses))
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "smolvlm"])
+def test_half_precision_computes_what_float32_does(folder, built, name):
+    """What learns is held in float32 beside frozen bfloat16 weights, without autocast around it."""
+    half = settings(folder(name), name, train=["projection", "lora"], lora=LORA, backbone={"dtype": "bfloat16"})
+    model = LSTP.from_config(half).eval()
+    loss = model(samples())["loss"]
+    loss.backward()
+    assert loss.item() == pytest.approx(built(name)(samples())["loss"].item(), abs=0.1)
+    assert len(model.answer(samples())["prediction"]) == 3
+
+
+def test_frames_are_labelled_one_by_one(built):
+    """By the answer that each frame alone gives, as an image."""
+    model, given = built("qwen3_vl"), samples((4, 3, 1))
+    prompts = model.prompts(given)
+    said = [
+        model.backbone.look(given["frames"][i, t : t + 1], torch.zeros(1, 1).long(), [prompts[i]])
+        .answers(max_new_tokens=6, scored=False)
+        .texts[0]
+        for i, t in ((0, 2), (1, 1))
+    ]
+    given["text_output"] = [*said, "red"]
+    scores = model.pseudo_scores(given)
+    assert scores[0, 2] == 1 and scores[1, 1] == 1 and not scores[2].any()
+    assert torch.equal(scores, model.pseudo_scores(given, rows=2))
