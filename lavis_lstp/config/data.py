@@ -125,7 +125,10 @@ class VideoSettings(PictureSettings):
     spans_form: str = key(
         "lavis_lstp", one_of=("lavis_lstp", "indices", "fractions")
     )  # published files: indices (0..31) or fractions (0..1), both ends inclusive
-    backend: str = key("pyav", one_of=("pyav", "decord"))  # what decodes
+    backend: str = key("pyav", one_of=("pyav", "decord", "torchcodec"))  # what decodes
+    decode_threads: int = key(1, least=1, most=64)  # of the decoder of each loader process
+    decode_size: int | None = key(None, least=1, most=SIDE)  # px, FFmpeg brings the shorter side down to it; null = no
+    hardware: str | None = key(None, one_of=("cuda", "vaapi", "videotoolbox", "qsv", "d3d11va"))  # device that decodes
     # keyframe: in place of each frame the nearest key frame, at its own time; several times faster
     frames: str = key("exact", one_of=("exact", "keyframe"))
     # motion_vectors: from a frame to the next one read (sampled, published), or to the next picture of the file (local)

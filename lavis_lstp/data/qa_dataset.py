@@ -67,7 +67,8 @@ class VideoQADataset(Dataset):
         flow_size: side in px of motion vectors' field, and of the still flow of images and texts; None = that of the
             frames.
         spans: pseudo spans by question id, or None; see `data.spans`.
-        backend: pyav or decord.
+        backend: pyav, decord or torchcodec.
+        decode_threads, decode_size, hardware: how pyav decodes; see `read_frames`.
         frames: exact, or keyframe: in place of each frame the nearest key frame of the file.
         flow_pairs: of motion_vectors: sampled, from each frame to the next one read, or local, to the file's next.
         cache_videos: so many decoded videos are kept in memory, in each loader process; at least one always is.
@@ -101,6 +102,9 @@ class VideoQADataset(Dataset):
         max_flows: int | None = None,
         spans: Spans | None = None,
         backend: str = "pyav",
+        decode_threads: int = 1,
+        decode_size: int | None = None,
+        hardware: str | None = None,
         frames: str = "exact",
         flow_pairs: str = "sampled",
         cache_videos: int = 0,
@@ -129,6 +133,7 @@ class VideoQADataset(Dataset):
         self.max_flows = max_flows
         self.spans = spans
         self.backend = backend
+        self.decoding = {"threads": decode_threads, "decode_size": decode_size, "hardware": hardware}
         self.exact = frames == "exact"
         self.flow_pairs = flow_pairs
         self.cache_videos = cache_videos
@@ -252,6 +257,7 @@ class VideoQADataset(Dataset):
         if self.fps is not None or self.short_videos != "keep":
             settings += [self.fps, self.short_videos]
         settings += [] if self.exact else ["keyframe"]
+        settings += [self.decoding["decode_size"]] if self.decoding["decode_size"] else []
         settings += [self.flow_pairs] if self.flow_pairs != "sampled" else []
         settings += [self.max_flows] if self.max_flows is not None else []
         spans = {name: span and list(span) for name, span in (self.spans or {}).items()}
@@ -350,7 +356,7 @@ class VideoQADataset(Dataset):
         else:
             source, name = self.annotation.medium(place)
             codec_flow = {"motion_vectors": codec, "flow_size": self.flow_size if codec else None}
-            codec_flow |= {"flow_pairs": self.flow_pairs, "exact": self.exact}
+            codec_flow |= {"flow_pairs": self.flow_pairs, "exact": self.exact, **self.decoding}
             video = read_frames(source, between_s=clip_s, backend=self.backend, name=name, **chosen, **codec_flow)
             frames, times_s, flow = video.frames, video.times_s, video.flow.astype(np.float16) if codec else None
             duration_s = video.info.duration_s
