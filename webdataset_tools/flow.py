@@ -18,7 +18,7 @@ import numpy as np
 from lavis_lstp.data.pictures import DEFAULT_MAX_MEGAPIXELS, open_picture
 from lavis_lstp.data.shards.format import VIDEO_MEMBERS, dump_flow, parse_frames
 from lavis_lstp.data.shards.storage import expand
-from lavis_lstp.data.video.reading import read_frames
+from lavis_lstp.data.video.reading import FLOW_PAIRS, read_frames, read_pairs
 from lavis_lstp.errors import ConfigError, ShardError
 from lavis_lstp.files import sha256_file
 from webdataset_tools.derive import derive
@@ -41,10 +41,12 @@ class Settings:
     device: str = "cpu"
     pairs_at_once: int = 8
     max_megapixels: float = DEFAULT_MAX_MEGAPIXELS
+    flow_pairs: str = "sampled"
 
     def about(self) -> dict[str, str]:
         """What decides the result, as texts."""
         others = ("device", "pairs_at_once", "max_megapixels")
+        others += ("flow_pairs",) if self.flow_pairs == "sampled" else ()  # as sets were written that know no others
         facts = {name: value for name, value in asdict(self).items() if name not in others}
         facts["weights"] = sha256_file(self.weights) if self.weights else None
         return {name: str(value) for name, value in facts.items()}
@@ -76,19 +78,16 @@ def sample_flow(value: Mapping[str, Any], read: Callable[..., dict], name: str, 
         raise ShardError(f"{name}: expected one video, it has {', '.join(content) or 'none'}", "missing member")
     else:
         (member,) = content
-        given = settings.extractor == "motion_vectors"
-        video = read_frames(
-            content[member],
-            num=settings.num_frames,
-            fps=settings.fps,
-            size=settings.size,
-            motion_vectors=given,
-            max_megapixels=settings.max_megapixels,
-            name=f"{name}.{member}",
-        )
-        if given:
+        chosen = {"num": settings.num_frames, "fps": settings.fps, "size": settings.size}
+        chosen |= {"max_megapixels": settings.max_megapixels, "name": f"{name}.{member}"}
+        if settings.extractor == "motion_vectors":
+            video = read_frames(content[member], motion_vectors=True, flow_pairs=settings.flow_pairs, **chosen)
             return dump_flow(video.flow, about)
-        frames = video.frames
+        if settings.flow_pairs == "local":
+            pairs = torch.from_numpy(read_pairs(content[member], **chosen))
+            fields = [_extractor(settings)(pair[None].to(settings.device))[0, 0] for pair in pairs]
+            return dump_flow(torch.stack(fields).cpu().numpy(), about)
+        frames = read_frames(content[member], **chosen).frames
     flow = _extractor(settings)(torch.from_numpy(frames)[None].to(settings.device))
     return dump_flow(flow[0].cpu().numpy(), about)
 
@@ -96,6 +95,8 @@ def sample_flow(value: Mapping[str, Any], read: Callable[..., dict], name: str, 
 def _stored(raw: bytes, name: str, settings: Settings) -> np.ndarray:
     """uint8 [T,3,H,W] of stored frames, or of a folder of pictures."""
     stored = parse_frames(raw, f"{name}.frames")
+    if settings.flow_pairs == "local":
+        raise ConfigError(f"{name}: stored frames have no next picture of a video; choose --flow-pairs sampled")
     if settings.extractor == "motion_vectors":
         raise ConfigError(f"{name}: stored frames have no motion vectors; choose another --flow")
     if stored.folder:
@@ -125,6 +126,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-frames", type=positive, default=32, help="as datasets.<name>.num_frames; default: 32")
     parser.add_argument("--fps", type=above_zero, help="as datasets.<name>.fps")
     parser.add_argument("--size", type=positive, default=224, help="px, side of the frames compared; default: 224")
+    pairs = "from a frame to the next one read (sampled) or to the next picture of the file (local); default: sampled"
+    parser.add_argument("--flow-pairs", default="sampled", choices=FLOW_PAIRS, help=pairs)
     parser.add_argument("--weights", help="RAFT's weights; default: torchvision's file in torch's cache")
     parser.add_argument("--device", default="cpu", help="for RAFT: cpu, cuda; default: cpu")
     parser.add_argument("--pairs-at-once", type=positive, default=8, help="RAFT's batch; default: 8")
@@ -134,7 +137,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     chosen = (args.flow, args.num_frames, args.fps, args.size, args.weights, args.device, args.pairs_at_once)
-    settings = Settings(*chosen, args.max_megapixels)
+    settings = Settings(*chosen, args.max_megapixels, args.flow_pairs)
     if settings.weights and not settings.extractor.startswith("raft"):
         raise ConfigError(f"--weights: flow '{settings.extractor}' has none")
     if settings.extractor != "motion_vectors":

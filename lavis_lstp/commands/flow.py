@@ -25,7 +25,14 @@ from lavis_lstp.data.annotation import check_object, parse_rows, read_text
 from lavis_lstp.data.folder import check_name
 from lavis_lstp.data.pictures import DEFAULT_MAX_MEGAPIXELS
 from lavis_lstp.data.video.picture_folder import sha256_of_pictures
-from lavis_lstp.data.video.reading import BACKENDS, FLOW_FILE_VERSION, VIDEO_ENDINGS, read_frames
+from lavis_lstp.data.video.reading import (
+    BACKENDS,
+    FLOW_FILE_VERSION,
+    FLOW_PAIRS,
+    VIDEO_ENDINGS,
+    read_frames,
+    read_pairs,
+)
 from lavis_lstp.errors import AnnotationError, ConfigError, LstpError, VideoError
 from lavis_lstp.files import find_path, owned, sha256_file, sorted_header, whole_file
 from lavis_lstp.models.weights.hub import local_path, where_to_put
@@ -107,6 +114,7 @@ def settings_of(args: argparse.Namespace) -> dict[str, str]:
     return {
         "version": str(FLOW_FILE_VERSION),
         "extractor": args.flow,
+        "flow_pairs": args.flow_pairs,
         "requested_frames": str(args.num_frames),
         "frame_size": str(args.size),
         "flow_size": str(args.flow_size or args.size),
@@ -129,6 +137,7 @@ def is_finished(target: Path, video: Path, settings: dict[str, str]) -> bool:
             metadata = file.metadata() or {}
     except (SafetensorError, OSError):
         metadata = {}
+    metadata = {"flow_pairs": "sampled"} | metadata  # of files written before there were others
     wanted = settings | {"source_bytes": str(video.stat().st_size) if video.is_file() else ""}
     other = [f"{k} {metadata.get(k)!r}, not {v!r}" for k, v in wanted.items() if metadata.get(k) != v]
     if other:
@@ -140,20 +149,16 @@ def video_flow(video: Path, args: argparse.Namespace, extractor: Any) -> np.ndar
     """float16 [T,2,h,w] of one video."""
     import torch
 
-    given = args.flow == "motion_vectors"
-    clip = read_frames(
-        video,
-        num=args.num_frames,
-        size=args.size,
-        backend=args.backend,
-        motion_vectors=given,
-        flow_size=args.flow_size if given else None,
-        threads=args.threads,
-        max_megapixels=args.max_megapixels,
-    )
-    if given:
-        return clip.flow.astype(np.float16)
-    frames = torch.from_numpy(clip.frames)[None].to(args.device)
+    chosen = {"num": args.num_frames, "size": args.size, "backend": args.backend, "threads": args.threads}
+    chosen["max_megapixels"] = args.max_megapixels
+    if args.flow == "motion_vectors":
+        codec = {"motion_vectors": True, "flow_size": args.flow_size, "flow_pairs": args.flow_pairs}
+        return read_frames(video, **chosen, **codec).flow.astype(np.float16)
+    if args.flow_pairs == "local":
+        pairs = torch.from_numpy(read_pairs(video, **chosen))
+        fields = [extractor(pair[None].to(args.device))[0, 0] for pair in pairs]
+        return torch.stack(fields).cpu().numpy().astype(np.float16)
+    frames = torch.from_numpy(read_frames(video, **chosen).frames)[None].to(args.device)
     return extractor(frames)[0].cpu().numpy().astype(np.float16)
 
 
@@ -180,6 +185,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--num-frames", type=int, default=64, help="as datasets.<name>.num_frames; default: 64")
     parser.add_argument("--size", type=int, default=224, help="px, side of the frames that are compared; default: 224")
     parser.add_argument("--flow-size", type=int, help="px, side of the stored field; default: --size")
+    pairs = "from a frame to the next one read (sampled, as published) or to the next picture of the file (local)"
+    parser.add_argument("--flow-pairs", default="sampled", choices=FLOW_PAIRS, help=f"{pairs}; default: sampled")
     parser.add_argument("--videos", help="where an annotation's relative paths begin; default: its own folder")
     parser.add_argument("--backend", default="pyav", choices=BACKENDS)
     parser.add_argument("--device", default="cpu", help="for RAFT: cpu, cuda, ...; default: cpu")

@@ -131,7 +131,7 @@ class VideoSettings(PictureSettings):
     hardware: str | None = key(None, one_of=("cuda", "vaapi", "videotoolbox", "qsv", "d3d11va"))  # device that decodes
     # keyframe: in place of each frame the nearest key frame, at its own time; several times faster
     frames: str = key("exact", one_of=("exact", "keyframe"))
-    # motion_vectors: from a frame to the next one read (sampled, published), or to the next picture of the file (local)
+    # flow from a frame to the next one read (sampled, as published), or to the next picture of the file (local)
     flow_pairs: str = key("sampled", one_of=("sampled", "local"))
     cache_videos: int = key(0, least=0)  # decoded videos kept in memory by each loader process
 

@@ -177,9 +177,9 @@ class FolderQuestions(Sequence):
         path = find_path(self.flow_root, f"{place[1]}{ENDING}")
         return path if path.is_file() else None
 
-    def flow(self, place: Place, num_frames: int) -> np.ndarray:
-        """float16 [T,2,h,w] in px of its own grid."""
-        return read_flow_file(self._flow_file(place), num_frames)
+    def flow(self, place: Place, num_frames: int, pairs: str) -> np.ndarray:
+        """float16 [T,2,h,w] in px of its own grid, between sampled frames or from each to the file's next picture."""
+        return read_flow_file(self._flow_file(place), num_frames, pairs)
 
     def _flow_file(self, place: Place) -> Path:
         """By the id; else by the whole name, which `lavis-lstp flow` uses in folders with a.mp4 beside a.gif."""

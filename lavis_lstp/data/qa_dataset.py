@@ -70,7 +70,7 @@ class VideoQADataset(Dataset):
         backend: pyav, decord or torchcodec.
         decode_threads, decode_size, hardware: how pyav decodes; see `read_frames`.
         frames: exact, or keyframe: in place of each frame the nearest key frame of the file.
-        flow_pairs: of motion_vectors: sampled, from each frame to the next one read, or local, to the file's next.
+        flow_pairs: sampled, from each frame to the next one read, or local, to the file's next.
         cache_videos: so many decoded videos are kept in memory, in each loader process; at least one always is.
         max_bad_fraction: share of samples that may fail to decode, or have no file, before the run stops.
         quarantine: file that a line of JSON is appended to for each sample that fails; None = the log alone.
@@ -156,8 +156,11 @@ class VideoQADataset(Dataset):
     def _check_settings(self) -> None:
         if not self.exact and self.flow == "precomputed":
             raise ConfigError(f"{self.section}.frames: keyframe does not go with flow: precomputed, which is of others")
-        if self.flow_pairs == "local" and self.flow != "motion_vectors":
-            raise ConfigError(f"{self.section}.flow_pairs: local is for flow: motion_vectors, flow is {self.flow}")
+        if self.flow_pairs == "local" and self.flow == "none":
+            raise ConfigError(
+                f"{self.section}.flow_pairs: local is for flow: motion_vectors, or precomputed by `lavis-lstp flow "
+                "--flow-pairs local`; flow is none"
+            )
         if self.flow not in FLOWS:
             raise ConfigError(unknown_name(f"{self.section}.flow", self.flow, FLOWS))
         if self.short_videos not in SHORT_VIDEOS:
@@ -367,7 +370,7 @@ class VideoQADataset(Dataset):
             if published is not None:
                 flow = read_published_flow(published, self.max_flows)
             else:
-                flow = self.annotation.flow(place, len(frames))
+                flow = self.annotation.flow(place, len(frames), self.flow_pairs)
         return frames, times_s, flow, duration_s
 
     def _read_image(self, place: Any) -> torch.Tensor:

@@ -27,10 +27,11 @@ from lavis_lstp.data.frame_numbers import sample_indices, uniform_centres
 from lavis_lstp.data.qa_dataset import VideoQADataset, read_annotation
 from lavis_lstp.data.shapes import shapes_qa
 from lavis_lstp.data.spans import read_spans
-from lavis_lstp.data.video.reading import flow_file, read_frames
+from lavis_lstp.data.video.reading import flow_file, read_frames, read_pairs
 from lavis_lstp.errors import AnnotationError, ConfigError, CoverageError, VideoError
 from lavis_lstp.files import find_path
 from lavis_lstp.metrics.coverage import join_by_id
+from lavis_lstp.models.where.flow import build_flow
 from lavis_lstp.runners.data_order import Batches
 from lavis_lstp.schema import Span
 
@@ -259,6 +260,42 @@ def test_flow_written_by_the_command_is_what_a_sample_holds(videos, tmp_path):
     for i in range(2):
         assert stored[i]["flow"].shape[0] == stored[i]["frames"].shape[0]
         assert torch.equal(stored[i]["flow"], read[i]["flow"]), i
+
+
+@pytest.mark.parametrize("extractor", ["motion_vectors", "dis"])
+def test_flow_to_the_next_picture_of_the_file_is_told_apart(videos, tmp_path, extractor):
+    (tmp_path / "a.json").write_text(json.dumps([entry(0)]))
+    source, out = str(tmp_path / "a.json"), str(tmp_path / "flow")
+    command = [source, out, "--videos", str(videos), "--flow", extractor, "--num-frames", "6", "--size", "32"]
+    assert flow_files.main([*command, "--flow-pairs", "local"]) == 0
+    rows, made = read_annotation(source), {"num_frames": 6, "image_size": 32, "flow": "precomputed", "flow_root": out}
+    stored = VideoQADataset(rows, videos, flow_pairs="local", **made)[0]["flow"]
+    if extractor == "motion_vectors":
+        read = VideoQADataset(rows, videos, num_frames=6, image_size=32, flow=extractor, flow_pairs="local")
+        assert torch.equal(stored, read[0]["flow"])
+    else:
+        pair = torch.from_numpy(read_pairs(videos / "long.mp4", num=6, size=32))
+        assert torch.equal(stored[2], build_flow("dis")(pair[2:3])[0, 0].half())
+        after = read_frames(videos / "long.mp4", num=6, size=32).indices[2] + 1
+        assert (pair[2, 1].numpy() == read_frames(videos / "long.mp4", indices=[after], size=32).frames[0]).all()
+    with pytest.raises(VideoError, match="flow of pairs 'local', expected 'sampled'; set flow_pairs: local"):
+        VideoQADataset(rows, videos, **made)[0]
+    with pytest.raises(ConfigError, match="made with flow_pairs 'local', not 'sampled'"):
+        flow_files.main(command)
+    with pytest.raises(ConfigError, match="flow_pairs: local is for flow: motion_vectors"):
+        VideoQADataset(rows, videos, flow_pairs="local")
+
+
+def test_decoding_settings_reach_the_reader(videos, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(qa_dataset, "read_frames", lambda source, **how: seen.update(how) or read_frames(source, **how))
+    made = {"num_frames": 3, "image_size": 16, "decode_threads": 2, "decode_size": 32}
+    small = VideoQADataset([entry()], videos, **made)
+    assert small[0]["frames"].shape == (3, 3, 16, 16)
+    assert (seen["threads"], seen["decode_size"], seen["hardware"]) == (2, 32, None)
+    whole = VideoQADataset([entry()], videos, num_frames=3, image_size=16, decode_threads=2)
+    alike = VideoQADataset([entry()], videos, num_frames=3, image_size=16)
+    assert small.fingerprint() != whole.fingerprint() == alike.fingerprint()
 
 
 def test_videos_are_decoded_once_while_the_cache_holds_them(videos, monkeypatch):

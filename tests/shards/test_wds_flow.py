@@ -15,7 +15,7 @@ from video_files import moving_texture, write_video
 
 from lavis_lstp.data.shards import flow_code, index, sets
 from lavis_lstp.data.shards.format import dump_flow, parse_flow
-from lavis_lstp.data.video.reading import read_frames
+from lavis_lstp.data.video.reading import read_frames, read_pairs
 from lavis_lstp.models.where.flow import UNINITIALISED, build_flow, radius_normalised
 from lavis_lstp.models.where.temporal_sampler import TemporalSampler
 from webdataset_tools.__main__ import main
@@ -78,6 +78,20 @@ def test_a_sample_without_its_video_is_named(media, tmp_path, capsys):  # noqa: 
     Path(shard).with_suffix(".index").unlink(missing_ok=True)
     assert main(["flow", shard, "--out", str(tmp_path / "f"), "--num-frames", "2", "--size", "32"]) == 2
     assert "v1%2Emp4: expected one video, it has none" in capsys.readouterr().err
+
+
+def test_flow_to_the_next_picture_of_each_video(moving, tmp_path, capsys):
+    shards = shards_of(moving, tmp_path / "s")
+    local = ("--flow-pairs", "local")
+    codec = fields(flow_of(shards, tmp_path / "codec", "--flow", "motion_vectors", *local))
+    wanted = read_frames(moving / "m1.mp4", num=4, size=64, motion_vectors=True, flow_pairs="local").flow
+    assert error_of(codec[1], wanted) < 0.02
+    pairs = torch.from_numpy(read_pairs(moving / "m0.mp4", num=4, size=64))
+    dis = fields(flow_of(shards, tmp_path / "dis", *local))
+    assert error_of(dis[0], build_flow("dis")(pairs)[:, 0].numpy()) < 0.02
+    frames = shards_of(moving, tmp_path / "frames", settings=Settings(frames=4, size=64, quality=98))
+    assert main(["flow", *frames, "--out", str(tmp_path / "i/f"), "--num-frames", "4", "--size", "64", *local]) == 2
+    assert "stored frames have no next picture" in capsys.readouterr().err
 
 
 def test_other_extractors_and_stored_frames(moving, tmp_path):

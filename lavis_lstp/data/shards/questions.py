@@ -43,7 +43,7 @@ from lavis_lstp.data.shards.storage import (
     scheme,
 )
 from lavis_lstp.data.spans import Spans, checked_spans
-from lavis_lstp.data.video.reading import flow_file, read_flow_file
+from lavis_lstp.data.video.reading import check_pairs, flow_file, read_flow_file
 from lavis_lstp.errors import AnnotationError, ConfigError, ShardError, VideoError, unknown_name
 from lavis_lstp.files import whole_file
 
@@ -346,21 +346,23 @@ class ShardQuestions(Sequence):
         """Shards hold flow of this package's form alone."""
         return None
 
-    def flow(self, place: Place, num_frames: int) -> np.ndarray:
-        """float16 [T,2,h,w] in px of its own grid.
+    def flow(self, place: Place, num_frames: int, pairs: str) -> np.ndarray:
+        """float16 [T,2,h,w] in px of its own grid, between sampled frames or from each to the file's next picture.
 
         Raises:
             ShardError: there is none, or it is for other frames.
+            VideoError: it is of other pairs.
         """
         if self._flow_root is not None:
             video_id = parse_json(self.content(place)["json"], self.name(place))["video_id"]
-            return read_flow_file(flow_file(self._flow_root, video_id), num_frames)
+            return read_flow_file(flow_file(self._flow_root, video_id), num_frames, pairs)
         raw = self.content(place).get("flow")
         if raw is None:
             raise ShardError(
                 f"{self.name(place)}: has no flow; make it with `python -m webdataset_tools flow`", "missing member"
             )
         flow, about = parse_flow(raw, f"{self.name(place)}.flow")
+        check_pairs(about, pairs, f"{self.name(place)}.flow", "python -m webdataset_tools flow")
         if len(flow) != num_frames:
             raise ShardError(
                 f"{self.name(place)}.flow: {len(flow)} fields (made with num_frames {about.get('num_frames')}), "

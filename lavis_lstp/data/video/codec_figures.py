@@ -60,8 +60,7 @@ def packet_costs(
 def motion_energy(
     source: Source, *, name: str | None = None, threads: int = 1, max_megapixels: float = DEFAULT_MAX_MEGAPIXELS
 ) -> np.ndarray:
-    """float32 [N]: how much each picture differs from the one before, as mean levels of stored brightness (0 to 255) per
-    frame.
+    """float32 [N]: how much each picture differs from the one before, as mean levels of stored brightness (0 to 255).
 
     Pictures that no other refers to are not decoded: they share evenly in the difference between their neighbours.
     The first picture has the value of the second, and a video of one picture has 0.

@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -54,8 +54,8 @@ from lavis_lstp.untrusted import why_no_file_name
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["VideoFrames", "VideoInfo", "probe", "read_flow_file", "read_frames", "resize_frames"]
-__all__ += ["BACKENDS", "FLOW_FILE_VERSION", "SHORT_VIDEOS", "VIDEO_ENDINGS"]
+__all__ = ["VideoFrames", "VideoInfo", "probe", "read_flow_file", "read_frames", "read_pairs"]
+__all__ += ["resize_frames", "BACKENDS", "FLOW_FILE_VERSION", "SHORT_VIDEOS", "VIDEO_ENDINGS"]
 
 BACKENDS = ("pyav", "decord", "torchcodec")
 FLOW_PAIRS = ("sampled", "local")
@@ -371,6 +371,28 @@ def _check_decoding(backend, motion_vectors, flow_pairs, decode_size, hardware) 
         raise ConfigError(f"motion vectors come from the processor's decoder alone; leave out hardware '{hardware}'")
 
 
+def read_pairs(source: Source, **how: Any) -> np.ndarray:
+    """uint8 [T,2,3,H,W]: the frames that `read_frames` gives, each with the next picture of the file.
+
+    The last picture of a file stands beside itself: nothing moves after it.
+
+    Args:
+        how: arguments of `read_frames`.
+
+    Raises:
+        ConfigError: a folder of pictures, whose pictures are too far apart.
+        VideoError: as `read_frames`.
+    """
+    if _is_pictures(source):
+        name = source_name(source, how.get("name")) if not isinstance(source, list) else how.get("name")
+        raise ConfigError(f"{name}: flow_pairs local needs a video, and these are pictures")
+    video = read_frames(source, **how)
+    chooses = ("num", "times_s", "indices", "fps", "short_videos", "between_s", "exact")
+    plain = {key: value for key, value in how.items() if key not in chooses}
+    after = read_frames(source, indices=[min(i + 1, video.info.num_frames - 1) for i in video.indices], **plain)
+    return np.stack([video.frames, after.frames], axis=1)
+
+
 def _is_pictures(source: Source | Sequence[bytes]) -> bool:
     return isinstance(source, list) or (isinstance(source, (str, os.PathLike)) and os.path.isdir(source))
 
@@ -510,11 +532,26 @@ def is_finite(flow: np.ndarray) -> bool:
     return int(flow.view(np.int16).max()) < 0x7C00 and int(flow.view(np.uint16).max()) < 0xFC00
 
 
-def read_flow_file(path: str | os.PathLike, expect_num_frames: int | None = None) -> np.ndarray:
+def check_pairs(about: Mapping[str, str], pairs: str, name: str, command: str) -> None:
+    """Raises VideoError for stored flow between other pictures; what does not say is "sampled"."""
+    found = about.get("flow_pairs", "sampled")
+    if found != pairs:
+        raise VideoError(
+            f"{name}: flow of pairs '{found}', expected '{pairs}'; set flow_pairs: {found}, or make it again with "
+            f"`{command} --flow-pairs {pairs}`"
+        )
+
+
+def read_flow_file(
+    path: str | os.PathLike, expect_num_frames: int | None = None, pairs: str | None = None
+) -> np.ndarray:
     """Flow written by `lavis-lstp flow`: float16 [T,2,h,w], px per frame of its own grid, x right, y down.
 
+    Args:
+        pairs: one of FLOW_PAIRS that it must have been made of; None takes any.
+
     Raises:
-        VideoError: missing, not a flow file, of another version, or for another number of frames.
+        VideoError: missing, not a flow file, of another version, for another number of frames, or of other pairs.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -533,6 +570,8 @@ def read_flow_file(path: str | os.PathLike, expect_num_frames: int | None = None
     version = metadata.get("version")
     if version != str(FLOW_FILE_VERSION):
         raise VideoError(f"{path}: flow file of version {version}, expected {FLOW_FILE_VERSION}; make it again")
+    if pairs is not None:
+        check_pairs(metadata, pairs, path, "lavis-lstp flow")
     if flow.ndim != 4 or flow.shape[1] != 2:
         raise VideoError(f"{path}: expected flow of shape [T,2,h,w], got {list(flow.shape)}")
     if flow.dtype.kind != "f" or not is_finite(flow):
