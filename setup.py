@@ -145,6 +145,7 @@ setup(
     },
     install_requires=LAVIS_NEEDS + OUR_NEEDS,
     extras_require={
+        "torchcodec": ["torchcodec>=0.8"],  # a choice of what decodes; needs the system's FFmpeg and the matching torch
         "test": [
             "pyarrow>=17",
             "deepspeed>=0.19",
