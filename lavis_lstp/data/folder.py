@@ -177,7 +177,7 @@ class FolderQuestions(Sequence):
         path = find_path(self.flow_root, f"{place[1]}{ENDING}")
         return path if path.is_file() else None
 
-    def flow(self, place: Place, num_frames: int, pairs: str) -> np.ndarray:
+    def flow(self, place: Place, num_frames: int, pairs: str = "sampled") -> np.ndarray:
         """float16 [T,2,h,w] in px of its own grid, between sampled frames or from each to the file's next picture."""
         return read_flow_file(self._flow_file(place), num_frames, pairs)
 

@@ -346,7 +346,7 @@ class ShardQuestions(Sequence):
         """Shards hold flow of this package's form alone."""
         return None
 
-    def flow(self, place: Place, num_frames: int, pairs: str) -> np.ndarray:
+    def flow(self, place: Place, num_frames: int, pairs: str = "sampled") -> np.ndarray:
         """float16 [T,2,h,w] in px of its own grid, between sampled frames or from each to the file's next picture.
 
         Raises:
