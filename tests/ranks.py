@@ -94,7 +94,8 @@ def draws(options: dict) -> None:
     """Steps and answers in which each rank has drawn another kind of batch; losses and answers go to a file.
 
     Args:
-        options: family, language, stage, config (overrides of the model's), output.
+        options: family, language, stage, config (overrides of the model's), output; `model`: a whole section instead,
+            whose rows are all shown the same number of frames.
     """
     import torch
     from test_lstp import model_config
@@ -111,10 +112,13 @@ def draws(options: dict) -> None:
     settings = RunSettings.from_config({"output_dir": "x", "init_lr": 1e-3, "max_grad_norm": 1.0})
     config = deepspeed_config.complete(given, settings, distributed.world_size())
     overrides = {"train": ALL_PARTS, "losses": ["lm", "span"], **options.get("config", {})}
-    model = LSTP.from_config(model_config(options["family"], options["language"], **overrides))
+    whole = options.get("model") or model_config(options["family"], options["language"], **overrides)
+    model = LSTP.from_config(whole)
     engine = DeepSpeedEngine(model, config, device=torch.device("cpu"), lr=1e-3, max_grad_norm=1.0)
     text, image, video, all_kinds = (0, 0), (1, 1), (8, 2), (8, 1, 0, 2)
     kinds = [(text, video), (video, text), (image, text), (text, text), (video, image), (all_kinds, text)]
+    if options.get("model"):
+        kinds = [kinds[i] for i in options["kinds"]]
     found = []
     engine.train_mode()
     for pair in kinds:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from functools import lru_cache
 from pathlib import Path
@@ -360,3 +361,25 @@ def test_frames_are_labelled_one_by_one(built):
     scores = model.pseudo_scores(given)
     assert scores[0, 2] == 1 and scores[1, 1] == 1 and not scores[2].any()
     assert torch.equal(scores, model.pseudo_scores(given, rows=2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen3_vl", "qwen2_5_vl", "internvl", "smolvlm"])
+@pytest.mark.parametrize("train", [["lora", "projection"], ["vision", "projection", "language_model"]])
+def test_ranks_that_draw_other_kinds_of_samples_learn_and_answer_alike(ranks, folder, tmp_path, name, train):
+    """ZeRO-0, 2 and 3 on two processes: one rank all text, the other all video, and what else can meet."""
+    pytest.importorskip("deepspeed")
+    lora = {**LORA, "dropout": 0.0} if "lora" in train else None
+    section = settings(folder(name), name, train=train, lora=lora)
+    found = {}
+    for stage in (0, 2, 3):
+        options = {"model": section, "stage": stage, "output": str(tmp_path / f"zero{stage}"), "kinds": [0, 1, 3, 4]}
+        assert ranks.run(2, "draws", options) == [0, 0], f"stage {stage}: a rank hangs or fails"
+        found[stage] = [json.loads((tmp_path / f"zero{stage}.{rank}").read_text()) for rank in range(2)]
+    for stage in (2, 3):
+        for whole, divided in zip(found[0], found[stage], strict=True):
+            for left, right in zip(whole[:4], divided[:4], strict=True):
+                assert left == pytest.approx(right, rel=1e-4, abs=1e-5)
+            assert whole[4:8] == divided[4:8]
+            for left, right in zip(whole[8:], divided[8:], strict=True):
+                assert left == pytest.approx(right, rel=1e-4, abs=1e-4)

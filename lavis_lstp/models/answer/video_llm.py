@@ -441,8 +441,6 @@ class ChatReading:
             self._read[number] = read.past_key_values, read.logits[:, -1]
         cache, first = self._read[number]
         more, labels = self._behind(group, answers)
-        if labels.shape[1] == 1:
-            return first[rows, None], labels
         own = copy.deepcopy(cache)
         own.batch_select_indices(rows)
         tokens = {key: value for key, value in more.items() if key != "attention_mask"}
