@@ -32,6 +32,14 @@ MODEL_TYPES: dict[str, dict[str, Path]] = {
             "base": "lstp_instruct_flant5xl",
             "lora": "lstp_instruct_flant5xl_lora",
         },
+        "lstp_video_llm": {
+            "default": "lstp_video_llm",
+            "qwen3_vl_8b": "lstp_video_llm",
+            "qwen2_5_vl_7b": "lstp_qwen2_5_vl_7b",
+            "smolvlm2_2b": "lstp_smolvlm2_2b",
+            "llava_onevision_7b": "lstp_llava_onevision_7b",
+            "internvl3_8b": "lstp_internvl3_8b",
+        },
     }.items()
 }
 """Registered name -> type -> YAML. A new variant is a line here and a file there."""

@@ -40,6 +40,7 @@ from lavis_lstp.testing.tiny_backbones import (
     write_safetensors,
 )
 from lavis_lstp.testing.tiny_tokenizers import bert_files, bert_vocabulary
+from lavis_lstp.testing.tiny_video_llms import VIDEO_LLMS, can_be_written, write_video_llm
 
 MARKER = SIZES_FILE
 """File with the settings and sizes of a folder; only a folder that has it is written to again."""
@@ -196,6 +197,11 @@ def write_lavis(path: Path, *, sizes: Sizes, seed: int, dtype: str, projection: 
 # ---- everything -----------------------------------------------------------------------------------------------
 
 
+def _write_video_llm(folder: Path, *, name: str, sizes: Sizes, seed: int, dtype: str) -> None:
+    """Of sizes of its own."""
+    write_video_llm(folder, name=name, seed=seed, dtype=dtype)
+
+
 def _save(path: Path, value: dict[str, Any]) -> None:
     buffer = io.BytesIO()  # torch would put a file's name into the file
     torch.save(value, buffer)
@@ -214,6 +220,7 @@ WRITERS: dict[str, tuple[str, Callable[..., None]]] = {
         "lavis/instruct_blip_vicuna7b_trimmed.pth",
         partial(write_lavis, projection="llm_proj"),
     ),
+    **{name: (model.hub_id, partial(_write_video_llm, name=name)) for name, model in VIDEO_LLMS.items()},
 }
 """Name -> where below OUT, and what writes it."""
 
@@ -236,7 +243,7 @@ def write_all(
             not write.
     """
     out = Path(out)
-    names = list(WRITERS) if only is None else list(only)
+    names = list(only) if only is not None else [name for name in WRITERS if name not in VIDEO_LLMS or can_be_written()]
     for name in names:
         if name not in WRITERS:
             raise ConfigError(unknown_name("tiny checkpoint", name, WRITERS))

@@ -292,6 +292,13 @@ VIDEO_LLMS: dict[str, VideoLLM] = {
 }
 
 
+def can_be_written() -> bool:
+    """Whether transformers is new enough."""
+    import transformers
+
+    return int(transformers.__version__.split(".")[0]) >= 5
+
+
 def write_video_llm(folder: Path, *, name: str, seed: int = 0, dtype: str = "float32", spread: float = 0.02) -> None:
     """Writes one of VIDEO_LLMS.
 

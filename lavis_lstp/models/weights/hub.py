@@ -28,6 +28,11 @@ HUB_MODELS = (
     "Salesforce/blip2-flan-t5-xl",
     "google-bert/bert-base-uncased",
     "ColorfulAI/LSTP-Chat",
+    "Qwen/Qwen3-VL-8B-Instruct",
+    "Qwen/Qwen2.5-VL-7B-Instruct",
+    "HuggingFaceTB/SmolVLM2-2.2B-Instruct",
+    "llava-hf/llava-onevision-qwen2-7b-ov-hf",
+    "OpenGVLab/InternVL3-8B-hf",
 )
 """Models that this package's own files name."""
 SIZES_FILE = "tiny_checkpoints.json"
