@@ -19,6 +19,7 @@ ORDER = (
     *("sf_flant5xl", "sf_vicuna7b", "sf_instruct_flant5xl"),
     *("video_flant5xl", "video_instruct_flant5xl", "video_vicuna7b"),
     *("flant5xl_ft", "vicuna_ft", "flant5xl_lora", "vicuna_lora", "own_videos"),
+    *("spans_qwen3vl", "sampler_qwen3vl", "locate_qwen3vl", "qwen3vl_lora"),
 )
 TRAINS = [name for name in ORDER if not name.startswith(("spans", "locate"))]
 

@@ -61,7 +61,7 @@ def work(tmp_path_factory) -> Path:
     os.chdir(root)
     write_recipe_inputs("inputs")
     backbones = ["instructblip-vicuna-7b", "instructblip-flan-t5-xl", "blip2-flan-t5-xl"]
-    write_all(root / "weights", only=[*backbones, "bert-base-uncased", "raft-sintel", "lstp-7b"])
+    write_all(root / "weights", only=[*backbones, "qwen3_vl", "bert-base-uncased", "raft-sintel", "lstp-7b"])
     os.environ["LAVIS_LSTP_WEIGHTS"] = str(root / "weights")
     yield root
     os.chdir(before)
@@ -113,6 +113,10 @@ PARTS = {
     "ft": {*LEARNT},
     "lora": {*LEARNT, "language_model"},
     "own": {*LEARNT},
+    "qwen3vl_lora": {
+        "visual",
+        "language_model",
+    },  # of the vision tower the merger alone, of the language model the adapters
 }
 """Of SPEC 8: what each kind of recipe trains, as the first name of its weights."""
 
@@ -120,11 +124,13 @@ PARTS = {
 @pytest.mark.parametrize("name", TRAINS)
 def test_a_checkpoint_holds_what_is_published_to_be_trained(done, name):
     state = load_state_dict_file(done / "output" / "lstp" / name / "checkpoints" / "last" / "model.safetensors")
-    (kind,) = set(PARTS) & set(name.split("_"))
-    assert {key.removeprefix("backbone.model.").split(".")[0] for key in state} == PARTS[kind]
+    (kind,) = {name} & set(PARTS) or set(PARTS) & set(name.split("_"))
+    inner = (key.removeprefix("backbone.model.").removeprefix("model.") for key in state)
+    assert {key.split(".")[0] for key in inner} == PARTS[kind]
+    assert all(".merger." in key or ".deepstack_merger_list." in key for key in state if ".visual." in key)
     adapters = [key for key in state if ".language_model." in key]
     assert all(".lora_" in key for key in adapters)
-    projections = ("q_proj", "v_proj") if name.startswith("vicuna") else (".q.", ".v.")
+    projections = ("q_proj", "v_proj") if name.startswith(("vicuna", "qwen")) else (".q.", ".v.")
     assert all(any(part in key for part in projections) for key in adapters)
 
 
@@ -151,12 +157,16 @@ def test_evaluating_the_checkpoint_gives_the_files_that_training_left(done, name
     assert result.read_bytes() == before
 
 
-def test_the_trained_model_answers_about_videos_that_have_no_spans(done):
+@pytest.mark.parametrize(
+    ("name", "data", "out"),
+    [("vicuna_ft", "lstp_video_instruct", "answers"), ("qwen3vl_lora", "lstp_video_qa", "answers_qwen3vl")],
+)
+def test_the_trained_model_answers_about_videos_that_have_no_spans(done, name, data, out):
     """The command of the header, which lets the sampler find them by RAFT."""
-    words = commands("vicuna_ft")["other videos"]
+    words = commands(name)["other videos"]
     options = words[words.index("--options") + 1 :]
-    assert call("vicuna_ft", "evaluate", *options, "datasets.lstp_video_instruct.spans=null") == 0
-    (row,) = read_jsonl(done / "output" / "lstp" / "answers" / "result" / "test_video_instruct.jsonl")
+    assert call(name, "evaluate", *options, f"datasets.{data}.spans=null") == 0
+    (row,) = read_jsonl(done / "output" / "lstp" / out / "result" / "test_video_instruct.jsonl")
     start, end = row["span"]
     assert 0 <= start < end <= NUM_FRAMES and set(row["frame_index"]) <= {-1, *range(start, end)}
 
