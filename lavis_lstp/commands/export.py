@@ -1,7 +1,7 @@
 """`lavis-lstp export CHECKPOINT... OUT`: a model of ours -> a folder that plain transformers loads.
 
-In: what `model.checkpoint` takes, one or several. Out: OUT/ is an InstructBLIP or BLIP-2 of transformers (config,
-safetensors, tokenizers, image processor) with LoRA merged into the language model, and OUT/sampler/ what transformers
+In: what `model.checkpoint` takes, one or several. Out: OUT/ is an InstructBLIP, a BLIP-2 or another model of transformers
+(config, safetensors, tokenizers, processor) with LoRA merged into the language model, and OUT/sampler/ what transformers
 has not: the temporal sampler, and RAFT where the model has weights of it, under our names, the sampler's tokenizer, and
 in manifest.json the model section, as a checkpoint of a run has it. The way back is `checkpoint: OUT/sampler` with
 `backbone.weights: OUT` and `sampler.tokenizer: OUT/sampler`.
@@ -28,6 +28,7 @@ from lavis_lstp.redaction import printable, without_secrets_in
 
 if TYPE_CHECKING:
     from lavis_lstp.models.answer.qformer import Backbone
+    from lavis_lstp.models.answer.video_llm import VideoLLM
 
 MAX_SHARD = "5GB"
 TOKENIZER_FILES = (
@@ -80,7 +81,7 @@ def export(
             section = {"arch": name, **({"model_type": model_type} if model_type else {})}
             section |= recorded_model(checkpoints[-1], options)
         model_class, config = model_config(section, checkpoints, options)
-        if config.backbone.source != "hub":
+        if config.backbone.source not in ("hub", "transformers"):
             raise ConfigError(
                 f"model.backbone.source is '{config.backbone.source}': transformers has no class for LAVIS's models; "
                 "`lavis-lstp convert` turns LAVIS's checkpoints into weights for source 'hub'"
@@ -130,14 +131,17 @@ def _own_parts_in(checkpoints: Sequence[str] | str | None) -> set[str]:
     return {part for part, begin in begins.items() if any(key.startswith(begin) for key in keys)}
 
 
-def _save_backbone(backbone: Backbone, folder: Path, config: Any) -> None:
+def _save_backbone(backbone: Backbone | VideoLLM, folder: Path, config: Any) -> None:
     dtype = getattr(torch, config.dtype)
     backbone.merge_lora()  # before the cast: the adapters are held in float32, and so is everything else that learns
     backbone.model.to(dtype)
     model = backbone.model
-    for section in (model.config.vision_config, model.config.qformer_config, model.config.text_config):
-        section.dtype = dtype  # save_pretrained says it of the whole alone
+    for section in model.config.sub_configs:
+        getattr(model.config, section).dtype = dtype  # save_pretrained says it of the whole alone
     model.save_pretrained(folder, max_shard_size=MAX_SHARD)
+    if config.source == "transformers":
+        backbone.processor.save_pretrained(folder)
+        return
     _save_tokenizer(backbone.tokenizer, folder, config.weights)
     reads_text = backbone.qformer_tokenizer is not None
     if reads_text:

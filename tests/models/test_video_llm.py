@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+import yaml
+from safetensors.torch import save_file
 from test_lstp import batch, row
 
+from lavis_lstp.commands.export import export
 from lavis_lstp.errors import ConfigError, WeightsError
 from lavis_lstp.models.lstp import LSTP
 from lavis_lstp.models.weights.parts import part_of, prefixes_of
@@ -361,6 +364,32 @@ def test_frames_are_labelled_one_by_one(built):
     scores = model.pseudo_scores(given)
     assert scores[0, 2] == 1 and scores[1, 1] == 1 and not scores[2].any()
     assert torch.equal(scores, model.pseudo_scores(given, rows=2))
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "smolvlm"])
+def test_an_export_is_what_plain_transformers_loads(folder, tmp_path, name):
+    """Adapters merged into the language model, the processor beside it; our own loader answers alike."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    sampler = {"hidden_size": 24, "text_width": 24, "num_layers": 2, "num_heads": 2, "fusion_layer": 1, "flow_size": 32}
+    small = {"sampler": {**sampler, "weights": None, "tokenizer": None}, "flow": {"name": "dis"}}
+    whole = settings(folder(name), name, train=["projection", "lora"], lora=LORA, **small, arch="lstp_video_llm")
+    trained = LSTP.from_config(whole)
+    shake(trained)
+    run = tmp_path / "run"
+    run.mkdir()
+    save_file({k: v.contiguous() for k, v in trained.trainable_state_dict().items()}, run / "model.safetensors")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"model": whole}))
+    lines = export([str(run)], tmp_path / "out", recipe=str(tmp_path / "recipe.yaml"), dtype="float32")
+    assert "LoRA merged" in lines[0]
+    plain, found = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(found[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert AutoProcessor.from_pretrained(tmp_path / "out").chat_template == trained.backbone.processor.chat_template
+    again = LSTP.from_config(settings(tmp_path / "out", name)).eval()
+    one, two = (model.eval().answer(samples()) for model in (trained, again))
+    assert one["prediction"] == two["prediction"]
+    sums = ([row["sum"] for row in found["log_prob"]] for found in (one, two))
+    assert torch.allclose(*map(torch.tensor, sums), atol=2e-3)
 
 
 @pytest.mark.slow
