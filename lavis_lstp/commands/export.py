@@ -1,8 +1,8 @@
 """`lavis-lstp export CHECKPOINT... OUT`: a model of ours -> a folder that plain transformers loads.
 
-In: what `model.checkpoint` takes, one or several. Out: OUT/ is an InstructBLIP, a BLIP-2 or another model of transformers
-(config, safetensors, tokenizers, processor) with LoRA merged into the language model, and OUT/sampler/ what transformers
-has not: the temporal sampler, and RAFT where the model has weights of it, under our names, the sampler's tokenizer, and
+In: what `model.checkpoint` takes, one or several. Out: OUT/ is a model of transformers (config, safetensors,
+tokenizers, processor) with LoRA merged into the language model, and OUT/sampler/ what transformers has not: the
+temporal sampler, and RAFT where the model has weights of it, under our names, the sampler's tokenizer, and
 in manifest.json the model section, as a checkpoint of a run has it. The way back is `checkpoint: OUT/sampler` with
 `backbone.weights: OUT` and `sampler.tokenizer: OUT/sampler`.
 """

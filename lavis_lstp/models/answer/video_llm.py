@@ -148,7 +148,7 @@ class VideoLLM(LanguageAnswerer):
         if len(groups) > 1 and weights_are_divided(self):
             raise ConfigError(
                 "questions of a batch are shown different numbers of frames, which this model cannot take at once, and "
-                "its weights are divided among ranks (ZeRO-3); set model.selector.few_frames: double, or use ZeRO-2"
+                "its weights are divided among ranks (ZeRO-3); use ZeRO-2 (projects/lstp/deepspeed/zero2.json)"
             )
         return ChatReading(self, [self._joined(group, device) for group in groups], len(prompts))
 
@@ -475,21 +475,23 @@ class ChatReading:
 
 
 def _alike(made: list[tuple[int | None, dict[str, Tensor]]]) -> list[list[tuple[int | None, dict[str, Tensor]]]]:
-    """Rows whose frames can be laid end to end; those without frames go with the first."""
-    groups: dict[tuple, list] = {}
+    """Rows whose frames can be laid end to end: images beside videos, but not videos of other lengths where their
+    frames have an axis of their own. Rows without frames go with the first group."""
+    groups: list[tuple[dict[str, tuple], list]] = []
     texts = []
     for row, one in made:
-        shapes = tuple(
-            (key, tuple(value.shape[1:]))
-            for key, value in sorted(one.items())
-            if key not in BY_TOKEN and key != "positions"
-        )
-        (groups.setdefault(shapes, []) if shapes else texts).append((row, one))
-    found = list(groups.values())
-    if not found:
-        return [texts]
-    found[0] = [*texts, *found[0]]
-    return found
+        shapes = {k: tuple(v.shape[1:]) for k, v in one.items() if k not in BY_TOKEN and k != "positions"}
+        if not shapes:
+            texts.append((row, one))
+            continue
+        fitting = (group for group in groups if all(group[0].get(k, shape) == shape for k, shape in shapes.items()))
+        known, rows = next(fitting, None) or ({}, [])
+        if not rows:
+            groups.append((known, rows))
+        known.update(shapes)
+        rows.append((row, one))
+    found = [rows for _, rows in groups]
+    return [[*texts, *found[0]], *found[1:]] if found else [texts]
 
 
 def _at_true_times(axes: Tensor, of_video: Tensor, times_s: Sequence[float], rate: float) -> Tensor:
