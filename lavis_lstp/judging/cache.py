@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from lavis_lstp.endpoint import cache_folder, kept
 from lavis_lstp.errors import ConfigError
 from lavis_lstp.files import write_jsonl
 from lavis_lstp.judging.rows import Row, verdict_fields
@@ -30,8 +31,7 @@ _VERDICT = "judge, status, correct, score, rule, note"
 
 
 def default_path() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "lavis_lstp" / "verdicts.sqlite"
+    return cache_folder() / "verdicts.sqlite"
 
 
 class VerdictCache:
@@ -47,18 +47,7 @@ class VerdictCache:
 
     def __init__(self, path: str | os.PathLike, *, timeout_s: float = 60.0):
         self.path = Path(path).expanduser()
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(self.path, timeout=timeout_s, isolation_level=None)
-            found = self._db.execute("PRAGMA user_version").fetchone()[0]
-            if found not in (0, VERSION):
-                raise ConfigError(f"{self.path}: cache of version {found}, expected {VERSION}; name another --cache")
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=FULL")
-            self._db.execute(_TABLE)
-            self._db.execute(f"PRAGMA user_version={VERSION}")
-        except (OSError, sqlite3.Error) as error:
-            raise ConfigError(f"{self.path}: cannot be used as a cache of verdicts ({error}); name another") from None
+        self._db = kept(path, _TABLE, VERSION, "verdicts", timeout_s)
 
     def __enter__(self) -> VerdictCache:
         return self

@@ -1,63 +1,35 @@
-"""A judge behind an endpoint that speaks OpenAI's chat completions: theirs, vLLM's, llama.cpp's, Ollama's.
+"""A judge behind a server that speaks OpenAI's chat completions; `lavis_lstp.endpoint` asks it.
 
-In: cases. Out: a verdict for each, in the order of arrival. The address and the key come from the environment
-(OPENAI_BASE_URL, OPENAI_API_KEY) and from nowhere else: what is written into a file or a command line gets copied.
-
-Rate limits, errors of the server, timeouts and cut connections are retried by the client; what still fails is no
-verdict ("failed") and is asked again at the next call. A refusal or a text that is not exactly the JSON asked for is an
-answer, although no verdict: kept, counted as wrong and never asked again.
+In: cases. Out: a verdict for each, in the order of arrival. A request that fails is no verdict ("failed") and is asked
+again at the next call. A refusal or a text that is not exactly the JSON asked for is an answer, although no verdict:
+kept, counted as wrong and never asked again.
 """
 
 from __future__ import annotations
 
-import asyncio
-import importlib
 import json
-import os
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
-from urllib.parse import urlsplit
 
-from lavis_lstp.errors import ConfigError, LstpError
+from lavis_lstp.endpoint import FAILURES_IN_A_ROW, Endpoint, Reply, message_of, refuse_keys, storable
+from lavis_lstp.errors import LstpError
 from lavis_lstp.judging.prompts import Prompt
-from lavis_lstp.judging.verdict import FAILED, REFUSED, SCHEMA, Case, Verdict, identity, parse_verdict, storable
+from lavis_lstp.judging.verdict import FAILED, REFUSED, SCHEMA, Case, Verdict, identity, parse_verdict
 
-KEY, ADDRESS = "OPENAI_API_KEY", "OPENAI_BASE_URL"
-DEFAULT_ADDRESS = "https://api.openai.com/v1"
+__all__ = ["FAILURES_IN_A_ROW", "EndpointJudge", "JudgeError", "OnVerdict", "refuse_keys"]
+
 MAX_ANSWER_TOKENS = 256
 """Ten times what a verdict takes; bounds what a model that rambles can cost."""
 TOKENS_OF_A_VERDICT = 16
 CHARACTERS_PER_TOKEN = 4
 """Of English text, about: the preview's tokenizer, as an endpoint does not say which one is its own."""
-FAILURES_IN_A_ROW = 10
-"""After so many failures with no verdict between them the endpoint is taken to be down."""
 _TOKENS = ("prompt_tokens", "completion_tokens")
-_REFUSING_CODES = ("content_filter", "content_policy_violation")
-_LOOKS_LIKE_A_KEY = re.compile(
-    r"(^|\W)sk-[\w-]{16,}|^--?[\w-]*(key|secret|password|auth|bearer)|(api[-_]?key|token|secret)=|://[^/]*@", re.I
-)
 
 OnVerdict = Callable[[Case, Verdict], None]
 
 
 class JudgeError(LstpError, RuntimeError):
     """A judge cannot be asked at all: not installed, not allowed, not there."""
-
-
-def refuse_keys(words: Sequence[str]) -> None:
-    """Keys belong into the environment.
-
-    Raises:
-        ConfigError: a word of a command line is one or names one; the message does not repeat it.
-    """
-    key = os.environ.get(KEY, "")
-    for position, word in enumerate(words, 1):
-        if _LOOKS_LIKE_A_KEY.search(word) or (len(key) >= 8 and key in word):
-            raise ConfigError(
-                f"word {position} of the command line looks like a key; a key is taken from the environment variable "
-                f"{KEY} only. If that was a real one, it is in your shell's history now: replace it"
-            )
 
 
 class EndpointJudge:
@@ -86,17 +58,19 @@ class EndpointJudge:
         retries: int = 6,
         timeout_s: float = 60.0,
     ):
-        try:
-            import openai  # noqa: F401
-        except ImportError:
-            raise JudgeError("--judge openai needs the openai package: pip install 'lavis_lstp[judge]'") from None
-        self.address = _address()
-        self.model, self.prompt, self.seed = model, prompt, seed
-        self.concurrency, self.retries, self.timeout_s = concurrency, retries, timeout_s
+        self.endpoint = Endpoint(
+            model,
+            asker="--judge openai",
+            concurrency=concurrency,
+            retries=retries,
+            timeout_s=timeout_s,
+            error=JudgeError,
+        )
+        self.prompt, self.seed = prompt, seed
         self.identity = identity(
             "openai",
             model=model,
-            endpoint=self.address,
+            endpoint=self.endpoint.address,
             prompt=f"{prompt.name}:{prompt.digest}",
             temperature=0,
             seed=seed,
@@ -117,81 +91,41 @@ class EndpointJudge:
             JudgeError: the endpoint does not know the key or the model, or gives no answer any more. Verdicts that
                 came before have been handed over.
         """
-        if not os.environ.get(KEY):
-            raise ConfigError(
-                f"--judge openai takes the key from the environment, and {KEY} is not set; for an endpoint that wants "
-                "none set it to any word"
-            )
-        asyncio.run(self._judge(iter(cases), on_verdict))
 
-    async def _judge(self, waiting: Iterator[Case], on_verdict: OnVerdict) -> None:
-        import openai
+        def kept(case: Case, reply: Reply) -> str | None:
+            verdict = self._verdict(reply)
+            on_verdict(case, verdict)
+            return verdict.note["error"] if verdict.status == FAILED else None
 
-        failures = 0
+        self.endpoint.ask(cases, self._request, kept, lambda said: f"to judge with '{self.endpoint.model}': {said}")
 
-        async def work(client: openai.AsyncOpenAI) -> None:
-            nonlocal failures
-            for case in waiting:  # shared by the workers: each case is taken once
-                verdict = await self._ask(client, case)
-                on_verdict(case, verdict)
-                failures = failures + 1 if verdict.status == FAILED else 0
-                if failures >= FAILURES_IN_A_ROW:
-                    raise JudgeError(
-                        f"{self.address} failed {failures} times in a row, last: {verdict.note['error']}; verdicts so "
-                        "far are in the cache, call again to go on"
-                    )
-
-        # Environment proxies and certificates are the client's business; so is the key, which it reads itself.
-        async with openai.AsyncOpenAI(
-            base_url=self.address,
-            max_retries=self.retries,
-            timeout=self.timeout_s,
-            http_client=_http_client(self.timeout_s),
-        ) as client:
-            workers = [asyncio.create_task(work(client)) for _ in range(self.concurrency)]
-            try:
-                await asyncio.gather(*workers)
-            finally:
-                for worker in workers:
-                    worker.cancel()
-                await asyncio.gather(*workers, return_exceptions=True)
-
-    async def _ask(self, client: Any, case: Case) -> Verdict:
-        import openai
-
+    def _request(self, case: Case) -> dict[str, Any]:
         system, user = self.prompt.render(case)
-        try:
-            raw = await client.chat.completions.with_raw_response.create(
-                model=self.model,
-                messages=[{"role": "system", "content": system}, {"role": "user", "content": user}],
-                response_format={
-                    "type": "json_schema",
-                    "json_schema": {"name": "verdict", "strict": True, "schema": SCHEMA},
-                },
-                temperature=0,
-                seed=self.seed,
-                max_completion_tokens=MAX_ANSWER_TOKENS,
-            )
-        except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
-            raise JudgeError(f"{self.address} refuses to judge with '{self.model}': {_said(error)}") from None
-        except openai.APIError as error:
-            if getattr(error, "code", None) in _REFUSING_CODES:
-                return Verdict(self.identity, REFUSED, note={"text": _said(error)})
-            return Verdict(self.identity, FAILED, note={"error": _said(error)})
-        return self._read(raw.text)
+        return {
+            "messages": [{"role": "system", "content": system}, {"role": "user", "content": user}],
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "verdict", "strict": True, "schema": SCHEMA},
+            },
+            "temperature": 0,
+            "seed": self.seed,
+            "max_completion_tokens": MAX_ANSWER_TOKENS,
+        }
+
+    def _verdict(self, reply: Reply) -> Verdict:
+        if reply.refused is not None:
+            return Verdict(self.identity, REFUSED, note={"text": reply.refused})
+        if reply.failed is not None:
+            return Verdict(self.identity, FAILED, note={"error": reply.failed})
+        return self._read(reply.body)
 
     def _read(self, body: str) -> Verdict:
         """The verdict in a response of the documented form; any other, half of one too, is the endpoint's failure."""
         try:
-            response = json.loads(body)
-            choice = response["choices"][0]
-            message = choice["message"]
-            content, refusal = message.get("content"), message.get("refusal")
-            if not isinstance(content, str | None) or not isinstance(refusal, str | None):
-                raise TypeError
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            text = " ".join(body.split())[:200]
-            return Verdict(self.identity, FAILED, note={"error": f"no complete chat completion came back: {text}"})
+            response, choice = message_of(body)
+        except ValueError as error:
+            return Verdict(self.identity, FAILED, note={"error": str(error)})
+        content, refusal = choice["message"].get("content"), choice["message"].get("refusal")
         note: dict[str, Any] = {}
         for name, key in (("model", "model"), ("fingerprint", "system_fingerprint")):
             if isinstance(response.get(key), str):
@@ -202,45 +136,3 @@ class EndpointJudge:
         if refusal or choice.get("finish_reason") == "content_filter":
             return Verdict(self.identity, REFUSED, note={**note, "text": storable(refusal or content)})
         return parse_verdict(content, self.identity, note)
-
-
-def _http_client(timeout_s: float) -> Any:
-    """The openai package's own, but an attempt ends: its timeout begins anew with each byte that comes."""
-    import openai
-
-    own = openai.DefaultAsyncHttpxClient
-    http = importlib.import_module(own.__bases__[0].__module__.partition(".")[0])  # httpx, or httpx2 from openai 3 on
-
-    class Client(own):
-        async def send(self, *args: Any, **kwargs: Any) -> Any:
-            try:
-                return await asyncio.wait_for(super().send(*args, **kwargs), timeout_s)
-            except asyncio.TimeoutError:
-                raise http.ReadTimeout(f"no whole answer in {timeout_s:g} s") from None
-
-    # A redirect would take the key, or at least the questions, to an address that nobody named.
-    return Client(timeout=timeout_s, follow_redirects=False)
-
-
-def _address() -> str:
-    address = os.environ.get(ADDRESS) or DEFAULT_ADDRESS
-    try:
-        parts = urlsplit(address)
-        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:
-        usable = False
-    if not usable or parts.username or parts.password or parts.query or parts.fragment or "sk-" in parts.path:
-        raise ConfigError(
-            f"{ADDRESS} must be an address like {DEFAULT_ADDRESS}, with no user, key, '?' or '#' in it; the key is "
-            f"taken from {KEY}"
-        )
-    return address.rstrip("/")
-
-
-def _said(error: Exception) -> str:
-    """An error in one line, without the key, which some servers repeat in full or in part."""
-    text = " ".join(str(error).split())
-    if key := os.environ.get(KEY):
-        text = text.replace(key, "[key]")
-    text = re.sub(r"sk-[\w*.-]+", "[key]", text)
-    return f"{type(error).__name__}: {storable(text[:300])}"

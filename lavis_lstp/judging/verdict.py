@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, NamedTuple
 
+from lavis_lstp.endpoint import storable
 from lavis_lstp.files import sha256_json, strict_json
 
 MAX_SCORE = 5
@@ -91,8 +92,3 @@ def parse_verdict(text: str | None, judge: str, note: dict[str, Any] | None = No
     ):
         return Verdict(judge, JUDGED, value["pred"] == "yes", value["score"], note=note)
     return Verdict(judge, UNPARSABLE, note={**note, "text": storable(text)})
-
-
-def storable(text: str | None) -> str:
-    """As much of what a judge said as is kept; of half a character, which JSON may hold, '?' stays."""
-    return (text or "")[:1000].encode("utf-8", "replace").decode()
