@@ -150,6 +150,7 @@ setup(
             "pyarrow>=17",
             "deepspeed>=0.19",
             "hypothesis>=6.100",
+            "num2words>=0.5",
             "openai>=2.39",
             "psutil>=5.9",
             "pytest>=8",
@@ -163,6 +164,7 @@ setup(
             *SERVE_NEEDS,
         ],
         "serve": SERVE_NEEDS,
+        "smolvlm": ["num2words>=0.5"],  # transformers' SmolVLM processor writes the number of frames as a word
         "track": ["tensorboardX>=2.6"],
         "deepspeed": ["deepspeed>=0.19"],
         "ray": ["ray>=2.40"],

@@ -50,6 +50,8 @@ TOWERS, CONNECTORS, TEXTS = (
 """Names that transformers' classes give their vision tower, what joins it to the text, and the language model."""
 BY_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
 """Inputs [B,S] that go along with the tokens; all others are of the frames."""
+PIXELS = "pixel_values"
+"""How the names of inputs begin that the vision tower reads."""
 NOT_INPUTS = ("second_per_grid_ts", "video_metadata", "num_crops")
 """Outputs of processors that positions are made of here, or that nobody reads."""
 TIMES = "The frames show these seconds of the video: {}.\n"
@@ -142,8 +144,7 @@ class VideoLLM(LanguageAnswerer):
             real = which[row] >= 0
             seconds = None if times_s is None else times_s[row].cpu()[real].tolist()
             made.append((row, self._one(frames[which[row][real]], prompt, seconds)))
-        if several_ranks() and not (which >= 0).any():  # the vision tower must run on this rank as on the others
-            made.append((None, self._one(frames[:1], "", None)))
+        made += self._for_other_ranks(made, frames)
         groups = _alike(made)
         if len(groups) > 1 and weights_are_divided(self):
             raise ConfigError(
@@ -151,6 +152,29 @@ class VideoLLM(LanguageAnswerer):
                 "its weights are divided among ranks (ZeRO-3); use ZeRO-2 (projects/lstp/deepspeed/zero2.json)"
             )
         return ChatReading(self, [self._joined(group, device) for group in groups], len(prompts))
+
+    def _for_other_ranks(
+        self, made: list[tuple[int | None, dict[str, Tensor]]], frames: Tensor
+    ) -> list[tuple[None, dict[str, Tensor]]]:
+        """Rows that count for nothing, so that the vision tower runs on this rank as often as on the others.
+
+        A model runs it once for images and once for videos, where it is given these apart. With whole weights once is
+        enough, for the parts that learn; with divided ones (ZeRO-3) the number must be the same.
+        """
+        if not several_ranks():
+            return []
+        divided, more = weights_are_divided(self), []
+        there = {key for _, one in made for key in one if key.startswith(PIXELS)}
+        blank = torch.zeros_like(frames[:1])
+        for shown, times_s in ((blank, None), (blank.expand(2, -1, -1, -1), [0.0, 1.0])):
+            if there and not divided:
+                break
+            one = self._one(shown, "", times_s)
+            kinds = {key for key in one if key.startswith(PIXELS)}
+            if not kinds <= there and (self._takes_video or times_s is None):
+                more.append((None, one))
+                there |= kinds
+        return more
 
     def _one(self, frames: Tensor, prompt: str, times_s: Sequence[float] | None) -> dict[str, Tensor]:
         """The processor's output for one prompt with its frames, uint8 [K,3,H,W]."""
@@ -369,7 +393,8 @@ class ChatReading:
         watched_by: Mapping[str, object] | None,
         generation: Mapping[str, Any],
     ) -> Answers:
-        drawn = None if generators is None else [generators[row or 0] for row in group.rows]
+        spare = torch.Generator().manual_seed(0)
+        drawn = None if generators is None else [spare if row is None else generators[row] for row in group.rows]
         return self.answerer.written(group, generators=drawn, scored=scored, watched_by=watched_by, **generation)
 
     def _together(self, made: list[Answers], scored: bool) -> Answers:
