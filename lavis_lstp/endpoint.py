@@ -6,7 +6,7 @@ or a command line gets copied.
 
 Rate limits, errors of the server, timeouts and cut connections are retried by the client; what still fails is no reply
 and can be asked again. A refusal is a reply. What came is kept by `kept`, in one SQLite file, so that nothing is asked
-twice. Judges (`judging/endpoint.py`) and answers (`models/answer/remote.py`) share all of this.
+twice. Judges (`judging/endpoint.py`) use it; an answerer over an endpoint would, too.
 """
 
 from __future__ import annotations
