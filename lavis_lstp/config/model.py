@@ -23,38 +23,40 @@ SOURCES: dict[str, str] = {
 
 
 class Kind(NamedTuple):
-    """A selector: the function (of models/where) that is its rule, and what that must be told of a video.
+    """A selector: the function (of models/where) that is its rule, and what the rule must be told of a video.
 
-    needs: "" nothing; "scores", one a frame; "logits" of the temporal sampler; "span", one that comes with the sample.
-    drawn: it draws.
+    needs: of "logits" of the temporal sampler; "scores", one a frame, made of these; "times_s" of the frames; the
+    "question"; a "span" that comes with the sample; "rng", random numbers. A rule over scores is one of selectors.py.
     """
 
     rule: str
-    needs: str = ""
-    drawn: bool = False
+    needs: tuple[str, ...] = ()
+
+    @property
+    def by_sampler(self) -> bool:
+        """Whether the temporal sampler must be asked first."""
+        return not {"logits", "scores"}.isdisjoint(self.needs)
 
 
+_OF_LOGITS, _OF_SCORES = "lavis_lstp.models.where.frame_selector", "lavis_lstp.models.where.selectors"
 SELECTORS: dict[str, Kind] = {
-    "best_span": Kind("lavis_lstp.models.where.frame_selector:best", needs="logits"),
-    "lstp": Kind("lavis_lstp.models.where.frame_selector:best", needs="logits"),
-    "argmax": Kind("lavis_lstp.models.where.frame_selector:argmax", needs="logits"),
-    "gumbel": Kind("lavis_lstp.models.where.frame_selector:gumbel", needs="logits", drawn=True),
-    "uniform": Kind("lavis_lstp.models.where.frame_selector:uniform"),
-    "random": Kind("lavis_lstp.models.where.frame_selector:random", drawn=True),
-    "topk": Kind("lavis_lstp.models.where.selectors:topk", needs="scores"),
-    "aks": Kind("lavis_lstp.models.where.selectors:aks", needs="scores"),
-    "inverse_transform": Kind("lavis_lstp.models.where.selectors:inverse_transform", needs="scores"),
-    "focus": Kind("lavis_lstp.models.where.selectors:focus", needs="scores", drawn=True),
-    "global_local": Kind("lavis_lstp.models.where.selectors:global_local", needs="scores"),
-    "given": Kind("lavis_lstp.models.where.frame_selector:given", needs="span"),
+    "best_span": Kind(f"{_OF_LOGITS}:best", needs=("logits",)),
+    "lstp": Kind(f"{_OF_LOGITS}:best", needs=("logits",)),
+    "argmax": Kind(f"{_OF_LOGITS}:argmax", needs=("logits",)),
+    "gumbel": Kind(f"{_OF_LOGITS}:gumbel", needs=("logits", "rng")),
+    "uniform": Kind(f"{_OF_LOGITS}:uniform"),
+    "random": Kind(f"{_OF_LOGITS}:random", needs=("rng",)),
+    "topk": Kind(f"{_OF_SCORES}:topk", needs=("scores",)),
+    "aks": Kind(f"{_OF_SCORES}:aks", needs=("scores",)),
+    "inverse_transform": Kind(f"{_OF_SCORES}:inverse_transform", needs=("scores",)),
+    "focus": Kind(f"{_OF_SCORES}:focus", needs=("scores", "times_s", "rng")),
+    "global_local": Kind(f"{_OF_SCORES}:global_local", needs=("scores", "question")),
+    "given": Kind(f"{_OF_LOGITS}:given", needs=("span",)),
 }
 """`selector.name` -> its rule. best_span (also called lstp): the most likely span. argmax: likeliest start and
 likeliest end, each for itself, under the published rules. gumbel: published, two noisy candidates. uniform: K interval
 centres of the video. random: K different frames. topk, aks, inverse_transform, focus, global_local: published rules
 over scores, see selectors.py. given: a span that comes with the sample (a pseudo span, or the gold span as oracle)."""
-
-BY_SAMPLER = ("scores", "logits")
-"""What a selector may need that the temporal sampler gives."""
 
 FLOWS = ("raft_large", "raft_small", "dis", "motion_vectors", "precomputed", "none")
 MODEL_KEYS = frozenset({"arch", "model_type", "load_finetuned", "load_pretrained", "finetuned", "pretrained"})
@@ -303,7 +305,7 @@ class Used(NamedTuple):
 
 def used_parts(model: Mapping[str, Any]) -> Used:
     """What a complete `model` section uses: the sampler where frames are selected by it or it learns, and its flow."""
-    by_sampler = SELECTORS[model["selector"]["name"]].needs in BY_SAMPLER
+    by_sampler = SELECTORS[model["selector"]["name"]].by_sampler
     sampler = by_sampler or "span" in model["losses"] or "sampler" in (model["train"] or ())
     return Used(sampler, flow=sampler)
 

@@ -1,14 +1,11 @@
 """The one place where questions meet the model: a batch of prepared questions in, predictions out.
 
-Flow that was kept stands in for the chooser's, the selector of the call for the model's own, and a stopping criterion
-sees each new token of each row: it hands out text as it comes, and ends the rows that nobody waits for.
+Flow that was kept stands in for the chooser's, the selector of the call for the model's own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,45 +23,49 @@ MEDIA_TOKENS = {"video": "<video>", "image": "<image>"}
 def answer_batch(model: Any, asked: Sequence[Asked]) -> list[Prediction]:
     """Predictions of questions with equal settings; the caller sees to it that nobody else uses the model.
 
-    Rows that are given up while the language model writes are cut short there.
+    Text is handed out as it comes. Rows that are given up while the language model writes are cut short there.
     """
     settings = asked[0].settings
     samples = _samples(model, asked)
-    watch = _Watch(model, asked)
-    flow = partial(_kept_flow, asked, device=model.device)
-    with _replaced(model.chooser, selector=settings.selector, flow=flow):
-        found = model.answer(samples, watched_by={"stopping_criteria": [watch]}, **settings.generation)
-    rows = [_prediction(one, row, found) for row, one in enumerate(asked)]
-    for row, prediction in enumerate(rows):
-        watch.finish(row, prediction.prediction)
-    return rows
+    how = {
+        **settings.generation,
+        "selector": settings.selector,
+        "flow": _kept_flow(model, asked),
+        "given_up": lambda row: asked[row].cancel.is_set(),
+    }
+    beams = {**model.generation, **settings.generation}.get("num_beams") or 1
+    waiting = any(one.on_text is not None for one in asked)
+    if waiting and beams == 1:
+        found = _handed_out(model.stream(samples, **how), asked)
+    else:  # the best beam is known at the end
+        found = model.answer(samples, **how)
+        for one, text in zip(asked, found["prediction"], strict=True):
+            _hand_out(one, text)
+    return [_prediction(one, row, found) for row, one in enumerate(asked)]
 
 
-def choose(model: Any, asked: Asked, rule_settings: Mapping[str, Any]) -> Choice:
-    """The frames that would be shown for one question, without the answer; see `answer_batch`.
-
-    Args:
-        rule_settings: of a selector over scores.
-    """
-    selector = asked.settings.selector.with_settings(rule_settings) if rule_settings else asked.settings.selector
-    with _replaced(model.chooser, selector=selector, flow=partial(_kept_flow, [asked])), torch.no_grad():
-        return model.chooser(_samples(model, [asked]))
+def choose(model: Any, asked: Asked) -> Choice:
+    """The frames that would be shown for one question, without the answer."""
+    with torch.no_grad():
+        return model.chooser(
+            _samples(model, [asked]), selector=asked.settings.selector, flow=_kept_flow(model, [asked])
+        )
 
 
-@contextmanager
-def _replaced(owner: Any, **attributes: Any) -> Iterator[None]:
-    """Other attributes for a while."""
-    before = {name: vars(owner)[name] for name in attributes if name in vars(owner)}
-    for name, value in attributes.items():
-        setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        for name in attributes:
-            if name in before:
-                setattr(owner, name, before[name])
-            else:
-                delattr(owner, name)
+def _handed_out(pieces: Iterator[list[str]], asked: Sequence[Asked]) -> dict[str, Any]:
+    """What a stream returns, after its pieces were handed out."""
+    while True:
+        try:
+            new = next(pieces)
+        except StopIteration as end:
+            return end.value
+        for one, text in zip(asked, new, strict=True):
+            _hand_out(one, text)
+
+
+def _hand_out(one: Asked, text: str) -> None:
+    if text and one.on_text is not None and not one.cancel.is_set():
+        one.on_text(text)
 
 
 def _samples(model: Any, asked: Sequence[Asked]) -> dict[str, Any]:
@@ -77,12 +78,13 @@ def _samples(model: Any, asked: Sequence[Asked]) -> dict[str, Any]:
         ),
         "text_input": [one.question for one in asked],
         "prompt": [prompt_of(model, one) for one in asked],
+        "frame_times": torch.stack(
+            [_padded(torch.as_tensor(one.candidates.times_s, dtype=torch.float32), longest) for one in asked]
+        ),
         "media": [one.candidates.media for one in asked],
         # what is drawn for a question depends on its seed and its text, and on no other row
         "question_id": [f"{one.settings.seed} {one.question}" for one in asked],
     }
-    if any(one.candidates.codec_flow is not None for one in asked):
-        samples["flow"] = _kept_flow(asked, samples, name="codec_flow")
     return samples
 
 
@@ -90,13 +92,15 @@ def _padded(value: Tensor, length: int) -> Tensor:
     return torch.cat([value, value.new_zeros(length - len(value), *value.shape[1:])])
 
 
-def _kept_flow(asked: Sequence[Asked], samples: Any, *, name: str = "flow", device: Any = None) -> Tensor:
-    """[B,T,2,h,w]; zeros for rows that do not move."""
-    fields = [getattr(one.candidates, name) for one in asked]
-    grid = next(one.shape[1:] for one in fields if one is not None)
-    longest = samples["frames"].shape[1]
+def _kept_flow(model: Any, asked: Sequence[Asked]) -> Tensor | None:
+    """[B,T,2,h,w], zeros for rows that do not move; None where nothing moves, or nobody looks at flow."""
+    fields = [one.candidates.flow for one in asked]
+    grid = next((one.shape[1:] for one in fields if one is not None), None)
+    if grid is None or not asked[0].settings.selector.by_sampler:
+        return None
+    longest = max(len(one.candidates.frames) for one in asked)
     rows = [_padded(torch.zeros(0, *grid) if one is None else one, longest) for one in fields]
-    return torch.stack(rows).to(device)
+    return torch.stack(rows).to(model.device)
 
 
 def prompt_of(model: Any, asked: Asked) -> str:
@@ -128,8 +132,7 @@ def _prediction(one: Asked, row: int, found: dict[str, Any]) -> Prediction:
     logits = {name: found[name][row, :count] for name in ("start_logits", "end_logits") if name in found and count > 1}
     span = Span(*found["span"][row].tolist()) if media.kind == "video" else None
     edges = span.to_seconds(media.times_s, media.duration_s) if span else ()
-    # the model's own "flow" is the look at what was kept
-    seconds = {**one.seconds, **{stage: value for stage, value in found["seconds"].items() if stage != "flow"}}
+    seconds = {**one.seconds, **found["seconds"]}
     return Prediction(
         question=one.question,
         prediction=found["prediction"][row],
@@ -145,34 +148,3 @@ def _prediction(one: Asked, row: int, found: dict[str, Any]) -> Prediction:
         flow=None if media.flow is None else media.flow.numpy(),
         **{name: value.tolist() for name, value in logits.items()},
     )
-
-
-class _Watch:
-    """A stopping criterion of transformers: text as it comes, row by row, and an end to rows that were given up."""
-
-    def __init__(self, model: Any, asked: Sequence[Asked]):
-        self.tokenizer, self.asked = model.backbone.tokenizer, asked
-        self.said = [""] * len(asked)
-
-    def __call__(self, input_ids: Tensor, scores: Any = None, **_: Any) -> Tensor:
-        """ids of the answers so far [B,S], or [B * beams,S] -> bool, True where a row is to end."""
-        beams = len(input_ids) // len(self.asked)
-        if beams == 1:
-            for row, one in enumerate(self.asked):
-                if one.on_text is not None:
-                    text = self.tokenizer.decode(input_ids[row], skip_special_tokens=True)
-                    self._say(row, text.lstrip(), whole_words=True)
-        ended = [one.cancel.is_set() for one in self.asked for _ in range(beams)]
-        return torch.tensor(ended, device=input_ids.device)
-
-    def finish(self, row: int, text: str) -> None:
-        if self.asked[row].on_text is not None and not self.asked[row].cancel.is_set():
-            self._say(row, text, whole_words=False)
-
-    def _say(self, row: int, text: str, *, whole_words: bool) -> None:
-        """What is new in a row. The last word is held back until its end: later tokens may still change it."""
-        text = text[: text.rfind(" ") + 1] if whole_words else text
-        text = text.rstrip() if whole_words else text
-        if len(text) > len(self.said[row]) and text.startswith(self.said[row]):
-            self.asked[row].on_text(text[len(self.said[row]) :])
-            self.said[row] = text

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lavis_lstp.config.model import BY_SAMPLER, SELECTORS
+from lavis_lstp.config.model import SELECTORS
 from lavis_lstp.errors import ConfigError, WeightsError
 from lavis_lstp.files import strict_json
 from lavis_lstp.untrusted import recorded, why_no_path
@@ -47,7 +47,7 @@ def build_model(name: str, model_type: str | None, checkpoint: str | None, optio
         config.flow.name = "dis"
     if not config.checkpoint and not config.backbone.weights:
         notes.append(RANDOM_WEIGHTS)
-    if SELECTORS[config.selector.name].needs not in BY_SAMPLER:  # it was trained, and is not asked
+    if not SELECTORS[config.selector.name].by_sampler:  # it was trained, and is not asked
         config.train = [part for part in config.train or () if part != "sampler"]
         config.losses, config.refinement.in_loop = ["lm"], False
     model = model_class.from_config(config).eval()

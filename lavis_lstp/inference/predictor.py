@@ -84,7 +84,8 @@ class Predictor:
         """The settings of a call, checked.
 
         Args:
-            given: num_frames (T), num_selected (K), selector, seed, and transformers' generation arguments.
+            given: num_frames (T), num_selected (K), selector, rule (settings of a selector over scores), seed, and
+                transformers' generation arguments.
 
         Raises:
             ConfigError: a setting is not known, or its value cannot be used; one line on why.
@@ -118,9 +119,7 @@ class Predictor:
             raise ConfigError("the question is empty")
         cancel = cancel or threading.Event()
         _unless(cancel)
-        candidates, seconds = self.reader.read(
-            video, settings.num_frames, flow=settings.selector.needs_logits or settings.selector.needs_scores, name=name
-        )
+        candidates, seconds = self.reader.read(video, settings.num_frames, flow=settings.selector.by_sampler, name=name)
         _unless(cancel)
         return Asked(question, tuple(history), candidates, settings, seconds, instructions, on_text, cancel)
 
@@ -206,16 +205,12 @@ class Predictor:
             raise Cancelled("the answer was given up")
         return found
 
-    def choose(self, asked: Asked, rule_settings: Mapping[str, Any] | None = None) -> Any:
-        """The `Choice` of frames for one prepared question, without an answer.
-
-        Args:
-            rule_settings: of a selector over scores, such as {"power": 2.0}.
-        """
+    def choose(self, asked: Asked) -> Any:
+        """The `Choice` of frames for one prepared question, without an answer."""
         from lavis_lstp.inference.batch import choose
 
         with self._model_lock:
-            return choose(self._open_model(), asked, rule_settings or {})
+            return choose(self._open_model(), asked)
 
     def close(self) -> None:
         """Let the model and everything that is kept go; a later call is refused."""

@@ -19,15 +19,19 @@ from typing import Any
 
 import numpy as np
 
+from lavis_lstp.config.model import SELECTORS
 from lavis_lstp.data.frame_numbers import uniform_centres
 from lavis_lstp.data.video.codec_figures import motion_energy, packet_costs
 from lavis_lstp.data.video.reading import probe, read_frames
 from lavis_lstp.errors import ConfigError, VideoError, unknown_name
 from lavis_lstp.files import read_record, sha256_file, write_json
 from lavis_lstp.models.where import selectors
+from lavis_lstp.schema import Span
 
 WITHOUT_NETWORK = ("uniform", "random", "keyframes", "bitcost", "motion")
-BY_SAMPLER = ("lstp", "topk", "aks", "inverse_transform", "focus", "global_local")
+RULES = tuple(name for name, kind in SELECTORS.items() if "scores" in kind.needs)
+"""Rules over scores: of the temporal sampler, or of what the codec says."""
+BY_SAMPLER = ("lstp", *RULES)
 METHODS = (*WITHOUT_NETWORK, *BY_SAMPLER)
 CODEC_CANDIDATES = 512
 """Equal parts of a video whose bit cost or motion is one score."""
@@ -162,7 +166,7 @@ def select(
             (default inverse_transform), and its settings.
 
     Returns:
-        All frames of a video that has no more than k.
+        All frames of a video that has no more than k; by lstp, all candidates of a span that has no more.
 
     Raises:
         ConfigError: unknown method or setting, or a value that cannot be used.
@@ -216,13 +220,11 @@ def _by_codec(video, k: int, method: str, seed: int, parts: int, settings: dict,
         with _timed(seconds, "scores"):
             figure = costs.num_bytes if method == "bitcost" else motion_energy(video)
             candidates = np.asarray(uniform_centres(min(parts, len(every)), len(every)))
-            part = np.abs(every[:, None] - candidates[None]).argmin(axis=1) if len(every) < 2000 else None
-            part = np.searchsorted((candidates[1:] + candidates[:-1]) / 2, every) if part is None else part
-            count = np.bincount(part, minlength=len(candidates))
-            scores = np.bincount(part, figure, minlength=len(candidates)) / np.maximum(count, 1)
+            part = np.searchsorted((candidates[1:] + candidates[:-1]) / 2, every)  # the nearest candidate's
+            scores = np.bincount(part, figure) / np.bincount(part)
         rule = settings.pop("rule", "inverse_transform")
-        if rule not in BY_SAMPLER or rule == "lstp":
-            raise ConfigError(unknown_name(f"rule of method {method}", str(rule), BY_SAMPLER[1:]))
+        if rule not in RULES:
+            raise ConfigError(unknown_name(f"rule of method {method}", str(rule), RULES))
     row = selectors.Row(
         scores=scores,
         num_selected=k,
@@ -259,26 +261,24 @@ def _by_sampler(video, question, k, method, seed, num_candidates, predictor, set
         with _timed(seconds, "load"):
             predictor = load("example")
     given = {"num_frames": num_candidates} if num_candidates else {}
-    asked = predictor.prepare(
-        Path(video), question, settings=predictor.settings(selector=method, num_selected=k, seed=seed, **given)
-    )
+    how = predictor.settings(selector=method, num_selected=k, seed=seed, rule=settings, **given)
+    asked = predictor.prepare(Path(video), question, settings=how)
     with _timed(seconds, "sampler"):
-        choice = predictor.choose(asked, rule_settings=settings)
+        choice = predictor.choose(asked)
     media = asked.candidates
     index = [i for i in dict.fromkeys(choice.frame_index[0].tolist()) if i >= 0]
-    edges = choice.span[0].tolist()
-    times = media.times_s
-    ends = float(times[edges[1]]) if edges[1] < len(times) else float(media.duration_s)
+    times, span_s = media.times_s, None
+    if method == "lstp":
+        span_s = tuple(round(edge, 6) for edge in Span(*choice.span[0].tolist()).to_seconds(times, media.duration_s))
     for stage, value in asked.seconds.items():
         seconds[stage] = seconds.get(stage, 0.0) + value
-    rule = {} if method == "lstp" else selectors.selector_settings(method, settings)
     return {
-        "settings": {"k": k, "num_candidates": len(times), **rule},
+        "settings": {"k": k, "num_candidates": len(times), **how.selector.settings},
         "frame_index": [media.numbers[i] for i in index],
         "times_s": [round(float(times[i]), 6) for i in index],
         "candidate_index": list(media.numbers),
         "candidate_times_s": times.round(6).tolist(),
         "scores": None if choice.scores is None else [round(s, 4) for s in choice.scores[0].tolist()],
-        "span_s": (round(float(times[edges[0]]), 6), round(ends, 6)) if method == "lstp" else None,
-        "num_filled": int(choice.num_filled[0]),
+        "span_s": span_s,
+        "num_filled": 0 if choice.num_filled is None else int(choice.num_filled[0]),
     }

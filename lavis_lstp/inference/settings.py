@@ -29,7 +29,8 @@ class OwnSettings:
 
     num_frames: int | None = key(None, least=1, most=MOST_FRAMES)  # T, evenly spaced candidates of the video
     num_selected: int | None = key(None, least=1, most=MOST_SELECTED)  # K, frames shown to the language model
-    selector: str | None = key()  # of models/where/frame_selector.py
+    selector: str | None = key()  # of config/model.py
+    rule: dict[str, Any] | None = key()  # settings of a selector over scores, such as {"power": 2.0}
     seed: int | None = key(None, least=0, most=SEED)  # of tokens and frames that are drawn
 
 
@@ -88,14 +89,13 @@ def settings_of(model: Any, num_frames: int, given: Mapping[str, Any]) -> Settin
     checked_generation(together, encoder_decoder=model.backbone.is_encoder_decoder)
     frames = own.get("num_frames", num_frames)
     selector = _selector(model.selector, own)
-    by_sampler = selector.needs_logits or selector.needs_scores
-    if by_sampler and model.sampler is None:
+    if selector.by_sampler and model.sampler is None:
         raise ConfigError(
             f"settings.selector: '{selector.name}' asks the temporal sampler, and this model was loaded without one; "
             f"load it with the option model.selector.name={selector.name}"
         )
     places = getattr(model.sampler, "max_positions", None)
-    if by_sampler and places is not None and frames + 2 > places:
+    if selector.by_sampler and places is not None and frames + 2 > places:
         raise ConfigError(f"settings.num_frames must be at most {places - 2} for this model's sampler, got {frames}")
     return Settings(frames, selector, own.get("seed", model.chooser.seed), generation)
 
@@ -104,15 +104,15 @@ def _selector(used: Any, own: Mapping[str, Any]) -> Any:
     """The model's selector, or one like it with another rule or another K."""
     from lavis_lstp.models.where.frame_selector import build_selector
 
-    if not {"selector", "num_selected"} & own.keys():
+    if not {"selector", "num_selected", "rule"} & own.keys():
         return used
     kept = ("span_key", "context", "few_frames", "grid", "mapping", "marks", "mask_padding")
-    same = own.get("selector", used.name) == used.name
+    kept_rule = used.settings if own.get("selector", used.name) == used.name else None
     made = build_selector(
         own.get("selector", used.name),
         num_selected=own.get("num_selected", used.num_selected),
         **{name: getattr(used, name) for name in kept},
-        settings=used.settings if same else None,
+        settings=own.get("rule", kept_rule),
     )
     if made.needs_span:
         raise ConfigError(

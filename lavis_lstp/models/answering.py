@@ -9,36 +9,51 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lavis_lstp.batch import in_pieces
-from lavis_lstp.models.answer.answerer import Answers, Reading
+from lavis_lstp.models.answer.answerer import Answers, GivenUp, Reading
 
 
 @torch.no_grad()
-def answer(model: nn.Module, samples: Mapping, prompt: str | None, generation: Mapping) -> dict:
+def answer(
+    model: nn.Module,
+    samples: Mapping,
+    prompt: str | None,
+    generation: Mapping,
+    given_up: GivenUp | None = None,
+    **chosen_by: Any,
+) -> dict:
     """See `LSTP.answer`.
 
     Args:
         model: an LSTP.
         prompt: template to use instead of the config's.
         generation: transformers' generation arguments.
+        given_up: rows that nobody waits for, see `Reading.answers`.
+        chosen_by: selector and flow in place of the chooser's, see `Chooser`.
     """
-    result, reading = look(model, samples, prompt)
+    result, reading = look(model, samples, prompt, **chosen_by)
     with timed(model, result["seconds"], "language"):
-        made = reading.answers(generators=_generators(model, samples, generation), **generation)
+        made = reading.answers(generators=_generators(model, samples, generation), given_up=given_up, **generation)
     return told(result, made)
 
 
 def stream(
-    model: nn.Module, samples: Mapping, prompt: str | None, generation: Mapping
+    model: nn.Module,
+    samples: Mapping,
+    prompt: str | None,
+    generation: Mapping,
+    given_up: GivenUp | None = None,
+    **chosen_by: Any,
 ) -> Generator[list[str], None, dict]:
     """See `LSTP.stream`; arguments as for `answer`."""
     with torch.no_grad():
-        result, reading = look(model, samples, prompt)
-        pieces = reading.stream(generators=_generators(model, samples, generation), **generation)
+        result, reading = look(model, samples, prompt, **chosen_by)
+        pieces = reading.stream(generators=_generators(model, samples, generation), given_up=given_up, **generation)
     start = time.perf_counter()
     made = yield from pieces
     result["seconds"]["language"] = time.perf_counter() - start
@@ -74,14 +89,12 @@ def score_options(model: nn.Module, samples: Mapping, prompt: str | None) -> dic
     return {**result, **scored}
 
 
-def look(model: nn.Module, samples: Mapping, prompt: str | None) -> tuple[dict, Reading]:
+def look(model: nn.Module, samples: Mapping, prompt: str | None, **chosen_by: Any) -> tuple[dict, Reading]:
     """Everything before the language model: the result so far, and the prompts with their frames as they were read."""
     seconds: dict[str, float] = {}
     result: dict = {"prompt": model.prompts(samples, prompt), "seconds": seconds}
-    choice = model.chooser(samples, clock=lambda stage: timed(model, seconds, stage))
-    result["frame_index"], result["span"] = choice.frame_index, choice.span
-    if model.selector.needs_scores:
-        result["num_filled"] = choice.num_filled
+    choice = model.chooser(samples, clock=lambda stage: timed(model, seconds, stage), **chosen_by)
+    result |= {"frame_index": choice.frame_index, "span": choice.span, "num_filled": choice.num_filled}
     if choice.flow is not None:
         result["flow"] = choice.flow
     if choice.scores is not None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lavis_lstp.batch import chosen_frames, moves, readable
 from lavis_lstp.errors import ConfigError, unknown_name
-from lavis_lstp.models.answer.answerer import Reading
+from lavis_lstp.models.answer.answerer import GivenUp, Reading
 from lavis_lstp.models.answering import answer, score_options, stream
 from lavis_lstp.models.building import build_parts, check_settings
 from lavis_lstp.models.refinement import ROWS, Refinement, pseudo_scores
@@ -26,6 +26,7 @@ from lavis_lstp.models.variants import MODEL_TYPES, complete, load_variant
 from lavis_lstp.models.weights import parts
 from lavis_lstp.models.weights.hub import sizes_of_weights
 from lavis_lstp.models.where.chooser import Chooser
+from lavis_lstp.models.where.frame_selector import FrameSelector
 from lavis_lstp.models.where.temporal_sampler import span_loss, spans_in_flows
 from lavis_lstp.schema import NO_SPAN
 
@@ -233,7 +234,7 @@ class LSTP(BaseModel):
         """
         samples = readable(samples)
         logits = None
-        if self.selector.needs_logits or self.selector.needs_scores or "span" in self.losses:
+        if self.selector.by_sampler or "span" in self.losses:
             logits = self.chooser.logits(samples)
         choice = self.chooser(samples, logits=logits)
         found = {"span": choice.span, "frame_index": choice.frame_index}
@@ -242,27 +243,49 @@ class LSTP(BaseModel):
             found["end_logits"] = logits.end_logits.float().cpu()
         return found
 
-    def answer(self, samples: Mapping, prompt: str | None = None, **generation) -> dict:
+    def answer(
+        self,
+        samples: Mapping,
+        prompt: str | None = None,
+        *,
+        selector: FrameSelector | None = None,
+        flow: Tensor | None = None,
+        given_up: GivenUp | None = None,
+        **generation,
+    ) -> dict:
         """Everything an answer is made of.
 
         Args:
             prompt: template to use instead of the config's.
+            selector, flow: in place of the chooser's, see `Chooser`.
+            given_up: rows that nobody waits for any more, see `Reading.answers`.
             generation: transformers' generation arguments, over those of the config.
 
         Returns:
             prediction, prompt (lists of B strings), log_prob (of the prediction's tokens: sum, mean and number), span
-            [B,2], frame_index [B,K], start_logits and end_logits where there are any, flow [B,T,2,S,S] where it was
-            needed, and seconds by stage (of the whole batch).
+            [B,2], frame_index [B,K], num_filled [B] of a rule over scores, else None; start_logits, end_logits and
+            scores where there are any, flow [B,T,2,S,S] where it was needed, and seconds by stage (of the whole batch).
         """
-        return answer(self, readable(samples), prompt, {**self.generation, **generation})
+        settings = {**self.generation, **generation}
+        return answer(self, readable(samples), prompt, settings, given_up, selector=selector, flow=flow)
 
-    def stream(self, samples: Mapping, prompt: str | None = None, **generation) -> Iterator[list[str]]:
+    def stream(
+        self,
+        samples: Mapping,
+        prompt: str | None = None,
+        *,
+        selector: FrameSelector | None = None,
+        flow: Tensor | None = None,
+        given_up: GivenUp | None = None,
+        **generation,
+    ) -> Iterator[list[str]]:
         """The answers as they are made, B new pieces of text at a time; arguments as for `answer`.
 
         The pieces of a row are its prediction, cut. The generator returns what `answer` gives; closing it ends the
         generation.
         """
-        return stream(self, readable(samples), prompt, {**self.generation, **generation})
+        settings = {**self.generation, **generation}
+        return stream(self, readable(samples), prompt, settings, given_up, selector=selector, flow=flow)
 
     def score_options(self, samples: Mapping, prompt: str | None = None) -> dict:
         """How likely each of `samples["options"]` is as the answer.

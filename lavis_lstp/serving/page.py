@@ -332,8 +332,8 @@ class Page:
 
 def selectors_of(model: Any) -> list[str]:
     """Names of the selectors that this model can follow: without a temporal sampler, those that ask for none."""
-    found = {name: kind.needs for name, kind in SELECTORS.items() if kind.needs != "span" and name != "best_span"}
-    return [name for name, needs in found.items() if model.sampler is not None or not needs]
+    found = {name: kind for name, kind in SELECTORS.items() if "span" not in kind.needs and name != "best_span"}
+    return [name for name, kind in found.items() if model.sampler is not None or not kind.by_sampler]
 
 
 def settings_of_widgets(widgets: tuple) -> tuple[dict[str, Any], bool]:

@@ -32,6 +32,10 @@ class Answers(NamedTuple):
     counts: Tensor | None
 
 
+GivenUp = Callable[[int], bool]
+"""Given the number of a row, says whether nobody waits for its answer any more; asked at every token."""
+
+
 class Reading(Protocol):
     """B prompts with the frames that they are about, as a model has read them."""
 
@@ -43,20 +47,32 @@ class Reading(Protocol):
         """
 
     def answers(
-        self, *, generators: Sequence[torch.Generator] | None = None, scored: bool = True, **generation: Any
+        self,
+        *,
+        generators: Sequence[torch.Generator] | None = None,
+        scored: bool = True,
+        given_up: GivenUp | None = None,
+        **generation: Any,
     ) -> Answers:
         """An answer to each prompt; that of a row does not depend on the other rows.
 
         Args:
             generators: one a row, on the CPU, where tokens are drawn (do_sample).
-            scored: False leaves out the log-probabilities.
+            scored: False leaves out the log-probabilities, and the memory that they take.
+            given_up: a row of which it says True is cut short there.
             generation: transformers' generation arguments, see `generation.py`.
 
         Raises:
             ConfigError: a setting is not known or not supported.
         """
 
-    def stream(self, *, generators: Sequence[torch.Generator] | None = None, **generation: Any) -> Iterator[list[str]]:
+    def stream(
+        self,
+        *,
+        generators: Sequence[torch.Generator] | None = None,
+        given_up: GivenUp | None = None,
+        **generation: Any,
+    ) -> Iterator[list[str]]:
         """The answers as they are made: B new pieces of text at a time, "" for a row with none.
 
         The pieces of a row are what `answers` gives for it, cut; the generator returns these `Answers`. Closing it ends

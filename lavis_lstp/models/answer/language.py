@@ -6,9 +6,8 @@ language model takes `inputs_embeds`, decoder-only or encoder-decoder, is a `Lan
 
 from __future__ import annotations
 
-import queue
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +15,11 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from lavis_lstp.errors import ConfigError
-from lavis_lstp.models.answer.answerer import Answers
+from lavis_lstp.models.answer.answerer import Answers, GivenUp
 from lavis_lstp.models.answer.generation import arguments, checked
 from lavis_lstp.models.answer.loading import checkpoint_gradients, untie_as_in
 from lavis_lstp.models.answer.lora import add_lora, matched, merge_lora
+from lavis_lstp.models.answer.streaming import EndsGivenUp, Pieces, refuse_beams
 
 IGNORED = -100
 """Label of a position that no loss looks at, as in torch and transformers."""
@@ -132,56 +132,49 @@ class LanguageAnswerer(nn.Module):
         return PrefixReading(self, prefix, prefix_mask, prompts)
 
     @torch.no_grad()
-    def generate(
-        self,
-        prefix: Tensor,
-        prefix_mask: Tensor,
-        prompts: list[str],
-        *,
-        generators: Sequence[torch.Generator] | None = None,
-        scored: bool = True,
-        watched_by: Mapping[str, object] | None = None,
-        **settings,
-    ) -> Answers:
-        """An answer to each prompt.
+    def generate(self, prefix: Tensor, prefix_mask: Tensor, prompts: list[str], **how: Any) -> Answers:
+        """An answer to each prompt; `how` as for `write`."""
+        return self.write(lambda wanted: self._generate(prefix, prefix_mask, prompts, wanted), len(prompts), **how)
 
-        Args:
-            generators: one a row, where tokens are drawn (do_sample).
-            scored: False leaves out how sure the model was, and the memory that this takes.
-            watched_by: transformers' streamer and stopping criteria.
-            settings: transformers' generation arguments (max_new_tokens, ...); see `generation.py`.
-
-        Raises:
-            ConfigError: a setting is not known or not supported.
-        """
-        return self._written(
-            lambda wanted: self._generate(prefix, prefix_mask, prompts, wanted),
-            len(prompts),
-            generators,
-            scored,
-            watched_by,
-            settings,
-        )
+    def pieces(self, rows: int) -> Pieces:
+        """A streamer for `rows` answers."""
+        device = self.writer.get_input_embeddings().weight.device.type
+        return Pieces(rows, text_of=self._texts, ends=self._end_ids, device=device)
 
     @property
     def writer(self) -> nn.Module:
         """The model whose `generate` writes answers: the language model, or the whole that it is the inner part of."""
         return self.language_model
 
-    def _written(
+    def write(
         self,
         generate: Callable[[Mapping[str, object]], object],
         rows: int,
-        generators: Sequence[torch.Generator] | None,
-        scored: bool,
-        watched_by: Mapping[str, object] | None,
-        settings: Mapping[str, object],
+        *,
+        generators: Sequence[torch.Generator] | None = None,
+        scored: bool = True,
+        given_up: GivenUp | None = None,
+        streamer: Pieces | None = None,
+        **settings: Any,
     ) -> Answers:
-        """What `generate` makes of the checked settings: ids of the answers, or more where they are scored."""
+        """Answers out of what a model's `generate` gives.
+
+        Args:
+            generate: arguments of transformers' `generate`, but for the inputs -> ids of the answers [B,S], or with
+                return_dict_in_generate more.
+            rows: B.
+            generators, scored, given_up, settings: see `Reading.answers`.
+            streamer: is handed the tokens as they come.
+
+        Raises:
+            ConfigError: a setting is not known or not supported.
+        """
         settings = checked(settings, encoder_decoder=self.is_encoder_decoder)
         model, device = self.writer, self.writer.get_input_embeddings().weight.device
         wanted = arguments(settings, model.generation_config, rows, generators, device)
-        wanted |= {"return_dict_in_generate": scored, "output_logits": scored, **(watched_by or {})}
+        wanted |= {"return_dict_in_generate": scored, "output_logits": scored, "streamer": streamer}
+        if given_up:
+            wanted["stopping_criteria"] = [EndsGivenUp(given_up, rows)]
         made = generate(wanted)
         if not scored:
             return Answers(self._texts(made), None, None)
@@ -274,7 +267,7 @@ class LanguageAnswerer(nn.Module):
         prefixes = [before + prefix for prefix in self.PARTS["language_model"]]
         state_dict = matched(state_dict, [before + key for key in self.state_dict()], prefixes, source)
         inner = {key.removeprefix(before): value for key, value in state_dict.items() if key.startswith(before)}
-        untie_as_in(self, inner, self.language_model)
+        untie_as_in(self, inner, self.writer)
         return state_dict
 
     def layers(self) -> Iterator[nn.Module]:
@@ -312,20 +305,13 @@ class PrefixReading:
     def loss(self, answers: list[str]) -> Tensor:
         return self.answerer.lm_loss(self.prefix, self.prefix_mask, self.prompts, answers)
 
-    def answers(
-        self, *, generators: Sequence[torch.Generator] | None = None, scored: bool = True, **generation
-    ) -> Answers:
-        return self.answerer.generate(
-            self.prefix, self.prefix_mask, self.prompts, generators=generators, scored=scored, **generation
-        )
+    def answers(self, **how: Any) -> Answers:
+        return self.answerer.generate(self.prefix, self.prefix_mask, self.prompts, **how)
 
-    def stream(self, *, generators: Sequence[torch.Generator] | None = None, **generation) -> Iterator[list[str]]:
-        refuse_beams(generation)
-        return stream_of(
-            self.answerer,
-            len(self.prompts),
-            lambda watched: self.answers(generators=generators, watched_by=watched, **generation),
-        )
+    def stream(self, *, given_up: GivenUp | None = None, **how: Any) -> Iterator[list[str]]:
+        refuse_beams(how)
+        pieces = self.answerer.pieces(len(self.prompts))
+        return pieces.of(lambda streamer, ended: self.answers(streamer=streamer, given_up=ended, **how), given_up)
 
     @torch.no_grad()
     def log_probs(self, rows: list[int], answers: list[str]) -> tuple[Tensor, Tensor, Tensor]:
@@ -333,12 +319,7 @@ class PrefixReading:
             self._read()
         which = torch.tensor(rows, device=self.mask.device)
         read = self._encoder_decoder if self.answerer.is_encoder_decoder else self._decoder_only
-        logits, labels = read(which, answers)
-        counted = labels != IGNORED
-        log_probs = logits.new_zeros(labels.shape, dtype=torch.float32)
-        log_probs[counted] = -cross_entropy(logits[counted].float(), labels[counted], reduction="none")
-        greedy = (logits.argmax(-1) == labels) | ~counted
-        return log_probs.sum(1), counted.sum(1), greedy.all(1)
+        return scored_answers(*read(which, answers))
 
     def _read(self) -> None:
         inputs, self.mask = self.answerer.prompt_inputs(self.prefix, self.prefix_mask, self.prompts)
@@ -397,96 +378,19 @@ def _at(cache, rows: Tensor):
     return taken
 
 
-def refuse_beams(generation: Mapping[str, object]) -> None:
-    """Raise ConfigError where answers are asked for piece by piece and with beams."""
-    if (generation.get("num_beams") or 1) > 1:
-        raise ConfigError(
-            f"generation setting num_beams={generation['num_beams']!r} does not go with streaming: beams are "
-            "chosen at the end; set it to 1"
-        )
-
-
-def stream_of(
-    answerer: LanguageAnswerer, rows: int, generate: Callable[[Mapping[str, object]], Answers]
-) -> Iterator[list[str]]:
-    """The pieces of what `generate` makes for `rows` prompts, given the streamer that watches it; see `Reading`."""
-    return _Pieces(answerer, rows).of(generate)
-
-
-class _Pieces:
-    """Turns tokens, as transformers' `generate` makes them in another thread, into new pieces of text a row.
-
-    A piece ends where a word does, so that no later token changes it; what is held back comes with the end.
-    """
-
-    def __init__(self, answerer: LanguageAnswerer, rows: int):
-        self.answerer = answerer
-        self.ids: list[list[int]] = [[] for _ in range(rows)]
-        self.said = [""] * rows
-        self.tokens: queue.Queue[list[int] | None] = queue.Queue()
-        self.cancelled = threading.Event()
-
-    # transformers' streamer: `put` is given the prompt's ids (none, it is embeddings, or a T5's begin mark) first
-    def put(self, value: Tensor) -> None:
-        if value.ndim == 1:
-            self.tokens.put(value.tolist())
-
-    def end(self) -> None:
-        pass
-
-    def of(self, generate: Callable[[Mapping[str, object]], Answers]) -> Iterator[list[str]]:
-        """The pieces of what `generate` makes while it is watched; see `Reading.stream`."""
-        device = self.answerer.language_model.get_input_embeddings().weight.device.type
-        autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)  # a thread has its own
-        outcome: list[Answers | BaseException] = []
-
-        def work() -> None:
-            try:
-                with torch.autocast(device, dtype=autocast[1], enabled=autocast[0]):
-                    outcome.append(generate({"streamer": self, "stopping_criteria": [self._stop]}))
-            except BaseException as error:  # handed to whoever reads the pieces
-                outcome.append(error)
-            self.tokens.put(None)
-
-        thread = threading.Thread(target=work, daemon=True)
-        thread.start()
-        try:
-            while (tokens := self.tokens.get()) is not None:
-                new = [self._piece(row, token) for row, token in enumerate(tokens)]
-                if any(new):
-                    yield new
-        finally:
-            self.cancelled.set()
-            thread.join()
-        (made,) = outcome
-        if isinstance(made, BaseException):
-            raise made
-        last = [text[len(said) :] for text, said in zip(made.texts, self.said, strict=True)]
-        if any(last):
-            yield last
-        return made
-
-    def _stop(self, input_ids: Tensor, scores: object, **unused: object) -> Tensor:
-        return torch.full((len(input_ids),), self.cancelled.is_set(), device=input_ids.device)
-
-    def _piece(self, row: int, token: int) -> str:
-        ids = self.ids[row]
-        if ids and ids[-1] in self.answerer._end_ids:
-            return ""
-        ids.append(token)
-        (text,) = self.answerer._texts(torch.tensor([ids]))
-        text = text[: max(0, text.rfind(" "))]
-        if not text.startswith(self.said[row]):
-            return ""
-        new = text[len(self.said[row]) :]
-        self.said[row] = text
-        return new
-
-
 def _ids_of(*marks: int | Sequence[int] | None) -> list[int]:
     """Marks as configurations have them, one or several ids or none, as ids without repetition."""
     ids = [i for mark in marks for i in (mark if isinstance(mark, list | tuple) else [mark])]
     return list(dict.fromkeys(i for i in ids if i is not None and i >= 0))
+
+
+def scored_answers(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What `Reading.log_probs` gives, of logits [M,A,V] and labels [M,A], IGNORED where there is no token."""
+    counted = labels != IGNORED
+    log_probs = logits.new_zeros(labels.shape, dtype=torch.float32)
+    log_probs[counted] = -cross_entropy(logits[counted].float(), labels[counted], reduction="none")
+    greedy = (logits.argmax(-1) == labels) | ~counted
+    return log_probs.sum(1), counted.sum(1), greedy.all(1)
 
 
 def _token_loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ class Choice:
     Attributes:
         frame_index: int64 [B,K] of 0..T-1, sorted; -1 where a sample has no frame.
         span: int64 [B,2], half-open: where they come from.
-        num_filled: int64 [B], those that a rule over scores did not choose itself.
+        num_filled: int64 [B], those that a rule over scores did not choose itself; None of other rules.
         logits: of the temporal sampler, where it was asked.
         scores: float32 [B,T] of 0..1, how much each frame has to do with its question; where there are logits.
         flow: float32 [B,T,2,S,S], where it was computed or read.
@@ -39,7 +39,7 @@ class Choice:
 
     frame_index: Tensor
     span: Tensor
-    num_filled: Tensor
+    num_filled: Tensor | None
     logits: SamplerOutput | None = None
     scores: Tensor | None = None
     flow: Tensor | None = None
@@ -142,34 +142,42 @@ class Chooser:
         """Drops the flow that is kept of the last video; weights or devices may have changed."""
         self._last_flow = None
 
-    def __call__(self, samples: Mapping, *, logits: SamplerOutput | None = None, clock: Clock | None = None) -> Choice:
+    def __call__(
+        self,
+        samples: Mapping,
+        *,
+        selector: FrameSelector | None = None,
+        flow: Tensor | None = None,
+        logits: SamplerOutput | None = None,
+        clock: Clock | None = None,
+    ) -> Choice:
         """Frames for each sample.
 
         Args:
-            logits: of these samples, where they are known already.
+            selector: in place of the chooser's own.
+            flow: [B,T,2,S,S], logits: of these samples, where they are known already.
             clock: measures the stages "flow", "sampler" and "selection".
 
         Raises:
             ConfigError: the samples have not what the selector asks for.
         """
-        clock = clock or (lambda stage: nullcontext())
-        flow, scores = None, None
-        if (self.selector.needs_logits or self.selector.needs_scores) and logits is None:
+        clock, selector, scores = clock or (lambda stage: nullcontext()), selector or self.selector, None
+        if selector.by_sampler and logits is None:
             with torch.no_grad():
-                if moves(samples).any():
+                if flow is None and moves(samples).any():
                     with clock("flow"):
                         flow = self.flow(samples)
                 with clock("sampler"):
                     logits = self.logits(samples, flow)
         with clock("selection"):
             own_flow = self.has_own_flow(samples)
-            if logits is not None and (self.selector.needs_scores or not self.training):
+            if logits is not None and (selector.needs_scores or not self.training):
                 scores = frame_scores(logits, self.flow_mask(samples), samples["frame_mask"])
-            found = self.selector(
+            found = selector(
                 samples["frame_mask"].cpu(),
                 start_logits=None if logits is None else logits.start_logits,
                 end_logits=None if logits is None else logits.end_logits,
-                span=self._given_span(samples),
+                span=self._given_span(samples, selector),
                 generators=self.generators(samples),
                 flow_mask=self.flow_mask(samples).cpu() if own_flow else None,
                 scores=scores,
@@ -246,10 +254,10 @@ class Chooser:
 
     # ---- what a selector is told -----------------------------------------------------------------------------------
 
-    def _given_span(self, samples: Mapping) -> Tensor | None:
-        if not self.selector.needs_span:
+    def _given_span(self, samples: Mapping, selector: FrameSelector) -> Tensor | None:
+        if not selector.needs_span:
             return None
-        key = self.selector.span_key
+        key = selector.span_key
         if key == "gold_span" and self.training:
             raise ConfigError(
                 "selector 'given' with span_key 'gold_span' is for evaluation; training never sees gold spans"

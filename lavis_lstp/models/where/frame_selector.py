@@ -7,9 +7,7 @@ rules (`candidate_frames`) draw two noisy candidates and join them; the default 
 
 from __future__ import annotations
 
-import copy
 import hashlib
-import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -119,11 +117,11 @@ def flows_to_frames(span: Sequence[int], num_frames: int, num_flows: int) -> tup
 
 class Selection(NamedTuple):
     """frame_index int64 [B,K], sorted, -1 where a sample has no frame; span int64 [B,2], half-open; num_filled int64
-    [B], frames that a rule over scores did not choose itself, see `selectors.choose`."""
+    [B], frames that a rule over scores did not choose itself, see `selectors.choose`; None of other rules."""
 
     frame_index: Tensor
     span: Tensor
-    num_filled: Tensor
+    num_filled: Tensor | None
 
 
 class Row(NamedTuple):
@@ -139,14 +137,10 @@ class Row(NamedTuple):
     grid: int | None = None
     mapping: str = "ends"
     marks: int = 0
-    scores: Sequence[float] | None = None
-    question: str = ""
-    times_s: Sequence[float] | None = None
 
 
-Rule = Callable[[Row, int], list[int] | tuple[list[int], tuple[int, int]]]
-"""(row, K) -> K frames or fewer to spread over, in the order of time; and the span they come from, where it is not
-simply from the first to the last."""
+Rule = Callable[[Row, int], tuple[list[int], tuple[int, int]]]
+"""(row, K) -> K frames or fewer to spread over, and the span they come from."""
 
 
 def uniform(row: Row, num_selected: int) -> tuple[list[int], tuple[int, int]]:
@@ -191,6 +185,7 @@ class FrameSelector:
     """Picks K frames for each sample of a batch. Made by `build_selector`.
 
     Attributes:
+        by_sampler: whether logits or scores of the temporal sampler are needed.
         needs_logits, needs_scores, needs_span, needs_generator: which arguments a call must bring.
         span_key: name in the sample of the span that "given" takes.
         Others: see `build_selector`.
@@ -220,26 +215,15 @@ class FrameSelector:
         self.marks = marks
         self.mask_padding = mask_padding
         kind = SELECTORS[name]
-        module, _, function = kind.rule.partition(":")
-        self.settings = dict(settings)
-        if module == selectors.__name__:  # rules over scores alone, which the library's users have, too
-            self.settings = selectors.selector_settings(name, self.settings)
-            self.rule: Rule = self._by_scores
-        elif settings:
+        self.by_sampler = kind.by_sampler
+        self.needs_logits = "logits" in kind.needs
+        self.needs_scores = "scores" in kind.needs
+        self.needs_span = "span" in kind.needs
+        self.needs_generator = "rng" in kind.needs
+        if settings and not self.needs_scores:
             raise ConfigError(f"model.selector.settings: selector '{name}' has none, got {', '.join(settings)}")
-        else:
-            self.rule = getattr(importlib.import_module(module), function)
-        self.needs_logits = kind.needs == "logits"
-        self.needs_scores = kind.needs == "scores"
-        self.needs_span = kind.needs == "span"
-        self.needs_generator = kind.drawn
-
-    def with_settings(self, settings: Mapping[str, object]) -> FrameSelector:
-        """The same selector with other settings of its rule."""
-        made = copy.copy(self)
-        made.settings = selectors.selector_settings(self.name, dict(settings))
-        made.rule = made._by_scores
-        return made
+        self.settings = selectors.selector_settings(name, dict(settings)) if self.needs_scores else {}
+        self.rule: Rule = globals()[kind.rule.partition(":")[2]] if not self.needs_scores else None
 
     def __repr__(self) -> str:
         return f"FrameSelector({self.name}, num_selected={self.num_selected})"
@@ -315,15 +299,19 @@ class FrameSelector:
                 grid=self.grid,
                 mapping=self.mapping,
                 marks=self.marks,
-                scores=scores[b, :count].tolist() if self.needs_scores else None,
-                question=questions[b] if questions else "",
-                times_s=list(range(count)) if times_s is None else times_s[b, :count].tolist(),
             )
-            frames, count_filled = self.rule(row, self.num_selected), 0
-            if isinstance(frames, selectors.Chosen):
-                frames, count_filled = frames
-            filled[b] = count_filled
-            frames, found = frames if isinstance(frames, tuple) else (frames, (frames[0], frames[-1] + 1))
+            if self.needs_scores:
+                known = selectors.Row(
+                    scores=scores[b, :count].double().cpu().numpy(),
+                    num_selected=self.num_selected,
+                    times_s=np.arange(count) if times_s is None else times_s[b, :count].double().cpu().numpy(),
+                    question=questions[b] if questions else "",
+                    rng=_numpy_generator(row.generator) if self.needs_generator else None,
+                )
+                frames, filled[b] = selectors.choose(self.name, known, **self.settings)
+                found = frames[0], frames[-1] + 1
+            else:
+                frames, found = self.rule(row, self.num_selected)
             missing = self.num_selected - len(frames)
             keeps = self.few_frames == "keep" and missing > 0
             index.append([*frames, *[-1] * missing] if keeps else spread(frames, self.num_selected))
@@ -332,19 +320,8 @@ class FrameSelector:
         return Selection(
             torch.tensor(index, dtype=torch.long, device=device).view(-1, self.num_selected),
             torch.tensor(spans, dtype=torch.long, device=device).view(-1, 2),
-            torch.tensor(filled, dtype=torch.long, device=device),
+            torch.tensor(filled, dtype=torch.long, device=device) if self.needs_scores else None,
         )
-
-    def _by_scores(self, row: Row, num_selected: int) -> selectors.Chosen:
-        seed = None if row.generator is None else int(torch.randint(2**62, (1,), generator=row.generator))
-        known = selectors.Row(
-            scores=np.asarray(row.scores),
-            num_selected=num_selected,
-            times_s=row.times_s,
-            question=row.question,
-            rng=None if seed is None else np.random.default_rng(seed),
-        )
-        return selectors.choose(self.name, known, **self.settings)
 
     def _widen(self, span: Sequence[int], num_frames: int) -> tuple[int, int]:
         return max(0, span[0] - self.context), min(num_frames, span[1] + self.context)
@@ -425,6 +402,10 @@ def build_selector(
         mask_padding=mask_padding,
         settings=settings or {},
     )
+
+
+def _numpy_generator(generator: torch.Generator) -> np.random.Generator:
+    return np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
 
 
 def sample_generators(ids: Iterable[str], seed: int = 0) -> list[torch.Generator]:

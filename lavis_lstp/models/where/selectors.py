@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lavis_lstp.config.model import SELECTORS as OF_MODELS
 from lavis_lstp.data.frame_numbers import uniform_centres
 from lavis_lstp.errors import ConfigError, unknown_name
 
@@ -319,18 +320,19 @@ def uniform_in_span(row: Row) -> list[int]:
 
 
 SELECTORS: dict[str, Selector] = {
+    **{
+        name: Selector(globals()[kind.rule.partition(":")[2]], kind.needs)
+        for name, kind in OF_MODELS.items()
+        if "scores" in kind.needs
+    },
     "uniform": Selector(uniform),
     "random": Selector(random, needs=("rng",)),
-    "topk": Selector(topk, needs=("scores",)),
-    "aks": Selector(aks, needs=("scores",)),
-    "inverse_transform": Selector(inverse_transform, needs=("scores",)),
-    "focus": Selector(focus, needs=("scores", "times_s", "rng")),
     "mmr": Selector(mmr, needs=("scores", "features")),
     "dpp": Selector(dpp, needs=("scores", "features")),
-    "global_local": Selector(global_local, needs=("scores", "question")),
     "uniform_in_span": Selector(uniform_in_span, needs=("span",)),
 }
-"""Name -> rule, and the parts of the row that it cannot do without. A rule's settings are its keyword arguments."""
+"""Name -> rule, and the parts of the row that it cannot do without: the rules over scores of `config.model.SELECTORS`,
+and those of callers who bring features or a span, or have no scores. A rule's settings are its keyword arguments."""
 
 
 # ---- what all rules have in common --------------------------------------------------------------------------------
