@@ -54,9 +54,13 @@ def save(found: Selection, folder: Path) -> None:
 
 
 def select_all(
-    questions: Path, root: Path, out: Path, common: Mapping[str, Any], settings: Mapping[str, Any]
+    questions: Path, root: Path, out: Path, common: Mapping[str, Any], settings: Mapping[str, Any], by: str | None
 ) -> tuple[int, int]:
     """A line of `out` for each question, in the order of the file; those that are there already are kept.
+
+    Args:
+        common, settings: arguments of `select`.
+        by: whose sampler is asked, as the user names it.
 
     Returns:
         How many were selected now, and how many there are.
@@ -65,7 +69,7 @@ def select_all(
         ConfigError: `out` holds selections by another method or with other settings.
     """
     rows = read_annotation(questions)
-    wanted = {"method": common["method"], "k": common["k"], "seed": common["seed"], "rule": dict(settings)}
+    wanted = {key: value for key, value in common.items() if key != "predictor"} | {"rule": dict(settings), "by": by}
     with owned(out.parent):
         done = {}
         if out.exists():
@@ -131,7 +135,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.questions is not None:
         if args.out is None or args.video or args.save:
             parser.error("--questions FILE goes with --out FILE, and without a video and --save")
-        made, count = select_all(args.questions, args.root or args.questions.parent, args.out, common, settings)
+        root, by = args.root or args.questions.parent, args.checkpoint
+        made, count = select_all(args.questions, root, args.out, common, settings, by)
         print(printable(f"{args.out}: {count} questions, {made} of them selected now"))
         return 0
     found = select(args.video, args.question, **common, **settings)

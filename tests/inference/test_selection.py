@@ -17,6 +17,7 @@ from lavis_lstp.data.video.codec_figures import packet_costs
 from lavis_lstp.errors import ConfigError, LstpError
 from lavis_lstp.inference.loading import EXAMPLE
 from lavis_lstp.inference.selection import BY_SAMPLER, METHODS, WITHOUT_NETWORK, Selection, timing
+from lavis_lstp.models.where import selectors
 
 QUESTION = "what colour is the shape that shakes?"
 CLIP = EXAMPLE / "clip.mp4"
@@ -73,6 +74,17 @@ def test_the_sampler_of_a_checkpoint_is_asked(predictor, method):
             row["span_s"] for row in json.loads((EXAMPLE / "questions.json").read_text()) if row["question"] == QUESTION
         )
         assert all(gold[0] - 0.3 <= seconds <= gold[1] + 0.3 for seconds in found.times_s)
+
+
+def test_a_rule_is_told_when_the_candidates_are(predictor, monkeypatch):
+    """focus divides a video into arms of seconds, which candidates alone do not tell."""
+    seen = []
+    choose = selectors.choose
+    monkeypatch.setattr(
+        selectors, "choose", lambda name, row, **own: seen.append(row.times_s) or choose(name, row, **own)
+    )
+    found = lavis_lstp.select(CLIP, QUESTION, k=4, method="focus", predictor=predictor, arm_s=2.0)
+    assert seen[0] == pytest.approx(found.candidate_times_s) and found.settings["arm_s"] == 2.0
 
 
 def test_settings_of_a_rule_and_what_was_filled_in_are_told(predictor):
@@ -170,8 +182,9 @@ def test_a_file_of_questions_is_gone_on_with(film, tmp_path, capsys):
     again = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["question_id"] for row in again] == ["q0", "q1", "q2", "q3"]
     assert [row["frame_index"] for row in again] == [json.loads(line)["frame_index"] for line in whole]
-    assert cli.main([*words[:-1], "3"]) == 2
-    assert "holds selections made otherwise" in capsys.readouterr().err
+    for other in ([*words[:-1], "3"], [*words, "--num-candidates", "20"], [*words, "--seed", "1"]):
+        assert cli.main(other) == 2
+        assert "holds selections made otherwise" in capsys.readouterr().err
     rows[0]["video"] = "../film.mp4"
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     out.unlink()

@@ -135,6 +135,20 @@ def test_a_stream_that_is_closed_ends_the_generation(model):
     assert len(made) < 3000
 
 
+def test_a_row_that_is_given_up_ends_and_the_others_do_not(model):
+    """By beams and alone, at once and piece by piece."""
+    samples = batch()
+    for beams in (1, 2):
+        wanted = {"max_new_tokens": 12, "num_beams": beams}
+        whole = model.answer(samples, **wanted)
+        left = model.answer(samples, given_up=lambda row: row == 1, **wanted)
+        assert len(left["prediction"][1].split()) < len(whole["prediction"][1].split())
+        assert [left["prediction"][row] for row in (0, 2)] == [whole["prediction"][row] for row in (0, 2)]
+    stream = model.stream(samples, given_up=lambda row: row == 1, max_new_tokens=12)
+    pieces = ["".join(words) for words in zip(*stream, strict=True)]
+    assert pieces[0] == model.answer(samples, max_new_tokens=12)["prediction"][0] and len(pieces[1]) < len(pieces[0])
+
+
 def test_an_error_in_the_making_reaches_whoever_reads_the_pieces(model, monkeypatch):
     with pytest.raises(ConfigError, match="does not go with streaming"):
         list(model.stream(batch(), num_beams=2))
