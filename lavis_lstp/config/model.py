@@ -34,7 +34,7 @@ class Kind(NamedTuple):
 
     @property
     def by_sampler(self) -> bool:
-        """Whether the temporal sampler must be asked first."""
+        """Return whether the temporal sampler must be asked first."""
         return not {"logits", "scores"}.isdisjoint(self.needs)
 
 
@@ -297,14 +297,14 @@ def checked_model(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Used(NamedTuple):
-    """What a model is made of beside its answerer; what it does not use is neither built nor loaded nor demanded."""
+    """Parts of a model beside its answerer. A part that is not used is neither built nor loaded nor demanded."""
 
     sampler: bool
     flow: bool
 
 
 def used_parts(model: Mapping[str, Any]) -> Used:
-    """What a complete `model` section uses: the sampler where frames are selected by it or it learns, and its flow."""
+    """Return what a complete `model` section uses: its sampler, if that selects or learns, and its flow."""
     by_sampler = SELECTORS[model["selector"]["name"]].by_sampler
     sampler = by_sampler or "span" in model["losses"] or "sampler" in (model["train"] or ())
     return Used(sampler, flow=sampler)

@@ -16,7 +16,7 @@ from lavis_lstp.models.where.chooser import Choice
 from lavis_lstp.schema import Span
 
 END_OF_TURN = "</s>"
-"""What the published demo puts behind each earlier answer, whatever the language model."""
+"""End mark that the published demo writes behind each earlier answer, whatever the language model."""
 MEDIA_TOKENS = {"video": "<video>", "image": "<image>"}
 
 
@@ -53,7 +53,7 @@ def choose(model: Any, asked: Asked) -> Choice:
 
 
 def _handed_out(pieces: Iterator[list[str]], asked: Sequence[Asked]) -> dict[str, Any]:
-    """What a stream returns, after its pieces were handed out."""
+    """Return what a stream returns, after its pieces were handed out."""
     while True:
         try:
             new = next(pieces)
@@ -104,7 +104,7 @@ def _kept_flow(model: Any, asked: Sequence[Asked]) -> Tensor | None:
 
 
 def prompt_of(model: Any, asked: Asked) -> str:
-    """What the language model reads, with as many of the last turns as it has room for.
+    """Return what the language model reads, with as many of the last turns as it has room for.
 
     The published demo writes each turn with the whole template, its medium included, and ends an answer with `</s>`.
     """

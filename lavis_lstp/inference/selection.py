@@ -100,7 +100,7 @@ class Selection:
 
     @classmethod
     def from_json(cls, given: Mapping[str, Any], source: str = "selection") -> Selection:
-        """What `to_json` gave.
+        """Return what `to_json` gave.
 
         Raises:
             ConfigError: another format or version, or a field is missing or of another kind.

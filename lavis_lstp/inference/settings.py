@@ -39,7 +39,7 @@ OWN = tuple(OwnSettings.__dataclass_fields__)
 
 @dataclass(frozen=True)
 class Settings:
-    """How one question is answered.
+    """Settings under which one question is answered.
 
     Attributes:
         num_frames: T.

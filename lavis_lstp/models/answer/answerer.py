@@ -20,7 +20,7 @@ from lavis_lstp.errors import ConfigError, unknown_name
 
 
 class Answers(NamedTuple):
-    """What was said, and how sure the language model was of it.
+    """Answers, and how sure the language model was of each.
 
     texts: B strings. log_probs: float32 [B], the log-probability of the tokens up to the end mark, itself included,
     summed. counts: int64 [B], the number of these tokens. Probabilities are the model's own, before temperature, top_p
@@ -80,7 +80,7 @@ class Reading(Protocol):
         """
 
     def log_probs(self, rows: list[int], answers: list[str]) -> tuple[Tensor, Tensor, Tensor]:
-        """How likely given answers are, end mark included; a prompt is read once for all answers to it.
+        """Return how likely given answers are, end mark included; a prompt is read once for all answers to it.
 
         Args:
             rows: which prompt each answer is to, M numbers of 0..B-1.

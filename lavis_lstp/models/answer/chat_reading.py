@@ -164,7 +164,7 @@ class ChatReading:
         return torch.cat([first[rows, None], logits[:, :-1]], dim=1), labels
 
     def _behind(self, group: Rows, answers: list[str]) -> tuple[dict[str, Tensor], Tensor]:
-        """What stands behind prompts: inputs by token [M,A], and labels [M,A]."""
+        """Return what stands behind prompts: inputs by token [M,A], and labels [M,A]."""
         told = self.answerer.answer_ids(answers)
         for answer, ids in zip(answers, told, strict=True):
             if self.answerer.of_frames.intersection(ids):

@@ -26,7 +26,7 @@ IGNORED = -100
 
 
 class LanguageAnswerer(nn.Module):
-    """What all answerers over a language model share; a subclass adds `look` and says where its parts lie.
+    """Base of all answerers over a language model; a subclass adds `look` and lists its parts.
 
     Args:
         tokenizer: of the language model.
@@ -90,7 +90,7 @@ class LanguageAnswerer(nn.Module):
         return labels, self.language_model.prepare_decoder_input_ids_from_labels(labels=labels)
 
     def prompt_inputs(self, prefix: Tensor, prefix_mask: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """What the language model reads before the answer: inputs [B,S,D_llm] and their mask, real positions first."""
+        """Return inputs [B,S,D_llm] of the language model up to the answer, and their mask: real positions first."""
         text = self._tokenize(self.tokenizer, prompts, "right").to(prefix.device)
         return self._with_prefix(prefix, prefix_mask, text["input_ids"], text["attention_mask"])[:2]
 
@@ -191,7 +191,7 @@ class LanguageAnswerer(nn.Module):
 
     @torch.no_grad()
     def _generate(self, prefix: Tensor, prefix_mask: Tensor, prompts: list[str], settings: Mapping):
-        """What transformers' `generate` gives: ids of the answers [B,S], or with return_dict_in_generate more."""
+        """Return ids of the answers [B,S], or with return_dict_in_generate all that transformers' `generate` gives."""
         inputs, mask = self.prompt_inputs(prefix, prefix_mask, prompts)
         if not self.is_encoder_decoder:
             inputs, mask = _left_padded(inputs, mask)
@@ -385,7 +385,7 @@ def _ids_of(*marks: int | Sequence[int] | None) -> list[int]:
 
 
 def scored_answers(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What `Reading.log_probs` gives, of logits [M,A,V] and labels [M,A], IGNORED where there is no token."""
+    """Return what `Reading.log_probs` gives, of logits [M,A,V] and labels [M,A], IGNORED where there is no token."""
     counted = labels != IGNORED
     log_probs = logits.new_zeros(labels.shape, dtype=torch.float32)
     log_probs[counted] = -cross_entropy(logits[counted].float(), labels[counted], reduction="none")

@@ -48,7 +48,7 @@ TOWERS, CONNECTORS, TEXTS = (
 BY_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
 """Inputs [B,S] that go along with the tokens; all others are of the frames."""
 PIXELS = "pixel_values"
-"""How the names of inputs begin that the vision tower reads."""
+"""Prefix of the names of inputs that the vision tower reads."""
 NOT_INPUTS = ("second_per_grid_ts", "video_metadata", "num_crops")
 """Outputs of processors that positions are made of here, or that nobody reads."""
 TIMES = "The frames show these seconds of the video: {}.\n"
@@ -229,7 +229,7 @@ class VideoLLM(LanguageAnswerer):
         return torch.cat([plain[None], axes])
 
     def tells_times(self) -> bool:
-        """Whether what the model reads differs for frames of other seconds: some write them, some place them."""
+        """Return whether what the model reads differs for frames of other seconds: some write them, some place them."""
         if not self._takes_video:
             return False
         side = self.image_size
@@ -266,7 +266,7 @@ class VideoLLM(LanguageAnswerer):
             return self.model(**tokens, position_ids=positions, **inputs)
 
     def _one_precision(self, device: str) -> AbstractContextManager:
-        """Where what learns is float32 and the rest is not, computes in what the rest is."""
+        """Return a context that computes in the frozen part's lower precision where what learns is float32."""
         kinds = {p.dtype for p in self.model.parameters() if p.is_floating_point()}
         low = next((kind for kind in kinds if kind != torch.float32), None)
         mixed = low is not None and len(kinds) > 1 and not torch.is_autocast_enabled(device)

@@ -38,7 +38,7 @@ HUB_MODELS = (
 SIZES_FILE = "tiny_checkpoints.json"
 """In that folder: sizes of the model that its weights are of, where these are not the published ones."""
 BROKEN_FOLDER = (OSError, ValueError, RuntimeError, ImportError, LookupError, TypeError, AttributeError)
-"""What transformers raises for folders whose files are not there, damaged, or say what it does not expect."""
+"""Errors that transformers raises for folders whose files are missing, damaged or of unexpected content."""
 UNINITIALISED = "checkpoint"
 """`model.flow.weights`: RAFT's come with a checkpoint."""
 

@@ -46,7 +46,7 @@ class Choice:
 
 
 def frame_scores(logits: SamplerOutput, flow_mask: Tensor, frame_mask: Tensor) -> Tensor:
-    """How likely each frame lies in the span: P(start <= t) P(end >= t), over the softmax of each set of logits.
+    """Return how likely each frame lies in the span: P(start <= t) P(end >= t), over the softmax of each set of logits.
 
     Args:
         flow_mask: [B,L], 1 = real, of the logits; frame_mask: [B,T]. Where flows are not one a frame, a frame has the
@@ -135,7 +135,7 @@ class Chooser:
 
     @property
     def device(self) -> torch.device:
-        """Where the scorer's weights lie."""
+        """The device of the scorer's weights."""
         return next(self.scorer.sampler.parameters()).device
 
     def forget(self) -> None:
@@ -194,7 +194,7 @@ class Chooser:
     # ---- signal -------------------------------------------------------------------------------------------------
 
     def has_own_flow(self, samples: Mapping) -> bool:
-        """Whether the data bring flow that is not one field a frame (`flow_mask`), and the signal takes it."""
+        """Return whether the data bring flow that is not one field a frame (`flow_mask`), and the signal takes it."""
         return "flow_mask" in samples and self.flow_from_data is not None
 
     def flow_mask(self, samples: Mapping) -> Tensor:

@@ -26,7 +26,7 @@ from lavis_lstp.errors import ConfigError, unknown_name
 
 @dataclass(frozen=True)
 class Row:
-    """What a rule may read about one question and the T candidate frames of its video.
+    """Facts that a rule may read about one question and the T candidate frames of its video.
 
     Args:
         scores: float [T], larger = more useful for the question. `LazyScores` serve `focus`, which asks for few;
@@ -289,7 +289,7 @@ GLOBAL = re.compile(
     r"|how (?:does|did) (?:the )?\w+ (?:change|develop|evolve))\b",
     re.IGNORECASE,
 )
-"""What questions about a whole video say. The language model of DIG (CVPR 2026) decides this by itself."""
+"""Words of questions about a whole video. The language model of DIG (CVPR 2026) decides this by itself."""
 
 
 def question_kind(question: str) -> str:
