@@ -35,12 +35,12 @@ SHEET_COLUMNS = 100
 
 
 class Chat:
-    """A conversation.
+    """A conversation about a video.
 
     Args:
-        predictor: what answers.
-        video: what it is about.
-        history: whether earlier turns are read by the model.
+        predictor: the model that answers.
+        video: path of the video or picture.
+        history: the model reads the earlier turns, too.
     """
 
     def __init__(self, predictor: Predictor, video: str, *, history: bool):
@@ -60,7 +60,7 @@ class Chat:
         """Answer a question, or follow a command.
 
         Raises:
-            LstpError: it cannot be done; one line on why.
+            LstpError: it cannot be done; the message is one line.
         """
         word, _, rest = line.partition(" ")
         if not word.startswith("/"):
@@ -91,7 +91,7 @@ class Chat:
         if not times:
             raise ConfigError("/frames: the last answer looked at no frames")
         sheet = contact_sheet(pictures_at(self.video, times), [f"{time:.2f} s" for time in times])
-        path = Path(file or f"{Path(self.video).stem}_frames.png").expanduser()
+        path = _path(file or f"{Path(self.video).stem}_frames.png")
         with whole_file(path) as partial:
             partial.write_bytes(as_png(sheet))
         if sys.stdout.isatty() and os.environ.get("COLORTERM") in ("truecolor", "24bit"):
@@ -99,7 +99,7 @@ class Chat:
         print(printable(f"  [{path}]"))
 
     def open(self, file: str) -> None:
-        path = Path(file).expanduser()
+        path = _path(file)
         if not path.exists():
             raise LstpError(f"{path}: no such video file")
         self.video = str(path)
@@ -121,9 +121,19 @@ class Chat:
     def save(self, file: str) -> None:
         if not file:
             raise ConfigError("/save: name a file")
-        path = Path(file).expanduser()
+        path = _path(file)
         write_json(path, {"video": self.video, "settings": self.settings, "turns": [t.as_dict() for t in self.turns]})
         print(printable(f"  [{path}]"))
+
+
+def _path(text: str) -> Path:
+    """The file or folder that a line names; `~` is the user's own folder."""
+    if "\0" in text:
+        raise ConfigError(f"{text}: a name of a file has no null character")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise ConfigError(f"{text}: there is no such user") from None
 
 
 def _value(text: str) -> Any:
@@ -136,7 +146,7 @@ def _value(text: str) -> Any:
 
 
 def lines() -> Iterator[str]:
-    """What the user types, or what comes through a pipe, line by line."""
+    """Yields the lines that the user types, or those of a pipe."""
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         for line in sys.stdin:
             yield line.rstrip("\r\n")
@@ -195,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def converse(chat: Chat) -> int:
-    """Every line until the end; 2 where a line of a pipe could not be answered, as other commands give."""
+    """Answers every line until the end, and returns the exit status: 2 where a line of a pipe could not be answered."""
     failed = False
     for line in lines():
         if line.strip() == "/quit":
@@ -206,6 +216,8 @@ def converse(chat: Chat) -> int:
             chat.line(line.strip())
         except KeyboardInterrupt:  # gives the answer up
             print("\n  [stopped]")
+        except BrokenPipeError:  # nobody reads the answers any more
+            raise
         except (LstpError, OSError) as error:
             failed = True
             text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)

@@ -57,10 +57,11 @@ def test_a_line_that_fails_is_one_line_and_the_conversation_goes_on(monkeypatch,
     broken = tmp_path / "x\x1b[31m.mp4"
     broken.write_text("no video")
     lines = ["/frames", "/vidio x", "/video nowhere.mp4", "/set num_selectd=3", "/set top_p", f"/save {tmp_path}/a/\0"]
-    lines = [*lines[:5], "/save", f"/save {tmp_path}", f"/video {broken}", "what?", f"/video {EXAMPLE / 'clip.mp4'}"]
+    lines += ["/save ~nobody-of-this-name/x.json", "/save", f"/save {tmp_path}"]
+    lines += [f"/video {broken}", "what?", f"/video {EXAMPLE / 'clip.mp4'}"]
     code, out, err = talk(monkeypatch, capsys, [*lines, ROWS[1]["question"]], "--example")
     said = err.splitlines()
-    assert code == 2 and len(said) == 8 and all(line.startswith("error: ") for line in said), err
+    assert code == 2 and len(said) == 10 and all(line.startswith("error: ") for line in said), err
     assert "'/video'" in said[1] and "num_selected" in said[3] and "\x1b" not in err
     assert out.startswith(ROWS[1]["answer"])
 
@@ -73,6 +74,16 @@ def test_a_line_that_fails_is_one_line_and_the_conversation_goes_on(monkeypatch,
 def test_bad_words_are_one_line(monkeypatch, capsys, words, said):
     code, out, err = talk(monkeypatch, capsys, [], *words)
     assert code == 2 and not out and len(err.splitlines()) == 1 and said in err
+
+
+def test_it_ends_when_nobody_reads_the_answers(monkeypatch):
+    class Closed:
+        def line(self, line: str) -> None:
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one?\ntwo?\n"))
+    with pytest.raises(BrokenPipeError):  # run_command makes it status 141, without a word
+        chat.converse(Closed())
 
 
 def test_a_sheet_is_shown_where_the_terminal_has_colours(monkeypatch, capsys, tmp_path):
@@ -96,19 +107,28 @@ def test_a_terminal_gets_a_prompt_and_a_streamed_answer():
     environment = {**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
     process = subprocess.Popen(words, stdin=follower, stdout=follower, stderr=follower, env=environment)
     os.close(follower)
-    seen, typed, deadline = b"", False, time.monotonic() + 60
     os.set_blocking(leader, False)
-    while time.monotonic() < deadline and b"frames at" not in seen:
-        try:
-            seen += os.read(leader, 65536)
-        except BlockingIOError:
-            time.sleep(0.05)
-        if b"\x1b[0m>" in seen and not typed:  # the prompt
-            os.write(leader, ROWS[1]["question"].encode() + b"\r")
-            typed = True
-    os.write(leader, b"\x04")  # Ctrl-D
+    seen, at = b"", 0
+
+    def see(mark: bytes) -> None:
+        nonlocal seen, at
+        deadline = time.monotonic() + 300
+        while mark not in seen[at:]:
+            assert process.poll() is None and time.monotonic() < deadline, seen
+            try:
+                seen += os.read(leader, 65536)
+            except BlockingIOError:
+                time.sleep(0.05)
+        at = seen.index(mark, at) + len(mark)
+
+    prompt = b"\x1b[0m>"
     try:
-        assert process.wait(60) == 0 and b"bar" in seen.split(b"right?")[-1]
+        see(prompt)
+        os.write(leader, ROWS[1]["question"].encode() + b"\r")
+        see(b"frames at")
+        see(prompt)  # before it the terminal is not the editor's, and Ctrl-D would be lost
+        os.write(leader, b"\x04")  # Ctrl-D
+        assert process.wait(300) == 0 and b"bar" in seen.split(b"right?")[-1]
     finally:
         process.kill()
         os.close(leader)
