@@ -332,7 +332,9 @@ def test_only_what_is_needed_is_decoded(tmp_path):
     video = read_frames(path, num=8)
     assert [read_number(f) for f in video.frames] == [i % 38 for i in video.indices]
     assert video.count.packets <= 8 * 25 and video.count.pictures <= 8 * 14
-    assert video.count.seeks <= 8
+    # From one wanted frame to the next group 34 to 36 packets are passed over, or 44, in turn. By `decode.SEEK_US` a
+    # seek costs 300 us; passing 36 packets costs 292 us and passing 44 costs 357 us, which happens three times.
+    assert video.count.seeks == 3
     near = read_frames(path, indices=[200, 201, 203])
     assert near.count.seeks == 1 and near.count.packets < 15
 

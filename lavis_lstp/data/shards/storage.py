@@ -482,19 +482,13 @@ class ForwardReader:
         self._stream: BinaryIO | None = None
 
     def read_at(self, location: str, offset: int, size: int, retry: Retry) -> bytes:
-        """As the function `read_at`, of this shard; with the same errors."""
+        """Reads as the function `read_at` does, from this shard alone, with the same errors."""
         assert location == self.location and retry == self.retry, "one reader for each shard"
         kind = scheme(location)
         if kind in ("file", "pipe") or not size:
             return read_at(location, offset, size, retry)
-        try:
-            if kind == "http":
-                data = self._http(offset, size)
-            else:
-                data = _again(location, retry, lambda: self._seek(offset, size))
-        except ShardError:
-            self.close()
-            raise
+        read = self._http if kind == "http" else self._seek
+        data = read(offset, size)
         self._at = offset + len(data)
         return _all_of(location, offset, size, data)
 
@@ -503,19 +497,28 @@ class ForwardReader:
         if self._stream is None or not 0 <= gap <= self.skip:
             self.close()
             self._stream = io.BufferedReader(_HttpStream(self.location, self.retry, offset), 1 << 20)
-        elif gap:
+            gap = 0
+        with self._closed_on_error():
             _body(self._stream, gap)
-        return _body(self._stream, size)
+            return _body(self._stream, size)
 
     def _seek(self, offset: int, size: int) -> bytes:
-        try:
-            if self._stream is None:
-                self._stream = _fsspec(self.location).open(_strip(self.location), "rb")
-            self._stream.seek(offset)
-            return _body(self._stream, size)
-        except Exception:
-            self.close()
-            raise
+        def attempt() -> bytes:
+            with self._closed_on_error():
+                if self._stream is None:
+                    self._stream = _fsspec(self.location).open(_strip(self.location), "rb")
+                self._stream.seek(offset)
+                return _body(self._stream, size)
+
+        return _again(self.location, self.retry, attempt)
+
+    @contextlib.contextmanager
+    def _closed_on_error(self) -> Iterator[None]:
+        """Closes the connection where the block fails, whatever the error: nobody knows where it stands then."""
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.close)
+            yield
+            undo.pop_all()
 
     def close(self) -> None:
         if self._stream is not None:

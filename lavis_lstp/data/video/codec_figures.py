@@ -1,4 +1,4 @@
-"""What a video tells of itself nearly for nothing: the bit cost of every picture, and how much moves when.
+"""Figures that a video gives nearly for nothing: the bit cost of every picture, and how much moves when.
 
 In: a video file. Out: NumPy arrays with one value for each picture in the order a viewer sees them; no torch is
 imported. The bit cost is what the encoder spent on a picture, which is large at cuts and where much moves; reading it
@@ -112,10 +112,11 @@ def _small_greys(source: Source, index: VideoIndex, threads: int):
             context.skip_frame = "NONREF"
             context.options = dict(context.options) | {"skip_loop_filter": "all"}
         try:
-            for position, frame in enumerate(container.decode(stream)):
-                packet = None if index.by_count else index.position(frame.pts)
-                i = position if packet is None else int(index.packet_frame[packet])
-                if not (index.by_count or packet is not None) or not 0 <= i < index.num_frames:
+            for i, frame in enumerate(container.decode(stream)):
+                if not index.by_count:
+                    packet = index.position(frame.pts)
+                    i = -1 if packet is None else int(index.packet_frame[packet])
+                if not 0 <= i < index.num_frames:
                     continue  # hidden by an edit list
                 grey = _luma(frame)
                 size = (ENERGY_WIDTH, max(1, round(ENERGY_WIDTH * grey.shape[0] / grey.shape[1])))

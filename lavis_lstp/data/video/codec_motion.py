@@ -171,7 +171,7 @@ class CodecMotion:
 
 
 class LocalMotion(CodecMotion):
-    """From each marked picture to the next picture of the file: the velocity there, of the next predicted picture.
+    """Flow from each marked picture to the next picture of the file: the velocity there of the next predicted picture.
 
     Only pictures around the marked ones are seen, so that candidates may lie minutes apart.
     """
@@ -186,7 +186,7 @@ class LocalMotion(CodecMotion):
 
     @property
     def waits(self) -> bool:
-        """Whether a marked picture has no field yet, and may get one."""
+        """True while a marked picture has no field yet and may get one."""
         return bool(self._waiting)
 
     def restart(self) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import av
@@ -146,7 +146,7 @@ def _by_time(container, stream, index, wanted, visit, around, count) -> Iterator
         yield from reader.read(stretch)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Stretch:
     """Packets decoded in a row, from a key frame on, and the frames wanted of them.
 
@@ -157,7 +157,7 @@ class Stretch:
     """
 
     start: int
-    wanted: tuple[int, ...]
+    wanted: list[int]
     stop: int
 
 
@@ -175,15 +175,12 @@ def stretches(index: VideoIndex, wanted: Sequence[int], *, jump: bool = True, an
     for i in wanted:
         packet = int(index.frame_packet[i])
         start = _start_for(index, packet)
+        stop = 1 + (max(packet, _anchor_after(index, start, packet)) if anchor else packet)
         if found and (start < found[-1].stop or not jump):
-            last = found.pop()
-            start = last.start
-            found.append(Stretch(start, (*last.wanted, i), max(last.stop, packet + 1)))
+            found[-1].wanted.append(i)
+            found[-1].stop = max(found[-1].stop, stop)
         else:
-            found.append(Stretch(start, (i,), packet + 1))
-        if anchor:
-            last = found.pop()
-            found.append(replace(last, stop=max(last.stop, _anchor_after(index, start, packet) + 1)))
+            found.append(Stretch(start, [i], stop))
     return found
 
 
@@ -216,8 +213,8 @@ def _start_for(index: VideoIndex, packet: int, before: int | None = None) -> int
     return int(keys[-1]) if len(keys) else 0
 
 
-# What moving through a file costs, in microseconds. A container with a table of its packets finds any of them at once;
-# FFmpeg looks for a time in the others by reading here and there.
+# Costs of moving through a file, in microseconds. A container with a table of its packets (`_has_table`) finds any of
+# them at once; FFmpeg looks for a time in the others by reading here and there.
 PASS_PACKET_US, PASS_BYTE_US = 8, 0.002
 SEEK_US = {True: 300, False: 8000}
 
@@ -370,8 +367,11 @@ class _Reader:
 
 
 def side_data_of(frame: Any, kind: str) -> Any | None:
-    """What the decoder gave with a picture. `frame.side_data` would tie both into a cycle: pictures of 1.4 MB then pile
-    up until Python collects garbage, 300 MB of them in 64 frames of 1280 x 720."""
+    """Side data that the decoder gave with a picture, or None.
+
+    `frame.side_data` would tie both into a cycle: pictures of 1.4 MB then pile up until Python collects garbage, 300 MB
+    of them in 64 frames of 1280 x 720.
+    """
     return SideDataContainer(frame).get(kind)
 
 

@@ -34,7 +34,7 @@ from av.codec.context import Flags
 from av.codec.hwaccel import HWAccel
 from av.stream import Discard
 
-from lavis_lstp.data.pictures import DEFAULT_MAX_MEGAPIXELS
+from lavis_lstp.data.pictures import DEFAULT_MAX_MEGAPIXELS, check_area
 from lavis_lstp.errors import VideoError
 
 logger = logging.getLogger(__name__)
@@ -216,7 +216,7 @@ def open_video(
             stream = _best_track(container, name) if track is None else container.streams[track]
             if stream.codec_context is None:
                 raise VideoError(f"{name}: no decoder for its video stream in this build of PyAV")
-            _check_area(stream, name, max_megapixels)
+            check_area(stream.codec_context.width, stream.codec_context.height, name, max_megapixels)
             for other in container.streams:
                 if other is not stream:
                     other.discard = Discard.all
@@ -224,9 +224,8 @@ def open_video(
             stream.codec_context.thread_count = threads
             stream.codec_context.thread_type = "SLICE" if threads == 1 else "AUTO"
             yield container, stream
-    except (
-        av.ArgumentError
-    ) as error:  # among others what a decoder says of pictures that its container kept quiet about
+    except av.ArgumentError as error:
+        # Among other causes, the decoder found larger pictures than the container had stated.
         larger = f"or its pictures are larger than {max_megapixels:g} megapixels (max_megapixels)"
         raise VideoError(f"{name}: cannot be read as a video ({error.strerror}), {larger}") from None
     except av.FFmpegError as error:
@@ -272,15 +271,6 @@ def _best_track(container: Any, name: str) -> Any:
     if best is not None and best.index in {s.index for s in tracks}:
         return best
     return max(tracks, key=lambda s: (bool(s.disposition & s.disposition.default), s.width * s.height, -s.index))
-
-
-def _check_area(stream: Any, name: str, max_megapixels: float) -> None:
-    width, height = stream.codec_context.width, stream.codec_context.height
-    if width * height > max_megapixels * 1e6:
-        raise VideoError(
-            f"{name}: its pictures of {width} x {height} are {width * height / 1e6:.0f} megapixels, more than the "
-            f"{max_megapixels:g} allowed (max_megapixels)"
-        )
 
 
 def video_index(source: Source, name: str, max_megapixels: float = DEFAULT_MAX_MEGAPIXELS) -> VideoIndex:

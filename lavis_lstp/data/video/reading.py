@@ -29,6 +29,7 @@ import numpy as np
 from lavis_lstp.data.frame_numbers import sample_indices, uniform_centres
 from lavis_lstp.data.pictures import DEFAULT_MAX_MEGAPIXELS
 from lavis_lstp.data.video.decode import (
+    LOWRES,
     DecodeCount,
     IndexMismatch,
     Orientation,
@@ -280,6 +281,7 @@ def read_frames(
     size: int | Sequence[int] | None = None,
     backend: str = "pyav",
     exact: bool = True,
+    with_next: bool = False,
     motion_vectors: bool = False,
     flow_pairs: str = "sampled",
     flow_size: int | Sequence[int] | None = None,
@@ -306,6 +308,7 @@ def read_frames(
         size: S, or (height, width); None keeps the video's own.
         exact: False takes, in place of each frame, the nearest one at which decoding can begin (a key frame), each
             once: fewer frames, at the times and under the numbers that are theirs.
+        with_next: each frame is followed by the next picture of the file, the last picture of a file by itself.
         motion_vectors: also give `flow` from the codec's motion vectors.
         flow_pairs: sampled: from each chosen frame to the next chosen one (published); everything between the first
             and the last is decoded for it. local: to the next picture of the file; a few pictures are.
@@ -323,6 +326,9 @@ def read_frames(
         ConfigError: an unknown name, a number out of range, or what a backend cannot do.
     """
     if _is_pictures(source):
+        if with_next:
+            name = name if isinstance(source, list) else source_name(source, name)
+            raise ConfigError(f"{name}: flow_pairs local needs a video, and these are pictures")
         chosen = {"num": num, "fps": fps, "short_videos": short_videos, "between_s": between_s}
         return _read_folder(source, name, **chosen, size=size, motion_vectors=motion_vectors, limit=max_megapixels)
     if backend not in BACKENDS:
@@ -336,7 +342,7 @@ def read_frames(
     index = video_index(source, name, max_megapixels)
     asked = (indices, times_s, num, fps, short_videos, between_s)
     pairs = flow_pairs if motion_vectors else None
-    how = _How(exact, size, backend, pairs, flow_size, threads, decode_size, hardware)
+    how = _How(exact, with_next, size, backend, pairs, flow_size, threads, decode_size, hardware)
     try:
         return _read(source, index, asked, how)
     except IndexMismatch:
@@ -348,6 +354,7 @@ class _How(NamedTuple):
     """Arguments of `read_frames` that say how, not which, frames are read; `pairs` is None without motion vectors."""
 
     exact: bool
+    with_next: bool
     size: int | Sequence[int] | None
     backend: str
     pairs: str | None
@@ -383,14 +390,8 @@ def read_pairs(source: Source, **how: Any) -> np.ndarray:
         ConfigError: a folder of pictures, whose pictures are too far apart.
         VideoError: as `read_frames`.
     """
-    if _is_pictures(source):
-        name = source_name(source, how.get("name")) if not isinstance(source, list) else how.get("name")
-        raise ConfigError(f"{name}: flow_pairs local needs a video, and these are pictures")
-    video = read_frames(source, **how)
-    chooses = ("num", "times_s", "indices", "fps", "short_videos", "between_s", "exact")
-    plain = {key: value for key, value in how.items() if key not in chooses}
-    after = read_frames(source, indices=[min(i + 1, video.info.num_frames - 1) for i in video.indices], **plain)
-    return np.stack([video.frames, after.frames], axis=1)
+    frames = read_frames(source, with_next=True, **how).frames
+    return frames.reshape(-1, 2, *frames.shape[1:])
 
 
 def _is_pictures(source: Source | Sequence[bytes]) -> bool:
@@ -438,7 +439,8 @@ def key_frames(index: VideoIndex, chosen: Sequence[int]) -> list[int]:
     keys = np.flatnonzero(index.frame_key)
     if not len(keys):
         raise VideoError(f"{index.name}: has no key frame that is shown; read exact frames of it")
-    at = np.abs(index.times_s[keys][None] - index.times_s[list(chosen)][:, None]).argmin(axis=1)
+    keys_s = index.times_s[keys]
+    at = np.searchsorted((keys_s[1:] + keys_s[:-1]) / 2, index.times_s[list(chosen)])  # the earlier of two as near
     found = sorted(set(keys[at].tolist()))
     if len(found) < 2 <= len(set(chosen)):
         raise VideoError(
@@ -454,13 +456,15 @@ def _read(source, index, asked, how: _How) -> VideoFrames:
         raise VideoError(f"{index.name}: no frames were asked for")
     if not how.exact:
         chosen = key_frames(index, chosen)
+    if how.with_next:
+        chosen = [number for i in chosen for number in (i, min(i + 1, index.num_frames - 1))]
     wanted = sorted(set(chosen))
     count, infos = DecodeCount(), []
     motion = _motion(index, wanted, how.pairs)
     if how.backend == "pyav":
         seen = {"around": motion} if how.pairs == "local" else {"visit": motion.add if motion else None}
         given = {"threads": how.threads, "decode_size": how.decode_size, "hardware": how.hardware}
-        if how.decode_size is None:  # else pictures may be decoded smaller than they are
+        if how.decode_size is None or index.codec not in LOWRES:  # others may be decoded smaller than they are
             seen["see"] = lambda frame: infos or infos.append(_info_of(index, frame))
         else:
             infos.append(_info(source, index)[0])
@@ -499,7 +503,7 @@ def _read(source, index, asked, how: _How) -> VideoFrames:
 
 
 def _motion(index: VideoIndex, wanted: Sequence[int], pairs: str | None) -> Any:
-    """What collects motion vectors; None without. Says beforehand what a long chain of them costs."""
+    """The collector of motion vectors, None where none are wanted; warns where a long chain of them is slow."""
     if pairs is None:
         return None
     from lavis_lstp.data.video.codec_motion import CodecMotion, LocalMotion
