@@ -68,6 +68,22 @@ def plain(ranks, tmp_path_factory) -> dict[int, Path]:
     return {world_size: folder / str(world_size) for world_size in (1, 2)}
 
 
+def test_stage_3_changes_pytorch_for_its_own_model_only(tmp_path):
+    linear = torch.nn.functional.linear
+    seen = []
+
+    def look(*_):
+        seen.append(torch.nn.functional.linear)
+
+    runner = make_runner(tmp_path, **{**PLAIN, "max_steps": 1}, **zero(3))
+    runner.bare_model.head.register_forward_hook(look)
+    runner.bare_model.head.register_full_backward_hook(look)
+    runner.train()
+    forward, backward = seen[:2]
+    assert forward is backward is not linear  # DeepSpeed's, which keeps no whole weight
+    assert torch.nn.functional.linear is linear
+
+
 # ---- equality -----------------------------------------------------------------------------------------------------
 
 

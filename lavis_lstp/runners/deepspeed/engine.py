@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from lavis_lstp import distributed
 from lavis_lstp.config.run import check_deepspeed_version
@@ -110,7 +111,10 @@ class DividedModel(WholeModel):
         os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
         deepspeed.init_distributed(auto_mpi_discovery=False, dist_init_required=False)
         set_aside(model)
-        self.deepspeed, *_ = deepspeed.initialize(model=Door(model), optimizer=optimizer, config=dict(config))
+        self.linear = functional.linear
+        with self._linear():
+            self.deepspeed, *_ = deepspeed.initialize(model=Door(model), optimizer=optimizer, config=dict(config))
+            self.linear = functional.linear
         self.model = self.deepspeed
         self.in_step = self.stage == 3 and distributed.world_size() > 1
         if self.in_step:
@@ -121,7 +125,21 @@ class DividedModel(WholeModel):
             with autocast(self.device, self.precision):
                 return compute(model)
 
-        return self.deepspeed(inside)
+        with self._linear():
+            return self.deepspeed(inside)
+
+    @contextlib.contextmanager
+    def _linear(self) -> Iterator[None]:
+        """Inside, PyTorch computes `linear` as DeepSpeed wants it for this model; afterwards as before.
+
+        At stage 3 DeepSpeed replaces `torch.nn.functional.linear` in the whole process and never puts it back: any
+        other model would compute, and round, in another way than in a process that never used stage 3.
+        """
+        before, functional.linear = functional.linear, self.linear
+        try:
+            yield
+        finally:
+            functional.linear = before
 
     @contextlib.contextmanager
     def _whole(self, parameter: torch.Tensor | None, *, change: bool = False) -> Iterator[None]:
@@ -207,7 +225,8 @@ class DeepSpeedEngine(DividedModel):
         """See `TorchEngine.accumulate`."""
         self.deepspeed.set_gradient_accumulation_boundary(last)
         losses = self.apply(compute)
-        self.deepspeed.backward(losses["loss"] * weight, scale_wrt_gas=False)
+        with self._linear():  # checkpointed activations are computed again
+            self.deepspeed.backward(losses["loss"] * weight, scale_wrt_gas=False)
         return {name: loss.detach() for name, loss in losses.items()}
 
     def clip(self) -> torch.Tensor:
