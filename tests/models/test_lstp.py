@@ -71,6 +71,20 @@ def row(samples: dict, i: int) -> dict:
     return {k: v[i : i + 1, :real] if k in cut else v[i : i + 1] for k, v in samples.items()}
 
 
+def drained(stream) -> tuple[list[list[str]], dict]:
+    """The pieces of `LSTP.stream`, step by step, and what it returns."""
+    result = {}
+
+    def steps():
+        result.update((yield from stream))
+
+    return list(steps()), result
+
+
+def said(pieces) -> list[str]:
+    return ["".join(words) for words in zip(*pieces, strict=True)]
+
+
 @pytest.fixture(scope="module")
 def tiny() -> LSTP:
     return LSTP.from_config(model_config()).eval()

@@ -265,8 +265,7 @@ def test_evaluation_gives_the_published_answer(folders, monkeypatch, name):
     result = model.answer(samples, max_new_tokens=128, do_sample=False)
 
     if case["raft"]:
-        # px, of up to 50; kernels of other vector units round otherwise, and RAFT iterates
-        torch.testing.assert_close(flows[0][2][0, :, :, ::16, ::16], facts["flow"], atol=RAFT_TOLERANCE, rtol=1e-4)
+        assert (flows[0][2][0, :, :, ::16, ::16] - facts["flow"]).abs().max() < RAFT_TOLERANCE
     logits = torch.stack([result["start_logits"][0], result["end_logits"][0]], dim=1)
     assert (logits - facts["logits"]).abs().max() < tolerance
     chosen = case["selected"]

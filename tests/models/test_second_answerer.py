@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from test_lstp import batch, model_config, row
+from test_lstp import batch, drained, model_config, row, said
 from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -112,17 +112,9 @@ def test_the_loss_is_that_of_all_tokens_of_the_answer(model):
 @pytest.mark.parametrize("drawn", [{}, {"do_sample": True, "top_k": 20}])
 def test_pieces_of_a_stream_are_the_answers(model, drawn):
     samples, wanted = batch(), {"max_new_tokens": 12, **drawn}
-    pieces, stream = ["", "", ""], model.stream(samples, **wanted)
-    count = 0
-    while True:
-        try:
-            new = next(stream)
-        except StopIteration as end:
-            result = end.value
-            break
-        pieces, count = [a + b for a, b in zip(pieces, new, strict=True)], count + 1
+    pieces, result = drained(model.stream(samples, **wanted))
     whole = model.answer(samples, **wanted)
-    assert pieces == whole["prediction"] == result["prediction"] and count > 1
+    assert said(pieces) == whole["prediction"] == result["prediction"] and len(pieces) > 1
     assert result["log_prob"] == whole["log_prob"] and result["seconds"]["language"] > 0
 
 
@@ -145,7 +137,7 @@ def test_a_row_that_is_given_up_ends_and_the_others_do_not(model):
         assert len(left["prediction"][1].split()) < len(whole["prediction"][1].split())
         assert [left["prediction"][row] for row in (0, 2)] == [whole["prediction"][row] for row in (0, 2)]
     stream = model.stream(samples, given_up=lambda row: row == 1, max_new_tokens=12)
-    pieces = ["".join(words) for words in zip(*stream, strict=True)]
+    pieces = said(stream)
     assert pieces[0] == model.answer(samples, max_new_tokens=12)["prediction"][0] and len(pieces[1]) < len(pieces[0])
 
 

@@ -12,7 +12,7 @@ import torch
 import transformers
 import yaml
 from safetensors.torch import save_file
-from test_lstp import batch, row
+from test_lstp import batch, drained, row, said
 
 from lavis_lstp.commands.export import export
 from lavis_lstp.errors import ConfigError, WeightsError
@@ -127,16 +127,9 @@ def _shown(model: LSTP, given: dict) -> tuple:
 @pytest.mark.parametrize("drawn", [{}, {"do_sample": True, "top_k": 20}])
 def test_pieces_of_a_stream_are_the_answers(built, name, drawn):
     model, given = built(name), samples()
-    pieces, stream = ["", "", ""], model.stream(given, **drawn)
-    while True:
-        try:
-            new = next(stream)
-        except StopIteration as end:
-            result = end.value
-            break
-        pieces = [a + b for a, b in zip(pieces, new, strict=True)]
+    pieces, result = drained(model.stream(given, **drawn))
     whole = model.answer(given, **drawn)
-    assert pieces == whole["prediction"] == result["prediction"]
+    assert said(pieces) == whole["prediction"] == result["prediction"]
     assert result["log_prob"] == whole["log_prob"]
 
 
