@@ -110,10 +110,6 @@ def scheme(location: str) -> str:
     return {"http": "http", "https": "http", "file": "file"}.get(found[1].lower(), "fsspec")
 
 
-def is_remote(location: str) -> bool:
-    return scheme(location) != "file"
-
-
 def can_seek(location: str) -> bool:
     """Whether bytes at an offset can be had without all before."""
     return scheme(location) != "pipe"
