@@ -356,9 +356,9 @@ def test_a_loader_that_is_left_closes_its_connections(films):
         dataset = words(locations(server, films))
         given = StreamBatches(dataset, seed=3).of_plans([*train_order(dataset).steps(0)], 0)
         next(given)
-        assert reading() > before
+        assert reading() - before  # threads of an earlier test may end meanwhile
         given.close()
-        assert reading() <= before
+        assert not reading() - before
 
 
 @pytest.mark.parametrize(
