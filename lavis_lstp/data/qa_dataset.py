@@ -16,8 +16,6 @@ the run, or, up to `max_bad_fraction`, leaves the batch and is counted. It is ne
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -39,6 +37,7 @@ from lavis_lstp.data.shards.questions import ShardQuestions, unpack_frames
 from lavis_lstp.data.spans import Spans
 from lavis_lstp.data.video.reading import SHORT_VIDEOS, check_inside, read_frames
 from lavis_lstp.errors import AnnotationError, ConfigError, ShardError, VideoError, unknown_name
+from lavis_lstp.files import sha256_json
 from lavis_lstp.schema import NO_SPAN, Span
 
 __all__ = ["VideoQADataset", "read_annotation"]
@@ -264,8 +263,7 @@ class VideoQADataset(Dataset):
         settings += [self.flow_pairs] if self.flow_pairs != "sampled" else []
         settings += [self.max_flows] if self.max_flows is not None else []
         spans = {name: span and list(span) for name, span in (self.spans or {}).items()}
-        content = json.dumps([self.annotation.identity(), settings, spans], sort_keys=True, default=str)
-        return hashlib.sha256(content.encode()).hexdigest()
+        return sha256_json([self.annotation.identity(), settings, spans])
 
     def batch_settings(self) -> dict[str, Any]:
         """What data sets whose samples come into the same batches must have in common, by the name of the setting."""
