@@ -38,7 +38,7 @@ from lavis_lstp.data.spans import Spans
 from lavis_lstp.data.video.reading import SHORT_VIDEOS, check_inside, read_frames
 from lavis_lstp.errors import AnnotationError, ConfigError, ShardError, VideoError, unknown_name
 from lavis_lstp.files import sha256_json
-from lavis_lstp.schema import NO_SPAN, Span
+from lavis_lstp.schema import NO_SPAN, Batch, Sample, Span
 
 __all__ = ["VideoQADataset", "read_annotation"]
 
@@ -277,7 +277,7 @@ class VideoQADataset(Dataset):
 
     # ---- samples ----------------------------------------------------------------------------------------------
 
-    def __getitem__(self, index: int) -> dict[str, Any] | None:
+    def __getitem__(self, index: int) -> Sample | None:
         """A sample without the batch axis; None for one that cannot be decoded, while those are few enough."""
         try:
             row = self.annotation[index]
@@ -285,7 +285,7 @@ class VideoQADataset(Dataset):
         except (VideoError, ShardError) as error:
             self.left_out.add(index, self.annotation.question_id(index), self.annotation.where(index), error)
             return None
-        sample = {
+        sample: Sample = {
             "frames": frames,
             "frame_times": torch.from_numpy(times.astype(np.float32)),
             "text_input": self.text_processor(row["question"]) if self.text_processor else row["question"],
@@ -404,7 +404,7 @@ class VideoQADataset(Dataset):
 
     # ---- batches ----------------------------------------------------------------------------------------------
 
-    def collater(self, samples: Sequence[dict[str, Any] | None]) -> dict[str, Any] | None:
+    def collater(self, samples: Sequence[Sample | None]) -> Batch | None:
         """Pads T with zeros and adds the batch axis; None when no sample is left."""
         samples = [sample for sample in samples if sample is not None]
         if not samples:
@@ -428,7 +428,7 @@ class VideoQADataset(Dataset):
         batch["frame_mask"] = (torch.arange(length)[None] < counts[:, None]).long()
         return batch
 
-    def _stacked(self, key: str, values: list[torch.Tensor], samples: Sequence[dict[str, Any]]) -> torch.Tensor:
+    def _stacked(self, key: str, values: list[torch.Tensor], samples: Sequence[Sample]) -> torch.Tensor:
         for value, sample in zip(values, samples, strict=True):
             if value.shape != values[0].shape:
                 ids, shapes = (samples[0]["question_id"], sample["question_id"]), (values[0].shape, value.shape)
