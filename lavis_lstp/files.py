@@ -25,7 +25,7 @@ import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
 from lavis_lstp.errors import AnnotationError, BusyError, ConfigError, LstpError
 
@@ -399,11 +399,17 @@ def read_record(
     return value
 
 
-def sha256_file(path: str | os.PathLike) -> str:
+def sha256_file(source: str | os.PathLike | bytes | BinaryIO) -> str:
+    """SHA-256 of a file, given by its path, by its bytes or open: 64 hexadecimal digits, in pieces of 1 MiB."""
+    if isinstance(source, str | os.PathLike):
+        with open(source, "rb") as handle:
+            return sha256_file(handle)
+    if isinstance(source, bytes | bytearray | memoryview):
+        return hashlib.sha256(source).hexdigest()
     digest = hashlib.sha256()
-    with open(path, "rb") as handle:
-        while block := handle.read(1 << 20):
-            digest.update(block)
+    source.seek(0)
+    while block := source.read(1 << 20):
+        digest.update(block)
     return digest.hexdigest()
 
 

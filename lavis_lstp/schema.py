@@ -1,38 +1,93 @@
-"""Words shared by all parts: axis letters, `Span`, and what a sample holds.
+"""Words shared by all parts: axis letters, the records `Sample` and `Prediction`, and `Span`.
 
 Axis letters used in every shape comment of this package:
 
     B batch      T frames decoded per video (N in the paper)   K frames shown to the language model
     L flow fields (T without flow_mask)    Q query tokens per frame    S text tokens    D features    C, H, W image axes
-
-A *sample* is a dict. A dataset item holds it without the batch axis; the collater adds it. An image is a sample of one
-frame, a text one of none: [0,3,H,W], and its frame_mask is all 0. Every data set of this package gives every key but
-flow, flow_mask and no_moment, whatever the sample is.
-
-    frames       uint8 [B,T,3,H,W]  RGB, 0..255, not normalised (models normalise, so flow sees pixels)
-    frame_mask   int64 [B,T]        1 = real frame, 0 = padding
-    frame_times  float32 [B,T]      seconds from the start of the video, 0 where padded
-    flow         float32 [B,T,2,h,w]  only where the data set brings it: (u, v) in px per frame, x right, y down
-    flow_mask    int64 [B,L]        only with flow [B,L,2,h,w] that is not one field a frame (the published files)
-    text_input   list of B str      the question alone
-    prompt       list of B str      the whole prompt where the data bring one (a conversation), '' = the model makes it
-    options      list of B lists of str   what to choose from, [] = the answer is open
-    category     list of B str      kind of question, '' = unknown
-    categories   list of B dicts        axis -> kind or list of kinds, {} = no more than `category`
-    media        list of B str      equal where frames and flow are the same, '' = a text
-    text_output  list of B str      the answer to learn or to be compared with, without an end mark, '' = unknown
-    answer       list of B str      the same, None = unknown
-    span         int64 [B,2]        half-open frame span to learn from (a pseudo span), (-1, -1) = none
-    no_moment    int64 [B]          only where a row of a span file says that there is no span: 1, the others 0
-    gold_span    int64 [B,2]        for evaluation alone, (-1, -1) = unknown; no training code reads it
-    moments_s    list of B lists        gold [start, end] in seconds, [] = unknown; for evaluation alone
-    question_id, video_id, instance_id    list of B str
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypedDict
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class _SampleWhereGiven(TypedDict, total=False):
+    flow: Tensor  # float16 or float32 [L,2,h,w], where the data set brings it: (u, v) in px per frame, x right, y down
+    flow_mask: Tensor  # int64 [L], only where flow is not one field a frame (the published files)
+    no_moment: Tensor  # int64 [], 1 where a row of a span file says that there is no span
+    image: Tensor  # [3,h,w], or [K,3,h,w] with image_frames, where there is a vis_processor: for LAVIS's own models
+
+
+class Sample(_SampleWhereGiven):
+    """An item of a data set. An image is a sample of one frame, a text one of none, frames [0,3,H,W]."""
+
+    frames: Tensor  # uint8 [T,3,H,W], RGB, 0..255, not normalised (models normalise, so flow sees pixels)
+    frame_times: Tensor  # float32 [T], seconds from the start of the video
+    text_input: str  # the question alone
+    prompt: str  # the whole prompt where the data bring one (a conversation), '' = the model makes it
+    options: list[str]  # what to choose from, [] = the answer is open
+    category: str  # kind of question, '' = unknown
+    categories: dict[str, Any]  # axis -> kind or list of kinds, {} = no more than `category`
+    media: str  # equal where frames and flow are the same, '' = a text
+    text_output: str  # the answer to learn or to be compared with, without an end mark, '' = unknown
+    answer: str | None  # the same, None = unknown
+    span: Tensor  # int64 [2], half-open frame span to learn from (a pseudo span), (-1, -1) = none
+    gold_span: Tensor  # int64 [2], for evaluation alone, (-1, -1) = unknown; no training code reads it
+    moments_s: list[list[float]]  # gold [start, end] in seconds, [] = unknown; for evaluation alone
+    question_id: str
+    instance_id: str  # LAVIS's word for question_id
+    video_id: str
+
+
+Batch = Mapping[str, Any]
+"""Samples together, as a collater makes them: the keys of `Sample`, each tensor with an axis B in front and T or L
+padded with zeros, everything else a list of B; and `frame_mask` int64 [B,T], 1 = real frame, 0 = padding.
+
+What flow, flow_mask or no_moment one sample has, all have. LAVIS's own data sets give fewer keys.
+"""
+
+
+class _Named(TypedDict):
+    question_id: str
+
+
+class Prediction(_Named, total=False):
+    """What a task says of one question: a line of `result/<split>_<task>.jsonl` (docs/benchmarks.md).
+
+    A key is missing where the task, the data or the model has nothing to say. `inference.Answer` is the object that
+    somebody who asks one question gets; keys of one name mean the same in both.
+    """
+
+    video_id: str
+    category: str
+    categories: dict[str, Any]
+    question: str
+    answer: str | None  # None = hidden
+    prediction: str
+    options: list[str]
+    choice: str | None  # letter of an option, None = no option can be read out of the prediction
+    correct: bool | None  # of a choice, None = the answer is hidden
+    option_log_prob: list[dict[str, float]]  # as log_prob, of each option
+    prompt: str  # what the language model read
+    log_prob: dict[str, float]  # of the answer's tokens: sum, mean, and tokens, their number
+    span: list[int] | None  # half-open range of the frames that were read, None = a span file's "there is none"
+    span_s: list[float]  # the same in seconds
+    num_frames: int  # that were read
+    frame_index: list[int]  # frames shown to the language model, numbers among those that were read, -1 = none
+    frame_times: list[float | None]  # their seconds
+    num_filled: int  # of these, how many the selector's rule did not choose itself
+    entropy: dict[str, float]  # of the sampler's start and end, in bits
+    scores: list[float]  # of each frame that was read, 0..1: how well it alone answers (pseudo_span)
+    gold_span: list[int]  # as in `Sample`; pseudo_span: its `span`
+    pseudo_span: list[int]
+    moments_s: list[list[float]]
+    loss: float  # of the sample's batch (video_instruct)
+    seconds: dict[str, float]  # by stage; written to a file of its own, as predictions are equal in each run
 
 
 @dataclass(frozen=True, order=True)

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from lavis_lstp.data.pictures import DEFAULT_MAX_MEGAPIXELS, check_area, picture_size
 from lavis_lstp.data.shards.format import StoredFrames, dump_frames
 from lavis_lstp.data.video.index import VideoInfo
-from lavis_lstp.data.video.picture_folder import folder_index, pictures_in, sha256_of_pictures
+from lavis_lstp.data.video.picture_folder import folder_index, pictures_in
 from lavis_lstp.data.video.reading import probe, read_frames
 from lavis_lstp.errors import VideoError
 from lavis_lstp.files import find_path, sha256_file
@@ -116,11 +116,6 @@ def _load_folder(path: Path, settings: Settings) -> Medium:
     times_s = folder_index(str(path), len(files)).times_s
     names = {"num_frames": "all", "names": "/".join(file.name for file in files)}
     return Medium("frames", dump_frames(StoredFrames(pictures, times_s, names)), sha256, facts)
-
-
-def sha256_of(path: Path) -> str:
-    """Of a file, or of a folder's pictures one after the other: what a sample's json says."""
-    return sha256_of_pictures(path) if path.is_dir() else sha256_file(path)
 
 
 def _video_facts(raw: bytes | None, path: str, max_megapixels: float) -> dict[str, Any]:

@@ -16,9 +16,10 @@ from lavis_lstp.data.pictures import DEFAULT_MAX_MEGAPIXELS
 from lavis_lstp.data.shards import sets
 from lavis_lstp.data.shards.format import MEDIA_MEMBERS, check_sample, parse_frames
 from lavis_lstp.data.shards.storage import expand
+from lavis_lstp.data.store import content_digest
 from lavis_lstp.errors import ShardError, VideoError
 from lavis_lstp.files import find_path
-from webdataset_tools.media import Settings, load, sha256_of
+from webdataset_tools.media import Settings, load
 from webdataset_tools.rewrite import Again, Kept, about, rewrite
 from webdataset_tools.sources import Unit
 from webdataset_tools.verify import add_check_arguments, check_decodable, check_derived, checks, examine, problem_row
@@ -96,7 +97,7 @@ def _again(
     path = find_path(root, value["source"])
     unit = Unit(key, value["kind"], value["video_id"], value["source"], tuple(value["questions"]))
     try:
-        if sha256_of(path) != value["sha256"]:
+        if content_digest(path) != value["sha256"]:
             return None
         medium = load(unit, root, settings)
         if decode and medium.member in MEDIA_MEMBERS:

@@ -18,8 +18,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
-import hashlib
-import json
 import logging
 import re
 import shlex
@@ -37,7 +35,7 @@ from typing import Any
 import yaml
 
 from lavis_lstp.errors import ConfigError, LstpError, unknown_name
-from lavis_lstp.files import owned, read_record, strict_json, sweep, write_json
+from lavis_lstp.files import owned, read_record, sha256_json, strict_json, sweep, write_json
 from lavis_lstp.redaction import printable, without_secrets, without_secrets_in
 from lavis_lstp.untrusted import guard_log
 
@@ -204,7 +202,7 @@ def _digest(recipe: str) -> str:
     from lavis_lstp.config import find_config, load_recipe
 
     content = OmegaConf.to_container(load_recipe(find_config(recipe)))
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+    return sha256_json(content)
 
 
 @contextlib.contextmanager

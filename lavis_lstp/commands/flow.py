@@ -24,7 +24,7 @@ import numpy as np
 from lavis_lstp.data.annotation import check_object, parse_rows, read_text
 from lavis_lstp.data.folder import check_name
 from lavis_lstp.data.pictures import DEFAULT_MAX_MEGAPIXELS
-from lavis_lstp.data.video.picture_folder import sha256_of_pictures
+from lavis_lstp.data.store import content_digest
 from lavis_lstp.data.video.reading import (
     BACKENDS,
     FLOW_FILE_VERSION,
@@ -162,11 +162,6 @@ def video_flow(video: Path, args: argparse.Namespace, extractor: Any) -> np.ndar
     return extractor(frames)[0].cpu().numpy().astype(np.float16)
 
 
-def digest(video: Path) -> str:
-    """SHA-256 of a file, or of the pictures in a folder."""
-    return sha256_of_pictures(video) if video.is_dir() else sha256_file(video)
-
-
 def write_flow(target: Path, flow: np.ndarray, metadata: dict[str, str]) -> None:
     """Writes a file that is complete, and on disk, as soon as it has its name; equal flow gives equal bytes."""
     from safetensors.numpy import save
@@ -236,7 +231,7 @@ def _write_missing(videos: dict[str, Path], out: Path, settings: dict[str, str],
         except VideoError as error:
             failed.append(str(error))
             continue
-        source = {"source": path.name, "source_bytes": str(path.stat().st_size), "source_sha256": digest(path)}
+        source = {"source": path.name, "source_bytes": str(path.stat().st_size), "source_sha256": content_digest(path)}
         write_flow(targets[video_id], flow, settings | source | {"num_frames": str(len(flow))})
     kept = len(targets) - len(videos)
     print(f"{out}: flow of {len(targets) - len(failed)} videos, {kept} of them there already, {len(failed)} failed")

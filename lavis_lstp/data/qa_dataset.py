@@ -16,8 +16,6 @@ the run, or, up to `max_bad_fraction`, leaves the batch and is counted. It is ne
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -39,7 +37,8 @@ from lavis_lstp.data.shards.questions import ShardQuestions, unpack_frames
 from lavis_lstp.data.spans import Spans
 from lavis_lstp.data.video.reading import SHORT_VIDEOS, check_inside, read_frames
 from lavis_lstp.errors import AnnotationError, ConfigError, ShardError, VideoError, unknown_name
-from lavis_lstp.schema import NO_SPAN, Span
+from lavis_lstp.files import sha256_json
+from lavis_lstp.schema import NO_SPAN, Batch, Sample, Span
 
 __all__ = ["VideoQADataset", "read_annotation"]
 
@@ -264,8 +263,7 @@ class VideoQADataset(Dataset):
         settings += [self.flow_pairs] if self.flow_pairs != "sampled" else []
         settings += [self.max_flows] if self.max_flows is not None else []
         spans = {name: span and list(span) for name, span in (self.spans or {}).items()}
-        content = json.dumps([self.annotation.identity(), settings, spans], sort_keys=True, default=str)
-        return hashlib.sha256(content.encode()).hexdigest()
+        return sha256_json([self.annotation.identity(), settings, spans])
 
     def batch_settings(self) -> dict[str, Any]:
         """What data sets whose samples come into the same batches must have in common, by the name of the setting."""
@@ -279,7 +277,7 @@ class VideoQADataset(Dataset):
 
     # ---- samples ----------------------------------------------------------------------------------------------
 
-    def __getitem__(self, index: int) -> dict[str, Any] | None:
+    def __getitem__(self, index: int) -> Sample | None:
         """A sample without the batch axis; None for one that cannot be decoded, while those are few enough."""
         try:
             row = self.annotation[index]
@@ -287,7 +285,7 @@ class VideoQADataset(Dataset):
         except (VideoError, ShardError) as error:
             self.left_out.add(index, self.annotation.question_id(index), self.annotation.where(index), error)
             return None
-        sample = {
+        sample: Sample = {
             "frames": frames,
             "frame_times": torch.from_numpy(times.astype(np.float32)),
             "text_input": self.text_processor(row["question"]) if self.text_processor else row["question"],
@@ -406,7 +404,7 @@ class VideoQADataset(Dataset):
 
     # ---- batches ----------------------------------------------------------------------------------------------
 
-    def collater(self, samples: Sequence[dict[str, Any] | None]) -> dict[str, Any] | None:
+    def collater(self, samples: Sequence[Sample | None]) -> Batch | None:
         """Pads T with zeros and adds the batch axis; None when no sample is left."""
         samples = [sample for sample in samples if sample is not None]
         if not samples:
@@ -430,7 +428,7 @@ class VideoQADataset(Dataset):
         batch["frame_mask"] = (torch.arange(length)[None] < counts[:, None]).long()
         return batch
 
-    def _stacked(self, key: str, values: list[torch.Tensor], samples: Sequence[dict[str, Any]]) -> torch.Tensor:
+    def _stacked(self, key: str, values: list[torch.Tensor], samples: Sequence[Sample]) -> torch.Tensor:
         for value, sample in zip(values, samples, strict=True):
             if value.shape != values[0].shape:
                 ids, shapes = (samples[0]["question_id"], sample["question_id"]), (values[0].shape, value.shape)

@@ -23,9 +23,9 @@ import os
 import re
 import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -204,17 +204,23 @@ def _status(file: os.DirEntry) -> os.stat_result | None:
         return None
 
 
-def content_digest(path: str | os.PathLike, store: Store | None = None) -> str:
-    """SHA-256 of a video file, or of a folder's pictures.
+def content_digest(source: str | os.PathLike | bytes | BinaryIO | Sequence[bytes], store: Store | None = None) -> str:
+    """SHA-256 of the content of a video or picture, whatever it is called: 64 hexadecimal digits.
 
     Args:
-        store: where the digest is kept under the file's place, size and times, so that the next question about the
-            same file reads nothing of it.
+        source: a path, also of a folder, whose pictures count; the file's bytes or the file, open; or the bytes of
+            several pictures.
+        store: where the digest of a path is kept under the file's place, size and times, so that the next question
+            about the same file reads nothing of it.
 
     Raises:
         VideoError: the file cannot be read, or changes meanwhile.
     """
-    path = Path(path)
+    if isinstance(source, list | tuple):
+        return sha256_file("".join(content_digest(one) for one in source).encode())
+    if not isinstance(source, str | os.PathLike):
+        return sha256_file(source)
+    path = Path(source)
     try:
         before = _look_of(path)
         key = entry_key("digest", "", {"file": before})
@@ -224,8 +230,8 @@ def content_digest(path: str | os.PathLike, store: Store | None = None) -> str:
         digest = _digest_of(path)
         if _look_of(path) != before:
             raise VideoError(f"{path}: changes while it is read; call again when it is complete")
-    except OSError as error:
-        raise VideoError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (OSError, ValueError) as error:  # ValueError: no system takes a zero byte in a name
+        raise VideoError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     if store is not None and time.time_ns() - max(look[-1] for look in before) > UNSETTLED_S * 10**9:
         store.put(key, {"sha256": np.frombuffer(bytes.fromhex(digest), dtype=np.uint8)})
     return digest

@@ -7,8 +7,6 @@ are called. Several threads may ask at once: the same medium is decoded once, an
 
 from __future__ import annotations
 
-import hashlib
-import io
 import os
 import threading
 import time
@@ -19,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from lavis_lstp.data.store import content_digest
 from lavis_lstp.errors import VideoError
 
 if TYPE_CHECKING:
@@ -29,7 +28,6 @@ Medium = str | os.PathLike | bytes | BinaryIO | Sequence[bytes] | None
 
 PICTURE_MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"II*\0", b"MM\0*", b"P5", b"P6")
 """How files of pictures begin; a GIF is a video here, and a WebP picture begins with RIFF, four bytes, WEBP."""
-CHUNK = 1 << 20  # bytes read at a time for a digest
 
 
 @dataclass(frozen=True)
@@ -134,36 +132,6 @@ def _start(source: Medium, count: int) -> bytes:
             return file.read(count)
     source.seek(0)
     return source.read(count)
-
-
-def content_digest(source: Medium) -> str:
-    """SHA-256 of the content, 64 hexadecimal digits; of a folder, of its pictures.
-
-    Raises:
-        VideoError: there is no such file.
-    """
-    from lavis_lstp.data.video.picture_folder import sha256_of_pictures
-
-    if isinstance(source, str | os.PathLike):
-        path = Path(source)
-        if path.is_dir():
-            return sha256_of_pictures(path)
-        try:
-            with path.open("rb") as file:
-                return _sha256(file)
-        except (OSError, ValueError) as error:
-            raise VideoError(f"{path}: no such video ({getattr(error, 'strerror', None) or error})") from None
-    if isinstance(source, list | tuple):
-        return hashlib.sha256("".join(content_digest(one) for one in source).encode()).hexdigest()
-    return _sha256(io.BytesIO(source) if isinstance(source, bytes | bytearray | memoryview) else source)
-
-
-def _sha256(file: BinaryIO) -> str:
-    digest = hashlib.sha256()
-    file.seek(0)
-    while chunk := file.read(CHUNK):
-        digest.update(chunk)
-    return digest.hexdigest()
 
 
 class Reader:

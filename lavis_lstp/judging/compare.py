@@ -19,11 +19,12 @@ import numpy as np
 from lavis_lstp.errors import ConfigError, CoverageError
 from lavis_lstp.files import write_json
 from lavis_lstp.judging.replay import is_rules, read_verdict
-from lavis_lstp.judging.rows import Row, by_question_id, named, writing
+from lavis_lstp.judging.rows import by_question_id, named, writing
 from lavis_lstp.judging.verdict import JUDGED, OPEN, Verdict
 from lavis_lstp.metrics.agreement import mcnemar_exact
 from lavis_lstp.metrics.resampling import RESAMPLES, group_rows, percentile_interval, resampled_sums, two_sided_p
 from lavis_lstp.redaction import printable, without_secrets_in
+from lavis_lstp.schema import Prediction
 
 ITSELF = "the file itself (correct)"
 """Judge of rows that bring their own `correct`."""
@@ -33,7 +34,7 @@ Result = dict[str, Any]
 
 
 class Judged(NamedTuple):
-    row: Row
+    row: Prediction
     verdict: Verdict
 
 

@@ -24,12 +24,13 @@ from lavis_lstp.judging.compare import at_least
 from lavis_lstp.judging.endpoint import EndpointJudge, OnVerdict, refuse_keys
 from lavis_lstp.judging.prompts import PRESETS, Prompt, preset
 from lavis_lstp.judging.replay import FORMS, Replay
-from lavis_lstp.judging.rows import Row, case_of, named, read_predictions, verdict_row, writing
+from lavis_lstp.judging.rows import case_of, named, read_predictions, verdict_row, writing
 from lavis_lstp.judging.rules import decide, rules_identity, undecided
 from lavis_lstp.judging.scores import format_result, score_verdicts
 from lavis_lstp.judging.verdict import FAILED, MISSING, OPEN, UNASKED, Case, Verdict, case_key
 from lavis_lstp.metrics.resampling import RESAMPLES
 from lavis_lstp.redaction import printable, without_secrets_in
+from lavis_lstp.schema import Prediction
 
 log = logging.getLogger(__name__)
 
@@ -173,7 +174,10 @@ def _judge(args: argparse.Namespace) -> Judge | None:
 
 
 def _finish(
-    args: argparse.Namespace, rows: Mapping[str, Row], verdicts: Mapping[str, Verdict], coverage: Mapping[str, Any]
+    args: argparse.Namespace,
+    rows: Mapping[str, Prediction],
+    verdicts: Mapping[str, Verdict],
+    coverage: Mapping[str, Any],
 ) -> int:
     """Say where verdicts and result go, and let nobody else write there.
 
@@ -193,7 +197,7 @@ def _finish(
 
 def _write(
     args: argparse.Namespace,
-    rows: Mapping[str, Row],
+    rows: Mapping[str, Prediction],
     verdicts: Mapping[str, Verdict],
     coverage: Mapping[str, Any],
     out: Path,

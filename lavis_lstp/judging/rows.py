@@ -16,8 +16,10 @@ from lavis_lstp.errors import AnnotationError, ConfigError, CoverageError
 from lavis_lstp.files import json_rows, json_text, strict_json
 from lavis_lstp.judging.verdict import JUDGED, Case, Verdict
 from lavis_lstp.metrics.coverage import join_by_id
+from lavis_lstp.schema import Prediction
 
 Row = dict[str, Any]
+"""As it is read, of a predictions or of a verdict file; see `schema.Prediction`."""
 
 
 def read_rows(path: str | os.PathLike) -> list[tuple[str, Row]]:
@@ -72,7 +74,7 @@ def by_question_id(path: str | os.PathLike) -> dict[str, Row]:
 
 def read_predictions(
     predictions: str | os.PathLike, answers: str | os.PathLike | None = None, *, allow_partial: bool = False
-) -> tuple[dict[str, Row], dict[str, Any]]:
+) -> tuple[dict[str, Prediction], dict[str, Any]]:
     """Rows with question, answer and prediction by question_id, and the coverage.
 
     Args:
@@ -105,11 +107,11 @@ def read_predictions(
     return rows, coverage
 
 
-def case_of(row: Row) -> Case:
+def case_of(row: Prediction) -> Case:
     return Case(*(row[name] for name in Case._fields))
 
 
-def verdict_row(question_id: str, row: Row, verdict: Verdict) -> Row:
+def verdict_row(question_id: str, row: Prediction, verdict: Verdict) -> Row:
     """A line of a verdict file."""
     kept = {name: row[name] for name in ("video_id", "category", *Case._fields) if row.get(name) is not None}
     return {"question_id": question_id, **kept, **verdict_fields(verdict)}

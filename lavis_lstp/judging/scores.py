@@ -16,15 +16,16 @@ from typing import Any
 import numpy as np
 
 from lavis_lstp.errors import CoverageError
-from lavis_lstp.judging.rows import Row, case_of
+from lavis_lstp.judging.rows import case_of
 from lavis_lstp.judging.rules import UNDECIDED
 from lavis_lstp.judging.verdict import JUDGED, OPEN, UNJUDGED, Verdict
 from lavis_lstp.metrics.qa import accuracy_interval
 from lavis_lstp.metrics.resampling import group_rows, percentile_interval, resampled_sums
+from lavis_lstp.schema import Prediction
 
 
 def score_verdicts(
-    rows: Mapping[str, Row],
+    rows: Mapping[str, Prediction],
     verdicts: Mapping[str, Verdict],
     coverage: Mapping[str, Any],
     *,
@@ -88,7 +89,7 @@ def _share_interval(successes: float, n: float, resampled: np.ndarray) -> tuple[
     return percentile_interval(resampled) if 0 < successes < n else accuracy_interval(successes, int(n))
 
 
-def _served(rows: Mapping[str, Row], verdicts: Mapping[str, Verdict], ids: list[str]) -> dict[str, Any]:
+def _served(rows: Mapping[str, Prediction], verdicts: Mapping[str, Verdict], ids: list[str]) -> dict[str, Any]:
     """What the judges said of themselves, counted once per case: the model that served, tokens."""
     asked = {case_of(rows[key]): verdicts[key].note for key in ids}.values()
     models = Counter(f"{note['model']} {note.get('fingerprint', '')}".strip() for note in asked if "model" in note)

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 from lavis_lstp.errors import ConfigError
 from lavis_lstp.metrics.coverage import Items, join_by_id
+from lavis_lstp.schema import Prediction
 
 _QUOTES_AND_DASHES = str.maketrans(
     {**dict.fromkeys("\u2018\u2019\u201b\u2032\u02bc", "'"), **dict.fromkeys("\u201c\u201d\u201e\u2033", '"')}
@@ -98,6 +99,11 @@ def yes_or_no(text: str) -> bool | None:
 def exact_match(gold: str, prediction: str) -> float:
     """1.0 where both are equal after `normalise`, else 0.0."""
     return float(normalise(gold) == normalise(prediction))
+
+
+def is_right(record: Prediction) -> bool:
+    """Whether a record with an answer has the right option or, where there were none, the same words."""
+    return bool(record["correct"]) if "options" in record else exact_match(record["answer"], record["prediction"]) == 1
 
 
 def token_f1(gold: str, prediction: str) -> float:

@@ -22,6 +22,7 @@ from lavis_lstp.judging.verdict import JUDGED, MISSING, Case, Verdict
 from lavis_lstp.metrics.choice import LETTERS
 from lavis_lstp.metrics.qa import exact_match
 from lavis_lstp.metrics.resampling import RESAMPLES
+from lavis_lstp.schema import Prediction
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class Evaluation:
 
     name: str
     predictions: Path
-    rows: dict[str, Row]
+    rows: dict[str, Prediction]
     judged: dict[str, Judged]
     verdicts: Path | None = None
     num_questions: int = 0
@@ -89,7 +90,7 @@ def find_evaluations(paths: Sequence[str | Path]) -> list[Evaluation]:
         AnnotationError: nothing is there, or a file that cannot be read to its end.
         CoverageError: verdicts about other predictions.
     """
-    predictions: dict[Path, dict[str, Row]] = {}
+    predictions: dict[Path, dict[str, Prediction]] = {}
     verdicts: dict[Path, dict[str, Row]] = {}
     titles: dict[str, str] = {}
     for path in map(Path, paths):
@@ -169,8 +170,8 @@ def _json(path: Path, forms: Mapping[str, Callable[[Any], bool]] | None = None) 
 
 
 def _pairs(
-    predictions: Mapping[Path, dict[str, Row]], verdicts: Mapping[Path, dict[str, Row]]
-) -> list[tuple[Path, dict[str, Row], Path | None]]:
+    predictions: Mapping[Path, dict[str, Prediction]], verdicts: Mapping[Path, dict[str, Row]]
+) -> list[tuple[Path, dict[str, Prediction], Path | None]]:
     """(predictions file, its rows, verdict file): verdicts by the digest in their result, else by their name."""
     digests = {sha256_file(path): path for path in predictions}
     of: dict[Path, list[Path]] = {path: [] for path in predictions}
@@ -185,7 +186,7 @@ def _pairs(
 
 
 def _evaluation(
-    rows: dict[str, Row], file: Path, verdict_file: Path | None, verdicts: Mapping[str, Row] | None
+    rows: dict[str, Prediction], file: Path, verdict_file: Path | None, verdicts: Mapping[str, Row] | None
 ) -> Evaluation:
     if verdicts is not None:
         _check_same(rows, file, verdicts, verdict_file)
@@ -233,7 +234,7 @@ LARGEST = 1e9
 """Frames, seconds and log-probabilities are smaller; a number of JSON may be 1e308, NaN, or have 400 digits."""
 
 
-def _timings(path: Path, rows: Mapping[str, Row]) -> list[Row]:
+def _timings(path: Path, rows: Mapping[str, Prediction]) -> list[Row]:
     """Seconds by stage of the questions in `rows`."""
     found = []
     for number, row in enumerate(read_jsonl(path), 1):
@@ -314,7 +315,7 @@ SHOWN_ONLY = ("span_s", "frame_times", "entropy", "log_prob", "option_log_prob")
 """Numbers of a row that the page shows and no score is made of."""
 
 
-def _drop_wild(row: Row) -> list[str]:
+def _drop_wild(row: Prediction) -> list[str]:
     """Remove what a page only shows and no number of JSON or of a video can be; returns what it was."""
     found = []
     for name in SHOWN_ONLY:
@@ -335,7 +336,7 @@ def _tame(value: Any, depth: int = 2) -> Any:
     return value if type(value) not in (int, float) or _is_number(value) else None
 
 
-def _check_row(where: str, row: Row) -> None:
+def _check_row(where: str, row: Prediction) -> None:
     for name, is_good in FORMS.items():
         if (name in row or name == "prediction") and not is_good(row.get(name)):
             raise AnnotationError(
@@ -346,7 +347,7 @@ def _check_row(where: str, row: Row) -> None:
         raise AnnotationError(f"{where}: choice or option_log_prob are not about its {count} options")
 
 
-def _verdict(row: Row, verdict_file: Path | None, key: str, given: Row | None) -> Verdict:
+def _verdict(row: Prediction, verdict_file: Path | None, key: str, given: Row | None) -> Verdict:
     if verdict_file is not None:
         where = f"{verdict_file}: question_id '{key}'"
         return Verdict("nobody", MISSING) if given is None else read_verdict(where, given)
@@ -355,7 +356,9 @@ def _verdict(row: Row, verdict_file: Path | None, key: str, given: Row | None) -
     return Verdict(EXACT, JUDGED, exact_match(row["answer"], row["prediction"]) == 1)
 
 
-def _check_same(rows: Mapping[str, Row], file: Path, verdicts: Mapping[str, Row], verdict_file: Path | None) -> None:
+def _check_same(
+    rows: Mapping[str, Prediction], file: Path, verdicts: Mapping[str, Row], verdict_file: Path | None
+) -> None:
     other = [key for key in verdicts if key not in rows]
     for key in verdicts.keys() & rows.keys():
         same = (verdicts[key].get(name) in (None, rows[key].get(name)) for name in Case._fields if rows[key].get(name))

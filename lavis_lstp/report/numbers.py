@@ -14,7 +14,6 @@ from typing import Any
 from lavis_lstp.errors import CoverageError
 from lavis_lstp.judging.calibrate import calibrate
 from lavis_lstp.judging.compare import ITSELF, Judged, compare
-from lavis_lstp.judging.rows import Row
 from lavis_lstp.judging.scores import score_verdicts
 from lavis_lstp.judging.verdict import JUDGED, OPEN
 from lavis_lstp.metrics.calibration import reliability
@@ -22,7 +21,7 @@ from lavis_lstp.metrics.choice import accuracy
 from lavis_lstp.metrics.grounding import evaluate_spans
 from lavis_lstp.metrics.resampling import RESAMPLES
 from lavis_lstp.report.evaluations import EXACT, Evaluation
-from lavis_lstp.schema import Span
+from lavis_lstp.schema import Prediction, Span
 
 WRONG, UNJUDGED, RIGHT = "wrong", "unjudged", "right"
 MOST_VIDEOS = 50
@@ -132,7 +131,7 @@ def videos(evaluations: Sequence[Evaluation]) -> dict[str, Any] | None:
 # ---- one evaluation -------------------------------------------------------------------------------------------------
 
 
-def confidences(row: Row) -> dict[str, float]:
+def confidences(row: Prediction) -> dict[str, float]:
     """How likely the model took its answer to be, 0..1, by how that is counted."""
     if row.get("option_log_prob") and row.get("choice"):
         # of options the likeliest was taken, by mean or sum: the softmax of the one that gives this choice
@@ -195,7 +194,7 @@ def sampler(one: Evaluation) -> dict[str, Any] | None:
     return found
 
 
-def _against_gold(one: Evaluation, rows: dict[str, Row], gold: dict[str, Sequence[int]]) -> dict[str, Any]:
+def _against_gold(one: Evaluation, rows: dict[str, Prediction], gold: dict[str, Sequence[int]]) -> dict[str, Any]:
     ious = {key: Span(*row["span"]).iou(Span(*gold[key])) for key, row in rows.items()}
     covered, inside = [], []
     for key, row in rows.items():

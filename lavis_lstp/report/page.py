@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lavis_lstp import __version__
-from lavis_lstp.judging.rows import Row, named
+from lavis_lstp.judging.rows import named
 from lavis_lstp.report import numbers
 from lavis_lstp.report.evaluations import Evaluation
 from lavis_lstp.report.plots import plots, stages_in_order
 from lavis_lstp.report.shell import FOLDER, page_of
+from lavis_lstp.schema import Prediction
 
 
 def question_order(evaluations: Sequence[Evaluation]) -> list[str]:
@@ -353,7 +354,7 @@ def _said(one: Evaluation, key: str, pictures: Sequence[int] | None) -> dict[str
     return {name: value for name, value in found.items() if value is not None and (value != "" or name == "said")}
 
 
-def _where(row: Row) -> dict[str, Any]:
+def _where(row: Prediction) -> dict[str, Any]:
     """Span, frames and their times."""
     frames, times = row.get("frame_index") or [], row.get("frame_times") or []
     return {

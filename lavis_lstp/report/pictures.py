@@ -25,9 +25,9 @@ from lavis_lstp.data.shards.questions import ShardQuestions, is_shards
 from lavis_lstp.data.shards.storage import expand
 from lavis_lstp.data.video.reading import VIDEO_ENDINGS, read_frames
 from lavis_lstp.errors import ConfigError, LstpError, VideoError
-from lavis_lstp.judging.rows import Row
 from lavis_lstp.report.evaluations import Evaluation
 from lavis_lstp.report.shell import data_uri
+from lavis_lstp.schema import Prediction
 from lavis_lstp.untrusted import recorded, what_it_names
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Media:
         self.limit = {"max_megapixels": max_megapixels}
         self.numbers = {name: i for i, name in enumerate(questions.question_ids())} if questions is not None else {}
 
-    def find(self, key: str, row: Row) -> tuple[Any, Any] | str:
+    def find(self, key: str, row: Prediction) -> tuple[Any, Any] | str:
         """(what equal media have in common, a row of `questions` or a path); or why it is not known."""
         if self.questions is None:
             name = str(row.get("video_id", ""))

@@ -13,7 +13,8 @@ from lavis_lstp.errors import CoverageError
 from lavis_lstp.files import read_jsonl, read_record
 from lavis_lstp.metrics.agreement import mcnemar_exact
 from lavis_lstp.metrics.grounding import evaluate_spans
-from lavis_lstp.metrics.qa import accuracy_interval
+from lavis_lstp.metrics.qa import accuracy_interval, is_right
+from lavis_lstp.schema import Prediction
 
 STAGES = ("flow", "sampler", "selection", "vision", "language")
 
@@ -27,9 +28,7 @@ def measure(folder: Path, stem: str) -> tuple[dict[str, Any], dict[str, bool]]:
     Raises:
         CoverageError: nothing was scored.
     """
-    from lavis_lstp.tasks.video_qa import is_right
-
-    records = [r for r in read_jsonl(folder / f"{stem}.jsonl") if r.get("answer") is not None]
+    records: list[Prediction] = [r for r in read_jsonl(folder / f"{stem}.jsonl") if r.get("answer") is not None]
     if not records:
         raise CoverageError(f"{folder / stem}.jsonl: no question has an answer to compare with")
     metrics = read_record(folder / f"{stem}_metrics.json", error=CoverageError)

@@ -37,11 +37,12 @@ from lavis_lstp.runners.data_order import Batches, eval_batches, eval_units
 from lavis_lstp.runners.engine import WholeModel, autocast
 from lavis_lstp.runners.randomness import borrowed
 from lavis_lstp.runners.record import progress
+from lavis_lstp.schema import Prediction
 from lavis_lstp.tasks.base import LSTPTask, question_ids
 
 log = logging.getLogger(__name__)
 
-Records = list[dict[str, Any]]
+Records = list[Prediction]
 
 
 class PartFiles:
@@ -193,7 +194,7 @@ def run_evaluation(
     """Apply `step` to every batch that `parts` does not hold yet; a collective.
 
     Args:
-        step: from a collated batch to one plain dict per sample.
+        step: from a collated batch to one record per sample.
         in_step: every rank makes as many steps as the others, on batches that do not count where its own are done:
             an engine that holds a part of the weights on each rank needs all of them in each step.
 

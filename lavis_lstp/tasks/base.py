@@ -1,8 +1,8 @@
 """What all tasks of this package share.
 
-A task turns a batch into losses (`train_step`) or into records, one plain dict per sample (`valid_step`), and all
-records of a split into metrics and files (`after_evaluation`). It chooses no data and no device, opens no video, and
-knows nothing of optimizers; the runner does the rest. Records are keyed by question_id, never by position.
+A task turns a batch into losses (`train_step`) or into records, a `schema.Prediction` for each sample (`valid_step`),
+and all records of a split into metrics and files (`after_evaluation`). It chooses no data and no device, opens no
+video, and knows nothing of optimizers; the runner does the rest. Records go by question_id, never by position.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from lavis_lstp.errors import ConfigError
 from lavis_lstp.files import write_json, write_jsonl
 from lavis_lstp.metrics.coverage import join_by_id
+from lavis_lstp.schema import Batch, Prediction
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ class LSTPTask(BaseTask):
         if "span" in getattr(model, "losses", ()) and known and all(part.spans is None for part in known):
             raise ConfigError("model.losses has 'span', but no training data set has spans; set datasets.<name>.spans")
 
-    def train_step(self, model: torch.nn.Module, samples: dict[str, Any]) -> dict[str, torch.Tensor]:
+    def train_step(self, model: torch.nn.Module, samples: Batch) -> dict[str, torch.Tensor]:
         """All losses the model gives; "loss" is the one to follow."""
         return {name: value for name, value in model(samples).items() if "loss" in name and torch.is_tensor(value)}
 
@@ -64,17 +65,17 @@ class LSTPTask(BaseTask):
         if hasattr(model, "before_evaluation"):
             model.before_evaluation(dataset=dataset, task_type=type(self))
 
-    def valid_step(self, model: torch.nn.Module, samples: dict[str, Any]) -> list[dict[str, Any]]:
+    def valid_step(self, model: torch.nn.Module, samples: Batch) -> list[Prediction]:
         """Records of a batch, one per sample, each with its question_id."""
         raise NotImplementedError
 
-    def metrics(self, records: list[dict[str, Any]]) -> dict[str, Any]:
+    def metrics(self, records: list[Prediction]) -> dict[str, Any]:
         """Metrics of a split; `agg_metrics` is the one by which checkpoints are compared, higher is better."""
         raise NotImplementedError
 
     def after_evaluation(
         self,
-        val_result: list[dict[str, Any]],
+        val_result: list[Prediction],
         split_name: str,
         epoch: int | str,
         *,
@@ -143,7 +144,7 @@ def record_id(entry: Mapping[str, Any], position: int) -> str:
     return str(entry.get("question_id", entry.get("instance_id", position)))
 
 
-def sample_ids(samples: Mapping[str, Any]) -> list[str]:
+def sample_ids(samples: Batch) -> list[str]:
     """The batch's question_ids, as `question_ids` of the data set gives them."""
     ids = samples.get("question_id", samples.get("instance_id"))
     assert ids is not None, "a batch needs question_id or instance_id"
@@ -165,7 +166,7 @@ def one_each(found: Mapping[str, Any], ids: list[str], model: torch.nn.Module) -
             )
 
 
-def real_times(samples: Mapping[str, Any], row: int) -> list[float]:
+def real_times(samples: Batch, row: int) -> list[float]:
     """Seconds of the frames of a sample that are no padding."""
     if "frame_times" not in samples or "frame_mask" not in samples:
         return []

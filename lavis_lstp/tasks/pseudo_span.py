@@ -21,6 +21,7 @@ from lavis_lstp.data.spans import SPANS_FORMAT, SPANS_VERSION
 from lavis_lstp.errors import ConfigError
 from lavis_lstp.files import write_json
 from lavis_lstp.models.where.pseudo_span import pseudo_span
+from lavis_lstp.schema import Batch, Prediction
 from lavis_lstp.tasks.base import LSTPTask, one_each, sample_ids
 
 
@@ -34,7 +35,7 @@ class PseudoSpanTask(LSTPTask):
         self.smooth = int(self.run.get("smooth") or 1)
         self.spans_out = spans_template(self.run)
 
-    def valid_step(self, model: torch.nn.Module, samples: dict[str, Any]) -> list[dict[str, Any]]:
+    def valid_step(self, model: torch.nn.Module, samples: Batch) -> list[Prediction]:
         if not hasattr(model, "pseudo_scores"):
             raise ConfigError(f"task {self.name} needs a model with pseudo_scores(samples), got {type(model).__name__}")
         scores = model.pseudo_scores(samples).float().cpu()  # [B,T]
@@ -48,7 +49,7 @@ class PseudoSpanTask(LSTPTask):
             records.append({"question_id": question_id, "span": span, "scores": [round(s, 4) for s in own]})
         return records
 
-    def metrics(self, records: list[dict[str, Any]]) -> dict[str, Any]:
+    def metrics(self, records: list[Prediction]) -> dict[str, Any]:
         labelled = [record for record in records if record["span"] is not None]
         answered = [max(record["scores"], default=0.0) > 0 for record in labelled]
         length = [record["span"][1] - record["span"][0] for record in labelled]
@@ -62,7 +63,7 @@ class PseudoSpanTask(LSTPTask):
         }
 
     def after_evaluation(
-        self, val_result: list[dict[str, Any]], split_name: str, epoch: int | str, **kwargs: Any
+        self, val_result: list[Prediction], split_name: str, epoch: int | str, **kwargs: Any
     ) -> dict[str, Any]:
         metrics = super().after_evaluation(val_result, split_name, epoch, **kwargs)
         template = self.spans_out or str(Path(kwargs["output_dir"]) / "spans_{split}.json")
@@ -85,7 +86,7 @@ def spans_template(run: Mapping[str, Any]) -> str | None:
 def save_spans(
     template: str,
     split_name: str,
-    records: list[dict[str, Any]],
+    records: list[Prediction],
     made_by: Mapping[str, Any],
     *,
     dataset: Dataset,

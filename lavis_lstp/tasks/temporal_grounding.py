@@ -18,7 +18,7 @@ from lavis.common.registry import registry
 
 from lavis_lstp.errors import ConfigError, unknown_name
 from lavis_lstp.metrics.grounding import IOUS, evaluate_moments, evaluate_spans
-from lavis_lstp.schema import Span
+from lavis_lstp.schema import Batch, Prediction, Span
 from lavis_lstp.tasks.base import LSTPTask, one_each, real_times, sample_ids
 from lavis_lstp.tasks.pseudo_span import save_spans, spans_template
 
@@ -34,7 +34,7 @@ class TemporalGroundingTask(LSTPTask):
         if self.iou not in IOUS:
             raise ConfigError(unknown_name("run.iou", self.iou, IOUS))
 
-    def valid_step(self, model: torch.nn.Module, samples: dict[str, Any]) -> list[dict[str, Any]]:
+    def valid_step(self, model: torch.nn.Module, samples: Batch) -> list[Prediction]:
         if not hasattr(model, "locate"):
             raise ConfigError(f"task {self.name} needs a model with locate(samples), got {type(model).__name__}")
         found = model.locate(samples)
@@ -42,7 +42,7 @@ class TemporalGroundingTask(LSTPTask):
         one_each(found, ids, model)
         records = []
         for row, question_id in enumerate(ids):
-            record: dict[str, Any] = {"question_id": question_id}
+            record: Prediction = {"question_id": question_id}
             if "video_id" in samples:
                 record["video_id"] = samples["video_id"][row]
             record["span"] = [int(edge) for edge in found["span"][row]]
@@ -57,7 +57,7 @@ class TemporalGroundingTask(LSTPTask):
             records.append(record)
         return records
 
-    def metrics(self, records: list[dict[str, Any]]) -> dict[str, Any]:
+    def metrics(self, records: list[Prediction]) -> dict[str, Any]:
         result: dict[str, Any] = {}
         for target, prefix in (("gold_span", ""), ("pseudo_span", "pseudo_")):
             scored = {r["question_id"]: r for r in records if target in r}
@@ -82,7 +82,7 @@ class TemporalGroundingTask(LSTPTask):
         return {**result, "agg_metrics": result.get("iou", result.get("pseudo_iou"))}
 
     def after_evaluation(
-        self, val_result: list[dict[str, Any]], split_name: str, epoch: int | str, **kwargs: Any
+        self, val_result: list[Prediction], split_name: str, epoch: int | str, **kwargs: Any
     ) -> dict[str, Any]:
         metrics = super().after_evaluation(val_result, split_name, epoch, **kwargs)
         if not self.spans_out:

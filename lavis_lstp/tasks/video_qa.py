@@ -18,9 +18,9 @@ from lavis_lstp.errors import ConfigError, unknown_name
 from lavis_lstp.metrics.choice import LETTERS, accuracy, choice_prompt, parse_choice
 from lavis_lstp.metrics.coverage import join_by_id
 from lavis_lstp.metrics.grounding import entropy_bits
-from lavis_lstp.metrics.qa import bleu_1, evaluate_answers, exact_match, require_bleu
+from lavis_lstp.metrics.qa import bleu_1, evaluate_answers, is_right, require_bleu
 from lavis_lstp.models.answer.lavis_frames import several_frames
-from lavis_lstp.schema import Span
+from lavis_lstp.schema import Batch, Prediction, Span
 from lavis_lstp.tasks.base import TIMINGS, LSTPTask, one_each, real_times, sample_ids
 
 GENERATION = (
@@ -58,7 +58,7 @@ class VideoQATask(LSTPTask):
             raise ConfigError(unknown_name(f"run.{key}", value, known))
         return value
 
-    def valid_step(self, model: torch.nn.Module, samples: dict[str, Any]) -> list[dict[str, Any]]:
+    def valid_step(self, model: torch.nn.Module, samples: Batch) -> list[Prediction]:
         ids = sample_ids(samples)
         options = samples.get("options") or [[]] * len(ids)
         if self.choose == "likelihood" and any(options):
@@ -69,7 +69,7 @@ class VideoQATask(LSTPTask):
         seconds = {stage: value / len(ids) for stage, value in predicted.get(TIMINGS, {}).items()}
         records = []
         for row, question_id in enumerate(ids):
-            record: dict[str, Any] = {"question_id": question_id}
+            record: Prediction = {"question_id": question_id}
             for key, source in (("video_id", "video_id"), ("category", "category"), ("question", "text_input")):
                 if source in samples and samples[source][row] != "":
                     record[key] = samples[source][row]
@@ -88,9 +88,7 @@ class VideoQATask(LSTPTask):
             records.append(record)
         return records
 
-    def _likeliest(
-        self, model: torch.nn.Module, samples: dict[str, Any], options: list[list[str]]
-    ) -> Mapping[str, Any]:
+    def _likeliest(self, model: torch.nn.Module, samples: Batch, options: list[list[str]]) -> Mapping[str, Any]:
         """What `score_options` tells, and the best option as the prediction; of equal ones the first."""
         if not all(options):
             raise ConfigError("run.choose: likelihood needs options with every question; use generate")
@@ -106,7 +104,7 @@ class VideoQATask(LSTPTask):
         scored["log_prob"] = [row[i] for row, i in zip(scored["option_log_prob"], scored["chosen"], strict=True)]
         return scored
 
-    def _answer(self, model: torch.nn.Module, samples: dict[str, Any]) -> Mapping[str, Any]:
+    def _answer(self, model: torch.nn.Module, samples: Batch) -> Mapping[str, Any]:
         """{"prediction"} and whatever else the model tells of an answer."""
         given = {name: self.run[name] for name in GENERATION if self.run.get(name) is not None}
         if hasattr(model, "answer"):
@@ -114,9 +112,7 @@ class VideoQATask(LSTPTask):
         with several_frames(model, samples.get("image")):
             return self._lavis_answer(model, samples, given)
 
-    def _lavis_answer(
-        self, model: torch.nn.Module, samples: dict[str, Any], given: Mapping[str, Any]
-    ) -> Mapping[str, Any]:
+    def _lavis_answer(self, model: torch.nn.Module, samples: Batch, given: Mapping[str, Any]) -> Mapping[str, Any]:
         """{"prediction", "prompt"} of one of LAVIS's own models."""
         prompt = {"prompt": self.run["prompt"]} if self.run.get("prompt") else {}
         if hasattr(model, "predict_answers"):
@@ -139,7 +135,7 @@ class VideoQATask(LSTPTask):
             f"task {self.name} needs a model with predict_answers or generate, got {type(model).__name__}"
         )
 
-    def metrics(self, records: list[dict[str, Any]]) -> dict[str, Any]:
+    def metrics(self, records: list[Prediction]) -> dict[str, Any]:
         scored = {r["question_id"]: r for r in records if r.get("answer") is not None}
         if not scored:
             return {"agg_metrics": 0.0, "num_scored": 0, "note": "the data have no answers; nothing was scored"}
@@ -161,12 +157,7 @@ class VideoQATask(LSTPTask):
         return {**found, "unparsable": unparsable, **coverage, "agg_metrics": found["accuracy"]}
 
 
-def is_right(record: Mapping[str, Any]) -> bool:
-    """Of a record with an answer: the right option, or where there were none the same words."""
-    return bool(record["correct"]) if "options" in record else exact_match(record["answer"], record["prediction"]) == 1
-
-
-def with_options(model: torch.nn.Module, samples: Mapping[str, Any], options: list[list[str]]) -> dict[str, Any]:
+def with_options(model: torch.nn.Module, samples: Batch, options: list[list[str]]) -> dict[str, Any]:
     """Samples whose language model reads the options; the question that finds the frames stays as it is."""
     asked = [choice_prompt(q, o) if o else q for q, o in zip(samples["text_input"], options, strict=True)]
     if not hasattr(model, "prompts"):  # LAVIS's own: one text for everything
@@ -176,14 +167,14 @@ def with_options(model: torch.nn.Module, samples: Mapping[str, Any], options: li
     return {**samples, "prompt": [own or general for own, general in zip(given, made, strict=True)]}
 
 
-def _choice(record: Mapping[str, Any], options: list[str], predicted: Mapping[str, Any], row: int) -> dict[str, Any]:
+def _choice(record: Prediction, options: list[str], predicted: Mapping[str, Any], row: int) -> Prediction:
     """options, choice (a letter, None = unparsable), correct (None = the answer is hidden), and how likely each is."""
     if "chosen" in predicted:
         number = predicted["chosen"][row]
     else:
         number = parse_choice(record["prediction"], options)
     answer = record.get("answer")
-    found: dict[str, Any] = {"options": options, "choice": None if number is None else LETTERS[number]}
+    found: Prediction = {"options": options, "choice": None if number is None else LETTERS[number]}
     found["correct"] = None if answer is None else number is not None and options[number] == answer
     if "option_log_prob" in predicted:
         found["option_log_prob"] = predicted["option_log_prob"][row]
@@ -200,13 +191,13 @@ class VideoInstructTask(VideoQATask):
         super().__init__(run)
         self.valid_on = self._one_of("valid_on", ("loss", "answers"))
 
-    def valid_step(self, model: torch.nn.Module, samples: dict[str, Any]) -> list[dict[str, Any]]:
+    def valid_step(self, model: torch.nn.Module, samples: Batch) -> list[Prediction]:
         if self.valid_on == "answers":
             return super().valid_step(model, samples)
         loss = float(self.train_step(model, samples)["loss"])  # the mean over the batch, so of each of its samples
         return [{"question_id": name, "loss": loss} for name in sample_ids(samples)]
 
-    def metrics(self, records: list[dict[str, Any]]) -> dict[str, Any]:
+    def metrics(self, records: list[Prediction]) -> dict[str, Any]:
         if self.valid_on == "answers":
             return super().metrics(records)
         loss = sum(record["loss"] for record in records) / max(1, len(records))
@@ -217,15 +208,15 @@ def _by_row(value: Any) -> bool:
     return isinstance(value, list) or (torch.is_tensor(value) and value.ndim > 0)
 
 
-def _is_hidden(samples: Mapping[str, Any], row: int) -> bool:
+def _is_hidden(samples: Batch, row: int) -> bool:
     """The data say that the answer is not known; LAVIS's data sets have other things under this key."""
     answers = samples.get("answer")
     return isinstance(answers, list) and len(answers) == len(samples["text_output"]) and answers[row] is None
 
 
-def _evidence(predicted: Mapping[str, Any], samples: Mapping[str, Any], row: int) -> dict[str, Any]:
+def _evidence(predicted: Mapping[str, Any], samples: Batch, row: int) -> Prediction:
     """Prompt, log-probability, span and frames of one answer, as far as the model gave them."""
-    found: dict[str, Any] = {}
+    found: Prediction = {}
     for key in ("prompt", "log_prob"):
         if predicted.get(key) is not None:
             found[key] = predicted[key][row]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import logging
 import os
 import pickle
@@ -278,9 +279,21 @@ def test_a_folder_of_pictures_has_a_digest(tmp_path, reads):
     assert content_digest(folder, store) != first
 
 
+def test_the_digest_does_not_depend_on_how_content_is_given(tmp_path):
+    video, content = tmp_path / "a.mp4", b"film" * 1_000_000
+    video.write_bytes(content)
+    with video.open("rb") as file:
+        file.seek(7)
+        given = {content_digest(one) for one in (video, str(video), content, memoryview(content), file)}
+    assert given == {hashlib.sha256(content).hexdigest()}
+    pictures = [content_digest(one) for one in ([b"a", b"b"], (b"a", b"b"), [b"b", b"a"], [b"ab"], b"ab")]
+    assert pictures[0] == pictures[1] and len(set(pictures)) == 4
+
+
 def test_a_missing_or_changing_video_is_one_line(tmp_path, monkeypatch):
-    with pytest.raises(VideoError, match="a.mp4: cannot be read"):
-        content_digest(tmp_path / "a.mp4")
+    for name in ("a.mp4", "a\0.mp4"):  # messages escape the zero byte
+        with pytest.raises(VideoError, match=r"a\S*.mp4: cannot be read"):
+            content_digest(tmp_path / name)
     video = tmp_path / "b.mp4"
     video.write_bytes(b"film")
     monkeypatch.setattr(store_module, "_digest_of", lambda path: video.write_bytes(b"longer") and "00" * 32)

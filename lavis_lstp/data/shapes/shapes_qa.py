@@ -27,7 +27,6 @@ the same bytes whether the events were in the video or not.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import logging
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
@@ -43,7 +42,7 @@ from PIL import Image, ImageDraw
 
 from lavis_lstp.data.shapes import scene as world
 from lavis_lstp.errors import ConfigError, run_command
-from lavis_lstp.files import strict_json, whole_file, write_json
+from lavis_lstp.files import sha256_file, strict_json, whole_file, write_json
 
 VERSION = 1
 FORMAT = "lavis_lstp.shapes_qa"
@@ -329,17 +328,13 @@ def generate(out: str | Path, *, workers: int = 2, **parameters: int) -> dict[st
         write_json(out / f"{name}.json", entries, indent=1)
     manifest = {
         "parameters": wanted.as_dict(),
-        "sha256": {f"{n}.json": _sha256(out / f"{n}.json") for n in annotations},
+        "sha256": {f"{n}.json": sha256_file(out / f"{n}.json") for n in annotations},
         "questions": {name: len(entries) for name, entries in annotations.items()},
         "chance": _chance(),
     }
     write_json(out / "manifest.json", manifest, indent=1)
     (out / "incomplete.json").unlink(missing_ok=True)  # another process may have finished the same folder
     return manifest
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def main(arguments: list[str] | None = None) -> int:
