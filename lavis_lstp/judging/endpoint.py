@@ -39,33 +39,15 @@ class EndpointJudge:
         model: as the endpoint calls it.
         prompt: what is asked.
         seed: given to the endpoint, at temperature 0.
-        concurrency: requests under way at a time.
-        retries: by the client, for each request, waiting as long as the server says.
-        timeout_s: for one attempt.
+        how: concurrency, retries and timeout_s of `Endpoint`.
 
     Raises:
         ConfigError: an address with a key in it.
         JudgeError: the openai package is not installed.
     """
 
-    def __init__(
-        self,
-        model: str,
-        prompt: Prompt,
-        *,
-        seed: int = 0,
-        concurrency: int = 8,
-        retries: int = 6,
-        timeout_s: float = 60.0,
-    ):
-        self.endpoint = Endpoint(
-            model,
-            asker="--judge openai",
-            concurrency=concurrency,
-            retries=retries,
-            timeout_s=timeout_s,
-            error=JudgeError,
-        )
+    def __init__(self, model: str, prompt: Prompt, *, seed: int = 0, **how: Any):
+        self.endpoint = Endpoint(model, asker="--judge openai", error=JudgeError, **how)
         self.prompt, self.seed = prompt, seed
         self.identity = identity(
             "openai",
