@@ -26,12 +26,6 @@ ROWS = json.loads((EXAMPLE / "questions.json").read_text(encoding="utf-8"))
 ASKED = ROWS[1]["question"]
 
 
-@pytest.fixture(scope="module")
-def predictor():
-    with lavis_lstp.load("example") as loaded:
-        yield loaded
-
-
 @pytest.fixture
 def decoded(monkeypatch):
     """Names of the sources that were really decoded."""
