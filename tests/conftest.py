@@ -65,6 +65,15 @@ def no_process_group_is_left():
 
 
 @pytest.fixture(scope="module")
+def predictor():
+    """The shipped example's model, ready to answer."""
+    import lavis_lstp
+
+    with lavis_lstp.load("example") as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="module")
 def ranks():
     """Processes that a module's tests share: `ranks.run(2, job, {...})`."""
     from ranks import Ranks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import subprocess
@@ -15,6 +16,11 @@ from typing import Any
 
 import pytest
 
+from lavis_lstp.inference.loading import EXAMPLE
+
+CLIP = EXAMPLE / "clip.mp4"
+ROWS = json.loads((EXAMPLE / "questions.json").read_text(encoding="utf-8"))
+ASKED, ANSWER = ROWS[1]["question"], ROWS[1]["answer"]
 WITHOUT = "the extra `serve` is not installed (pip install '.[test]')"
 
 
@@ -63,17 +69,7 @@ def serving(folder: Path, *words: str) -> Iterator[tuple[subprocess.Popen, str]]
     """
     pytest.importorskip("fastapi", reason=WITHOUT)
     (folder / "tmp").mkdir(exist_ok=True)
-    command = [
-        sys.executable,
-        "-m",
-        "lavis_lstp",
-        "serve",
-        "--example",
-        "--port",
-        "0",
-        "--files",
-        str(folder / "files"),
-    ]
+    command = [sys.executable, "-m", "lavis_lstp", "serve", "--example", "--port", "0", "--files", folder / "files"]
     environment = {**os.environ, "TMPDIR": str(folder / "tmp")}
     process = subprocess.Popen([*command, *words], stdout=subprocess.PIPE, text=True, env=environment)
     try:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lavis_lstp.commands.cli import add_model_options, built_predictor, check_model_options
 from lavis_lstp.errors import ConfigError, LstpError
 from lavis_lstp.inference.loading import EXAMPLE
 from lavis_lstp.redaction import printable
@@ -78,41 +78,30 @@ def explain(path: Path, video: str | Path, found: Prediction) -> None:
 
 
 def _take_example(args: argparse.Namespace) -> None:
-    """Fill in the shipped checkpoint and clip; one word of the user's is another question about the clip."""
-    if args.question is not None or args.checkpoint is not None:
-        raise ConfigError("--example brings its own video and checkpoint; give it a question alone, or nothing")
+    """Fill in the shipped clip; one word of the user's is another question about it."""
+    if args.question is not None:
+        raise ConfigError("--example brings its own video; give it a question alone, or nothing")
     rows = json.loads((EXAMPLE / "questions.json").read_text(encoding="utf-8"))
     args.question = args.video or rows[1]["question"]
-    args.video, args.checkpoint = str(EXAMPLE / "clip.mp4"), str(EXAMPLE)
+    args.video = str(EXAMPLE / "clip.mp4")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="lavis-lstp ask", description=__doc__.splitlines()[0])
     parser.add_argument("video", nargs="?", help="video or picture file")
     parser.add_argument("question", nargs="?")
-    parser.add_argument("--example", action="store_true", help="ask the shipped tiny model about the shipped clip")
-    parser.add_argument("--checkpoint", help="a run's folder, one of its checkpoints, or a weights file")
-    parser.add_argument("--model", default="lstp_tiny", help="without a run's folder (default: lstp_tiny)")
-    parser.add_argument("--model-type", help="default: the model's default type")
-    parser.add_argument("--num-frames", type=int, help="frames to read, evenly spaced (default: as the run; else 64)")
+    add_model_options(parser)
     parser.add_argument("--picture", type=Path, help="PNG to write (default: <video>_lstp.png in this folder)")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--options", nargs="*", default=[], metavar="model.A=B", help="overrides of the model config")
     args = parser.parse_args(argv)
+    check_model_options(args)
     if args.example:
         _take_example(args)
     elif args.question is None:
         parser.error("name a video and a question, or --example")
-    if args.num_frames is not None and args.num_frames < 1:
-        raise ConfigError(f"--num-frames must be at least 1, got {args.num_frames}")
     if not Path(args.video).is_file():  # before the seconds that a model takes
         raise LstpError(f"{args.video}: no such video file")
-    from lavis_lstp.inference.predictor import Predictor
-
-    predictor = Predictor.build(args.model, args.model_type, args.checkpoint, args.options, num_frames=args.num_frames)
-    for note in predictor.notes:
-        print(printable(f"note: {note}"), file=sys.stderr)
-    found = predictor.answer(args.video, args.question)
+    found = built_predictor(args).answer(args.video, args.question)
     picture = args.picture or Path(f"{Path(args.video).stem}_lstp.png")
     try:
         explain(picture, args.video, found)

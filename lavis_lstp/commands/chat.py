@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lavis_lstp.commands.cli import add_model_options, built_predictor, check_model_options
 from lavis_lstp.errors import ConfigError, LstpError, unknown_name
 from lavis_lstp.files import strict_json, whole_file, write_json
 from lavis_lstp.inference.loading import EXAMPLE
@@ -173,34 +174,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("video", nargs="?", help="video or picture file")
-    parser.add_argument("--example", action="store_true", help="the shipped tiny model and the shipped clip")
-    parser.add_argument("--checkpoint", help="a run's folder, one of its checkpoints, or a weights file")
-    parser.add_argument("--model", default="lstp_tiny", help="without a run's folder (default: lstp_tiny)")
-    parser.add_argument("--model-type", help="default: the model's default type")
-    parser.add_argument("--num-frames", type=int, help="frames to read, evenly spaced (default: as the run; else 64)")
+    add_model_options(parser)
     parser.add_argument(
         "--no-history", action="store_true", help="the model reads each question alone, as --example's was trained"
     )
-    parser.add_argument("--options", nargs="*", default=[], metavar="model.A=B", help="overrides of the model config")
     args = parser.parse_args(argv)
-    if args.example:
-        if args.checkpoint:
-            raise ConfigError("--example brings its own checkpoint; leave out --checkpoint")
-        args.video, args.checkpoint = args.video or str(EXAMPLE / "clip.mp4"), str(EXAMPLE)
-    elif args.video is None:
+    check_model_options(args)
+    if args.video is None and not args.example:
         parser.error("name a video, or --example")
-    if args.num_frames is not None and args.num_frames < 1:
-        raise ConfigError(f"--num-frames must be at least 1, got {args.num_frames}")
+    args.video = args.video or str(EXAMPLE / "clip.mp4")
     if not Path(args.video).exists():  # before the seconds that a model takes
         raise LstpError(f"{args.video}: no such video file")
-
-    from lavis_lstp.inference.predictor import Predictor
-
-    with Predictor.build(
-        args.model, args.model_type, args.checkpoint, args.options, num_frames=args.num_frames
-    ) as predictor:
-        for note in predictor.notes:
-            print(printable(f"note: {note}"), file=sys.stderr)
+    with built_predictor(args) as predictor:
         return converse(Chat(predictor, args.video, history=not (args.no_history or args.example)))
 
 

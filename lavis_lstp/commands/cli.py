@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from lavis_lstp import __version__
-from lavis_lstp.errors import run_command
+from lavis_lstp.errors import ConfigError, run_command
 from lavis_lstp.host import hook
 from lavis_lstp.redaction import printable
+
+if TYPE_CHECKING:
+    from lavis_lstp.inference.predictor import Predictor
 
 COMMANDS = {
     "ablate": ("lavis_lstp.commands.ablate:main", "compare ways of choosing frames: does the sampler help?"),
@@ -55,6 +60,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     module, _, function = COMMANDS[args.command][0].partition(":")
     return run_command(lambda: getattr(importlib.import_module(module), function)(args.arguments))
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options with which `ask`, `chat` and `serve` name the model that answers."""
+    parser.add_argument("--example", action="store_true", help="take the shipped tiny model and the shipped clip")
+    parser.add_argument("--checkpoint", help="a run's folder, one of its checkpoints, or a weights file")
+    parser.add_argument("--model", default="lstp_tiny", help="without a run's folder (default: lstp_tiny)")
+    parser.add_argument("--model-type", help="default: the model's default type")
+    parser.add_argument("--num-frames", type=int, help="frames to read, evenly spaced (default: as the run; else 64)")
+    parser.add_argument("--options", nargs="*", default=[], metavar="model.A=B", help="overrides of the model config")
+
+
+def check_model_options(args: argparse.Namespace) -> None:
+    """Checks what `add_model_options` added before anything slow begins; --example becomes its checkpoint.
+
+    Raises:
+        ConfigError: --example stands beside a checkpoint, or a number of frames cannot be read.
+    """
+    from lavis_lstp.inference.loading import EXAMPLE
+
+    if args.example:
+        if args.checkpoint:
+            raise ConfigError("--example brings its own checkpoint; leave out --checkpoint")
+        args.checkpoint = str(EXAMPLE)
+    if args.num_frames is not None and args.num_frames < 1:
+        raise ConfigError(f"--num-frames must be at least 1, got {args.num_frames}")
+
+
+def built_predictor(args: argparse.Namespace, **limits: Any) -> Predictor:
+    """Builds the predictor that checked options name, and prints its notes to stderr."""
+    from lavis_lstp.inference.predictor import Predictor
+
+    predictor = Predictor.build(
+        args.model, args.model_type, args.checkpoint, args.options, num_frames=args.num_frames, **limits
+    )
+    for note in predictor.notes:
+        print(printable(f"note: {note}"), file=sys.stderr)
+    return predictor
 
 
 def list_names(argv: Sequence[str] | None = None) -> int:

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lavis_lstp.commands.cli import add_model_options, built_predictor, check_model_options
 from lavis_lstp.errors import ConfigError
-from lavis_lstp.inference.loading import EXAMPLE
 from lavis_lstp.redaction import printable
 
 KEY = "LAVIS_LSTP_API_KEY"
@@ -28,7 +28,7 @@ MISSING = "lavis-lstp serve needs the extra `serve`: pip install 'lavis_lstp[ser
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address is of this machine alone."""
+    """Return whether an address reaches this machine alone."""
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
@@ -36,7 +36,7 @@ def is_loopback(host: str) -> bool:
 
 
 def api_keys() -> list[str]:
-    """Keys of the environment. Raises ConfigError for one that is easily guessed."""
+    """Return the keys in the environment. Raises ConfigError for one that is easily guessed."""
     keys = [key.strip() for key in os.environ.get(KEY, "").split(",") if key.strip()]
     for key in keys:
         if len(key) < SHORTEST_KEY or not key.isascii():
@@ -48,20 +48,13 @@ def api_keys() -> list[str]:
 
 
 def default_folder() -> Path:
-    """Where uploads are kept."""
+    """Return the folder that keeps uploads where --files names none."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lavis_lstp" / "uploads"
 
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="lavis-lstp serve", description=__doc__.splitlines()[0])
-    made.add_argument(
-        "--example", action="store_true", help="the shipped tiny model, with the shipped clip on the page"
-    )
-    made.add_argument("--checkpoint", help="a run's folder, one of its checkpoints, or a weights file")
-    made.add_argument("--model", default="lstp_tiny", help="without a run's folder (default: lstp_tiny)")
-    made.add_argument("--model-type", help="default: the model's default type")
-    made.add_argument("--options", nargs="*", default=[], metavar="model.A=B", help="overrides of the model config")
-    made.add_argument("--num-frames", type=int, help="frames to read, evenly spaced (default: as the run; else 64)")
+    add_model_options(made)
     made.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine alone)")
     made.add_argument("--port", type=int, default=8000, help="default: 8000; 0 takes a free one")
     made.add_argument("--insecure", action="store_true", help=f"listen beyond this machine without {KEY}")
@@ -101,14 +94,9 @@ def limits_of(args: argparse.Namespace) -> Any:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     keys = api_keys()
-    if args.example:
-        if args.checkpoint:
-            raise ConfigError("--example brings its own checkpoint; leave out --checkpoint")
-        args.checkpoint = str(EXAMPLE)
+    check_model_options(args)
     if not (is_loopback(args.host) or keys or args.insecure):
         raise ConfigError(f"--host {args.host} lets other machines ask; set a key for them in {KEY}, or add --insecure")
-    if args.num_frames is not None and args.num_frames < 1:
-        raise ConfigError(f"--num-frames must be at least 1, got {args.num_frames}")
     try:
         import uvicorn
 
@@ -118,15 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         raise ConfigError(MISSING.format(name=error.name)) from None
     limits = limits_of(args)
-
-    from lavis_lstp.inference.predictor import Predictor
-
-    predictor = Predictor.build(
-        args.model,
-        args.model_type,
-        args.checkpoint,
-        args.options,
-        num_frames=args.num_frames,
+    predictor = built_predictor(
+        args,
         cache_bytes=int(args.cache_mb * 2**20),
         max_seconds=limits.max_seconds,
         max_megapixels=limits.max_megapixels,
@@ -147,8 +128,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         page = mounted(server, example=args.example, feedback=args.feedback)
     app = build_app(server, loopback=is_loopback(args.host), with_page=page)
-    for note in predictor.notes:
-        print(printable(f"note: {note}"), file=sys.stderr)
 
     class Stoppable(uvicorn.Server):
         """Ends open questions with one line before connections are waited for."""

@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -143,11 +143,22 @@ class Reader:
         max_seconds: a longer video is refused; None = any.
         max_megapixels: a larger picture, or video with larger pictures, is refused.
         decoders: media that are decoded at a time.
+        reading: how videos are read, by the keys `loading.READING` of a data set.
     """
 
     def __init__(
-        self, model: Any, *, cache_bytes: int, max_seconds: float | None, max_megapixels: float, decoders: int
+        self,
+        model: Any,
+        *,
+        cache_bytes: int,
+        max_seconds: float | None,
+        max_megapixels: float,
+        decoders: int,
+        reading: Mapping[str, Any] | None = None,
     ):
+        how = {"frames": "exact", "flow_pairs": "sampled", **(reading or {})}
+        self.flow_pairs, exact = how.pop("flow_pairs"), how.pop("frames") == "exact"
+        self.how = {"exact": exact, **how}  # arguments of `read_frames`
         self._decoders = threading.Semaphore(decoders)
         self.model, self.max_seconds, self.max_megapixels = model, max_seconds, max_megapixels
         self.kept = Kept(cache_bytes, num_bytes)
@@ -182,7 +193,7 @@ class Reader:
         key = f"{digest} {num_frames}"
         found = self.kept.get(key, lambda: timed("decode", self._decode, source, key, num_frames, name))
         if flow and len(found.frames) > 1:
-            field = self.kept.get((key, "flow"), lambda: timed("flow", self._flow, found))
+            field = self.kept.get((key, "flow"), lambda: timed("flow", self._flow, found, source, num_frames, name))
             found = replace(found, flow=field)
         return found, seconds
 
@@ -224,12 +235,22 @@ class Reader:
         if self.max_seconds is not None and not isinstance(source, list):
             self._refuse_long(probe(source, **named).duration_s, name or str(source))
         codec = self.model.chooser.flow_from_data == "motion_vectors"
-        clip = read_frames(source, num=num_frames, size=side, motion_vectors=codec, **named)
+        flow = {"motion_vectors": codec, "flow_pairs": self.flow_pairs}
+        clip = read_frames(source, num=num_frames, size=side, **flow, **self.how, **named)
         frames, given = torch.from_numpy(clip.frames), torch.from_numpy(clip.flow) if codec else None
         return Candidates(media, "video", frames, clip.times_s, clip.info.duration_s, None, given, clip.indices)
 
-    def _flow(self, found: Candidates) -> Tensor:
+    def _flow(self, found: Candidates, source: Medium, num_frames: int, name: str | None) -> Tensor:
+        import torch
+
+        from lavis_lstp.data.video.reading import read_pairs
+
         device = next(self.model.parameters()).device
+        if self.flow_pairs == "local" and self.model.flow.estimator is not None:  # each frame and the file's next
+            how = {"size": self.model.backbone.image_size, "max_megapixels": self.max_megapixels, **self.how}
+            source = list(source) if isinstance(source, tuple) else source
+            pairs = torch.from_numpy(read_pairs(source, num=num_frames, name=name, **how))
+            return self.model.flow.of_pairs(pairs.to(device))[0].cpu()
         given = None if found.codec_flow is None else found.codec_flow[None].to(device)
         return self.model.flow(found.frames[None].to(device), flow=given)[0].cpu()
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from lavis_lstp.errors import ConfigError, unknown_name
 from lavis_lstp.inference.lmms_requests import Questions, Request, cut, generation_settings, questions_of
-from lavis_lstp.inference.loading import recorded_frames, recorded_model
+from lavis_lstp.inference.loading import recorded_frames, recorded_model, recorded_reading
 from lavis_lstp.inference.predictor import Predictor
 from lavis_lstp.models.variants import MODEL_TYPES
 
@@ -91,6 +91,7 @@ class LstpAnswers:
             raise ConfigError(f"checkpoint {checkpoint} is of {recorded}, not of {self.MODEL}; use --model {recorded}")
         frames = recorded_frames(checkpoint, default=DEFAULT_FRAMES) if num_frames is None else num_frames
         self.num_frames = _whole_number("num_frames", frames, 1)
+        self.reading, _ = recorded_reading(checkpoint)
         # Nothing learns here: what does not is held in the backbone's dtype, as in the recipes of projects/lstp/eval.
         self.predictor = Predictor.build(
             self.MODEL, model_type, checkpoint, given, num_frames=self.num_frames, device="cpu"
@@ -196,6 +197,7 @@ class LstpAnswers:
             image_size=self.model.backbone.image_size,
             flow="motion_vectors" if chooser.flow_from_data == "motion_vectors" else "none",
             flow_size=size[0] if size else None,
+            **self.reading,
         )
         units = units_of(dataset, self.batch_size)
         workers = min(self.num_workers, len(units))

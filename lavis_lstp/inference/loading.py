@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lavis_lstp.config.data import VideoSettings, settings_of
+from lavis_lstp.config.fields import checked
 from lavis_lstp.config.model import SELECTORS
 from lavis_lstp.errors import ConfigError, WeightsError
 from lavis_lstp.files import strict_json
@@ -19,6 +21,8 @@ from lavis_lstp.untrusted import recorded, why_no_path
 logger = logging.getLogger(__name__)
 
 DEFAULT_FRAMES = 64  # T where no run says how many
+READING = ("frames", "flow_pairs", "fps", "short_videos", "decode_size")
+"""Keys of a data set that decide which pixels and which flow are read of a video, beside num_frames."""
 EXAMPLE = Path(__file__).resolve().parents[1] / "example"
 """A tiny trained checkpoint with `clip.mp4` and `questions.json`, which ship with the package."""
 HUB_KEYS = ("backbone.weights", "sampler.weights", "sampler.tokenizer")
@@ -190,7 +194,46 @@ def _where_the_run_stood(manifest: Path, path: str) -> str:
 
 def recorded_frames(checkpoint: str | None, default: int = DEFAULT_FRAMES) -> int:
     """T of the run that wrote the checkpoint, the largest of its data sets; `default` where nothing says."""
-    datasets = _recorded_run(checkpoint)[1].get("datasets") if checkpoint is not None else None
-    sections = datasets.values() if isinstance(datasets, Mapping) else ()
-    counts = [section.get("num_frames") for section in sections if isinstance(section, Mapping)]
-    return max((count for count in counts if isinstance(count, int) and count > 0), default=default)
+    counts = [section["num_frames"] for section in _recorded_videos(checkpoint).values() if "num_frames" in section]
+    return max(counts, default=default)
+
+
+def recorded_reading(checkpoint: str | None) -> tuple[dict[str, Any], list[str]]:
+    """How the run that wrote the checkpoint read frames: keys of READING that differ from their defaults.
+
+    Where its data sets read differently, the first one of the configuration counts, and a note says so.
+
+    Returns:
+        The settings, and notes.
+
+    Raises:
+        ConfigError: the manifest has a value that cannot be used.
+    """
+    sections = _recorded_videos(checkpoint)
+    default = VideoSettings()
+    read = {
+        name: {key: section.get(key, getattr(default, key)) for key in READING} for name, section in sections.items()
+    }
+    if not read:
+        return {}, []
+    first, chosen = next(iter(read.items()))
+    notes = []
+    for key, value in chosen.items():
+        others = {name: one[key] for name, one in read.items() if one[key] != value}
+        if others:
+            told = ", ".join(f"{other} in {name}" for name, other in others.items())
+            notes.append(f"{key} is {value} as the run's data set {first} was read, not {told}")
+    return {key: value for key, value in chosen.items() if value != getattr(default, key)}, notes
+
+
+def _recorded_videos(checkpoint: str | None) -> dict[str, dict[str, Any]]:
+    """What a run says of num_frames and READING, by data set of videos, checked."""
+    manifest, config = _recorded_run(checkpoint) if checkpoint is not None else (None, {})
+    sections = config.get("datasets")
+    found = {}
+    for name, section in sections.items() if isinstance(sections, Mapping) else ():
+        if isinstance(section, Mapping) and issubclass(settings_of(name) or object, VideoSettings):
+            given = {key: section[key] for key in ("num_frames", *READING) if key in section}
+            where = f"{manifest}: datasets.{name}"
+            found[name] = checked(recorded(given, where), VideoSettings, where)
+    return found

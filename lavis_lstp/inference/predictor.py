@@ -18,7 +18,7 @@ from typing import Any
 from lavis_lstp.data.pictures import DEFAULT_MAX_MEGAPIXELS
 from lavis_lstp.errors import ConfigError
 from lavis_lstp.inference.candidates import Medium, Reader
-from lavis_lstp.inference.loading import EXAMPLE, build_model, recorded_frames
+from lavis_lstp.inference.loading import EXAMPLE, build_model, recorded_frames, recorded_reading
 from lavis_lstp.inference.prediction import Asked, Cancelled, Prediction, Turn
 from lavis_lstp.inference.settings import Settings, settings_of
 from lavis_lstp.models.variants import MODEL_TYPES
@@ -38,6 +38,7 @@ class Predictor:
         max_seconds: a longer video is refused; None = any.
         max_megapixels: a larger picture, or video with larger pictures, is refused.
         decoders: media that are decoded at a time.
+        reading: how videos are read, by the keys `loading.READING` of a data set; default: as data sets do.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Predictor:
         max_seconds: float | None = None,
         max_megapixels: float = DEFAULT_MAX_MEGAPIXELS,
         decoders: int = 8,
+        reading: Mapping[str, Any] | None = None,
     ):
         self.model, self.num_frames, self.notes = model, num_frames, tuple(notes)
         self.reader = Reader(
@@ -58,6 +60,7 @@ class Predictor:
             max_seconds=max_seconds,
             max_megapixels=max_megapixels,
             decoders=decoders,
+            reading=reading,
         )
         self._model_lock = threading.Lock()
 
@@ -73,12 +76,17 @@ class Predictor:
         device: str | None = None,
         **limits: Any,
     ) -> Predictor:
-        """A predictor of a model's name and a checkpoint, as on a command line; see `load` and `build_model`."""
+        """A predictor of a model's name and a checkpoint, as on a command line; see `load` and `build_model`.
+
+        Videos are read as the checkpoint's run read them.
+        """
         import torch
 
         model, notes = build_model(name, model_type, checkpoint, options)
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        return cls(model, num_frames or recorded_frames(checkpoint), notes, **limits)
+        reading, more = recorded_reading(checkpoint)
+        limits = {"reading": reading, **limits}
+        return cls(model, num_frames or recorded_frames(checkpoint), [*notes, *more], **limits)
 
     def settings(self, **given: Any) -> Settings:
         """The settings of a call, checked.
@@ -247,7 +255,7 @@ def load(
         model_type: of a named model; None means its default.
         options: `model.a.b=c` overrides.
         how: num_frames (T where a call does not say; default: as many as the checkpoint's run read, else 64), device
-            (default: the GPU where there is one), and cache_bytes, max_seconds, max_megapixels, decoders of
+            (default: the GPU where there is one), and cache_bytes, max_seconds, max_megapixels, decoders, reading of
             `Predictor`.
 
     Raises:

@@ -83,7 +83,7 @@ class Guard:
 
 
 class Server:
-    """What the endpoints share.
+    """The state that all endpoints share.
 
     Args:
         predictor: what answers.
@@ -117,12 +117,12 @@ class Server:
         self.metrics.watch("lstp_cache_misses", "Look-ups that had to read", lambda: kept.misses)
 
     def has_key(self, given: str) -> bool:
-        """Whether a key is one of the server's, in a time that does not depend on where it differs."""
+        """Return whether a key is one of the server's, in a time that does not depend on where it differs."""
         same = [hmac.compare_digest(given.encode(), key.encode()) for key in self.keys]
         return any(same)
 
     def owner(self, request: Request, given: str | None) -> str:
-        """A digest that stands for a client: of its key, or of its address where no keys are set.
+        """Return a digest that stands for a client: of its key, or of its address where no keys are set.
 
         Raises:
             HTTPException: 401, the key is missing or wrong.
@@ -134,7 +134,7 @@ class Server:
         return _digest(f"key {given}")
 
     async def join(self, owner: str, asked: Question, stream: bool) -> Ticket:
-        """A place in the line, and the video read."""
+        """Read the media that a question names, and return its place in the line."""
         settings = self.predictor.settings(**asked.settings)
         medium = await self.media.read_all(owner, asked.media, "the video or picture")
         how = {"history": asked.history, "instructions": asked.instructions, "settings": settings, "stream": stream}
@@ -194,7 +194,7 @@ async def _delete_old(files: FileStore) -> None:
 
 
 def _answer(error: Exception) -> JSONResponse:
-    """One line for whoever asked, of OpenAI's kinds; what is our fault is told to the log alone."""
+    """Return an error as one line in OpenAI's form; the details of our own faults go to the log alone."""
     if isinstance(error, Full):
         headers = {"Retry-After": str(error.retry_after_s)}
         return JSONResponse(error_body(str(error), "rate_limit_error", "queue_full"), 429, headers)
@@ -270,7 +270,7 @@ def _add_chat(app: FastAPI, server: Server) -> None:
 
 
 async def _or_gone(request: Request, future: asyncio.Future, give_up: Callable[[], None]) -> Any:
-    """The result of `future`; where the client goes away before, its place is freed."""
+    """Return the result of `future`; where the client goes away before, its place is freed."""
     leaving = asyncio.create_task(_gone(request))
     try:
         await asyncio.wait([future, leaving], return_when=asyncio.FIRST_COMPLETED)
@@ -344,7 +344,7 @@ def _add_files(app: FastAPI, server: Server) -> None:
 
     @app.get("/v1/files", responses=FAILS)
     async def list_files(owner: Owner) -> dict[str, Any]:
-        """The client's own files."""
+        """List the client's own files."""
         found = await asyncio.to_thread(lambda: [stored.public() for stored in files.of(owner)])
         return {"object": "list", "data": found, "has_more": False}
 

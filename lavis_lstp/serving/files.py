@@ -33,11 +33,11 @@ MOST_NAME = 200
 
 
 class NoSuchFile(LstpError):
-    """There is no such file, or it is another client's: which of the two is not told."""
+    """The file does not exist, or it belongs to another client; the error does not say which."""
 
 
 class TooLarge(LstpError):
-    """More bytes than are admitted."""
+    """The file has more bytes than the server admits."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Stored:
 
 
 def copied(source: BinaryIO, target: BinaryIO, most: int) -> int:
-    """Bytes copied.
+    """Copy a stream, and return the number of its bytes.
 
     Raises:
         TooLarge: there are more than `most`.
@@ -81,7 +81,7 @@ def copied(source: BinaryIO, target: BinaryIO, most: int) -> int:
 
 
 def check_content(source: Any, limits: Limits, name: str) -> str:
-    """ "video" or "image".
+    """Return "video" or "image", the kind of the content.
 
     Raises:
         VideoError: it is neither, damaged, too long or too large.
@@ -132,14 +132,14 @@ class FileStore:
         return stored
 
     def get(self, owner: str, file_id: str) -> Stored:
-        """Raises NoSuchFile where there is none of this owner's."""
+        """Return the facts of an upload. Raises NoSuchFile where this owner has none of that id."""
         stored = self._read(file_id) if ID.match(file_id) else None
         if stored is None or not hmac.compare_digest(stored.owner, owner) or stored.expires_at <= self.now():
             raise NoSuchFile("there is no such file; upload it first (POST /v1/files)")
         return stored
 
     def path(self, owner: str, file_id: str) -> Path:
-        """Where the content lies. Raises NoSuchFile as `get`."""
+        """Return the path of the content. Raises NoSuchFile as `get` does."""
         return self._content(self.get(owner, file_id).id)
 
     def of(self, owner: str) -> Iterator[Stored]:
@@ -148,11 +148,11 @@ class FileStore:
                 yield stored
 
     def delete(self, owner: str, file_id: str) -> None:
-        """Raises NoSuchFile as `get`."""
+        """Delete an upload. Raises NoSuchFile as `get` does."""
         self._remove(self.get(owner, file_id).id)
 
     def delete_old(self) -> None:
-        """Delete what is past its time, and content whose facts were never written."""
+        """Delete uploads that are past their time, and content whose facts were never written."""
         known = set()
         for stored in list(self._all()):
             known.add(stored.id)

@@ -1,4 +1,4 @@
-"""What a server admits: one record of bounds, each with its option of `lavis-lstp serve`."""
+"""The bounds of a server in one record; options of `lavis-lstp serve` set them."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ class Ticket:
 
 
 class Line:
-    """See the module's text.
+    """The line of questions of one server; the module's docstring explains it.
 
     Args:
         predictor: what reads and answers.

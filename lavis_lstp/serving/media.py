@@ -45,7 +45,7 @@ def data_url(url: str, name: str) -> bytes:
 
 
 def base64_bytes(text: str, name: str) -> bytes:
-    """Raises VideoError for a text that is not base64."""
+    """Decode a text. Raises VideoError for one that is not base64."""
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
@@ -53,7 +53,7 @@ def base64_bytes(text: str, name: str) -> bytes:
 
 
 class MediaReader:
-    """Content of what a request names.
+    """Finds the content of the media that a request names.
 
     Args:
         files: uploads.

@@ -1,4 +1,4 @@
-"""What a server counts, in Prometheus's form, by Prometheus's own client."""
+"""The counters of a server, in Prometheus's form and by Prometheus's own client."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Metrics:
         )
 
     def watch(self, name: str, text: str, value: Callable[[], float]) -> None:
-        """A number that is looked up when it is asked for."""
+        """Add a number that is looked up when the metrics are read."""
         Gauge(name, text, registry=self.registry).set_function(value)
 
     def answered(self, outcome: Prediction | Exception) -> None:

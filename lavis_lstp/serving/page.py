@@ -51,7 +51,7 @@ Messages = list[dict[str, Any]]
 
 
 def mounted(server: Server, *, example: bool, feedback: Path | None) -> Callable[[FastAPI], FastAPI]:
-    """What mounts the page.
+    """Return the function that mounts the page in the application.
 
     Args:
         example: offer the shipped clip and its questions.
@@ -245,7 +245,7 @@ class Page:
                 self.server.line.give_up(ticket)
 
     async def again(self, video: str | None, chat: Messages, *settings: Any) -> AsyncIterator[tuple]:
-        """The last question once more."""
+        """Ask the last question once more."""
         earlier = plain(chat)
         places = [number for number, turn in enumerate(earlier) if turn["role"] == "user"]
         if not places:
@@ -257,7 +257,7 @@ class Page:
     async def edited(
         self, event: gr.EditData, video: str | None, chat: Messages, *settings: Any
     ) -> AsyncIterator[tuple]:
-        """An earlier question in other words; what followed it is dropped."""
+        """Ask an earlier question in other words; the turns after it are dropped."""
         earlier = plain(chat)
         place = event.index if isinstance(event.index, int) else event.index[0]
         async for shown in self.ask(video, str(event.value), earlier[:place], *settings):
@@ -373,5 +373,5 @@ def plain(chat: Messages | None) -> Messages:
 
 
 def _told(error: Exception) -> Exception:
-    """What Gradio shows of an error: a note that stays until it is closed."""
+    """Return an error as Gradio shows it: a note that stays until it is closed."""
     return gr.Error(html.escape(str(error)), duration=None, print_exception=False)

@@ -75,7 +75,7 @@ class ChatRequest(BaseModel):
 
 @dataclass
 class Question:
-    """What a request asks.
+    """The question of a request.
 
     Attributes:
         media: `data:` URLs, file ids or addresses: none, one, or the pictures of a video.
@@ -92,7 +92,7 @@ class Question:
 
 
 def read_request(request: ChatRequest, limits: Limits) -> Question:
-    """Raises ConfigError for what is not followed, or is no conversation about one medium."""
+    """Return the question. Raises ConfigError for a field that is not followed, or more than one medium."""
     instructions, turns, media = [], [], []
     for number, message in enumerate(request.messages):
         place = f"messages[{number}]"
@@ -141,7 +141,7 @@ def _text(value: Any, where: str) -> str:
 
 
 def _media(value: Any, where: str) -> list[str]:
-    """What a part names: a text, {url}, {file_id}, {data} or {file_data}, or a list of pictures (Qwen)."""
+    """Return the media that a part names: a text, {url}, {file_id}, {data}, {file_data}, or a list of pictures."""
     if isinstance(value, list):
         return [_text(one, where) for one in value]
     if isinstance(value, dict):
@@ -186,7 +186,7 @@ def _settings(request: ChatRequest) -> tuple[dict[str, Any], list[str]]:
 
 
 def cut(text: str, stops: Sequence[str]) -> str:
-    """The text before the first of `stops`."""
+    """Return the text before the first of `stops`."""
     return text[: min((place for stop in stops if (place := text.find(stop)) >= 0), default=len(text))]
 
 

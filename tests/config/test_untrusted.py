@@ -308,7 +308,7 @@ def test_the_readers_of_recorded_configurations_pass_the_line():
             if isinstance(node, ast.FunctionDef):
                 called = [one.func for one in ast.walk(node) if isinstance(one, ast.Call)]
                 passing |= {node.name for one in called if getattr(one, "id", "") == "recorded"}
-    assert passing == {"recorded_model", "_data_set"}
+    assert passing == {"recorded_model", "_recorded_videos", "_data_set"}
 
 
 # ---- ids and paths ---------------------------------------------------------------------------------------------------

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from video_files import numbered_video
 
 import lavis_lstp
+from lavis_lstp.data.qa_dataset import VideoQADataset
 from lavis_lstp.data.video import reading
 from lavis_lstp.errors import ConfigError, VideoError
 from lavis_lstp.inference import candidates
@@ -26,10 +29,15 @@ ROWS = json.loads((EXAMPLE / "questions.json").read_text(encoding="utf-8"))
 ASKED = ROWS[1]["question"]
 
 
-@pytest.fixture(scope="module")
-def predictor():
-    with lavis_lstp.load("example") as loaded:
-        yield loaded
+def run_that_read(folder, flow: str, *sections: dict) -> str:
+    """A checkpoint of the example's model, of a run whose data sets had these settings."""
+    folder.mkdir()
+    shutil.copy(EXAMPLE / "model.safetensors", folder)
+    manifest = json.loads((EXAMPLE / "manifest.json").read_text())
+    manifest["config"]["model"]["flow"]["name"] = flow
+    manifest["config"]["datasets"] = dict(zip(("lstp_video_qa", "lstp_nextqa", "msvd_qa"), sections, strict=False))
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return str(folder)
 
 
 @pytest.fixture
@@ -156,6 +164,60 @@ def test_a_medium_that_cannot_be_read_is_named_and_not_kept(predictor, medium):
     with pytest.raises(VideoError, match="^the upload: "):
         predictor.answer(medium, ASKED, name="the upload")
     assert len(predictor.reader.kept._found) == held
+
+
+@pytest.mark.parametrize(
+    ("flow", "section"),
+    [
+        ("motion_vectors", {"num_frames": 12, "frames": "keyframe", "flow_pairs": "local"}),
+        ("dis", {"num_frames": 12, "fps": 2, "decode_size": 48}),
+        ("dis", {"num_frames": 70, "short_videos": "double"}),
+    ],
+)
+def test_videos_are_read_as_the_run_read_them(flow, section, tmp_path):
+    """Frames, times and flow are those of the data set with the same settings."""
+    film = numbered_video(tmp_path / "film.mp4", 60, gop=7)
+    run = run_that_read(tmp_path / "run", flow, section)
+    with lavis_lstp.load(run) as loaded:
+        asked = loaded.prepare(film, ASKED).candidates
+        assert loaded.notes == () and loaded.num_frames == section["num_frames"]
+        rows = [{"question_id": "a", "video": film.name, "video_id": "film", "question": ASKED, "answer": ""}]
+        given = "none" if flow == "dis" else flow
+        side = loaded.model.backbone.image_size
+        data = VideoQADataset(rows, tmp_path, image_size=side, flow=given, **section)
+        sample = data[0]
+        flow_of_data = loaded.model.chooser.flow(data.collater([sample]))[0]
+    assert torch.equal(asked.frames, sample["frames"]) and torch.allclose(asked.flow, flow_of_data, atol=0.02)
+    assert asked.times_s == pytest.approx(sample["frame_times"].numpy())
+
+
+def test_flow_of_a_run_with_local_pairs_goes_to_the_next_picture(tmp_path):
+    section = {"num_frames": 8, "flow": "precomputed", "flow_pairs": "local"}
+    run = run_that_read(tmp_path / "run", "precomputed", section)
+    with lavis_lstp.load(run) as loaded:
+        found = loaded.prepare(CLIP, ASKED).candidates
+        side = loaded.model.backbone.image_size
+        pairs = torch.from_numpy(reading.read_pairs(CLIP, num=8, size=side))
+        alone = torch.cat([loaded.model.flow(pair[None])[0, :1] for pair in pairs])
+        assert torch.equal(found.flow, alone) and found.flow.abs().max() > 0
+        with pytest.raises(ConfigError, match="flow_pairs local needs a video"):
+            loaded.prepare([picture_bytes(), picture_bytes("blue")], ASKED)
+
+
+def test_data_sets_that_were_read_differently_are_told(tmp_path):
+    run = run_that_read(tmp_path / "run", "dis", {"fps": 1}, {"num_frames": 9, "frames": "keyframe"}, {"fps": "no"})
+    with lavis_lstp.load(run) as loaded:
+        assert loaded.num_frames == 9 and loaded.reader.how == {"exact": True, "fps": 1}
+        assert loaded.notes == (
+            "frames is exact as the run's data set lstp_video_qa was read, not keyframe in lstp_nextqa",
+            "fps is 1 as the run's data set lstp_video_qa was read, not None in lstp_nextqa",
+        )
+
+
+@pytest.mark.parametrize(("key", "value"), [("frames", "keyfram"), ("decode_size", -1), ("fps", "${oc.env:HOME}")])
+def test_a_manifest_whose_reading_cannot_be_followed_is_one_line(key, value, tmp_path):
+    with pytest.raises(ConfigError, match=rf"manifest.json: datasets.lstp_video_qa.*{key}"):
+        lavis_lstp.load(run_that_read(tmp_path / "run", "dis", {key: value}))
 
 
 def test_limits_of_length_and_size():

@@ -28,12 +28,6 @@ def film(tmp_path_factory):
     return numbered_video(tmp_path_factory.mktemp("films") / "film.mp4", 100, gop=10)
 
 
-@pytest.fixture(scope="module")
-def predictor():
-    with lavis_lstp.load("example") as made:
-        yield made
-
-
 @pytest.mark.parametrize("method", WITHOUT_NETWORK)
 def test_frames_and_times_are_those_of_the_file(film, method):
     found = lavis_lstp.select(film, k=6, method=method)

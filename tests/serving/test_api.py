@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import re
 import threading
 import time
@@ -12,11 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from PIL import Image
-from serving_process import WITHOUT, running
+from serving_process import ANSWER, ASKED, CLIP, ROWS, WITHOUT, running
 from video_files import numbered_video
-
-import lavis_lstp
-from lavis_lstp.inference.loading import EXAMPLE
 
 openai = pytest.importorskip("openai", reason=WITHOUT)
 httpx = pytest.importorskip("httpx", reason=WITHOUT)
@@ -24,17 +20,8 @@ pytest.importorskip("fastapi", reason=WITHOUT)
 
 from lavis_lstp.serving.limits import Limits  # noqa: E402
 
-CLIP = EXAMPLE / "clip.mp4"
-ROWS = json.loads((EXAMPLE / "questions.json").read_text(encoding="utf-8"))
 URL = f"data:video/mp4;base64,{base64.b64encode(CLIP.read_bytes()).decode()}"
-ASKED, ANSWER = ROWS[1]["question"], ROWS[1]["answer"]
 LONG = {"min_new_tokens": 300, "max_new_tokens": 300}
-
-
-@pytest.fixture(scope="module")
-def predictor():
-    with lavis_lstp.load("example") as loaded:
-        yield loaded
 
 
 @pytest.fixture(scope="module")

@@ -10,29 +10,17 @@ import time
 
 import pytest
 from browser import chromium
-from serving_process import WITHOUT, running
+from serving_process import ANSWER, ASKED, CLIP, ROWS, WITHOUT, running
 from video_files import numbered_video
-
-import lavis_lstp
-from lavis_lstp.inference.loading import EXAMPLE
 
 pytest.importorskip("gradio", reason=WITHOUT)
 httpx = pytest.importorskip("httpx", reason=WITHOUT)
 
 from lavis_lstp.serving.limits import Limits  # noqa: E402
 
-CLIP = EXAMPLE / "clip.mp4"
-ROWS = json.loads((EXAMPLE / "questions.json").read_text(encoding="utf-8"))
-ASKED, ANSWER = ROWS[1]["question"], ROWS[1]["answer"]
 CLEAR = "#video button[aria-label='Clear'], #video button[title='Clear'], #video button[aria-label='Remove']"
 KNOWN = ("/assets/worker-", "VideoPreview")
 """Gradio's player wants ffmpeg.wasm from a CDN to cut videos; the policy of the page refuses that, in the console."""
-
-
-@pytest.fixture(scope="module")
-def predictor():
-    with lavis_lstp.load("example") as loaded:
-        yield loaded
 
 
 @pytest.fixture(scope="module")

@@ -156,7 +156,20 @@ class FlowExtractor(nn.Module):
             with torch.autocast(frames.device.type, enabled=False), full_precision_convolutions():
                 field = self._between(frames, mask)
         own = self.name in GIVEN and flow_mask is not None
-        field = field * flow_mask.to(field)[:, :, None, None, None] if own else repeat_last(field, mask)
+        return self._finished(field * flow_mask.to(field)[:, :, None, None, None] if own else repeat_last(field, mask))
+
+    @torch.no_grad()
+    def of_pairs(self, pairs: Tensor) -> Tensor:
+        """float32 [1,T,2,h,w]: the flow of one clip whose T pairs are given, as `flow_pairs: local` reads them.
+
+        Args:
+            pairs: uint8 [T,2,3,H,W].
+        """
+        both = torch.ones(1, 2, dtype=torch.bool, device=pairs.device)
+        with torch.autocast(pairs.device.type, enabled=False), full_precision_convolutions():
+            return self._finished(torch.cat([self._between(pair[None], both)[:, :1] for pair in pairs], dim=1))
+
+    def _finished(self, field: Tensor) -> Tensor:
         field = resize_flow(field, self.flow_size or field.shape[-2:])
         return radius_normalised(field) if self.normalise else field
 
