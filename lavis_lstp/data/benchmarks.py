@@ -188,6 +188,13 @@ def _table() -> dict[str, Benchmark]:
 
 BENCHMARKS: dict[str, Benchmark] = _table()
 
+
+class Entries(list[Row]):
+    """Entries of a split; `unanswerable` lists the ids that the authors' files have beside them."""
+
+    unanswerable: Sequence[str] = ()
+
+
 QUESTIONS = Benchmark(
     {"questions": Form("{question_id}", ["{video_name}", "v_{video_name}"], category={"type": "{type}"})}
 )
@@ -204,7 +211,7 @@ def read_benchmark(
     answers: Path | None = None,
     video_names: Path | None = None,
     section: str = SECTION,
-) -> list[Row]:
+) -> Entries:
     """Entries of a split.
 
     Args:
@@ -235,13 +242,8 @@ def read_benchmark(
     count = len(by_id)
     broken = [key for key in spec.left_out if by_id.pop(key, None)]
     if broken:
-        logger.warning(
-            "%s: %d of %d questions have no right option and are left out: %s",
-            section,
-            len(broken),
-            count,
-            _some(broken),
-        )
+        lost = "questions have no right option; they are not asked, and the score says partial"
+        logger.warning("%s: %d of %d %s: %s", section, len(broken), count, lost, _some(broken))
     grounding = spec.answer_is == "none"
     unknown = [
         key
@@ -263,7 +265,9 @@ def read_benchmark(
         by_id = _without_reversed(by_id, spec, section)
     names = read_names(video_names, section) if video_names else {}
     files: dict[tuple[str, ...], tuple[str, str]] = {}
-    return [_entry(key, row, spec, place, root, names, files) for key, (place, row) in by_id.items()]
+    found = Entries(_entry(key, row, spec, place, root, names, files) for key, (place, row) in by_id.items())
+    found.unanswerable = broken
+    return found
 
 
 def _without_reversed(questions: dict[str, tuple[str, Row]], spec: Form, section: str) -> dict[str, tuple[str, Row]]:

@@ -137,6 +137,7 @@ class VideoQABuilder(BaseDatasetBuilder):
             text_processor=self.text_processors[kind] if (config.get("text_processor") or {}).get(kind) else None,
             section=self.section,
         )
+        dataset.unanswerable = list(getattr(annotation, "unanswerable", ()))
         logger.info("%s: %d questions about %s", split, len(dataset), dataset.annotation.size())
         return dataset
 

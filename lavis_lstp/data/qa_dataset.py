@@ -86,6 +86,9 @@ class VideoQADataset(Dataset):
         VideoError: a file is missing.
     """
 
+    unanswerable: Sequence[str] = ()
+    """Ids of a benchmark's questions without a right option: no samples of this set, which makes its score partial."""
+
     def __init__(
         self,
         annotation: Sequence[Mapping[str, Any]] | FolderQuestions | ShardQuestions,

@@ -162,7 +162,7 @@ def hit_at_one(scores: Items[Sequence[float]], saliency: Items[Sequence[Sequence
 
 
 def evaluate_grounded_qa(
-    predictions: Items[Moment], golds: Items[Sequence[Moment]], correct: Mapping[str, bool] | None = None
+    predictions: Items[Moment | None], golds: Items[Sequence[Moment]], correct: Mapping[str, bool] | None = None
 ) -> dict:
     """NExT-GQA's scores, 0..1: an answer counts for Acc@GQA if it is right and its moment has an IoP of 0.5 or more.
 
@@ -170,7 +170,7 @@ def evaluate_grounded_qa(
     IoP of 1 inside a gold moment and 0 elsewhere, and an IoU of 0, as the authors count it.
 
     Args:
-        predictions: question id -> [start, end] in seconds.
+        predictions: question id -> [start, end] in seconds; None is a miss.
         golds: question id -> moments.
         correct: question id -> whether the answer is right; None = grounding alone.
 
@@ -193,7 +193,9 @@ def evaluate_grounded_qa(
     return {**result, **coverage}
 
 
-def _iou_iop(gold: Moment, predicted: Moment) -> tuple[float, float]:
+def _iou_iop(gold: Moment, predicted: Moment | None) -> tuple[float, float]:
+    if predicted is None:
+        return 0.0, 0.0
     if predicted[0] == predicted[1]:
         return 0.0, float(gold[0] <= predicted[0] <= gold[1])
     shared = min(gold[1], predicted[1]) - max(gold[0], predicted[0])

@@ -103,14 +103,20 @@ class LSTPTask(BaseTask):
             write_jsonl(timings_file, timings)
         expected = question_ids(dataset)
         missing = missing_questions(dataset, {record["question_id"] for record in records})
+        lost = getattr(dataset, "unanswerable", ())
+        missing += [{"question_id": name, "why": "no right option"} for name in lost]
         if missing:
             write_jsonl(missing_file, missing)
         pairs = [(record["question_id"], record) for record in records]
         *_, covered = join_by_id(pairs, [(name, None) for name in expected], allow_partial=allow_partial)
         found = self.metrics(records)
+        scored, total = found.get("num_scored", covered["num_scored"]), len(expected) + len(lost)
+        if 0 < scored < total:  # a score over part of the questions is told as one
+            covered |= {"num_questions": total, "num_scored": scored, "coverage": scored / total, "partial": True}
+            covered["num_missing"] = total - scored
+        elif not scored:  # hidden answers: all predicted, none scored
+            covered["num_scored"] = 0
         metrics = {**found, **covered}
-        if found.get("num_scored") == 0:  # hidden answers: all predicted, none scored
-            metrics["num_scored"] = 0
         write_json(metrics_file, metrics)
         return metrics
 

@@ -17,7 +17,7 @@ from lavis.common.registry import registry
 from lavis_lstp.errors import ConfigError, unknown_name
 from lavis_lstp.metrics.choice import LETTERS, accuracy, choice_prompt, parse_choice
 from lavis_lstp.metrics.coverage import join_by_id
-from lavis_lstp.metrics.grounding import entropy_bits
+from lavis_lstp.metrics.grounding import entropy_bits, evaluate_grounded_qa
 from lavis_lstp.metrics.qa import bleu_1, evaluate_answers, is_right, require_bleu
 from lavis_lstp.models.answer.lavis_frames import several_frames
 from lavis_lstp.schema import Batch, Prediction, Span
@@ -150,11 +150,24 @@ class VideoQATask(LSTPTask):
             if self.with_bleu:
                 scores["bleu1"] = bleu_1(*([table[name] for name in scored] for table in (answers, predictions)))
             kinds = accuracy(right, categories).get("by_category")
-            return {**scores, **({"by_category": kinds} if kinds else {}), "agg_metrics": scores["exact_match"]}
+            scores |= {"by_category": kinds} if kinds else {}
+            return {**scores, **_grounded(scored, right), "agg_metrics": scores["exact_match"]}
         *_, coverage = join_by_id(predictions, answers)
         unparsable = [record["question_id"] for record in chosen if record["choice"] is None]
         found = {**accuracy(right, categories, axes), "chosen_by": self.choose, "num_unparsable": len(unparsable)}
+        found |= _grounded(scored, right)
         return {**found, "unparsable": unparsable, **coverage, "agg_metrics": found["accuracy"]}
+
+
+def _grounded(scored: Mapping[str, Prediction], right: Mapping[str, bool]) -> dict[str, Any]:
+    """NExT-GQA's scores below `grounded`, over the questions with gold moments, where the model gives spans."""
+    golds = {name: record["moments_s"] for name, record in scored.items() if record.get("moments_s")}
+    found = {name: scored[name].get("span_s") for name in golds}
+    if not any(found.values()):
+        return {}
+    scores = evaluate_grounded_qa(found, golds, {name: right[name] for name in golds})
+    names = ("num_questions", *(name for name in scores if name.startswith(("acc_", "miou", "miop", "iou_", "iop_"))))
+    return {"grounded": {name: scores[name] for name in names}}
 
 
 def with_options(model: torch.nn.Module, samples: Batch, options: list[list[str]]) -> dict[str, Any]:

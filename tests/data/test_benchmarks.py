@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import re
@@ -292,6 +293,15 @@ def test_wrong_rows_say_where(here):
 def test_single_tasks_of_mvbench_may_be_named(here):
     storage = "build_info.annotations.test.storage=[inputs/mvbench/json/action_count.json]"
     assert [row["category"] for row in build("mvbench", storage)["test"].annotation] == ["action_count"]
+
+
+def test_questions_without_a_right_option_are_counted(here, caplog, monkeypatch):
+    form = BENCHMARKS["lstp_mlvu"].forms["authors"]
+    changed = dataclasses.replace(form, left_out=["3_ego/0", "3_ego/7"])
+    monkeypatch.setitem(BENCHMARKS["lstp_mlvu"].forms, "authors", changed)
+    dataset = build("mlvu")["dev"]
+    assert dataset.unanswerable == ["3_ego/0"] and "3_ego/0" not in dataset.question_ids() and len(dataset) == 6
+    assert "1 of 7 questions have no right option; they are not asked, and the score says partial" in caplog.text
 
 
 def test_hidden_answers_are_none_and_said(here, caplog):

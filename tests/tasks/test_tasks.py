@@ -47,6 +47,41 @@ def test_answers_are_keyed_by_question_and_scored(tmp_path):
     assert json.loads((tmp_path / "result" / "test_video_qa_metrics.json").read_text())["num_scored"] == 3
 
 
+def test_a_score_without_unanswerable_or_hidden_questions_is_partial(tmp_path):
+    data = ToyData(4)
+    data.unanswerable = ["gone"]
+    records = [{"question_id": f"q{i}", "answer": "a", "prediction": "a"} for i in range(4)]
+    for scored, hidden in ((4, 0), (3, 1)):
+        records[0]["answer"] = None if hidden else "a"
+        found = VideoQATask({}).after_evaluation(records, "test", "given", dataset=data, result_dir=tmp_path)
+        assert (found["exact_match"], found["num_scored"], found["num_questions"]) == (1.0, scored, 5)
+        assert found["partial"] and found["coverage"] == scored / 5 and found["num_missing"] == 5 - scored
+        assert json.loads((tmp_path / "test_video_qa_missing.jsonl").read_text())["question_id"] == "gone"
+
+
+def test_answers_with_spans_and_gold_moments_have_the_scores_of_nextgqa():
+    """Those of its authors' script on recorded predictions, from seconds in the records."""
+    case = json.loads((Path(__file__).parents[1] / "golden" / "grounding.json").read_text())["nextgqa"]
+    records = [
+        {
+            "question_id": key,
+            "answer": "yes",
+            "prediction": "yes" if case["correct"][key] else "no",
+            "span": [0, 1],
+            "span_s": span,
+            "moments_s": case["golds"][key],
+        }
+        for key, span in case["predictions"].items()
+    ]
+    found = VideoQATask({}).metrics([*records, {"question_id": "whole", "answer": "yes", "prediction": "yes"}])
+    said = found["grounded"]
+    assert {name: said[name] for name in case["result"]} == pytest.approx(case["result"], abs=1e-6)
+    assert said["num_questions"] == len(records) == found["num_questions"] - 1
+    del records[0]["span_s"]
+    assert VideoQATask({}).metrics(records)["grounded"]["num_questions"] == len(records), "no moment is a miss"
+    assert "grounded" not in VideoQATask({}).metrics([{**r, "span_s": None} for r in records])
+
+
 class Richer(ToyModel):
     """Answers as LSTP does: with the span, the frames and the seconds they took."""
 
