@@ -120,6 +120,10 @@ class Sampler:
     rotary_init: str = key("sinusoid", one_of=("sinusoid", "normal"), called="rotary_init (model.sampler)")
     dropout: int | float = key(0.1, least=0, below=1)
     flow_size: int = key(224, least=1, most=SIDE)  # px, a multiple of 16
+    window: int | None = key(None, least=2, most=TOKENS)  # long videos: so many flows are scored at a time; null = all
+    overlap: int | None = key(
+        None, least=0, most=TOKENS
+    )  # flows that two windows share; null = a quarter of the window
     fold_flow: bool = key(False)  # convolution and linear map as one: faster, equal to 1e-5
 
 
@@ -128,6 +132,9 @@ class Selector:
     name: str = key("lstp", one_of=SELECTORS, called="selector (model.selector.name)")
     context: int = key(0, least=0)  # frames added on both sides of a found or given span
     num_selected: int = key(4, least=1)  # K, frames shown to the language model
+    max_spans: int = key(
+        1, least=1, most=64
+    )  # best_span, lstp: at most so many spans are found, frames are of them all
     # of aks, inverse_transform, focus and global_local, such as {power: 2.0}; selectors.py lists them
     settings: dict[str, Any] = key({})
     span_key: str = key(

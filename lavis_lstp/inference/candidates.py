@@ -186,7 +186,13 @@ class Reader:
         self._digests: OrderedDict[tuple, str] = OrderedDict()  # path, size, time of change -> digest
 
     def read(
-        self, source: Medium, num_frames: int, *, flow: bool, name: str | None = None
+        self,
+        source: Medium,
+        num_frames: int,
+        *,
+        flow: bool,
+        name: str | None = None,
+        fps: float | None = None,
     ) -> tuple[Candidates, dict[str, float]]:
         """The candidates of a medium, and the seconds of the stages that they took just now (none where kept).
 
@@ -195,6 +201,7 @@ class Reader:
             num_frames: T, evenly spaced frames of a video.
             flow: whether flow is needed.
             name: what errors call the medium; default: its path.
+            fps: so many frames a second of a video, where these are at most T; None = T.
 
         Raises:
             VideoError: it is missing, not a readable video or picture, too long or too large.
@@ -211,8 +218,9 @@ class Reader:
                 seconds[stage] = time.perf_counter() - started
             return value
 
-        key = f"{digest} {num_frames}"
-        found = self.kept.get(key, lambda: timed("decode", self._decode, source, key, num_frames, name))
+        key = f"{digest} {num_frames}" + (f" {fps:g}" if fps else "")
+        how = (source, key, num_frames, fps, name)
+        found = self.kept.get(key, lambda: timed("decode", self._decode, *how))
         if flow and len(found.frames) > 1:
             field = self.kept.get((key, "flow"), lambda: timed("flow", self._flow, found))
             found = replace(found, flow=field)
@@ -238,7 +246,7 @@ class Reader:
         nothing = torch.zeros(0, 3, side, side, dtype=torch.uint8)
         return Candidates("", "text", nothing, np.zeros(0), 0.0, None, None)
 
-    def _decode(self, source: Medium, media: str, num_frames: int, name: str | None) -> Candidates:
+    def _decode(self, source: Medium, media: str, num_frames: int, fps: float | None, name: str | None) -> Candidates:
         import numpy as np
         import torch
 
@@ -256,7 +264,7 @@ class Reader:
         if self.max_seconds is not None and not isinstance(source, list):
             self._refuse_long(probe(source, **named).duration_s, name or str(source))
         codec = self.model.chooser.flow_from_data == "motion_vectors"
-        clip = read_frames(source, num=num_frames, size=side, motion_vectors=codec, **named)
+        clip = read_frames(source, num=num_frames, fps=fps, size=side, motion_vectors=codec, **named)
         frames, given = torch.from_numpy(clip.frames), torch.from_numpy(clip.flow) if codec else None
         return Candidates(media, "video", frames, clip.times_s, clip.info.duration_s, None, given, clip.indices)
 

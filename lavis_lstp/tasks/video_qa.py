@@ -21,7 +21,7 @@ from lavis_lstp.metrics.grounding import entropy_bits
 from lavis_lstp.metrics.qa import bleu_1, evaluate_answers, exact_match, require_bleu
 from lavis_lstp.models.answer.lavis_frames import several_frames
 from lavis_lstp.schema import Span
-from lavis_lstp.tasks.base import TIMINGS, LSTPTask, one_each, real_times, sample_ids
+from lavis_lstp.tasks.base import TIMINGS, LSTPTask, one_each, real_times, sample_ids, several_spans
 
 GENERATION = (
     "num_beams",
@@ -235,6 +235,7 @@ def _evidence(predicted: Mapping[str, Any], samples: Mapping[str, Any], row: int
         if times:
             found["num_frames"] = len(times)
             found["span_s"] = [round(edge, 3) for edge in Span(*found["span"]).to_seconds(times)]
+    found.update(several_spans(predicted, row, times))
     if predicted.get("start_logits") is not None and len(times) > 1:
         logits = {edge: predicted[f"{edge}_logits"][row] for edge in ("start", "end")}
         mask = samples.get("flow_mask")

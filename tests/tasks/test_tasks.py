@@ -412,6 +412,25 @@ def test_a_checkpoint_can_be_chosen_without_looking_at_gold_spans():
         task.metrics([{"question_id": "a", "span": [0, 4]}])
 
 
+def test_several_spans_are_recorded_and_count_for_average_precision():
+    class Finds(torch.nn.Module):
+        def locate(self, samples):
+            return {"span": torch.tensor([[6, 9]]), "spans": [[(6, 9), (1, 3)]]}
+
+    samples = {
+        "question_id": ["a"],
+        "frame_mask": torch.ones(1, 10).long(),
+        "frame_times": torch.arange(10.0)[None],
+        "gold_span": torch.tensor([[6, 9]]),
+        "moments_s": [[[1.0, 3.0], [6.0, 9.0]]],
+    }
+    task = TemporalGroundingTask()
+    (record,) = task.valid_step(Finds(), samples)
+    assert record["spans"] == [[6, 9], [1, 3]] and record["spans_s"] == [[6.0, 9.0], [1.0, 3.0]]
+    both, one = (task.metrics([{**record, "spans_s": record["spans_s"][:n]}])["moments"]["map"] for n in (2, 1))
+    assert both == pytest.approx(1) and one < 0.6
+
+
 def test_spans_found_are_written_for_training_to_read(tmp_path):
     runner = evaluator(tmp_path, task="temporal_grounding", spans_out=str(tmp_path / "found_{split}.json"))
     data = runner.datasets["toy"]["test"]

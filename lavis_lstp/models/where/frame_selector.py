@@ -115,23 +115,37 @@ def flows_to_frames(span: Sequence[int], num_frames: int, num_flows: int) -> tup
     return first, last + 1
 
 
+def joined(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Half-open spans in the order of their rank; those that overlap or touch are one, of the better rank."""
+    found: list[tuple[int, int]] = []
+    for start, end in spans:
+        near = [one for one in found if one[0] <= end and start <= one[1]]
+        whole = min(start, *(one[0] for one in near), start), max(end, *(one[1] for one in near), end)
+        place = found.index(near[0]) if near else len(found)
+        found = [one for one in found if one not in near]
+        found.insert(place, whole)
+    return found
+
+
 class Selection(NamedTuple):
     """frame_index int64 [B,K], sorted, -1 where a sample has no frame; span int64 [B,2], half-open; num_filled int64
-    [B], frames that a rule over scores did not choose itself, see `selectors.choose`; None of other rules."""
+    [B], frames that a rule over scores did not choose itself, see `selectors.choose`; None of other rules. spans: with
+    max_spans above 1, of each sample its spans, the likeliest (`span`) first."""
 
     frame_index: Tensor
     span: Tensor
     num_filled: Tensor | None
+    spans: list[list[tuple[int, int]]] | None = None
 
 
 class Row(NamedTuple):
-    """What a rule sees of one sample: N frames, V flows, its logits on the CPU, best and given span, generator."""
+    """What a rule sees of one sample: N frames, V flows, its logits on the CPU, best and given spans, generator."""
 
     num_frames: int
     num_flows: int
     start_logits: Tensor | None
     end_logits: Tensor | None
-    best: tuple[int, int] | None
+    best: list[tuple[int, int]] | None
     given: tuple[int, int] | None
     generator: torch.Generator | None
     grid: int | None = None
@@ -153,7 +167,7 @@ def random(row: Row, num_selected: int) -> tuple[list[int], tuple[int, int]]:
 
 
 def best(row: Row, num_selected: int) -> tuple[list[int], tuple[int, int]]:
-    return list(range(*row.best)), row.best
+    return sorted(frame for span in row.best for frame in range(*span)), row.best[0]
 
 
 def given(row: Row, num_selected: int) -> tuple[list[int], tuple[int, int]]:
@@ -204,6 +218,7 @@ class FrameSelector:
         marks: int,
         mask_padding: bool,
         settings: Mapping[str, object],
+        max_spans: int = 1,
     ):
         self.name = name
         self.num_selected = num_selected
@@ -214,6 +229,7 @@ class FrameSelector:
         self.mapping = mapping
         self.marks = marks
         self.mask_padding = mask_padding
+        self.max_spans = max_spans
         kind = SELECTORS[name]
         self.by_sampler = kind.by_sampler
         self.needs_logits = "logits" in kind.needs
@@ -275,11 +291,17 @@ class FrameSelector:
         flows = counts if flow_mask is None else [int(n) for n in flow_mask.sum(dim=1).tolist()]
         best = None
         if self.needs_logits and has_frames:
-            best = best_spans(starts, ends, (frame_mask if flow_mask is None else flow_mask).cpu()).tolist()
+            if self.max_spans > 1:
+                rows = zip(starts.tolist(), ends.tolist(), flows, strict=True)
+                best = [selectors.best_spans(s[:n], e[:n], self.max_spans) if n else [(0, 0)] for s, e, n in rows]
+            else:
+                real = frame_mask if flow_mask is None else flow_mask
+                best = [[span] for span in best_spans(starts, ends, real.cpu()).tolist()]
             if flow_mask is not None:
-                best = [flows_to_frames(*sizes) for sizes in zip(best, counts, flows, strict=True)]
+                best = [[flows_to_frames(s, n, v) for s in row] for row, n, v in zip(best, counts, flows, strict=True)]
         given = span.tolist() if self.needs_span else None
         index, spans, filled = [], [], [0] * len(counts)
+        several = [[] for _ in counts] if self.max_spans > 1 else None
         for b, count in enumerate(counts):
             if not count:  # a sample without a video
                 index.append([-1] * self.num_selected)
@@ -293,7 +315,7 @@ class FrameSelector:
                 num_flows=flows[b],
                 start_logits=starts[b, :seen] if self.needs_logits else None,
                 end_logits=ends[b, :seen] if self.needs_logits else None,
-                best=self._widen(best[b], count) if best else None,
+                best=joined([self._widen(span, count) for span in best[b]]) if best else None,
                 given=self._widen(given[b], count) if given else None,
                 generator=generators[b] if isinstance(generators, Sequence) else generators,
                 grid=self.grid,
@@ -312,6 +334,8 @@ class FrameSelector:
                 found = frames[0], frames[-1] + 1
             else:
                 frames, found = self.rule(row, self.num_selected)
+            if several is not None:
+                several[b] = row.best
             missing = self.num_selected - len(frames)
             keeps = self.few_frames == "keep" and missing > 0
             index.append([*frames, *[-1] * missing] if keeps else spread(frames, self.num_selected))
@@ -321,6 +345,7 @@ class FrameSelector:
             torch.tensor(index, dtype=torch.long, device=device).view(-1, self.num_selected),
             torch.tensor(spans, dtype=torch.long, device=device).view(-1, 2),
             torch.tensor(filled, dtype=torch.long, device=device) if self.needs_scores else None,
+            several,
         )
 
     def _widen(self, span: Sequence[int], num_frames: int) -> tuple[int, int]:
@@ -347,6 +372,7 @@ def build_selector(
     marks: int = 0,
     mask_padding: bool = True,
     settings: Mapping[str, object] | None = None,
+    max_spans: int = 1,
 ) -> FrameSelector:
     """A selector by its name in SELECTORS.
 
@@ -365,6 +391,7 @@ def build_selector(
         settings: of a rule over scores, by name.
         mask_padding: False lets padded flows be drawn by argmax and gumbel, as published; one that is drawn stands
             for the whole video.
+        max_spans: best_span finds at most so many spans, see `selectors.best_spans`; frames are spread over them all.
 
     Raises:
         ConfigError: unknown name or key, or a number below its least value.
@@ -383,6 +410,7 @@ def build_selector(
         ("context", context, 0),
         ("grid", grid, 1),
         ("marks", marks, 0),
+        ("max_spans", max_spans, 1),
     ):
         if (value is not None or key != "grid") and (not isinstance(value, int) or value < least):
             raise ConfigError(f"model.selector.{key} is {value!r}; expected a whole number of at least {least}")
@@ -390,6 +418,8 @@ def build_selector(
         raise ConfigError(
             f"model.selector.grid, mapping and marks belong to argmax and gumbel, the selector is '{name}'"
         )
+    if max_spans > 1 and name not in ("best_span", "lstp"):
+        raise ConfigError(f"model.selector.max_spans belongs to best_span (lstp), the selector is '{name}'")
     return FrameSelector(
         name,
         num_selected=num_selected,
@@ -401,6 +431,7 @@ def build_selector(
         marks=marks,
         mask_padding=mask_padding,
         settings=settings or {},
+        max_spans=max_spans,
     )
 
 

@@ -457,6 +457,32 @@ def best_span(start: Any, end: Any) -> tuple[int, int]:
     return int(start[: last + 1].argmax()), last + 1
 
 
+def best_spans(start: Any, end: Any, most: int) -> list[tuple[int, int]]:
+    """At most `most` half-open spans without a common frame, the likeliest first; `best_span` for one.
+
+    A span's score is how much likelier than chance its ends are: log(T p(start)) + log(T p(last)), of the softmax of
+    each. The spans with the largest sum of scores are found, at least one: a further one must be likelier than chance.
+
+    >>> best_spans([0, 9, 0, 0, 0, 8], [0, 0, 9, 0, 0, 8], most=4)
+    [(1, 3), (5, 6)]
+
+    Args:
+        start, end: float [T], logits.
+    """
+    starts, ends = ((x - np.logaddexp.reduce(x) + math.log(len(x))).tolist() for x in map(np.asarray, (start, end)))
+    nothing = (-math.inf, ())
+    closed, open_ = [(0.0, ()), *[nothing] * most], [nothing] * most  # (sum, spans), by the number of closed spans
+    for t, (begin, last) in enumerate(zip(starts, ends, strict=True)):
+        for n in reversed(range(most)):
+            if closed[n][0] + begin > open_[n][0]:
+                open_[n] = closed[n][0] + begin, (*closed[n][1], t)
+            if open_[n][0] + last > closed[n + 1][0]:
+                *before, first = open_[n][1]
+                closed[n + 1] = open_[n][0] + last, (*before, (first, t + 1))
+    spans = max(closed[1:], key=lambda one: one[0])[1]
+    return sorted(spans, key=lambda span: -starts[span[0]] - ends[span[1] - 1])
+
+
 def _fill(row: Row, taken: Sequence[int], count: int) -> list[int]:
     """`count` frames that are not taken: the best scores, or without scores those nearest to the taken ones."""
     left = np.asarray(sorted(set(range(row.num_frames)) - set(taken)), dtype=np.int64)
