@@ -58,6 +58,9 @@ likeliest end, each for itself, under the published rules. gumbel: published, tw
 centres of the video. random: K different frames. topk, aks, inverse_transform, focus, global_local: published rules
 over scores, see selectors.py. given: a span that comes with the sample (a pseudo span, or the gold span as oracle)."""
 
+AUTO = "auto"
+"""A `selector.num_selected` that depends on the scores of each question."""
+
 FLOWS = ("raft_large", "raft_small", "dis", "motion_vectors", "precomputed", "none")
 MODEL_KEYS = frozenset({"arch", "model_type", "load_finetuned", "load_pretrained", "finetuned", "pretrained"})
 """Keys that LAVIS's Config and BaseModel read for every model."""
@@ -131,7 +134,11 @@ class Sampler:
 class Selector:
     name: str = key("lstp", one_of=SELECTORS, called="selector (model.selector.name)")
     context: int = key(0, least=0)  # frames added on both sides of a found or given span
-    num_selected: int = key(4, least=1)  # K, frames shown to the language model
+    # K, frames shown to the language model; auto: of each question as many as its best scores need to reach `mass`
+    num_selected: int | str = key(4, least=1, word=AUTO)
+    least_selected: int = key(1, least=1)  # auto: at least and at most so many
+    most_selected: int = key(16, least=1)
+    mass: int | float = key(0.8, above=0, most=1)  # auto: share of the sum of all candidates' scores
     max_spans: int = key(
         1, least=1, most=64
     )  # best_span, lstp: at most so many spans are found, frames are of them all

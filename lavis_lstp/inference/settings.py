@@ -29,7 +29,8 @@ class OwnSettings:
 
     num_frames: int | None = key(None, least=1, most=MOST_FRAMES)  # T, evenly spaced candidates of the video
     fps: int | float | None = key(None, above=0, most=1000)  # candidates a second where these are at most T; null = T
-    num_selected: int | None = key(None, least=1, most=MOST_SELECTED)  # K, frames shown to the language model
+    # K, frames shown to the language model; auto: as many as the scores ask for, within the model's bounds
+    num_selected: int | str | None = key(None, least=1, most=MOST_SELECTED, word="auto")
     selector: str | None = key()  # of config/model.py
     rule: dict[str, Any] | None = key()  # settings of a selector over scores, such as {"power": 2.0}
     seed: int | None = key(None, least=0, most=SEED)  # of tokens and frames that are drawn
@@ -101,8 +102,8 @@ def settings_of(model: Any, num_frames: int, given: Mapping[str, Any]) -> Settin
     windows = getattr(model.chooser.scorer, "window", None)
     if selector.by_sampler and places is not None and windows is None and frames + 2 > places:
         raise ConfigError(
-            f"settings.num_frames must be at most {places - 2} for this model's sampler, got {frames}; load it with the "
-            "option model.sampler.window=N, the frames that it was trained on, for more"
+            f"settings.num_frames must be at most {places - 2} for this model's sampler, got {frames}; load it "
+            "with the option model.sampler.window=N, the frames that it was trained on, for more"
         )
     return Settings(frames, selector, own.get("seed", model.chooser.seed), generation, own.get("fps"))
 
@@ -114,6 +115,7 @@ def _selector(used: Any, own: Mapping[str, Any]) -> Any:
     if not {"selector", "num_selected", "rule"} & own.keys():
         return used
     kept = ("span_key", "context", "few_frames", "grid", "mapping", "marks", "mask_padding")
+    kept += ("least_selected", "most_selected", "mass")
     several = used.max_spans if own.get("selector", used.name) in ("best_span", "lstp") else 1
     kept_rule = used.settings if own.get("selector", used.name) == used.name else None
     made = build_selector(

@@ -97,6 +97,8 @@ def look(model: nn.Module, samples: Mapping, prompt: str | None, **chosen_by: An
     result |= {"frame_index": choice.frame_index, "span": choice.span, "num_filled": choice.num_filled}
     if choice.spans is not None:
         result["spans"] = choice.spans
+    if choice.num_shown is not None:
+        result["num_shown"] = choice.num_shown
     if choice.flow is not None:
         result["flow"] = choice.flow
     if choice.scores is not None:

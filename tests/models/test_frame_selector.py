@@ -388,3 +388,51 @@ def test_windows_cover_every_flow(length, window, overlap):
     covered = {t for start in starts for t in range(start, start + window)}
     assert covered >= set(range(length)) and starts[-1] == max(0, length - window)
     assert all(b - a <= window - overlap for a, b in zip(starts, starts[1:], strict=False))
+
+
+def test_auto_shows_as_many_frames_as_the_scores_ask_for():
+    selector = build_selector("topk", num_selected="auto", least_selected=2, most_selected=5, mass=0.8)
+    mask = mask_of(10, 6, 4, width=10)
+    scores = torch.zeros(3, 10)
+    scores[0, 7] = 1.0  # one frame has it all
+    scores[1, :6] = 1.0  # none stands out: 5 of 6 have 0.8
+    scores[2, :4] = torch.tensor([0.1, 1.0, 1.0, 1.0])
+    found = selector(mask, scores=scores)
+    assert found.num_shown.tolist() == [2, 5, 3]
+    assert [sum(i >= 0 for i in row) for row in found.frame_index.tolist()] == [2, 5, 3]
+    assert 7 in found.frame_index[0].tolist() and found.frame_index[2].tolist() == [1, 2, 3, -1, -1]
+    alone = selector(mask[2:, :4], scores=scores[2:, :4])
+    assert alone.frame_index.tolist() == [[1, 2, 3]], "K is of the sample, not of its batch"
+    none = selector(torch.zeros(2, 3).long(), scores=torch.zeros(2, 3))
+    assert none.frame_index.tolist() == [[-1], [-1]] and none.num_shown.tolist() == [0, 0]
+
+
+def test_auto_repeats_no_frame_of_a_short_span():
+    start, end, scores = torch.zeros(1, 9), torch.zeros(1, 9), torch.ones(1, 9)
+    start[0, 3], end[0, 4] = 9.0, 9.0
+    selector = build_selector("lstp", num_selected="auto")
+    assert selector(mask_of(9), start, end, scores=scores).frame_index.tolist() == [[3, 4]]
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=30), st.floats(0.01, 1), st.integers(1, 9), st.integers(0, 9))
+def test_auto_takes_the_fewest_frames_that_reach_the_mass(scores, mass, least, more):
+    count = selectors.num_for_mass(scores, mass, least, least + more)
+    assert min(least, len(scores)) <= count <= min(least + more, len(scores))
+    ordered = sorted(scores, reverse=True)
+    if least < count < least + more and sum(scores) > 0:
+        reached = sum(ordered[:count])
+        assert sum(ordered[: count - 1]) < mass * sum(scores) + 1e-6 and reached > mass * sum(scores) - 1e-6
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"name": "uniform", "num_selected": "auto"}, "auto needs scores, and 'uniform' asks for none"),
+        ({"name": "lstp", "num_selected": "many"}, "num_selected is 'many'"),
+        ({"name": "lstp", "num_selected": "auto", "least_selected": 9, "most_selected": 8}, "most_selected is 8"),
+    ],
+)
+def test_an_adaptive_number_that_cannot_be_is_one_line(settings, said):
+    with pytest.raises(ConfigError) as caught:
+        build_selector(**settings)
+    assert said in str(caught.value) and "\n" not in str(caught.value)

@@ -511,3 +511,19 @@ def test_windows_that_cannot_be_are_one_line(sampler, said):
     with pytest.raises(ConfigError) as caught:
         LSTP.from_config(model_config(sampler=sampler, mask_padding=padding))
     assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("fusion", ["concat", "mean"])
+@pytest.mark.parametrize("language", ["llama", "t5"])
+def test_answers_with_an_adaptive_number_of_frames_do_not_depend_on_the_batch(language, fusion):
+    chosen = {"name": "topk", "num_selected": "auto", "most_selected": 6, "mass": 0.55}
+    model = LSTP.from_config(model_config(language=language, fusion=fusion, selector=chosen)).eval()
+    samples = batch((8, 5, 3))
+    together = model.answer(samples)
+    assert len(set(together["num_shown"].tolist())) > 1
+    for i in range(3):
+        alone = model.answer(row(samples, i))
+        assert alone["prediction"] == together["prediction"][i : i + 1]
+        assert alone["frame_index"].tolist()[0] == [j for j in together["frame_index"][i].tolist() if j >= 0]
+        assert alone["log_prob"][0]["sum"] == pytest.approx(together["log_prob"][i]["sum"], abs=2e-4)
+    model.train()(samples)["loss"].backward()

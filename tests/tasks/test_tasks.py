@@ -82,6 +82,22 @@ def test_what_a_model_tells_of_an_answer_is_kept_and_times_are_not_among_it(tmp_
     assert all((tmp_path / "one/result" / n).read_bytes() == (tmp_path / "two/result" / n).read_bytes() for n in names)
 
 
+def test_an_adaptive_number_of_frames_is_recorded_without_its_batch_and_measured():
+    class Adapts(ToyModel):
+        def answer(self, samples, **generation):
+            index = torch.tensor([[0, 2, 3], [1, -1, -1]])
+            return {"prediction": ["a", "b"], "frame_index": index, "num_shown": torch.tensor([3, 1])}
+
+    samples = {"question_id": ["q0", "q1"], "text_input": ["?", "?"], "text_output": ["a", "a"]}
+    records = VideoQATask().valid_step(Adapts(), samples)
+    assert [record["frame_index"] for record in records] == [[0, 2, 3], [1]]
+    assert [record["num_shown"] for record in records] == [3, 1]
+    assert VideoQATask().metrics(records)["frames_per_answer"] == 2.0
+    for record in records:
+        del record["num_shown"]
+    assert "frames_per_answer" not in VideoQATask().metrics(records)
+
+
 def test_evaluation_is_in_eval_mode_and_repeats_to_the_byte(tmp_path):
     """The toy drops out half of its units in train mode, which changes its answers."""
     files = []

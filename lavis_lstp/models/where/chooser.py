@@ -41,6 +41,7 @@ class Choice:
         span: int64 [B,2], half-open: where they come from.
         num_filled: int64 [B], those that a rule over scores did not choose itself; None of other rules.
         spans: of each sample all spans that they come from, the likeliest first; None of rules that find one at most.
+        num_shown: int64 [B], frames of each sample where the selector decides how many; else None.
         logits: of the temporal sampler, where it was asked.
         scores: float32 [B,T] of 0..1, how much each frame has to do with its question; where there are logits.
         flow: float32 [B,T,2,S,S], where it was computed or read.
@@ -50,6 +51,7 @@ class Choice:
     span: Tensor
     num_filled: Tensor | None
     spans: list[list[tuple[int, int]]] | None = None
+    num_shown: Tensor | None = None
     logits: SamplerOutput | None = None
     scores: Tensor | None = None
     flow: Tensor | None = None
@@ -236,7 +238,7 @@ class Chooser:
                     logits = self.logits(samples, flow)
         with clock("selection"):
             own_flow = self.has_own_flow(samples)
-            if logits is not None and (selector.needs_scores or not self.training):
+            if logits is not None and (selector.needs_scores or selector.adapts or not self.training):
                 scores = frame_scores(logits, self.flow_mask(samples), samples["frame_mask"])
             found = selector(
                 samples["frame_mask"].cpu(),

@@ -445,6 +445,20 @@ def best(scores: Any, count: int) -> list[int]:
     return sorted([*above.tolist(), *equal[uniform_centres(count - len(above), len(equal))].tolist()])
 
 
+def num_for_mass(scores: Any, mass: float, least: int, most: int) -> int:
+    """The smallest number of best scores whose sum is the share `mass` of all, within bounds and the T at hand.
+
+    >>> num_for_mass([0.1, 4, 4, 0.1], mass=0.9, least=1, most=8)
+    2
+
+    Args:
+        scores: float [T], none below 0; where all are 0 nothing stands out, and as many as allowed are taken.
+    """
+    total = np.cumsum(np.sort(np.asarray(scores, dtype=np.float64))[::-1])
+    needed = int(np.searchsorted(total, mass * total[-1] * (1 - 1e-9))) + 1 if total[-1] > 0 else len(total)
+    return min(max(least, min(needed, most)), len(total))
+
+
 def best_span(start: Any, end: Any) -> tuple[int, int]:
     """The half-open span whose start plus end score is largest, start <= last frame; see `frame_selector.best_spans`.
 
