@@ -77,10 +77,13 @@ class Prediction(_Named, total=False):
     log_prob: dict[str, float]  # of the answer's tokens: sum, mean, and tokens, their number
     span: list[int] | None  # half-open range of the frames that were read, None = a span file's "there is none"
     span_s: list[float]  # the same in seconds
+    spans: list[list[int]]  # with selector.max_spans above 1: all spans as `span`, the likeliest first
+    spans_s: list[list[float]]  # the same in seconds
     num_frames: int  # that were read
     frame_index: list[int]  # frames shown to the language model, numbers among those that were read, -1 = none
     frame_times: list[float | None]  # their seconds
     num_filled: int  # of these, how many the selector's rule did not choose itself
+    num_shown: int  # where the selector decides how many frames are shown
     entropy: dict[str, float]  # of the sampler's start and end, in bits
     scores: list[float]  # of each frame that was read, 0..1: how well it alone answers (pseudo_span)
     gold_span: list[int]  # as in `Sample`; pseudo_span: its `span`

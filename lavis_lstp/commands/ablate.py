@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from lavis_lstp.config.model import SELECTORS
+from lavis_lstp.config.model import AUTO, SELECTORS
 from lavis_lstp.errors import ConfigError, unknown_name
 from lavis_lstp.files import atomic_writer, owned, write_json
 from lavis_lstp.redaction import printable, without_secrets_in
@@ -89,12 +89,13 @@ class Cell:
 
 
 def cells_of(
-    recipes: Sequence[str], ways: Mapping[str, Way], counts: Sequence[int], options: Sequence[str]
+    recipes: Sequence[str], ways: Mapping[str, Way], counts: Sequence[int | str], options: Sequence[str]
 ) -> list[Cell]:
     """Every combination, those of one recipe and number together; LAVIS's models on evenly spaced frames alone.
 
     Args:
         ways: of choosing frames; the first is what the others are compared with.
+        counts: of frames; "auto" is for ways that ask the sampler (config/model.py).
 
     Raises:
         ConfigError: a recipe is not complete, evaluates not exactly one split, or is of a task without answers.
@@ -118,7 +119,7 @@ def cells_of(
             )
         label = f"{Path(recipe).stem}: " if len(recipes) > 1 else ""
         if not issubclass(registry.get_model_class(whole.model.arch), LSTP):
-            for count in counts:
+            for count in (count for count in counts if count != AUTO):
                 own = tuple(f"datasets.{name}.image_frames={count}" for name in whole.datasets)
                 even = ways_of()["uniform"].title
                 cells.append(_cell(recipe, "uniform", even, count, label, splits[0], own, "uniform"))
@@ -132,7 +133,7 @@ def cells_of(
 
 
 def _cell(
-    recipe: str, way: str, title: str, count: int, label: str, split: str, own: Sequence[str], baseline: str
+    recipe: str, way: str, title: str, count: int | str, label: str, split: str, own: Sequence[str], baseline: str
 ) -> Cell:
     name = f"{Path(recipe).stem}_{{}}_{count}"
     title = f"{label}{title}, {count} frames"
@@ -160,25 +161,31 @@ def ablate(
     return rows
 
 
+def _count(word: str) -> int | str:
+    if word != AUTO and not (word.isdecimal() and int(word) >= 1):
+        raise ConfigError(f"--num-frames must be at least 1, got {printable(word)}; auto is legal, too")
+    return word if word == AUTO else int(word)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="lavis-lstp ablate", description=__doc__.splitlines()[0])
     parser.add_argument("--cfg-path", required=True, nargs="+", help="evaluations, projects/lstp/eval/... or your own")
     parser.add_argument("--frames", nargs="+", default=["uniform", "random", "lstp"], metavar="WAY")
     parser.add_argument("--ways", type=Path, help="YAML file of further ways to choose frames, as configs/ways.yaml")
-    parser.add_argument("--num-frames", nargs="+", type=int, default=[4], help="frames shown to the language model")
+    help_ = "frames shown to the language model; auto: as many as the scores ask for"
+    parser.add_argument("--num-frames", nargs="+", default=["4"], metavar="K", help=help_)
     parser.add_argument("--out", type=Path, help="working folder (default: output/ablate/NAME)")
     parser.add_argument("--nproc", type=int, default=1, help="processes, one a GPU, on this machine")
     parser.add_argument("--options", nargs="+", action="extend", default=[], metavar="A.B=C", help="overrides")
     args = parser.parse_args(argv)
-    if min(args.num_frames) < 1:
-        raise ConfigError(f"--num-frames must be at least 1, got {min(args.num_frames)}")
+    counts = [_count(word) for word in args.num_frames]
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
     guard_log()
     known = ways_of(args.ways)
     for name in args.frames:
         if name not in known:
             raise ConfigError(unknown_name("way to choose frames (--frames)", name, known))
-    recipes, counts = (list(dict.fromkeys(given)) for given in (args.cfg_path, args.num_frames))
+    recipes, counts = (list(dict.fromkeys(given)) for given in (args.cfg_path, counts))
     cells = cells_of(recipes, {name: known[name] for name in args.frames}, counts, args.options)
     launcher = ["torchrun", "--standalone", f"--nproc-per-node={args.nproc}"] if args.nproc > 1 else []
     out = args.out or Path("output/ablate", Path(args.cfg_path[0]).stem)

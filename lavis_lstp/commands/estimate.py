@@ -152,7 +152,7 @@ def build_without_memory(model_cfg: Any) -> nn.Module:
     with torch.device("meta"):
         model = model_cls.from_config(model_cfg).to("meta")
     # which frames are shown is no matter of size, and nothing can be read of what has none
-    model.chooser.selector = build_selector("uniform", num_selected=model_cfg.selector.num_selected)
+    model.chooser.selector = build_selector("uniform", num_selected=model.selector.most)
     return model
 
 

@@ -110,6 +110,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--method", default="lstp", help=f"{', '.join(METHODS)} (default: lstp)")
     parser.add_argument("--seed", type=int, default=0, help="of methods that draw")
     parser.add_argument("--num-candidates", type=int, help="frames, or parts of the video, that are scored")
+    parser.add_argument(
+        "--candidates-per-s", type=float, help="score so many frames a second, at most --num-candidates"
+    )
     parser.add_argument("--checkpoint", help="whose sampler is asked (default: the shipped tiny one's)")
     parser.add_argument("--settings", nargs="*", default=[], metavar="A=B", help="of the method, such as power=2.0")
     parser.add_argument("--save", type=Path, help="folder for selection.json, the frames and a sheet of them")
@@ -119,6 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="JSON lines to write")
     args = parser.parse_args(argv)
     common = {"k": args.k, "method": args.method, "seed": args.seed, "num_candidates": args.num_candidates}
+    common["candidates_per_s"] = args.candidates_per_s
     settings = dict(_setting(word) for word in args.settings)
     if args.questions is None and args.video is None:
         parser.error("name a video, or --questions FILE --out FILE")

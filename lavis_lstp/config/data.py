@@ -116,10 +116,10 @@ class PictureSettings(DataSettings):
 
 @dataclass
 class VideoSettings(PictureSettings):
-    num_frames: int = key(32, least=1, most=FRAMES)  # T, evenly spaced frames read of each video
+    num_frames: int = key(32, least=1, most=FRAMES)  # T, evenly spaced frames read of each video, the candidates
     fps: int | float | None = key(
         None, above=0
-    )  # frames a second where these are at most num_frames; null = num_frames
+    )  # candidates a second where these are at most num_frames; null = num_frames
     short_videos: str = key("keep", one_of=("keep", "double"))  # double: frames repeat to num_frames (published)
     spans: Any = key(kind=TEXT, per_split=True)  # pseudo-span file for the split train; "shards": span.json of shards
     spans_form: str = key(

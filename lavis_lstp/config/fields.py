@@ -37,8 +37,8 @@ def key(default: Any = None, **rule: Any) -> Any:
     Args:
         default: a value, or the dataclass of a section.
         rule: any of `least`, `above`, `most`, `below`: limits of a number. `one_of`: the texts it may be; `called`:
-            what an error calls it. `keys`: the settings class that a mapping's values are checked by, `open`: that
-            class does not know all keys. `kind`: for a field of type Any. `per_split`: {split: value} is legal, too.
+            what an error calls it. `word`: a text that is legal in place of a number (int | str). `keys`: the settings
+            class that a mapping's values are checked by, `open`: that class does not know all keys. `kind`: for a field of type Any. `per_split`: {split: value} is legal, too.
             `only`: tasks or runners that read the key.
     """
     if isinstance(default, type):
@@ -64,8 +64,9 @@ class Rule:
         words = {"least": "of at least", "above": "above", "most": "at most", "below": "below"}
         found = {name: self.limits[name] for name in words if name in self.limits}
         said = " and".join(f" {words[name]} {value}" for name, value in found.items())
+        word = f" or {self.limits['word']}" if "word" in self.limits else ""
         optional = " or null" if self.nullable and self.kind in (INTEGER, NUMBER) else ""
-        return f"{self.kind}{said}{optional}"
+        return f"{self.kind}{said}{word}{optional}"
 
     def checked(self, value: Any, where: str) -> Any:
         """`value` as its field declares it.
@@ -84,7 +85,7 @@ class Rule:
         if self.kind == ANY:
             return value
         if self.kind in (INTEGER, NUMBER):
-            return self._number(value, where)
+            return value if value == self.limits.get("word", self) else self._number(value, where)
         if self.kind == MAPPING:
             return self._mapping(value, where)
         if self.kind == LIST or (self.kind == TEXTS and isinstance(value, list)):
@@ -174,6 +175,8 @@ def _rule(hint: Any, limits: Mapping[str, Any]) -> Rule:
     nullable = union and type(None) in typing.get_args(hint)
     if set(kinds) == {int, float}:
         return Rule(NUMBER, nullable, limits=limits)
+    if set(kinds) == {int, str}:
+        return Rule(INTEGER, nullable, limits=limits)
     (kind,) = kinds
     if kind is Any:
         return Rule(limits.get("kind", ANY), True, limits=limits)

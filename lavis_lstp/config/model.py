@@ -58,6 +58,9 @@ likeliest end, each for itself, under the published rules. gumbel: published, tw
 centres of the video. random: K different frames. topk, aks, inverse_transform, focus, global_local: published rules
 over scores, see selectors.py. given: a span that comes with the sample (a pseudo span, or the gold span as oracle)."""
 
+AUTO = "auto"
+"""A `selector.num_selected` that depends on the scores of each question."""
+
 FLOWS = ("raft_large", "raft_small", "dis", "motion_vectors", "precomputed", "none")
 MODEL_KEYS = frozenset({"arch", "model_type", "load_finetuned", "load_pretrained", "finetuned", "pretrained"})
 """Keys that LAVIS's Config and BaseModel read for every model."""
@@ -120,6 +123,10 @@ class Sampler:
     rotary_init: str = key("sinusoid", one_of=("sinusoid", "normal"), called="rotary_init (model.sampler)")
     dropout: int | float = key(0.1, least=0, below=1)
     flow_size: int = key(224, least=1, most=SIDE)  # px, a multiple of 16
+    window: int | None = key(None, least=2, most=TOKENS)  # long videos: so many flows are scored at a time; null = all
+    overlap: int | None = key(
+        None, least=0, most=TOKENS
+    )  # flows that two windows share; null = a quarter of the window
     fold_flow: bool = key(False)  # convolution and linear map as one: faster, equal to 1e-5
 
 
@@ -127,7 +134,14 @@ class Sampler:
 class Selector:
     name: str = key("lstp", one_of=SELECTORS, called="selector (model.selector.name)")
     context: int = key(0, least=0)  # frames added on both sides of a found or given span
-    num_selected: int = key(4, least=1)  # K, frames shown to the language model
+    # K, frames shown to the language model; auto: of each question as many as its best scores need to reach `mass`
+    num_selected: int | str = key(4, least=1, word=AUTO)
+    least_selected: int = key(1, least=1)  # auto: at least and at most so many
+    most_selected: int = key(16, least=1)
+    mass: int | float = key(0.8, above=0, most=1)  # auto: share of the sum of all candidates' scores
+    max_spans: int = key(
+        1, least=1, most=64
+    )  # best_span, lstp: at most so many spans are found, frames are of them all
     # of aks, inverse_transform, focus and global_local, such as {power: 2.0}; selectors.py lists them
     settings: dict[str, Any] = key({})
     span_key: str = key(

@@ -133,6 +133,7 @@ def _prediction(one: Asked, row: int, found: dict[str, Any]) -> Prediction:
     span = Span(*found["span"][row].tolist()) if media.kind == "video" else None
     edges = span.to_seconds(media.times_s, media.duration_s) if span else ()
     seconds = {**one.seconds, **found["seconds"]}
+    several = [Span(*s).to_seconds(media.times_s, media.duration_s) for s in found.get("spans", {row: ()})[row]]
     return Prediction(
         question=one.question,
         prediction=found["prediction"][row],
@@ -145,6 +146,7 @@ def _prediction(one: Asked, row: int, found: dict[str, Any]) -> Prediction:
         log_prob=found["log_prob"][row],
         prompt=found["prompt"][row],
         seconds={stage: round(value, 4) for stage, value in seconds.items()},
+        spans_s=[(round(start, 3), round(end, 3)) for start, end in several] or None,
         flow=None if media.flow is None else media.flow.numpy(),
         **{name: value.tolist() for name, value in logits.items()},
     )

@@ -158,14 +158,21 @@ class Reader:
     ):
         how = {"frames": "exact", "flow_pairs": "sampled", **(reading or {})}
         self.flow_pairs, exact = how.pop("flow_pairs"), how.pop("frames") == "exact"
-        self.how = {"exact": exact, **how}  # arguments of `read_frames`
+        side = model.backbone.image_size
+        self.how = {"exact": exact, "size": side, "max_megapixels": max_megapixels, **how}  # arguments of `read_frames`
         self._decoders = threading.Semaphore(decoders)
-        self.model, self.max_seconds, self.max_megapixels = model, max_seconds, max_megapixels
+        self.model, self.max_seconds = model, max_seconds
         self.kept = Kept(cache_bytes, num_bytes)
         self._digests: OrderedDict[tuple, str] = OrderedDict()  # path, size, time of change -> digest
 
     def read(
-        self, source: Medium, num_frames: int, *, flow: bool, name: str | None = None
+        self,
+        source: Medium,
+        num_frames: int,
+        *,
+        flow: bool,
+        name: str | None = None,
+        fps: float | None = None,
     ) -> tuple[Candidates, dict[str, float]]:
         """The candidates of a medium, and the seconds of the stages that they took just now (none where kept).
 
@@ -174,6 +181,7 @@ class Reader:
             num_frames: T, evenly spaced frames of a video.
             flow: whether flow is needed.
             name: what errors call the medium; default: its path.
+            fps: so many frames a second of a video, where these are at most T; None = T.
 
         Raises:
             VideoError: it is missing, not a readable video or picture, too long or too large.
@@ -190,10 +198,11 @@ class Reader:
                 seconds[stage] = time.perf_counter() - started
             return value
 
-        key = f"{digest} {num_frames}"
-        found = self.kept.get(key, lambda: timed("decode", self._decode, source, key, num_frames, name))
+        key = f"{digest} {num_frames}" + (f" {fps:g}" if fps else "")
+        how = {"num": num_frames, "name": name, **self.how, **({"fps": fps} if fps else {})}
+        found = self.kept.get(key, lambda: timed("decode", self._decode, source, key, how))
         if flow and len(found.frames) > 1:
-            field = self.kept.get((key, "flow"), lambda: timed("flow", self._flow, found, source, num_frames, name))
+            field = self.kept.get((key, "flow"), lambda: timed("flow", self._flow, found, source, how))
             found = replace(found, flow=field)
         return found, seconds
 
@@ -217,39 +226,36 @@ class Reader:
         nothing = torch.zeros(0, 3, side, side, dtype=torch.uint8)
         return Candidates("", "text", nothing, np.zeros(0), 0.0, None, None)
 
-    def _decode(self, source: Medium, media: str, num_frames: int, name: str | None) -> Candidates:
+    def _decode(self, source: Medium, media: str, how: dict[str, Any]) -> Candidates:
         import numpy as np
         import torch
 
         from lavis_lstp.data.pictures import open_picture
         from lavis_lstp.data.video.reading import probe, read_frames, resize_frames
 
-        side = self.model.backbone.image_size
+        named = {key: how[key] for key in ("name", "max_megapixels")}
         if is_picture(source):
             given = Path(source) if isinstance(source, str | os.PathLike) else _all_bytes(source)
-            picture = open_picture(given, name or str(source), max_megapixels=self.max_megapixels)
-            frames = resize_frames(np.asarray(picture).transpose(2, 0, 1)[None], side)
+            picture = open_picture(given, how["name"] or str(source), max_megapixels=how["max_megapixels"])
+            frames = resize_frames(np.asarray(picture).transpose(2, 0, 1)[None], how["size"])
             return Candidates(media, "image", torch.from_numpy(frames), np.zeros(1), 0.0, None, None)
-        named = {"name": name, "max_megapixels": self.max_megapixels}
         source = list(source) if isinstance(source, tuple) else source
         if self.max_seconds is not None and not isinstance(source, list):
-            self._refuse_long(probe(source, **named).duration_s, name or str(source))
+            self._refuse_long(probe(source, **named).duration_s, how["name"] or str(source))
         codec = self.model.chooser.flow_from_data == "motion_vectors"
-        flow = {"motion_vectors": codec, "flow_pairs": self.flow_pairs}
-        clip = read_frames(source, num=num_frames, size=side, **flow, **self.how, **named)
+        clip = read_frames(source, motion_vectors=codec, flow_pairs=self.flow_pairs, **how)
         frames, given = torch.from_numpy(clip.frames), torch.from_numpy(clip.flow) if codec else None
         return Candidates(media, "video", frames, clip.times_s, clip.info.duration_s, None, given, clip.indices)
 
-    def _flow(self, found: Candidates, source: Medium, num_frames: int, name: str | None) -> Tensor:
+    def _flow(self, found: Candidates, source: Medium, how: dict[str, Any]) -> Tensor:
         import torch
 
         from lavis_lstp.data.video.reading import read_pairs
 
         device = next(self.model.parameters()).device
         if self.flow_pairs == "local" and self.model.flow.estimator is not None:  # each frame and the file's next
-            how = {"size": self.model.backbone.image_size, "max_megapixels": self.max_megapixels, **self.how}
             source = list(source) if isinstance(source, tuple) else source
-            pairs = torch.from_numpy(read_pairs(source, num=num_frames, name=name, **how))
+            pairs = torch.from_numpy(read_pairs(source, **how))
             return self.model.flow.of_pairs(pairs.to(device))[0].cpu()
         given = None if found.codec_flow is None else found.codec_flow[None].to(device)
         return self.model.flow(found.frames[None].to(device), flow=given)[0].cpu()

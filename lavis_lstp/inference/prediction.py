@@ -42,6 +42,7 @@ class Prediction:
         log_prob: of the answer's tokens: sum, mean and their number.
         prompt: what the language model read.
         seconds: by stage; a stage whose result was kept is missing, those of the model are of its whole batch.
+        spans_s: with selector.max_spans above 1 all spans in seconds, the likeliest (`span_s`) first; else None.
         flow: float32 [T,2,h,w], (u, v) in px per frame; None where none was needed.
         start_logits, end_logits: T numbers each, where the selector asks the sampler.
     """
@@ -57,14 +58,16 @@ class Prediction:
     log_prob: dict[str, float]
     prompt: str
     seconds: dict[str, float]
+    spans_s: list[tuple[float, float]] | None = None
     flow: np.ndarray | None = field(default=None, repr=False, compare=False)
     start_logits: list[float] | None = field(default=None, repr=False)
     end_logits: list[float] | None = field(default=None, repr=False)
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything but arrays and logits, for JSON."""
+        """Everything but arrays and logits, for JSON; spans_s where there is."""
         found = asdict(self)
-        return {key: value for key, value in found.items() if key not in ("flow", "start_logits", "end_logits")}
+        left_out = ("flow", "start_logits", "end_logits", *(() if self.spans_s else ("spans_s",)))
+        return {key: value for key, value in found.items() if key not in left_out}
 
 
 @dataclass(frozen=True)

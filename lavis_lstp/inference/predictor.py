@@ -92,8 +92,8 @@ class Predictor:
         """The settings of a call, checked.
 
         Args:
-            given: num_frames (T), num_selected (K), selector, rule (settings of a selector over scores), seed, and
-                transformers' generation arguments.
+            given: num_frames (T), fps (so many candidates a second where these are at most T), num_selected (K),
+                selector, rule (settings of a selector over scores), seed, and transformers' generation arguments.
 
         Raises:
             ConfigError: a setting is not known, or its value cannot be used; one line on why.
@@ -127,7 +127,13 @@ class Predictor:
             raise ConfigError("the question is empty")
         cancel = cancel or threading.Event()
         _unless(cancel)
-        candidates, seconds = self.reader.read(video, settings.num_frames, flow=settings.selector.by_sampler, name=name)
+        candidates, seconds = self.reader.read(
+            video,
+            settings.num_frames,
+            flow=settings.selector.by_sampler,
+            name=name,
+            fps=settings.fps,
+        )
         _unless(cancel)
         return Asked(question, tuple(history), candidates, settings, seconds, instructions, on_text, cancel)
 

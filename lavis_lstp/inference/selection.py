@@ -149,6 +149,7 @@ def select(
     *,
     seed: int = 0,
     num_candidates: int | None = None,
+    candidates_per_s: float | None = None,
     predictor: Any = None,
     **settings: Any,
 ) -> Selection:
@@ -161,6 +162,7 @@ def select(
         seed: of methods that draw.
         num_candidates: T, evenly spaced frames that are scored; default 512 parts for bitcost and motion, else as many
             as the sampler's run read.
+        candidates_per_s: of methods by the sampler: so many frames a second, where these are at most num_candidates.
         predictor: of `lavis_lstp.load`, whose sampler is asked; None = the shipped tiny example's.
         settings: of the rule, such as `power` of inverse_transform. bitcost and motion take `rule`, the name of a rule
             (default inverse_transform), and its settings.
@@ -180,12 +182,15 @@ def select(
         raise ConfigError(f"method lstp has no settings, got {', '.join(settings)}")
     if method in BY_SAMPLER and not question.strip():
         raise ConfigError(f"method {method} needs a question; uniform, keyframes, bitcost and motion need none")
+    if candidates_per_s is not None and method not in BY_SAMPLER:
+        raise ConfigError(f"candidates_per_s is of methods that ask the sampler, the method is {method}")
     seconds: dict[str, float] = {}
     with _timed(seconds, "index"):
         info = probe(video)
         digest = sha256_file(video)
     if method in BY_SAMPLER:
-        found = _by_sampler(video, question, k, method, seed, num_candidates, predictor, settings, seconds)
+        read = {"num_frames": num_candidates, "fps": candidates_per_s}
+        found = _by_sampler(video, question, k, method, seed, read, predictor, settings, seconds)
     else:
         found = _by_codec(video, k, method, seed, num_candidates or CODEC_CANDIDATES, settings, seconds)
     return Selection(
@@ -253,14 +258,14 @@ def _by_codec(video, k: int, method: str, seed: int, parts: int, settings: dict,
     }
 
 
-def _by_sampler(video, question, k, method, seed, num_candidates, predictor, settings, seconds) -> dict[str, Any]:
+def _by_sampler(video, question, k, method, seed, read, predictor, settings, seconds) -> dict[str, Any]:
     """Frames by what the temporal sampler of a checkpoint sees in them."""
     if predictor is None:
         from lavis_lstp.inference.predictor import load
 
         with _timed(seconds, "load"):
             predictor = load("example")
-    given = {"num_frames": num_candidates} if num_candidates else {}
+    given = {name: value for name, value in read.items() if value is not None}
     how = predictor.settings(selector=method, num_selected=k, seed=seed, rule=settings, **given)
     asked = predictor.prepare(Path(video), question, settings=how)
     with _timed(seconds, "sampler"):

@@ -28,7 +28,9 @@ class OwnSettings:
     """Settings that are not transformers'."""
 
     num_frames: int | None = key(None, least=1, most=MOST_FRAMES)  # T, evenly spaced candidates of the video
-    num_selected: int | None = key(None, least=1, most=MOST_SELECTED)  # K, frames shown to the language model
+    fps: int | float | None = key(None, above=0, most=1000)  # candidates a second where these are at most T; null = T
+    # K, frames shown to the language model; auto: as many as the scores ask for, within the model's bounds
+    num_selected: int | str | None = key(None, least=1, most=MOST_SELECTED, word="auto")
     selector: str | None = key()  # of config/model.py
     rule: dict[str, Any] | None = key()  # settings of a selector over scores, such as {"power": 2.0}
     seed: int | None = key(None, least=0, most=SEED)  # of tokens and frames that are drawn
@@ -42,7 +44,8 @@ class Settings:
     """Settings under which one question is answered.
 
     Attributes:
-        num_frames: T.
+        num_frames: T, at most.
+        fps: None = T of any video, else so many frames a second, where these are at most T.
         selector: the rule that chooses K frames.
         seed: of drawing.
         generation: transformers' arguments over those of the model.
@@ -52,6 +55,7 @@ class Settings:
     selector: Any
     seed: int
     generation: dict[str, Any] = field(default_factory=dict)
+    fps: float | None = None
 
     @property
     def batch_key(self) -> str:
@@ -95,9 +99,13 @@ def settings_of(model: Any, num_frames: int, given: Mapping[str, Any]) -> Settin
             f"load it with the option model.selector.name={selector.name}"
         )
     places = getattr(model.sampler, "max_positions", None)
-    if selector.by_sampler and places is not None and frames + 2 > places:
-        raise ConfigError(f"settings.num_frames must be at most {places - 2} for this model's sampler, got {frames}")
-    return Settings(frames, selector, own.get("seed", model.chooser.seed), generation)
+    windows = getattr(model.chooser.scorer, "window", None)
+    if selector.by_sampler and places is not None and windows is None and frames + 2 > places:
+        raise ConfigError(
+            f"settings.num_frames must be at most {places - 2} for this model's sampler, got {frames}; load it "
+            "with the option model.sampler.window=N, the frames that it was trained on, for more"
+        )
+    return Settings(frames, selector, own.get("seed", model.chooser.seed), generation, own.get("fps"))
 
 
 def _selector(used: Any, own: Mapping[str, Any]) -> Any:
@@ -107,12 +115,15 @@ def _selector(used: Any, own: Mapping[str, Any]) -> Any:
     if not {"selector", "num_selected", "rule"} & own.keys():
         return used
     kept = ("span_key", "context", "few_frames", "grid", "mapping", "marks", "mask_padding")
+    kept += ("least_selected", "most_selected", "mass")
+    several = used.max_spans if own.get("selector", used.name) in ("best_span", "lstp") else 1
     kept_rule = used.settings if own.get("selector", used.name) == used.name else None
     made = build_selector(
         own.get("selector", used.name),
         num_selected=own.get("num_selected", used.num_selected),
         **{name: getattr(used, name) for name in kept},
         settings=own.get("rule", kept_rule),
+        max_spans=several,
     )
     if made.needs_span:
         raise ConfigError(

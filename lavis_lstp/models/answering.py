@@ -95,6 +95,10 @@ def look(model: nn.Module, samples: Mapping, prompt: str | None, **chosen_by: An
     result: dict = {"prompt": model.prompts(samples, prompt), "seconds": seconds}
     choice = model.chooser(samples, clock=lambda stage: timed(model, seconds, stage), **chosen_by)
     result |= {"frame_index": choice.frame_index, "span": choice.span, "num_filled": choice.num_filled}
+    if choice.spans is not None:
+        result["spans"] = choice.spans
+    if choice.num_shown is not None:
+        result["num_shown"] = choice.num_shown
     if choice.flow is not None:
         result["flow"] = choice.flow
     if choice.scores is not None:

@@ -71,6 +71,8 @@ def _scorer(cfg: Mapping[str, Any], answerer: nn.Module) -> SamplerScorer:
         mode=section["mode"],
         prompt=cfg["sampler_prompt"],
         max_tokens=section["max_text_tokens"],
+        window=section["window"],
+        overlap=section["overlap"],
     )
 
 
@@ -128,7 +130,8 @@ def sampler_tokenizer(path: str | None, answerer: nn.Module):
 
 
 def _sampler(cfg: Mapping[str, Any], vocab_size: int, seed: int) -> TemporalSampler:
-    sizes = {key: value for key, value in cfg.items() if key not in ("tokenizer", "mode", "weights", "max_text_tokens")}
+    of_others = ("tokenizer", "mode", "weights", "max_text_tokens", "window", "overlap")
+    sizes = {key: value for key, value in cfg.items() if key not in of_others}
     sizes["vocab_size"] = sizes["vocab_size"] or vocab_size
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -149,6 +152,8 @@ def check_settings(model: nn.Module) -> None:
     if scorer is not None:
         numbers["sampler.max_text_tokens"], sampler_prompt = scorer.max_tokens, scorer.prompt
         scorer.sampler.mode_layers(scorer.mode)
+        if scorer.window is not None and not model.mask_padding:
+            raise ConfigError("model.sampler.window does not go with mask_padding: false; padding has no window")
     if model.refinement:
         numbers["refinement.smooth"] = model.refinement.smooth
         numbers["refinement.max_new_tokens"] = model.refinement.max_new_tokens

@@ -229,7 +229,8 @@ class LSTP(BaseModel):
         """The span the sampler predicts and the frames the selector takes.
 
         Returns:
-            span int64 [B,2], half-open; frame_index int64 [B,K], sorted; and, where the selector or the span loss
+            span int64 [B,2], half-open; frame_index int64 [B,K], sorted; with selector.max_spans above 1 spans, of
+            each sample a list of (start, end), the likeliest first; and, where the selector or the span loss
             uses the sampler, start_logits and end_logits float32 [B,T].
         """
         samples = readable(samples)
@@ -238,6 +239,8 @@ class LSTP(BaseModel):
             logits = self.chooser.logits(samples)
         choice = self.chooser(samples, logits=logits)
         found = {"span": choice.span, "frame_index": choice.frame_index}
+        if choice.spans is not None:
+            found["spans"] = choice.spans
         if logits is not None:
             found["start_logits"] = logits.start_logits.float().cpu()
             found["end_logits"] = logits.end_logits.float().cpu()
@@ -263,8 +266,9 @@ class LSTP(BaseModel):
 
         Returns:
             prediction, prompt (lists of B strings), log_prob (of the prediction's tokens: sum, mean and number), span
-            [B,2], frame_index [B,K], num_filled [B] of a rule over scores, else None; start_logits, end_logits and
-            scores where there are any, flow [B,T,2,S,S] where it was needed, and seconds by stage (of the whole batch).
+            [B,2], frame_index [B,K], num_filled [B] of a rule over scores, else None; spans, as `locate` gives them,
+            where there may be several; num_shown [B] where the selector decides how many frames; start_logits,
+            end_logits and scores where there are any, flow [B,T,2,S,S] where it was needed, and seconds by stage (of the whole batch).
         """
         settings = {**self.generation, **generation}
         return answer(self, readable(samples), prompt, settings, given_up, selector=selector, flow=flow)

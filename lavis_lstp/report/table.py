@@ -43,6 +43,7 @@ def measure(folder: Path, stem: str) -> tuple[dict[str, Any], dict[str, bool]]:
         "interval": list(accuracy_interval(sum(right.values()), len(right))),
         "coverage": metrics["coverage"],
         "unparsable": metrics.get("num_unparsable"),
+        "frames_per_answer": metrics.get("frames_per_answer"),
         "span_iou": evaluate_spans(spans, gold)["iou"] if gold else None,
         "milliseconds": {s: 1000 * sum(t.get(s, 0.0) for t in timings) / len(timings) for s in STAGES}
         if timings
@@ -70,6 +71,7 @@ def table_lines(rows: Sequence[Mapping[str, Any]], first: str) -> list[str]:
         ("95 % interval", lambda row: "{:.1%} to {:.1%}".format(*row["interval"])),
         ("p, paired", lambda row: None if row.get("p_value") is None else f"{row['p_value']:.2g}"),
         ("unparsable", lambda row: None if row.get("unparsable") is None else str(row["unparsable"])),
+        ("frames per answer", lambda row: row.get("frames_per_answer") and f"{row['frames_per_answer']:.1f}"),
         ("coverage", lambda row: f"{row['coverage']:.1%}" if row.get("coverage", 1.0) < 1 else None),
         ("span IoU", lambda row: None if row.get("span_iou") is None else f"{row['span_iou']:.2f}"),
         (f"ms per question: {', '.join(STAGES)}", lambda row: _times(row["milliseconds"])),

@@ -175,7 +175,7 @@ class Page:
         used = model.selector
         with gr.Accordion("Settings", open=False, elem_id="settings"):
             return [
-                gr.Slider(1, most, value=min(used.num_selected, most), step=1, label="Frames", elem_id="frames"),
+                gr.Slider(1, most, value=min(used.most, most), step=1, label="Frames", elem_id="frames"),
                 gr.Dropdown(
                     self.selectors,
                     value=used.name if used.name in self.selectors else self.selectors[0],

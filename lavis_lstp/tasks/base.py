@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from lavis_lstp.errors import ConfigError
 from lavis_lstp.files import write_json, write_jsonl
 from lavis_lstp.metrics.coverage import join_by_id
-from lavis_lstp.schema import Batch, Prediction
+from lavis_lstp.schema import Batch, Prediction, Span
 
 log = logging.getLogger(__name__)
 
@@ -177,6 +177,17 @@ def real_times(samples: Batch, row: int) -> list[float]:
     if "frame_times" not in samples or "frame_mask" not in samples:
         return []
     return [round(time, 6) for time in samples["frame_times"][row][: int(samples["frame_mask"][row].sum())].tolist()]
+
+
+def several_spans(found: Mapping[str, Any], row: int, times: list[float]) -> dict[str, Any]:
+    """spans in frames and spans_s in seconds of a sample, the likeliest first, where the model gives several."""
+    if not found.get("spans"):
+        return {}
+    spans = [list(span) for span in found["spans"][row]]
+    return {
+        "spans": spans,
+        "spans_s": [[round(edge, 3) for edge in Span(*s).to_seconds(times)] for s in spans if times],
+    }
 
 
 def plain(value: Any) -> Any:

@@ -19,7 +19,7 @@ from lavis.common.registry import registry
 from lavis_lstp.errors import ConfigError, unknown_name
 from lavis_lstp.metrics.grounding import IOUS, evaluate_moments, evaluate_spans
 from lavis_lstp.schema import Batch, Prediction, Span
-from lavis_lstp.tasks.base import LSTPTask, one_each, real_times, sample_ids
+from lavis_lstp.tasks.base import LSTPTask, one_each, real_times, sample_ids, several_spans
 from lavis_lstp.tasks.pseudo_span import save_spans, spans_template
 
 
@@ -49,6 +49,7 @@ class TemporalGroundingTask(LSTPTask):
             times = real_times(samples, row)
             if times and 0 <= record["span"][0] < record["span"][1] <= len(times):
                 record["span_s"] = [round(edge, 3) for edge in Span(*record["span"]).to_seconds(times)]
+            record.update(several_spans(found, row, times))
             if samples.get("moments_s") and samples["moments_s"][row]:
                 record["moments_s"] = samples["moments_s"][row]
             for name, key in (("gold_span", "gold_span"), ("pseudo_span", "span")):
@@ -70,7 +71,8 @@ class TemporalGroundingTask(LSTPTask):
                 result[f"num_{target}s"] = len(scored)
         moments = {r["question_id"]: r["moments_s"] for r in records if "moments_s" in r}
         if moments:
-            found = {r["question_id"]: [r["span_s"]] if "span_s" in r else [] for r in records if "moments_s" in r}
+            located = (r for r in records if r["question_id"] in moments)
+            found = {r["question_id"]: r.get("spans_s", [r["span_s"]] if "span_s" in r else []) for r in located}
             scores = evaluate_moments(found, moments)
             result["moments"] = {
                 name: value for name, value in scores.items() if name.startswith(("r1_", "miou", "map"))

@@ -8,7 +8,7 @@ likely option is taken. Both tasks work with LAVIS's own models (blip2_t5 on `im
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from lavis_lstp.metrics.grounding import entropy_bits, evaluate_grounded_qa
 from lavis_lstp.metrics.qa import bleu_1, evaluate_answers, is_right, require_bleu
 from lavis_lstp.models.answer.lavis_frames import several_frames
 from lavis_lstp.schema import Batch, Prediction, Span
-from lavis_lstp.tasks.base import TIMINGS, LSTPTask, one_each, real_times, sample_ids
+from lavis_lstp.tasks.base import TIMINGS, LSTPTask, one_each, real_times, sample_ids, several_spans
 
 GENERATION = (
     "num_beams",
@@ -138,7 +138,8 @@ class VideoQATask(LSTPTask):
     def metrics(self, records: list[Prediction]) -> dict[str, Any]:
         scored = {r["question_id"]: r for r in records if r.get("answer") is not None}
         if not scored:
-            return {"agg_metrics": 0.0, "num_scored": 0, "note": "the data have no answers; nothing was scored"}
+            note = "the data have no answers; nothing was scored"
+            return {"agg_metrics": 0.0, "num_scored": 0, "note": note, **frames_per_answer(records)}
         predictions = {name: record["prediction"] for name, record in scored.items()}
         answers = {name: record["answer"] for name, record in scored.items()}
         categories = {name: record.get("category", "") for name, record in scored.items()}
@@ -150,13 +151,23 @@ class VideoQATask(LSTPTask):
             if self.with_bleu:
                 scores["bleu1"] = bleu_1(*([table[name] for name in scored] for table in (answers, predictions)))
             kinds = accuracy(right, categories).get("by_category")
-            scores |= {"by_category": kinds} if kinds else {}
-            return {**scores, **_grounded(scored, right), "agg_metrics": scores["exact_match"]}
+            more = {
+                **({"by_category": kinds} if kinds else {}),
+                **_grounded(scored, right),
+                **frames_per_answer(records),
+            }
+            return {**scores, **more, "agg_metrics": scores["exact_match"]}
         *_, coverage = join_by_id(predictions, answers)
         unparsable = [record["question_id"] for record in chosen if record["choice"] is None]
         found = {**accuracy(right, categories, axes), "chosen_by": self.choose, "num_unparsable": len(unparsable)}
-        found |= _grounded(scored, right)
-        return {**found, "unparsable": unparsable, **coverage, "agg_metrics": found["accuracy"]}
+        found |= {**_grounded(scored, right), "unparsable": unparsable, **coverage, **frames_per_answer(records)}
+        return {**found, "agg_metrics": found["accuracy"]}
+
+
+def frames_per_answer(records: Sequence[Prediction]) -> dict[str, float]:
+    """The mean number of frames that the language model was shown, where the selector decides how many."""
+    shown = [record["num_shown"] for record in records if "num_shown" in record]
+    return {"frames_per_answer": round(sum(shown) / len(shown), 4)} if shown else {}
 
 
 def _grounded(scored: Mapping[str, Prediction], right: Mapping[str, bool]) -> dict[str, Any]:
@@ -239,6 +250,7 @@ def _evidence(predicted: Mapping[str, Any], samples: Batch, row: int) -> Predict
         if times:
             found["num_frames"] = len(times)
             found["span_s"] = [round(edge, 3) for edge in Span(*found["span"]).to_seconds(times)]
+    found.update(several_spans(predicted, row, times))
     if predicted.get("start_logits") is not None and len(times) > 1:
         logits = {edge: predicted[f"{edge}_logits"][row] for edge in ("start", "end")}
         mask = samples.get("flow_mask")
@@ -249,6 +261,9 @@ def _evidence(predicted: Mapping[str, Any], samples: Batch, row: int) -> Predict
         found["num_filled"] = int(predicted["num_filled"][row])
     if predicted.get("frame_index") is not None:
         index = [int(i) for i in predicted["frame_index"][row]]
+        if predicted.get("num_shown") is not None:  # what stands behind depends on the batch
+            found["num_shown"] = int(predicted["num_shown"][row])
+            index = index[: found["num_shown"]]
         found["frame_index"] = index
         if "frame_times" in samples:
             times = samples["frame_times"][row]

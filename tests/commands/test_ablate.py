@@ -128,6 +128,20 @@ def test_choices_count_as_they_were_judged_and_partial_scores_say_so(tmp_path):
     assert "| unparsable | coverage |" in lines[0] and "| 1 | 50.0% |" in lines[2] and "ms per" not in lines[0]
 
 
+def test_an_adaptive_number_of_frames_is_a_column_and_a_count_of_the_command(tmp_path):
+    folder = result(tmp_path / "a", [True, False])
+    write_json(folder / "test_video_qa_metrics.json", {"coverage": 1.0, "frames_per_answer": 5.25})
+    row, _ = table.measure(folder, "test_video_qa")
+    lines = table.table_lines([{"title": "x", **row}], "frames")
+    assert "| frames per answer |" in lines[0] and "| 5.2 |" in lines[2]
+    with pytest.raises(ConfigError, match="got many; auto is legal, too"):
+        ablate.main(["--cfg-path", SHAPES, "--num-frames", "many"])
+    ways = {name: ablate.ways_of()[name] for name in ("lstp", "topk")}
+    cells = ablate.cells_of([SHAPES], ways, ["auto", 2], [])
+    assert "model.selector.num_selected=auto" in cells[0].options and cells[0].title.endswith("auto frames")
+    assert len(cells) == 4 and cells[0].name != cells[2].name
+
+
 def test_nothing_to_score_is_an_error(tmp_path):
     with pytest.raises(CoverageError, match="no question has an answer to compare with"):
         table.measure(result(tmp_path / "a", [True], answer=None), "test_video_qa")

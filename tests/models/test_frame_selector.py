@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 from lavis_lstp.config.model import SELECTORS
 from lavis_lstp.data.frame_numbers import sample_indices
 from lavis_lstp.errors import AnnotationError, ConfigError
-from lavis_lstp.models.where.chooser import frame_scores
+from lavis_lstp.models.where import selectors
+from lavis_lstp.models.where.chooser import frame_scores, window_starts
 from lavis_lstp.models.where.frame_selector import (
     best_spans,
     build_selector,
     candidate_frames,
+    joined,
     published_grid,
     sample_generators,
     spread,
@@ -327,3 +329,110 @@ def test_the_grid_takes_the_second_frame_of_each_interval():
 def test_bad_published_settings(arguments, message):
     with pytest.raises(ConfigError, match=message):
         build_selector(**arguments)
+
+
+@given(st.integers(1, 9), st.integers(1, 3), st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_several_spans_have_the_largest_sum_of_evidence(length, most, seed):
+    """Against every set of spans without a common frame; one span is the best span."""
+    start, end = (2 * x[0].double() for x in logits(1, length, seed))
+    found = selectors.best_spans(start, end, most)
+    gain = [(x.log_softmax(0) + torch.tensor(length).log()).tolist() for x in (start, end)]
+    spans = [(a, b) for a in range(length) for b in range(a + 1, length + 1)]
+
+    def evidence(chosen):
+        return sum(gain[0][a] + gain[1][b - 1] for a, b in chosen)
+
+    sets = [(span,) for span in spans]
+    best = max(map(evidence, sets))
+    for _ in range(most - 1):
+        sets = [(*one, span) for one in sets for span in spans if span[0] >= one[-1][1]]
+        best = max([best, *map(evidence, sets)])
+    assert evidence(found) == pytest.approx(best)
+    assert 1 <= len(found) <= most
+    assert [evidence([span]) for span in found] == sorted((evidence([span]) for span in found), reverse=True)
+    ordered = sorted(found)
+    assert all(a[1] <= b[0] for a, b in zip(ordered, ordered[1:], strict=False))
+    if most == 1:
+        assert list(found[0]) == best_spans(start[None], end[None], mask_of(length)).tolist()[0]
+
+
+def test_frames_are_spread_over_all_spans_and_do_not_depend_on_the_batch():
+    start, end = torch.zeros(2, 40), torch.zeros(2, 40)
+    start[0, [4, 30]], end[0, [7, 33]] = torch.tensor([8.0, 7.0]), torch.tensor([8.0, 7.0])
+    start[1, 2], end[1, 5] = 8.0, 8.0
+    mask = mask_of(40, 20)
+    selector = build_selector("lstp", num_selected=4, max_spans=3)
+    both = selector(mask, start, end)
+    assert both.spans == [[(4, 8), (30, 34)], [(2, 6)]]
+    assert both.span.tolist() == [[4, 8], [2, 6]]
+    assert both.frame_index.tolist() == [[4, 6, 30, 32], [2, 3, 4, 5]]
+    alone = selector(mask[1:, :20], start[1:, :20], end[1:, :20])
+    assert alone.spans == both.spans[1:] and alone.frame_index.tolist() == both.frame_index.tolist()[1:]
+    wide = build_selector("lstp", num_selected=4, max_spans=3, context=12)(mask, start, end)
+    assert wide.spans[0] == [(0, 40)], "spans that meet are one"
+    assert build_selector("lstp")(mask, start, end).spans is None
+    with pytest.raises(ConfigError, match="max_spans belongs to best_span"):
+        build_selector("topk", max_spans=2)
+
+
+def test_spans_that_touch_are_joined_under_the_better_rank():
+    assert joined([(10, 12), (0, 3), (12, 15), (20, 21)]) == [(10, 15), (0, 3), (20, 21)]
+    assert joined([(0, 2), (4, 6), (1, 5)]) == [(0, 6)]
+
+
+@given(st.integers(0, 200), st.integers(2, 40), st.integers(0, 39))
+def test_windows_cover_every_flow(length, window, overlap):
+    overlap = min(overlap, window - 1)
+    starts = window_starts(length, window, overlap)
+    covered = {t for start in starts for t in range(start, start + window)}
+    assert covered >= set(range(length)) and starts[-1] == max(0, length - window)
+    assert all(b - a <= window - overlap for a, b in zip(starts, starts[1:], strict=False))
+
+
+def test_auto_shows_as_many_frames_as_the_scores_ask_for():
+    selector = build_selector("topk", num_selected="auto", least_selected=2, most_selected=5, mass=0.8)
+    mask = mask_of(10, 6, 4, width=10)
+    scores = torch.zeros(3, 10)
+    scores[0, 7] = 1.0  # one frame has it all
+    scores[1, :6] = 1.0  # none stands out: 5 of 6 have 0.8
+    scores[2, :4] = torch.tensor([0.1, 1.0, 1.0, 1.0])
+    found = selector(mask, scores=scores)
+    assert found.num_shown.tolist() == [2, 5, 3]
+    assert [sum(i >= 0 for i in row) for row in found.frame_index.tolist()] == [2, 5, 3]
+    assert 7 in found.frame_index[0].tolist() and found.frame_index[2].tolist() == [1, 2, 3, -1, -1]
+    alone = selector(mask[2:, :4], scores=scores[2:, :4])
+    assert alone.frame_index.tolist() == [[1, 2, 3]], "K is of the sample, not of its batch"
+    none = selector(torch.zeros(2, 3).long(), scores=torch.zeros(2, 3))
+    assert none.frame_index.tolist() == [[-1], [-1]] and none.num_shown.tolist() == [0, 0]
+
+
+def test_auto_repeats_no_frame_of_a_short_span():
+    start, end, scores = torch.zeros(1, 9), torch.zeros(1, 9), torch.ones(1, 9)
+    start[0, 3], end[0, 4] = 9.0, 9.0
+    selector = build_selector("lstp", num_selected="auto")
+    assert selector(mask_of(9), start, end, scores=scores).frame_index.tolist() == [[3, 4]]
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=30), st.floats(0.01, 1), st.integers(1, 9), st.integers(0, 9))
+def test_auto_takes_the_fewest_frames_that_reach_the_mass(scores, mass, least, more):
+    count = selectors.num_for_mass(scores, mass, least, least + more)
+    assert min(least, len(scores)) <= count <= min(least + more, len(scores))
+    ordered = sorted(scores, reverse=True)
+    if least < count < least + more and sum(scores) > 0:
+        reached = sum(ordered[:count])
+        assert sum(ordered[: count - 1]) < mass * sum(scores) + 1e-6 and reached > mass * sum(scores) - 1e-6
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"name": "uniform", "num_selected": "auto"}, "auto needs scores, and 'uniform' asks for none"),
+        ({"name": "lstp", "num_selected": "many"}, "num_selected is 'many'"),
+        ({"name": "lstp", "num_selected": "auto", "least_selected": 9, "most_selected": 8}, "most_selected is 8"),
+    ],
+)
+def test_an_adaptive_number_that_cannot_be_is_one_line(settings, said):
+    with pytest.raises(ConfigError) as caught:
+        build_selector(**settings)
+    assert said in str(caught.value) and "\n" not in str(caught.value)

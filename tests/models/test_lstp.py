@@ -461,3 +461,83 @@ def test_the_sampler_reads_the_beginning_of_a_long_text(tiny):
 def test_settings_out_of_range(overrides, said):
     with pytest.raises(ConfigError, match=said):
         LSTP.from_config(model_config(**overrides))
+
+
+def windowed(window: int, overlap: int | None = None, **settings) -> LSTP:
+    """`tiny` with windows: its weights come from the same seed."""
+    return LSTP.from_config(model_config(sampler={"window": window, "overlap": overlap}, **settings)).eval()
+
+
+def test_windows_change_nothing_for_videos_that_fit(tiny):
+    samples = batch((8, 8, 5))
+    found, expected = windowed(8).locate(samples), tiny.locate(samples)
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_windows_are_scored_one_by_one_and_joined():
+    samples, model = batch((20, 7, 13)), windowed(8, 2)
+    flow = model.chooser.flow(samples)
+    found = model.chooser.logits(samples)
+    plain = model.chooser.scorer._score
+    alone = torch.zeros(2, 20)
+    weight = torch.tensor([1.0, 2, 3, 4, 4, 3, 2, 1])
+    total = torch.zeros(20)
+    for start in (0, 6, 12):
+        own = slice(start, start + 8)
+        with torch.no_grad():
+            scores = plain(flow[:1, own], torch.ones(1, 8), QUESTIONS[:1])
+        alone[:, own] += weight * torch.stack(scores[1:])[:, 0]
+        total[own] += weight
+    joined = torch.stack(found[1:])
+    assert torch.allclose(joined[:, 0], alone / total, atol=1e-5)
+    for i in range(3):  # as without the others
+        own = torch.stack(model.chooser.logits(row(samples, i))[1:])[:, 0]
+        assert torch.allclose(joined[:, i, : own.shape[1]], own, atol=1e-5)
+    assert joined[:, 1, 8:].abs().max() == 0, "no window is of padding alone"
+
+
+def test_a_sampler_learns_in_windows():
+    model = windowed(4, 1, train=["sampler"], losses=["span"]).train()
+    model(batch((11, 3, 8)))["loss"].backward()
+    assert all(p.grad is not None for p in model.sampler.parameters() if p.requires_grad)
+
+
+def test_windows_reach_beyond_the_positions_of_the_sampler():
+    settings = {"sampler": {"max_positions": 12}}
+    with pytest.raises(ConfigError, match=r"set model.sampler.window"):
+        LSTP.from_config(model_config(**settings)).locate(batch((20,)))
+    model = LSTP.from_config(model_config(sampler={"max_positions": 12, "window": 10}, selector={"max_spans": 3}))
+    found = model.eval().locate(batch((20,)))
+    assert found["start_logits"].shape == (1, 20) and 1 <= len(found["spans"][0]) <= 3
+
+
+@pytest.mark.parametrize(
+    ("sampler", "said"),
+    [
+        ({"window": 8, "overlap": 8}, "window is 8; expected more than the overlap (8)"),
+        ({"window": 4096}, "window is 4096"),
+        ({"overlap": 2}, "set model.sampler.window"),
+        ({"window": 8, "_padding": False}, "does not go with mask_padding"),
+    ],
+)
+def test_windows_that_cannot_be_are_one_line(sampler, said):
+    padding = sampler.pop("_padding", True)
+    with pytest.raises(ConfigError) as caught:
+        LSTP.from_config(model_config(sampler=sampler, mask_padding=padding))
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("fusion", ["concat", "mean"])
+@pytest.mark.parametrize("language", ["llama", "t5"])
+def test_answers_with_an_adaptive_number_of_frames_do_not_depend_on_the_batch(language, fusion):
+    chosen = {"name": "topk", "num_selected": "auto", "most_selected": 6, "mass": 0.55}
+    model = LSTP.from_config(model_config(language=language, fusion=fusion, selector=chosen)).eval()
+    samples = batch((8, 5, 3))
+    together = model.answer(samples)
+    assert len(set(together["num_shown"].tolist())) > 1
+    for i in range(3):
+        alone = model.answer(row(samples, i))
+        assert alone["prediction"] == together["prediction"][i : i + 1]
+        assert alone["frame_index"].tolist()[0] == [j for j in together["frame_index"][i].tolist() if j >= 0]
+        assert alone["log_prob"][0]["sum"] == pytest.approx(together["log_prob"][i]["sum"], abs=2e-4)
+    model.train()(samples)["loss"].backward()

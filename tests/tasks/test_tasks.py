@@ -117,6 +117,22 @@ def test_what_a_model_tells_of_an_answer_is_kept_and_times_are_not_among_it(tmp_
     assert all((tmp_path / "one/result" / n).read_bytes() == (tmp_path / "two/result" / n).read_bytes() for n in names)
 
 
+def test_an_adaptive_number_of_frames_is_recorded_without_its_batch_and_measured():
+    class Adapts(ToyModel):
+        def answer(self, samples, **generation):
+            index = torch.tensor([[0, 2, 3], [1, -1, -1]])
+            return {"prediction": ["a", "b"], "frame_index": index, "num_shown": torch.tensor([3, 1])}
+
+    samples = {"question_id": ["q0", "q1"], "text_input": ["?", "?"], "text_output": ["a", "a"]}
+    records = VideoQATask().valid_step(Adapts(), samples)
+    assert [record["frame_index"] for record in records] == [[0, 2, 3], [1]]
+    assert [record["num_shown"] for record in records] == [3, 1]
+    assert VideoQATask().metrics(records)["frames_per_answer"] == 2.0
+    for record in records:
+        del record["num_shown"]
+    assert "frames_per_answer" not in VideoQATask().metrics(records)
+
+
 def test_evaluation_is_in_eval_mode_and_repeats_to_the_byte(tmp_path):
     """The toy drops out half of its units in train mode, which changes its answers."""
     files = []
@@ -445,6 +461,25 @@ def test_a_checkpoint_can_be_chosen_without_looking_at_gold_spans():
     assert (metrics["iou"], metrics["pseudo_iou"], metrics["agg_metrics"]) == (0.0, 1.0, 0.0)
     with pytest.raises(ConfigError, match="nothing to measure"):
         task.metrics([{"question_id": "a", "span": [0, 4]}])
+
+
+def test_several_spans_are_recorded_and_count_for_average_precision():
+    class Finds(torch.nn.Module):
+        def locate(self, samples):
+            return {"span": torch.tensor([[6, 9]]), "spans": [[(6, 9), (1, 3)]]}
+
+    samples = {
+        "question_id": ["a"],
+        "frame_mask": torch.ones(1, 10).long(),
+        "frame_times": torch.arange(10.0)[None],
+        "gold_span": torch.tensor([[6, 9]]),
+        "moments_s": [[[1.0, 3.0], [6.0, 9.0]]],
+    }
+    task = TemporalGroundingTask()
+    (record,) = task.valid_step(Finds(), samples)
+    assert record["spans"] == [[6, 9], [1, 3]] and record["spans_s"] == [[6.0, 9.0], [1.0, 3.0]]
+    both, one = (task.metrics([{**record, "spans_s": record["spans_s"][:n]}])["moments"]["map"] for n in (2, 1))
+    assert both == pytest.approx(1) and one < 0.6
 
 
 def test_spans_found_are_written_for_training_to_read(tmp_path):

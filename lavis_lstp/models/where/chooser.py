@@ -14,7 +14,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lavis_lstp.batch import blank_video, distinct_media, moves, several_ranks, take_rows, weights_are_divided
+from lavis_lstp.batch import (
+    blank_video,
+    distinct_media,
+    in_pieces,
+    moves,
+    several_ranks,
+    take_rows,
+    weights_are_divided,
+)
 from lavis_lstp.errors import ConfigError
 from lavis_lstp.models.where.flow import GIVEN, FlowExtractor
 from lavis_lstp.models.where.frame_selector import FrameSelector, sample_generators
@@ -32,6 +40,8 @@ class Choice:
         frame_index: int64 [B,K] of 0..T-1, sorted; -1 where a sample has no frame.
         span: int64 [B,2], half-open: where they come from.
         num_filled: int64 [B], those that a rule over scores did not choose itself; None of other rules.
+        spans: of each sample all spans that they come from, the likeliest first; None of rules that find one at most.
+        num_shown: int64 [B], frames of each sample where the selector decides how many; else None.
         logits: of the temporal sampler, where it was asked.
         scores: float32 [B,T] of 0..1, how much each frame has to do with its question; where there are logits.
         flow: float32 [B,T,2,S,S], where it was computed or read.
@@ -40,6 +50,8 @@ class Choice:
     frame_index: Tensor
     span: Tensor
     num_filled: Tensor | None
+    spans: list[list[tuple[int, int]]] | None = None
+    num_shown: Tensor | None = None
     logits: SamplerOutput | None = None
     scores: Tensor | None = None
     flow: Tensor | None = None
@@ -65,14 +77,34 @@ def frame_scores(logits: SamplerOutput, flow_mask: Tensor, frame_mask: Tensor) -
     return scores.gather(1, at.clamp(max=scores.shape[1] - 1)).where(frame_mask.cpu().bool(), 0.0)
 
 
+def window_starts(length: int, window: int, overlap: int) -> list[int]:
+    """The first flow of each window over `length` flows; the last window ends with them, and so may overlap more.
+
+    >>> window_starts(20, 8, 2)
+    [0, 6, 12]
+    >>> window_starts(21, 8, 2)
+    [0, 6, 12, 13]
+    """
+    last = max(0, length - window)
+    return [*range(0, last, window - overlap), last]
+
+
 class SamplerScorer:
     """The temporal sampler as a scorer: flow and question in, start and end logits of the candidates out.
+
+    A video of more flows than `window` is scored in windows of the length that the sampler was trained on. Where they
+    overlap, the logits are averaged, and those near the middle of a window count more: one near its edge knows little
+    of what comes next. One head makes all logits, so those of two windows are on one scale.
 
     Args:
         tokenizer: turns the question into the sampler's token ids.
         mode: "fusion" or "multi_modal", which layers of the sampler run.
         prompt: template with {question}.
         max_tokens: questions are cut to this many tokens.
+        window, overlap: flows that are scored at a time, and shared by two windows; None = all at once.
+
+    Raises:
+        ConfigError: windows that do not move on, or are longer than the sampler's positions.
     """
 
     def __init__(
@@ -83,7 +115,17 @@ class SamplerScorer:
         mode: str = "fusion",
         prompt: str = "{question}",
         max_tokens: int = 128,
+        window: int | None = None,
+        overlap: int | None = None,
     ):
+        if window is None and overlap:
+            raise ConfigError("model.sampler.overlap is of windows; set model.sampler.window")
+        self.window, self.overlap = window, (window or 0) // 4 if overlap is None else overlap
+        if window is not None and not self.overlap < window <= sampler.max_positions - 2:
+            raise ConfigError(
+                f"model.sampler.window is {window}; expected more than the overlap ({self.overlap}) and at most "
+                f"{sampler.max_positions - 2} (model.sampler.max_positions - 2)"
+            )
         self.sampler = sampler
         self.tokenizer = tokenizer
         self.mode = mode
@@ -94,8 +136,33 @@ class SamplerScorer:
         """Logits [B,L]; without gradient unless the sampler learns.
 
         Args:
-            flow: [B,L,2,S,S]; mask: [B,L], 1 = real; questions: B strings.
+            flow: [B,L,2,S,S]; mask: [B,L], 1 = real, real ones first; questions: B strings.
         """
+        if self.window is None or mask.shape[1] <= self.window:
+            return self._score(flow, mask, questions)
+        counts, device = mask.sum(dim=1).tolist(), flow.device
+        places = torch.arange(self.window, device=device)
+        weight = torch.minimum(places + 1, self.window - places).float()  # by the distance from the window's edge
+        windows = [(b, s) for b, count in enumerate(counts) for s in window_starts(count, self.window, self.overlap)]
+        total = torch.zeros(mask.shape, device=device)
+        for row, start in windows:
+            total[row, start : start + self.window] += weight
+        joined = torch.zeros(2, *mask.shape, device=device)
+        for part in in_pieces(windows, len(mask), self.sampler):  # no more at once than there are rows
+            asked = part or [(0, 0)]  # for nothing, where another rank has more windows
+            rows = [row for row, _ in asked]
+            flows, real = (
+                torch.stack([x[row, start : start + self.window] for row, start in asked]) for x in (flow, mask)
+            )
+            logits = torch.stack(self._score(flows, real, [questions[row] for row in rows])[1:]).float()
+            if not part:
+                joined = joined + 0 * logits.sum()
+            for i, (row, start) in enumerate(part):
+                own = slice(start, start + self.window)
+                joined[:, row, own] += logits[:, i] * (weight / total[row, own])
+        return SamplerOutput(None, *joined)
+
+    def _score(self, flow: Tensor, mask: Tensor, questions: list[str]) -> SamplerOutput:
         tokens = self.tokenizer(
             [self.prompt.replace("{question}", question) for question in questions],
             padding="longest",
@@ -171,7 +238,7 @@ class Chooser:
                     logits = self.logits(samples, flow)
         with clock("selection"):
             own_flow = self.has_own_flow(samples)
-            if logits is not None and (selector.needs_scores or not self.training):
+            if logits is not None and (selector.needs_scores or selector.adapts or not self.training):
                 scores = frame_scores(logits, self.flow_mask(samples), samples["frame_mask"])
             found = selector(
                 samples["frame_mask"].cpu(),

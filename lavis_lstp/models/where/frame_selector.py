@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lavis_lstp.config.model import SELECTORS
+from lavis_lstp.config.model import AUTO, SELECTORS
 from lavis_lstp.data.frame_numbers import uniform_centres
 from lavis_lstp.errors import AnnotationError, ConfigError, unknown_name
 from lavis_lstp.models.where import selectors
@@ -115,23 +115,39 @@ def flows_to_frames(span: Sequence[int], num_frames: int, num_flows: int) -> tup
     return first, last + 1
 
 
+def joined(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Half-open spans in the order of their rank; those that overlap or touch are one, of the better rank."""
+    found: list[tuple[int, int]] = []
+    for start, end in spans:
+        near = [one for one in found if one[0] <= end and start <= one[1]]
+        whole = min(start, *(one[0] for one in near), start), max(end, *(one[1] for one in near), end)
+        place = found.index(near[0]) if near else len(found)
+        found = [one for one in found if one not in near]
+        found.insert(place, whole)
+    return found
+
+
 class Selection(NamedTuple):
     """frame_index int64 [B,K], sorted, -1 where a sample has no frame; span int64 [B,2], half-open; num_filled int64
-    [B], frames that a rule over scores did not choose itself, see `selectors.choose`; None of other rules."""
+    [B], frames that a rule over scores did not choose itself, see `selectors.choose`; None of other rules. spans: with
+    max_spans above 1, of each sample its spans, the likeliest (`span`) first. num_shown: with num_selected "auto" int64
+    [B], the frames of each sample that are no -1; K is then the largest of the batch."""
 
     frame_index: Tensor
     span: Tensor
     num_filled: Tensor | None
+    spans: list[list[tuple[int, int]]] | None = None
+    num_shown: Tensor | None = None
 
 
 class Row(NamedTuple):
-    """What a rule sees of one sample: N frames, V flows, its logits on the CPU, best and given span, generator."""
+    """What a rule sees of one sample: N frames, V flows, its logits on the CPU, best and given spans, generator."""
 
     num_frames: int
     num_flows: int
     start_logits: Tensor | None
     end_logits: Tensor | None
-    best: tuple[int, int] | None
+    best: list[tuple[int, int]] | None
     given: tuple[int, int] | None
     generator: torch.Generator | None
     grid: int | None = None
@@ -153,7 +169,7 @@ def random(row: Row, num_selected: int) -> tuple[list[int], tuple[int, int]]:
 
 
 def best(row: Row, num_selected: int) -> tuple[list[int], tuple[int, int]]:
-    return list(range(*row.best)), row.best
+    return sorted(frame for span in row.best for frame in range(*span)), row.best[0]
 
 
 def given(row: Row, num_selected: int) -> tuple[list[int], tuple[int, int]]:
@@ -195,7 +211,7 @@ class FrameSelector:
         self,
         name: str,
         *,
-        num_selected: int,
+        num_selected: int | str,
         span_key: str,
         context: int,
         few_frames: str,
@@ -204,6 +220,10 @@ class FrameSelector:
         marks: int,
         mask_padding: bool,
         settings: Mapping[str, object],
+        max_spans: int = 1,
+        least_selected: int = 1,
+        most_selected: int = 16,
+        mass: float = 0.8,
     ):
         self.name = name
         self.num_selected = num_selected
@@ -214,6 +234,8 @@ class FrameSelector:
         self.mapping = mapping
         self.marks = marks
         self.mask_padding = mask_padding
+        self.max_spans = max_spans
+        self.least_selected, self.most_selected, self.mass = least_selected, most_selected, mass
         kind = SELECTORS[name]
         self.by_sampler = kind.by_sampler
         self.needs_logits = "logits" in kind.needs
@@ -224,6 +246,16 @@ class FrameSelector:
             raise ConfigError(f"model.selector.settings: selector '{name}' has none, got {', '.join(settings)}")
         self.settings = selectors.selector_settings(name, dict(settings)) if self.needs_scores else {}
         self.rule: Rule = globals()[kind.rule.partition(":")[2]] if not self.needs_scores else None
+
+    @property
+    def adapts(self) -> bool:
+        """Return whether the number of frames depends on the scores."""
+        return self.num_selected == AUTO
+
+    @property
+    def most(self) -> int:
+        """The largest number of frames of a sample."""
+        return self.most_selected if self.adapts else self.num_selected
 
     def __repr__(self) -> str:
         return f"FrameSelector({self.name}, num_selected={self.num_selected})"
@@ -263,7 +295,7 @@ class FrameSelector:
             ("start_logits", start_logits, self.needs_logits),
             ("end_logits", end_logits, self.needs_logits),
             ("span", span, self.needs_span),
-            ("scores", scores, self.needs_scores),
+            ("scores", scores, self.needs_scores or self.adapts),
             ("generators", generators, self.needs_generator),
         ):
             if is_needed and value is None:
@@ -275,25 +307,35 @@ class FrameSelector:
         flows = counts if flow_mask is None else [int(n) for n in flow_mask.sum(dim=1).tolist()]
         best = None
         if self.needs_logits and has_frames:
-            best = best_spans(starts, ends, (frame_mask if flow_mask is None else flow_mask).cpu()).tolist()
+            if self.max_spans > 1:
+                rows = zip(starts.tolist(), ends.tolist(), flows, strict=True)
+                best = [selectors.best_spans(s[:n], e[:n], self.max_spans) if n else [(0, 0)] for s, e, n in rows]
+            else:
+                real = frame_mask if flow_mask is None else flow_mask
+                best = [[span] for span in best_spans(starts, ends, real.cpu()).tolist()]
             if flow_mask is not None:
-                best = [flows_to_frames(*sizes) for sizes in zip(best, counts, flows, strict=True)]
+                best = [[flows_to_frames(s, n, v) for s in row] for row, n, v in zip(best, counts, flows, strict=True)]
         given = span.tolist() if self.needs_span else None
         index, spans, filled = [], [], [0] * len(counts)
+        several = [[] for _ in counts] if self.max_spans > 1 else None
         for b, count in enumerate(counts):
             if not count:  # a sample without a video
-                index.append([-1] * self.num_selected)
+                index.append([])
                 spans.append((0, 0))
                 continue
             if given:
                 self._check_span(b, given[b], count)
+            wanted = self.num_selected
+            if self.adapts:
+                bounds = self.mass, self.least_selected, self.most_selected
+                wanted = selectors.num_for_mass(scores[b, :count].double().cpu().numpy(), *bounds)
             seen = flows[b] if self.mask_padding else None
             row = Row(
                 num_frames=count,
                 num_flows=flows[b],
                 start_logits=starts[b, :seen] if self.needs_logits else None,
                 end_logits=ends[b, :seen] if self.needs_logits else None,
-                best=self._widen(best[b], count) if best else None,
+                best=joined([self._widen(span, count) for span in best[b]]) if best else None,
                 given=self._widen(given[b], count) if given else None,
                 generator=generators[b] if isinstance(generators, Sequence) else generators,
                 grid=self.grid,
@@ -303,7 +345,7 @@ class FrameSelector:
             if self.needs_scores:
                 known = selectors.Row(
                     scores=scores[b, :count].double().cpu().numpy(),
-                    num_selected=self.num_selected,
+                    num_selected=wanted,
                     times_s=np.arange(count) if times_s is None else times_s[b, :count].double().cpu().numpy(),
                     question=questions[b] if questions else "",
                     rng=_numpy_generator(row.generator) if self.needs_generator else None,
@@ -311,16 +353,23 @@ class FrameSelector:
                 frames, filled[b] = selectors.choose(self.name, known, **self.settings)
                 found = frames[0], frames[-1] + 1
             else:
-                frames, found = self.rule(row, self.num_selected)
-            missing = self.num_selected - len(frames)
-            keeps = self.few_frames == "keep" and missing > 0
-            index.append([*frames, *[-1] * missing] if keeps else spread(frames, self.num_selected))
+                frames, found = self.rule(row, wanted)
+            if several is not None:
+                several[b] = row.best
+            if self.adapts or self.few_frames == "keep":
+                wanted = min(wanted, len(frames))
+            index.append(spread(frames, wanted))
             spans.append(found)
         device = frame_mask.device
+        width = max([1, *map(len, index)]) if self.adapts else self.num_selected
+        shown = torch.tensor([len(row) for row in index], dtype=torch.long, device=device) if self.adapts else None
+        index = [[*row, *[-1] * (width - len(row))] for row in index]
         return Selection(
-            torch.tensor(index, dtype=torch.long, device=device).view(-1, self.num_selected),
+            torch.tensor(index, dtype=torch.long, device=device).view(-1, width),
             torch.tensor(spans, dtype=torch.long, device=device).view(-1, 2),
             torch.tensor(filled, dtype=torch.long, device=device) if self.needs_scores else None,
+            several,
+            shown,
         )
 
     def _widen(self, span: Sequence[int], num_frames: int) -> tuple[int, int]:
@@ -338,7 +387,7 @@ class FrameSelector:
 def build_selector(
     name: str = "best_span",
     *,
-    num_selected: int = 4,
+    num_selected: int | str = 4,
     span_key: str = "span",
     context: int = 0,
     few_frames: str = "double",
@@ -347,11 +396,16 @@ def build_selector(
     marks: int = 0,
     mask_padding: bool = True,
     settings: Mapping[str, object] | None = None,
+    max_spans: int = 1,
+    least_selected: int = 1,
+    most_selected: int = 16,
+    mass: float = 0.8,
 ) -> FrameSelector:
     """A selector by its name in SELECTORS.
 
     Args:
-        num_selected: K; the published configurations all have 4.
+        num_selected: K; the published configurations all have 4. "auto": of each sample as many frames as its best
+            scores need to reach the share `mass` of their sum, from least_selected to most_selected, none twice.
         span_key: for "given": "span" (pseudo spans) or "gold_span" (oracle).
         context: frames added on both sides of a best or given span.
         few_frames: of a span with fewer than K frames: "double" them until there are enough (published evaluation),
@@ -365,6 +419,7 @@ def build_selector(
         settings: of a rule over scores, by name.
         mask_padding: False lets padded flows be drawn by argmax and gumbel, as published; one that is drawn stands
             for the whole video.
+        max_spans: best_span finds at most so many spans, see `selectors.best_spans`; frames are spread over them all.
 
     Raises:
         ConfigError: unknown name or key, or a number below its least value.
@@ -379,10 +434,13 @@ def build_selector(
         if value not in known:
             raise ConfigError(unknown_name(f"model.selector.{key}", value, known))
     for key, value, least in (
-        ("num_selected", num_selected, 1),
+        ("num_selected", 1 if num_selected == AUTO else num_selected, 1),
+        ("least_selected", least_selected, 1),
+        ("most_selected", most_selected, least_selected),
         ("context", context, 0),
         ("grid", grid, 1),
         ("marks", marks, 0),
+        ("max_spans", max_spans, 1),
     ):
         if (value is not None or key != "grid") and (not isinstance(value, int) or value < least):
             raise ConfigError(f"model.selector.{key} is {value!r}; expected a whole number of at least {least}")
@@ -390,6 +448,11 @@ def build_selector(
         raise ConfigError(
             f"model.selector.grid, mapping and marks belong to argmax and gumbel, the selector is '{name}'"
         )
+    if max_spans > 1 and name not in ("best_span", "lstp"):
+        raise ConfigError(f"model.selector.max_spans belongs to best_span (lstp), the selector is '{name}'")
+    if num_selected == AUTO and not SELECTORS[name].by_sampler:
+        able = ", ".join(one for one, kind in SELECTORS.items() if kind.by_sampler)
+        raise ConfigError(f"model.selector.num_selected: auto needs scores, and '{name}' asks for none; choose {able}")
     return FrameSelector(
         name,
         num_selected=num_selected,
@@ -401,6 +464,10 @@ def build_selector(
         marks=marks,
         mask_padding=mask_padding,
         settings=settings or {},
+        max_spans=max_spans,
+        least_selected=least_selected,
+        most_selected=most_selected,
+        mass=mass,
     )
 
 

@@ -445,6 +445,20 @@ def best(scores: Any, count: int) -> list[int]:
     return sorted([*above.tolist(), *equal[uniform_centres(count - len(above), len(equal))].tolist()])
 
 
+def num_for_mass(scores: Any, mass: float, least: int, most: int) -> int:
+    """The smallest number of best scores whose sum is the share `mass` of all, within bounds and the T at hand.
+
+    >>> num_for_mass([0.1, 4, 4, 0.1], mass=0.9, least=1, most=8)
+    2
+
+    Args:
+        scores: float [T], none below 0; where all are 0 nothing stands out, and as many as allowed are taken.
+    """
+    total = np.cumsum(np.sort(np.asarray(scores, dtype=np.float64))[::-1])
+    needed = int(np.searchsorted(total, mass * total[-1] * (1 - 1e-9))) + 1 if total[-1] > 0 else len(total)
+    return min(max(least, min(needed, most)), len(total))
+
+
 def best_span(start: Any, end: Any) -> tuple[int, int]:
     """The half-open span whose start plus end score is largest, start <= last frame; see `frame_selector.best_spans`.
 
@@ -455,6 +469,32 @@ def best_span(start: Any, end: Any) -> tuple[int, int]:
     total = np.maximum.accumulate(start) + np.asarray(end, dtype=np.float64)
     last = int(total.argmax())
     return int(start[: last + 1].argmax()), last + 1
+
+
+def best_spans(start: Any, end: Any, most: int) -> list[tuple[int, int]]:
+    """At most `most` half-open spans without a common frame, the likeliest first; `best_span` for one.
+
+    A span's score is how much likelier than chance its ends are: log(T p(start)) + log(T p(last)), of the softmax of
+    each. The spans with the largest sum of scores are found, at least one: a further one must be likelier than chance.
+
+    >>> best_spans([0, 9, 0, 0, 0, 8], [0, 0, 9, 0, 0, 8], most=4)
+    [(1, 3), (5, 6)]
+
+    Args:
+        start, end: float [T], logits.
+    """
+    starts, ends = ((x - np.logaddexp.reduce(x) + math.log(len(x))).tolist() for x in map(np.asarray, (start, end)))
+    nothing = (-math.inf, ())
+    closed, open_ = [(0.0, ()), *[nothing] * most], [nothing] * most  # (sum, spans), by the number of closed spans
+    for t, (begin, last) in enumerate(zip(starts, ends, strict=True)):
+        for n in reversed(range(most)):
+            if closed[n][0] + begin > open_[n][0]:
+                open_[n] = closed[n][0] + begin, (*closed[n][1], t)
+            if open_[n][0] + last > closed[n + 1][0]:
+                *before, first = open_[n][1]
+                closed[n + 1] = open_[n][0] + last, (*before, (first, t + 1))
+    spans = max(closed[1:], key=lambda one: one[0])[1]
+    return sorted(spans, key=lambda span: -starts[span[0]] - ends[span[1] - 1])
 
 
 def _fill(row: Row, taken: Sequence[int], count: int) -> list[int]:

@@ -326,7 +326,7 @@ class TemporalSampler(nn.Module):
         if length + 2 > self.max_positions:
             raise ConfigError(
                 f"{length} flows need {length + 2} positions, the sampler has {self.max_positions}; "
-                "lower datasets.<name>.num_frames or raise model.sampler.max_positions"
+                "set model.sampler.window, lower datasets.<name>.num_frames or raise model.sampler.max_positions"
             )
         if input_ids is not None and input_ids.shape[1] > self.max_positions:
             raise ConfigError(
