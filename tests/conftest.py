@@ -64,9 +64,9 @@ def no_process_group_is_left():
             sys.modules["deepspeed.comm.comm"].cdb = None
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def ranks():
-    """Processes that a module's tests share: `ranks.run(2, job, {...})`."""
+    """Starts the processes of a run in milliseconds: `ranks.run(2, job, {...})`."""
     from ranks import Ranks
 
     server = Ranks()
