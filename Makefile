@@ -35,6 +35,7 @@ venv: .venv/installed
 
 lint: venv
 	$(BIN)/ruff check .
+	$(BIN)/ruff check --preview --select PLW1514 .  # text files are opened with an encoding
 	$(BIN)/ruff format --check .
 
 test: lint

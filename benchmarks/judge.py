@@ -58,7 +58,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "p.jsonl")
         rows = ({"question_id": str(n), "video_id": str(n // 24), **case._asdict()} for n, case in enumerate(cases))
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         words = [str(path), "--judge", "openai", "--model", "m", "--cache", str(Path(folder, "c.sqlite"))]
         for _ in range(2):
             start = time.perf_counter()

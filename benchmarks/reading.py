@@ -225,7 +225,7 @@ GOALS = (
 def peak_mib() -> float:
     """Largest resident memory of this process."""
     if sys.platform == "linux":  # ru_maxrss would include the process that started this one
-        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
+        return int(Path("/proc/self/status").read_text(encoding="utf-8").split("VmHWM:")[1].split()[0]) / 1024
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -123,10 +123,10 @@ def attempt(command: Command, inputs: Path, out: Path, kind: str = "", number: i
             pids.append(pid)
         statuses = wait(pids)
         os.close(sink)
-        with open(said, errors="replace") as stream:
+        with open(said, encoding="utf-8", errors="replace") as stream:
             said = stream.read()
         count = Path(scratch, "count")
-        return statuses, said, int(count.read_text()) if count.is_file() else 0
+        return statuses, said, int(count.read_text(encoding="utf-8")) if count.is_file() else 0
 
 
 def child(

@@ -64,6 +64,7 @@ def no_process_group_is_left():
             sys.modules["deepspeed.comm.comm"].cdb = None
 
 
+<<<<<<< HEAD
 @pytest.fixture(scope="module")
 def predictor():
     """The shipped example's model, ready to answer."""
@@ -74,8 +75,11 @@ def predictor():
 
 
 @pytest.fixture(scope="module")
+=======
+@pytest.fixture(scope="session")
+>>>>>>> suite
 def ranks():
-    """Processes that a module's tests share: `ranks.run(2, job, {...})`."""
+    """Starts the processes of a run in milliseconds: `ranks.run(2, job, {...})`."""
     from ranks import Ranks
 
     server = Ranks()

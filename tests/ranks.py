@@ -133,7 +133,7 @@ def draws(options: dict) -> None:
             offered = {"options": [["red", "a star"] * (2 if rank else 1)] + [["red"]] * (len(pair[rank]) - 1)}
             scored = engine.apply(lambda m, pair=pair, offered=offered: m.score_options(mixed(pair[rank]) | offered))
             found.append([option["mean"] for row in scored["option_log_prob"] for option in row])
-    Path(f"{options['output']}.{rank}").write_text(json.dumps(found))
+    Path(f"{options['output']}.{rank}").write_text(json.dumps(found), encoding="utf-8")
 
 
 def memory(options: dict) -> None:
@@ -170,7 +170,7 @@ def memory(options: dict) -> None:
                 engine.clip()
                 engine.step()
     peak = alive.peak if options["world_size"] > 1 else peak_of(profiled, "step")
-    Path(f"{options['output']}.{os.environ['RANK']}").write_text(str(peak))
+    Path(f"{options['output']}.{os.environ['RANK']}").write_text(str(peak), encoding="utf-8")
 
 
 def peak_of(profiled, part: str) -> int:

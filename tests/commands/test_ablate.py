@@ -157,7 +157,7 @@ def in_process(monkeypatch) -> list[str]:
 
     def call(whole, output, lock, going_on):
         ran.append(whole)
-        with open(output, "a") as log, contextlib.redirect_stderr(log):
+        with open(output, "a", encoding="utf-8") as log, contextlib.redirect_stderr(log):
             return evaluate.main(whole[whole.index("--cfg-path") :]), False
 
     monkeypatch.setattr(chain, "_call", call)
@@ -174,10 +174,13 @@ def test_the_command_evaluates_and_tabulates_and_goes_on_where_it_was(tmp_path, 
     assert cli.main(command) == 0
     said = capsys.readouterr().out
     assert len(in_process) == 4 and "12 questions. p: exact McNemar test against shapes_qa_lstp_tiny_uniform_2" in said
-    table = Path("out/table.md").read_text()
+    table = Path("out/table.md").read_text(encoding="utf-8")
     assert table in said and table.count("\n") == 6 + 2
     assert table.endswith("|\n\nJudged by: exact match after normalising, no judge was asked.\n")
-    rows = {row["name"].split("_")[-2]: row for row in json.loads(Path("out/table.json").read_text())["rows"]}
+    rows = {
+        row["name"].split("_")[-2]: row
+        for row in json.loads(Path("out/table.json").read_text(encoding="utf-8"))["rows"]
+    }
     assert rows["oracle"]["span_iou"] == 1.0 and rows["lstp"]["span_iou"] < 1.0
     assert rows["lstp"]["milliseconds"]["sampler"] > 0 == rows["uniform"]["milliseconds"]["sampler"]
     assert rows["uniform"]["p_value"] is None and 0 < rows["lstp"]["p_value"] <= 1

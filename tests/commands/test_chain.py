@@ -34,7 +34,7 @@ for number in range(len(state.read_text()) if state.exists() else 0, 4):
 
 
 def write(path: Path, text: str) -> Path:
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     return path
 
 

@@ -73,10 +73,10 @@ def error(here, capfd):
 def questions(change=None) -> list[dict]:
     """Rewrites questions.json."""
     path = Path("questions.json")
-    rows = json.loads(path.read_text())
+    rows = json.loads(path.read_text(encoding="utf-8"))
     if change is not None:
         change(rows)
-        path.write_text(json.dumps(rows))
+        path.write_text(json.dumps(rows), encoding="utf-8")
     return rows
 
 

@@ -51,11 +51,11 @@ run:
 def write(tmp_path, monkeypatch):
     """Writes a configuration in an otherwise empty current folder; returns what --cfg-path gets."""
     monkeypatch.chdir(tmp_path)
-    Path("questions.json").write_text("[]")
+    Path("questions.json").write_text("[]", encoding="utf-8")
     Path("videos").mkdir()
 
     def write_config(text: str = BASE) -> str:
-        Path("run.yaml").write_text(text)
+        Path("run.yaml").write_text(text, encoding="utf-8")
         return "run.yaml"
 
     return write_config

@@ -268,7 +268,7 @@ OWN = {
 
 def doors(path: Path) -> set[str]:
     """Functions of a module, with their class, that interpret or open something."""
-    found, tree = set(), ast.parse(path.read_text())
+    found, tree = set(), ast.parse(path.read_text(encoding="utf-8"))
     storages = "lavis_lstp.data." + "shards"  # every module of it
     sources = ("subprocess", "urllib", storages)
     imports = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and (n.module or "").startswith(sources)]

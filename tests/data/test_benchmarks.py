@@ -48,7 +48,9 @@ def here(files, tmp_path, monkeypatch) -> Path:
 def build(name: str, *options: str) -> dict:
     """Data sets by split, as `lavis.evaluate` builds them from a YAML that only names the benchmark."""
     path = Path("run.yaml")
-    path.write_text(f"model: {{arch: lstp_tiny}}\ndatasets: {{lstp_{name}: {{}}}}\nrun: {{task: video_qa}}\n")
+    path.write_text(
+        f"model: {{arch: lstp_tiny}}\ndatasets: {{lstp_{name}: {{}}}}\nrun: {{task: video_qa}}\n", encoding="utf-8"
+    )
     given = ["num_frames=4", "image_size=64", *options]
     config = Config(SimpleNamespace(cfg_path="run.yaml", options=[f"datasets.lstp_{name}.{o}" for o in given]))
     section = config.datasets_cfg[f"lstp_{name}"]
@@ -237,9 +239,9 @@ def test_videos_under_their_old_names_are_found_by_the_mapping(here):
 
 
 def change(path: Path, edit) -> None:
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8"))
     edit(content)
-    path.write_text(json.dumps(content))
+    path.write_text(json.dumps(content), encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -460,7 +462,7 @@ def test_evaluation_over_shards_answers_as_over_files(here, name):
     rows = []
     for out, more in (("files", []), ("shards", [f"datasets.lstp_{name}.{option}" for option in storage])):
         assert evaluate.main([*command, f"run.output_dir={out}", *more]) == 0
-        rows.append(sorted(Path(out, f"result/{split}_video_qa.jsonl").read_text().splitlines()))
+        rows.append(sorted(Path(out, f"result/{split}_video_qa.jsonl").read_text(encoding="utf-8").splitlines()))
     assert [drop_times(row) for row in rows[0]] == [drop_times(row) for row in rows[1]] and len(rows[0]) > 4
 
 

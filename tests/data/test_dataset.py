@@ -400,7 +400,7 @@ def spans_file(path: Path, **changes) -> Path:
         "made_by": {},
         "spans": {"q0": {"span": [2, 5], "scores": [0.0] * 8}},
     }
-    path.write_text(json.dumps({**content, **changes}))
+    path.write_text(json.dumps({**content, **changes}), encoding="utf-8")
     return path
 
 

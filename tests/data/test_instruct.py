@@ -51,7 +51,7 @@ def turns(*texts: str) -> list[dict]:
 
 
 def written(path: Path, content) -> Path:
-    path.write_text(json.dumps(content))
+    path.write_text(json.dumps(content), encoding="utf-8")
     return path
 
 

@@ -245,6 +245,22 @@ def test_joined_recordings_go_on_in_the_order_of_decoding(tmp_path, name):
     assert read_frames(path, num=40, between_s=(video.times_s[21] - 0.01, 2)).indices == list(range(21, 40))
 
 
+@pytest.mark.parametrize(
+    ("ending", "codec"), [("flv", "libx264"), ("flv", "flv1"), ("mp4", "libx264"), ("mov", "mpeg4"), ("wmv", "wmv2")]
+)
+@pytest.mark.parametrize("sound_s", [None, (0.0, 0.4)])
+def test_a_second_file_that_ffmpeg_does_not_read_is_not_lost_in_silence(tmp_path, ending, codec, sound_s):
+    raw = write_tracks(tmp_path / f"a.{ending}", Track(10, codec=codec), sound_s=sound_s).read_bytes()
+    path = tmp_path / f"joined.{ending}"
+    path.write_bytes(raw + write_tracks(path, Track(10, 10, codec), sound_s=sound_s).read_bytes())
+    for source in (path, path.read_bytes()):
+        with pytest.raises(VideoError, match=f"joined.{ending}: another file begins behind frame 10; join files with"):
+            probe(source, name=path.name)
+    assert mp4_info(path.read_bytes()) is None
+    (tmp_path / f"noise.{ending}").write_bytes(raw + raw[1:])
+    assert probe(tmp_path / f"noise.{ending}") == probe(tmp_path / f"a.{ending}")
+
+
 def test_three_parts_and_their_sound(tmp_path):
     """The counters of MPEG-TS packets begin anew at each joint, so FFmpeg takes what stands before it for damaged."""
     raw = b""

@@ -202,11 +202,11 @@ def test_videos_may_be_called_anything(judged):
 @pytest.mark.parametrize("command", ["compare", "calibrate"])
 def test_a_comparison_replaces_none_of_its_files(tmp_path, capsys, command):
     path = str(write(tmp_path / "a.jsonl", rows("yn")))
-    before = open(path).read()
+    before = open(path, encoding="utf-8").read()
     for name, said in ((path, "would replace the verdicts"), (f"{path}/c.json", "c.json: cannot be written")):
         assert main([command, path, path, "--out", name]) == 2
         assert said in capsys.readouterr().err
-    assert open(path).read() == before
+    assert open(path, encoding="utf-8").read() == before
     for words in (["--resamples", "0"], ["--bootstrap-seed", "-1"]):
         with pytest.raises(SystemExit):
             main([command, path, path, *words])

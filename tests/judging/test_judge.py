@@ -314,7 +314,7 @@ def assert_true_verdicts(rows, cases):
 
 def test_what_is_sent_and_what_comes_out(tmp_path, asked, capsys):
     cases = write_predictions(tmp_path / "p.jsonl", 12)
-    with open(tmp_path / "p.jsonl", "a") as file:  # a case again, and one for the rules
+    with open(tmp_path / "p.jsonl", "a", encoding="utf-8") as file:  # a case again, and one for the rules
         file.write(json.dumps({**dict(zip(Case._fields, cases[0], strict=True)), "question_id": "again"}) + "\n")
         file.write(json.dumps({"question_id": "r", "question": "q", "answer": "two", "prediction": "2"}) + "\n")
     with JudgeServer() as server:

@@ -436,7 +436,7 @@ class Shown(torch.nn.Module):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_video_is_decoded_once_for_all_its_questions(asked, tmp_path, monkeypatch, workers):
     def counted(source, plain=qa_dataset.read_frames, **kwargs):
-        with open(tmp_path / "decoded.txt", "a") as file:  # by whichever process
+        with open(tmp_path / "decoded.txt", "a", encoding="utf-8") as file:  # by whichever process
             file.write(f"{Path(source).stem}\n")
         return plain(source, **kwargs)
 

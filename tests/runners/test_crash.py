@@ -214,7 +214,7 @@ def test_nobody_reads_the_output_and_nobody_complains(tmp_path):
         "sys.exit(cli.main(['compare', 'a.jsonl', 'a.jsonl', '--resamples', '10']))"
     )
     for out, status in ((subprocess.PIPE, BROKEN_PIPE), ("/dev/full", 2)):
-        sink = out if out == subprocess.PIPE else open(out, "w")
+        sink = out if out == subprocess.PIPE else open(out, "w", encoding="utf-8")
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-c", code]
         process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=sink, stderr=subprocess.PIPE, text=True)

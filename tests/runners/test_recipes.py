@@ -191,7 +191,7 @@ def test_a_video_is_never_in_two_splits(tmp_path):
 
 
 def test_a_row_that_is_no_conversation_is_named(work):
-    Path("wrong.json").write_text('[{"id": 1, "video": "v.mp4"}]')
+    Path("wrong.json").write_text('[{"id": 1, "video": "v.mp4"}]', encoding="utf-8")
     said = python(str(PROJECT / "split_video_llava.py"), "wrong.json", status=1)
     assert said.splitlines()[-1].startswith("error: wrong.json, entry 0: key 'conversations' is missing")
 

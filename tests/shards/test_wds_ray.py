@@ -119,7 +119,7 @@ SPANS = {"format": "lavis_lstp.spans", "version": 1, "num_frames": 4, "spans": {
 def test_verbs_that_write_sets(served, tmp_path, losing, monkeypatch, words):
     server, addresses = served
     monkeypatch.chdir(tmp_path)
-    Path("spans.json").write_text(json.dumps(SPANS))
+    Path("spans.json").write_text(json.dumps(SPANS), encoding="utf-8")
     command = [words[0], *addresses, *words[1:], "--out"]
     assert main([*command, "local/x", "--workers", "1"]) == 0
     losing(shards_in(tmp_path / "ray"), 1, SHARDS)

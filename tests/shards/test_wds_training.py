@@ -81,7 +81,7 @@ def spans_file(path: Path, ids, num_frames: int) -> str:
     """A span for each question, not two alike in a row."""
     header = {"format": "lavis_lstp.spans", "version": 1, "num_frames": num_frames}
     spans = {name: {"span": [n % (num_frames - 1), n % (num_frames - 1) + 1]} for n, name in enumerate(ids)}
-    path.write_text(json.dumps({**header, "spans": spans}))
+    path.write_text(json.dumps({**header, "spans": spans}), encoding="utf-8")
     return str(path)
 
 
@@ -190,7 +190,7 @@ def test_a_sampler_learns_spans_of_shards_as_it_learns_those_of_files(tmp_path):
 
 def test_the_documents_walk_from_two_videos_to_a_run(tmp_path):
     """docs/data_format.md, its commands as they stand, but for where the two videos come from."""
-    text = Path("docs/data_format.md").read_text()
+    text = Path("docs/data_format.md").read_text(encoding="utf-8")
     part = text.partition("## From two videos to a training run\n\n")[2]
     lines = itertools.dropwhile(lambda line: not line.startswith("    "), part.splitlines())
     lines = list(itertools.takewhile(lambda line: line.startswith("    "), lines))

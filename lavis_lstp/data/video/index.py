@@ -22,7 +22,7 @@ import os
 import stat
 from array import array
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property, lru_cache
@@ -53,6 +53,8 @@ NO_PRESENTATION_TIMES = {"avi", "h264", "hevc", "m4v", "mpegvideo", "obu"}
 # Where a clock may begin anew, a step of more than GAP_S is no pause but another clock: FFmpeg's dts_delta_threshold.
 CLOCKS_BEGIN_ANEW = {"mpegts", "mpeg", "ogg"}
 GAP_S = 10.0
+# Readers of these formats stop in silence where another file begins, as in recordings joined with `cat`.
+END_BEFORE_ANOTHER = {"flv", "mov", "asf"}
 
 
 @dataclass(frozen=True)
@@ -309,6 +311,8 @@ def _index_of_track(source: Source, name: str, track: int | None, max_megapixels
         facts = {"name": name, "codec": stream.codec_context.name, "container": container.format.name}
         facts |= {"track": stream.index, "tracks": tracks, "start": start, "max_megapixels": max_megapixels}
         facts["time_base"] = float(stream.time_base)
+        if formats & END_BEFORE_ANOTHER and len(packets) and _begins_again(source, int(packets["end"].max())):
+            missing = f"another file begins behind frame {len(packets)}; join files with ffmpeg, not with cat"
         rate, tick = stream.average_rate or stream.guessed_rate, stream.time_base
     if not len(packets):
         raise VideoError(f"{name}: its video stream holds no frame" + (f"; {missing}" if missing else ""))
@@ -358,6 +362,15 @@ def _start(container: Any) -> Fraction | None:
     return nearest if abs(nearest - stated) < Fraction(2, av.time_base) else stated
 
 
+def _begins_again(source: Source, end: int, most: int = 1 << 24) -> bool:
+    """Whether the first bytes of a file stand again in the `most` bytes from `end`, where its last picture ends."""
+    source = check_source(source, "")
+    with open(source, "rb") if isinstance(source, str) else nullcontext(source) as file:
+        first = file.read(len(b"\0\0\0\x20ftyp"))
+        file.seek(end)
+        return first in file.read(most)
+
+
 def _seconds_after(start: Fraction | None, first: Fraction | None) -> float:
     """When the first picture is shown, counted from the start of the file; never before it."""
     return 0.0 if start is None or first is None else max(0.0, float(first - start))
@@ -377,14 +390,16 @@ def _clocks_begin(dts: np.ndarray, gap: float | None) -> list[int]:
 
 NO_TIME = np.iinfo(np.int64).min  # FFmpeg's AV_NOPTS_VALUE
 PACKET = np.dtype(
-    [("pts", "i8"), ("dts", "i8"), ("ticks", "i8"), ("size", "i8"), ("key", "?"), ("shown", "?"), ("damaged", "?")]
+    [(name, "i8") for name in ("pts", "dts", "ticks", "size", "end")]
+    + [(name, "?") for name in ("key", "shown", "damaged")]
 )
-"""A packet: when it is shown and decoded, how long it is shown (0 = unknown), its bytes, and what is known of it."""
+"""A packet: when it is shown and decoded, how long it is shown (0 = unknown), its bytes, where they end in the file
+(0 = unknown), and what is known of it."""
 
 
 def _read_packets(container: Any, stream: Any) -> tuple[np.ndarray, str | None]:
     """Whole packets in the order of the file, [P] of `PACKET`, and what is missing behind them."""
-    numbers, flags = array("q"), bytearray()  # 35 bytes a packet; two hours have 172,800
+    numbers, flags = array("q"), bytearray()  # 43 bytes a packet; two hours have 172,800
     missing = None
     is_vp8 = stream.codec_context.name == "vp8"
     try:
@@ -397,12 +412,13 @@ def _read_packets(container: Any, stream: Any) -> tuple[np.ndarray, str | None]:
                 numbers.append(NO_TIME if dts is None else dts)
                 numbers.append(packet.duration or 0)
                 numbers.append(packet.size)
+                numbers.append(0 if packet.pos is None else packet.pos + packet.size)
                 flags.append(packet.is_keyframe | shown << 1 | packet.is_corrupt << 2)
     except av.FFmpegError as error:
         missing = f"truncated: reading stops after {len(flags)} frames ({error.strerror})"
     packets = np.zeros(len(flags), dtype=PACKET)
-    for column, name in enumerate(("pts", "dts", "ticks", "size")):
-        packets[name] = np.frombuffer(numbers, dtype=np.int64)[column::4]
+    for column, name in enumerate(("pts", "dts", "ticks", "size", "end")):
+        packets[name] = np.frombuffer(numbers, dtype=np.int64)[column::5]
     for bit, name in enumerate(("key", "shown", "damaged")):
         packets[name] = np.frombuffer(flags, dtype=np.uint8) >> bit & 1
     if container.format.name == "mpegts" and len(packets) and all(container.size % n for n in TS_PACKET):
