@@ -64,7 +64,6 @@ def no_process_group_is_left():
             sys.modules["deepspeed.comm.comm"].cdb = None
 
 
-<<<<<<< HEAD
 @pytest.fixture(scope="module")
 def predictor():
     """The shipped example's model, ready to answer."""
@@ -74,10 +73,7 @@ def predictor():
         yield loaded
 
 
-@pytest.fixture(scope="module")
-=======
 @pytest.fixture(scope="session")
->>>>>>> suite
 def ranks():
     """Starts the processes of a run in milliseconds: `ranks.run(2, job, {...})`."""
     from ranks import Ranks
