@@ -151,12 +151,8 @@ class VideoQATask(LSTPTask):
             if self.with_bleu:
                 scores["bleu1"] = bleu_1(*([table[name] for name in scored] for table in (answers, predictions)))
             kinds = accuracy(right, categories).get("by_category")
-            more = {
-                **({"by_category": kinds} if kinds else {}),
-                **_grounded(scored, right),
-                **frames_per_answer(records),
-            }
-            return {**scores, **more, "agg_metrics": scores["exact_match"]}
+            scores |= {**({"by_category": kinds} if kinds else {}), **_grounded(scored, right)}
+            return {**scores, **frames_per_answer(records), "agg_metrics": scores["exact_match"]}
         *_, coverage = join_by_id(predictions, answers)
         unparsable = [record["question_id"] for record in chosen if record["choice"] is None]
         found = {**accuracy(right, categories, axes), "chosen_by": self.choose, "num_unparsable": len(unparsable)}
