@@ -161,6 +161,10 @@ def given(row: Row, num_selected: int) -> tuple[list[int], tuple[int, int]]:
     return list(range(start, end)), (start, end)
 
 
+def recorded(row: Row, num_selected: int) -> tuple[list[int], tuple[int, int]]:
+    return list(range(row.num_frames)), (0, row.num_frames)
+
+
 def argmax(row: Row, num_selected: int) -> tuple[list[int], tuple[int, int]]:
     return _published(row, [(int(row.start_logits.argmax()), int(row.end_logits.argmax()))])
 
@@ -186,6 +190,7 @@ class FrameSelector:
 
     Attributes:
         by_sampler: whether logits or scores of the temporal sampler are needed.
+        by_data: whether a data set says where to look. needs_record: it has chosen, and all its frames are taken.
         needs_logits, needs_scores, needs_span, needs_generator: which arguments a call must bring.
         span_key: name in the sample of the span that "given" takes.
         Others: see `build_selector`.
@@ -215,7 +220,8 @@ class FrameSelector:
         self.marks = marks
         self.mask_padding = mask_padding
         kind = SELECTORS[name]
-        self.by_sampler = kind.by_sampler
+        self.by_sampler, self.by_data = kind.by_sampler, kind.by_data
+        self.needs_record = "record" in kind.needs
         self.needs_logits = "logits" in kind.needs
         self.needs_scores = "scores" in kind.needs
         self.needs_span = "span" in kind.needs
@@ -313,7 +319,12 @@ class FrameSelector:
             else:
                 frames, found = self.rule(row, self.num_selected)
             missing = self.num_selected - len(frames)
-            keeps = self.few_frames == "keep" and missing > 0
+            if self.needs_record and missing < 0:
+                raise ConfigError(
+                    f"a question has {len(frames)} recorded frames, and model.selector.num_selected is "
+                    f"{self.num_selected}; set it to the most that a question has"
+                )
+            keeps = (self.needs_record or self.few_frames == "keep") and missing > 0
             index.append([*frames, *[-1] * missing] if keeps else spread(frames, self.num_selected))
             spans.append(found)
         device = frame_mask.device
