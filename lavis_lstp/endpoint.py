@@ -6,7 +6,7 @@ or a command line gets copied.
 
 Rate limits, errors of the server, timeouts and cut connections are retried by the client; what still fails is no reply
 and can be asked again. A refusal is a reply. What came is kept by `kept`, in one SQLite file, so that nothing is asked
-twice. Judges (`judging/endpoint.py`) use it; an answerer over an endpoint would, too.
+twice. Judges (`judging/endpoint.py`) and the answerer of a served model (`models/answer/endpoint.py`) use it.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ KEY, ADDRESS = "OPENAI_API_KEY", "OPENAI_BASE_URL"
 DEFAULT_ADDRESS = "https://api.openai.com/v1"
 FAILURES_IN_A_ROW = 10
 """After so many failures with no reply between them the endpoint is taken to be down."""
+CHARACTERS_PER_TOKEN = 4
+"""Of English text, about: a preview's tokenizer, as an endpoint does not say which one is its own."""
 _REFUSING_CODES = ("content_filter", "content_policy_violation")
 _LOOKS_LIKE_A_KEY = re.compile(
     r"(^|\W)sk-[\w-]{16,}|^--?[\w-]*(key|secret|password|auth|bearer)|(api[-_]?key|token|secret)=|://[^/]*@", re.I
@@ -195,6 +197,15 @@ def message_of(body: str) -> tuple[dict[str, Any], dict[str, Any]]:
         text = " ".join(body.split())[:200]
         raise ValueError(f"no complete chat completion came back: {text}") from None
     return response, choice
+
+
+def cost_line(tokens_in: int, tokens_out: int, price_in: float | None, price_out: float | None) -> str:
+    """What asking takes; prices are of a million tokens."""
+    cost = "cost unknown without --price-in and --price-out"
+    if price_in is not None and price_out is not None:
+        money = (tokens_in * price_in + tokens_out * price_out) / 1e6
+        cost = f"about {money:{',.2f' if money >= 1 else '.2g'}} at these prices"
+    return f"about {tokens_in:,} tokens in and {tokens_out:,} out; {cost}"
 
 
 def _http_client(timeout_s: float) -> Any:

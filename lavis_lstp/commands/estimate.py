@@ -6,6 +6,7 @@ communication and activations in each process, and whether the device has them.
 The model is built without any memory (torch's device "meta"), and one forward and backward of a batch of the recipe's
 size is made with it, which tells to the byte what is alive at each moment. What a ZeRO stage divides is arithmetic.
 Nothing is loaded: weights that a recipe takes from the hub have known sizes (`models/published_sizes.py`).
+Of a recipe whose model answers behind a server (backbone.source=endpoint): questions, about how many tokens, and cost.
 """
 
 from __future__ import annotations
@@ -36,6 +37,10 @@ MAX_LIVE = 1_000_000_000
 """Numbers that stage 3 keeps collected (`stage3_max_live_parameters`), where the configuration says nothing."""
 CONTEXT = GIB
 """What a CUDA process is taken to hold beside tensors: on an H200 context and kernels took 0.75 GiB, rounding 0.2."""
+
+
+TOKENS_PER_FRAME = 256
+"""Of a picture of 448 px, about: Qwen2.5-VL makes 256 of it alone; two frames of a video share them."""
 
 
 @dataclass(frozen=True)
@@ -269,8 +274,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--prompt-tokens", type=int, help="of the longest prompts; by default as many as the model takes"
     )
     parser.add_argument("--answer-tokens", type=int, default=64, help="of the longest answers (default 64)")
+    parser.add_argument("--price-in", type=float, help="of a million tokens, for backbone.source=endpoint")
+    parser.add_argument("--price-out", type=float, help="the same of answers")
     args = parser.parse_args(argv)
-    estimate, facts = of_recipe(args)
+    if args.gpus < 1:
+        raise ConfigError(f"--gpus must be at least 1, got {args.gpus}")
+    cfg = _config(args)
+    if (cfg.model_cfg.get("backbone") or {}).get("source") == "endpoint":
+        print(printable(of_endpoint(cfg, args)))
+        return 0
+    estimate, facts = of_recipe(cfg, args)
     on_gpu = args.memory is not None or torch.cuda.is_available()
     there = args.memory * GIB if args.memory else _memory_here()
     needed = estimate.total + (CONTEXT if on_gpu else 0)
@@ -283,18 +296,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if needed <= there else 1
 
 
-def of_recipe(args: argparse.Namespace) -> tuple[Estimate, str]:
-    """The estimate for command line arguments, and a line on what it is for."""
+def _config(args: argparse.Namespace) -> Any:
     from lavis_lstp import register
     from lavis_lstp.config import Config
+
+    register()
+    return Config(args)
+
+
+def of_endpoint(cfg: Any, args: argparse.Namespace) -> str:
+    """What evaluating all questions takes of a server, those aside that are in the cache of answers already."""
+    from lavis.tasks import setup_task
+
+    from lavis_lstp.endpoint import CHARACTERS_PER_TOKEN, cost_line
+
+    model, run = cfg.model_cfg, cfg.run_cfg
+    built = setup_task(cfg).build_datasets(cfg)
+    rows = [row for own in built.values() for split in run.test_splits if split in own for row in own[split].annotation]
+    texts = sum(len(row["question"]) + sum(map(len, row.get("options") or ())) + len(model.prompt) for row in rows)
+    shown = sum(model.selector.num_selected if "video" in row else "image" in row for row in rows)
+    tokens_in = texts // CHARACTERS_PER_TOKEN + shown * TOKENS_PER_FRAME
+    tokens_out = len(rows) * (run.get("max_len") or model.generation.max_new_tokens)
+    cost = cost_line(tokens_in, tokens_out, args.price_in, args.price_out)
+    return (
+        f"{model.backbone.weights}: {len(rows)} questions with {shown} frames; at most {cost} ({TOKENS_PER_FRAME} a "
+        "frame; answers that are kept cost nothing)"
+    )
+
+
+def of_recipe(cfg: Any, args: argparse.Namespace) -> tuple[Estimate, str]:
+    """The estimate for command line arguments, and a line on what it is for."""
     from lavis_lstp.config.run import RunSettings
     from lavis_lstp.runners.deepspeed import config as deepspeed_config
     from lavis_lstp.runners.deepspeed.engine import import_deepspeed
 
-    if args.gpus < 1:
-        raise ConfigError(f"--gpus must be at least 1, got {args.gpus}")
-    register()
-    cfg = Config(args)
     run = cfg.to_dict()["run"]
     if run["runner"] == "runner_deepspeed":
         import_deepspeed(torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # it reads its configuration

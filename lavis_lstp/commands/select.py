@@ -1,21 +1,32 @@
 """`lavis-lstp select VIDEO "question"`: which frames of a film to show for a question, and when they are.
 
 In: a video, or a file of questions about videos. Out: a table; with --save a folder with selection.json, the frames and
-one sheet of them; of a file of questions, JSON lines, one question each, which a killed run goes on with.
+one sheet of them; of a file of questions, JSON lines, one question each, which a killed run goes on with. --from takes
+what is recorded in a file instead of choosing, and --format writes the forms of `data/selections.py`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lavis_lstp.data.annotation import read_annotation
+from lavis_lstp.data.selections import FORMS, Recorded, read_recorded, text_of
 from lavis_lstp.errors import AnnotationError, ConfigError, LstpError
-from lavis_lstp.files import find_path, json_text, owned, read_jsonl, strict_json, whole_file, write_jsonl
+from lavis_lstp.files import (
+    atomic_writer,
+    find_path,
+    json_text,
+    owned,
+    read_jsonl,
+    sha256_file,
+    strict_json,
+    whole_file,
+    write_jsonl,
+)
 from lavis_lstp.inference.selection import BY_SAMPLER, METHODS, Selection, select
 from lavis_lstp.redaction import printable
 from lavis_lstp.untrusted import why_no_path
@@ -54,13 +65,20 @@ def save(found: Selection, folder: Path) -> None:
 
 
 def select_all(
-    questions: Path, root: Path, out: Path, common: Mapping[str, Any], settings: Mapping[str, Any], by: str | None
+    questions: Path,
+    root: Path,
+    out: Path,
+    common: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    by: str | None,
+    recorded: Path | None = None,
 ) -> tuple[int, int]:
     """A line of `out` for each question, in the order of the file; those that are there already are kept.
 
     Args:
         common, settings: arguments of `select`.
         by: whose sampler is asked, as the user names it.
+        recorded: file whose frames are taken, whoever chose them.
 
     Returns:
         How many were selected now, and how many there are.
@@ -70,6 +88,9 @@ def select_all(
     """
     rows = read_annotation(questions)
     wanted = {key: value for key, value in common.items() if key != "predictor"} | {"rule": dict(settings), "by": by}
+    found = {}
+    if recorded is not None:
+        found, wanted = read_recorded(recorded, rows, "--from"), {"from": sha256_file(recorded)}
     with owned(out.parent):
         done = {}
         if out.exists():
@@ -80,7 +101,7 @@ def select_all(
             write_jsonl(out, done.values())  # without the line that a killed run left unfinished
         left = [row for row in rows if row["question_id"] not in done]
         with out.open("a", encoding="utf-8") as file:
-            for line in _selected(left, root, common, settings):
+            for line in _selected(left, root, common, settings, found):
                 file.write(json_text({**line, "asked": wanted}) + "\n")
                 file.flush()
         by_id = {line["question_id"]: line for line in read_jsonl(out)}
@@ -89,7 +110,11 @@ def select_all(
 
 
 def _selected(
-    rows: Sequence[Mapping[str, Any]], root: Path, common: Mapping[str, Any], settings: Mapping[str, Any]
+    rows: Sequence[Mapping[str, Any]],
+    root: Path,
+    common: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    recorded: Mapping[str, Recorded],
 ) -> Iterator[dict[str, Any]]:
     from tqdm import tqdm
 
@@ -99,7 +124,11 @@ def _selected(
         if why := why_no_path(row["video"]):
             raise AnnotationError(f"question {row['question_id']}: video {row['video'][:80]!r} {why}")
         path = find_path(root, row["video"])
-        yield {"question_id": row["question_id"], **select(path, row["question"], **common, **settings).to_json()}
+        if recorded:
+            found = Selection.recorded(path, row["question"], recorded[row["question_id"]])
+        else:
+            found = select(path, row["question"], **common, **settings)
+        yield {"question_id": row["question_id"], **found.to_json()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -116,19 +145,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--checkpoint", help="whose sampler is asked (default: the shipped tiny one's)")
     parser.add_argument("--settings", nargs="*", default=[], metavar="A=B", help="of the method, such as power=2.0")
     parser.add_argument("--save", type=Path, help="folder for selection.json, the frames and a sheet of them")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--json", action="store_true", help="print JSON, as --format jsonl does")
+    parser.add_argument("--format", choices=FORMS, help="print, or write to --out, in this form (default: jsonl)")
+    parser.add_argument("--from", dest="recorded", type=Path, metavar="FILE", help="take the frames of a file")
     parser.add_argument("--questions", type=Path, help="annotation file: select for every question of it")
     parser.add_argument("--root", type=Path, help="folder of its videos (default: that of the file)")
-    parser.add_argument("--out", type=Path, help="JSON lines to write")
+    parser.add_argument("--out", type=Path, help="file to write")
     args = parser.parse_args(argv)
     common = {"k": args.k, "method": args.method, "seed": args.seed, "num_candidates": args.num_candidates}
     common["candidates_per_s"] = args.candidates_per_s
     settings = dict(_setting(word) for word in args.settings)
-    if args.questions is None and args.video is None:
-        parser.error("name a video, or --questions FILE --out FILE")
-    if args.questions is None and not Path(args.video).is_file():
+    if args.questions is None and (args.video is None) == (args.recorded is None):
+        parser.error("name a video, --from FILE, or --questions FILE --out FILE")
+    if args.video is not None and not Path(args.video).is_file():
         raise LstpError(f"{args.video}: no such video file")
-    if args.method in BY_SAMPLER:
+    if args.recorded is None and args.method in BY_SAMPLER:
         from lavis_lstp.inference.predictor import load
 
         common["predictor"] = load(args.checkpoint or "example")
@@ -140,13 +171,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.out is None or args.video or args.save:
             parser.error("--questions FILE goes with --out FILE, and without a video and --save")
         root, by = args.root or args.questions.parent, args.checkpoint
-        made, count = select_all(args.questions, root, args.out, common, settings, by)
+        other = args.format not in (None, "jsonl")
+        lines = args.out.with_name(f"{args.out.name}.jsonl") if other else args.out  # what a killed run goes on with
+        made, count = select_all(args.questions, root, lines, common, settings, by, args.recorded)
+        if other:
+            with atomic_writer(args.out) as file:
+                file.write(text_of(args.format, read_jsonl(lines)))
         print(printable(f"{args.out}: {count} questions, {made} of them selected now"))
         return 0
-    found = select(args.video, args.question, **common, **settings)
+    if args.recorded is not None:
+        found = Selection.read(args.recorded)
+    else:
+        found = select(args.video, args.question, **common, **settings)
     if args.save:
         save(found, args.save)
-    print(json.dumps(found.to_json()) if args.json else printable(table(found)))
+    form = args.format or ("jsonl" if args.json else None)
+    print(text_of(form, [found.to_json()]).rstrip("\n") if form else printable(table(found)))
     return 0
 
 

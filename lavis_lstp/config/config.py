@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lavis_lstp.config.data import checked_dataset, complete_dataset, settings_of
 from lavis_lstp.config.load import find_config, first_line, load_recipe, sections_of, with_options
-from lavis_lstp.config.model import check_complete_model, checked_model
+from lavis_lstp.config.model import check_complete_model, check_recorded, checked_model
 from lavis_lstp.config.names import resolve_model
 from lavis_lstp.config.other_keys import (
     check_lavis_dataset,
@@ -87,6 +87,7 @@ def _check_resolved(config: Mapping, roles: set[str], others: set[str]) -> None:
     checked_run(config["run"], roles, others)
     if is_ours(registry.get_model_class(config["model"]["arch"])):
         check_complete_model(config["model"])
+        check_recorded(config["model"], config["datasets"])
     for name, section in config["datasets"].items():
         if settings_of(name):
             checked_dataset(name, section)

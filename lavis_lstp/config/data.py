@@ -122,6 +122,9 @@ class VideoSettings(PictureSettings):
     )  # candidates a second where these are at most num_frames; null = num_frames
     short_videos: str = key("keep", one_of=("keep", "double"))  # double: frames repeat to num_frames (published)
     spans: Any = key(kind=TEXT, per_split=True)  # pseudo-span file for the split train; "shards": span.json of shards
+    # recorded frames (`lavis-lstp select --questions`, AKS, BOLT, vLLM) in place of num_frames candidates, for selector
+    # recorded; a file is for the splits that are evaluated
+    selection: Any = key(kind=TEXT, per_split=True)
     spans_form: str = key(
         "lavis_lstp", one_of=("lavis_lstp", "indices", "fractions")
     )  # published files: indices (0..31) or fractions (0..1), both ends inclusive

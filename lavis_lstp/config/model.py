@@ -18,6 +18,7 @@ SOURCES: dict[str, str] = {
     "hub": "lavis_lstp.models.answer.qformer:build",
     "lavis": "lavis_lstp.models.answer.lavis_models:build_lavis_backbone",
     "transformers": "lavis_lstp.models.answer.video_llm:build",
+    "endpoint": "lavis_lstp.models.answer.endpoint:build",
 }
 """`backbone.source` -> the function that builds such an answerer; a new one is a file and a line here."""
 
@@ -26,7 +27,8 @@ class Kind(NamedTuple):
     """A selector: the function (of models/where) that is its rule, and what the rule must be told of a video.
 
     needs: of "logits" of the temporal sampler; "scores", one a frame, made of these; "times_s" of the frames; the
-    "question"; a "span" that comes with the sample; "rng", random numbers. A rule over scores is one of selectors.py.
+    "question"; a "span", or a "record" of frames chosen before, that comes with the sample; "rng", random numbers. A
+    rule over scores is one of selectors.py.
     """
 
     rule: str
@@ -36,6 +38,11 @@ class Kind(NamedTuple):
     def by_sampler(self) -> bool:
         """Return whether the temporal sampler must be asked first."""
         return not {"logits", "scores"}.isdisjoint(self.needs)
+
+    @property
+    def by_data(self) -> bool:
+        """Return whether a data set must say where to look; a video alone does not."""
+        return not {"span", "record"}.isdisjoint(self.needs)
 
 
 _OF_LOGITS, _OF_SCORES = "lavis_lstp.models.where.frame_selector", "lavis_lstp.models.where.selectors"
@@ -52,11 +59,13 @@ SELECTORS: dict[str, Kind] = {
     "focus": Kind(f"{_OF_SCORES}:focus", needs=("scores", "times_s", "rng")),
     "global_local": Kind(f"{_OF_SCORES}:global_local", needs=("scores", "question")),
     "given": Kind(f"{_OF_LOGITS}:given", needs=("span",)),
+    "recorded": Kind(f"{_OF_LOGITS}:recorded", needs=("record",)),
 }
 """`selector.name` -> its rule. best_span (also called lstp): the most likely span. argmax: likeliest start and
 likeliest end, each for itself, under the published rules. gumbel: published, two noisy candidates. uniform: K interval
 centres of the video. random: K different frames. topk, aks, inverse_transform, focus, global_local: published rules
-over scores, see selectors.py. given: a span that comes with the sample (a pseudo span, or the gold span as oracle)."""
+over scores, see selectors.py. given: a span that comes with the sample (a pseudo span, or the gold span as oracle).
+recorded: all frames that a data set with a `selection` brings."""
 
 AUTO = "auto"
 """A `selector.num_selected` that depends on the scores of each question."""
@@ -207,14 +216,29 @@ class BackboneConfig:
 
 
 @dataclass
+class Served:
+    """Asking a server; its address and key are taken from OPENAI_BASE_URL and OPENAI_API_KEY."""
+
+    frames: str = key("video", one_of=("video", "images"))  # video: JPEG frames with their seconds, as vLLM takes them
+    image_size: int = key(448, least=1, most=SIDE)  # px, side of the frames that `ask` and lmms-eval read
+    concurrency: int = key(8, least=1, most=1000)  # questions of a batch under way at a time
+    retries: int = key(6, least=0, most=1000)  # of each question, waiting as long as the server says
+    timeout_s: int | float = key(120, above=0)  # of one attempt
+    cache: str | None = key()  # SQLite file of answers; null = lavis_lstp/answers.sqlite in the user's cache
+
+
+@dataclass
 class Backbone:
     source: str = key(
         "hub", one_of=SOURCES, called="source (model.backbone.source)"
-    )  # hub: BLIP-2 and InstructBLIP; lavis: LAVIS's own; transformers: any video model with a chat template
+    )  # hub: BLIP-2 and InstructBLIP; lavis: LAVIS's own; transformers: any video model with a chat template;
+    # endpoint: a model of a server
     family: str = key("instructblip", one_of=("instructblip", "blip2"), called="backbone family")  # hub
     arch: str | None = key()  # lavis: blip2_t5, blip2_opt; with its git main blip2_vicuna_instruct, blip2_t5_instruct
     model_type: str | None = key()  # lavis: its type
-    weights: str | None = key()  # hub: id or folder; null = random of the sizes in `config`. lavis: a .pth
+    weights: str | None = (
+        key()
+    )  # hub: id or folder; null = random of the sizes in `config`. lavis: a .pth. endpoint: its name there
     dtype: str = key(
         "bfloat16", one_of=("float32", "bfloat16", "float16"), called="dtype (model.backbone.dtype)"
     )  # of what does not learn
@@ -226,6 +250,7 @@ class Backbone:
     )  # of a frozen language model: 8bit, 4bit (bitsandbytes)
     gradient_checkpointing: bool = key(False)
     times_in_prompt: bool = key(False)  # transformers: the frames' seconds before the prompt, for models not told them
+    endpoint: Served = key(Served)
     compile: bool = key(False)  # torch.compile of vision tower, Q-Former and language model
     seed: int = key(0, least=0, most=SEED)  # of random weights, and of a fresh sampler
     max_text_tokens: int = key(512, least=1)  # prompts and answers are cut to this many tokens
@@ -372,6 +397,21 @@ def check_together(
         field = "answer" if name == "answer_template" else "question"
         if f"{{{field}}}" not in text:
             raise ConfigError(f"model.{name} must contain {{{field}}}, got {text!r}")
+
+
+def check_recorded(model: Mapping[str, Any], datasets: Mapping[str, Any]) -> None:
+    """Raise ConfigError where data sets bring recorded frames and the model chooses others, or the other way round."""
+    wanted = SELECTORS[model["selector"]["name"]].needs == ("record",)
+    for name, section in datasets.items():
+        if bool((section or {}).get("selection")) != wanted:
+            raise ConfigError(
+                f"datasets.{name}.selection and model.selector.name={model['selector']['name']} do not go together: "
+                + (
+                    "the selector shows what a data set has recorded; name a file there"
+                    if wanted
+                    else "recorded frames are shown by model.selector.name=recorded alone"
+                )
+            )
 
 
 def check_complete_model(model: Mapping[str, Any]) -> None:

@@ -26,6 +26,7 @@ from lavis_lstp.data.annotation import read_annotation
 from lavis_lstp.data.benchmarks import BENCHMARKS, read_benchmark
 from lavis_lstp.data.instruct import read_instructions
 from lavis_lstp.data.qa_dataset import VideoQADataset
+from lavis_lstp.data.selections import Recorded, read_recorded
 from lavis_lstp.data.shapes import shapes_qa
 from lavis_lstp.data.shards.questions import ShardQuestions, first_process_alone, is_shards, of_split, shard_options
 from lavis_lstp.data.spans import read_spans
@@ -35,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 KINDS = ("image", "text", "video")
 
-NOT_SETTINGS = ("spans", "vis_processor", "text_processor")
+NOT_SETTINGS = ("spans", "recorded", "vis_processor", "text_processor")
 """Keys of a section that `VideoQADataset` takes in another form."""
 
 
@@ -133,6 +134,7 @@ class VideoQABuilder(BaseDatasetBuilder):
             **settings,
             **order,
             spans=self._spans(split, config, annotation),
+            recorded=self._recorded(split, config, annotation),
             vis_processor=self.vis_processors[kind] if (config.get("vis_processor") or {}).get(kind) else None,
             text_processor=self.text_processors[kind] if (config.get("text_processor") or {}).get(kind) else None,
             section=self.section,
@@ -144,7 +146,7 @@ class VideoQABuilder(BaseDatasetBuilder):
     def _spans(self, split: str, config: Mapping[str, Any], annotation: ShardQuestions | list):
         """`spans` is one file for the split train, or {split: file}; "shards" in place of a file means theirs."""
         spans = config.get("spans")
-        files = {"train": spans} if isinstance(spans, str) else spans or {}
+        files = spans if isinstance(spans, Mapping) else {"train": str(spans)} if spans else {}
         if not files.get(split):
             return None
         frames = {name: config[name] for name in ("num_frames", "fps", "short_videos")}
@@ -153,6 +155,15 @@ class VideoQABuilder(BaseDatasetBuilder):
                 raise ConfigError(f"{self.section}.spans: 'shards' is for tar shards; split {split} is read from files")
             return annotation.spans(of_split((config.get("shards") or {}).get("spans"), split), **frames)
         return read_spans(local_path(files[split]), form=config["spans_form"], section=self.section, **frames)
+
+    def _recorded(self, split: str, config: Mapping[str, Any], annotation: Sequence) -> dict[str, Recorded] | None:
+        """`selection` is one file for the splits that are evaluated, or {split: file}."""
+        files = config.get("selection")
+        if not isinstance(files, Mapping):
+            files = {split: str(files)} if files and not split.startswith("train") else {}
+        if not files.get(split):
+            return None
+        return read_recorded(local_path(files[split]), annotation, f"{self.section}.selection")
 
 
 class InstructBuilder(VideoQABuilder):

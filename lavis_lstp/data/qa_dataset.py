@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,11 @@ from lavis_lstp.data.frame_numbers import sample_indices
 from lavis_lstp.data.left_out import LeftOut
 from lavis_lstp.data.pictures import DEFAULT_MAX_MEGAPIXELS, open_picture
 from lavis_lstp.data.published_flow import read_published_flow
+from lavis_lstp.data.selections import Recorded
 from lavis_lstp.data.shards.questions import ShardQuestions, unpack_frames
 from lavis_lstp.data.spans import Spans
-from lavis_lstp.data.video.reading import SHORT_VIDEOS, check_inside, read_frames
+from lavis_lstp.data.store import content_digest
+from lavis_lstp.data.video.reading import SHORT_VIDEOS, VideoFrames, check_inside, read_frames
 from lavis_lstp.errors import AnnotationError, ConfigError, ShardError, VideoError, unknown_name
 from lavis_lstp.files import sha256_json
 from lavis_lstp.schema import NO_SPAN, Batch, Sample, Span
@@ -66,6 +69,7 @@ class VideoQADataset(Dataset):
         flow_size: side in px of motion vectors' field, and of the still flow of images and texts; None = that of the
             frames.
         spans: pseudo spans by question id, or None; see `data.spans`.
+        recorded: frames by question id, which are read in place of num_frames ones, or None; see `data.selections`.
         backend: pyav, decord or torchcodec.
         decode_threads, decode_size, hardware: how pyav decodes; see `read_frames`.
         frames: exact, or keyframe: in place of each frame the nearest key frame of the file.
@@ -103,6 +107,7 @@ class VideoQADataset(Dataset):
         flow_size: int | None = None,
         max_flows: int | None = None,
         spans: Spans | None = None,
+        recorded: Mapping[str, Recorded] | None = None,
         backend: str = "pyav",
         decode_threads: int = 1,
         decode_size: int | None = None,
@@ -134,6 +139,7 @@ class VideoQADataset(Dataset):
         self.flow_size = flow_size
         self.max_flows = max_flows
         self.spans = spans
+        self.recorded = recorded
         self.backend = backend
         self.decoding = {"threads": decode_threads, "decode_size": decode_size, "hardware": hardware}
         self.exact = frames == "exact"
@@ -149,6 +155,7 @@ class VideoQADataset(Dataset):
         self.lanes, self.buffer = lanes, buffer
         self.kinds = self.annotation.kinds
         self._decode = None
+        self._digests: dict[Path, str] = {}
         self._check_settings()
         self._check_kinds(bool(flow_root) or in_shards)
         self._check_ids()
@@ -156,6 +163,12 @@ class VideoQADataset(Dataset):
         self.left_out = LeftOut(len(self), max_bad_fraction, quarantine, section)
 
     def _check_settings(self) -> None:
+        free = (self.flow, self.fps, self.short_videos, self.exact, self.spans) == ("none", None, "keep", True, None)
+        if self.recorded is not None and not free:
+            raise ConfigError(
+                f"{self.section}.selection says which frames are read; it goes with flow: none, fps: null, "
+                "short_videos: keep and frames: exact, and without spans"
+            )
         if not self.exact and self.flow == "precomputed":
             raise ConfigError(f"{self.section}.frames: keyframe does not go with flow: precomputed, which is of others")
         if self.flow_pairs == "local" and self.flow == "none":
@@ -251,7 +264,7 @@ class VideoQADataset(Dataset):
         groups: dict[str, list[int]] = {}
         length = []
         for index, row in enumerate(self.annotation):
-            groups.setdefault(_media_name(row) or f"text {index}", []).append(index)
+            groups.setdefault(self._shown(row) or f"text {index}", []).append(index)
             length.append(len(row["question"]) + sum(map(len, row.get("options") or ())))
         ordered = [sorted(group, key=lambda index: (length[index], index)) for group in groups.values()]
         return sorted(ordered, key=lambda group: length[group[-1]])
@@ -265,6 +278,7 @@ class VideoQADataset(Dataset):
         settings += [self.decoding["decode_size"]] if self.decoding["decode_size"] else []
         settings += [self.flow_pairs] if self.flow_pairs != "sampled" else []
         settings += [self.max_flows] if self.max_flows is not None else []
+        settings += [] if self.recorded is None else [sorted((name, str(one)) for name, one in self.recorded.items())]
         spans = {name: span and list(span) for name, span in (self.spans or {}).items()}
         return sha256_json([self.annotation.identity(), settings, spans])
 
@@ -296,7 +310,7 @@ class VideoQADataset(Dataset):
             "options": row.get("options") or [],
             "category": row.get("category") or "",
             "categories": row.get("categories") or {},
-            "media": f"{self.annotation.origin} {_media_name(row)}" if kind_of(row) != "text" else "",
+            "media": f"{self.annotation.origin} {self._shown(row)}" if kind_of(row) != "text" else "",
             "text_output": row["answer"] or "",
             "answer": row["answer"],
             "question_id": row["question_id"],
@@ -315,6 +329,17 @@ class VideoQADataset(Dataset):
         if self.vis_processor is not None:
             sample["image"] = self._image(frames)
         return sample
+
+    def _shown(self, row: Mapping[str, Any]) -> str:
+        """What tells the frames of a question from those of others; '' for a text."""
+        chosen = self._chosen(row)
+        return _media_name(row) + (f" frames {chosen.frames}" if chosen else "")
+
+    def _chosen(self, row: Mapping[str, Any]) -> Recorded | None:
+        """Recorded frames of a question about a video."""
+        if self.recorded is None or kind_of(row) != "video":
+            return None
+        return replace(self.recorded[row["question_id"]], question=None)
 
     def _published_flow(self, row: Mapping[str, Any]) -> bool:
         return self.annotation.published_flow(self.annotation.place(row)) is not None
@@ -336,18 +361,25 @@ class VideoQADataset(Dataset):
             return frames, np.zeros(len(frames)), self._no_flow(frames)
         if self._decode is None:  # the last video is kept always: questions about it may come one after the other
             self._decode = lru_cache(maxsize=max(1, self.cache_videos))(self._read)
-        frames, times, flow, duration_s = self._decode(place, tuple(row.get("clip_s") or ()) or None)
+        frames, times, flow, duration_s = self._decode(place, tuple(row.get("clip_s") or ()) or None, self._chosen(row))
         if row.get("span_s") and duration_s is not None:
             check_inside(row["span_s"], "span_s", duration_s, str(row["video"]))
         return torch.from_numpy(frames), times, None if flow is None else torch.from_numpy(flow)
 
     def _read(
-        self, place: Any, clip_s: tuple[float, float] | None = None
+        self, place: Any, clip_s: tuple[float, float] | None = None, recorded: Recorded | None = None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, float | None]:
         codec, flow, duration_s = self.flow == "motion_vectors", None, None
         chosen = {"num": self.num_frames, "fps": self.fps, "short_videos": self.short_videos, "size": self.image_size}
         chosen["max_megapixels"] = self.max_megapixels
         stored = self.annotation.frames(place)
+        if recorded is not None:
+            if stored is not None:
+                raise ConfigError(
+                    f"{self.annotation.name(place)}: {self.section}.selection needs the video, not frames"
+                )
+            video = self._read_recorded(place, recorded)
+            return video.frames, video.times_s, None, video.info.duration_s
         if stored is not None:
             if not self.exact:
                 raise ConfigError(
@@ -373,6 +405,20 @@ class VideoQADataset(Dataset):
             else:
                 flow = self.annotation.flow(place, len(frames), self.flow_pairs)
         return frames, times_s, flow, duration_s
+
+    def _read_recorded(self, place: Any, recorded: Recorded) -> VideoFrames:
+        """The frames that were chosen for a question, of the video that they were chosen of."""
+        source, name = self.annotation.medium(place)
+        recorded.check_video(lambda: self._digest(source), name)
+        how = {"size": self.image_size, "max_megapixels": self.max_megapixels, "backend": self.backend}
+        return read_frames(source, name=name, **recorded.frames, **how, **self.decoding)
+
+    def _digest(self, source: Any) -> str:
+        if isinstance(source, bytes):
+            return content_digest(source)
+        if source not in self._digests:
+            self._digests[source] = content_digest(source)
+        return self._digests[source]
 
     def _read_image(self, place: Any) -> torch.Tensor:
         """uint8 [1,3,H,W]; pictures are resized as published: bicubic with antialias."""

@@ -26,13 +26,16 @@ logger = logging.getLogger(__name__)
 DEFAULT_FRAMES = 32
 """T where no run says how many: that of the data sets."""
 OPTION_SCORES = ("mean", "sum")
+SELECTING = "lstp_select"
+"""Any other model of lmms-eval behind a selection of ours, see `lmms_select`."""
 
 
 def manifests() -> list:
     """The entry point: a manifest of lmms-eval for each of our models."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
-    return [ModelManifest(model_id=name, simple_class_path=f"{__name__}.{name}") for name in MODEL_TYPES]
+    ours = [ModelManifest(model_id=name, simple_class_path=f"{__name__}.{name}") for name in MODEL_TYPES]
+    return [*ours, ModelManifest(model_id=SELECTING, chat_class_path=f"{__name__}_select.{SELECTING}")]
 
 
 def __getattr__(name: str) -> type:

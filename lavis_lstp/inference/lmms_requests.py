@@ -146,7 +146,7 @@ def questions_of(
             rows[name] = {
                 "question_id": name,
                 "video_id": str(medium.get("video", "")),
-                "question": _bare_question(document, question_key, context),
+                "question": bare_question(document, question_key, context),
                 "prompt": as_prompt(context),
                 "answer": None,
                 "options": [],
@@ -171,7 +171,8 @@ class _Picture:
         return request.visual(self.documents[request.task][request.split][request.doc_id])
 
 
-def _bare_question(document: Any, question_key: str, context: str) -> str:
+def bare_question(document: Any, question_key: str, context: str) -> str:
+    """The document's question where its context holds it, else the whole context."""
     found = document.get(question_key) if isinstance(document, Mapping) else None
     found = found.strip() if isinstance(found, str) else ""
     return found if found and found in context else context

@@ -55,9 +55,10 @@ def build_model(name: str, model_type: str | None, checkpoint: str | None, optio
         config.train = [part for part in config.train or () if part != "sampler"]
         config.losses, config.refinement.in_loop = ["lm"], False
     model = model_class.from_config(config).eval()
-    if model.selector.needs_span:
+    if model.selector.by_data:
+        what = "spans" if model.selector.needs_span else "frames"
         raise ConfigError(
-            f"selector '{model.selector.name}' takes spans from a data set, and a video alone has none; "
+            f"selector '{model.selector.name}' takes {what} from a data set, and a video alone has none; "
             "add --options model.selector.name=lstp"
         )
     return model, notes

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,7 @@ import numpy as np
 
 from lavis_lstp.config.model import SELECTORS
 from lavis_lstp.data.frame_numbers import uniform_centres
+from lavis_lstp.data.selections import FORMAT, VERSION, Recorded, timing
 from lavis_lstp.data.video.codec_figures import motion_energy, packet_costs
 from lavis_lstp.data.video.reading import probe, read_frames
 from lavis_lstp.errors import ConfigError, VideoError, unknown_name
@@ -35,9 +36,6 @@ BY_SAMPLER = ("lstp", *RULES)
 METHODS = (*WITHOUT_NETWORK, *BY_SAMPLER)
 CODEC_CANDIDATES = 512
 """Equal parts of a video whose bit cost or motion is one score."""
-FORMAT, VERSION = "lavis_lstp.selection", 1
-MILLISECONDS = 1000.0
-"""Frames a second of the clock on which times that keep no rate are told."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +118,39 @@ class Selection:
         return cls(**values)
 
     @classmethod
+    def recorded(cls, video: str | os.PathLike, question: str, found: Recorded) -> Selection:
+        """Frames that were recorded for a question, of our own or another selector, with their times in the file.
+
+        Raises:
+            ConfigError: the video is not the one that they were selected from, or has no such frame.
+            VideoError: the file is missing or not a readable video.
+        """
+        info, digest, times = probe(video), sha256_file(video), packet_costs(video).times_s
+        found.check_video(lambda: digest, str(video))
+        numbers = found.numbers
+        if numbers is None:
+            numbers = sorted({int(np.abs(times - seconds).argmin()) for seconds in found.times_s})
+        if numbers[-1] >= len(times) or (found.times_s and found.times_s[-1] > info.duration_s + 1):
+            raise ConfigError(f"{video}: has no such frame as was recorded for it ({numbers[-1]}); it is another video")
+        told = {"frame_index": list(numbers), "times_s": times[list(numbers)].round(6).tolist()}
+        return cls(
+            video=os.fspath(video),
+            sha256=digest,
+            question=question,
+            method="recorded",
+            settings={"k": len(numbers)},
+            candidate_index=told["frame_index"],
+            candidate_times_s=told["times_s"],
+            scores=None,
+            span_s=None,
+            num_filled=0,
+            num_frames=info.num_frames,
+            fps=info.fps,
+            duration_s=info.duration_s,
+            **told,
+        )
+
+    @classmethod
     def read(cls, path: str | os.PathLike) -> Selection:
         """From a JSON file that `write` made; errors as in `from_json`."""
         return cls.from_json(read_record(path, error=ConfigError), str(path))
@@ -127,18 +158,6 @@ class Selection:
     def write(self, path: str | os.PathLike) -> None:
         """To a JSON file, complete or not at all."""
         write_json(path, self.to_json())
-
-
-def timing(
-    numbers: Sequence[int], times_s: Sequence[float], fps: float, total: int, duration_s: float
-) -> tuple[float, list[int], int]:
-    """Frames a second, frame numbers and number of frames under which number / rate is each frame's true time.
-
-    They are the file's own where these tell its times to 2 ms, else milliseconds.
-    """
-    if all(abs(number / fps - seconds) < 2 / MILLISECONDS for number, seconds in zip(numbers, times_s, strict=True)):
-        return fps, list(numbers), total
-    return MILLISECONDS, [round(seconds * MILLISECONDS) for seconds in times_s], round(duration_s * MILLISECONDS)
 
 
 def select(

@@ -125,8 +125,9 @@ def _selector(used: Any, own: Mapping[str, Any]) -> Any:
         settings=own.get("rule", kept_rule),
         max_spans=several,
     )
-    if made.needs_span:
+    if made.by_data:
+        what = "spans" if made.needs_span else "frames"
         raise ConfigError(
-            f"selector '{made.name}' takes spans from a data set, and a question alone has none; use lstp"
+            f"selector '{made.name}' takes {what} from a data set, and a question alone has none; use lstp"
         )
     return made

@@ -11,7 +11,15 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lavis_lstp.endpoint import FAILURES_IN_A_ROW, Endpoint, Reply, message_of, refuse_keys, storable
+from lavis_lstp.endpoint import (
+    CHARACTERS_PER_TOKEN,
+    FAILURES_IN_A_ROW,
+    Endpoint,
+    Reply,
+    message_of,
+    refuse_keys,
+    storable,
+)
 from lavis_lstp.errors import LstpError
 from lavis_lstp.judging.prompts import Prompt
 from lavis_lstp.judging.verdict import FAILED, REFUSED, SCHEMA, Case, Verdict, identity, parse_verdict
@@ -21,8 +29,6 @@ __all__ = ["FAILURES_IN_A_ROW", "EndpointJudge", "JudgeError", "OnVerdict", "ref
 MAX_ANSWER_TOKENS = 256
 """Ten times what a verdict takes; bounds what a model that rambles can cost."""
 TOKENS_OF_A_VERDICT = 16
-CHARACTERS_PER_TOKEN = 4
-"""Of English text, about: the preview's tokenizer, as an endpoint does not say which one is its own."""
 _TOKENS = ("prompt_tokens", "completion_tokens")
 
 OnVerdict = Callable[[Case, Verdict], None]

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from lavis_lstp.endpoint import cost_line
 from lavis_lstp.errors import ConfigError, CoverageError
 from lavis_lstp.files import owned, sha256_file, write_json, write_jsonl
 from lavis_lstp.judging.cache import VerdictCache, default_path
@@ -108,15 +109,11 @@ class Docket:
         """What asking would take, in a line or two."""
         assert self.judge is not None
         tokens_in, tokens_out = self.judge.tokens(self.to_ask)
-        cost = "cost unknown without --price-in and --price-out"
-        if price_in is not None and price_out is not None:
-            money = (tokens_in * price_in + tokens_out * price_out) / 1e6
-            cost = f"about {money:{',.2f' if money >= 1 else '.2g'}} at these prices"
         left = self.num_waiting - len(self.to_ask)
         return (
             f"{len(self.verdicts)} different cases: {self.num_decided} decided by rules, {self.num_cached} in the "
             f"cache, {len(self.to_ask)} to ask{f' ({left} more are over --limit)' if left else ''}\n"
-            f"{self.judge.identity}\nabout {tokens_in:,} tokens in and {tokens_out:,} out; {cost}"
+            f"{self.judge.identity}\n{cost_line(tokens_in, tokens_out, price_in, price_out)}"
         )
 
 

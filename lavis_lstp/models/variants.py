@@ -39,6 +39,7 @@ MODEL_TYPES: dict[str, dict[str, Path]] = {
             "smolvlm2_2b": "lstp_smolvlm2_2b",
             "llava_onevision_7b": "lstp_llava_onevision_7b",
             "internvl3_8b": "lstp_internvl3_8b",
+            "endpoint": "lstp_endpoint",
         },
     }.items()
 }

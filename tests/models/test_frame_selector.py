@@ -109,6 +109,7 @@ def test_best_span_is_the_best_of_all(rows, length, data):
 def test_every_selector_gives_sorted_frames_inside_its_span(name, num_selected, context, data):
     lengths = data.draw(st.lists(st.integers(0, 20), min_size=1, max_size=4))
     mask = mask_of(*lengths, width=20)
+    num_selected = max(num_selected, *lengths) if name == "recorded" else num_selected
     spans = []
     for n in lengths:
         start = data.draw(st.integers(0, max(0, n - 1)))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -17,6 +18,9 @@ from torch import Tensor
 
 from lavis_lstp.config.model import SOURCES, Backbone
 from lavis_lstp.errors import ConfigError, unknown_name
+
+TIMES = "The frames show these seconds of the video: {}.\n"
+"""Put before the prompt by `model.backbone.times_in_prompt`."""
 
 
 class Answers(NamedTuple):
@@ -141,7 +145,7 @@ def build_answerer(source: str, settings: Mapping[str, Any]) -> Any:
     if source not in SOURCES:
         raise ConfigError(unknown_name("source (model.backbone.source)", source, SOURCES))
     build = _builder(source)
-    taken, defaults = inspect.signature(build).parameters, vars(Backbone())
+    taken, defaults = inspect.signature(build).parameters, asdict(Backbone())
     for key, value in settings.items():
         if key not in taken and key not in NAMES and value != defaults.get(key):
             users = [other for other in SOURCES if key in inspect.signature(_builder(other)).parameters]

@@ -23,6 +23,7 @@ from torch.nn.functional import pad
 
 from lavis_lstp.batch import several_ranks, weights_are_divided
 from lavis_lstp.errors import ConfigError, WeightsError, unknown_name
+from lavis_lstp.models.answer.answerer import TIMES
 from lavis_lstp.models.answer.chat_reading import ChatReading, Rows
 from lavis_lstp.models.answer.language import LanguageAnswerer
 from lavis_lstp.models.answer.loading import (
@@ -51,8 +52,6 @@ PIXELS = "pixel_values"
 """Prefix of the names of inputs that the vision tower reads."""
 NOT_INPUTS = ("second_per_grid_ts", "video_metadata", "num_crops")
 """Outputs of processors that positions are made of here, or that nobody reads."""
-TIMES = "The frames show these seconds of the video: {}.\n"
-"""Put before the prompt by `model.backbone.times_in_prompt`."""
 
 
 class VideoLLM(LanguageAnswerer):

@@ -177,6 +177,10 @@ def given(row: Row, num_selected: int) -> tuple[list[int], tuple[int, int]]:
     return list(range(start, end)), (start, end)
 
 
+def recorded(row: Row, num_selected: int) -> tuple[list[int], tuple[int, int]]:
+    return list(range(row.num_frames)), (0, row.num_frames)
+
+
 def argmax(row: Row, num_selected: int) -> tuple[list[int], tuple[int, int]]:
     return _published(row, [(int(row.start_logits.argmax()), int(row.end_logits.argmax()))])
 
@@ -202,6 +206,7 @@ class FrameSelector:
 
     Attributes:
         by_sampler: whether logits or scores of the temporal sampler are needed.
+        by_data: whether a data set says where to look. needs_record: it has chosen, and all its frames are taken.
         needs_logits, needs_scores, needs_span, needs_generator: which arguments a call must bring.
         span_key: name in the sample of the span that "given" takes.
         Others: see `build_selector`.
@@ -237,7 +242,8 @@ class FrameSelector:
         self.max_spans = max_spans
         self.least_selected, self.most_selected, self.mass = least_selected, most_selected, mass
         kind = SELECTORS[name]
-        self.by_sampler = kind.by_sampler
+        self.by_sampler, self.by_data = kind.by_sampler, kind.by_data
+        self.needs_record = "record" in kind.needs
         self.needs_logits = "logits" in kind.needs
         self.needs_scores = "scores" in kind.needs
         self.needs_span = "span" in kind.needs
@@ -356,7 +362,12 @@ class FrameSelector:
                 frames, found = self.rule(row, wanted)
             if several is not None:
                 several[b] = row.best
-            if self.adapts or self.few_frames == "keep":
+            if self.needs_record and len(frames) > wanted:
+                raise ConfigError(
+                    f"a question has {len(frames)} recorded frames, and model.selector.num_selected is {wanted}; "
+                    "set it to the most that a question has"
+                )
+            if self.adapts or self.needs_record or self.few_frames == "keep":
                 wanted = min(wanted, len(frames))
             index.append(spread(frames, wanted))
             spans.append(found)
