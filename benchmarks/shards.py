@@ -39,6 +39,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from video_files import moving_texture, write_video
 
+from lavis_lstp.config.data import Shards
 from lavis_lstp.data.annotation import read_annotation
 from lavis_lstp.data.qa_dataset import VideoQADataset
 from lavis_lstp.data.shards.format import parse_flow, parse_frames
@@ -203,7 +204,7 @@ def remote_rows(name: str, there: list[str], size: float, args: argparse.Namespa
     """Rows of the table for one set of shards of `size` MB."""
     flow_kind, what = {"both": ("precomputed", "frames and flow"), "mp4": ("none", "mp4")}[name]
     common = {"num_frames": args.frames, "image_size": args.size, "flow": flow_kind}
-    streamed = VideoQADataset(ShardQuestions(there), lanes=16, buffer=16, **common)
+    streamed = VideoQADataset(ShardQuestions(there), shards=Shards(loader="stream"), **common)
     offsets = VideoQADataset(ShardQuestions(there), **common)
     order = TrainOrder([len(streamed)], batch_size=8, accumulate=1, seed=0, sampling=[sampling_of(streamed)])
     plans = list(order.steps(0))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from lavis_lstp.config.load import flatten
 from lavis_lstp.config.model import AUTO, SELECTORS
 from lavis_lstp.errors import ConfigError, unknown_name
 from lavis_lstp.files import atomic_writer, owned, write_json
@@ -59,17 +60,10 @@ def ways_of(file: Path | None = None) -> dict[str, Way]:
             known = isinstance(entry, dict) and set(entry) <= {"title", "model", "keeps"}
             if not known or not isinstance(entry.get("model"), dict) or not isinstance(entry.get("title"), str):
                 raise ConfigError(f"{path}: '{name}' must have a title (text) and model (a mapping), and maybe keeps")
-            options = [f"model.{key}={value}" for key, value in _leaves(entry["model"])]
+            leaves = flatten(entry["model"], "model.").items()
+            options = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in leaves]
             ways[str(name)] = Way(entry["title"], tuple(options), tuple(entry.get("keeps") or ()))
     return ways
-
-
-def _leaves(section: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
-    for key, value in section.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{before}{key}.")
-        else:
-            yield f"{before}{key}", value if isinstance(value, str) else json.dumps(value)
 
 
 @dataclass(frozen=True)

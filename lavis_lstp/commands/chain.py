@@ -84,14 +84,15 @@ class Chain:
         self.about_s: dict[str, float] = {}  # how long a step takes, where that is known
 
     def run(self, steps: Sequence[Step]) -> None:
-        """Each step that is not done yet.
+        """Each step that is not done yet; of several, each line of the log says which it is of how many.
 
         Raises:
             ConfigError: a folder holds a step with other options, or done by a recipe that was edited since.
             LstpError: a step failed.
         """
-        for step in steps:
-            self.step(step.name, self.command(step), launch=step.kind != "command", recipe=step.recipe)
+        for number, step in enumerate(steps, 1):
+            place = f"step {number} of {len(steps)}, " if len(steps) > 1 else ""
+            self.step(step.name, self.command(step), launch=step.kind != "command", recipe=step.recipe, place=place)
 
     def command(self, step: Step) -> list[str]:
         """What stands behind `python`."""
@@ -111,12 +112,13 @@ class Chain:
     def is_done(self, name: str) -> bool:
         return (self.out / name / "done.json").is_file()
 
-    def step(self, name: str, command: list[str], *, launch: bool = False, recipe: str = "") -> None:
+    def step(self, name: str, command: list[str], *, launch: bool = False, recipe: str = "", place: str = "") -> None:
         """Runs a command, unless `done.json` in the step's folder says that it has been run to the end.
 
         Args:
             launch: by the launcher, not by plain python.
             recipe: the file that the command reads; '' = none.
+            place: what the log says before the step's name.
 
         Raises:
             ConfigError: the folder holds the same step with other options or of another recipe, whose results must not
@@ -141,26 +143,26 @@ class Chain:
                     f"the step and what follows again with --from {name}"
                 )
             self.seconds[name] = before["seconds"]
-            logger.info("%s: done before, in %.0f s", name, self.seconds[name])
+            logger.info("%s: done before, in %.0f s", place + name, self.seconds[name])
             return
         whole = [*(self.launcher if launch else [sys.executable]), *command]
-        logger.info("%s: %s", name, without_secrets(shlex.join(whole)))
+        logger.info("%s: %s", place + name, without_secrets(shlex.join(whole)))
         about = f", of about {self.about_s[name]:.0f} s" if name in self.about_s else ""
         if about:
-            logger.info("%s: takes about %.0f s", name, self.about_s[name])
+            logger.info("%s: takes about %.0f s", place + name, self.about_s[name])
         with _locked(folder) as lock:
             sweep(folder, lambda name: name in (started.name, done.name))
             write_json(started, recorded)
             size = output.stat().st_size if output.is_file() else 0
             begin = time.perf_counter()
-            status, stopped = _call(whole, output, lock, f"{name}: %.0f s so far{about}")
+            status, stopped = _call(whole, output, lock, f"{place}{name}: %.0f s so far{about}")
             stopped = stopped or status in STOPS
             if status and not stopped:
                 raise LstpError(f"step {name} ended with status {status}: {_reason(output, size)} (see {output})")
             if not status:
                 self.seconds[name] = time.perf_counter() - begin
                 write_json(done, {"seconds": self.seconds[name], "recipe": digest})
-                logger.info("%s: %.0f s", name, self.seconds[name])
+                logger.info("%s: %.0f s", place + name, self.seconds[name])
             if stopped:
                 logger.warning("SIGTERM: stopped in step %s; the same command goes on from here", name)
                 raise SystemExit(STOPPED)

@@ -22,7 +22,7 @@ from typing import Any
 
 from lavis_lstp.commands.ablate import ways_of
 from lavis_lstp.commands.chain import Chain, Step, check_options, find_chain, read_chain
-from lavis_lstp.commands.report import report
+from lavis_lstp.commands.report import PICTURES, report
 from lavis_lstp.data.frame_numbers import uniform_centres
 from lavis_lstp.data.qa_dataset import read_annotation
 from lavis_lstp.data.shapes.scene import FPS, NUM_FRAMES
@@ -33,13 +33,16 @@ from lavis_lstp.report.table import judge_line, measure, paired_p, table_lines
 from lavis_lstp.schema import Span
 from lavis_lstp.untrusted import guard_log
 
+logger = logging.getLogger(__name__)
+
 MIN_GAIN = 0.20
 MIN_SHARE_OF_ORACLE = 0.90
 """What LSTP must reach: points above uniform, with intervals apart, and share of the oracle's accuracy."""
 CHAIN = "projects/lstp/chains/tiny.yaml"
 """The steps up to a trained LSTP."""
 ABOUT_S = {"base": 270, "flow": 30, "spans": 70, "sampler": 180, "lstp": 75, "uniform": 50}
-"""Seconds of the longer steps, on two quiet cores."""
+EVALUATION_S = 20
+"""Seconds of the steps and of each evaluation, on two quiet cores."""
 FILES = ("table.md", "table.json", "explanation.png", "report.html")
 
 
@@ -77,17 +80,21 @@ class Demo:
         self.steps = read_chain(find_chain(CHAIN))
         check_options(options, self.steps)
         self.chain = Chain(out, options)
-        self.chain.about_s.update(ABOUT_S)
+        self.chain.about_s.update(ABOUT_S, **{f"eval_{row.name}": EVALUATION_S for row in ROWS})
 
     def run(self) -> dict[str, Any]:
         """All steps; returns what `table.json` holds."""
-        self.chain.run(self.steps)
         lstp = self.steps[-1]
-        self.chain.run([replace(lstp, name="uniform", options=(*lstp.options, *WAYS["uniform"].options))])
+        steps = [*self.steps, replace(lstp, name="uniform", options=(*lstp.options, *WAYS["uniform"].options))]
         for row in ROWS:
             parts = ",".join(f"{{out}}/{name}" for name in ("base", "sampler", row.answerer))
             options = *lstp.options, f"model.checkpoint=[{parts}]", "run.test_splits=[test]", *row.options
-            self.chain.run([Step(f"eval_{row.name}", "evaluate", "projects/lstp/tiny_eval.yaml", options=options)])
+            steps.append(Step(f"eval_{row.name}", "evaluate", "projects/lstp/tiny_eval.yaml", options=options))
+        todo = [self.chain.about_s.get(step.name, 0) for step in steps if not self.chain.is_done(step.name)]
+        logger.info(
+            "%d of %d steps to do, about %.0f minutes on two quiet cores", len(todo), len(steps), sum(todo) / 60
+        )
+        self.chain.run(steps)
         return self.report()
 
     # ---- results ------------------------------------------------------------------------------------------------
@@ -186,6 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = demo.run()
         print(printable("\n" + table(result)))
         code = explain(demo)
+        logger.info("the page: reads the frames of %d answers again", PICTURES)
         report([args.out], title="Shapes-QA")
     files = ", ".join(str(args.out / name) for name in FILES)
     print(f"\n{time.perf_counter() - started:.0f} s. Written: {files}")

@@ -206,6 +206,18 @@ def _quoted(raw: str) -> str | None:
     return node.value if isinstance(node, yaml.ScalarNode) and node.style in ("'", '"') else None
 
 
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"run": {"seed": 1}} -> {"run.seed": 1}, as options name keys; a list is a value."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, f"{name}."))
+        else:
+            flat[name] = value
+    return flat
+
+
 def sections_of(user: DictConfig) -> dict[str, Any]:
     """The sections of a configuration as plain values, interpolations unresolved.
 

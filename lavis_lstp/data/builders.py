@@ -8,12 +8,12 @@ key with its default, their YAML files in `configs/datasets` hold what differs.
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +21,22 @@ from lavis.common.registry import registry
 from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
 from omegaconf import DictConfig, OmegaConf
 
-from lavis_lstp.config.data import CONFIGS, complete_dataset
+from lavis_lstp.config.data import CONFIGS, FolderSettings, Shards, complete_dataset
+from lavis_lstp.config.fields import checked
 from lavis_lstp.data.annotation import read_annotation
 from lavis_lstp.data.benchmarks import BENCHMARKS, read_benchmark
 from lavis_lstp.data.instruct import read_instructions
 from lavis_lstp.data.qa_dataset import VideoQADataset
 from lavis_lstp.data.selections import Recorded, read_recorded
 from lavis_lstp.data.shapes import shapes_qa
-from lavis_lstp.data.shards.questions import ShardQuestions, first_process_alone, is_shards, of_split, shard_options
+from lavis_lstp.data.shards.questions import ShardQuestions, first_process_alone, is_shards
+from lavis_lstp.data.shards.storage import Retry
 from lavis_lstp.data.spans import read_spans
 from lavis_lstp.errors import ConfigError, unknown_name
 
 logger = logging.getLogger(__name__)
 
 KINDS = ("image", "text", "video")
-
-NOT_SETTINGS = ("spans", "recorded", "vis_processor", "text_processor")
-"""Keys of a section that `VideoQADataset` takes in another form."""
 
 
 def local_path(path: str) -> Path:
@@ -47,6 +46,25 @@ def local_path(path: str) -> Path:
         return given
     cached = Path(registry.get_path("cache_root") or "") / given
     return cached if os.path.exists(cached) else given
+
+
+def shard_settings(config: Mapping[str, Any], split: str, section: str) -> Shards:
+    """The section `shards` of a data set as one split has it.
+
+    Raises:
+        ConfigError: a value that cannot be used, or values that do not go together.
+    """
+    given = checked(config, Shards, f"{section}.shards")
+    found = Shards(**{name: value.get(split) if isinstance(value, Mapping) else value for name, value in given.items()})
+    if found.loader == "stream" and found.window:
+        raise ConfigError(
+            f"{section}.shards.window is for loader: offsets; with stream, lanes says how many shards are mixed"
+        )
+    return found
+
+
+def retry_of(shards: Shards) -> Retry:
+    return Retry(shards.attempts, shards.wait_s, shards.timeout_s, tuple(shards.redirects))
 
 
 @registry.register_builder("lstp_video_qa")
@@ -118,23 +136,23 @@ class VideoQABuilder(BaseDatasetBuilder):
                 f"{self.section}.build_info.annotations.{split}.storage must be a file or a list of files, "
                 f"got {storage!r}"
             )
-        parameters = inspect.signature(VideoQADataset).parameters.values()
-        names = {one.name for one in parameters if one.kind is one.KEYWORD_ONLY} - {*NOT_SETTINGS}
-        settings = {name: value for name, value in config.items() if name in names}
-        options, order = shard_options(config.get("shards") or {}, split, self.section)
+        shards = shard_settings(config.get("shards") or {}, split, self.section)
+        known = {field.name for field in fields(FolderSettings)}
+        settings = FolderSettings(**{name: value for name, value in config.items() if name in known})
+        settings.shards = shards
         if is_shards(paths):
             flow_root = local_path(config["flow_root"]) if config.get("flow_root") else None
-            annotation = ShardQuestions(paths, kind=self.kind, flow_root=flow_root, section=self.section, **options)
+            how = {"flow": shards.flow, "flow_root": flow_root, "cache": shards.cache, "check": shards.check}
+            annotation = ShardQuestions(paths, kind=self.kind, **how, retry=retry_of(shards), section=self.section)
         else:
             annotation = self._annotation(split, [local_path(path) for path in paths], folder, config)
         kind = "train" if split.startswith("train") else "eval"
         dataset = VideoQADataset(
             annotation,
             folder,
-            **settings,
-            **order,
-            spans=self._spans(split, config, annotation),
-            recorded=self._recorded(split, config, annotation),
+            settings,
+            spans=self._spans(split, settings, annotation),
+            recorded=self._recorded(split, settings, annotation),
             vis_processor=self.vis_processors[kind] if (config.get("vis_processor") or {}).get(kind) else None,
             text_processor=self.text_processors[kind] if (config.get("text_processor") or {}).get(kind) else None,
             section=self.section,
@@ -143,22 +161,22 @@ class VideoQABuilder(BaseDatasetBuilder):
         logger.info("%s: %d questions about %s", split, len(dataset), dataset.annotation.size())
         return dataset
 
-    def _spans(self, split: str, config: Mapping[str, Any], annotation: ShardQuestions | list):
+    def _spans(self, split: str, settings: FolderSettings, annotation: ShardQuestions | list):
         """`spans` is one file for the split train, or {split: file}; "shards" in place of a file means theirs."""
-        spans = config.get("spans")
-        files = spans if isinstance(spans, Mapping) else {"train": str(spans)} if spans else {}
+        spans = settings.spans
+        files = {"train": spans} if isinstance(spans, str) else spans or {}
         if not files.get(split):
             return None
-        frames = {name: config[name] for name in ("num_frames", "fps", "short_videos")}
+        frames = {name: getattr(settings, name) for name in ("num_frames", "fps", "short_videos")}
         if files[split] == "shards":
             if not isinstance(annotation, ShardQuestions):
                 raise ConfigError(f"{self.section}.spans: 'shards' is for tar shards; split {split} is read from files")
-            return annotation.spans(of_split((config.get("shards") or {}).get("spans"), split), **frames)
-        return read_spans(local_path(files[split]), form=config["spans_form"], section=self.section, **frames)
+            return annotation.spans(settings.shards.spans, **frames)
+        return read_spans(local_path(files[split]), form=settings.spans_form, section=self.section, **frames)
 
-    def _recorded(self, split: str, config: Mapping[str, Any], annotation: Sequence) -> dict[str, Recorded] | None:
+    def _recorded(self, split: str, settings: FolderSettings, annotation: Sequence) -> dict[str, Recorded] | None:
         """`selection` is one file for the splits that are evaluated, or {split: file}."""
-        files = config.get("selection")
+        files = settings.selection
         if not isinstance(files, Mapping):
             files = {split: str(files)} if files and not split.startswith("train") else {}
         if not files.get(split):

@@ -28,24 +28,25 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, default_collate
 
+from lavis_lstp.config.data import FolderSettings
+from lavis_lstp.config.fields import checked
 from lavis_lstp.data.annotation import SECTION, read_annotation
 from lavis_lstp.data.folder import FolderQuestions, kind_of
 from lavis_lstp.data.frame_numbers import sample_indices
 from lavis_lstp.data.left_out import LeftOut
-from lavis_lstp.data.pictures import DEFAULT_MAX_MEGAPIXELS, open_picture
+from lavis_lstp.data.pictures import open_picture
 from lavis_lstp.data.published_flow import read_published_flow
 from lavis_lstp.data.selections import Recorded
 from lavis_lstp.data.shards.questions import ShardQuestions, unpack_frames
 from lavis_lstp.data.spans import Spans
 from lavis_lstp.data.store import content_digest
-from lavis_lstp.data.video.reading import SHORT_VIDEOS, VideoFrames, check_inside, read_frames
-from lavis_lstp.errors import AnnotationError, ConfigError, ShardError, VideoError, unknown_name
+from lavis_lstp.data.video.reading import VideoFrames, check_inside, read_frames
+from lavis_lstp.errors import AnnotationError, ConfigError, ShardError, VideoError
 from lavis_lstp.files import sha256_json
 from lavis_lstp.schema import NO_SPAN, Batch, Sample, Span
 
 __all__ = ["VideoQADataset", "read_annotation"]
 
-FLOWS = ("none", "motion_vectors", "precomputed")
 _FLOW_OF_PARTS = (
     "{section}.flow: precomputed is of whole videos, and questions here are about parts of videos (clip_s); use "
     "motion_vectors, or none and let the model compute it"
@@ -59,30 +60,13 @@ class VideoQADataset(Dataset):
         annotation: entries as `read_annotation` gives them, or without "video" and "image"; "prompt" is the whole
             prompt where there is one. Or the questions of shards.
         root: folder that "video" and "image" paths are relative to; none leads out of it. None for shards.
-        num_frames: T; uniform centres of the video, all frames of a shorter one.
-        fps: frames a second to read where these are at most num_frames; None = num_frames of any video.
-        short_videos: keep, or double: repeat the frames of a shorter video to num_frames; see `read_frames`.
-        image_size: side in px that frames are resized to (bilinear, aspect not kept); None = as stored.
-        flow: none, motion_vectors (read while decoding) or precomputed: `flow_root`/<video_id>.safetensors, or as
-            published <video_id>_raft.npy, which has its own number of fields, and so `flow_mask` [L] beside `flow`.
-        max_flows: of published flow files with more fields so many are taken; published training took 64.
-        flow_size: side in px of motion vectors' field, and of the still flow of images and texts; None = that of the
-            frames.
+        settings: what `config.data` describes, of one split; by default frames stay as large as they are stored.
         spans: pseudo spans by question id, or None; see `data.spans`.
         recorded: frames by question id, which are read in place of num_frames ones, or None; see `data.selections`.
-        backend: pyav, decord or torchcodec.
-        decode_threads, decode_size, hardware: how pyav decodes; see `read_frames`.
-        frames: exact, or keyframe: in place of each frame the nearest key frame of the file.
-        flow_pairs: sampled, from each frame to the next one read, or local, to the file's next.
-        cache_videos: so many decoded videos are kept in memory, in each loader process; at least one always is.
-        max_bad_fraction: share of samples that may fail to decode, or have no file, before the run stops.
-        quarantine: file that a line of JSON is appended to for each sample that fails; None = the log alone.
-        max_megapixels: a picture of a larger area, in millions of pixels, is not read.
-        window, resampled, lanes, buffer: how a training epoch goes through shards; see `runners.data_order.Sampling`.
-        image_frames: frames in `image`, evenly spaced; 1 = the middle one.
         vis_processor, text_processor: LAVIS processors; the first makes `image`, [3,h,w], or with image_frames
             [K,3,h,w], for LAVIS's own models, the second changes the question (not a prompt).
-        section: of the configuration that these settings stand in, for messages.
+        section: of the configuration that the settings stand in, for messages.
+        changes: keys of `settings` that are to be others.
 
     Raises:
         ConfigError: a setting is out of range, or settings do not go together.
@@ -97,137 +81,80 @@ class VideoQADataset(Dataset):
         self,
         annotation: Sequence[Mapping[str, Any]] | FolderQuestions | ShardQuestions,
         root: str | Path | None = None,
+        settings: FolderSettings | None = None,
         *,
-        num_frames: int = 32,
-        fps: float | None = None,
-        short_videos: str = "keep",
-        image_size: int | None = None,
-        flow: str = "none",
-        flow_root: str | Path | None = None,
-        flow_size: int | None = None,
-        max_flows: int | None = None,
         spans: Spans | None = None,
         recorded: Mapping[str, Recorded] | None = None,
-        backend: str = "pyav",
-        decode_threads: int = 1,
-        decode_size: int | None = None,
-        hardware: str | None = None,
-        frames: str = "exact",
-        flow_pairs: str = "sampled",
-        cache_videos: int = 0,
-        max_bad_fraction: float = 0.0,
-        quarantine: str | Path | None = None,
-        max_megapixels: float = DEFAULT_MAX_MEGAPIXELS,
-        window: int = 0,
-        resampled: bool = False,
-        lanes: int = 0,
-        buffer: int = 1,
-        image_frames: int = 1,
         vis_processor=None,
         text_processor=None,
         section: str = SECTION,
+        **changes: Any,
     ):
+        given = vars(replace(settings or FolderSettings(image_size=None), **changes))
+        shards = given.pop("shards")
+        self.settings = FolderSettings(**checked(given, FolderSettings, section), shards=shards)
         in_shards = isinstance(annotation, ShardQuestions)
+        flow_root = self.settings.flow_root
         folder = {"flow_root": flow_root, "section": section}
         ready = in_shards or isinstance(annotation, FolderQuestions)
         self.annotation = annotation if ready else FolderQuestions(annotation, root, **folder)
-        self.num_frames = num_frames
-        self.fps = fps
-        self.short_videos = short_videos
-        self.image_size = image_size
-        self.flow = flow
-        self.flow_size = flow_size
-        self.max_flows = max_flows
-        self.spans = spans
-        self.recorded = recorded
-        self.backend = backend
-        self.decoding = {"threads": decode_threads, "decode_size": decode_size, "hardware": hardware}
-        self.exact = frames == "exact"
-        self.flow_pairs = flow_pairs
-        self.cache_videos = cache_videos
-        self.max_bad_fraction = max_bad_fraction
-        self.max_megapixels = max_megapixels
-        self.image_frames = image_frames
-        self.vis_processor = vis_processor
-        self.text_processor = text_processor
-        self.section = section
-        self.window, self.resampled, self.blocks = window, resampled, self.annotation.blocks
-        self.lanes, self.buffer = lanes, buffer
+        self.spans, self.recorded, self.section = spans, recorded, section
+        self.vis_processor, self.text_processor = vis_processor, text_processor
+        self.window, self.resampled, self.blocks = shards.window, shards.resampled, self.annotation.blocks
+        self.lanes, self.buffer = (shards.lanes, shards.buffer) if shards.loader == "stream" else (0, 1)
         self.kinds = self.annotation.kinds
         self._decode = None
         self._digests: dict[Path, str] = {}
         self._check_settings()
         self._check_kinds(bool(flow_root) or in_shards)
         self._check_ids()
-        self.annotation.check_files(max_bad_fraction)
-        self.left_out = LeftOut(len(self), max_bad_fraction, quarantine, section)
+        self.annotation.check_files(self.settings.max_bad_fraction)
+        self.left_out = LeftOut(len(self), self.settings.max_bad_fraction, self.settings.quarantine, section)
 
     def _check_settings(self) -> None:
-        free = (self.flow, self.fps, self.short_videos, self.exact, self.spans) == ("none", None, "keep", True, None)
-        if self.recorded is not None and not free:
+        settings = self.settings
+        free = [getattr(settings, name) for name in ("flow", "fps", "short_videos", "frames")]
+        if self.recorded is not None and (free != ["none", None, "keep", "exact"] or self.spans is not None):
             raise ConfigError(
                 f"{self.section}.selection says which frames are read; it goes with flow: none, fps: null, "
                 "short_videos: keep and frames: exact, and without spans"
             )
-        if not self.exact and self.flow == "precomputed":
+        if settings.frames == "keyframe" and settings.flow == "precomputed":
             raise ConfigError(f"{self.section}.frames: keyframe does not go with flow: precomputed, which is of others")
-        if self.flow_pairs == "local" and self.flow == "none":
+        if settings.flow_pairs == "local" and settings.flow == "none":
             raise ConfigError(
                 f"{self.section}.flow_pairs: local is for flow: motion_vectors, or precomputed by `lavis-lstp flow "
                 "--flow-pairs local`; flow is none"
             )
-        if self.flow not in FLOWS:
-            raise ConfigError(unknown_name(f"{self.section}.flow", self.flow, FLOWS))
-        if self.short_videos not in SHORT_VIDEOS:
-            raise ConfigError(unknown_name(f"{self.section}.short_videos", self.short_videos, SHORT_VIDEOS))
-        if self.fps is not None and (type(self.fps) not in (int, float) or not self.fps > 0):
-            raise ConfigError(f"{self.section}.fps must be a number greater than 0 or null, got {self.fps!r}")
-        if self.max_flows is not None and self.flow != "precomputed":
-            raise ConfigError(f"{self.section}.max_flows is for flow: precomputed, flow is {self.flow}")
-        if self.flow == "precomputed" and self.fps is not None:
+        if settings.max_flows is not None and settings.flow != "precomputed":
+            raise ConfigError(f"{self.section}.max_flows is for flow: precomputed, flow is {settings.flow}")
+        if settings.flow == "precomputed" and settings.fps is not None:
             raise ConfigError(
                 f"{self.section}.fps does not go with flow: precomputed; `lavis-lstp flow` reads num_frames frames"
             )
-        if self.flow != "none" and self.short_videos == "double":
+        if settings.flow != "none" and settings.short_videos == "double":
             raise ConfigError(
-                f"{self.section}.short_videos: double does not go with flow: {self.flow}; the model can compute it "
+                f"{self.section}.short_videos: double does not go with flow: {settings.flow}; the model can compute it "
                 "(flow: none), or keep short videos"
             )
-        for name, least in (
-            ("num_frames", 1),
-            ("image_frames", 1),
-            ("image_size", 1),
-            ("flow_size", 1),
-            ("max_flows", 1),
-            ("cache_videos", 0),
-        ):
-            value = getattr(self, name)
-            optional = value is None and (name.endswith("_size") or name == "max_flows")
-            if not optional and (type(value) is not int or value < least):
-                raise ConfigError(f"{self.section}.{name} must be a whole number of at least {least}, got {value!r}")
-        limit = self.max_megapixels
-        if type(limit) not in (int, float) or not 0 < limit < float("inf"):
-            raise ConfigError(f"{self.section}.max_megapixels must be a number greater than 0, got {limit!r}")
-        share = self.max_bad_fraction
-        if type(share) not in (int, float) or not 0 <= share <= 1:
-            raise ConfigError(f"{self.section}.max_bad_fraction must lie in 0..1, got {share!r}")
 
     def _check_kinds(self, has_flow: bool) -> None:
         """What only videos, or only images and texts, need."""
-        if self.flow == "precomputed" and "video" in self.kinds and not has_flow:
+        settings = self.settings
+        if settings.flow == "precomputed" and "video" in self.kinds and not has_flow:
             raise ConfigError(
                 f"{self.section}.flow: precomputed needs flow_root, the folder written by `lavis-lstp flow`"
             )
-        if self.flow == "precomputed" and self.kinds - {"video"} and not self.flow_size:
+        if settings.flow == "precomputed" and self.kinds - {"video"} and not settings.flow_size:
             raise ConfigError(
                 f"{self.section}.flow: precomputed needs flow_size, the side of the stored fields, for images and texts"
             )
-        if "text" in self.kinds and not self.image_size:
+        if "text" in self.kinds and not settings.image_size:
             raise ConfigError(f"{self.section}.image_size is needed for texts: that of the data they are mixed with")
         if "text" in self.kinds and self.vis_processor is not None:
             raise ConfigError(f"{self.section}.vis_processor: a text has no picture to process")
 
-        if self.flow == "precomputed" and self.annotation.has_clips:
+        if settings.flow == "precomputed" and self.annotation.has_clips:
             raise ConfigError(_FLOW_OF_PARTS.format(section=self.section))
 
     def _check_ids(self) -> None:
@@ -271,24 +198,26 @@ class VideoQADataset(Dataset):
 
     def fingerprint(self) -> str:
         """SHA-256 of everything that decides the samples, but the videos' content."""
-        settings = [self.num_frames, self.image_size, self.flow, self.flow_size, self.backend]
-        if self.fps is not None or self.short_videos != "keep":
-            settings += [self.fps, self.short_videos]
-        settings += [] if self.exact else ["keyframe"]
-        settings += [self.decoding["decode_size"]] if self.decoding["decode_size"] else []
-        settings += [self.flow_pairs] if self.flow_pairs != "sampled" else []
-        settings += [self.max_flows] if self.max_flows is not None else []
+        own = self.settings
+        settings = [own.num_frames, own.image_size, own.flow, own.flow_size, own.backend]
+        if own.fps is not None or own.short_videos != "keep":
+            settings += [own.fps, own.short_videos]
+        settings += [own.frames] if own.frames != "exact" else []
+        settings += [own.decode_size] if own.decode_size else []
+        settings += [own.flow_pairs] if own.flow_pairs != "sampled" else []
+        settings += [own.max_flows] if own.max_flows is not None else []
         settings += [] if self.recorded is None else [sorted((name, str(one)) for name, one in self.recorded.items())]
         spans = {name: span and list(span) for name, span in (self.spans or {}).items()}
         return sha256_json([self.annotation.identity(), settings, spans])
 
     def batch_settings(self) -> dict[str, Any]:
         """What data sets whose samples come into the same batches must have in common, by the name of the setting."""
-        settings: dict[str, Any] = {"image_size": self.image_size, "flow": "none" if self.flow == "none" else "given"}
-        if self.flow == "motion_vectors" or self.flow_size:
-            settings["flow_size"] = self.flow_size or self.image_size
+        own = self.settings
+        settings: dict[str, Any] = {"image_size": own.image_size, "flow": "none" if own.flow == "none" else "given"}
+        if own.flow == "motion_vectors" or own.flow_size:
+            settings["flow_size"] = own.flow_size or own.image_size
         if "video" in self.kinds:
-            settings["num_frames"] = self.num_frames
+            settings["num_frames"] = own.num_frames
         settings["vis_processor"] = "none" if self.vis_processor is None else "given"
         return settings
 
@@ -322,7 +251,7 @@ class VideoQADataset(Dataset):
         }
         if flow is not None:
             sample["flow"] = flow
-        if self.flow == "precomputed" and kind_of(row) == "video" and self._published_flow(row):
+        if self.settings.flow == "precomputed" and kind_of(row) == "video" and self._published_flow(row):
             sample["flow_mask"] = torch.ones(len(flow), dtype=torch.long)
         if self.spans is not None and kind_of(row) == "video" and self.spans[row["question_id"]] is None:
             sample["no_moment"] = torch.tensor(1)
@@ -346,7 +275,7 @@ class VideoQADataset(Dataset):
 
     def _image(self, frames: torch.Tensor) -> torch.Tensor:
         """The middle frame [3,h,w]; or K evenly spaced ones [K,3,h,w], repeated in order where there are fewer."""
-        count, chosen = self.image_frames, [len(frames) // 2]
+        count, chosen = self.settings.image_frames, [len(frames) // 2]
         if count > 1:
             chosen = sample_indices(count, len(frames))
         pictures = [self.vis_processor(Image.fromarray(frames[i].permute(1, 2, 0).numpy())) for i in chosen]
@@ -356,11 +285,11 @@ class VideoQADataset(Dataset):
         """frames uint8 [T,3,H,W], seconds float64 [T], flow float16 [T,2,h,w], or as published [L,2,h,w], or None."""
         kind, place = kind_of(row), self.annotation.place(row)
         if kind != "video":
-            nothing = (0, 3, self.image_size, self.image_size)
-            frames = self._read_image(place) if kind == "image" else torch.zeros(nothing).byte()
+            side = self.settings.image_size
+            frames = self._read_image(place) if kind == "image" else torch.zeros(0, 3, side, side).byte()
             return frames, np.zeros(len(frames)), self._no_flow(frames)
         if self._decode is None:  # the last video is kept always: questions about it may come one after the other
-            self._decode = lru_cache(maxsize=max(1, self.cache_videos))(self._read)
+            self._decode = lru_cache(maxsize=max(1, self.settings.cache_videos))(self._read)
         frames, times, flow, duration_s = self._decode(place, tuple(row.get("clip_s") or ()) or None, self._chosen(row))
         if row.get("span_s") and duration_s is not None:
             check_inside(row["span_s"], "span_s", duration_s, str(row["video"]))
@@ -369,9 +298,10 @@ class VideoQADataset(Dataset):
     def _read(
         self, place: Any, clip_s: tuple[float, float] | None = None, recorded: Recorded | None = None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, float | None]:
-        codec, flow, duration_s = self.flow == "motion_vectors", None, None
-        chosen = {"num": self.num_frames, "fps": self.fps, "short_videos": self.short_videos, "size": self.image_size}
-        chosen["max_megapixels"] = self.max_megapixels
+        settings = self.settings
+        codec, flow, duration_s = settings.flow == "motion_vectors", None, None
+        chosen = {name: getattr(settings, name) for name in ("fps", "short_videos", "max_megapixels")}
+        chosen |= {"num": settings.num_frames, "size": settings.image_size}
         stored = self.annotation.frames(place)
         if recorded is not None:
             if stored is not None:
@@ -381,7 +311,7 @@ class VideoQADataset(Dataset):
             video = self._read_recorded(place, recorded)
             return video.frames, video.times_s, None, video.info.duration_s
         if stored is not None:
-            if not self.exact:
+            if settings.frames == "keyframe":
                 raise ConfigError(
                     f"{self.section}.frames: keyframe needs the video, and shards hold frames of it; exact"
                 )
@@ -391,27 +321,32 @@ class VideoQADataset(Dataset):
             frames, times_s = unpack_frames(stored, self.annotation.name(place), self.section, **chosen), stored.times_s
         else:
             source, name = self.annotation.medium(place)
-            codec_flow = {"motion_vectors": codec, "flow_size": self.flow_size if codec else None}
-            codec_flow |= {"flow_pairs": self.flow_pairs, "exact": self.exact, **self.decoding}
-            video = read_frames(source, between_s=clip_s, backend=self.backend, name=name, **chosen, **codec_flow)
+            codec_flow = {"motion_vectors": codec, "flow_size": settings.flow_size if codec else None}
+            codec_flow |= {"flow_pairs": settings.flow_pairs, "exact": settings.frames == "exact"}
+            video = read_frames(source, **chosen, **codec_flow, **self._decoding(), between_s=clip_s, name=name)
             frames, times_s, flow = video.frames, video.times_s, video.flow.astype(np.float16) if codec else None
             duration_s = video.info.duration_s
-        if self.flow == "precomputed":
+        if settings.flow == "precomputed":
             if clip_s:
                 raise ConfigError(_FLOW_OF_PARTS.format(section=self.section))
             published = self.annotation.published_flow(place)
             if published is not None:
-                flow = read_published_flow(published, self.max_flows)
+                flow = read_published_flow(published, settings.max_flows)
             else:
-                flow = self.annotation.flow(place, len(frames), self.flow_pairs)
+                flow = self.annotation.flow(place, len(frames), settings.flow_pairs)
         return frames, times_s, flow, duration_s
 
     def _read_recorded(self, place: Any, recorded: Recorded) -> VideoFrames:
         """The frames that were chosen for a question, of the video that they were chosen of."""
         source, name = self.annotation.medium(place)
         recorded.check_video(lambda: self._digest(source), name)
-        how = {"size": self.image_size, "max_megapixels": self.max_megapixels, "backend": self.backend}
-        return read_frames(source, name=name, **recorded.frames, **how, **self.decoding)
+        how = {"size": self.settings.image_size, "max_megapixels": self.settings.max_megapixels, **self._decoding()}
+        return read_frames(source, name=name, **recorded.frames, **how)
+
+    def _decoding(self) -> dict[str, Any]:
+        """Arguments of `read_frames` that change no frame's number."""
+        how = {name: getattr(self.settings, name) for name in ("backend", "decode_size", "hardware")}
+        return {"threads": self.settings.decode_threads, **how}
 
     def _digest(self, source: Any) -> str:
         if isinstance(source, bytes):
@@ -423,16 +358,17 @@ class VideoQADataset(Dataset):
     def _read_image(self, place: Any) -> torch.Tensor:
         """uint8 [1,3,H,W]; pictures are resized as published: bicubic with antialias."""
         source, name = self.annotation.medium(place)
-        picture = open_picture(source, name, max_megapixels=self.max_megapixels)
-        if self.image_size:
-            picture = picture.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
+        picture = open_picture(source, name, max_megapixels=self.settings.max_megapixels)
+        if side := self.settings.image_size:
+            picture = picture.resize((side, side), Image.Resampling.BICUBIC)
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].contiguous()
 
     def _no_flow(self, frames: torch.Tensor) -> torch.Tensor | None:
         """Pictures and texts do not move."""
-        if self.flow == "none":
+        if self.settings.flow == "none":
             return None
-        height, width = (self.flow_size, self.flow_size) if self.flow_size else frames.shape[-2:]
+        side = self.settings.flow_size
+        height, width = (side, side) if side else frames.shape[-2:]
         return torch.zeros(len(frames), 2, height, width, dtype=torch.float16)
 
     def _span(self, row: Mapping[str, Any], num_frames: int) -> torch.Tensor:

@@ -211,7 +211,7 @@ def _media(one: Evaluation, videos: str | None) -> Media | str:
         try:
             data = _data_set(name, section, split, cwd, one.manifest_file)
             far = _far(data.annotation, one)
-            return Media(data.annotation, cwd=cwd, far=far, max_megapixels=data.max_megapixels)
+            return Media(data.annotation, cwd=cwd, far=far, max_megapixels=data.settings.max_megapixels)
         except (LstpError, OSError) as error:
             reasons.append(_line(error, cwd))
     return reasons[0] if reasons else f"the run's data sets have no split '{split}'"

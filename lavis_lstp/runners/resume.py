@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lavis_lstp.config.load import flatten
 from lavis_lstp.errors import ConfigError, WeightsError
 from lavis_lstp.runners.checkpoint import CheckpointStore, find
 
@@ -80,18 +81,6 @@ def to_evaluate(store: CheckpointStore, wanted: str) -> Path:
     if found is None:
         raise WeightsError(f"run.resume_ckpt_path is auto, and there is no complete checkpoint in {store.folder}")
     return found
-
-
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"run": {"seed": 1}} -> {"run.seed": 1}; a list is a value."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping) and value:
-            flat.update(flatten(value, f"{name}."))
-        else:
-            flat[name] = value
-    return flat
 
 
 def important(config: Mapping[str, Any]) -> dict[str, Any]:

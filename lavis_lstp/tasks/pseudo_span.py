@@ -101,7 +101,8 @@ def save_spans(
     """
     path = Path(template.replace("{split}", split_name)).expanduser()
     model = model_config or {}
-    num_frames = getattr(dataset, "num_frames", None)  # the setting: every video may be shorter
+    settings = getattr(dataset, "settings", dataset)
+    num_frames = getattr(settings, "num_frames", None)  # the setting: every video may be shorter
     if num_frames is None:
         num_frames = max((len(record.get("scores", ())) for record in records), default=0)
     kept = ("span", "scores")
@@ -110,8 +111,8 @@ def save_spans(
         "version": SPANS_VERSION,
         "unit": "frames",
         "num_frames": num_frames,
-        "fps": getattr(dataset, "fps", None),
-        "short_videos": getattr(dataset, "short_videos", "keep"),
+        "fps": getattr(settings, "fps", None),
+        "short_videos": getattr(settings, "short_videos", "keep"),
         "made_by": {"arch": model.get("arch"), "checkpoint": model.get("checkpoint"), **made_by},
         "spans": {r["question_id"]: {key: r[key] for key in kept if key in r} for r in records},
     }

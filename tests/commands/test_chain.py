@@ -281,7 +281,7 @@ def test_a_step_that_goes_on_says_so(tmp_path, caplog, monkeypatch):
     one = chain.Chain(tmp_path)
     one.about_s["slow"] = 2
     with caplog.at_level("INFO"):
-        one.step("slow", ["-c", "import time; time.sleep(0.7)"])
+        one.step("slow", ["-c", "import time; time.sleep(0.7)"], place="step 2 of 3, ")
     said = [record.getMessage() for record in caplog.records]
-    assert "slow: takes about 2 s" in said
-    assert any(line.endswith("s so far, of about 2 s") for line in said)
+    assert "step 2 of 3, slow: takes about 2 s" in said
+    assert any(re.fullmatch(r"step 2 of 3, slow: \d s so far, of about 2 s", line) for line in said)

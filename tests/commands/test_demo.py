@@ -51,15 +51,20 @@ def test_table_says_when_the_claim_is_not_met():
         assert "1.0 + 1.0 + 1.0 + 1.0 + 1.0 = 5.0" in text
 
 
-def test_each_row_of_the_table_is_evaluated_with_its_own_frames_and_answerer(tmp_path):
-    ran = []
+def test_each_row_of_the_table_is_evaluated_with_its_own_frames_and_answerer(tmp_path, caplog):
+    ran, places = [], []
     work = demo.Demo(tmp_path, ["run.max_epoch=1"])
-    work.chain.step = lambda name, command, **_: ran.append((name, command))
+    work.chain.step = lambda name, command, **how: places.append(how["place"]) or ran.append((name, command))
     work.report = dict
-    work.run()
+    with caplog.at_level("INFO"):
+        work.run()
+    assert "11 of 11 steps to do, about 13 minutes on two quiet cores" in caplog.text
     commands = dict(ran)
     evaluations = [f"eval_{row.name}" for row in demo.ROWS]
     assert list(commands) == ["base", "flow", "spans", "sampler", "lstp", "uniform", *evaluations]
+    assert (
+        places == [f"step {number} of 11, " for number in range(1, 12)] and commands.keys() == work.chain.about_s.keys()
+    )
 
     def last(name: str, key: str) -> str:
         return [word.partition("=")[2] for word in commands[name] if word.startswith(f"{key}=")][-1]

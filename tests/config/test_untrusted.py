@@ -601,8 +601,8 @@ def two_hosts():
 
 
 def test_a_redirect_to_another_host_is_followed_only_where_the_user_says_so(two_hosts, monkeypatch):
+    from lavis_lstp.data.builders import retry_of, shard_settings
     from lavis_lstp.data.shards import storage
-    from lavis_lstp.data.shards.questions import shard_options
 
     first, second = two_hosts
     monkeypatch.delenv(storage.REDIRECTS, raising=False)
@@ -622,11 +622,11 @@ def test_a_redirect_to_another_host_is_followed_only_where_the_user_says_so(two_
     monkeypatch.setenv(storage.REDIRECTS, "example.org, 127.0.0.1")
     assert storage.read_all(f"{first.url}/x.json") == b"{}" and len(second.asked) == 1
     monkeypatch.delenv(storage.REDIRECTS)
-    options, _ = shard_options({"redirects": ["127.0.0.1"], "attempts": 2}, "train", "datasets.x")
-    assert storage.read_all(f"{first.url}/x.json", options["retry"]) == b"{}" and len(second.asked) == 2
-    others, _ = shard_options({"redirects": ["example.org"]}, "train", "datasets.x")
+    allowed = retry_of(shard_settings({"redirects": ["127.0.0.1"], "attempts": 2}, "train", "datasets.x"))
+    assert storage.read_all(f"{first.url}/x.json", allowed) == b"{}" and len(second.asked) == 2
+    others = retry_of(shard_settings({"redirects": ["example.org"]}, "train", "datasets.x"))
     with pytest.raises(ShardError, match=r"shards.redirects=\[127.0.0.1\] of the data set, or"):
-        storage.read_all(f"{first.url}/x.json", others["retry"])
+        storage.read_all(f"{first.url}/x.json", others)
     monkeypatch.setenv(storage.REDIRECTS, "*")
     first.to = "ftp://127.0.0.1/x"
     with pytest.raises(ShardError, match="not encrypted"):

@@ -14,6 +14,7 @@ from test_wds_loader import COMMON, assert_same, of_files, of_shards
 from test_wds_verify import media, only, packed, rewritten  # noqa: F401 (a fixture)
 from video_files import numbered_video
 
+from lavis_lstp.config.data import Shards
 from lavis_lstp.data.qa_dataset import VideoQADataset
 from lavis_lstp.data.shards import index, sets
 from lavis_lstp.data.shards.questions import ShardQuestions
@@ -57,7 +58,10 @@ def epoch_of(batches: Batches, order: TrainOrder, epoch: int, position: int = 0)
 
 def test_kinds_out_of_shards_are_mixed_by_ratio(three_kinds):
     kinds = ("video", "image", "text")
-    parts = {kind: VideoQADataset(ShardQuestions(three_kinds, kind=kind), window=2, **COMMON) for kind in kinds}
+    parts = {
+        kind: VideoQADataset(ShardQuestions(three_kinds, kind=kind), shards=Shards(window=2), **COMMON)
+        for kind in kinds
+    }
     joined, lengths = join(parts), [len(part) for part in parts.values()]
     assert lengths == [4, 6, 8]
     sampling = [sampling_of(part) for part in parts.values()]
@@ -107,7 +111,7 @@ def test_going_to_a_position_reads_nothing_before_it(three_kinds):
 
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_resampled_epochs_are_shared_and_resumed_alike(three_kinds, ranks):
-    dataset = VideoQADataset(ShardQuestions(three_kinds, kind="text"), resampled=True, **COMMON)
+    dataset = VideoQADataset(ShardQuestions(three_kinds, kind="text"), shards=Shards(resampled=True), **COMMON)
     options = {"batch_size": 2, "accumulate": 1, "seed": 4, "world_size": ranks, "sampling": [sampling_of(dataset)]}
     orders = [TrainOrder([8], rank=rank, **options) for rank in range(ranks)]
     drawn = orders[0].permutation(0).tolist()

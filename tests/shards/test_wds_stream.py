@@ -21,9 +21,11 @@ from test_wds_order import WORLDS, ends_of, order
 from test_wds_reading import three_kinds  # noqa: F401 (a fixture)
 from test_wds_verify import media, packed  # noqa: F401 (a fixture)
 
+from lavis_lstp.config.data import Shards
+from lavis_lstp.data.builders import shard_settings
 from lavis_lstp.data.qa_dataset import VideoQADataset
 from lavis_lstp.data.shards import sets, storage
-from lavis_lstp.data.shards.questions import ShardQuestions, shard_options
+from lavis_lstp.data.shards.questions import ShardQuestions
 from lavis_lstp.data.shards.stream import ReadShards, Wanted
 from lavis_lstp.errors import ConfigError, ShardError, VideoError
 from lavis_lstp.runners.data_order import LANE, Sampling, TrainOrder, sampling_of
@@ -101,7 +103,8 @@ def test_resampled_draws_whole_shards():
 
 
 def streamed(shards, *, questions: dict | None = None, lanes: int = 2, buffer: int = 2, **options) -> VideoQADataset:
-    return of_shards(shards, questions=questions, lanes=lanes, buffer=buffer, **options)
+    how = Shards(loader="stream", lanes=lanes, buffer=buffer)
+    return of_shards(shards, questions=questions, shards=how, **options)
 
 
 def train_order(dataset, *, rank=0, ranks=1, batch=2, accumulate=1, seed=3, **options) -> TrainOrder:
@@ -366,23 +369,24 @@ def test_a_loader_that_is_left_closes_its_connections(films):
     [
         ({"loader": "strem"}, "unknown datasets.x.shards.loader 'strem'; did you mean 'stream'"),
         ({"loader": "stream", "window": 2}, "window is for loader: offsets"),
-        ({"loader": "stream", "lanes": 0}, "lanes must be a number of at least 1"),
-        ({"loader": "stream", "buffer": 1.5}, "buffer must be a number of at least 1"),
+        ({"loader": "stream", "lanes": 0}, "lanes must be a whole number of at least 1"),
+        ({"loader": "stream", "buffer": 1.5}, "buffer must be a whole number of at least 1"),
     ],
 )
 def test_settings_that_cannot_be(config, said):
     with pytest.raises(ConfigError, match=said):
-        shard_options(config, "train", "datasets.x")
+        shard_settings(config, "train", "datasets.x")
 
 
-def test_settings_reach_the_order():
-    assert shard_options({"loader": "stream"}, "train", "x")[1] == {
-        "window": 0,
-        "resampled": False,
-        "lanes": 16,
-        "buffer": 16,
-    }
-    assert "lanes" not in shard_options({"lanes": 4}, "train", "x")[1]
+def test_settings_reach_the_order(films):
+    def order(**given) -> tuple:
+        settings = shard_settings({**given, "cache": {"train": "x", "test": "y"}}, "test", "x")
+        assert settings.cache == "y"
+        sampling = sampling_of(of_shards(films, shards=settings))
+        return sampling.window, sampling.resampled, sampling.lanes, sampling.buffer
+
+    assert order(loader="stream") == (0, False, 16, 16)
+    assert order(lanes=4, window=3, resampled=True) == (3, True, 0, 1)
 
 
 def test_lanes_that_do_not_divide_are_told(films, caplog):

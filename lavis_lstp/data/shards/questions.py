@@ -44,14 +44,12 @@ from lavis_lstp.data.shards.storage import (
 )
 from lavis_lstp.data.spans import Spans, checked_spans
 from lavis_lstp.data.video.reading import check_pairs, flow_file, read_flow_file
-from lavis_lstp.errors import AnnotationError, ConfigError, ShardError, VideoError, unknown_name
+from lavis_lstp.errors import AnnotationError, ConfigError, ShardError, VideoError
 from lavis_lstp.files import whole_file
 
 logger = logging.getLogger(__name__)
 
 COPIES_AT_ONCE = 4
-LOADERS = ("offsets", "stream")
-LANES, BUFFER = 16, 16
 KEPT = 8
 """Samples whose bytes a loader process keeps: the questions of one are often asked one after the other."""
 
@@ -63,37 +61,6 @@ def is_shards(storage: object) -> bool:
     """Whether a configuration's `storage` names shards and not an annotation file."""
     first = storage[0] if isinstance(storage, (list, tuple)) and storage else storage
     return isinstance(first, str) and (first.startswith("pipe:") or first.partition("?")[0].endswith(".tar"))
-
-
-def shard_options(config: Mapping[str, Any], split: str, section: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A data set's section `shards` -> options of `ShardQuestions` for a split, and of the order that an epoch has.
-
-    Raises:
-        ConfigError: a number is out of range.
-    """
-    least = {"window": 0, "lanes": 1, "buffer": 1, "attempts": 1, "wait_s": 0, "timeout_s": 0.1}
-    for key, smallest in least.items():
-        value, whole = config.get(key, smallest), not key.endswith("_s")
-        if type(value) not in ((int,) if whole else (int, float)) or value < smallest:
-            raise ConfigError(f"{section}.shards.{key} must be a number of at least {smallest}, got {value!r}")
-    if config.get("loader", LOADERS[0]) not in LOADERS:
-        raise ConfigError(unknown_name(f"{section}.shards.loader", config["loader"], LOADERS))
-    patience = {key: config[key] for key in ("attempts", "wait_s", "timeout_s") if key in config}
-    retry = Retry(**patience, redirects=tuple(config.get("redirects", ())))
-    options = {key: of_split(config[key], split) for key in ("flow", "cache", "check") if key in config}
-    order = {"window": config.get("window", 0), "resampled": config.get("resampled", False)}
-    if config.get("loader", LOADERS[0]) == "stream":
-        if order["window"]:
-            raise ConfigError(
-                f"{section}.shards.window is for loader: offsets; with stream, lanes says how many shards are mixed"
-            )
-        order |= {"lanes": config.get("lanes", LANES), "buffer": config.get("buffer", BUFFER)}
-    return {**options, "retry": retry}, order
-
-
-def of_split(value: Any, split: str) -> Any:
-    """Of a setting that is {split: value} the one for a split; any other is that of all."""
-    return value.get(split) if isinstance(value, Mapping) else value
 
 
 class ShardQuestions(Sequence):
