@@ -1,7 +1,9 @@
 """`lavis-lstp report OUT`: one HTML page about the evaluations in a folder, for a browser and nothing else.
 
 In: output folders of evaluations, predictions or verdict files. Out: `report.html`: table with intervals and judges,
-kinds of questions, videos, calibration, what the sampler did, time, and all questions with the frames that were chosen.
+seeds, accuracy against frames, kinds of questions, videos, calibration, what the sampler did, time, and all questions
+with the frames that were chosen; with `--export` the table as CSV, LaTeX or Markdown; with `--result` a file of the
+leaderboard, which `lavis-lstp verify-result` recomputes.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ from lavis_lstp.errors import ConfigError
 from lavis_lstp.files import atomic_writer, owned
 from lavis_lstp.redaction import printable, without_secrets
 from lavis_lstp.report.evaluations import find_evaluations
+from lavis_lstp.report.numbers import by_seed, summaries
 from lavis_lstp.report.page import question_order, write_page
+from lavis_lstp.report.table import FORMS, report_cells
 
 PICTURES = 100
 
@@ -26,6 +30,7 @@ def report(
     pictures: int = PICTURES,
     videos: str | None = None,
     title: str | None = None,
+    exports: Sequence[str | Path] = (),
 ) -> tuple[Path, str]:
     """Writes the page; returns where it is, and what was found, in a few lines.
 
@@ -33,6 +38,7 @@ def report(
         out: file, by default report.html in the first folder, or beside the first file.
         pictures: of so many questions the chosen frames are shown, wrong ones first.
         videos: folder or shards, where the run's manifest does not lead to them.
+        exports: files for the table alone; their endings say in which of FORMS.
 
     Raises:
         LstpError: no predictions, or some that cannot be read.
@@ -41,7 +47,11 @@ def report(
     target = Path(out) if out else (first if first.is_dir() else first.parent) / "report.html"
     if target.suffix != ".html" or target.is_dir():
         raise ConfigError(f"--out {target}: expected the name of a file that ends with .html")
+    for path in map(Path, exports):
+        if path.suffix not in FORMS or path.is_dir():
+            raise ConfigError(f"--export {path}: expected the name of a file that ends with {', '.join(FORMS)}")
     evaluations = find_evaluations(paths)
+    runs = summaries(evaluations)
     order = question_order(evaluations)
     chosen: tuple = ({}, [], [])
     if pictures:
@@ -49,18 +59,26 @@ def report(
 
         chosen = chosen_frames(evaluations, order[:pictures], videos)
     title = title or " and ".join(dict.fromkeys(path.resolve().name for path in map(Path, paths)))
-    page, warnings = write_page(evaluations, order, title=title, chosen=chosen, asked=min(pictures, len(order)))
-    try:
-        with owned(target, beside=True), atomic_writer(target) as file:
-            file.write(page)
-    except OSError as error:
-        raise ConfigError(f"--out {target}: cannot be written ({error.strerror or error})") from error
+    page, warnings = write_page(evaluations, runs, order, title=title, chosen=chosen, asked=min(pictures, len(order)))
+    _write(target, "--out", page)
+    if exports:
+        cells = report_cells(runs, by_seed(evaluations, runs)[0])
+    for path in map(Path, exports):
+        _write(path, "--export", FORMS[path.suffix](cells))
     notes = [f"warning: {text}" for text in warnings] + [f"note: {text}" for text in chosen[2]]
     seen = len({key for key, _ in chosen[0]})
     size = f"{target.stat().st_size / 1e6:.1f} MB"
     several = "evaluation" if len(evaluations) == 1 else "evaluations"
     line = f"{target}: {len(evaluations)} {several}, {len(order)} questions, {seen} with pictures, {size}"
     return target, "\n".join([*notes, line])
+
+
+def _write(path: Path, option: str, text: str) -> None:
+    try:
+        with owned(path, beside=True), atomic_writer(path) as file:
+            file.write(text)
+    except OSError as error:
+        raise ConfigError(f"{option} {path}: cannot be written ({error.strerror or error})") from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,9 +93,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="questions with pictures, wrong ones first (default: %(default)s)",
     )
     parser.add_argument("--videos", help="folder with the videos, or shards, if they are not where the run read them")
+    parser.add_argument(
+        "--export", nargs="+", action="extend", default=[], metavar="FILE", help="the table as .csv, .tex or .md, too"
+    )
     args = parser.parse_args(argv)
     if args.pictures < 0:
         raise ConfigError(f"--pictures must be at least 0, got {args.pictures}")
-    said = report(args.paths, args.out, pictures=args.pictures, videos=args.videos, title=args.title)[1]
+    said = report(
+        args.paths, args.out, pictures=args.pictures, videos=args.videos, title=args.title, exports=args.export
+    )[1]
     print(printable(without_secrets(said)))
     return 0
