@@ -208,7 +208,7 @@ def test_the_numbers_of_the_page_are_those_computed_by_hand(tmp_path):
     bins = [[i for i in range(90) if int(10 * confidence[i]) == b] for b in range(10)]
     gaps = [abs(sum(right[i] for i in b) - sum(confidence[i] for i in b)) / 90 for b in bins if b]
     assert seen.row("results", "ECE") == [f"{sum(gaps):.3f}"]
-    assert len(seen.alts) == 5 and all(len(alt) > 20 for alt in seen.alts)
+    assert len(seen.alts) == 6 and all(len(alt) > 20 for alt in seen.alts)
     by_video = {row[0]: row[1].split(" (")[0] for row in seen.tables["by-video"][1:]}
     assert by_video["v000"] == "2 of 3" and len(by_video) == 30
 
