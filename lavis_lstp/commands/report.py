@@ -13,11 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lavis_lstp.errors import ConfigError
-from lavis_lstp.files import atomic_writer, owned
+from lavis_lstp.files import atomic_writer, json_text, owned
 from lavis_lstp.redaction import printable, without_secrets
 from lavis_lstp.report.evaluations import find_evaluations
 from lavis_lstp.report.numbers import by_seed, summaries
 from lavis_lstp.report.page import question_order, write_page
+from lavis_lstp.report.result import result_of
 from lavis_lstp.report.table import FORMS, report_cells
 
 PICTURES = 100
@@ -31,6 +32,7 @@ def report(
     videos: str | None = None,
     title: str | None = None,
     exports: Sequence[str | Path] = (),
+    result: str | Path | None = None,
 ) -> tuple[Path, str]:
     """Writes the page; returns where it is, and what was found, in a few lines.
 
@@ -39,6 +41,7 @@ def report(
         pictures: of so many questions the chosen frames are shown, wrong ones first.
         videos: folder or shards, where the run's manifest does not lead to them.
         exports: files for the table alone; their endings say in which of FORMS.
+        result: a JSON file for the numbers of the one evaluation there is; see `report.result`.
 
     Raises:
         LstpError: no predictions, or some that cannot be read.
@@ -51,6 +54,9 @@ def report(
         if path.suffix not in FORMS or path.is_dir():
             raise ConfigError(f"--export {path}: expected the name of a file that ends with {', '.join(FORMS)}")
     evaluations = find_evaluations(paths)
+    if result and (len(evaluations) != 1 or Path(result).suffix != ".json"):
+        names = ", ".join(f"{one.verdicts or one.predictions}" for one in evaluations)
+        raise ConfigError(f"--result {result}: expected a name that ends with .json, and one evaluation, not {names}")
     runs = summaries(evaluations)
     order = question_order(evaluations)
     chosen: tuple = ({}, [], [])
@@ -65,6 +71,8 @@ def report(
         cells = report_cells(runs, by_seed(evaluations, runs)[0])
     for path in map(Path, exports):
         _write(path, "--export", FORMS[path.suffix](cells))
+    if result:
+        _write(Path(result), "--result", json_text(result_of(evaluations[0], runs[0]), indent=2) + "\n")
     notes = [f"warning: {text}" for text in warnings] + [f"note: {text}" for text in chosen[2]]
     seen = len({key for key, _ in chosen[0]})
     size = f"{target.stat().st_size / 1e6:.1f} MB"
@@ -96,11 +104,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--export", nargs="+", action="extend", default=[], metavar="FILE", help="the table as .csv, .tex or .md, too"
     )
+    parser.add_argument("--result", metavar="FILE", help="the numbers of one evaluation as .json, for verify-result")
     args = parser.parse_args(argv)
     if args.pictures < 0:
         raise ConfigError(f"--pictures must be at least 0, got {args.pictures}")
-    said = report(
-        args.paths, args.out, pictures=args.pictures, videos=args.videos, title=args.title, exports=args.export
-    )[1]
+    extra = {"exports": args.export, "result": args.result}
+    said = report(args.paths, args.out, pictures=args.pictures, videos=args.videos, title=args.title, **extra)[1]
     print(printable(without_secrets(said)))
     return 0

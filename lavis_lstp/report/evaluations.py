@@ -42,6 +42,7 @@ class Evaluation:
         missing: ids of those, where the evaluation listed them.
         resamples, seed: of the bootstrap, as the judge's own result has them.
         timings: seconds by stage, a dict a question.
+        digests: of the weights and the data, as the evaluation wrote them.
         manifest: of the run, {} where there is none; manifest_file: that file; run_dir: its folder.
     """
 
@@ -55,6 +56,7 @@ class Evaluation:
     resamples: int = RESAMPLES
     seed: int = 0
     timings: list[Row] = field(default_factory=list)
+    digests: dict[str, str] = field(default_factory=dict)
     manifest: dict[str, Any] = field(default_factory=dict)
     manifest_file: Path | None = None
     letter: str = ""
@@ -118,6 +120,18 @@ def find_evaluations(paths: Sequence[str | Path]) -> list[Evaluation]:
     for number, one in enumerate(found):
         one.letter = chr(ord("A") + number) if number < 26 else str(number + 1)
     return found
+
+
+def read_evaluation(predictions: Path, verdicts: Path | None = None) -> Evaluation:
+    """The evaluation of one file of predictions, and of verdicts about them.
+
+    Raises:
+        AnnotationError, CoverageError: as `find_evaluations`.
+    """
+    rows = by_question_id(predictions)
+    one = _evaluation(rows, predictions, verdicts, by_question_id(verdicts) if verdicts else None)
+    _name([one], {})
+    return one
 
 
 def _candidates(path: Path) -> list[Path]:
@@ -215,11 +229,12 @@ def _evaluation(
         rows=whole,
         judged=judged,
         verdicts=verdict_file,
-        num_questions=expected - (len(whole) - len(judged)),
+        num_questions=expected if judged else expected - len(whole),
         missing=[str(row.get("question_id")) for row in read_jsonl(missing)] if missing.is_file() else [],
         resamples=bootstrap.get("resamples", RESAMPLES),
         seed=bootstrap.get("seed", 0),
         timings=_timings(timings, rows) if timings.is_file() else [],
+        digests=metrics.get("digests", {}),
     )
     for path in (one.run_dir / name for name in MANIFESTS):
         if content := _json(path, MANIFEST_FORMS):
@@ -290,6 +305,7 @@ FORMS: dict[str, Callable[[Any], bool]] = {
 """What the page reads of a row, and whether a value is of the form that evaluations write."""
 RESULT_FORMS: dict[str, Callable[[Any], bool]] = {
     "num_questions": lambda value: _is_number(value, (int,)),
+    "digests": lambda value: isinstance(value, dict) and all(isinstance(one, str) for one in value.values()),
     "predictions": lambda value: isinstance(value, dict) and isinstance(value.get("sha256", ""), str),
     "bootstrap": lambda value: (
         isinstance(value, dict)

@@ -667,7 +667,11 @@ def test_the_report_of_an_evaluation(tmp_path, monkeypatch):
     rows = list(read_jsonl("out/result/test_video_qa.jsonl"))
     assert all(row["num_frames"] == 8 and 0 <= row["entropy"]["start"] <= 3 for row in rows)
     monkeypatch.chdir("/")
-    seen = page(tmp_path / "out", pictures=100)
+    board = tmp_path / "out" / "result" / "board.json"
+    seen = page(tmp_path / "out", pictures=100, result=board)
+    digests = json.loads(board.read_text())["digests"]
+    assert all(len(digests[name]) == 64 for name in ("config", "weights", "data", "questions"))
+    assert cli.main(["verify-result", str(board)]) == 0
     assert seen.row("evidence", "answers that asked the sampler") == ["12"]
     assert "shown for 12 of 12 questions" in seen.text
     assert set(seen.row("stages", "flow")[0]) <= set("0123456789., ") and len(seen.tables["by-category"]) > 2
