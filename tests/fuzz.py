@@ -485,6 +485,26 @@ def _check_page(out: Path) -> None:
     assert said
 
 
+def result(raw: bytes) -> None:
+    """A result file beside the predictions that it is about."""
+    from lavis_lstp.report.result import differences
+
+    wrong, count = differences(_file("board/result.json", raw))
+    assert count and all(isinstance(line, str) for line in wrong)
+
+
+def _result() -> dict[str, Any]:
+    from lavis_lstp.report.evaluations import read_evaluation
+    from lavis_lstp.report.numbers import summary
+    from lavis_lstp.report.result import result_of
+
+    one = read_evaluation(
+        _file("board/test_video_qa.jsonl", b"".join(json.dumps(row).encode() + b"\n" for row in PREDICTIONS[0]))
+    )
+    one.resamples = 10
+    return json.loads(json.dumps(result_of(one, summary(one))))
+
+
 def _no_constant(name: str) -> None:
     raise AssertionError(f"{name} is no JSON")
 
@@ -539,6 +559,7 @@ TARGETS: dict[str, tuple[Callable[[bytes], None], Callable[[], st.SearchStrategy
     "verdicts": (verdicts, lambda: json_files(*VERDICTS, lines=True)),
     "predictions": (predictions, lambda: json_files(*PREDICTIONS, lines=True)),
     "beside": (beside, lambda: json_files(*BESIDE)),
+    "result": (result, lambda: json_files(_result())),
     "set": (shard_set, lambda: json_files(SET)),
     "checkpoint": (checkpoint, lambda: json_files({"best.json": BEST, "manifest.json": MANIFEST})),
 }

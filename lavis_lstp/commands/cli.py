@@ -39,6 +39,7 @@ COMMANDS = {
     "report": ("lavis_lstp.commands.report:main", "write one HTML page about evaluations: tables, plots, questions"),
     "select": ("lavis_lstp.commands.select:main", "choose the frames of a film that a question asks for"),
     "serve": ("lavis_lstp.commands.serve:main", "answer browsers, and programs that speak OpenAI's API"),
+    "verify-result": ("lavis_lstp.report.result:main", "recompute the numbers of a result file from its predictions"),
     "list": ("lavis_lstp.commands.cli:list_names", "list models, datasets, tasks, runners or recipes"),
 }
 

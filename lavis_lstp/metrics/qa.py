@@ -69,8 +69,15 @@ def normalise(answer: str) -> str:
     """
     text = folded(answer)
     inside = {match.start() for match in _OF_NUMBERS.finditer(text)}
-    text = "".join(c for i, c in enumerate(text) if i in inside or c in _SIGNS or not _is_punctuation(c))
+
+    def kept(match: re.Match) -> str:
+        return match[0] if match.start() in inside or match[0] in _SIGNS or not _is_punctuation(match[0]) else ""
+
+    text = _NO_LETTER.sub(kept, text)
     return " ".join(_ARTICLES.sub(" ", text).split()) or " ".join(text.split())
+
+
+_NO_LETTER = re.compile(r"[^\w\s]|_")
 
 
 def _is_punctuation(character: str) -> bool:

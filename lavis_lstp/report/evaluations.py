@@ -43,6 +43,7 @@ class Evaluation:
         missing: ids of those, where the evaluation listed them.
         resamples, seed: of the bootstrap, as the judge's own result has them.
         timings: seconds by stage, a dict a question.
+        digests: of the weights and the data, as the evaluation wrote them.
         manifest: of the run, {} where there is none; manifest_file: that file; run_dir: its folder.
     """
 
@@ -56,6 +57,7 @@ class Evaluation:
     resamples: int = RESAMPLES
     seed: int = 0
     timings: list[Row] = field(default_factory=list)
+    digests: dict[str, str] = field(default_factory=dict)
     manifest: dict[str, Any] = field(default_factory=dict)
     manifest_file: Path | None = None
     letter: str = ""
@@ -119,6 +121,18 @@ def find_evaluations(paths: Sequence[str | Path]) -> list[Evaluation]:
     for number, one in enumerate(found):
         one.letter = chr(ord("A") + number) if number < 26 else str(number + 1)
     return found
+
+
+def read_evaluation(predictions: Path, verdicts: Path | None = None) -> Evaluation:
+    """The evaluation of one file of predictions, and of verdicts about them.
+
+    Raises:
+        AnnotationError, CoverageError: as `find_evaluations`.
+    """
+    rows = by_question_id(predictions)
+    one = _evaluation(rows, predictions, verdicts, by_question_id(verdicts) if verdicts else None)
+    _name([one], {})
+    return one
 
 
 def _candidates(path: Path) -> list[Path]:
@@ -197,8 +211,7 @@ def _evaluation(
         # a judge that was given --answers knows what the predictions do not say
         texts = {name: given[name] for name in TEXTS if name in given} if given else {}
         row = {"question": "", **texts, **{name: value for name, value in row.items() if value is not None}}
-        wild += [f"question_id '{key}': {what}" for what in _drop_wild(row)]
-        _check_row(f"{file}: question_id '{key}'", row)
+        wild += [f"question_id '{key}': {what}" for what in _check_row(f"{file}: question_id '{key}'", row)]
         whole[key] = row
         if "answer" in row:  # else it is hidden
             judged[key] = Judged(row, _verdict(row, verdict_file, key, given))
@@ -216,11 +229,12 @@ def _evaluation(
         rows=whole,
         judged=judged,
         verdicts=verdict_file,
-        num_questions=expected - (len(whole) - len(judged)),
+        num_questions=expected if judged else expected - len(whole),
         missing=[str(row.get("question_id")) for row in read_jsonl(missing)] if missing.is_file() else [],
         resamples=bootstrap.get("resamples", RESAMPLES),
         seed=bootstrap.get("seed", 0),
         timings=_timings(timings, rows) if timings.is_file() else [],
+        digests=metrics.get("digests", {}),
     )
     for path in (one.run_dir / name for name in MANIFESTS):
         if content := _json(path, MANIFEST_FORMS):
@@ -251,11 +265,12 @@ def _is_number(value: Any, kinds: tuple[type, ...] = (int, float)) -> bool:
 
 
 def _numbers(value: Any, count: int | None = None, kinds: tuple[type, ...] = (int,)) -> bool:
-    return (
-        isinstance(value, list)
-        and count in (None, len(value))
-        and all(one is None and type(None) in kinds or _is_number(one, kinds) for one in value)
-    )
+    if not isinstance(value, list) or count not in (None, len(value)):
+        return False
+    for one in value:  # a loop, because a page of 100,000 questions asks three million times
+        if type(one) not in kinds or not (one is None or -LARGEST <= one <= LARGEST):
+            return False
+    return True
 
 
 def _likelihood(value: Any) -> bool:
@@ -274,6 +289,9 @@ FORMS: dict[str, Callable[[Any], bool]] = {
     "span": lambda value: _numbers(value, 2),
     "gold_span": lambda value: _numbers(value, 2),
     "span_s": lambda value: _numbers(value, 2, (int, float)),
+    "moments_s": lambda value: (
+        isinstance(value, list) and bool(value) and all(_numbers(one, 2, (int, float)) for one in value)
+    ),
     "num_frames": lambda value: _is_number(value, (int,)) and value > 0,
     "frame_index": _numbers,
     "frame_times": lambda value: _numbers(value, None, (int, float, type(None))),
@@ -288,6 +306,7 @@ FORMS: dict[str, Callable[[Any], bool]] = {
 """What the page reads of a row, and whether a value is of the form that evaluations write."""
 RESULT_FORMS: dict[str, Callable[[Any], bool]] = {
     "num_questions": lambda value: _is_number(value, (int,)),
+    "digests": lambda value: isinstance(value, dict) and all(isinstance(one, str) for one in value.values()),
     "predictions": lambda value: isinstance(value, dict) and isinstance(value.get("sha256", ""), str),
     "bootstrap": lambda value: (
         isinstance(value, dict)
@@ -315,18 +334,6 @@ SHOWN_ONLY = ("span_s", "frame_times", "entropy", "log_prob", "option_log_prob")
 """Numbers of a row that the page shows and no score is made of."""
 
 
-def _drop_wild(row: Prediction) -> list[str]:
-    """Remove what a page only shows and no number of JSON or of a video can be; returns what it was."""
-    found = []
-    for name in SHOWN_ONLY:
-        if name in row and (tame := _tame(row[name])) != row[name]:
-            found.append(f"{name} {row[name]!r:.80}")
-            row[name] = tame
-            if not FORMS[name](tame):  # a span of one end is none
-                del row[name]
-    return found
-
-
 def _tame(value: Any, depth: int = 2) -> Any:
     """The value with None for each number, at most so deep, that is NaN, infinite or larger than an evaluation's."""
     if depth and isinstance(value, dict):
@@ -336,15 +343,26 @@ def _tame(value: Any, depth: int = 2) -> Any:
     return value if type(value) not in (int, float) or _is_number(value) else None
 
 
-def _check_row(where: str, row: Prediction) -> None:
+def _check_row(where: str, row: Prediction) -> list[str]:
+    """Remove what a page only shows and no number of JSON or of a video can be; returns what it was.
+
+    Raises:
+        AnnotationError: anything else is not of the form that an evaluation writes.
+    """
+    wild = []
     for name, is_good in FORMS.items():
-        if (name in row or name == "prediction") and not is_good(row.get(name)):
-            raise AnnotationError(
-                f"{where}: {name} is not of the form that an evaluation writes: {row.get(name)!r:.80}"
-            )
+        if (name in row or name == "prediction") and not is_good(value := row.get(name)):
+            scored = name not in SHOWN_ONLY or (name == "span_s" and "moments_s" in row)
+            if scored or (tame := _tame(value)) == value:
+                raise AnnotationError(f"{where}: {name} is not of the form that an evaluation writes: {value!r:.80}")
+            wild.append(f"{name} {value!r:.80}")
+            row[name] = tame
+            if not is_good(tame):  # a span of one end is none
+                del row[name]
     count = len(row.get("options", ()))
     if row.get("choice", "A") not in LETTERS[: max(1, count)] or len(row.get("option_log_prob", "." * count)) != count:
         raise AnnotationError(f"{where}: choice or option_log_prob are not about its {count} options")
+    return wild
 
 
 def _verdict(row: Prediction, verdict_file: Path | None, key: str, given: Row | None) -> Verdict:

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from lavis_lstp.config.model import SELECTORS
 from lavis_lstp.errors import CoverageError
+from lavis_lstp.files import sha256_json
 from lavis_lstp.judging.calibrate import calibrate
 from lavis_lstp.judging.compare import ITSELF, Judged, compare
 from lavis_lstp.judging.scores import score_verdicts
 from lavis_lstp.judging.verdict import JUDGED, OPEN
 from lavis_lstp.metrics.calibration import reliability
 from lavis_lstp.metrics.choice import accuracy
-from lavis_lstp.metrics.grounding import evaluate_spans
+from lavis_lstp.metrics.grounding import RECALL_AT, evaluate_spans, moment_iou
 from lavis_lstp.metrics.resampling import RESAMPLES
 from lavis_lstp.report.evaluations import EXACT, Evaluation
 from lavis_lstp.schema import Prediction, Span
@@ -34,6 +36,14 @@ def status(one: Judged | None) -> str:
     if one is None or one.verdict.status != JUDGED:
         return UNJUDGED
     return RIGHT if one.verdict.correct else WRONG
+
+
+def summaries(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
+    """`summary` of each, its `gap` to the oracle, and the `series` of those that differ in number of frames alone."""
+    return [
+        {**summary(one), "gap": gap, "series": setup(one, but=("model.selector.num_selected",))}
+        for one, gap in zip(evaluations, gaps(evaluations), strict=True)
+    ]
 
 
 def summary(one: Evaluation) -> dict[str, Any]:
@@ -54,6 +64,8 @@ def summary(one: Evaluation) -> dict[str, Any]:
         "has_scores": any(v.score is not None for v in verdicts.values()),
         "counts": {name: sum(status(item) == name for item in judged.values()) for name in (RIGHT, WRONG, UNJUDGED)},
         "unparsable": sum(row.get("choice") is None for row in chosen) if chosen else None,
+        "choosing": choosing(one),
+        "grounding": grounding(one),
         "by_category": categories(one),
         "calibration": calibration(one),
         "sampler": sampler(one),
@@ -74,6 +86,26 @@ def _right(one: Evaluation) -> dict[str, bool]:
     return {key: status(item) == RIGHT for key, item in found.items()}
 
 
+def choosing(one: Evaluation) -> dict[str, Any]:
+    """Who chose the frames, how many an answer saw, and how many were scored for it; None where nobody says.
+
+    A rule that asks the temporal sampler scores every candidate, the others none.
+    """
+    selector = _section(one, "model").get("selector") or {}
+    name = next((known for known in SELECTORS if known == selector.get("name")), None)
+    by_gold = name == "given" and selector.get("span_key") == "gold_span"
+    shown = [len({i for i in row["frame_index"] if i >= 0}) for row in one.rows.values() if row.get("frame_index")]
+    candidates = [row["num_frames"] for row in one.rows.values() if row.get("num_frames")]
+    scored = 0.0 if name and not SELECTORS[name].by_sampler else None
+    if name and scored is None and candidates:
+        scored = _mean(candidates)
+    return {"by": "oracle" if by_gold else name, "frames": _mean(shown) if shown else None, "scored": scored}
+
+
+def _section(one: Evaluation, name: str) -> dict[str, Any]:
+    return (one.manifest.get("config") or {}).get(name) or {}
+
+
 # ---- several evaluations --------------------------------------------------------------------------------------------
 
 
@@ -87,6 +119,92 @@ def against_first(evaluations: Sequence[Evaluation], resamples: int = RESAMPLES)
         except CoverageError as error:
             found.append({"warnings": [str(error)]})
     return found
+
+
+_OF_A_RUN = ("output_dir", "device", "distributed", "world_size", "num_workers", "log_freq", "track")
+
+_OF_A_SEED = (("run", "seed"), ("model", "checkpoint"), ("run", "resume_ckpt_path"))
+
+
+def setup(one: Evaluation, *, but: Sequence[str] = ()) -> str | None:
+    """Digest of what an evaluation was of, but for the settings (dotted) that may differ; None without a manifest."""
+    if not one.manifest.get("config"):
+        return None
+    dropped = {*(f"run.{name}" for name in _OF_A_RUN), *but}
+    judges = sorted({item.verdict.judge for item in one.judged.values()})
+    return sha256_json([_without(one.manifest["config"], dropped), one.predictions.stem, judges])
+
+
+def _without(section: Any, dropped: Collection[str], above: str = "") -> Any:
+    """A tree of settings without those whose dotted names are dropped; three levels down all is kept."""
+    if not isinstance(section, Mapping) or above.count(".") > 2:
+        return section
+    return {k: _without(v, dropped, f"{above}{k}.") for k, v in section.items() if f"{above}{k}" not in dropped}
+
+
+def gaps(evaluations: Sequence[Evaluation], resamples: int = RESAMPLES) -> list[dict[str, Any] | None]:
+    """How much better each would answer if its frames came from the gold moments: `compare` with the oracle's answers.
+
+    The oracle of an evaluation differs from it in nothing but the selector. None for it, and where there is none.
+    """
+    rule = [f"model.selector.{name}" for name in ("name", "span_key", "settings", "context", "mapping", "few_frames")]
+    keys = [setup(one, but=rule) for one in evaluations]
+    oracles = {key: one for key, one in zip(keys, evaluations, strict=True) if key and choosing(one)["by"] == "oracle"}
+    found: list[dict[str, Any] | None] = []
+    for key, one in zip(keys, evaluations, strict=True):
+        best = oracles.get(key or "")
+        same = best is not None and best is not one and best.judged.keys() == one.judged.keys()
+        try:
+            found.append(
+                compare(one.judged, best.judged, resamples=resamples, seed=one.seed)["accuracy"] if same else None
+            )
+        except CoverageError:
+            found.append(None)
+    return found
+
+
+def by_seed(
+    evaluations: Sequence[Evaluation], runs: Sequence[Mapping[str, Any]]
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Evaluations that differ in seed or checkpoint alone, as one row each: mean and spread; and warnings.
+
+    Args:
+        runs: `summary` of each.
+    """
+    groups: dict[str, list[int]] = {}
+    for i, one in enumerate(evaluations):
+        key = setup(one, but=[f"{part}.{name}" for part, name in _OF_A_SEED])
+        if key and runs[i]["scored"]:
+            groups.setdefault(key, []).append(i)
+    found, warnings = [], []
+    for places in groups.values():
+        members = [evaluations[i] for i in places]
+        letters = ", ".join(one.letter for one in members)
+        seeds = [[_section(one, part).get(name) for part, name in _OF_A_SEED] for one in members]
+        why = None
+        if any(one.judged.keys() != members[0].judged.keys() for one in members):
+            why = "they do not answer the same questions"
+        elif len({sha256_json(seed) for seed in seeds}) < len(seeds):
+            why = "two of them have the same seed and checkpoint"
+        if why and len(members) > 1:
+            warnings.append(f"{letters}: not averaged over seeds, because {why}")
+        elif len(members) > 1:
+            own = [runs[i] for i in places]
+            row = {
+                "accuracy": _over_runs([run["scored"]["accuracy"] for run in own]),
+                "miou": _over_runs([run["grounding"] and run["grounding"]["miou"] for run in own]),
+                "ms": _over_runs([run["latency"] and run["latency"]["all"]["mean"] for run in own]),
+            }
+            found.append({"letters": letters, "runs": own, "seeds": [seed for seed, *_ in seeds], **row})
+    return found, warnings
+
+
+def _over_runs(values: Sequence[float | None]) -> dict[str, float] | None:
+    """Mean, standard deviation (of a sample), smallest and largest; None where one has no value."""
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return None
+    return {"mean": _mean(known), "sd": statistics.stdev(known), "low": min(known), "high": max(known)}
 
 
 def agreements(evaluations: Sequence[Evaluation], resamples: int = RESAMPLES) -> list[dict[str, Any]]:
@@ -216,6 +334,36 @@ def _against_gold(one: Evaluation, rows: dict[str, Prediction], gold: dict[str, 
         "frames_inside": _mean(inside) if inside else None,
         "accuracy": {name: (len(hits), _mean(hits) if hits else None) for name, hits in halves.items()},
     }
+
+
+CURVE_AT = tuple(round(0.05 * step, 2) for step in range(1, 21))
+
+
+def grounding(one: Evaluation) -> dict[str, Any] | None:
+    """Span against gold moment of every question that has one: mean IoU, R@1 at RECALL_AT, and the curve of R@1.
+
+    In seconds, against the moment that the span meets best, where moments are known, else in frames. No span is a miss.
+    """
+    golds = {key: row for key, row in one.rows.items() if row.get("moments_s")}
+    unit = "seconds" if golds else "frames"
+    golds = golds or {key: row for key, row in one.rows.items() if row.get("gold_span")}
+    if not any(row.get("span") for row in golds.values()):
+        return None
+    ious = [_best_iou(row, unit) for row in golds.values()]
+    recalls = {at: sum(iou >= at for iou in ious) / len(ious) for at in (*CURVE_AT, *RECALL_AT)}
+    return {
+        "unit": unit,
+        "questions": len(ious),
+        "miou": _mean(ious),
+        "r1": {str(at): recalls[at] for at in RECALL_AT},
+        "curve": [(at, recalls[at]) for at in CURVE_AT],
+    }
+
+
+def _best_iou(row: Prediction, unit: str) -> float:
+    if unit == "frames":
+        return Span(*row["span"]).iou(Span(*row["gold_span"])) if row.get("span") else 0.0
+    return max(moment_iou(row["span_s"], one) for one in row["moments_s"]) if row.get("span_s") else 0.0
 
 
 def latency(one: Evaluation) -> dict[str, Any] | None:

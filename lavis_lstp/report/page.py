@@ -28,6 +28,7 @@ def question_order(evaluations: Sequence[Evaluation]) -> list[str]:
 
 def write_page(
     evaluations: Sequence[Evaluation],
+    runs: Sequence[Mapping[str, Any]],
     order: Sequence[str],
     *,
     title: str,
@@ -37,19 +38,22 @@ def write_page(
     """The page, and its warnings.
 
     Args:
+        runs: `numbers.summaries` of the evaluations.
         order: question ids.
         chosen: as `pictures.chosen_frames` gives it; asked: the number of questions that pictures were asked for.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    runs = [numbers.summary(one) for one in evaluations]
     against = numbers.against_first(evaluations)
     agreements = numbers.agreements(evaluations)
-    warnings = _warnings(evaluations, runs, against)
+    seeds, doubts = numbers.by_seed(evaluations, runs)
+    warnings = _warnings(evaluations, runs, against) + doubts
     places, uris, problems = chosen
     drawn = {name: [Markup(tag) for tag in tags] for name, tags in plots(runs).items()}
     has = {
+        "seeds": seeds,
+        "frames": drawn["frames"],
         "categories": [
             (kind, [run["by_category"].get(kind) for run in runs])
             for kind in sorted({kind for run in runs for kind in run["by_category"]})
@@ -64,7 +68,13 @@ def write_page(
         ],
     }
     sections = [("table", "Table")]
-    for key, label in (("categories", "Kinds"), ("videos", "Videos"), ("calibrated", "Calibration")):
+    for key, label in (
+        ("seeds", "Seeds"),
+        ("frames", "Frames"),
+        ("categories", "Kinds"),
+        ("videos", "Videos"),
+        ("calibrated", "Calibration"),
+    ):
         if has[key] or (key == "calibrated" and agreements):
             sections.append(("calibration" if key == "calibrated" else key, label))
     sections += [(key, label) for key, label in (("sampler", "Sampler"), ("latency", "Time")) if has[key]]
@@ -159,6 +169,9 @@ def _table(runs: Sequence[Mapping[str, Any]], against: Sequence[Mapping[str, Any
         ("unparsable choices", [None if run["unparsable"] is None else str(run["unparsable"]) for run in runs]),
         ("span IoU", [_from_gold(run, "iou") for run in runs]),
         ("ECE", [_first_ece(run) for run in runs]),
+        ("frames an answer", [_count(run["choosing"]["frames"]) for run in runs]),
+        ("frames scored for an answer", [_count(run["choosing"]["scored"]) for run in runs]),
+        ("gap to the oracle, points", [run["gap"] and _points(run["gap"]) for run in runs]),
         ("ms a question", [None if not run["latency"] else f"{run['latency']['all']['mean']:.1f}" for run in runs]),
         ("judged by", [scored(run, _judges) for run in runs]),
     ]
@@ -196,11 +209,17 @@ def _judges(scored: Mapping[str, Any]) -> str:
     return "; ".join(f"{numbers.judge_word(judge)} ({count})" for judge, count in scored["judges"].items())
 
 
+def _count(value: float | None) -> str | None:
+    return None if value is None else f"{value:.4g}"
+
+
 def _difference(result: Mapping[str, Any] | None, name: str) -> str | None:
-    if result is None or name not in result:
-        return None
-    low, high = result[name]["interval"]
-    return f"{100 * result[name]['difference']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+    return None if result is None or name not in result else _points(result[name])
+
+
+def _points(found: Mapping[str, Any]) -> str:
+    low, high = found["interval"]
+    return f"{100 * found['difference']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
 def _p_value(result: Mapping[str, Any] | None) -> str | None:
@@ -223,6 +242,9 @@ def _sampler_rows(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     def gold(use: Any) -> list[str | None]:
         return [use(one["gold"]) if one.get("gold") else None for one in evidence]
 
+    def moment(use: Any) -> list[str | None]:
+        return [run["grounding"] and use(run["grounding"]) for run in runs]
+
     def asked(use: Any) -> list[str | None]:
         return [use(one["entropy"]) if one.get("entropy") else None for one in evidence]
 
@@ -231,6 +253,9 @@ def _sampler_rows(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         return [None if share is None else f"{_percent(share)} of {count}" for count, share in pairs]
 
     found = [
+        ("moments: questions that have one", moment(lambda g: f"{g['questions']} ({g['unit']})")),
+        ("moments: mean IoU", moment(lambda g: f"{g['miou']:.3f}")),
+        ("moments: R@1 at 0.3, 0.5, 0.7", moment(lambda g: ", ".join(_percent(v) for v in g["r1"].values()))),
         ("answers with a span", [str(one["spans"]) if one else None for one in evidence]),
         ("with a gold span", gold(lambda g: str(g["num_scored"]))),
         ("IoU with the gold span", gold(lambda g: f"{g['iou']:.3f}")),

@@ -27,7 +27,13 @@ def stages_in_order(mappings: Iterable[Mapping[str, Any]]) -> list[str]:
 
 def plots(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     loud = runs[:LOUD]
-    found: dict[str, list[str]] = {"calibration": [], "sampler": [], "latency": []}
+    found: dict[str, list[str]] = {"frames": [], "calibration": [], "sampler": [], "latency": []}
+    series: dict[str, list[Mapping[str, Any]]] = {}
+    for run in runs:
+        if run["series"] and run["scored"] and run["choosing"]["frames"]:
+            series.setdefault(run["series"], []).append(run)
+    if any(len({run["choosing"]["frames"] for run in line}) > 1 for line in series.values()):
+        found["frames"].append(_frames_plot(list(series.values())))
     for kind in numbers.CONFIDENCES:
         tables = {run["letter"]: run["calibration"][kind] for run in loud if kind in run["calibration"]}
         if tables:
@@ -35,6 +41,9 @@ def plots(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     ious = {run["letter"]: run["sampler"]["gold"]["values"] for run in loud if _has(run, "gold")}
     if ious:
         found["sampler"].append(_histogram(ious, "IoU of span and gold span", (0.0, 1.0)))
+    curves = {run["letter"]: run["grounding"] for run in loud if run["grounding"]}
+    if curves:
+        found["sampler"].append(_curves_plot(curves))
     entropies = {run["letter"]: run["sampler"]["entropy"]["values"] for run in loud if _has(run, "entropy")}
     if entropies:
         most = max(run["sampler"]["entropy"]["possible"] for run in loud if _has(run, "entropy"))
@@ -81,6 +90,37 @@ def _reliability_plot(tables: Mapping[str, Mapping[str, Any]]) -> str:
     figure.legend(fontsize=8, loc="outside lower center", ncols=3, frameon=False)
     words = "; ".join(f"{letter}: expected calibration error {t['ece']:.3f}" for letter, t in tables.items())
     return picture_tag(figure, f"Reliability diagram, confidence of {title}. {words}")
+
+
+def _frames_plot(series: Sequence[Sequence[Mapping[str, Any]]]) -> str:
+    """Accuracy with its interval against frames an answer; a line for each way of choosing them."""
+    figure, axes = _figure()
+    words = []
+    for line in series:
+        line = sorted(line, key=lambda run: run["choosing"]["frames"])
+        x, y = [run["choosing"]["frames"] for run in line], [100 * run["scored"]["accuracy"] for run in line]
+        edges = [[100 * edge for edge in run["scored"]["accuracy_interval"]] for run in line]
+        bars = [[max(0.0, v - low) for v, (low, _) in zip(y, edges, strict=True)]]
+        bars.append([max(0.0, high - v) for v, (_, high) in zip(y, edges, strict=True)])
+        label = f"{line[0]['choosing']['by'] or 'frames'} ({', '.join(run['letter'] for run in line)})"
+        axes.errorbar(x, y, yerr=bars, marker="o", markersize=4, capsize=2, label=label)
+        words.append(f"{label}: {', '.join(f'{b:.1f} % at {a:.4g}' for a, b in zip(x, y, strict=True))}")
+    axes.set(xlabel="frames an answer", ylabel="accuracy, %")
+    figure.legend(fontsize=8, loc="outside lower center", ncols=2, frameon=False)
+    return picture_tag(figure, f"Accuracy against frames. {'; '.join(words)}")
+
+
+def _curves_plot(curves: Mapping[str, Mapping[str, Any]]) -> str:
+    figure, axes = _figure()
+    for letter, found in curves.items():
+        axes.plot(*zip(*found["curve"], strict=True), marker=".", label=f"{letter}: mean IoU {found['miou']:.3f}")
+    axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="IoU threshold", ylabel="R@1")
+    figure.legend(fontsize=8, loc="outside lower center", ncols=3, frameon=False)
+    words = "; ".join(
+        f"{letter}: {', '.join(f'{share:.3f} at {at}' for at, share in found['r1'].items())}"
+        for letter, found in curves.items()
+    )
+    return picture_tag(figure, f"R@1 against the threshold of IoU. {words}")
 
 
 def _histogram(values: Mapping[str, Sequence[float]], label: str, limits: tuple[float, float]) -> str:

@@ -1,19 +1,24 @@
-"""Evaluations as rows of one Markdown table: accuracy with its interval, a paired test, spans, the time of each stage.
+"""Evaluations as rows of a table: accuracy with its interval, a paired test, spans, the time of each stage.
 
-In: the `result` folders of runs. Out: rows, and the lines of a table.
+In: the `result` folders of runs, or the numbers of a report. Out: rows, and the text of a table as Markdown, LaTeX or
+CSV, in which a cell is text whatever it contains: no markup, no command, no formula.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import csv
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lavis_lstp.errors import CoverageError
 from lavis_lstp.files import read_jsonl, read_record
 from lavis_lstp.metrics.agreement import mcnemar_exact
-from lavis_lstp.metrics.grounding import evaluate_spans
+from lavis_lstp.metrics.grounding import RECALL_AT, evaluate_spans
 from lavis_lstp.metrics.qa import accuracy_interval, is_right
+from lavis_lstp.redaction import printable
 from lavis_lstp.schema import Prediction
 
 STAGES = ("flow", "sampler", "selection", "vision", "language")
@@ -76,12 +81,132 @@ def table_lines(rows: Sequence[Mapping[str, Any]], first: str) -> list[str]:
         ("span IoU", lambda row: None if row.get("span_iou") is None else f"{row['span_iou']:.2f}"),
         (f"ms per question: {', '.join(STAGES)}", lambda row: _times(row["milliseconds"])),
     ]
-    cells = [(name, [value(row) for row in rows]) for name, value in columns]
-    kept = [(name, values) for name, values in cells if any(value is not None for value in values)]
-    lines = ["| " + " | ".join(name for name, _ in kept) + " |", "|" + "---|" * len(kept)]
-    for i in range(len(rows)):
-        lines.append("| " + " | ".join("-" if values[i] is None else values[i] for _, values in kept) + " |")
-    return lines
+    return markdown(_cells(columns, rows)).splitlines()
+
+
+Cells = list[list[Any]]
+"""Rows of texts and numbers, the names of the columns first; None is an empty cell."""
+
+
+def _cells(columns: Sequence[tuple[str, Callable[[Any], Any]]], rows: Sequence[Any]) -> Cells:
+    """The table without columns that no row has anything for."""
+    values = [[value(row) for value in (use for _, use in columns)] for row in rows]
+    kept = [i for i in range(len(columns)) if any(row[i] is not None for row in values)]
+    return [[columns[i][0] for i in kept], *([row[i] for i in kept] for row in values)]
+
+
+def report_cells(runs: Sequence[Mapping[str, Any]], seeds: Sequence[Mapping[str, Any]]) -> Cells:
+    """One row for each evaluation of a report, then one for each group that differs in its seed alone.
+
+    Args:
+        runs, seeds: of `report.numbers`.
+    """
+
+    def scored(get: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        return lambda run: run["scored"] and get(run["scored"])
+
+    def gap(get: Callable[[Any], float]) -> Callable[[Any], Any]:
+        return lambda run: run["gap"] and round(100 * get(run["gap"]), 2)
+
+    def moment(get: Callable[[Any], float]) -> Callable[[Any], Any]:
+        return lambda run: run["grounding"] and round(get(run["grounding"]), 4)
+
+    columns: list[tuple[str, Callable[[Any], Any]]] = [
+        ("evaluation", lambda run: run["name"]),
+        ("frames chosen by", lambda run: run["choosing"]["by"]),
+        ("frames", lambda run: run["choosing"]["frames"] and round(run["choosing"]["frames"], 2)),
+        ("frames scored", lambda run: run["choosing"]["scored"] and round(run["choosing"]["scored"], 2)),
+        ("questions", scored(lambda s: s["num_questions"])),
+        ("scored", scored(lambda s: s["num_scored"])),
+        ("accuracy, %", scored(lambda s: round(100 * s["accuracy"], 2))),
+        ("low", scored(lambda s: s["accuracy_interval"] and round(100 * s["accuracy_interval"][0], 2))),
+        ("high", scored(lambda s: s["accuracy_interval"] and round(100 * s["accuracy_interval"][1], 2))),
+        ("gap to the oracle, points", gap(lambda g: g["difference"])),
+        ("gap, low", gap(lambda g: g["interval"][0])),
+        ("gap, high", gap(lambda g: g["interval"][1])),
+        ("mean IoU", moment(lambda g: g["miou"])),
+        *((f"R@1 at {at}", moment(lambda g, at=at: g["r1"][str(at)])) for at in RECALL_AT),
+        ("ms a question", lambda run: run["latency"] and round(run["latency"]["all"]["mean"], 2)),
+        ("judged by", scored(lambda s: "; ".join(s["judges"]))),
+        ("standard deviation of accuracy over seeds", lambda run: run.get("deviation")),
+    ]
+    means = [
+        {
+            **row["runs"][0],
+            "name": f"seeds {', '.join(map(str, row['seeds']))}: mean of " + ", ".join(r["name"] for r in row["runs"]),
+            "scored": {**row["runs"][0]["scored"], "accuracy": row["accuracy"]["mean"], "accuracy_interval": None},
+            "gap": None,
+            "grounding": None,
+            "latency": None,
+            "deviation": round(100 * row["accuracy"]["sd"], 2),
+        }
+        for row in seeds
+    ]
+    return _cells(columns, [*runs, *means])
+
+
+# ---- forms of a table -----------------------------------------------------------------------------------------------
+
+
+def markdown(cells: Cells) -> str:
+    return _lines(cells, _markdown_text, "| ", " | ", " |", ["|" + "---|" * len(cells[0])])
+
+
+def latex(cells: Cells) -> str:
+    """A tabular that needs no package."""
+    columns = "".join(
+        "l" if any(isinstance(one, str) for one in column) else "r" for column in zip(*cells[1:], strict=True)
+    )
+    body = _lines(cells, _latex_text, "", " & ", r" \\", [r"\hline"])
+    return f"\\begin{{tabular}}{{{columns}}}\n\\hline\n{body}\\hline\n\\end{{tabular}}\n"
+
+
+def comma_separated(cells: Cells) -> str:
+    text = io.StringIO()
+    rows = [["" if one is None else _csv_text(one) if isinstance(one, str) else one for one in row] for row in cells]
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+FORMS: dict[str, Callable[[Cells], str]] = {".csv": comma_separated, ".md": markdown, ".tex": latex}
+"""Ending of a file -> the table as its text."""
+
+
+def _lines(
+    cells: Cells, escaped: Callable[[str], str], before: str, between: str, after: str, rule: Sequence[str]
+) -> str:
+    def shown(one: Any) -> str:
+        return "-" if one is None else escaped(one) if isinstance(one, str) else f"{one:.6g}"
+
+    lines = [before + between.join(map(shown, row)) + after for row in cells]
+    return "\n".join([lines[0], *rule, *lines[1:]]) + "\n"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(printable(text).split())
+
+
+_MARKDOWN = re.compile(r"[\\`*_{}\[\]<>#|~!$&@]|(?<=\w):(?=//)|(?<=\bwww)\.", re.IGNORECASE)
+"""What begins markup, and what makes an address a link."""
+
+
+def _markdown_text(text: str) -> str:
+    return _MARKDOWN.sub(lambda found: f"\\{found[0]}", _one_line(text))
+
+
+_LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}"}
+_LATEX |= {"[": "{[}", "*": "{*}"}  # behind a line's end they would be its arguments
+_LATEX |= {"^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}
+
+
+def _latex_text(text: str) -> str:
+    return "".join(_LATEX.get(character, character) for character in _one_line(text))
+
+
+def _csv_text(text: str) -> str:
+    """Not a formula for a spreadsheet: one that begins like it gets an apostrophe."""
+    text = _one_line(text)
+    return f"'{text}" if text[:1] in ("=", "+", "-", "@") else text
 
 
 def judge_line(rows: Sequence[Mapping[str, Any]]) -> str:

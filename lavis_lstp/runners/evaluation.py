@@ -170,6 +170,7 @@ def evaluate_split(
                 output_dir=output_dir,
                 allow_partial=allow_partial,
                 model_config=config.get("model", {}),
+                digests={name: key[name] for name in ("weights", "data")},
             )
         )
     else:  # LAVIS's own tasks join files of all ranks, behind a barrier of their own

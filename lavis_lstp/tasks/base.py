@@ -82,11 +82,15 @@ class LSTPTask(BaseTask):
         dataset: Dataset,
         result_dir: str | Path,
         allow_partial: bool = False,
+        digests: Mapping[str, str] | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Write `<split>_<task>.jsonl` and `<split>_<task>_metrics.json`, and give the metrics. Rank 0 only.
 
         Questions without a record are listed in `<split>_<task>_missing.jsonl`, with the video they are about.
+
+        Args:
+            digests: of what the records depend on, for the metrics file.
 
         Raises:
             CoverageError: a question has no record, or two, and `allow_partial` is not set.
@@ -117,7 +121,7 @@ class LSTPTask(BaseTask):
         elif not scored:  # hidden answers: all predicted, none scored
             covered["num_scored"] = 0
         metrics = {**found, **covered}
-        write_json(metrics_file, metrics)
+        write_json(metrics_file, {**metrics, **({"digests": dict(digests)} if digests else {})})
         return metrics
 
 

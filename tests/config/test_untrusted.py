@@ -718,6 +718,8 @@ def test_no_command_prints_an_escape_out_of_a_file(watched, capsys):
     for command in (
         ["report", str(folder)],
         ["report", str(broken)],
+        ["report", str(folder), "--result", str(watched / "x.json")],
+        ["verify-result", str(watched / "x.json"), "--predictions", str(file)],
         ["judge", str(file), "--judge", "rules"],
         ["compare", str(file), str(file)],
         ["ask", f"none{evil}.mp4", "?"],

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import csv
 import html.parser
 import io
 import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -206,7 +208,7 @@ def test_the_numbers_of_the_page_are_those_computed_by_hand(tmp_path):
     bins = [[i for i in range(90) if int(10 * confidence[i]) == b] for b in range(10)]
     gaps = [abs(sum(right[i] for i in b) - sum(confidence[i] for i in b)) / 90 for b in bins if b]
     assert seen.row("results", "ECE") == [f"{sum(gaps):.3f}"]
-    assert len(seen.alts) == 5 and all(len(alt) > 20 for alt in seen.alts)
+    assert len(seen.alts) == 6 and all(len(alt) > 20 for alt in seen.alts)
     by_video = {row[0]: row[1].split(" (")[0] for row in seen.tables["by-video"][1:]}
     assert by_video["v000"] == "2 of 3" and len(by_video) == 30
 
@@ -333,6 +335,96 @@ def test_old_predictions_without_evidence_make_a_page(tmp_path):
     assert seen.row("results", "accuracy")[0].startswith("50.0 %") and set(seen.tables) == {"results", ""}
 
 
+# ---- several evaluations: frames, oracle, seeds, exports ----------------------------------------------------------
+
+
+def ways(folder: Path, **names: dict) -> list[Path]:
+    """Runs with a manifest; each is told by selector, frames, seed, checkpoint and which answers are right."""
+    for name, told in names.items():
+        selector = {"name": told["by"], "num_selected": told["k"], "span_key": "gold_span"}
+        frames = {"frame_index": list(range(told["k"])), "frame_times": None}
+        write_run(folder / name, [prediction(i, i % told["wrong"] != 0, **frames) for i in range(60)])
+        model = {"arch": "lstp_tiny", "checkpoint": told.get("checkpoint", "c"), "selector": selector}
+        run = {"task": "video_qa", "seed": told.get("seed", 1), "output_dir": name}
+        write_json(folder / name / "evaluate_manifest.json", {"config": {"run": run, "model": model, "datasets": {}}})
+    return [folder / name for name in names]
+
+
+WAYS = {
+    "even_2": {"by": "uniform", "k": 2, "wrong": 2},
+    "even_4": {"by": "uniform", "k": 4, "wrong": 3},
+    "ours_4": {"by": "lstp", "k": 4, "wrong": 5},
+    "gold_4": {"by": "given", "k": 4, "wrong": 10},
+    "gold_4_other": {"by": "given", "k": 4, "wrong": 60, "checkpoint": "another"},
+}
+
+
+def test_frames_oracle_gap_and_curves_are_those_computed_by_hand(tmp_path):
+    seen = page(*ways(tmp_path, **WAYS))
+    assert seen.row("results", "frames an answer") == ["2", "4", "4", "4", "4"]
+    assert seen.row("results", "frames scored for an answer") == ["0", "0", str(T), "0", "0"]
+    gaps = seen.row("results", "gap to the oracle, points")
+    right = [[i % WAYS[name]["wrong"] != 0 for i in range(60)] for name in ("even_4", "ours_4", "gold_4")]
+    by_hand = [100 * (sum(right[2]) - sum(one)) / 60 for one in right[:2]]
+    assert [float(gap.split()[0]) for gap in gaps[1:3]] == pytest.approx(by_hand, abs=0.05)
+    assert gaps[0] == gaps[3] == gaps[4] == "-", "no oracle of 2 frames; the oracles themselves"
+    assert "uniform (A, B): 50.0 % at 2, 66.7 % at 4" in next(a for a in seen.alts if a.startswith("Accuracy against"))
+    assert seen.row("evidence", "moments: R@1 at 0.3, 0.5, 0.7")[0] == "100.0 %, 100.0 %, 0.0 %", "IoU is 3 of 5 frames"
+    assert any(alt.startswith("R@1 against the threshold of IoU. A: 1.000 at 0.3") for alt in seen.alts)
+
+
+def test_seconds_are_scored_where_there_are_moments_and_no_span_is_a_miss(tmp_path):
+    rows = [prediction(i, True, span=[0, 4], span_s=[0.0, 2.0], moments_s=[[9, 10], [0, 2.5]]) for i in range(4)]
+    rows.append(prediction(4, True, span=None, span_s=None, moments_s=[[0, 1]]))
+    write_run(tmp_path, rows)
+    seen = page(tmp_path)
+    assert seen.row("evidence", "moments: questions that have one") == ["5 (seconds)"]
+    assert seen.row("evidence", "moments: mean IoU") == [f"{4 * 0.8 / 5:.3f}"]
+    for wrong in ([[0, 1e308]], [], [1, 2], "x"):
+        write_run(tmp_path, [{**row, "moments_s": wrong} for row in rows])
+        with pytest.raises(AnnotationError, match="question_id 'q000': moments_s is not of the form"):
+            report([tmp_path], pictures=0)
+
+
+def test_runs_that_differ_in_their_seed_have_a_mean_and_a_spread(tmp_path):
+    told = {"by": "lstp", "k": 4}
+    seeds = {f"s{seed}": {**told, "wrong": seed + 1, "seed": seed, "checkpoint": f"c{seed}"} for seed in (1, 2, 3)}
+    folders = ways(tmp_path, **seeds, even={"by": "uniform", "k": 4, "wrong": 2})
+    out, _ = report(folders, tmp_path / "x.html", pictures=0, exports=[tmp_path / "x.csv"])
+    (row,) = Reader(out.read_text()).tables["by-seed"][1:]
+    shares = [sum(i % (seed + 1) != 0 for i in range(60)) / 60 for seed in (1, 2, 3)]
+    assert row[:2] == ["A, B, C", "1, 2, 3"]
+    assert row[2] == f"{100 * np.mean(shares):.1f} \u00b1 {100 * np.std(shares, ddof=1):.1f} [50.0, 75.0]"
+    last = list(csv.DictReader((tmp_path / "x.csv").open()))[-1]
+    assert last["evaluation"] == "seeds 1, 2, 3: mean of s1, s2, s3"
+    assert float(last["standard deviation of accuracy over seeds"]) == round(100 * np.std(shares, ddof=1), 2)
+    same = ways(tmp_path / "same", a={**told, "wrong": 2}, b={**told, "wrong": 3})
+    assert "not averaged over seeds, because two of them have the same seed" in report(same, pictures=0)[1]
+    write_run(folders[1], [prediction(i, True) for i in range(50)])
+    assert "because they do not answer the same questions" in report(folders, pictures=0)[1]
+
+
+def test_exported_tables_are_text_whatever_they_contain(tmp_path):
+    evil = r"=1+1|\\input{x} $x$ [a](http://e.x) <b> & 100% _#^~`"
+    folders = ways(tmp_path, **dict.fromkeys("ab", WAYS["ours_4"]))
+    write_json(
+        tmp_path / "table.json", {"rows": [{"name": "a", "title": evil}, {"name": "b", "title": "[2cm]\n\x1b[2Jx"}]}
+    )
+    files = [tmp_path / f"table{ending}" for ending in (".csv", ".md", ".tex")]
+    report([tmp_path], pictures=0, exports=files)
+    rows = list(csv.reader(files[0].open(newline="")))
+    assert rows[1][0] == f"'{evil}" and float(rows[1][6]) == 80.0 and len({len(row) for row in rows}) == 1
+    lines = files[1].read_text().splitlines()
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {len(rows[0]) + 1}
+    assert not re.search(r"(?<!\\)[\[\]<>`$#_{}]", lines[2]) and r"http\://" in lines[2]
+    tex = files[2].read_text()
+    body = tex.split("\\hline")[2]
+    assert r"=1+1\textbar{}\textbackslash{}\textbackslash{}input\{x\} \$x\$ {[}a]" in body
+    assert r"{[}2cm] \textbackslash{}x1b{[}2Jx & lstp" in body and body.count("\\\\\n") == 2
+    assert all("\x1b" not in file.read_text() for file in files)
+    assert folders[0].is_dir()
+
+
 # ---- bad input ----------------------------------------------------------------------------------------------------
 
 
@@ -355,6 +447,7 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     file.write_text(whole)
     assert "ends with .html" in refused(capsys, tmp_path / "a", "--out", tmp_path / "x.txt")
     assert "at least 0" in refused(capsys, tmp_path / "a", "--pictures", "-1")
+    assert "ends with .csv, .md, .tex" in refused(capsys, tmp_path / "a", "--export", tmp_path / "x.txt")
     assert "no such folder" in refused(capsys, tmp_path / "a", "--videos", tmp_path / "gone")
     assert not (tmp_path / "a" / "report.html").exists()
     for key, value in (("span", [1]), ("log_prob", {"sum": "x"}), ("prediction", 3), ("frame_times", "now")):
@@ -574,7 +667,11 @@ def test_the_report_of_an_evaluation(tmp_path, monkeypatch):
     rows = list(read_jsonl("out/result/test_video_qa.jsonl"))
     assert all(row["num_frames"] == 8 and 0 <= row["entropy"]["start"] <= 3 for row in rows)
     monkeypatch.chdir("/")
-    seen = page(tmp_path / "out", pictures=100)
+    board = tmp_path / "out" / "result" / "board.json"
+    seen = page(tmp_path / "out", pictures=100, result=board)
+    digests = json.loads(board.read_text())["digests"]
+    assert all(len(digests[name]) == 64 for name in ("config", "weights", "data", "questions"))
+    assert cli.main(["verify-result", str(board)]) == 0
     assert seen.row("evidence", "answers that asked the sampler") == ["12"]
     assert "shown for 12 of 12 questions" in seen.text
     assert set(seen.row("stages", "flow")[0]) <= set("0123456789., ") and len(seen.tables["by-category"]) > 2
