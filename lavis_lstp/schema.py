@@ -16,6 +16,8 @@ flow, flow_mask and no_moment, whatever the sample is.
     flow_mask    int64 [B,L]        only with flow [B,L,2,h,w] that is not one field a frame (the published files)
     text_input   list of B str      the question alone
     prompt       list of B str      the whole prompt where the data bring one (a conversation), '' = the model makes it
+    subtitles    list of B lists    only where the data set shows some: (start_s, end_s, text) of each line of the video
+    subtitles_window_s  list of B float  with them: lines so near a chosen frame are shown, infinity = all
     options      list of B lists of str   what to choose from, [] = the answer is open
     category     list of B str      kind of question, '' = unknown
     categories   list of B dicts        axis -> kind or list of kinds, {} = no more than `category`

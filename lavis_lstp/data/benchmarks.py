@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import io
 import logging
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -62,6 +63,8 @@ class Form:
         moments_s: the column of [start, end] in seconds or of a list of them: where the answer is seen.
         overlap: moments of one question may overlap (CG-Bench's do in 8 of 3,000).
         duration_s: the column of the video's length in seconds; moments are checked against it.
+        subtitles: template of the file's name; without it that of the video with another ending.
+        subtitles_begin_s: the column of where the video begins, in seconds of that file.
         category: axis -> kind of question: a template, or {of: template, pattern: regular expression, names: list}.
         left_out: ids of questions that the authors' file leaves without an answer or with one that is no option.
         files: per file's stem, further columns of its rows; `bounded: false` drops the clip.
@@ -82,6 +85,8 @@ class Form:
     moments_s: str | None = None
     overlap: bool = False
     duration_s: str | None = None
+    subtitles: str | None = None
+    subtitles_begin_s: str | None = None
     category: Mapping[str, Any] = field(default_factory=dict)
     left_out: Sequence[str] = ()
     files: Mapping[str, Row] = field(default_factory=dict)
@@ -203,6 +208,7 @@ def read_benchmark(
     form: str | None = None,
     answers: Path | None = None,
     video_names: Path | None = None,
+    subtitles: bool = False,
     section: str = SECTION,
 ) -> list[Row]:
     """Entries of a split.
@@ -214,6 +220,7 @@ def read_benchmark(
         form: of the benchmark's; None = the authors'.
         answers: file of the answers, where the questions have none.
         video_names: file that gives videos other names: a JSON object {name: other}, or lines "other name".
+        subtitles: whether entries name the subtitles of their videos.
 
     Raises:
         ConfigError: the form is not known.
@@ -263,7 +270,11 @@ def read_benchmark(
         by_id = _without_reversed(by_id, spec, section)
     names = read_names(video_names, section) if video_names else {}
     files: dict[tuple[str, ...], tuple[str, str]] = {}
-    return [_entry(key, row, spec, place, root, names, files) for key, (place, row) in by_id.items()]
+    entries = [_entry(key, row, spec, place, root, names, files) for key, (place, row) in by_id.items()]
+    if subtitles and spec.subtitles:
+        for entry, (place, row) in zip(entries, by_id.values(), strict=True):
+            entry |= _subtitles(row, spec, place)
+    return entries
 
 
 def _without_reversed(questions: dict[str, tuple[str, Row]], spec: Form, section: str) -> dict[str, tuple[str, Row]]:
@@ -482,6 +493,16 @@ def _entry(key: str, row: Row, spec: Form, place: str, root: Path, names: Mappin
         start, end = max(entry["moments_s"], key=lambda moment: (moment[1] - moment[0], -moment[0]))
         entry["span_s"] = [max(0, start), end]
     return entry
+
+
+def _subtitles(row: Row, spec: Form, place: str) -> Row:
+    """Keys of an entry that `data.subtitles` reads."""
+    needed = [*_columns(spec.subtitles), *([spec.subtitles_begin_s] if spec.subtitles_begin_s else [])]
+    check_object(row, place, tuple(needed))
+    begin = row[spec.subtitles_begin_s] if spec.subtitles_begin_s else 0
+    if type(begin) not in (int, float) or not 0 <= begin < math.inf:
+        raise AnnotationError(f"{place}: '{spec.subtitles_begin_s}' must be seconds, got {begin!r:.80}")
+    return {"subtitles": spec.subtitles.format_map(row), "subtitles_begin_s": begin}
 
 
 def _kind(row: Row, rule: str | Mapping[str, Any]) -> Any:

@@ -29,13 +29,14 @@ from lavis_lstp.data.qa_dataset import VideoQADataset
 from lavis_lstp.data.shapes import shapes_qa
 from lavis_lstp.data.shards.questions import ShardQuestions, first_process_alone, is_shards, of_split, shard_options
 from lavis_lstp.data.spans import read_spans
+from lavis_lstp.data.subtitles import Subtitles
 from lavis_lstp.errors import ConfigError, unknown_name
 
 logger = logging.getLogger(__name__)
 
 KINDS = ("image", "text", "video")
 
-NOT_SETTINGS = ("spans", "vis_processor", "text_processor")
+NOT_SETTINGS = ("spans", "subtitles", "vis_processor", "text_processor")
 """Keys of a section that `VideoQADataset` takes in another form."""
 
 
@@ -133,12 +134,27 @@ class VideoQABuilder(BaseDatasetBuilder):
             **settings,
             **order,
             spans=self._spans(split, config, annotation),
+            subtitles=self._subtitles(folder, config, annotation),
             vis_processor=self.vis_processors[kind] if (config.get("vis_processor") or {}).get(kind) else None,
             text_processor=self.text_processors[kind] if (config.get("text_processor") or {}).get(kind) else None,
             section=self.section,
         )
         logger.info("%s: %d questions about %s", split, len(dataset), dataset.annotation.size())
         return dataset
+
+    def _subtitles(
+        self, folder: Path, config: Mapping[str, Any], annotation: ShardQuestions | list
+    ) -> Subtitles | None:
+        shown = config.get("subtitles", "none")
+        if shown == "none":
+            return None
+        if isinstance(annotation, ShardQuestions):
+            raise ConfigError(f"{self.section}.subtitles: shards hold none; read the benchmark's files, or set none")
+        given = (config["build_info"].get("subtitles") or {}).get("storage")
+        if given and not os.path.isdir(local_path(given)):
+            raise ConfigError(f"{self.section}.build_info.subtitles.storage: no such folder: {given}")
+        root = local_path(given) if given else folder
+        return Subtitles(annotation, root, shown, config["subtitles_window_s"], self.section)
 
     def _spans(self, split: str, config: Mapping[str, Any], annotation: ShardQuestions | list):
         """`spans` is one file for the split train, or {split: file}; "shards" in place of a file means theirs."""
@@ -208,6 +224,7 @@ class BenchmarkBuilder(VideoQABuilder):
             form=config.get("form"),
             answers=local_path(storage) if storage else None,
             video_names=local_path(names) if names else None,
+            subtitles=config.get("subtitles", "none") != "none",
             section=self.section,
         )
 

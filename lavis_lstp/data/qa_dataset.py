@@ -37,6 +37,7 @@ from lavis_lstp.data.pictures import DEFAULT_MAX_MEGAPIXELS, open_picture
 from lavis_lstp.data.published_flow import read_published_flow
 from lavis_lstp.data.shards.questions import ShardQuestions, unpack_frames
 from lavis_lstp.data.spans import Spans
+from lavis_lstp.data.subtitles import Subtitles
 from lavis_lstp.data.video.reading import SHORT_VIDEOS, check_inside, read_frames
 from lavis_lstp.errors import AnnotationError, ConfigError, ShardError, VideoError, unknown_name
 from lavis_lstp.schema import NO_SPAN, Span
@@ -67,6 +68,7 @@ class VideoQADataset(Dataset):
         flow_size: side in px of motion vectors' field, and of the still flow of images and texts; None = that of the
             frames.
         spans: pseudo spans by question id, or None; see `data.spans`.
+        subtitles: lines of the videos that the language model reads, or None.
         backend: pyav, decord or torchcodec.
         decode_threads, decode_size, hardware: how pyav decodes; see `read_frames`.
         frames: exact, or keyframe: in place of each frame the nearest key frame of the file.
@@ -101,6 +103,7 @@ class VideoQADataset(Dataset):
         flow_size: int | None = None,
         max_flows: int | None = None,
         spans: Spans | None = None,
+        subtitles: Subtitles | None = None,
         backend: str = "pyav",
         decode_threads: int = 1,
         decode_size: int | None = None,
@@ -132,6 +135,7 @@ class VideoQADataset(Dataset):
         self.flow_size = flow_size
         self.max_flows = max_flows
         self.spans = spans
+        self.subtitles = subtitles
         self.backend = backend
         self.decoding = {"threads": decode_threads, "decode_size": decode_size, "hardware": hardware}
         self.exact = frames == "exact"
@@ -263,6 +267,7 @@ class VideoQADataset(Dataset):
         settings += [self.decoding["decode_size"]] if self.decoding["decode_size"] else []
         settings += [self.flow_pairs] if self.flow_pairs != "sampled" else []
         settings += [self.max_flows] if self.max_flows is not None else []
+        settings += [self.subtitles.identity()] if self.subtitles is not None else []
         spans = {name: span and list(span) for name, span in (self.spans or {}).items()}
         content = json.dumps([self.annotation.identity(), settings, spans], sort_keys=True, default=str)
         return hashlib.sha256(content.encode()).hexdigest()
@@ -275,6 +280,8 @@ class VideoQADataset(Dataset):
         if "video" in self.kinds:
             settings["num_frames"] = self.num_frames
         settings["vis_processor"] = "none" if self.vis_processor is None else "given"
+        if self.subtitles is not None:
+            settings["subtitles"] = self.subtitles.window_s
         return settings
 
     # ---- samples ----------------------------------------------------------------------------------------------
@@ -305,6 +312,8 @@ class VideoQADataset(Dataset):
             "gold_span": self._gold_span(row, times),
             "moments_s": row.get("moments_s") or ([row["span_s"]] if row.get("span_s") else []),
         }
+        if self.subtitles is not None:
+            sample["subtitles"], sample["subtitles_window_s"] = self.subtitles.of(row), self.subtitles.window_s
         if flow is not None:
             sample["flow"] = flow
         if self.flow == "precomputed" and kind_of(row) == "video" and self._published_flow(row):
