@@ -11,7 +11,6 @@ from __future__ import annotations
 import csv
 import io
 import logging
-import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -499,10 +498,8 @@ def _subtitles(row: Row, spec: Form, place: str) -> Row:
     """Keys of an entry that `data.subtitles` reads."""
     needed = [*_columns(spec.subtitles), *([spec.subtitles_begin_s] if spec.subtitles_begin_s else [])]
     check_object(row, place, tuple(needed))
-    begin = row[spec.subtitles_begin_s] if spec.subtitles_begin_s else 0
-    if type(begin) not in (int, float) or not 0 <= begin < math.inf:
-        raise AnnotationError(f"{place}: '{spec.subtitles_begin_s}' must be seconds, got {begin!r:.80}")
-    return {"subtitles": spec.subtitles.format_map(row), "subtitles_begin_s": begin}
+    begin = {"subtitles_begin_s": row[spec.subtitles_begin_s]} if spec.subtitles_begin_s else {}
+    return {"subtitles": spec.subtitles.format_map(row), **begin}
 
 
 def _kind(row: Row, rule: str | Mapping[str, Any]) -> Any:

@@ -27,13 +27,12 @@ logger = logging.getLogger(__name__)
 ENDINGS = (".srt", ".vtt", ".json")
 MOST_BYTES = 1 << 24
 """Size of a file; ten hours of speech have about 1 MB."""
-NOT_TEXT = re.compile(
-    r"\x1b\[[0-?]*[ -/]*[@-~]|\{\\[^}]*\}|[<>\x00-\x1f\x7f-\x9f\ufeff]"
-    r"|[\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]"
-)
-"""Escape codes, overrides of SubStation, angle brackets, control and direction characters."""
-CLOCK = re.compile(r"(\d+):(\d{1,2}):(\d{1,2}(?:[.,]\d+)?)")
-CUE = re.compile(r"\s*(\d+:)?\d{1,2}:\d{1,2}[.,]\d+\s*-->\s*(\d+:)?\d{1,2}:\d{1,2}[.,]\d+(\s|$)")
+NOT_TEXT = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\{\\[^}]*\}|[<>]")
+"""Escape codes, overrides of SubStation and angle brackets."""
+JOINERS = "\u200c\u200d"
+"""Characters without a width that scripts and emoji need."""
+CLOCK = re.compile(r"(\d{1,6}):(\d{1,2}):(\d{1,2}(?:[.,]\d{1,9})?)")
+CUE = re.compile(r"\s*(\d{1,6}:)?\d{1,2}:\d{1,2}[.,]\d{1,6}\s*-->\s*(\d{1,6}:)?\d{1,2}:\d{1,2}[.,]\d{1,6}(\s|$)")
 
 
 class Line(NamedTuple):
@@ -68,10 +67,16 @@ def read_subtitles(path: Path, begin_s: float = 0.0) -> list[Line]:
     for place, start, end, said in read(text, path):
         if not (0 <= start <= end and start <= MOST_SECONDS):
             raise AnnotationError(f"{place}: must begin before it ends, got {start:g} to {end:g} s")
-        plain = " ".join(NOT_TEXT.sub(" ", html.unescape(said)).split())
+        plain = _plain(said)
         if plain and end > begin_s:
             lines.append(Line(max(0.0, start - begin_s), end - begin_s, plain))
     return sorted(lines)
+
+
+def _plain(text: str) -> str:
+    """The text in one line, without what a terminal, a page or a tokenizer would take for something else."""
+    text = NOT_TEXT.sub(" ", html.unescape(text))
+    return " ".join("".join(c if c.isprintable() or c in JOINERS else " " for c in text).split())
 
 
 def _of_cues(text: str, path: Path) -> Iterable[tuple[str, float, float, str]]:
@@ -123,7 +128,7 @@ def _of_json(text: str, path: Path) -> Iterable[tuple[str, float, float, str]]:
 
 def _seconds(value: Any) -> float | None:
     if type(value) in (int, float):
-        return float(value)
+        return float(value) if abs(value) <= MOST_SECONDS else None
     found = CLOCK.fullmatch(value.strip()) if isinstance(value, str) else None
     if found is None:
         return None
@@ -154,6 +159,7 @@ class Subtitles:
         self._root, without = root, set()
         for row in rows:
             if "video" in row:
+                _check(row)
                 key = self._key(row)
                 if key not in self._lines:
                     path = self._file(row)
@@ -189,6 +195,14 @@ class Subtitles:
     def identity(self) -> Any:
         """What decides the lines that are shown, as plain containers."""
         return [self.window_s, sorted([*key, *map(list, lines)] for key, lines in self._lines.items())]
+
+
+def _check(row: Mapping[str, Any]) -> None:
+    where, begin = f"question {row['question_id']!r}", row.get("subtitles_begin_s")
+    if not isinstance(row.get("subtitles", ""), str):
+        raise AnnotationError(f"{where}: 'subtitles' must be a file name, got {row['subtitles']!r:.80}")
+    if begin is not None and not (type(begin) in (int, float) and 0 <= begin <= MOST_SECONDS):
+        raise AnnotationError(f"{where}: 'subtitles_begin_s' must be seconds from 0 on, got {begin!r:.80}")
 
 
 def nearest_first(lines: Sequence[Line], times_s: Sequence[float], window_s: float) -> list[Line]:

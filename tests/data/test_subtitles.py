@@ -78,7 +78,7 @@ def test_a_video_may_begin_behind_its_subtitles_and_the_last_line_have_no_end(tm
 def test_text_is_text_whatever_it_contains(tmp_path_factory, text):
     path = written(tmp_path_factory.mktemp("s"), "a.json", [{"timestamp": [0, 1], "text": f"a {text}"}])
     ((_, _, said),) = read_subtitles(path)
-    assert not set("<>\x1b\n\r\x00\u202e") & set(said)
+    assert not set("<>\x1b\n\r\x00\u202e\ud800") & set(said)
 
 
 @pytest.mark.parametrize(
@@ -109,9 +109,11 @@ def test_codes_and_marks_are_gone(tmp_path, said, kept):
         ("a.srt", "1\n00:00:03,000 --> 00:00:01,000\nx\n", "subtitle 1: must begin before it ends, got 3 to 1 s"),
         ("a.vtt", "WEBVTT\n\nhello\n", "has text and no line with times"),
         ("a.vtt", "hello\n", "is no VTT file with times"),
+        ("a.srt", f"1\n{'9' * 5000}:00:01,000 --> 00:00:02,000\nx\n", "line 2: expected times"),
         ("a.json", {"a": 1}, "subtitles must be a list, got dict"),
         ("a.json", [{"line": "x"}], "subtitle 0: has no times"),
         ("a.json", [{"start": "soon", "end": "later", "line": "x"}], "subtitle 0: has no times"),
+        ("a.json", [{"timestamp": [0, 10**400], "text": "x"}], "subtitle 0: has no times"),
         ("a.json", [{"timestamp": [0, 1]}], "subtitle 0: expected start, end and line"),
         ("a.json", [{"timestamp": [float("nan"), 1], "text": "x"}], "not JSON"),
         ("a.txt", "x", "must be a file .srt, .vtt, .json"),
@@ -152,6 +154,9 @@ def test_each_video_has_its_file_by_name_or_by_the_entry(tmp_path, caplog):
     assert found.identity() != Subtitles(rows[:1], tmp_path, "frames", 2.0).identity()
     with pytest.raises(ConfigError, match=r"none of 1 videos has a file in .*, such as v3.srt|none of 1 videos"):
         Subtitles(rows[2:3], tmp_path, "whole", 0)
+    for odd in ({"subtitles": 3}, {"subtitles_begin_s": "x"}, {"subtitles_begin_s": -1}):
+        with pytest.raises(AnnotationError, match=r"question 'a': 'subtitles.* must be"):
+            Subtitles([{**rows[0], **odd}], tmp_path, "whole", 0)
     with pytest.raises(AnnotationError, match="leads out of"):
         Subtitles([{**rows[0], "subtitles": "../secret.srt"}], tmp_path, "whole", 0)
 
