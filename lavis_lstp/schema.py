@@ -20,6 +20,8 @@ class _SampleWhereGiven(TypedDict, total=False):
     flow: Tensor  # float16 or float32 [L,2,h,w], where the data set brings it: (u, v) in px per frame, x right, y down
     flow_mask: Tensor  # int64 [L], only where flow is not one field a frame (the published files)
     no_moment: Tensor  # int64 [], 1 where a row of a span file says that there is no span
+    subtitles: list[tuple[float, float, str]]  # where the data set shows some: (start_s, end_s, text) of each line
+    subtitles_window_s: float  # with them: lines so near a chosen frame are shown, infinity = all
     image: Tensor  # [3,h,w], or [K,3,h,w] with image_frames, where there is a vis_processor: for LAVIS's own models
 
 
@@ -48,7 +50,7 @@ Batch = Mapping[str, Any]
 """Samples together, as a collater makes them: the keys of `Sample`, each tensor with an axis B in front and T or L
 padded with zeros, everything else a list of B; and `frame_mask` int64 [B,T], 1 = real frame, 0 = padding.
 
-What flow, flow_mask or no_moment one sample has, all have. LAVIS's own data sets give fewer keys.
+What flow, flow_mask, no_moment or subtitles one sample has, all have. LAVIS's own data sets give fewer keys.
 """
 
 
@@ -74,6 +76,7 @@ class Prediction(_Named, total=False):
     correct: bool | None  # of a choice, None = the answer is hidden
     option_log_prob: list[dict[str, float]]  # as log_prob, of each option
     prompt: str  # what the language model read
+    subtitles: dict[str, Any]  # what of the subtitles the prompt has: lines and left_out, their numbers, and window_s
     log_prob: dict[str, float]  # of the answer's tokens: sum, mean, and tokens, their number
     span: list[int] | None  # half-open range of the frames that were read, None = a span file's "there is none"
     span_s: list[float]  # the same in seconds

@@ -546,11 +546,30 @@ def checkpoint(raw: bytes) -> None:
     resume.check(saved, json.loads(json.dumps(MANIFEST)), "x")
 
 
+SUBTITLES = (
+    b"1\n00:00:01,000 --> 00:00:02,500\n<i>one</i> {\\an8}\n\n2\n00:00:03,000 --> 00:00:04,000\ntwo\n",
+    b"WEBVTT\n\nNOTE x\n\nname\n00:01.000 --> 00:02.000 align:start\n<v B>one <00:01.500>two\n\n"
+    b"00:03.000 --> 00:04.000\nx\n",
+)
+TIMED = ([{"start": "00:00:01.000", "end": "00:00:02", "line": "a"}], [{"timestamp": [0.5, None], "text": "b"}])
+
+
+def subtitles(raw: bytes) -> None:
+    from lavis_lstp.data.subtitles import read_subtitles
+
+    for name in ("x.srt", "x.vtt", "x.json"):
+        with contextlib.suppress(LstpError):
+            for start, end, text in read_subtitles(_file(name, raw)):
+                assert 0 <= start <= end and text and not set("<>\x1b\n\u202e\ud800") & set(text)
+    read_subtitles(_file("x.srt" if b"WEBVTT" not in raw else "x.vtt", raw))
+
+
 TARGETS: dict[str, tuple[Callable[[bytes], None], Callable[[], st.SearchStrategy[bytes]]]] = {
     "tar": (tar, tars),
     "index": (shard_index, lambda: tensor_files(_stored()["index"])),
     "flow": (flow, lambda: tensor_files(*(_stored()[name] for name in ("flow", "smooth flow", "flow file")))),
     "frames": (frames, lambda: tensor_files(_stored()["frames"], _stored()["folder"])),
+    "subtitles": (subtitles, lambda: st.one_of(damaged(SUBTITLES), json_files(*TIMED))),
     "spans": (spans, lambda: json_files(*SPANS.values())),
     "annotations": (
         annotations,

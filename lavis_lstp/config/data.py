@@ -20,6 +20,8 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "datasets"
 EXTRA = frozenset({"type"})
 """LAVIS's key for one of several default files, legal for every data set."""
 
+SUBTITLES = ("none", "frames", "whole")
+
 SIDE, FRAMES = 100_000, 1_000_000
 """The largest side of a picture in px, and number of frames, that are taken for meant."""
 
@@ -50,6 +52,11 @@ class WithVideos(Annotations):
 
 
 @dataclass
+class WithSubtitles(WithVideos):
+    subtitles: Folder = key(Folder)  # folder of .srt, .vtt or .json files; null = beside the videos
+
+
+@dataclass
 class WithImages(Annotations):
     images: Folder = key(Folder)
 
@@ -60,6 +67,7 @@ class WithAnswers(Annotations):
         {}
     )  # {test: {storage: FILE}}, where answers have files of their own
     videos: NamedFolder = key(NamedFolder)
+    subtitles: Folder = key(Folder)  # as for lstp_video_qa
 
 
 @dataclass
@@ -150,7 +158,10 @@ class VideoQA(FolderSettings):
     """Questions about your own videos."""
 
     text_processor: dict[str, Any] | None = key(None, keys=Processors)  # as vis_processor; changes the question
-    build_info: WithVideos = key(WithVideos)
+    # lines that the language model reads before the question: frames = those near the chosen frames; whole = all
+    subtitles: str = key("none", one_of=SUBTITLES)
+    subtitles_window_s: int | float = key(2.0, least=0)  # frames: seconds before and behind each chosen frame
+    build_info: WithSubtitles = key(WithSubtitles)
 
 
 @dataclass

@@ -38,8 +38,8 @@ def key(default: Any = None, **rule: Any) -> Any:
         default: a value, or the dataclass of a section.
         rule: any of `least`, `above`, `most`, `below`: limits of a number. `one_of`: the texts it may be; `called`:
             what an error calls it. `word`: a text that is legal in place of a number (int | str). `keys`: the settings
-            class that a mapping's values are checked by, `open`: that class does not know all keys. `kind`: for a field
-            of type Any. `per_split`: {split: value} is legal, too. `only`: tasks or runners that read the key.
+            class that a mapping's values are checked by, `open`: that class does not know all keys. `kind`: for a
+            field of type Any. `per_split`: {split: value} is legal, too. `only`: tasks or runners that read the key.
     """
     if isinstance(default, type):
         return dataclasses.field(default_factory=default, metadata=rule)

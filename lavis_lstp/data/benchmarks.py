@@ -62,6 +62,8 @@ class Form:
         moments_s: the column of [start, end] in seconds or of a list of them: where the answer is seen.
         overlap: moments of one question may overlap (CG-Bench's do in 8 of 3,000).
         duration_s: the column of the video's length in seconds; moments are checked against it.
+        subtitles: template of the file's name; without it that of the video with another ending.
+        subtitles_begin_s: the column of where the video begins, in seconds of that file.
         category: axis -> kind of question: a template, or {of: template, pattern: regular expression, names: list}.
         left_out: ids of questions that the authors' file leaves without an answer or with one that is no option.
         files: per file's stem, further columns of its rows; `bounded: false` drops the clip.
@@ -82,6 +84,8 @@ class Form:
     moments_s: str | None = None
     overlap: bool = False
     duration_s: str | None = None
+    subtitles: str | None = None
+    subtitles_begin_s: str | None = None
     category: Mapping[str, Any] = field(default_factory=dict)
     left_out: Sequence[str] = ()
     files: Mapping[str, Row] = field(default_factory=dict)
@@ -210,6 +214,7 @@ def read_benchmark(
     form: str | None = None,
     answers: Path | None = None,
     video_names: Path | None = None,
+    subtitles: bool = False,
     section: str = SECTION,
 ) -> Entries:
     """Entries of a split.
@@ -221,6 +226,7 @@ def read_benchmark(
         form: of the benchmark's; None = the authors'.
         answers: file of the answers, where the questions have none.
         video_names: file that gives videos other names: a JSON object {name: other}, or lines "other name".
+        subtitles: whether entries name the subtitles of their videos.
 
     Raises:
         ConfigError: the form is not known.
@@ -267,6 +273,9 @@ def read_benchmark(
     files: dict[tuple[str, ...], tuple[str, str]] = {}
     found = Entries(_entry(key, row, spec, place, root, names, files) for key, (place, row) in by_id.items())
     found.unanswerable = broken
+    if subtitles and spec.subtitles:
+        for entry, (place, row) in zip(found, by_id.values(), strict=True):
+            entry |= _subtitles(row, spec, place)
     return found
 
 
@@ -486,6 +495,14 @@ def _entry(key: str, row: Row, spec: Form, place: str, root: Path, names: Mappin
         start, end = max(entry["moments_s"], key=lambda moment: (moment[1] - moment[0], -moment[0]))
         entry["span_s"] = [max(0, start), end]
     return entry
+
+
+def _subtitles(row: Row, spec: Form, place: str) -> Row:
+    """Keys of an entry that `data.subtitles` reads."""
+    needed = [*_columns(spec.subtitles), *([spec.subtitles_begin_s] if spec.subtitles_begin_s else [])]
+    check_object(row, place, tuple(needed))
+    begin = {"subtitles_begin_s": row[spec.subtitles_begin_s]} if spec.subtitles_begin_s else {}
+    return {"subtitles": spec.subtitles.format_map(row), **begin}
 
 
 def _kind(row: Row, rule: str | Mapping[str, Any]) -> Any:

@@ -32,6 +32,7 @@ from lavis_lstp.data.shapes import shapes_qa
 from lavis_lstp.data.shards.questions import ShardQuestions, first_process_alone, is_shards
 from lavis_lstp.data.shards.storage import Retry
 from lavis_lstp.data.spans import read_spans
+from lavis_lstp.data.subtitles import Subtitles
 from lavis_lstp.errors import ConfigError, unknown_name
 
 logger = logging.getLogger(__name__)
@@ -153,6 +154,7 @@ class VideoQABuilder(BaseDatasetBuilder):
             settings,
             spans=self._spans(split, settings, annotation),
             recorded=self._recorded(split, settings, annotation),
+            subtitles=self._subtitles(folder, settings, config, annotation),
             vis_processor=self.vis_processors[kind] if (config.get("vis_processor") or {}).get(kind) else None,
             text_processor=self.text_processors[kind] if (config.get("text_processor") or {}).get(kind) else None,
             section=self.section,
@@ -160,6 +162,19 @@ class VideoQABuilder(BaseDatasetBuilder):
         dataset.unanswerable = list(getattr(annotation, "unanswerable", ()))
         logger.info("%s: %d questions about %s", split, len(dataset), dataset.annotation.size())
         return dataset
+
+    def _subtitles(
+        self, folder: Path, settings: FolderSettings, config: Mapping[str, Any], annotation: ShardQuestions | list
+    ) -> Subtitles | None:
+        if settings.subtitles == "none":
+            return None
+        if isinstance(annotation, ShardQuestions):
+            raise ConfigError(f"{self.section}.subtitles: shards hold none; read the benchmark's files, or set none")
+        given = (config["build_info"].get("subtitles") or {}).get("storage")
+        if given and not os.path.isdir(local_path(given)):
+            raise ConfigError(f"{self.section}.build_info.subtitles.storage: no such folder: {given}")
+        root = local_path(given) if given else folder
+        return Subtitles(annotation, root, settings.subtitles, settings.subtitles_window_s, self.section)
 
     def _spans(self, split: str, settings: FolderSettings, annotation: ShardQuestions | list):
         """`spans` is one file for the split train, or {split: file}; "shards" in place of a file means theirs."""
@@ -238,6 +253,7 @@ class BenchmarkBuilder(VideoQABuilder):
             form=config.get("form"),
             answers=local_path(storage) if storage else None,
             video_names=local_path(names) if names else None,
+            subtitles=config.get("subtitles", "none") != "none",
             section=self.section,
         )
 

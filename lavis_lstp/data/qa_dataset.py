@@ -40,6 +40,7 @@ from lavis_lstp.data.selections import Recorded
 from lavis_lstp.data.shards.questions import ShardQuestions, unpack_frames
 from lavis_lstp.data.spans import Spans
 from lavis_lstp.data.store import content_digest
+from lavis_lstp.data.subtitles import Subtitles
 from lavis_lstp.data.video.reading import VideoFrames, check_inside, read_frames
 from lavis_lstp.errors import AnnotationError, ConfigError, ShardError, VideoError
 from lavis_lstp.files import sha256_json
@@ -63,6 +64,7 @@ class VideoQADataset(Dataset):
         settings: what `config.data` describes, of one split; by default frames stay as large as they are stored.
         spans: pseudo spans by question id, or None; see `data.spans`.
         recorded: frames by question id, which are read in place of num_frames ones, or None; see `data.selections`.
+        subtitles: lines of the videos that the language model reads, or None.
         vis_processor, text_processor: LAVIS processors; the first makes `image`, [3,h,w], or with image_frames
             [K,3,h,w], for LAVIS's own models, the second changes the question (not a prompt).
         section: of the configuration that the settings stand in, for messages.
@@ -85,6 +87,7 @@ class VideoQADataset(Dataset):
         *,
         spans: Spans | None = None,
         recorded: Mapping[str, Recorded] | None = None,
+        subtitles: Subtitles | None = None,
         vis_processor=None,
         text_processor=None,
         section: str = SECTION,
@@ -98,7 +101,7 @@ class VideoQADataset(Dataset):
         folder = {"flow_root": flow_root, "section": section}
         ready = in_shards or isinstance(annotation, FolderQuestions)
         self.annotation = annotation if ready else FolderQuestions(annotation, root, **folder)
-        self.spans, self.recorded, self.section = spans, recorded, section
+        self.spans, self.recorded, self.subtitles, self.section = spans, recorded, subtitles, section
         self.vis_processor, self.text_processor = vis_processor, text_processor
         self.window, self.resampled, self.blocks = shards.window, shards.resampled, self.annotation.blocks
         self.lanes, self.buffer = (shards.lanes, shards.buffer) if shards.loader == "stream" else (0, 1)
@@ -207,6 +210,7 @@ class VideoQADataset(Dataset):
         settings += [own.flow_pairs] if own.flow_pairs != "sampled" else []
         settings += [own.max_flows] if own.max_flows is not None else []
         settings += [] if self.recorded is None else [sorted((name, str(one)) for name, one in self.recorded.items())]
+        settings += [self.subtitles.identity()] if self.subtitles is not None else []
         spans = {name: span and list(span) for name, span in (self.spans or {}).items()}
         return sha256_json([self.annotation.identity(), settings, spans])
 
@@ -219,6 +223,8 @@ class VideoQADataset(Dataset):
         if "video" in self.kinds:
             settings["num_frames"] = own.num_frames
         settings["vis_processor"] = "none" if self.vis_processor is None else "given"
+        if self.subtitles is not None:
+            settings["subtitles"] = self.subtitles.window_s
         return settings
 
     # ---- samples ----------------------------------------------------------------------------------------------
@@ -249,6 +255,8 @@ class VideoQADataset(Dataset):
             "gold_span": self._gold_span(row, times),
             "moments_s": row.get("moments_s") or ([row["span_s"]] if row.get("span_s") else []),
         }
+        if self.subtitles is not None:
+            sample["subtitles"], sample["subtitles_window_s"] = self.subtitles.of(row), self.subtitles.window_s
         if flow is not None:
             sample["flow"] = flow
         if self.settings.flow == "precomputed" and kind_of(row) == "video" and self._published_flow(row):

@@ -92,7 +92,7 @@ def score_options(model: nn.Module, samples: Mapping, prompt: str | None) -> dic
 def look(model: nn.Module, samples: Mapping, prompt: str | None, **chosen_by: Any) -> tuple[dict, Reading]:
     """Everything before the language model: the result so far, and the prompts with their frames as they were read."""
     seconds: dict[str, float] = {}
-    result: dict = {"prompt": model.prompts(samples, prompt), "seconds": seconds}
+    result: dict = {"seconds": seconds}
     choice = model.chooser(samples, clock=lambda stage: timed(model, seconds, stage), **chosen_by)
     result |= {"frame_index": choice.frame_index, "span": choice.span, "num_filled": choice.num_filled}
     if choice.spans is not None:
@@ -106,6 +106,9 @@ def look(model: nn.Module, samples: Mapping, prompt: str | None, **chosen_by: An
     if choice.logits is not None:
         result["start_logits"] = choice.logits.start_logits.float().cpu()
         result["end_logits"] = choice.logits.end_logits.float().cpu()
+    result["prompt"], shown = model.prompts_with_subtitles(samples, choice.frame_index, prompt)
+    if shown is not None:
+        result["subtitles"] = shown
     with timed(model, seconds, "vision"):
         return result, model.look(samples, choice.frame_index, result["prompt"])
 

@@ -8,6 +8,7 @@ Source: LSTP, arXiv 2402.16050.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -17,11 +18,13 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from lavis_lstp.batch import chosen_frames, moves, readable
+from lavis_lstp.data.subtitles import nearest_first
 from lavis_lstp.errors import ConfigError, unknown_name
 from lavis_lstp.models.answer.answerer import GivenUp, Reading
 from lavis_lstp.models.answering import answer, score_options, stream
 from lavis_lstp.models.building import build_parts, check_settings
 from lavis_lstp.models.refinement import ROWS, Refinement, pseudo_scores
+from lavis_lstp.models.subtitles import shown_in
 from lavis_lstp.models.variants import MODEL_TYPES, complete, load_variant
 from lavis_lstp.models.weights import parts
 from lavis_lstp.models.weights.hub import sizes_of_weights
@@ -186,7 +189,8 @@ class LSTP(BaseModel):
         if "lm" in self.losses:
             choice = self.chooser(samples, logits=logits)
             answers = [self.answer_template.replace("{answer}", a) for a in samples["text_output"]]
-            losses["lm_loss"] = self.look(samples, choice.frame_index, self.prompts(samples)).loss(answers)
+            prompts, _ = self.prompts_with_subtitles(samples, choice.frame_index)
+            losses["lm_loss"] = self.look(samples, choice.frame_index, prompts).loss(answers)
         return {"loss": losses["lm_loss"] + losses["span_loss"], **losses}
 
     def _target_span(self, samples: Mapping) -> Tensor:
@@ -212,6 +216,28 @@ class LSTP(BaseModel):
         template = (template or self.prompt).replace("{}", "{question}")
         made = [template.replace("{question}", q) for q in samples["text_input"]]
         return [own or general for own, general in zip(given, made, strict=True)] if given else made
+
+    def prompts_with_subtitles(
+        self, samples: Mapping, frame_index: Tensor, template: str | None = None
+    ) -> tuple[list[str], list[dict] | None]:
+        """The prompts, with lines of the subtitles before the question where the samples bring some.
+
+        Returns:
+            B strings, and of each the window_s (None = whole) and what `models.subtitles.shown_in` tells; None without
+            subtitles.
+        """
+        prompts = self.prompts(samples, template)
+        if "subtitles" not in samples:
+            return prompts, None
+        made = []
+        for row, prompt in enumerate(prompts):
+            index = [i for i in frame_index[row].tolist() if i >= 0]
+            times_s = samples["frame_times"][row][index].tolist()
+            lines = nearest_first(samples["subtitles"][row], times_s, samples["subtitles_window_s"][row])
+            made.append(shown_in(prompt, samples["text_input"][row], lines, self.backbone))
+        windows = (None if math.isinf(window) else window for window in samples["subtitles_window_s"])
+        told = [{"window_s": window, **facts} for window, (_, facts) in zip(windows, made, strict=True)]
+        return [prompt for prompt, _ in made], told
 
     def look(self, samples: Mapping, frame_index: Tensor, prompts: list[str], rows: Tensor | None = None) -> Reading:
         """The prompts with the frames at `frame_index` [B,K], as the answerer reads them; rows: see `chosen_frames`."""
@@ -267,9 +293,9 @@ class LSTP(BaseModel):
         Returns:
             prediction, prompt (lists of B strings), log_prob (of the prediction's tokens: sum, mean and number), span
             [B,2], frame_index [B,K], num_filled [B] of a rule over scores, else None; spans, as `locate` gives them,
-            where there may be several; num_shown [B] where the selector decides how many frames; start_logits,
-            end_logits and scores where there are any, flow [B,T,2,S,S] where it was needed, and seconds by stage (of
-            the whole batch).
+            where there may be several; num_shown [B] where the selector decides how many frames; subtitles,
+            see `prompts_with_subtitles`; start_logits, end_logits and scores where there are any, flow [B,T,2,S,S]
+            where it was needed, and seconds by stage (of the whole batch).
         """
         settings = {**self.generation, **generation}
         return answer(self, readable(samples), prompt, settings, given_up, selector=selector, flow=flow)

@@ -49,6 +49,8 @@ def measure(folder: Path, stem: str) -> tuple[dict[str, Any], dict[str, bool]]:
         "coverage": metrics["coverage"],
         "unparsable": metrics.get("num_unparsable"),
         "frames_per_answer": metrics.get("frames_per_answer"),
+        "subtitles": metrics.get("subtitles"),
+        "subtitle_lines_left_out": metrics.get("subtitle_lines_left_out"),
         "span_iou": evaluate_spans(spans, gold)["iou"] if gold else None,
         "milliseconds": {s: 1000 * sum(t.get(s, 0.0) for t in timings) / len(timings) for s in STAGES}
         if timings
@@ -77,6 +79,7 @@ def table_lines(rows: Sequence[Mapping[str, Any]], first: str) -> list[str]:
         ("p, paired", lambda row: None if row.get("p_value") is None else f"{row['p_value']:.2g}"),
         ("unparsable", lambda row: None if row.get("unparsable") is None else str(row["unparsable"])),
         ("frames per answer", lambda row: row.get("frames_per_answer") and f"{row['frames_per_answer']:.1f}"),
+        ("subtitles", _subtitles),
         ("coverage", lambda row: f"{row['coverage']:.1%}" if row.get("coverage", 1.0) < 1 else None),
         ("span IoU", lambda row: None if row.get("span_iou") is None else f"{row['span_iou']:.2f}"),
         (f"ms per question: {', '.join(STAGES)}", lambda row: _times(row["milliseconds"])),
@@ -214,6 +217,11 @@ def judge_line(rows: Sequence[Mapping[str, Any]]) -> str:
     chosen = {row.get("unparsable") is not None for row in rows}
     words = {True: "the right option was chosen", False: "exact match after normalising, no judge was asked"}
     return f"Judged by: {'; '.join(words[kind] for kind in sorted(chosen))}."
+
+
+def _subtitles(row: Mapping[str, Any]) -> str | None:
+    left_out = row.get("subtitle_lines_left_out")
+    return row.get("subtitles") and row["subtitles"] + (f", {left_out} lines left out" if left_out else "")
 
 
 def _times(milliseconds: Mapping[str, float] | None) -> str | None:

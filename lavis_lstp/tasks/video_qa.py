@@ -139,7 +139,7 @@ class VideoQATask(LSTPTask):
         scored = {r["question_id"]: r for r in records if r.get("answer") is not None}
         if not scored:
             note = "the data have no answers; nothing was scored"
-            return {"agg_metrics": 0.0, "num_scored": 0, "note": note, **frames_per_answer(records)}
+            return {"agg_metrics": 0.0, "num_scored": 0, "note": note, **shown_of(records)}
         predictions = {name: record["prediction"] for name, record in scored.items()}
         answers = {name: record["answer"] for name, record in scored.items()}
         categories = {name: record.get("category", "") for name, record in scored.items()}
@@ -152,18 +152,31 @@ class VideoQATask(LSTPTask):
                 scores["bleu1"] = bleu_1(*([table[name] for name in scored] for table in (answers, predictions)))
             kinds = accuracy(right, categories).get("by_category")
             scores |= {**({"by_category": kinds} if kinds else {}), **_grounded(scored, right)}
-            return {**scores, **frames_per_answer(records), "agg_metrics": scores["exact_match"]}
+            return {**scores, **shown_of(records), "agg_metrics": scores["exact_match"]}
         *_, coverage = join_by_id(predictions, answers)
         unparsable = [record["question_id"] for record in chosen if record["choice"] is None]
         found = {**accuracy(right, categories, axes), "chosen_by": self.choose, "num_unparsable": len(unparsable)}
-        found |= {**_grounded(scored, right), "unparsable": unparsable, **coverage, **frames_per_answer(records)}
+        found |= {**_grounded(scored, right), "unparsable": unparsable, **coverage, **shown_of(records)}
         return {**found, "agg_metrics": found["accuracy"]}
 
 
-def frames_per_answer(records: Sequence[Prediction]) -> dict[str, float]:
-    """The mean number of frames that the language model was shown, where the selector decides how many."""
-    shown = [record["num_shown"] for record in records if "num_shown" in record]
-    return {"frames_per_answer": round(sum(shown) / len(shown), 4)} if shown else {}
+def shown_of(records: Sequence[Prediction]) -> dict[str, Any]:
+    """What the language model was shown beside the question, as far as it differs from the published setting.
+
+    frames_per_answer: their mean number, where the selector decides it. subtitles: which lines, where there were any;
+    subtitle_lines: their mean number; subtitle_lines_left_out: lines of all prompts that these had no room for.
+    """
+    found: dict[str, Any] = {}
+    frames = [record["num_shown"] for record in records if "num_shown" in record]
+    if frames:
+        found["frames_per_answer"] = round(sum(frames) / len(frames), 4)
+    lines = [record["subtitles"] for record in records if "subtitles" in record]
+    if lines:
+        windows = dict.fromkeys(one["window_s"] for one in lines)
+        found["subtitles"] = ", ".join("whole" if w is None else f"within {w:g} s of the frames" for w in windows)
+        found["subtitle_lines"] = round(sum(one["lines"] for one in lines) / len(lines), 4)
+        found["subtitle_lines_left_out"] = sum(one["left_out"] for one in lines)
+    return found
 
 
 def _grounded(scored: Mapping[str, Prediction], right: Mapping[str, bool]) -> dict[str, Any]:
@@ -237,7 +250,7 @@ def _is_hidden(samples: Batch, row: int) -> bool:
 def _evidence(predicted: Mapping[str, Any], samples: Batch, row: int) -> Prediction:
     """Prompt, log-probability, span and frames of one answer, as far as the model gave them."""
     found: Prediction = {}
-    for key in ("prompt", "log_prob"):
+    for key in ("prompt", "subtitles", "log_prob"):
         if predicted.get(key) is not None:
             found[key] = predicted[key][row]
     times = real_times(samples, row)

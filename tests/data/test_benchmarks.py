@@ -376,6 +376,43 @@ def test_a_line_of_json_may_hold_other_ends_of_lines(tmp_path):
     assert [row["question"] for row in found] == ["two\u2028lines\u0085?"] * 2
 
 
+# ---- subtitles ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "said"),
+    [("videomme", "test", "line 0 of"), ("longvideobench", "val", "a line of")],
+)
+def test_subtitles_are_those_of_the_video_and_off_by_default(here, name, split, said):
+    pytest.importorskip("pyarrow") if name == "videomme" else None
+    plain, shown = build(name)[split], build(name, "subtitles=frames", "subtitles_window_s=0.5")[split]
+    assert "subtitles" not in plain[0] and "subtitles" not in plain.collater([plain[0]])
+    assert "subtitles" not in plain.annotation[0], "what the entries say is as it was"
+    texts = [[line.text for line in shown[i]["subtitles"]] for i in range(len(shown))]
+    for row, own in zip(shown.annotation, texts, strict=True):
+        assert not own or own[0].startswith(said) and own[0].endswith(row["video_id"])
+    assert any(texts)
+    batch = shown.collater([shown[0], shown[1]])
+    assert batch["subtitles_window_s"] == [0.5, 0.5] and len(batch["subtitles"]) == 2
+    assert len({one.fingerprint() for one in (plain, shown, build(name, "subtitles=whole")[split])}) == 3
+
+
+AS_JSON = ("form=json", "build_info.annotations.test.storage=inputs/videomme/questions.json")
+
+
+def test_subtitles_that_cannot_be_read_stop_the_run_in_one_line(here):
+    (first, *_) = sorted((here / "longvideobench" / "subtitles").iterdir())
+    first.write_text('[{"line": "never"}]')
+    with pytest.raises(AnnotationError, match=rf"{re.escape(first.name)}, subtitle 0: has no times"):
+        build("longvideobench", "subtitles=whole")
+    build("longvideobench")
+    shutil.rmtree(here / "videomme" / "subtitle")
+    with pytest.raises(ConfigError, match="build_info.subtitles.storage: no such folder: inputs/videomme/subtitle"):
+        build("videomme", "subtitles=frames", *AS_JSON)
+    with pytest.raises(ConfigError, match="subtitles"):
+        build("videomme", "subtitles=some")
+
+
 # ---- in shards ----------------------------------------------------------------------------------------------------
 
 

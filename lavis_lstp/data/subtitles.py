@@ -1,0 +1,211 @@
+"""Subtitle files (SRT, VTT, LongVideoBench's JSON) -> lines with their seconds, as plain text.
+
+In: entries of a data set and the folder of their files. Out: for each question the lines of its video. All files are
+read when the data set is built, so that one without times is an error of one line before an epoch begins. The text of
+a line is data: tags, escape codes and control characters are gone, and no angle bracket is left to begin a mark.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import logging
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lavis_lstp.config.data import SUBTITLES
+from lavis_lstp.data.annotation import MOST_SECONDS, SECTION, parse
+from lavis_lstp.data.folder import check_name
+from lavis_lstp.errors import AnnotationError, ConfigError
+from lavis_lstp.files import find_path
+
+logger = logging.getLogger(__name__)
+
+ENDINGS = (".srt", ".vtt", ".json")
+MOST_BYTES = 1 << 24
+"""Size of a file; ten hours of speech have about 1 MB."""
+NOT_TEXT = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\{\\[^}]*\}|[<>]")
+"""Escape codes, overrides of SubStation and angle brackets."""
+JOINERS = "\u200c\u200d"
+"""Characters without a width that scripts and emoji need."""
+CLOCK = re.compile(r"(\d{1,6}):(\d{1,2}):(\d{1,2}(?:[.,]\d{1,9})?)")
+CUE = re.compile(r"\s*(\d{1,6}:)?\d{1,2}:\d{1,2}[.,]\d{1,6}\s*-->\s*(\d{1,6}:)?\d{1,2}:\d{1,2}[.,]\d{1,6}(\s|$)")
+
+
+class Line(NamedTuple):
+    """What is said or written from `start_s` to `end_s`, seconds since the start of the video."""
+
+    start_s: float
+    end_s: float
+    text: str
+
+
+def read_subtitles(path: Path, begin_s: float = 0.0) -> list[Line]:
+    """The lines of a file, in the order of time.
+
+    Args:
+        begin_s: where the video begins, in seconds of the file; lines before are left out.
+
+    Raises:
+        AnnotationError: the file cannot be read, has a line without times, or one that ends before it begins.
+    """
+    if path.suffix.lower() not in ENDINGS:
+        raise AnnotationError(f"{path}: subtitles must be a file {', '.join(ENDINGS)}")
+    try:
+        with path.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
+        text = content.decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise AnnotationError(f"{path}: subtitles cannot be read as UTF-8 text ({error})") from None
+    if len(content) > MOST_BYTES:
+        raise AnnotationError(f"{path}: has more than {MOST_BYTES >> 20} MB; subtitles have not")
+    read = _of_json if path.suffix.lower() == ".json" else _of_cues
+    lines = []
+    for place, start, end, said in read(text, path):
+        if not (0 <= start <= end and start <= MOST_SECONDS):
+            raise AnnotationError(f"{place}: must begin before it ends, got {start:g} to {end:g} s")
+        plain = _plain(said)
+        if plain and end > begin_s:
+            lines.append(Line(max(0.0, start - begin_s), end - begin_s, plain))
+    return sorted(lines)
+
+
+def _plain(text: str) -> str:
+    """The text in one line, without what a terminal, a page or a tokenizer would take for something else."""
+    text = NOT_TEXT.sub(" ", html.unescape(text))
+    return " ".join("".join(c if c.isprintable() or c in JOINERS else " " for c in text).split())
+
+
+def _of_cues(text: str, path: Path) -> Iterable[tuple[str, float, float, str]]:
+    import webvtt  # reads comments, names of cues and odd breaks as the format's text has it
+
+    _check_cues(text, path)
+    form = path.suffix.lower()[1:]
+    try:
+        cues = list(webvtt.from_buffer(io.StringIO(text), format=form)) if text.strip() else []
+    except (webvtt.errors.MalformedFileError, webvtt.errors.MalformedCaptionError) as error:
+        why = " ".join(str(error).split())[:120]
+        raise AnnotationError(f"{path}: is no {form.upper()} file with times ({why})") from None
+    if not cues and "-->" not in text and len(re.split(r"\n\s*\n", text.strip())) > 1:
+        raise AnnotationError(f"{path}: has text and no line with times; expected 'START --> END' above each")
+    for number, cue in enumerate(cues, 1):
+        clocks = (cue.start_time, cue.end_time)
+        edges = ((t.hours * 60 + t.minutes) * 60 + t.seconds + t.milliseconds / 1000 for t in clocks)
+        yield f"{path}, subtitle {number}", *edges, cue.text
+
+
+def _check_cues(text: str, path: Path) -> None:
+    """Refuses what the reader would take for a part of the text before: times that are none, and a cue without."""
+    lines, last = text.splitlines(), None
+    for i, line in enumerate(lines):
+        before, after = lines[i - 1].strip() if i else "", lines[i + 1] if i + 1 < len(lines) else ""
+        if "-->" in line:
+            if not CUE.match(line):
+                raise AnnotationError(f"{path}, line {i + 1}: expected times 'START --> END', got {line[:80]!r}")
+            last = int(before) if before.isdecimal() and len(before) < 10 else None
+        elif last is not None and line.strip() == str(last + 1) and not before and after.strip() and "-->" not in after:
+            raise AnnotationError(f"{path}, line {i + 1}: subtitle {line.strip()} has no times")
+
+
+def _of_json(text: str, path: Path) -> Iterable[tuple[str, float, float, str]]:
+    """LongVideoBench's two forms: {start, end, line} with clocks, and {timestamp: [s, s], text}; no end = the end."""
+    rows = parse(text, path, "file")
+    if not isinstance(rows, list):
+        raise AnnotationError(f"{path}: subtitles must be a list, got {type(rows).__name__}")
+    for number, row in enumerate(rows):
+        place, row = f"{path}, subtitle {number}", row if isinstance(row, dict) else {}
+        edges, said = row.get("timestamp", [row.get("start"), row.get("end")]), row.get("line", row.get("text"))
+        if not isinstance(said, str) or not isinstance(edges, list) or len(edges) != 2:
+            raise AnnotationError(f"{place}: expected start, end and line, or timestamp and text, got {row!r:.80}")
+        start, end = _seconds(edges[0]), math.inf if edges[1] is None else _seconds(edges[1])
+        if start is None or end is None:
+            raise AnnotationError(f"{place}: has no times; expected H:MM:SS or seconds, got {edges!r:.80}")
+        yield place, start, end, said
+
+
+def _seconds(value: Any) -> float | None:
+    if type(value) in (int, float):
+        return float(value) if abs(value) <= MOST_SECONDS else None
+    found = CLOCK.fullmatch(value.strip()) if isinstance(value, str) else None
+    if found is None:
+        return None
+    return int(found[1]) * 3600 + int(found[2]) * 60 + float(found[3].replace(",", "."))
+
+
+class Subtitles:
+    """Lines of a data set's videos.
+
+    Args:
+        rows: entries. `subtitles` names a file below `root`; without it the video's own name with .srt, .vtt or .json
+            is looked for. `subtitles_begin_s`: where the video begins, in seconds of the file.
+        root: folder of the files.
+        shown: frames: lines within `window_s` of a chosen frame; whole: all of them.
+        section: of the configuration, for messages.
+
+    Raises:
+        AnnotationError: a file cannot be read, or its name leads out of the folder.
+        ConfigError: no video has one.
+    """
+
+    def __init__(
+        self, rows: Sequence[Mapping[str, Any]], root: Path, shown: str, window_s: float, section: str = SECTION
+    ):
+        assert shown in SUBTITLES[1:]
+        self.window_s = math.inf if shown == "whole" else float(window_s)
+        self._lines: dict[tuple[str, float], list[Line]] = {}
+        self._root, without = root, set()
+        for row in rows:
+            if "video" in row:
+                _check(row)
+                key = self._key(row)
+                if key not in self._lines:
+                    path = self._file(row)
+                    self._lines[key] = [] if path is None else read_subtitles(path, key[1])
+                    without |= {row["video"]} if path is None else set()
+        if self._lines and len(without) == len(self._lines):
+            raise ConfigError(
+                f"{section}.subtitles: none of {len(without)} videos has a file in {root}; expected a name such as "
+                f"{Path(min(without)).with_suffix(ENDINGS[0])} ({section}.build_info.subtitles.storage)"
+            )
+        if without:
+            logger.warning(
+                "%s: %d of %d videos have no subtitles, first %s", section, len(without), len(self._lines), min(without)
+            )
+
+    @staticmethod
+    def _key(row: Mapping[str, Any]) -> tuple[str, float]:
+        return row.get("subtitles") or row["video"], float(row.get("subtitles_begin_s") or 0)
+
+    def _file(self, row: Mapping[str, Any]) -> Path | None:
+        given = row.get("subtitles")
+        names = [given] if given else [str(Path(row["video"]).with_suffix(ending)) for ending in ENDINGS]
+        for name in names:
+            check_name(name, self._root, f"subtitles of question {row['question_id']!r}")
+        return next((path for path in (find_path(self._root, name) for name in names) if path.is_file()), None)
+
+    def of(self, row: Mapping[str, Any]) -> list[Line]:
+        """The lines of a question's video, or of the part that it is about; none for pictures and texts."""
+        lines = self._lines[self._key(row)] if "video" in row else []
+        start, end = row.get("clip_s") or (-math.inf, math.inf)
+        return [line for line in lines if line.start_s < end and line.end_s > start]
+
+    def identity(self) -> Any:
+        """What decides the lines that are shown, as plain containers."""
+        return [self.window_s, sorted([*key, *map(list, lines)] for key, lines in self._lines.items())]
+
+
+def _check(row: Mapping[str, Any]) -> None:
+    where, begin = f"question {row['question_id']!r}", row.get("subtitles_begin_s")
+    if not isinstance(row.get("subtitles", ""), str):
+        raise AnnotationError(f"{where}: 'subtitles' must be a file name, got {row['subtitles']!r:.80}")
+    if begin is not None and not (type(begin) in (int, float) and 0 <= begin <= MOST_SECONDS):
+        raise AnnotationError(f"{where}: 'subtitles_begin_s' must be seconds from 0 on, got {begin!r:.80}")
+
+
+def nearest_first(lines: Sequence[Line], times_s: Sequence[float], window_s: float) -> list[Line]:
+    """Lines at most `window_s` from a time, nearest first, then in the order of time; infinity = all of them."""
+    away = {line: min((max(line[0] - t, t - line[1], 0.0) for t in times_s), default=math.inf) for line in lines}
+    return sorted((line for line in lines if away[line] <= window_s), key=lambda line: (away[line], line))
