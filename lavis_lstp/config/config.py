@@ -16,12 +16,13 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import lavis.common.config as lavis_config
 import lavis.common.optims  # registers LAVIS's schedules
 import lavis.runners  # noqa: F401, registers LAVIS's runners
 from lavis.common.registry import registry
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lavis_lstp.config.data import checked_dataset, complete_dataset, settings_of
@@ -78,19 +79,33 @@ def _complete(user: DictConfig) -> DictConfig:
         resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise ConfigError(first_line(error)) from error
-    _check_resolved(resolved, roles, others)
+    _take(config, resolved, _checked(resolved, roles, others))
+    config.run.output_dir = os.path.abspath(os.path.expanduser(config.run.output_dir))
     return config
 
 
-def _check_resolved(config: Mapping, roles: set[str], others: set[str]) -> None:
-    """Raise ConfigError for a value that an interpolation stands for and that cannot be used."""
-    checked_run(config["run"], roles, others)
-    if is_ours(registry.get_model_class(config["model"]["arch"])):
-        check_complete_model(config["model"])
-        check_recorded(config["model"], config["datasets"])
-    for name, section in config["datasets"].items():
-        if settings_of(name):
-            checked_dataset(name, section)
+def _checked(resolved: Mapping, roles: set[str], others: set[str]) -> dict[str, Any]:
+    """The sections that have rules, each value as its rule has it.
+
+    Raises:
+        ConfigError: a value that an interpolation stands for and that cannot be used.
+    """
+    found = {"run": checked_run(resolved["run"], roles, others)}
+    if is_ours(registry.get_model_class(resolved["model"]["arch"])):
+        check_complete_model(resolved["model"])
+        check_recorded(resolved["model"], resolved["datasets"])
+        found["model"] = checked_model(resolved["model"])
+    data = resolved["datasets"]
+    return found | {"datasets": {name: checked_dataset(name, data[name]) for name in data if settings_of(name)}}
+
+
+def _take(config: DictConfig | ListConfig, resolved: Mapping | list, checked: Mapping | list) -> None:
+    """Put checked values where an interpolation stands for one of another type, such as a number for a text."""
+    for key, value in checked.items() if isinstance(checked, Mapping) else enumerate(checked):
+        if isinstance(value, (Mapping, list)):
+            _take(config[key], resolved[key], value)
+        elif type(value) is not type(resolved[key]):
+            config[key] = value
 
 
 def _complete_run(given: Mapping, arch: str | None) -> tuple[DictConfig, set[str], set[str]]:
@@ -111,11 +126,9 @@ def _complete_run(given: Mapping, arch: str | None) -> tuple[DictConfig, set[str
     defaults = {name: getattr(settings, name) for name in WRITTEN}
     if not is_ours(runner_cls):
         defaults |= LAVIS_RUNNER_DEFAULTS
-    run = OmegaConf.create({"run": {**defaults, **dict.fromkeys(given), **run, "runner": runner}})
-    for key, default in defaults.items():  # a null in the file means "as if it were not there"
-        if run.run[key] is None:
-            run.run[key] = default
-    run.run.output_dir = os.path.abspath(os.path.expanduser(run.run.output_dir))
+    run = {**defaults, **dict.fromkeys(given), **run, "runner": runner}
+    nulls = {key: default for key, default in defaults.items() if run[key] is None}  # null: as if it were not there
+    run = OmegaConf.create({"run": {**run, **nulls}})
     return run, roles, others
 
 

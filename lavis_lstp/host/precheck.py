@@ -82,11 +82,9 @@ def _own_sections(user: DictConfig) -> dict[str, dict] | None:
     complete = {name: complete_dataset(name, section) for name, section in own.items()}
     config = OmegaConf.create({"run": run, "model": model, "datasets": complete})
     found = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    found["run"] = checked_run(found["run"], roles)
     check_complete_model(found["model"])
-    for name in own:
-        checked_dataset(name, found["datasets"][name])
-    return found
+    datasets = {name: checked_dataset(name, section) for name, section in found["datasets"].items()}
+    return {"run": checked_run(found["run"], roles), "model": checked_model(found["model"]), "datasets": datasets}
 
 
 def _above(role: str | None) -> tuple[str, ...]:

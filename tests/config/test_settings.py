@@ -424,12 +424,23 @@ def fuzz(count: int, seed: int) -> list[str]:
         ("model.generation=${oc.env:LSTP_NOBODY_SETS_THIS}", "LSTP_NOBODY_SETS_THIS"),
         ("model.sampler_prompt=${run.seed}", "model.sampler_prompt must contain {question}, got '42'"),
         ("model.prompt=${run.seed}", "model.prompt must contain {question}, got '42'"),
+        ("model.checkpoint=${run.seed}", "no weights at '42'"),
+        ("model.backbone.weights=${run.seed}", "cache, and the hub does not answer: 42 (model.backbone.weights)"),
+        ("datasets.lstp_video_qa.spans=${run.seed}", "42: no such span file"),
+        ("datasets.lstp_video_qa.build_info.videos.storage=${run.seed}", "no such folder: 42"),
+        ("datasets.lstp_video_qa.build_info.annotations.train.storage=${run.seed}", "42: no such annotation file"),
         ("model.backbone.weights=a.json", "a.json' is a file; expected a folder in the hub's layout"),
         ("model.sampler.tokenizer=a.json", "a.json' is a file; expected a folder in the hub's layout"),
     ],
 )
 def test_what_five_thousand_values_found(here, option, said):
     assert said in error(option, "model.selector.name=lstp")  # which looks through the sampler
+
+
+def test_an_interpolation_that_stands_for_a_number_is_a_text_where_texts_are(here):
+    cfg = config("run.output_dir=${run.seed}", "run.seed=7", "datasets.lstp_video_qa.flow_root=${run.seed}")
+    assert cfg.run_cfg.output_dir == str(here / "7") and cfg.datasets_cfg.lstp_video_qa.flow_root == "7"
+    assert config("run.output_dir=out/${model.arch}").run_cfg.output_dir == str(here / "out/lstp_tiny")
 
 
 def test_no_value_of_a_key_ends_in_a_traceback(here):
