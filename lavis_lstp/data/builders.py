@@ -154,7 +154,7 @@ class VideoQABuilder(BaseDatasetBuilder):
             settings,
             spans=self._spans(split, settings, annotation),
             recorded=self._recorded(split, settings, annotation),
-            subtitles=self._subtitles(folder, settings, config, annotation),
+            subtitles=self._subtitles(folder, config, annotation),
             vis_processor=self.vis_processors[kind] if (config.get("vis_processor") or {}).get(kind) else None,
             text_processor=self.text_processors[kind] if (config.get("text_processor") or {}).get(kind) else None,
             section=self.section,
@@ -164,9 +164,10 @@ class VideoQABuilder(BaseDatasetBuilder):
         return dataset
 
     def _subtitles(
-        self, folder: Path, settings: FolderSettings, config: Mapping[str, Any], annotation: ShardQuestions | list
+        self, folder: Path, config: Mapping[str, Any], annotation: ShardQuestions | list
     ) -> Subtitles | None:
-        if settings.subtitles == "none":
+        shown = config.get("subtitles", "none")  # of questions about videos alone
+        if shown == "none":
             return None
         if isinstance(annotation, ShardQuestions):
             raise ConfigError(f"{self.section}.subtitles: shards hold none; read the benchmark's files, or set none")
@@ -174,7 +175,7 @@ class VideoQABuilder(BaseDatasetBuilder):
         if given and not os.path.isdir(local_path(given)):
             raise ConfigError(f"{self.section}.build_info.subtitles.storage: no such folder: {given}")
         root = local_path(given) if given else folder
-        return Subtitles(annotation, root, settings.subtitles, settings.subtitles_window_s, self.section)
+        return Subtitles(annotation, root, shown, config["subtitles_window_s"], self.section)
 
     def _spans(self, split: str, settings: FolderSettings, annotation: ShardQuestions | list):
         """`spans` is one file for the split train, or {split: file}; "shards" in place of a file means theirs."""
