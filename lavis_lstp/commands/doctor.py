@@ -2,7 +2,8 @@
 
 In: the environment. Out: a report for people, or JSON; exit status 1 if the main job, training and asking the
 built-in model on this machine, could not run. Each check imports what it checks and nothing is downloaded. With
-`--scan FOLDER` it looks for keys in a folder instead, and the status is 1 where there are any.
+`--scan FOLDER` it looks for keys in a folder instead, and the status is 1 where there are any; with `--lavis` it prints
+the tested table of LAVIS's own models.
 """
 
 from __future__ import annotations
@@ -53,7 +54,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="lavis-lstp doctor", description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--scan", metavar="FOLDER", help="look for keys and passwords in a folder instead")
+    parser.add_argument(
+        "--lavis", action="store_true", help="which of LAVIS's own models work here, and why others do not"
+    )
     args = parser.parse_args(argv)
+    if args.lavis:
+        from lavis_lstp.host import lavis_table
+
+        rows = [row._asdict() for row in lavis_table.ROWS]
+        print(json.dumps(rows, indent=2) if args.json else lavis_table.table())
+        return 0
     if args.scan:
         found, text = scan.report(args.scan)
         print(json.dumps([one._asdict() for one in found], indent=2) if args.json else printable(text))

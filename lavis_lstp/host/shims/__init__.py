@@ -61,6 +61,12 @@ BEFORE_LAVIS = (
         names.add_additional_special_tokens,
     ),
     Shim(
+        "numpy.Inf",
+        "read by albef_pretrain and alpro_retrieval in a training step; now numpy.inf",
+        "numpy 2.0",
+        names.add_numpy_inf,
+    ),
+    Shim(
         "timm.models.{hub,registry,layers,helpers}",
         "moved; imported once with the FutureWarning off, so that LAVIS's imports of them are silent",
         "timm 0.9",

@@ -120,6 +120,12 @@ def _get_head_mask(self, head_mask: torch.Tensor | None, num_hidden_layers: int,
     return head_mask.unsqueeze(-1) if is_attention_chunked else head_mask
 
 
+def add_numpy_inf() -> bool:
+    import numpy
+
+    return _add_missing(numpy, Inf=numpy.inf)
+
+
 def add_mask_methods() -> bool:
     from transformers import PreTrainedModel
 
