@@ -7,7 +7,7 @@ LAVIS := salesforce-lavis==1.0.2
 # The one package that the second environment replaces, and the two whose versions it pins.
 OLD_TRANSFORMERS := "transformers==4.57.6" "tokenizers>=0.22,<=0.23.0" "huggingface_hub>=0.34,<1.0"
 # Tests that must pass on both versions of transformers.
-MATRIX_TESTS ?= $(addprefix tests/,host/test_plugin.py host/test_shims.py host/test_lavis_models.py models \
+MATRIX_TESTS ?= $(addprefix tests/,host/test_plugin.py host/test_shims.py host/test_lavis_models.py host/test_lavis_table.py models \
 	metrics/test_multiple_choice.py data/test_prompts.py judging/test_judge_local.py tasks/test_evaluations.py \
 	commands/test_convert.py commands/test_export.py commands/test_ablate.py)
 export OMP_NUM_THREADS ?= 2

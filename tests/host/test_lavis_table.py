@@ -136,9 +136,9 @@ def loss_of(model: torch.nn.Module, name: str) -> None:
 def used(model: torch.nn.Module, name: str, method: str) -> None:
     more: dict[str, Any] = {}
     if method == "compute_sim_matrix":
-        loader = Pairs([samples(name)])
-        more = {"task_cfg": SimpleNamespace(k_test=2)}
-        assert len(model.eval().compute_sim_matrix(loader, **more)) == 2
+        with torch.no_grad():
+            found = model.eval().compute_sim_matrix(Pairs([samples(name)]), task_cfg=SimpleNamespace(k_test=2))
+        assert [one.shape for one in found] == [(2, 2), (2, 2)]
         return
     if name == "albef_vqa":
         more = {"answer_list": ["red", "blue", "yes"], "num_ans_candidates": 2}
