@@ -12,9 +12,9 @@ MATRIX_TESTS ?= $(addprefix tests/,host/test_plugin.py host/test_shims.py host/t
 	commands/test_convert.py commands/test_export.py commands/test_ablate.py)
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help venv lint test test-slow test-matrix fuzz chaos demo clean
+.PHONY: help venv lint test test-slow test-matrix fuzz chaos demo docs clean
 help:
-	@echo "make demo | test | test-slow | test-matrix | fuzz | chaos | lint | venv | clean"
+	@echo "make demo | test | test-slow | test-matrix | fuzz | chaos | docs | lint | venv | clean"
 
 venv: .venv/installed
 .venv/installed: setup.py
@@ -56,9 +56,13 @@ fuzz: venv
 chaos: venv
 	PYTHONPATH=.:tests OMP_NUM_THREADS=1 $(BIN)/python tests/chaos.py
 
+# The pages as a site in site/; a broken link is an error.
+docs: venv
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 demo: venv
 	$(BIN)/lavis-lstp demo
 
 clean:
-	rm -rf .venv .venv-tf457 build dist output *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-tf457 build dist site output *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

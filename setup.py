@@ -119,6 +119,8 @@ OUR_NEEDS = [
     "eva-decord>=0.6.1; sys_platform == 'darwin' and platform_machine == 'arm64'",
 ]
 
+DOCS_NEEDS = ["mkdocs-material>=9.5"]
+
 SERVE_NEEDS = [
     "fastapi>=0.165",  # bounds bodies (max_body_size)
     "gradio>=6.31",  # 83 MB; its pin keeps pillow below 13
@@ -151,6 +153,8 @@ setup(
             "pyarrow>=17",
             "deepspeed>=0.19",
             "hypothesis>=6.100",
+            "ipykernel>=6",  # runs docs/tour.ipynb, with nbclient
+            "nbclient>=0.10",
             "num2words>=0.5",
             "openai>=2.39",
             "psutil>=5.9",
@@ -162,8 +166,10 @@ setup(
             "selenium>=4.20",
             "setuptools>=70.1",
             "tensorboardX>=2.6",
+            *DOCS_NEEDS,
             *SERVE_NEEDS,
         ],
+        "docs": DOCS_NEEDS,
         "serve": SERVE_NEEDS,
         "smolvlm": ["num2words>=0.5"],  # transformers' SmolVLM processor writes the number of frames as a word
         "track": ["tensorboardX>=2.6"],

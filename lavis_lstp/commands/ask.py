@@ -19,31 +19,9 @@ from lavis_lstp.inference.loading import EXAMPLE
 from lavis_lstp.redaction import printable
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from lavis_lstp.inference.prediction import Prediction
 
 logger = logging.getLogger(__name__)
-
-PICTURE_SIDE = 320  # px, longer side of a frame in the picture
-
-
-def picture_frames(video: str | Path, num_frames: int) -> np.ndarray:
-    """uint8 [T,3,h,w]: the frames of `ask` once more in the video's own proportions, where the model sees squares."""
-    import numpy as np
-
-    from lavis_lstp.data.pictures import open_picture
-    from lavis_lstp.data.video.reading import probe, read_frames
-    from lavis_lstp.inference.candidates import is_picture
-
-    if is_picture(video):
-        picture = open_picture(Path(video), str(video))
-        picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
-        return np.asarray(picture).transpose(2, 0, 1)[None]
-    info = probe(video)
-    scale = min(1.0, PICTURE_SIDE / max(info.height, info.width))
-    size = (max(1, round(info.height * scale)), max(1, round(info.width * scale)))
-    return read_frames(video, num=num_frames, size=size).frames
 
 
 def as_text(result: Mapping[str, Any]) -> str:
@@ -59,15 +37,19 @@ def as_text(result: Mapping[str, Any]) -> str:
 
 def explain(path: Path, video: str | Path, found: Prediction) -> None:
     """Write the picture that explains an answer about a video."""
+    import numpy as np
+
+    from lavis_lstp.inference.contact_sheet import pictures_at
     from lavis_lstp.report.explanation import explanation_picture
 
     times = found.candidate_times_s
+    pictures = pictures_at(video, times)  # in the video's own proportions, where the model sees squares
     explanation_picture(
         path,
         question=found.question,
         prediction=found.prediction,
         title=Path(video).name,
-        frames=picture_frames(video, len(times)),
+        frames=np.stack([np.asarray(one).transpose(2, 0, 1) for one in pictures]),
         flow=found.flow,
         frame_times=times,
         span=found.span,

@@ -74,9 +74,14 @@ class Chain:
         out: working folder; what `{out}` stands for in a chain file.
         options: further `--options`, for every run or, as `STEP:a.b=c`, for one.
         launcher: words that stand for `python` in front of `-m lavis.train`, such as torchrun and its arguments.
+
+    Raises:
+        ConfigError: an option that no run of a chain can follow.
     """
 
     def __init__(self, out: Path, options: Sequence[str] = (), launcher: Sequence[str] = ()):
+        if any(option.rpartition("=")[0].endswith("run.fast_dev_run") for option in options):
+            raise ConfigError("run.fast_dev_run is of one run, later ones would find nothing; use run.limit_batches=2")
         self.out = out
         self.options = list(options)
         self.launcher = list(launcher) or [sys.executable]

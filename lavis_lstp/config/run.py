@@ -7,6 +7,7 @@ tasks of other packages may name keys of their own in a class attribute RUN_KEYS
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -39,6 +40,10 @@ class RunSettings:
     resume_ckpt_path: str | None = key()
     log_freq: int = key(50, least=1)  # steps between two log lines
     track: list[str] = key([], one_of=TRACKERS, only=RUNNERS, called="tracker (run.track)")  # beside log.jsonl
+    # a trial: batches of each epoch (at least one optimizer step) and of each evaluation, whose metrics say "partial"
+    limit_batches: int | None = key(None, least=1, only=RUNNERS)
+    # two batches of everything, afresh, in output_dir/fast_dev_run, which the next such run empties; no trackers
+    fast_dev_run: bool = key(False, only=RUNNERS)
     profile: bool = key(False, only=RUNNERS)  # say where each second went; a trace for Chrome in output_dir/profile
     # ---- data
     train_splits: list[str] = key(["train"])
@@ -149,7 +154,19 @@ class RunSettings:
         settings = cls(**given)
         settings.precision = _precision(given)
         settings._check()
+        if settings.fast_dev_run:
+            settings._shrink()
         return settings
+
+    def _shrink(self) -> None:
+        """Sets what `fast_dev_run` stands for."""
+        if self.evaluate:
+            whole = self.resume_ckpt_path == "auto"
+            self.resume_ckpt_path = self.output_dir if whole else self.resume_ckpt_path
+        else:
+            self.resume_ckpt_path = None
+        self.limit_batches, self.max_epoch, self.track = min(2, self.limit_batches or 2), 1, []
+        self.output_dir = os.path.join(self.output_dir, "fast_dev_run")
 
     def _check(self) -> None:
         """Raise ConfigError for settings that contradict each other."""

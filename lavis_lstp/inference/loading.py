@@ -100,7 +100,7 @@ def model_config(section: Mapping[str, Any], checkpoints: Sequence[str], options
     return model_class, config
 
 
-def _recorded_run(checkpoint: str) -> tuple[Path, dict[str, Any]]:
+def recorded_run(checkpoint: str) -> tuple[Path, dict[str, Any]]:
     """The manifest beside a checkpoint's weights, and the config in it; empty where there is no manifest.
 
     Raises:
@@ -136,7 +136,7 @@ def recorded_model(checkpoint: str, options: Sequence[str] = ()) -> dict[str, An
     """
     from lavis_lstp.config import options_to_dotlist
 
-    manifest, config = _recorded_run(checkpoint)
+    manifest, config = recorded_run(checkpoint)
     if not config:
         return {}
     given = [option.partition("=")[0] for option in options_to_dotlist(options)]
@@ -229,7 +229,7 @@ def recorded_reading(checkpoint: str | None) -> tuple[dict[str, Any], list[str]]
 
 def _recorded_videos(checkpoint: str | None) -> dict[str, dict[str, Any]]:
     """What a run says of num_frames and READING, by data set of videos, checked."""
-    manifest, config = _recorded_run(checkpoint) if checkpoint is not None else (None, {})
+    manifest, config = recorded_run(checkpoint) if checkpoint is not None else (None, {})
     sections = config.get("datasets")
     found = {}
     for name, section in sections.items() if isinstance(sections, Mapping) else ():

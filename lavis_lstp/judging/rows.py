@@ -79,7 +79,7 @@ def read_predictions(
 
     Args:
         answers: file with question_id, answer and perhaps question, where the predictions bring none; it also says
-            which questions there are.
+            which questions there are. Without it they are those of the predictions and of their `_missing.jsonl`.
         allow_partial: go on with questions that have a prediction where others have none.
 
     Raises:
@@ -87,7 +87,9 @@ def read_predictions(
         CoverageError: predictions and answers are not one to one, and not `allow_partial`.
     """
     predicted = by_question_id(predictions)
-    golds: Mapping[str, Row] = by_question_id(answers) if answers is not None else predicted
+    missing = Path(predictions).with_name(f"{Path(predictions).stem}_missing.jsonl")
+    unanswered = by_question_id(missing) if missing.is_file() else {}
+    golds: Mapping[str, Row] = by_question_id(answers) if answers is not None else {**unanswered, **predicted}
     ids, *_, coverage = join_by_id(predicted, golds, allow_partial=allow_partial)
     rows = {}
     for key in ids:

@@ -162,6 +162,7 @@ class TrainOrder:
         ratios: share of each data set in an epoch; by default as many as it has. A data set smaller than its
             share is gone through repeatedly, each sample as often as the others up to one.
         sampling: how each data set is gone through; None = in any order, each sample once.
+        limit_steps: an epoch ends after so many optimizer steps; None = when it has seen all samples.
     """
 
     def __init__(
@@ -175,6 +176,7 @@ class TrainOrder:
         world_size: int = 1,
         ratios: Sequence[float] | None = None,
         sampling: Sequence[Sampling | None] | None = None,
+        limit_steps: int | None = None,
     ):
         if sum(lengths) == 0:
             raise ConfigError("the training data set is empty; check datasets.*.build_info.annotations.train")
@@ -189,6 +191,7 @@ class TrainOrder:
         self.rank = rank
         self.world_size = world_size
         self.ratios = ratios
+        self.limit_steps = limit_steps
         self.sampling = [one or Sampling() for one in sampling or [None] * len(lengths)]
         self.counts = self._counts()
 
@@ -200,7 +203,8 @@ class TrainOrder:
 
     @property
     def samples_per_epoch(self) -> int:
-        return sum(self.counts)
+        total = sum(self.counts)
+        return total if self.limit_steps is None else min(total, self.limit_steps * self.group_size)
 
     @property
     def group_size(self) -> int:
@@ -216,11 +220,11 @@ class TrainOrder:
         return any(sampling.streamed for sampling in self.sampling)
 
     def permutation(self, epoch: int) -> torch.Tensor:
-        """Indices int64 [samples_per_epoch] in the order of this epoch."""
+        """Indices int64 in the order of this epoch, also those beyond `limit_steps`."""
         return self.drawn(epoch)[0]
 
     def drawn(self, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Indices int64 [samples_per_epoch] in the order of this epoch, and alike their places in the reading or -1."""
+        """As `permutation`, and alike the indices' places in the reading or -1."""
         generator = torch.Generator().manual_seed(derived_seed(self.seed, "order", epoch))
         picked, parts, offset = [], [], 0
         for length, count, sampling in zip(self.lengths, self.counts, self.sampling, strict=True):
@@ -253,7 +257,7 @@ class TrainOrder:
 
     def steps(self, epoch: int, position: int = 0) -> Iterator[StepPlan]:
         """Plans of the optimizer steps of an epoch that come after `position` consumed samples."""
-        order, places = (drawn[position:].tolist() for drawn in self.drawn(epoch))
+        order, places = (drawn[position : self.samples_per_epoch].tolist() for drawn in self.drawn(epoch))
         for start in range(0, len(order), self.group_size):
             end = start + self.group_size
             yield self._plan(order[start:end], places[start:end])

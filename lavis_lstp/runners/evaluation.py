@@ -118,16 +118,26 @@ def evaluate_split(
     num_workers: int,
     seed: int,
     allow_partial: bool,
+    limit_batches: int | None = None,
 ) -> dict[str, Any]:
     """Records, files and metrics of a split, with the model in eval mode; a collective.
 
     Args:
         config: the whole configuration as plain containers; what of it matters is part of the key under which
             finished batches are kept.
+        limit_batches: evaluate so many batches of the split, in all processes together; the metrics say "partial".
 
     Returns:
         The metrics, the same on each rank.
+
+    Raises:
+        ConfigError: a part of the split, with a task of LAVIS's that would report it as the whole.
     """
+    if limit_batches is not None and not isinstance(task, LSTPTask):
+        raise ConfigError(
+            f"run.limit_batches and run.fast_dev_run: {type(task).__name__} cannot say that its metrics are of a part; "
+            "leave them out, or take a task of lavis_lstp"
+        )
     engine.model.eval()
     task.before_evaluation(model=engine.bare_model, dataset=dataset)
     name = config["run"].get("task", type(task).__name__)
@@ -157,6 +167,7 @@ def evaluate_split(
             pin_memory=device.type == "cuda",
             in_step=engine.in_step,
             title=f"evaluating {split}",
+            limit=limit_batches,
         )
     if records and isinstance(task, LSTPTask):  # units are in an order of their own
         place = {name: i for i, name in enumerate(question_ids(dataset))}
@@ -168,7 +179,8 @@ def evaluate_split(
                 dataset=dataset,
                 result_dir=result_dir,
                 output_dir=output_dir,
-                allow_partial=allow_partial,
+                allow_partial=allow_partial or limit_batches is not None,
+                limited=limit_batches is not None,
                 model_config=config.get("model", {}),
                 digests={name: key[name] for name in ("weights", "data")},
             )
@@ -191,6 +203,7 @@ def run_evaluation(
     pin_memory: bool = False,
     in_step: bool = False,
     title: str = "evaluation",
+    limit: int | None = None,
 ) -> Records | None:
     """Apply `step` to every batch that `parts` does not hold yet; a collective.
 
@@ -198,11 +211,12 @@ def run_evaluation(
         step: from a collated batch to one record per sample.
         in_step: every rank makes as many steps as the others, on batches that do not count where its own are done:
             an engine that holds a part of the weights on each rank needs all of them in each step.
+        limit: so many of the batches; None = all.
 
     Returns:
         All records on rank 0, None elsewhere.
     """
-    batches = units_of(dataset, batch_size, whole=not in_step)
+    batches = units_of(dataset, batch_size, whole=not in_step)[:limit]
     done = parts.begin()
     if done and distributed.is_main():
         log.info("%s: %d of %d batches were done by an earlier attempt", title, len(done), len(batches))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -111,6 +112,8 @@ class RunnerLSTP(RunnerBase):
 
     def setup_output_dir(self) -> None:
         """`run.output_dir` itself; no job id is added, so a resumed run finds its own checkpoints."""
+        if self.settings.fast_dev_run:
+            distributed.on_main(lambda: shutil.rmtree(self.settings.output_dir, ignore_errors=True))
         self.output_dir = _made(self.settings.output_dir)
         self.result_dir = self.output_dir / "result"
         for name, path in (("output_dir", self.output_dir), ("result_dir", self.result_dir)):
@@ -208,6 +211,7 @@ class RunnerLSTP(RunnerBase):
             world_size=distributed.world_size(),
             ratios=[ratios[name] for name in parts] if ratios else None,
             sampling=[sampling_of(part) for part in parts.values()],
+            limit_steps=settings.limit_batches and max(1, settings.limit_batches // settings.accum_grad_iters),
         )
         dataset = join(parts)
         loading = {"seed": settings.seed, "num_workers": settings.num_workers, "pin_memory": self.device.type == "cuda"}
@@ -438,9 +442,11 @@ class RunnerLSTP(RunnerBase):
             num_workers=s.num_workers,
             seed=s.seed,
             allow_partial=s.allow_partial,
+            limit_batches=s.limit_batches,
         )
         shown = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
-        log.info("%s: %s", split_name, ", ".join(f"{name} {value:.4g}" for name, value in shown.items()))
+        partial = "PARTIAL, not the score of the split: " if metrics.get("partial") else ""
+        log.info("%s: %s%s", split_name, partial, ", ".join(f"{name} {value:.4g}" for name, value in shown.items()))
         seconds = round(time.perf_counter() - started, 3)
         where = {"split": split_name, "step": self.position.step, "epoch": cur_epoch, "seconds": seconds}
         self.json_log.write("eval", **where, **shown)

@@ -90,6 +90,8 @@ def save_spans(
     made_by: Mapping[str, Any],
     *,
     dataset: Dataset,
+    output_dir: str | Path = ".",
+    limited: bool = False,
     model_config: Mapping[str, Any] | None = None,
     **unused: Any,
 ) -> Path:
@@ -98,8 +100,11 @@ def save_spans(
     Args:
         template: the file's path; {split} is replaced.
         made_by: noted in the file, with the model and its checkpoint.
+        limited: the records are those of a trial over a part of the split (`run.limit_batches`): the file is written
+            into `output_dir`, so that it never replaces one of the whole split.
     """
     path = Path(template.replace("{split}", split_name)).expanduser()
+    path = Path(output_dir) / f"partial_{path.name}" if limited else path
     model = model_config or {}
     settings = getattr(dataset, "settings", dataset)
     num_frames = getattr(settings, "num_frames", None)  # the setting: every video may be shorter

@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from video_files import audio_file, numbered_video, write_video
+from video_files import audio_file, numbered_video, read_number, write_video
 
+import lavis_lstp
 from lavis_lstp.commands import ask, cli
 from lavis_lstp.data.video import probe
 from lavis_lstp.errors import WeightsError
@@ -185,8 +186,17 @@ def test_a_manifest_of_something_else_is_named(tmp_path, content):
         loading.build_model("lstp_tiny", None, str(tmp_path), [])
 
 
-def test_the_picture_keeps_the_proportions_of_the_video(tmp_path):
-    video = numbered_video(tmp_path / "clip.mp4", 6)  # 160 x 96, smaller than PICTURE_SIDE
-    assert ask.picture_frames(video, 4).shape == (4, 3, 96, 160)
+def test_the_picture_has_the_candidates_in_the_proportions_of_the_video(tmp_path, monkeypatch):
+    """Also of a run that read other frames than evenly spaced ones."""
+    from lavis_lstp.report import explanation
+
+    shown = []
+    monkeypatch.setattr(explanation, "explanation_picture", lambda path, **how: shown.append(how))
+    video = numbered_video(tmp_path / "clip.mp4", 30, gop=7)  # 160 x 96, smaller than a picture may be
     wide = write_video(tmp_path / "wide.mp4", [np.full((200, 800, 3), 90, np.uint8)] * 2)
-    assert ask.picture_frames(wide, 64).shape == (2, 3, 80, 320)
+    for path, frames in ((video, "keyframe"), (wide, "exact")):
+        with lavis_lstp.load("example", reading={"frames": frames}) as predictor:
+            ask.explain(tmp_path / "x.png", path, predictor.answer(path, "which?"))
+    numbers = [read_number(frame) for frame in shown[0]["frames"]]
+    assert numbers == [0, 7, 14, 21, 28] and shown[0]["frames"].shape == (5, 3, 96, 160)
+    assert shown[1]["frames"].shape[1:] == (3, 80, 320)

@@ -256,7 +256,7 @@ OWN = {
         ShardQuestions.__init__ ShardQuestions.spans _copy
     """,
     "the package's own files": """
-        _with_default_preprocess.load_model_and_preprocess_by_name load_variant _settings _hub_answers
+        _with_default_preprocess.load_model_and_preprocess_by_name load_variant _settings hub_answers
         laid_over base LSTP.default_config VideoQABuilder.default_config git_revision pack_once.work
     """,
     "what opens, for those above": "_pipe _strip _fsspec ShardSet._index read_manifest",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,41 @@ def test_links_lead_somewhere(page):
         if not file.exists() or (anchor and anchor not in anchors(file)):
             broken.append(f"{name_of(page)}:{line}: {target}")
     assert not broken, broken
+
+
+def test_the_site_builds_and_a_broken_link_is_an_error(tmp_path):
+    """`make docs`, and the same with a page that leads nowhere."""
+    pytest.importorskip("mkdocs", reason="the extra `docs` is not installed (pip install '.[test]')")
+    from mkdocs.commands.build import build
+    from mkdocs.config import load_config
+    from mkdocs.exceptions import Abort
+
+    def made(config_file):
+        build(load_config(str(config_file), strict=True, site_dir=str(tmp_path / "site")))
+
+    made(ROOT / "mkdocs.yml")
+    page = (tmp_path / "site" / "architecture" / "index.html").read_text(encoding="utf-8")
+    assert 'href="../CONTRIBUTING/"' in page and "fonts.googleapis.com" not in page
+    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "mkdocs.yml"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("docs", "projects"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    with (tmp_path / "docs" / "training.md").open("a", encoding="utf-8") as file:
+        file.write("\n[gone](gone.md)\n")
+    with pytest.raises(Abort):
+        made(tmp_path / "mkdocs.yml")
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_from_top_to_bottom():
+    nbformat, nbclient = (
+        pytest.importorskip(name, reason="pip install '.[test]'") for name in ("nbformat", "nbclient")
+    )
+    notebook = nbformat.read(ROOT / "docs" / "tour.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells), "outputs are not committed"
+    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
+    shown = str([cell.get("outputs") for cell in notebook.cells])
+    assert "bar (5.6, 7.0)" in shown and shown.count("image/png") == 2
 
 
 @pytest.mark.parametrize("page", pages(), ids=name_of)

@@ -736,6 +736,19 @@ def test_answers_from_a_file_of_their_own(tmp_path):
     assert result["partial"] and result["coverage"] == pytest.approx(2 / 3) and result["num_missing"] == 1
 
 
+def test_questions_that_an_evaluation_lists_as_missing_count(tmp_path):
+    """`run.limit_batches` and `run.allow_partial` leave this file beside the predictions."""
+    predictions = tmp_path / "p.jsonl"
+    predictions.write_text('{"question_id": "1", "question": "q", "answer": "cat", "prediction": "cat"}\n')
+    (tmp_path / "p_missing.jsonl").write_text('{"question_id": "2"}\n{"question_id": "3"}\n')
+    words = [str(predictions), "--judge", "rules", "--cache", str(tmp_path / "c")]
+    with pytest.raises(CoverageError, match="1 of 3 questions have a prediction"):
+        judge(words)
+    assert judge([*words, "--allow-partial"]) == 0
+    result = json.loads((tmp_path / "p_judged_rules.json").read_text())
+    assert result["partial"] and (result["num_scored"], result["num_questions"]) == (1, 3)
+
+
 @pytest.mark.parametrize(
     ("text", "error", "message"),
     [

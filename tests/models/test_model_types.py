@@ -80,7 +80,7 @@ def test_a_model_of_random_weights_keeps_its_own_sizes(weights, monkeypatch):
 
 def test_all_that_is_missing_is_said_at_once(tmp_path, monkeypatch, weights):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(hub, "_hub_answers", lambda: False)
+    monkeypatch.setattr(hub, "hub_answers", lambda: False)
     monkeypatch.setenv(hub.ENVIRONMENT, str(tmp_path))
     with pytest.raises(WeightsError) as caught:
         load_model("lstp_flant5xl")

@@ -246,7 +246,7 @@ def test_long_questions_are_cut_and_frames_are_not(folder):
 def test_settings_that_cannot_be_followed(folder, monkeypatch, change, line):
     from lavis_lstp.models.weights import hub
 
-    monkeypatch.setattr(hub, "_hub_answers", lambda: False)
+    monkeypatch.setattr(hub, "hub_answers", lambda: False)
     with pytest.raises((ConfigError, WeightsError), match=line) as caught:
         LSTP.from_config(settings(folder("qwen3_vl"), "qwen3_vl", backbone=change))
     assert "\n" not in str(caught.value)

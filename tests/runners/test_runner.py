@@ -519,6 +519,47 @@ def test_a_folder_with_a_run_in_it_is_not_overwritten(tmp_path):
     assert {path: path.read_bytes() for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize(("accumulate", "steps", "samples"), [(1, 2, 6), (2, 1, 6), (4, 1, 12)])
+def test_limit_batches_ends_epochs_and_evaluations_which_say_so(tmp_path, accumulate, steps, samples):
+    limited = {"limit_batches": 2, "accum_grad_iters": accumulate, "valid_splits": ["val"], "test_splits": ["test"]}
+    runner = make_runner(tmp_path, **limited)
+    found = runner.train()["test"]
+    assert runner.position.step == 2 * steps and runner.order.samples_per_epoch == samples
+    whole = TrainOrder([20], batch_size=3, accumulate=accumulate, seed=7)
+    assert list(runner.order.steps(1)) == list(whole.steps(1))[:steps], "the first batches of the whole epoch"
+    assert (found["num_scored"], found["partial"]) == (3, False), "two batches are all of this split"
+    part = json.loads((tmp_path / "result" / "val_video_instruct_metrics.json").read_text())
+    assert (part["num_scored"], part["num_questions"], part["partial"]) == (4, 5, True)
+
+
+def test_a_fast_dev_run_can_be_repeated_and_leaves_the_real_run_alone(tmp_path, caplog):
+    def files():
+        found = (path for path in tmp_path.rglob("*") if path.is_file() and "fast_dev_run" not in path.parts)
+        return {path: path.read_bytes() for path in found}
+
+    real = {"valid_splits": ["val"], "test_splits": ["test"], "max_epoch": 3, "resume_ckpt_path": "auto"}
+    make_runner(tmp_path, **real).train()
+    before = files()
+    for _ in range(2):
+        trial = make_runner(tmp_path, **real, fast_dev_run=True, track=["tensorboard"])
+        caplog.set_level("INFO")
+        trial.train()
+        assert trial.output_dir == tmp_path / "fast_dev_run" and trial.position.step == 2
+        assert "val: PARTIAL, not the score of the split: " in caplog.text
+    evaluated = make_runner(tmp_path, evaluate=True, test_splits=["val"], resume_ckpt_path="auto", fast_dev_run=True)
+    assert evaluated.evaluate()["val"]["partial"]
+    assert files() == before and not (tmp_path / "fast_dev_run" / "tracking").exists()
+
+
+def test_a_task_that_cannot_say_partial_is_not_limited(tmp_path):
+    from lavis.tasks.captioning import CaptionTask
+
+    runner = make_runner(tmp_path, evaluate=True, test_splits=["test"], limit_batches=1)
+    runner.task = CaptionTask(num_beams=1, max_len=1, min_len=1, evaluate=True)
+    with pytest.raises(ConfigError, match="run.limit_batches and run.fast_dev_run: CaptionTask cannot say"):
+        runner.evaluate()
+
+
 def test_evaluation_alone_writes_results_and_no_checkpoint(tmp_path):
     runner = make_runner(tmp_path, evaluate=True, valid_splits=["val"], test_splits=["test"], init_lr=0)
     assert sorted(runner.train()) == ["test", "val"]

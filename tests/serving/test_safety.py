@@ -8,7 +8,9 @@ import http.server
 import io
 import json
 import os
+import re
 import threading
+from urllib.parse import quote
 
 import hypothesis
 import psutil
@@ -400,9 +402,26 @@ REQUESTS = st.one_of(
 )
 
 
+def of_document(client) -> tuple[list[tuple[str, str]], st.SearchStrategy]:
+    """Every operation of the OpenAPI document, and requests to them with any value for any name that it knows."""
+    document = client.get("/openapi.json").json()
+    operations = [(method.upper(), path) for path, one in document["paths"].items() for method in one]
+    properties = [one.get("properties", {}) for one in document["components"]["schemas"].values()]
+    names = st.sampled_from(sorted({name for one in properties for name in one}))
+    bodies = st.one_of(st.dictionaries(names, VALUES, max_size=5), VALUES).map(json.dumps).map(str.encode)
+    values = st.text(st.characters(codec="utf-8"), max_size=20).map(lambda text: quote(text, safe=""))
+    requests = st.builds(
+        lambda call, value, body: (call[0], re.sub(r"{[^}]*}", value, call[1]), {"content": body}, call),
+        st.sampled_from(operations),
+        values,
+        bodies,
+    )
+    return operations, requests
+
+
 def send(client, request) -> int:
     """The status of a hostile request, which is never the server's fault."""
-    method, path, how = request
+    method, path, how = request[:3]
     headers = {"content-type": "application/json"} if "content" in how else {}
     answer = client.request(method, path, headers=headers, **how)
     assert answer.status_code < 500, (answer.status_code, answer.text, request)
@@ -417,21 +436,24 @@ def send(client, request) -> int:
 
 def hostile(client, count: int, size=lambda: 0) -> list[int]:
     """Sends `count` requests to every endpoint, none of which may give a 500; `size()` after each."""
-    statuses, sizes = [], []
+    statuses, sizes, reached = [], [], set()
+    operations, documented = of_document(client)
 
     @hypothesis.settings(
-        max_examples=count,
+        max_examples=count // 2,
         database=None,
         suppress_health_check=list(hypothesis.HealthCheck),
         phases=[hypothesis.Phase.generate],
     )
-    @hypothesis.given(REQUESTS)
     def each(request):
         statuses.append(send(client, request))
+        reached.update(request[3:])
         sizes.append(size())
 
-    each()
+    for requests in (REQUESTS, documented):
+        hypothesis.given(requests)(each)()
     assert {200, 400} <= set(statuses) and len(statuses) >= count * 0.9
+    assert reached == set(operations)
     return sizes
 
 

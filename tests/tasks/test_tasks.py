@@ -395,6 +395,16 @@ def test_pseudo_spans_are_written_in_the_documented_form(tmp_path):
         assert entry["span"] == list(pseudo_span(entry["scores"], False))
 
 
+def test_spans_of_a_part_never_replace_those_of_the_whole(tmp_path):
+    asked = {"task": "pseudo_span", "test_splits": ["train"], "spans_out": str(tmp_path / "spans.json")}
+    evaluator(tmp_path / "whole", **asked).evaluate()
+    before = (tmp_path / "spans.json").read_bytes()
+    found = evaluator(tmp_path / "part", **asked, limit_batches=2).evaluate()["train"]
+    assert found["spans_file"] == str(tmp_path / "part" / "partial_spans.json") and found["partial"]
+    assert len(json.loads(Path(found["spans_file"]).read_text())["spans"]) == 4
+    assert (tmp_path / "spans.json").read_bytes() == before
+
+
 class FrameScorer(torch.nn.Module):
     def pseudo_scores(self, samples):
         mask = samples["frame_mask"]

@@ -2,6 +2,7 @@
 
 Looked for, in this order: the name as a path from where the user stands, the name below the folder that the
 environment variable LAVIS_LSTP_WEIGHTS names, and else the hub (its cache first; no network in offline mode).
+`hf://owner/name` is a repository that `lavis_lstp.push_to_hub` filled.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from lavis_lstp.files import read_record, strict_json
 from lavis_lstp.models.weights.saved_runs import checkpoint_of_run
 
 ENVIRONMENT = "LAVIS_LSTP_WEIGHTS"
+HUB = "hf://"
+"""How the name of a repository with a checkpoint of this package begins; nothing else asks the hub for a folder."""
 HUB_MODELS = (
     "Salesforce/instructblip-vicuna-7b",
     "Salesforce/instructblip-flan-t5-xl",
@@ -93,7 +96,7 @@ def where_from(name: str) -> dict:
     if path := local_path(name):
         check_configurations(path)
         return {"pretrained_model_name_or_path": str(path)}
-    return {"pretrained_model_name_or_path": name, "local_files_only": not _hub_answers()}
+    return {"pretrained_model_name_or_path": name, "local_files_only": not hub_answers()}
 
 
 def check_configurations(folder: Path) -> None:
@@ -120,11 +123,11 @@ def is_missing(name: str, file: str) -> bool:
         validate_repo_id(name)
     except HFValidationError:  # a path of this machine, and nothing is there
         return True
-    return not isinstance(try_to_load_from_cache(name, file), str) and not _hub_answers()
+    return not isinstance(try_to_load_from_cache(name, file), str) and not hub_answers()
 
 
 @functools.lru_cache(maxsize=1)
-def _hub_answers(timeout_s: float = 5.0) -> bool:
+def hub_answers(timeout_s: float = 5.0) -> bool:
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -195,11 +198,16 @@ def hub_file(repository: str, file: str, problem: str) -> Path:
 def weights_file(path: str | Path) -> Path:
     """The weights that a path stands for: a file, a checkpoint folder, or a run's folder (its best, else its newest).
 
-    A name that is no path is looked for as `checkpoint_source` does.
+    A name that is no path is looked for as `checkpoint_source` does; `hf://owner/name` is a repository of the hub,
+    whose manifest is put beside its weights.
 
     Raises:
         WeightsError: nothing is there.
     """
+    if str(path).startswith(HUB):
+        repository = str(path).removeprefix(HUB).strip("/")
+        hub_file(repository, "manifest.json", f"no checkpoint at '{path}'")
+        return hub_file(repository, "model.safetensors", f"no checkpoint at '{path}'")
     path = checkpoint_of_run(Path(path).expanduser()) or checkpoint_source(path)  # a link there may lead nowhere
     path = checkpoint_of_run(path) or path
     if path.is_file():

@@ -1,0 +1,167 @@
+"""What a run trained as a folder of the hub's layout, and over the wire to a stand-in for the hub and back."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import http.server
+import json
+import threading
+
+import pytest
+from huggingface_hub import ModelCard, constants
+from safetensors.torch import load_file
+from test_predictor import ASKED, CLIP, same
+
+import lavis_lstp
+from lavis_lstp.errors import ConfigError, WeightsError
+from lavis_lstp.inference import sharing
+from lavis_lstp.inference.loading import EXAMPLE
+from lavis_lstp.models.weights import hub
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run's folder whose checkpoint is the example's in two: a sampler run, and what began with it."""
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    weights = load_file(EXAMPLE / "model.safetensors")
+    manifest = json.loads((EXAMPLE / "manifest.json").read_text())
+    manifest["config"]["model"] |= {"checkpoint": [str(folder / "first")]}
+    manifest["config"]["run"] = {"seed": 17, "task": "video_qa", "output_dir": "/home/me/secret place"}
+    manifest["config"]["datasets"]["lstp_shapes"] |= {"root": "/home/me/videos", "frames": "exact"}
+    place = folder / "checkpoints" / "step_00000003"
+    for path, mine in ((folder / "first", True), (place, False)):
+        path.mkdir(parents=True)
+        save_file({k: v for k, v in weights.items() if k.startswith("sampler.") == mine}, path / "model.safetensors")
+    facts = {"bytes": (place / "model.safetensors").stat().st_size, "sha256": "0" * 64}
+    (place / "manifest.json").write_text(json.dumps(manifest | {"files": {"model.safetensors": facts}}))
+    (folder / "result").mkdir()
+    counted = {"exact_match": 0.25, "num_scored": 4, "num_questions": 9, "partial": True, "agg_metrics": 0.25}
+    (folder / "result" / "test_video_qa_metrics.json").write_text(json.dumps(counted))
+    judged = {"accuracy": 0.75, "score": 3.5, "judges": {"gpt|x": 8}, "num_scored": 8, "num_questions": 8}
+    (folder / "result" / "test_video_qa_judged_gpt.json").write_text(json.dumps(judged))
+    return folder
+
+
+def test_a_folder_for_the_hub_answers_as_the_run_and_names_no_place_of_this_machine(run, tmp_path):
+    out = sharing.save_for_hub(run, tmp_path / "shared", license="mit")
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "manifest.json", "model.safetensors"]
+    with lavis_lstp.load(run) as before, lavis_lstp.load(out) as after:
+        assert same(before.answer(CLIP, ASKED), after.answer(CLIP, ASKED)) and after.num_frames == 64
+    written = (out / "README.md").read_text() + (out / "manifest.json").read_text()
+    assert "/home/me" not in written and str(run) not in written
+    card = ModelCard.load(out / "README.md")
+    assert card.data.license == "mit" and card.data.library_name == "lavis_lstp"
+    for said in (
+        "seed 17",
+        "`lstp_shapes`: num_frames 64",
+        "| run, test_video_qa_metrics | exact_match | 0.2500 | 4 of 9, PARTIAL: not the score of the data set |",
+        "| run, test_video_qa_judged_gpt | accuracy | 0.7500 | 8 of 8 | gpt\\|x |",
+        "| `sampler` | ",
+    ):
+        assert said in card.text, said
+
+
+def test_the_sampler_alone_goes_in_front_of_another_model(run, tmp_path):
+    out = sharing.save_for_hub(run, tmp_path / "sampler", license="mit", sampler_only=True)
+    weights = load_file(out / "model.safetensors")
+    assert weights and all(key.startswith("sampler.") for key in weights)
+    with lavis_lstp.load(out) as loaded:
+        state = loaded.model.state_dict()
+        assert all(bool((state[key] == value).all()) for key, value in weights.items())
+    with lavis_lstp.load("lstp_tiny", options=[f"model.checkpoint={out}", "model.backbone.seed=5"]) as other:
+        assert bool((other.model.state_dict()[key := next(iter(weights))] == weights[key]).all())
+
+
+def test_what_cannot_be_shared_is_one_line(run, tmp_path):
+    with pytest.raises(ConfigError, match="name a license"):
+        sharing.save_for_hub(run, tmp_path / "a", license=" ")
+    with pytest.raises(WeightsError, match="no manifest of a run"):
+        sharing.save_for_hub(run / "first", tmp_path / "a", license="mit")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").touch()
+    with pytest.raises(ConfigError, match="exists already"):
+        sharing.save_for_hub(run, tmp_path / "full", license="mit")
+    assert not (tmp_path / "a").exists()
+    with pytest.raises(WeightsError, match="no checkpoint at 'hf://me/lstp-x'"):
+        lavis_lstp.load("hf://me/lstp-x")  # the tests are offline
+    with pytest.raises(ConfigError, match="me/lstp-x: the hub cannot be reached"):
+        lavis_lstp.push_to_hub(run, "me/lstp-x", license="mit")
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the hub's API as one upload and one download of small files need."""
+
+    files: dict[str, bytes] = {}
+    private: list[bool] = []
+    commit = "a" * 40
+
+    def answer(self, body: bytes = b"", status: int = 200, **headers: str) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def tell(self, value) -> None:
+        self.answer(json.dumps(value).encode(), Content_Type="application/json")
+
+    def do_POST(self):
+        raw = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.headers.get("Authorization") != "Bearer hf_of_the_test":
+            return self.answer(b'{"error": "who are you?"}', 401, Content_Type="application/json")
+        if self.path == "/api/validate-yaml":
+            return self.tell({"errors": [], "warnings": []})
+        if self.path == "/api/repos/create":
+            wanted = json.loads(raw)  # releases say it in different ways
+            self.private.append(wanted.get("private") or wanted.get("visibility") == "private")
+            return self.tell({"url": f"http://{self.headers['Host']}/me/lstp-x"})
+        if self.path.endswith("/preupload/main"):
+            files = json.loads(raw)["files"]
+            return self.tell({"files": [{**one, "uploadMode": "regular", "shouldIgnore": False} for one in files]})
+        assert self.path == "/api/models/me/lstp-x/commit/main", self.path
+        for line in map(json.loads, raw.splitlines()):
+            if line["key"] == "file":
+                self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+        where = f"http://{self.headers['Host']}/me/lstp-x/commit/{self.commit}"
+        return self.tell({"success": True, "commitOid": self.commit, "commitUrl": where})
+
+    def do_GET(self):
+        name = self.path.rpartition("/")[2]
+        if self.path.startswith("/me/lstp-x/resolve/main/") and name in self.files:
+            body = self.files[name]
+            return self.answer(body, ETag=f'"{hashlib.sha1(body).hexdigest()}"', X_Repo_Commit=self.commit)
+        if self.path.startswith("/api/models/me/lstp-x"):
+            return self.tell({"id": "me/lstp-x", "sha": self.commit, "siblings": []})
+        return self.answer(status=200 if self.path == "/" else 404)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_run_goes_to_the_hub_and_comes_back(run, tmp_path, monkeypatch):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        url = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        hub.hub_answers.cache_clear()
+        with pytest.raises(ConfigError, match="the hub does not take it"):
+            lavis_lstp.push_to_hub(run, "me/lstp-x", license="mit", token="hf_of_nobody")
+        found = lavis_lstp.push_to_hub(run, "me/lstp-x", license="mit", private=True, token="hf_of_the_test")
+        assert found == f"{url}/me/lstp-x/commit/{Hub.commit}" and Hub.private == [True]
+        assert sorted(Hub.files) == ["README.md", "manifest.json", "model.safetensors"]
+        with lavis_lstp.load(run) as before, lavis_lstp.load("hf://me/lstp-x") as after:
+            assert same(before.answer(CLIP, ASKED), after.answer(CLIP, ASKED))
+    finally:
+        server.shutdown()
+        server.server_close()
+        hub.hub_answers.cache_clear()
