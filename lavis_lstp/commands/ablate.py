@@ -92,7 +92,8 @@ def cells_of(
         counts: of frames; "auto" is for ways that ask the sampler (config/model.py).
 
     Raises:
-        ConfigError: a recipe is not complete, evaluates not exactly one split, or is of a task without answers.
+        ConfigError: a recipe is not complete, evaluates not exactly one split, or is of a task without answers; a way
+            that asks for no scores and the count "auto".
     """
     from lavis_lstp import register
 
@@ -121,6 +122,11 @@ def cells_of(
         for count in counts:
             for name, way in ways.items():
                 changed = () if whole.model.selector.name in way.keeps else way.options
+                rule = dict(o.split("=", 1) for o in changed).get("model.selector.name", whole.model.selector.name)
+                if count == AUTO and not SELECTORS[rule].by_sampler:
+                    raise ConfigError(
+                        f"--num-frames auto needs scores, and --frames {name} asks for none; leave it out"
+                    )
                 own = (*changed, f"model.selector.num_selected={count}")
                 cells.append(_cell(recipe, name, way.title, count, label, splits[0], own, next(iter(ways))))
     return cells

@@ -12,7 +12,7 @@ import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from lavis_lstp.errors import ConfigError
 from lavis_lstp.metrics.coverage import Items, join_by_id
@@ -111,6 +111,12 @@ def exact_match(gold: str, prediction: str) -> float:
 def is_right(record: Prediction) -> bool:
     """Whether a record with an answer has the right option or, where there were none, the same words."""
     return bool(record["correct"]) if "options" in record else exact_match(record["answer"], record["prediction"]) == 1
+
+
+def subtitles_shown(records: Iterable[Prediction]) -> str | None:
+    """Which lines of the subtitles stood in the prompts, in words; None where there were none."""
+    windows = dict.fromkeys(record["subtitles"]["window_s"] for record in records if "subtitles" in record)
+    return ", ".join("whole" if w is None else f"within {w:g} s of the frames" for w in windows) or None
 
 
 def token_f1(gold: str, prediction: str) -> float:

@@ -294,6 +294,11 @@ FORMS: dict[str, Callable[[Any], bool]] = {
     ),
     "num_frames": lambda value: _is_number(value, (int,)) and value > 0,
     "frame_index": _numbers,
+    "subtitles": lambda value: (
+        isinstance(value, dict)
+        and _numbers([value.get("lines"), value.get("left_out")], 2)
+        and _numbers([value.get("window_s")], 1, (int, float, type(None)))
+    ),
     "frame_times": lambda value: _numbers(value, None, (int, float, type(None))),
     "entropy": lambda value: (
         isinstance(value, dict) and _numbers([value.get("start"), value.get("end")], 2, (int, float))

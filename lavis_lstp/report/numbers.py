@@ -21,6 +21,7 @@ from lavis_lstp.judging.verdict import JUDGED, OPEN
 from lavis_lstp.metrics.calibration import reliability
 from lavis_lstp.metrics.choice import accuracy
 from lavis_lstp.metrics.grounding import RECALL_AT, evaluate_spans, moment_iou
+from lavis_lstp.metrics.qa import subtitles_shown
 from lavis_lstp.metrics.resampling import RESAMPLES
 from lavis_lstp.report.evaluations import EXACT, Evaluation
 from lavis_lstp.schema import Prediction, Span
@@ -87,9 +88,9 @@ def _right(one: Evaluation) -> dict[str, bool]:
 
 
 def choosing(one: Evaluation) -> dict[str, Any]:
-    """Who chose the frames, how many an answer saw, and how many were scored for it; None where nobody says.
+    """Who chose the frames, how many an answer saw, how many were scored for it, and which subtitles an answer read.
 
-    A rule that asks the temporal sampler scores every candidate, the others none.
+    None where nobody says. A rule that asks the temporal sampler scores every candidate, the others none.
     """
     selector = _section(one, "model").get("selector") or {}
     name = next((known for known in SELECTORS if known == selector.get("name")), None)
@@ -99,7 +100,8 @@ def choosing(one: Evaluation) -> dict[str, Any]:
     scored = 0.0 if name and not SELECTORS[name].by_sampler else None
     if name and scored is None and candidates:
         scored = _mean(candidates)
-    return {"by": "oracle" if by_gold else name, "frames": _mean(shown) if shown else None, "scored": scored}
+    frames, subtitles = _mean(shown) if shown else None, subtitles_shown(one.rows.values())
+    return {"by": "oracle" if by_gold else name, "frames": frames, "scored": scored, "subtitles": subtitles}
 
 
 def _section(one: Evaluation, name: str) -> dict[str, Any]:

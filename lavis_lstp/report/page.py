@@ -171,6 +171,7 @@ def _table(runs: Sequence[Mapping[str, Any]], against: Sequence[Mapping[str, Any
         ("ECE", [_first_ece(run) for run in runs]),
         ("frames an answer", [_count(run["choosing"]["frames"]) for run in runs]),
         ("frames scored for an answer", [_count(run["choosing"]["scored"]) for run in runs]),
+        ("subtitles", [run["choosing"]["subtitles"] for run in runs]),
         ("gap to the oracle, points", [run["gap"] and _points(run["gap"]) for run in runs]),
         ("ms a question", [None if not run["latency"] else f"{run['latency']['all']['mean']:.1f}" for run in runs]),
         ("judged by", [scored(run, _judges) for run in runs]),

@@ -18,7 +18,7 @@ from lavis_lstp.errors import ConfigError, unknown_name
 from lavis_lstp.metrics.choice import LETTERS, accuracy, choice_prompt, parse_choice
 from lavis_lstp.metrics.coverage import join_by_id
 from lavis_lstp.metrics.grounding import entropy_bits, evaluate_grounded_qa
-from lavis_lstp.metrics.qa import bleu_1, evaluate_answers, is_right, require_bleu
+from lavis_lstp.metrics.qa import bleu_1, evaluate_answers, is_right, require_bleu, subtitles_shown
 from lavis_lstp.models.answer.lavis_frames import several_frames
 from lavis_lstp.schema import Batch, Prediction, Span
 from lavis_lstp.tasks.base import TIMINGS, LSTPTask, one_each, real_times, sample_ids, several_spans
@@ -172,8 +172,7 @@ def shown_of(records: Sequence[Prediction]) -> dict[str, Any]:
         found["frames_per_answer"] = round(sum(frames) / len(frames), 4)
     lines = [record["subtitles"] for record in records if "subtitles" in record]
     if lines:
-        windows = dict.fromkeys(one["window_s"] for one in lines)
-        found["subtitles"] = ", ".join("whole" if w is None else f"within {w:g} s of the frames" for w in windows)
+        found["subtitles"] = subtitles_shown(records)
         found["subtitle_lines"] = round(sum(one["lines"] for one in lines) / len(lines), 4)
         found["subtitle_lines_left_out"] = sum(one["left_out"] for one in lines)
     return found

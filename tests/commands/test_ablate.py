@@ -139,6 +139,8 @@ def test_an_adaptive_number_of_frames_is_a_column_and_a_count_of_the_command(tmp
     ways = {name: ablate.ways_of()[name] for name in ("lstp", "topk")}
     cells = ablate.cells_of([SHAPES], ways, ["auto", 2], [])
     assert "model.selector.num_selected=auto" in cells[0].options and cells[0].title.endswith("auto frames")
+    with pytest.raises(ConfigError, match="auto needs scores, and --frames uniform asks for none"):
+        ablate.cells_of([SHAPES], {"uniform": ablate.ways_of()["uniform"]}, ["auto"], [])
     assert len(cells) == 4 and cells[0].name != cells[2].name
 
 

@@ -19,6 +19,7 @@ from lavis_lstp.models.building import sampler_tokenizer
 from lavis_lstp.models.lstp import LSTP
 from lavis_lstp.models.variants import CONFIGS, load_variant
 from lavis_lstp.models.weights.parts import part_of
+from lavis_lstp.models.where import chooser
 
 T5 = {
     "model_type": "t5",
@@ -494,6 +495,19 @@ def test_windows_are_scored_one_by_one_and_joined():
         own = torch.stack(model.chooser.logits(row(samples, i))[1:])[:, 0]
         assert torch.allclose(joined[:, i, : own.shape[1]], own, atol=1e-5)
     assert joined[:, 1, 8:].abs().max() == 0, "no window is of padding alone"
+
+
+def test_every_rank_counts_windows_where_weights_are_divided(tiny, monkeypatch):
+    """A batch that fits goes the same way as one that does not: the ranks ask each other how often they will run."""
+    asked = []
+    real = chooser.in_pieces
+    monkeypatch.setattr(chooser, "in_pieces", lambda items, *how: asked.append(list(items)) or real(items, *how))
+    monkeypatch.setattr(chooser, "weights_are_divided", lambda model: True)
+    samples = batch((5, 2, 3))
+    found = windowed(8, 6).chooser.logits(samples)
+    assert asked == [[(0, 0), (1, 0), (2, 0)]]
+    for ours, whole in zip(found[1:], tiny.chooser.logits(samples)[1:], strict=True):
+        assert torch.allclose(ours[0], whole[0], atol=1e-5)
 
 
 def test_a_sampler_learns_in_windows():

@@ -373,6 +373,18 @@ def test_frames_oracle_gap_and_curves_are_those_computed_by_hand(tmp_path):
     assert any(alt.startswith("R@1 against the threshold of IoU. A: 1.000 at 0.3") for alt in seen.alts)
 
 
+def test_subtitles_are_named_beside_the_runs_that_had_none(tmp_path):
+    for name, window in (("near", 2.0), ("whole", None), ("none", ...)):
+        shown = {} if window is ... else {"subtitles": {"window_s": window, "lines": 3, "left_out": 0}}
+        write_run(tmp_path / name, [prediction(i, True, **shown) for i in range(4)])
+    runs = [tmp_path / name for name in ("near", "whole", "none")]
+    assert page(*runs).row("results", "subtitles") == ["within 2 s of the frames", "whole", "-"]
+    assert not any(row[0] == "subtitles" for row in page(runs[2]).tables["results"])
+    write_run(tmp_path / "odd", [prediction(i, True, subtitles={"window_s": "<b>"}) for i in range(4)])
+    with pytest.raises(AnnotationError, match="subtitles is not of the form"):
+        report([tmp_path / "odd"], pictures=0)
+
+
 def test_seconds_are_scored_where_there_are_moments_and_no_span_is_a_miss(tmp_path):
     rows = [prediction(i, True, span=[0, 4], span_s=[0.0, 2.0], moments_s=[[9, 10], [0, 2.5]]) for i in range(4)]
     rows.append(prediction(4, True, span=None, span_s=None, moments_s=[[0, 1]]))

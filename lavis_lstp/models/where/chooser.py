@@ -85,8 +85,8 @@ def window_starts(length: int, window: int, overlap: int) -> list[int]:
     >>> window_starts(21, 8, 2)
     [0, 6, 12, 13]
     """
-    last = max(0, length - window)
-    return [*range(0, last, window - overlap), last]
+    last = length - window
+    return [*range(0, last, window - overlap), last] if last > 0 else [0]
 
 
 class SamplerScorer:
@@ -138,27 +138,26 @@ class SamplerScorer:
         Args:
             flow: [B,L,2,S,S]; mask: [B,L], 1 = real, real ones first; questions: B strings.
         """
-        if self.window is None or mask.shape[1] <= self.window:
+        # with divided weights (ZeRO-3) other ranks may need several windows, and wait until this one runs as often
+        if self.window is None or (mask.shape[1] <= self.window and not weights_are_divided(self.sampler)):
             return self._score(flow, mask, questions)
-        counts, device = mask.sum(dim=1).tolist(), flow.device
-        places = torch.arange(self.window, device=device)
-        weight = torch.minimum(places + 1, self.window - places).float()  # by the distance from the window's edge
-        windows = [(b, s) for b, count in enumerate(counts) for s in window_starts(count, self.window, self.overlap)]
+        window, counts, device = min(self.window, mask.shape[1]), mask.sum(dim=1).tolist(), flow.device
+        places = torch.arange(window, device=device)
+        weight = torch.minimum(places + 1, window - places).float()  # by the distance from the window's edge
+        windows = [(b, s) for b, count in enumerate(counts) for s in window_starts(count, window, self.overlap)]
         total = torch.zeros(mask.shape, device=device)
         for row, start in windows:
-            total[row, start : start + self.window] += weight
+            total[row, start : start + window] += weight
         joined = torch.zeros(2, *mask.shape, device=device)
         for part in in_pieces(windows, len(mask), self.sampler):  # no more at once than there are rows
             asked = part or [(0, 0)]  # for nothing, where another rank has more windows
             rows = [row for row, _ in asked]
-            flows, real = (
-                torch.stack([x[row, start : start + self.window] for row, start in asked]) for x in (flow, mask)
-            )
+            flows, real = (torch.stack([x[row, start : start + window] for row, start in asked]) for x in (flow, mask))
             logits = torch.stack(self._score(flows, real, [questions[row] for row in rows])[1:]).float()
             if not part:
                 joined = joined + 0 * logits.sum()
             for i, (row, start) in enumerate(part):
-                own = slice(start, start + self.window)
+                own = slice(start, start + window)
                 joined[:, row, own] += logits[:, i] * (weight / total[row, own])
         return SamplerOutput(None, *joined)
 
