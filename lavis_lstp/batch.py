@@ -115,7 +115,7 @@ def in_pieces(items: Sequence, size: int, model: nn.Module) -> Iterator[Sequence
 
 
 def take_rows(samples: Mapping, rows: Tensor) -> dict:
-    """The rows at `rows`, int64 on the CPU, of everything that is by row; the rest stays as it is."""
+    """The rows at `rows`, int64 [R] on the CPU, of everything that is by row; the rest stays as it is."""
     count, picked = len(samples["text_input"]), rows.tolist()
     taken = {}
     for key, value in samples.items():

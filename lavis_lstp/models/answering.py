@@ -129,6 +129,6 @@ DECIMALS = 4
 
 
 def rounded(sums: Tensor, counts: Tensor) -> list[dict[str, float | int]]:
-    """The sum, the mean and the number of tokens of each row."""
+    """The sum, the mean and the number of tokens of each row, of sums float [M] and counts int64 [M]."""
     pairs = zip(sums.tolist(), counts.tolist(), strict=True)
     return [{"sum": round(s, DECIMALS), "mean": round(s / max(1, n), DECIMALS), "tokens": n} for s, n in pairs]

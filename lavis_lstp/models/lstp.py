@@ -313,7 +313,7 @@ class LSTP(BaseModel):
         """The answers as they are made, B new pieces of text at a time; arguments as for `answer`.
 
         The pieces of a row are its prediction, cut. The generator returns what `answer` gives; closing it ends the
-        generation.
+        generation. `flow` is [B,T,2,h,w].
         """
         settings = {**self.generation, **generation}
         return stream(self, readable(samples), prompt, settings, given_up, selector=selector, flow=flow)
