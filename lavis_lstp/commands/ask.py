@@ -21,7 +21,7 @@ from lavis_lstp.redaction import printable
 if TYPE_CHECKING:
     import numpy as np
 
-    from lavis_lstp.inference.prediction import Prediction
+    from lavis_lstp.inference.prediction import Answer
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def as_text(result: Mapping[str, Any]) -> str:
     )
 
 
-def explain(path: Path, video: str | Path, found: Prediction) -> None:
+def explain(path: Path, video: str | Path, found: Answer) -> None:
     """Write the picture that explains an answer about a video."""
     from lavis_lstp.report.explanation import explanation_picture
 
