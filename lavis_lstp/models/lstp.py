@@ -220,11 +220,11 @@ class LSTP(BaseModel):
     def prompts_with_subtitles(
         self, samples: Batch, frame_index: Tensor, template: str | None = None
     ) -> tuple[list[str], list[dict] | None]:
-        """The prompts, with lines of the subtitles before the question where the samples bring some.
+        """The prompts, with lines of the subtitles near the frames at `frame_index` [B,K] before the question.
 
         Returns:
-            B strings, and of each the window_s (None = whole) and what `models.subtitles.shown_in` tells; None without
-            subtitles.
+            B strings, and of each the window_s (None = whole) and what `models.subtitles.shown_in` tells; None where the
+            samples bring no subtitles.
         """
         prompts = self.prompts(samples, template)
         if "subtitles" not in samples:
