@@ -5,18 +5,19 @@ In and out: samples (`lavis_lstp.schema`) with the batch axis.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from lavis_lstp.errors import ConfigError
+from lavis_lstp.schema import Batch
 
 TEXTS = ("text_input", "text_output", "prompt")
 
 
-def readable(samples: Mapping) -> Mapping:
+def readable(samples: Batch) -> Batch:
     """The batch with a list of texts under each key of texts; one text alone stands for all rows, as in LAVIS.
 
     Raises:
@@ -40,12 +41,12 @@ def readable(samples: Mapping) -> Mapping:
     return read
 
 
-def moves(samples: Mapping) -> Tensor:
+def moves(samples: Batch) -> Tensor:
     """bool [B] on the CPU: two frames or more. Images and texts have no flow and no span."""
     return samples["frame_mask"].sum(dim=1).cpu() > 1
 
 
-def distinct_media(samples: Mapping) -> tuple[Tensor, Tensor]:
+def distinct_media(samples: Batch) -> tuple[Tensor, Tensor]:
     """Rows whose frames differ, and whose frames each row has, by `media`; without it every row has its own.
 
     Returns:
@@ -61,7 +62,7 @@ def distinct_media(samples: Mapping) -> tuple[Tensor, Tensor]:
 
 
 def chosen_frames(
-    samples: Mapping, frame_index: Tensor, rows: Tensor | None = None
+    samples: Batch, frame_index: Tensor, rows: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The frames that are shown, each once, however many questions chose it.
 
@@ -114,8 +115,8 @@ def in_pieces(items: Sequence, size: int, model: nn.Module) -> Iterator[Sequence
         yield items[i * size : (i + 1) * size]
 
 
-def take_rows(samples: Mapping, rows: Tensor) -> dict:
-    """The rows at `rows`, int64 on the CPU, of everything that is by row; the rest stays as it is."""
+def take_rows(samples: Batch, rows: Tensor) -> dict:
+    """The rows at `rows`, int64 [R] on the CPU, of everything that is by row; the rest stays as it is."""
     count, picked = len(samples["text_input"]), rows.tolist()
     taken = {}
     for key, value in samples.items():
@@ -126,7 +127,7 @@ def take_rows(samples: Mapping, rows: Tensor) -> dict:
     return taken
 
 
-def blank_video(samples: Mapping) -> dict:
+def blank_video(samples: Batch) -> dict:
     """A batch of one video of two black frames, with the keys that the path to the sampler reads."""
     blank = {
         "frames": samples["frames"].new_zeros(1, 2, *samples["frames"].shape[2:]),

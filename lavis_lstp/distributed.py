@@ -79,7 +79,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum in place over the ranks."""
+    """Sum of a tensor of any shape over the ranks, in place."""
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor

@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 from lavis_lstp.errors import ConfigError
 from lavis_lstp.redaction import printable
+from lavis_lstp.schema import Batch
 
 GIB, MIB = 2**30, 2**20
 MOMENTS = 8
@@ -178,7 +179,7 @@ def example(
     }
 
 
-def activation_bytes(model: nn.Module, samples: Mapping[str, Any], *, keep_gradients: bool) -> int:
+def activation_bytes(model: nn.Module, samples: Batch[str, Any], *, keep_gradients: bool) -> int:
     """What is alive at the fullest moment of a forward and backward, beside the weights.
 
     Args:
@@ -205,7 +206,7 @@ def activation_bytes(model: nn.Module, samples: Mapping[str, Any], *, keep_gradi
 
 def divide(
     model: nn.Module,
-    samples: Mapping[str, Any],
+    samples: Batch[str, Any],
     *,
     processes: int,
     precision: str,

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from lavis_lstp.batch import in_pieces
 from lavis_lstp.models.answer.answerer import Answers, GivenUp, Reading
+from lavis_lstp.schema import Batch
 
 
 @torch.no_grad()
 def answer(
     model: nn.Module,
-    samples: Mapping,
+    samples: Batch,
     prompt: str | None,
     generation: Mapping,
     given_up: GivenUp | None = None,
@@ -44,7 +45,7 @@ def answer(
 
 def stream(
     model: nn.Module,
-    samples: Mapping,
+    samples: Batch,
     prompt: str | None,
     generation: Mapping,
     given_up: GivenUp | None = None,
@@ -60,7 +61,7 @@ def stream(
     return told(result, made)
 
 
-def _generators(model: nn.Module, samples: Mapping, generation: Mapping) -> list[torch.Generator] | None:
+def _generators(model: nn.Module, samples: Batch, generation: Mapping) -> list[torch.Generator] | None:
     return model.chooser.generators(samples) if generation.get("do_sample") else None
 
 
@@ -70,7 +71,7 @@ def told(result: dict, made: Answers) -> dict:
 
 
 @torch.no_grad()
-def score_options(model: nn.Module, samples: Mapping, prompt: str | None) -> dict:
+def score_options(model: nn.Module, samples: Batch, prompt: str | None) -> dict:
     """See `LSTP.score_options`; arguments as for `answer`."""
     result, reading = look(model, samples, prompt)
     options = samples["options"]
@@ -89,7 +90,7 @@ def score_options(model: nn.Module, samples: Mapping, prompt: str | None) -> dic
     return {**result, **scored}
 
 
-def look(model: nn.Module, samples: Mapping, prompt: str | None, **chosen_by: Any) -> tuple[dict, Reading]:
+def look(model: nn.Module, samples: Batch, prompt: str | None, **chosen_by: Any) -> tuple[dict, Reading]:
     """Everything before the language model: the result so far, and the prompts with their frames as they were read."""
     seconds: dict[str, float] = {}
     result: dict = {"seconds": seconds}
@@ -129,6 +130,6 @@ DECIMALS = 4
 
 
 def rounded(sums: Tensor, counts: Tensor) -> list[dict[str, float | int]]:
-    """The sum, the mean and the number of tokens of each row."""
+    """The sum, the mean and the number of tokens of each row, of sums float [M] and counts int64 [M]."""
     pairs = zip(sums.tolist(), counts.tolist(), strict=True)
     return [{"sum": round(s, DECIMALS), "mean": round(s / max(1, n), DECIMALS), "tokens": n} for s, n in pairs]

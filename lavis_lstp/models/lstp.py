@@ -31,7 +31,7 @@ from lavis_lstp.models.weights.hub import sizes_of_weights
 from lavis_lstp.models.where.chooser import Chooser
 from lavis_lstp.models.where.frame_selector import FrameSelector
 from lavis_lstp.models.where.temporal_sampler import span_loss, spans_in_flows
-from lavis_lstp.schema import NO_SPAN
+from lavis_lstp.schema import NO_SPAN, Batch
 
 
 class LSTP(BaseModel):
@@ -163,7 +163,7 @@ class LSTP(BaseModel):
 
     # ---- training ---------------------------------------------------------------------------------------------
 
-    def forward(self, samples: Mapping) -> dict[str, Tensor]:
+    def forward(self, samples: Batch) -> dict[str, Tensor]:
         """Losses of a batch; videos, images and texts may be mixed.
 
         Returns:
@@ -193,7 +193,7 @@ class LSTP(BaseModel):
             losses["lm_loss"] = self.look(samples, choice.frame_index, prompts).loss(answers)
         return {"loss": losses["lm_loss"] + losses["span_loss"], **losses}
 
-    def _target_span(self, samples: Mapping) -> Tensor:
+    def _target_span(self, samples: Batch) -> Tensor:
         """The spans to learn, [B,2]: made here (self-refinement) or given; none for images and texts."""
         if self.refinement:
             span = self.refinement.spans(self, samples)
@@ -206,7 +206,7 @@ class LSTP(BaseModel):
             )
         return span.where(moves(samples)[:, None].to(span.device), span.new_tensor(NO_SPAN))
 
-    def prompts(self, samples: Mapping, template: str | None = None) -> list[str]:
+    def prompts(self, samples: Batch, template: str | None = None) -> list[str]:
         """What the language model reads: the data's own prompt where it has one (a conversation), else the template.
 
         Args:
@@ -218,13 +218,13 @@ class LSTP(BaseModel):
         return [own or general for own, general in zip(given, made, strict=True)] if given else made
 
     def prompts_with_subtitles(
-        self, samples: Mapping, frame_index: Tensor, template: str | None = None
+        self, samples: Batch, frame_index: Tensor, template: str | None = None
     ) -> tuple[list[str], list[dict] | None]:
-        """The prompts, with lines of the subtitles before the question where the samples bring some.
+        """The prompts, with lines of the subtitles near the frames at `frame_index` [B,K] before the question.
 
         Returns:
-            B strings, and of each the window_s (None = whole) and what `models.subtitles.shown_in` tells; None without
-            subtitles.
+            B strings, and of each the window_s (None = whole) and what `models.subtitles.shown_in` tells; None where the
+            samples bring no subtitles.
         """
         prompts = self.prompts(samples, template)
         if "subtitles" not in samples:
@@ -239,7 +239,7 @@ class LSTP(BaseModel):
         told = [{"window_s": window, **facts} for window, (_, facts) in zip(windows, made, strict=True)]
         return [prompt for prompt, _ in made], told
 
-    def look(self, samples: Mapping, frame_index: Tensor, prompts: list[str], rows: Tensor | None = None) -> Reading:
+    def look(self, samples: Batch, frame_index: Tensor, prompts: list[str], rows: Tensor | None = None) -> Reading:
         """The prompts with the frames at `frame_index` [B,K], as the answerer reads them; rows: see `chosen_frames`."""
         frames, which, times_s = chosen_frames(samples, frame_index, rows)
         return self.backbone.look(frames.to(self.device), which, prompts, times_s)
@@ -251,7 +251,7 @@ class LSTP(BaseModel):
     # ---- answers ----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def locate(self, samples: Mapping) -> dict[str, Tensor]:
+    def locate(self, samples: Batch) -> dict[str, Tensor]:
         """The span the sampler predicts and the frames the selector takes.
 
         Returns:
@@ -274,7 +274,7 @@ class LSTP(BaseModel):
 
     def answer(
         self,
-        samples: Mapping,
+        samples: Batch,
         prompt: str | None = None,
         *,
         selector: FrameSelector | None = None,
@@ -302,7 +302,7 @@ class LSTP(BaseModel):
 
     def stream(
         self,
-        samples: Mapping,
+        samples: Batch,
         prompt: str | None = None,
         *,
         selector: FrameSelector | None = None,
@@ -313,12 +313,12 @@ class LSTP(BaseModel):
         """The answers as they are made, B new pieces of text at a time; arguments as for `answer`.
 
         The pieces of a row are its prediction, cut. The generator returns what `answer` gives; closing it ends the
-        generation.
+        generation. `flow` is [B,T,2,h,w].
         """
         settings = {**self.generation, **generation}
         return stream(self, readable(samples), prompt, settings, given_up, selector=selector, flow=flow)
 
-    def score_options(self, samples: Mapping, prompt: str | None = None) -> dict:
+    def score_options(self, samples: Batch, prompt: str | None = None) -> dict:
         """How likely each of `samples["options"]` is as the answer.
 
         Returns:
@@ -329,7 +329,7 @@ class LSTP(BaseModel):
 
     def generate(
         self,
-        samples: Mapping,
+        samples: Batch,
         use_nucleus_sampling: bool = False,
         num_beams: int | None = None,
         max_length: int | None = None,
@@ -355,7 +355,7 @@ class LSTP(BaseModel):
 
     def predict_answers(
         self,
-        samples: Mapping,
+        samples: Batch,
         num_beams: int | None = None,
         inference_method: str = "generate",
         max_len: int | None = None,
@@ -373,7 +373,7 @@ class LSTP(BaseModel):
             raise ConfigError(f"inference_method '{inference_method}' is not supported by LSTP; use 'generate'")
         return self.generate(samples, num_beams=num_beams, max_length=max_len, min_length=min_len, **generation)
 
-    def pseudo_scores(self, samples: Mapping, rows: int = ROWS) -> Tensor:
+    def pseudo_scores(self, samples: Batch, rows: int = ROWS) -> Tensor:
         """How well each frame alone answers the question, float32 [B,T] of 0..1; see `refinement.pseudo_scores`."""
         return pseudo_scores(self, readable(samples), self.generation, rows)
 

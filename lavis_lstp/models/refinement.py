@@ -18,7 +18,7 @@ from lavis_lstp.batch import distinct_media, in_pieces, moves
 from lavis_lstp.metrics.qa import token_recall
 from lavis_lstp.models.where.frame_selector import sample_generators
 from lavis_lstp.models.where.pseudo_span import pseudo_span
-from lavis_lstp.schema import NO_SPAN
+from lavis_lstp.schema import NO_SPAN, Batch
 
 ROWS = 512
 """Frames answered at once; bounds memory."""
@@ -32,7 +32,7 @@ class Refinement:
     smooth: int = 1
     max_new_tokens: int = 127
 
-    def spans(self, model: nn.Module, samples: Mapping) -> Tensor:
+    def spans(self, model: nn.Module, samples: Batch) -> Tensor:
         """int64 [B,2], half-open; (-1, -1) for images and texts."""
         greedy = {"max_new_tokens": self.max_new_tokens, "num_beams": 1, "do_sample": False}
         with in_eval_mode(model):
@@ -57,7 +57,7 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def pseudo_scores(model: nn.Module, samples: Mapping, generation: Mapping, rows: int = ROWS) -> Tensor:
+def pseudo_scores(model: nn.Module, samples: Batch, generation: Mapping, rows: int = ROWS) -> Tensor:
     """Token recall of each frame's own answer.
 
     Args:

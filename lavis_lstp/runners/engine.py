@@ -131,7 +131,7 @@ class TorchEngine(WholeModel):
         return {name: loss.detach() for name, loss in losses.items()}
 
     def clip(self) -> torch.Tensor:
-        """Clip, and give the global norm before clipping (0-dim, on the device: reading it is the caller's choice).
+        """Clip, and give the global norm before clipping, [] (on the device: reading it is the caller's choice).
 
         An engine that cannot part this from the update makes it here, unless the norm is not finite.
         """

@@ -58,7 +58,11 @@ class StepLosses:
             self.sums[name] = self.sums[name] + term if name in self.sums else term
 
     def reduce(self, grad_norm: torch.Tensor, *, stop: bool, save: bool) -> None:
-        """Sum over the ranks, and agree whether to stop or save; the same names must come on each rank."""
+        """Sum over the ranks, and agree whether to stop or save; the same names must come on each rank.
+
+        Args:
+            grad_norm: float [].
+        """
         names = sorted(self.sums)
         device = grad_norm.device
         own = torch.stack([self.sums[name].to(device) for name in names])

@@ -63,7 +63,7 @@ _NORM = re.compile(r"(norm[^.]*|\bln\w*|downsample\.1)\.(weight|gamma)$", re.IGN
 
 
 def random_weight(name: str, shape: Sequence[int], seed: int) -> Tensor:
-    """float32 that depends on seed and name alone: near 1 for norms, else about 1/sqrt(inputs) wide; counters int64."""
+    """float32 [*shape] by seed and name alone: near 1 for norms, else about 1/sqrt(inputs) wide; counters int64."""
     if name.endswith(INTEGERS):
         return torch.arange(math.prod(shape)).reshape(tuple(shape))
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))

@@ -23,6 +23,7 @@ with contextlib.redirect_stdout(io.StringIO()):
     for verb in tools.VERBS:
         with contextlib.suppress(SystemExit):
             tools.main([verb, "--help"])
+import lavis_lstp.report.pictures, lavis_lstp.report.table  # of predictions, without a manifest
 found = [name for name in ("torch", "lavis") if name in sys.modules]
 assert "lavis_lstp.judging.judge" in sys.modules and "webdataset_tools.preview" in sys.modules
 sys.stdout.write(repr(found))

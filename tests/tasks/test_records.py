@@ -14,7 +14,8 @@ from test_lstp import model_config
 from video_files import numbered_video
 
 from lavis_lstp.data.qa_dataset import VideoQADataset
-from lavis_lstp.inference.prediction import Prediction as Answer
+from lavis_lstp.data.subtitles import Subtitles
+from lavis_lstp.inference.prediction import Answer
 from lavis_lstp.judging.verdict import Case
 from lavis_lstp.models.lstp import LSTP
 from lavis_lstp.report.evaluations import FORMS, SHOWN_ONLY
@@ -36,6 +37,7 @@ RICH = {
 def media(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("media")
     numbered_video(root / "a.mp4", 6, width=64, height=64)
+    (root / "a.srt").write_text("1\n00:00:00,000 --> 00:00:01,000\nred\n")
     np.save(root / "a_raft.npy", np.zeros((3, 2, 16, 16), np.float32))
     Image.new("RGB", (64, 64)).save(root / "a.png")
     return root
@@ -48,6 +50,7 @@ def data_set(media: Path, kind: str = "video", more: dict | None = None, **setti
 
 
 PUBLISHED = {"flow": "precomputed", "flow_size": 16}
+SUBTITLED = {"subtitles": "whole"}
 
 
 @pytest.mark.parametrize(
@@ -62,6 +65,7 @@ PUBLISHED = {"flow": "precomputed", "flow_size": 16}
         ("video", PUBLISHED, {"flow", "flow_mask"}),
         ("video", {"spans": {"q0": Span(1, 3)}}, set()),
         ("video", {"spans": {"q0": None}}, {"no_moment"}),
+        ("video", SUBTITLED, {"subtitles", "subtitles_window_s"}),
         ("video", {"vis_processor": lambda picture: torch.zeros(3, 8, 8)}, {"image"}),
     ],
 )
@@ -69,6 +73,8 @@ PUBLISHED = {"flow": "precomputed", "flow_size": 16}
 def test_every_item_is_a_sample_and_its_batch_has_the_same_keys(media, kind, settings, more, row):
     if settings is PUBLISHED:
         settings = {**settings, "flow_root": media}
+    if settings is SUBTITLED:
+        settings = {"subtitles": Subtitles([{"video": "a.mp4"}], media, "whole", 0)}
     row = row if kind == "video" else {name: value for name, value in row.items() if name != "span_s"}
     data = data_set(media, kind, row, **settings)
     assert data[0].keys() == set(Sample.__required_keys__) | more and more <= Sample.__optional_keys__
@@ -117,5 +123,5 @@ def test_who_reads_predictions_knows_no_other_keys():
 def test_an_answer_has_the_words_of_a_prediction():
     shared = {field.name for field in dataclasses.fields(Answer)} & Prediction.__annotations__.keys()
     assert shared == {
-        "question", "prediction", "prompt", "log_prob", "span", "span_s", "frame_index", "scores", "seconds"
+        "question", "prediction", "prompt", "log_prob", "span", "span_s", "spans_s", "frame_index", "scores", "seconds"
     }  # fmt: skip

@@ -44,7 +44,7 @@ class Reading(Protocol):
     """B prompts with the frames that they are about, as a model has read them."""
 
     def loss(self, answers: list[str]) -> Tensor:
-        """Cross entropy of the answers' tokens, a scalar: the mean over all answer tokens of the batch, with gradients.
+        """Cross entropy of the answers' tokens, [], the mean over all answer tokens of the batch, with gradients.
 
         Args:
             answers: B strings with their end marks. Where none has a token the loss is 0, and still part of the graph.

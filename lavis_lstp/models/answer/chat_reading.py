@@ -47,6 +47,7 @@ class ChatReading:
         self._read: dict[int, tuple[Any, Tensor]] = {}
 
     def loss(self, answers: list[str]) -> Tensor:
+        """See `Reading.loss`: float32 []."""
         total, count = 0, 0
         for group in self.groups:
             sums, labels = self._loss(group, [answers[row] if row is not None else "" for row in group.rows])
@@ -132,6 +133,7 @@ class ChatReading:
 
     @torch.no_grad()
     def log_probs(self, rows: list[int], answers: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Reading.log_probs`: float32 [M], int64 [M], bool [M]."""
         sums, counts = torch.zeros(len(rows)), torch.zeros(len(rows), dtype=torch.long)
         greedy = torch.ones(len(rows), dtype=torch.bool)
         for number, group in enumerate(self.groups):

@@ -13,7 +13,7 @@ import io
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from PIL import Image
@@ -93,7 +93,7 @@ class EndpointAnswerer(nn.Module):
         return {"input_ids": [0] * -(-len(text) // CHARACTERS_PER_TOKEN)}
 
     def look(self, frames: Tensor, which: Tensor, prompts: list[str], times_s: Tensor | None = None) -> EndpointReading:
-        """See `Answerer.look`; frames are encoded here, and sent when an answer is asked for."""
+        """See `Answerer.look`; frames, uint8 [U,3,H,W], are encoded here, and sent when an answer is asked for."""
         pictures = [_jpeg(frame) for frame in frames.cpu()]
         contents, clocks = [], []
         for row, prompt in enumerate(prompts):
@@ -138,10 +138,10 @@ class EndpointReading:
     def __init__(self, answerer: EndpointAnswerer, contents: list[list[dict]], fields: list[dict[str, Any]]):
         self.answerer, self.contents, self.fields = answerer, contents, fields
 
-    def loss(self, answers: list[str]) -> Tensor:
+    def loss(self, answers: list[str]) -> NoReturn:
         raise ConfigError("nothing learns behind an endpoint; train another model.backbone.source")
 
-    def log_probs(self, rows: list[int], answers: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+    def log_probs(self, rows: list[int], answers: list[str]) -> NoReturn:
         raise ConfigError("an endpoint does not tell how likely given answers are; set run.choose=generate")
 
     def answers(

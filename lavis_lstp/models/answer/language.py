@@ -128,12 +128,12 @@ class LanguageAnswerer(nn.Module):
         return logits[:, :-1], labels[:, 1:]
 
     def reading(self, prefix: Tensor, prefix_mask: Tensor, prompts: list[str]) -> PrefixReading:
-        """Prompts behind their visual prefixes; shapes as in `lm_loss`."""
+        """Prompts behind their visual prefixes [B,P,D_llm], which are real where the mask [B,P] is 1."""
         return PrefixReading(self, prefix, prefix_mask, prompts)
 
     @torch.no_grad()
     def generate(self, prefix: Tensor, prefix_mask: Tensor, prompts: list[str], **how: Any) -> Answers:
-        """An answer to each prompt; `how` as for `write`."""
+        """An answer to each prompt; prefix [B,P,D_llm] and its mask [B,P] as for `lm_loss`, `how` as for `write`."""
         return self.write(lambda wanted: self._generate(prefix, prefix_mask, prompts, wanted), len(prompts), **how)
 
     def pieces(self, rows: int) -> Pieces:

@@ -175,7 +175,7 @@ class Backbone(LanguageAnswerer):
         return _ids_of(*super()._end_ids, config.pad_token_id, config.eos_token_id, other_begin)
 
     def look(self, frames: Tensor, which: Tensor, prompts: list[str], times_s: Tensor | None = None) -> PrefixReading:
-        """See `Answerer.look`; the times are not used, as published.
+        """See `Answerer.look`: frames uint8 [U,3,H,W], which int64 [B,K]; the times are not used, as published.
 
         The Q-Former looks at a frame once where it does not read the question, else once for each question.
         """

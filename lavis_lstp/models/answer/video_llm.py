@@ -115,7 +115,9 @@ class VideoLLM(LanguageAnswerer):
     # ---- what the model is given ----------------------------------------------------------------------------------
 
     def look(self, frames: Tensor, which: Tensor, prompts: list[str], times_s: Tensor | None = None) -> ChatReading:
-        """See `Answerer.look`. The vision tower runs with the language model, once for each question.
+        """See `Answerer.look`: frames uint8 [U,3,H,W], which int64 [B,K], times_s [B,K].
+
+        The vision tower runs with the language model, once for each question.
 
         Raises:
             ConfigError: a prompt contains a mark of the model's own.
@@ -260,7 +262,7 @@ class VideoLLM(LanguageAnswerer):
     # ---- what the model says --------------------------------------------------------------------------------------
 
     def forward_model(self, tokens: Mapping[str, Tensor], positions: Tensor, **inputs: Any) -> Any:
-        """The model's output."""
+        """The model's output for tokens [R,P] at positions int64 [R,P] or [4,R,P]; see `chat_reading.Rows`."""
         with self._one_precision(positions.device.type):
             return self.model(**tokens, position_ids=positions, **inputs)
 

@@ -7,7 +7,7 @@ turns flow and question into start and end logits. Indices only: an answer's los
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -27,6 +27,7 @@ from lavis_lstp.errors import ConfigError
 from lavis_lstp.models.where.flow import GIVEN, FlowExtractor
 from lavis_lstp.models.where.frame_selector import FrameSelector, sample_generators
 from lavis_lstp.models.where.temporal_sampler import SamplerOutput, TemporalSampler
+from lavis_lstp.schema import Batch
 
 Clock = Callable[[str], AbstractContextManager]
 """Given the name of a stage, measures what is done in it."""
@@ -210,7 +211,7 @@ class Chooser:
 
     def __call__(
         self,
-        samples: Mapping,
+        samples: Batch,
         *,
         selector: FrameSelector | None = None,
         flow: Tensor | None = None,
@@ -259,15 +260,15 @@ class Chooser:
 
     # ---- signal -------------------------------------------------------------------------------------------------
 
-    def has_own_flow(self, samples: Mapping) -> bool:
+    def has_own_flow(self, samples: Batch) -> bool:
         """Return whether the data bring flow that is not one field a frame (`flow_mask`), and the signal takes it."""
         return "flow_mask" in samples and self.flow_from_data is not None
 
-    def flow_mask(self, samples: Mapping) -> Tensor:
+    def flow_mask(self, samples: Batch) -> Tensor:
         """[B,L], 1 = real: of the flows that the scorer sees."""
         return samples["flow_mask" if self.has_own_flow(samples) else "frame_mask"]
 
-    def flow(self, samples: Mapping) -> Tensor:
+    def flow(self, samples: Batch) -> Tensor:
         """[B,T,2,S,S]; of a video that several questions are about it is computed once, over several batches, too."""
         first, which = distinct_media(samples)
         own = samples["flow_mask"] if self.has_own_flow(samples) else None
@@ -287,7 +288,7 @@ class Chooser:
 
     # ---- scores -------------------------------------------------------------------------------------------------
 
-    def logits(self, samples: Mapping, flow: Tensor | None = None, *, must_reach: bool = False) -> SamplerOutput:
+    def logits(self, samples: Batch, flow: Tensor | None = None, *, must_reach: bool = False) -> SamplerOutput:
         """Start and end logits [B,T] of the videos; 0 for images and texts, which do not reach the sampler.
 
         With several ranks a batch without a video runs the sampler on a blank one, times 0: each rank must run the
@@ -314,13 +315,13 @@ class Chooser:
             start, end = zeros, zeros
         return SamplerOutput(None, start, end)
 
-    def _of_videos(self, samples: Mapping, flow: Tensor | None = None) -> SamplerOutput:
+    def _of_videos(self, samples: Batch, flow: Tensor | None = None) -> SamplerOutput:
         flow = self.flow(samples) if flow is None else flow
         return self.scorer(flow, self.flow_mask(samples).to(self.device), samples["text_input"])
 
     # ---- what a selector is told -----------------------------------------------------------------------------------
 
-    def _given_span(self, samples: Mapping, selector: FrameSelector) -> Tensor | None:
+    def _given_span(self, samples: Batch, selector: FrameSelector) -> Tensor | None:
         if not selector.needs_span:
             return None
         key = selector.span_key
@@ -337,7 +338,7 @@ class Chooser:
             known = known & ~samples["no_moment"].cpu().bool()
         return span.where(known[:, None], whole)
 
-    def generators(self, samples: Mapping) -> list[torch.Generator]:
+    def generators(self, samples: Batch) -> list[torch.Generator]:
         """One a row: in training from torch's global state, which checkpoints keep; in evaluation from the
         question's id, so that the draw does not depend on batch size, order or rank."""
         if self.training:

@@ -161,6 +161,7 @@ class FeedForward(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B,S,H] -> [B,S,H]."""
         return self.norm(x + self.dropout(self.down(F.gelu(self.up(x)))))
 
 

@@ -230,7 +230,7 @@ class DeepSpeedEngine(DividedModel):
         return {name: loss.detach() for name, loss in losses.items()}
 
     def clip(self) -> torch.Tensor:
-        """The gradient's global norm; where it is finite, DeepSpeed has also clipped and made the update."""
+        """The gradient's global norm, []; where it is finite, DeepSpeed has also clipped and made the update."""
         if self.own_clipping:
             limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
             norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit)

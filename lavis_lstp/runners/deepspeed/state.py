@@ -52,7 +52,7 @@ class OptimizerState:
     # ---- one weight ---------------------------------------------------------------------------------------------
 
     def get(self, parameter: torch.Tensor, key: str | None) -> torch.Tensor:
-        """A moment, or with None the fp32 copy of the weight; whole, in each process; a collective."""
+        """A moment, or with None the fp32 copy, of a weight of any shape; whole, in each process; a collective."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         if self.stage == 0:
@@ -63,7 +63,7 @@ class OptimizerState:
         return safe_get_full_optimizer_state(parameter, key)
 
     def set(self, parameter: torch.Tensor, key: str | None, value: Any) -> None:
-        """Put this process's part of a flat `value` (a tensor or a slice of a file) where it belongs."""
+        """Put this process's part of a flat `value` [N] (a tensor or a slice of a file) where it belongs."""
         if self.stage == 0:
             master = self.masters.get(id(parameter), parameter)
             target = master if key is None else self.base.state[master][key]
