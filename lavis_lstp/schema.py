@@ -62,7 +62,7 @@ class Prediction(_Named, total=False):
     """What a task says of one question: a line of `result/<split>_<task>.jsonl` (docs/benchmarks.md).
 
     A key is missing where the task, the data or the model has nothing to say. Whoever asks one question gets an
-    `inference.prediction.Answer`, which has arrays, too; names that both have mean the same.
+    `inference.prediction.Prediction`, an object with arrays, too; names that both have mean the same.
     """
 
     video_id: str
@@ -88,7 +88,7 @@ class Prediction(_Named, total=False):
     num_filled: int  # of these, how many the selector's rule did not choose itself
     num_shown: int  # where the selector decides how many frames are shown
     entropy: dict[str, float]  # of the sampler's start and end, in bits
-    scores: list[float]  # of each frame that was read, 0..1; pseudo_span: how well it alone answers
+    scores: list[float]  # of each frame that was read, 0..1: how well it alone answers (pseudo_span)
     gold_span: list[int]  # as in `Sample`; pseudo_span: its `span`
     pseudo_span: list[int]
     moments_s: list[list[float]]

@@ -19,7 +19,7 @@ from lavis_lstp.inference.loading import EXAMPLE
 from lavis_lstp.redaction import printable
 
 if TYPE_CHECKING:
-    from lavis_lstp.inference.prediction import Answer
+    from lavis_lstp.inference.prediction import Prediction
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def as_text(result: Mapping[str, Any]) -> str:
     )
 
 
-def explain(path: Path, video: str | Path, found: Answer) -> None:
+def explain(path: Path, video: str | Path, found: Prediction) -> None:
     """Write the picture that explains an answer about a video."""
     import numpy as np
 

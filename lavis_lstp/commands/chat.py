@@ -22,7 +22,7 @@ from lavis_lstp.inference.loading import EXAMPLE
 from lavis_lstp.redaction import printable
 
 if TYPE_CHECKING:
-    from lavis_lstp.inference.prediction import Answer
+    from lavis_lstp.inference.prediction import Prediction
     from lavis_lstp.inference.predictor import Predictor
 
 HELP = """\
@@ -47,7 +47,7 @@ class Chat:
     def __init__(self, predictor: Predictor, video: str, *, history: bool):
         self.predictor, self.video, self.reads_history = predictor, video, history
         self.settings: dict[str, Any] = {}
-        self.turns: list[Answer] = []
+        self.turns: list[Prediction] = []
         self.commands: dict[str, Callable[[str], None]] = {
             "/frames": self.frames,
             "/video": self.open,

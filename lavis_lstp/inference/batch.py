@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lavis_lstp.inference.prediction import Answer, Asked
+from lavis_lstp.inference.prediction import Asked, Prediction
 from lavis_lstp.models.where.chooser import Choice
 from lavis_lstp.schema import Span
 
@@ -20,7 +20,7 @@ END_OF_TURN = "</s>"
 MEDIA_TOKENS = {"video": "<video>", "image": "<image>"}
 
 
-def answer_batch(model: Any, asked: Sequence[Asked]) -> list[Answer]:
+def answer_batch(model: Any, asked: Sequence[Asked]) -> list[Prediction]:
     """Predictions of questions with equal settings; the caller sees to it that nobody else uses the model.
 
     Text is handed out as it comes. Rows that are given up while the language model writes are cut short there.
@@ -125,7 +125,7 @@ def prompt_of(model: Any, asked: Asked) -> str:
     return prompt
 
 
-def _prediction(one: Asked, row: int, found: dict[str, Any]) -> Answer:
+def _prediction(one: Asked, row: int, found: dict[str, Any]) -> Prediction:
     media, count = one.candidates, len(one.candidates.frames)
     times = [round(float(t), 3) for t in media.times_s]
     chosen = [i for i in found["frame_index"][row].tolist() if i >= 0]
@@ -134,7 +134,7 @@ def _prediction(one: Asked, row: int, found: dict[str, Any]) -> Answer:
     edges = span.to_seconds(media.times_s, media.duration_s) if span else ()
     seconds = {**one.seconds, **found["seconds"]}
     several = [Span(*s).to_seconds(media.times_s, media.duration_s) for s in found.get("spans", {row: ()})[row]]
-    return Answer(
+    return Prediction(
         question=one.question,
         prediction=found["prediction"][row],
         span=tuple(span) if span else None,

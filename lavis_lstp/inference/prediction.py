@@ -27,11 +27,8 @@ class Cancelled(LstpError):
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What somebody who asks one question gets: the answer and where it came from, arrays included.
-
-    What an evaluation writes about a question is a `schema.Prediction`: names that both have mean the same there, and
-    its frame_times are frame_times_s here.
+class Prediction:
+    """An answer and where it came from.
 
     Attributes:
         prediction: the answer.

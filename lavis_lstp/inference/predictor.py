@@ -1,7 +1,7 @@
 """A loaded model that answers questions about videos: `lavis_lstp.load(...)`.
 
 In: a model's name, a run's folder, a checkpoint, or "example" for the one that ships; then videos (paths, bytes, file
-objects), pictures or nothing, questions, and the turns before them. Out: an `Answer`, the answer and its frames.
+objects), pictures or nothing, questions, and the turns before them. Out: a `Prediction`, the answer and its frames.
 `ask`, `chat`, the page, the server and lmms-eval hold the same object.
 
 Threads may share a predictor. Reading and flow run in the thread that asks; the model answers one batch at a time.
@@ -19,7 +19,7 @@ from lavis_lstp.data.pictures import DEFAULT_MAX_MEGAPIXELS
 from lavis_lstp.errors import ConfigError
 from lavis_lstp.inference.candidates import Medium, Reader
 from lavis_lstp.inference.loading import EXAMPLE, build_model, recorded_frames, recorded_reading
-from lavis_lstp.inference.prediction import Answer, Asked, Cancelled, Turn
+from lavis_lstp.inference.prediction import Asked, Cancelled, Prediction, Turn
 from lavis_lstp.inference.settings import Settings, settings_of
 from lavis_lstp.models.variants import MODEL_TYPES
 
@@ -146,7 +146,7 @@ class Predictor:
         name: str | None = None,
         cancel: threading.Event | None = None,
         **settings: Any,
-    ) -> Answer:
+    ) -> Prediction:
         """Answers one question.
 
         Args:
@@ -169,12 +169,12 @@ class Predictor:
 
     def stream(
         self, video: Medium, question: str, *, cancel: threading.Event | None = None, **how: Any
-    ) -> Iterator[str | Answer]:
-        """The answer in pieces as they are found, then the `Answer`; leaving the loop early gives the answer up.
+    ) -> Iterator[str | Prediction]:
+        """The answer in pieces as they are found, then the `Prediction`; leaving the loop early gives the answer up.
 
         Args and errors as for `answer`. The pieces joined are the prediction; with several beams it is one piece.
         """
-        pieces: queue.SimpleQueue[str | Answer | BaseException] = queue.SimpleQueue()
+        pieces: queue.SimpleQueue[str | Prediction | BaseException] = queue.SimpleQueue()
         cancel = cancel or threading.Event()
         history, name = how.pop("history", ()), how.pop("name", None)
         checked = self.settings(**how)
@@ -196,13 +196,13 @@ class Predictor:
                 if isinstance(piece, BaseException):
                     raise piece
                 yield piece
-                if isinstance(piece, Answer):
+                if isinstance(piece, Prediction):
                     return
         finally:
             cancel.set()
             worker.join()
 
-    def answer_many(self, asked: Sequence[Asked]) -> list[Answer]:
+    def answer_many(self, asked: Sequence[Asked]) -> list[Prediction]:
         """Answers questions with equal settings in one batch.
 
         Raises:

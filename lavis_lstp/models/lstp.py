@@ -223,8 +223,8 @@ class LSTP(BaseModel):
         """The prompts, with lines of the subtitles near the frames at `frame_index` [B,K] before the question.
 
         Returns:
-            B strings, and of each the window_s (None = whole) and what `models.subtitles.shown_in` tells; None where the
-            samples bring no subtitles.
+            B strings, and of each the window_s (None = whole) and what `models.subtitles.shown_in` tells; None
+            where the samples bring no subtitles.
         """
         prompts = self.prompts(samples, template)
         if "subtitles" not in samples:

@@ -33,7 +33,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lavis_lstp import __version__
 from lavis_lstp.errors import LstpError
-from lavis_lstp.inference.prediction import Answer, Cancelled
+from lavis_lstp.inference.prediction import Cancelled, Prediction
 from lavis_lstp.inference.predictor import Predictor
 from lavis_lstp.serving.files import FileStore, NoSuchFile, TooLarge
 from lavis_lstp.serving.limits import Limits
@@ -289,7 +289,7 @@ async def _gone(request: Request) -> None:
         pass
 
 
-def _reason(server: Server, found: Answer, ticket: Ticket) -> str:
+def _reason(server: Server, found: Prediction, ticket: Ticket) -> str:
     most = {**server.predictor.model.generation, **ticket.asked.settings.generation}.get("max_new_tokens")
     return "length" if most is not None and found.log_prob["tokens"] >= most else "stop"
 

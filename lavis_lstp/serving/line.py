@@ -21,7 +21,7 @@ from time import perf_counter
 from typing import Any
 
 from lavis_lstp.errors import BusyError, LstpError
-from lavis_lstp.inference.prediction import Answer, Asked, Cancelled
+from lavis_lstp.inference.prediction import Asked, Cancelled, Prediction
 from lavis_lstp.inference.predictor import Predictor
 from lavis_lstp.serving.limits import Limits
 from lavis_lstp.serving.metrics import Metrics
@@ -58,7 +58,7 @@ class Ticket:
     """
 
     ready: asyncio.Future[Asked]
-    result: asyncio.Future[Answer]
+    result: asyncio.Future[Prediction]
     cancel: threading.Event = field(default_factory=threading.Event)
     asked: Asked | None = None
     _pieces: asyncio.Queue[str | None] = field(default_factory=asyncio.Queue)
@@ -68,7 +68,7 @@ class Ticket:
         while (piece := await self._pieces.get()) is not None:
             yield piece
 
-    def finish(self, outcome: Answer | Exception) -> None:
+    def finish(self, outcome: Prediction | Exception) -> None:
         for future in (self.ready, self.result):
             if not future.done() and isinstance(outcome, Exception):
                 future.set_exception(outcome)
@@ -144,7 +144,7 @@ class Line:
         ticket.cancel.set()
         self._leave(ticket, Cancelled("the answer was given up"))
 
-    def _leave(self, ticket: Ticket, outcome: Answer | Exception) -> None:
+    def _leave(self, ticket: Ticket, outcome: Prediction | Exception) -> None:
         if ticket in self._tickets:
             self._tickets.discard(ticket)
             self.metrics.answered(outcome)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from lavis_lstp.errors import LstpError
-from lavis_lstp.inference.prediction import Answer, Cancelled
+from lavis_lstp.inference.prediction import Cancelled, Prediction
 
 STAGES_S = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10, 60)
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -29,8 +29,8 @@ class Metrics:
         """Add a number that is looked up when the metrics are read."""
         Gauge(name, text, registry=self.registry).set_function(value)
 
-    def answered(self, outcome: Answer | Exception) -> None:
-        if isinstance(outcome, Answer):
+    def answered(self, outcome: Prediction | Exception) -> None:
+        if isinstance(outcome, Prediction):
             self.questions.labels("answered").inc()
             for stage, seconds in outcome.seconds.items():
                 self.stages.labels(stage).observe(seconds)

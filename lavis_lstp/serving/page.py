@@ -30,7 +30,7 @@ from lavis_lstp.errors import LstpError
 from lavis_lstp.files import strict_json
 from lavis_lstp.inference.contact_sheet import pictures_at
 from lavis_lstp.inference.loading import EXAMPLE
-from lavis_lstp.inference.prediction import Answer, Cancelled
+from lavis_lstp.inference.prediction import Cancelled, Prediction
 from lavis_lstp.serving.app import Server
 from lavis_lstp.serving.timeline import evidence_html
 
@@ -320,7 +320,7 @@ class Page:
             video, question or "", history=history, settings=settings, name=MEDIUM, stream=stream
         )
 
-    async def _evidence(self, video: str | None, found: Answer) -> str:
+    async def _evidence(self, video: str | None, found: Prediction) -> str:
         def draw() -> str:
             pictures: list[Image.Image] = []
             if video is not None:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from lavis_lstp.data.prompts import without_tokens
 from lavis_lstp.errors import ConfigError, shortened, unknown_name
-from lavis_lstp.inference.prediction import Answer, Turn
+from lavis_lstp.inference.prediction import Prediction, Turn
 from lavis_lstp.inference.predictor import history_of
 from lavis_lstp.inference.settings import GENERATION, OWN
 from lavis_lstp.serving.limits import Limits
@@ -190,7 +190,7 @@ def cut(text: str, stops: Sequence[str]) -> str:
     return text[: min((place for stop in stops if (place := text.find(stop)) >= 0), default=len(text))]
 
 
-def evidence(found: Answer) -> dict[str, Any]:
+def evidence(found: Prediction) -> dict[str, Any]:
     """The field `lstp` of an answer: where it came from."""
     return {
         "span_s": found.span_s,
@@ -207,7 +207,7 @@ def head(kind: str, answer_id: str, model: str) -> dict[str, Any]:
     return {"id": answer_id, "object": kind, "created": int(time.time()), "model": model}
 
 
-def usage(prompt_tokens: int, found: Answer) -> dict[str, int]:
+def usage(prompt_tokens: int, found: Prediction) -> dict[str, int]:
     made = int(found.log_prob["tokens"])
     return {"prompt_tokens": prompt_tokens, "completion_tokens": made, "total_tokens": prompt_tokens + made}
 

@@ -1,6 +1,6 @@
 """Where an answer came from, as HTML without scripts: the timeline of the video, the chosen frames, flow and stages.
 
-In: an `Answer` and pictures of its frames. Out: HTML whose only texts are numbers and words of ours, so that nothing
+In: a `Prediction` and pictures of its frames. Out: HTML whose only texts are numbers and words of ours, so that nothing
 a user, a file or a model says is markup. Frames are buttons with `data-time`, to which a script moves the player.
 """
 
@@ -14,14 +14,14 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from lavis_lstp.inference.prediction import Answer
+from lavis_lstp.inference.prediction import Prediction
 
 WIDTH, HEIGHT, BOTTOM = 600, 84, 66  # of the drawing; BOTTOM is where its time axis lies
 TICKS = 6
 FLOW_PX = 160  # side of a flow picture
 
 
-def evidence_html(found: Answer, pictures: Sequence[Image.Image]) -> str:
+def evidence_html(found: Prediction, pictures: Sequence[Image.Image]) -> str:
     """Timeline, frames with their flow, and seconds by stage.
 
     Args:
@@ -41,7 +41,7 @@ def evidence_html(found: Answer, pictures: Sequence[Image.Image]) -> str:
     )
 
 
-def timeline_svg(found: Answer) -> str:
+def timeline_svg(found: Prediction) -> str:
     """The candidates' scores as a curve, the span shaded, the chosen frames as ticks."""
     times = found.candidate_times_s
     end = max(times[-1], found.span_s[1], 1e-3)
@@ -78,7 +78,7 @@ def _frame(time: float, picture: Image.Image, flow: Image.Image | None) -> str:
     )
 
 
-def _flow_pictures(found: Answer) -> list[Image.Image | None]:
+def _flow_pictures(found: Prediction) -> list[Image.Image | None]:
     from lavis_lstp.report.explanation import flow_colours
 
     if found.flow is None:

@@ -23,7 +23,7 @@ from lavis_lstp.errors import ConfigError, VideoError
 from lavis_lstp.inference import candidates
 from lavis_lstp.inference.candidates import Kept
 from lavis_lstp.inference.loading import EXAMPLE
-from lavis_lstp.inference.prediction import Answer, Cancelled
+from lavis_lstp.inference.prediction import Cancelled, Prediction
 from lavis_lstp.inference.predictor import history_of
 
 CLIP = EXAMPLE / "clip.mp4"
@@ -56,7 +56,7 @@ def picture_bytes(colour="red", form="PNG") -> bytes:
     return stored.getvalue()
 
 
-def same(one: Answer, other: Answer) -> bool:
+def same(one: Prediction, other: Prediction) -> bool:
     return all(getattr(one, name) == getattr(other, name) for name in ("prediction", "span", "frame_index", "log_prob"))
 
 
@@ -115,7 +115,7 @@ def test_scores_are_high_inside_the_moment(predictor):
 def test_pieces_of_a_stream_are_the_answer(predictor):
     for settings in ({"max_new_tokens": 12, "min_new_tokens": 12}, {"num_beams": 3}, {"do_sample": True, "seed": 3}):
         *pieces, last = predictor.stream(CLIP, "tell me, what happens?", **settings)
-        assert isinstance(last, Answer) and "".join(pieces) == last.prediction
+        assert isinstance(last, Prediction) and "".join(pieces) == last.prediction
         assert same(last, predictor.answer(CLIP, "tell me, what happens?", **settings))
         assert len(pieces) > 1 or "min_new_tokens" not in settings, pieces
 

@@ -15,7 +15,7 @@ from video_files import numbered_video
 
 from lavis_lstp.data.qa_dataset import VideoQADataset
 from lavis_lstp.data.subtitles import Subtitles
-from lavis_lstp.inference.prediction import Answer
+from lavis_lstp.inference.prediction import Prediction as Answer
 from lavis_lstp.judging.verdict import Case
 from lavis_lstp.models.lstp import LSTP
 from lavis_lstp.report.evaluations import FORMS, SHOWN_ONLY
