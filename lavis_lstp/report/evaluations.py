@@ -193,10 +193,20 @@ def _json(path: Path, forms: Mapping[str, Callable[[Any], bool]] | None = None) 
     except (OSError, ValueError):
         return {}
     value = value if isinstance(value, dict) else {}
+    if _is_deep(value):
+        raise AnnotationError(f"{path}: is nested deeper than {DEEPEST} levels, and nothing that is written here is")
     for name, is_good in (forms or {}).items():
         if name in value and not is_good(value[name]):
             raise AnnotationError(f"{path}: {name} is not of the form that is written: {value[name]!r:.80}")
     return value
+
+
+DEEPEST = 50
+
+
+def _is_deep(value: Any, left: int = DEEPEST) -> bool:
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return not left or any(_is_deep(one, left - 1) for one in parts if isinstance(one, (dict, list)))
 
 
 def _pairs(

@@ -461,6 +461,10 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     file.write_text(whole)
     assert "ends with .html" in refused(capsys, tmp_path / "a", "--out", tmp_path / "x.txt")
     assert "at least 0" in refused(capsys, tmp_path / "a", "--pictures", "-1")
+    deep = tmp_path / "a" / "evaluate_manifest.json"
+    deep.write_text('{"config": {"model": {"x": ' + "[" * 900 + "]" * 900 + "}}}")
+    assert "nested deeper than 50 levels" in refused(capsys, tmp_path / "a")
+    deep.unlink()
     assert "ends with .csv, .md, .tex" in refused(capsys, tmp_path / "a", "--export", tmp_path / "x.txt")
     assert "no such folder" in refused(capsys, tmp_path / "a", "--videos", tmp_path / "gone")
     assert not (tmp_path / "a" / "report.html").exists()
