@@ -1,4 +1,4 @@
-"""Times of the tools with many questions: data set, metrics, report and its page, verify.
+"""Times of the tools with many questions: data set, metrics, report and its page, verify-result, verify.
 
     python benchmarks/load.py [--questions 100000] [--members 100000] [--only PART ...]
 
@@ -98,9 +98,13 @@ def metrics(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
 def report(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
     from lavis_lstp.commands.report import report as write_report
     from lavis_lstp.files import write_jsonl
+    from lavis_lstp.report.result import differences
 
     write_jsonl(folder / "out" / "result" / "test_video_qa.jsonl", rows)
-    page, _ = timed("report", lambda: write_report([folder / "out"], pictures=0))
+    board = folder / "out" / "result" / "board.json"
+    page, _ = timed("report", lambda: write_report([folder / "out"], pictures=0, result=board))
+    wrong, _ = timed("verify-result", lambda: differences(board))
+    assert not wrong, wrong
     print(f"page: {page.stat().st_size / 1e6:.1f} MB")
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
     from browser import chromium

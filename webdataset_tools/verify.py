@@ -32,6 +32,7 @@ from lavis_lstp.data.shards.format import (
 from lavis_lstp.data.shards.storage import RETRY, Retry, beside, can_seek, expand, open_stream, read_all, read_at
 from lavis_lstp.data.shards.tar import Member, TarScan, samples
 from lavis_lstp.errors import LstpError, ShardError
+from lavis_lstp.files import no_collection
 from webdataset_tools.engine import how, run_jobs
 from webdataset_tools.pack import add_area_argument, whole
 
@@ -59,8 +60,8 @@ def check_shard(job: Job) -> dict[str, Any]:
     Returns: "problems", a list of {shard, key, cause, error} (key "" for the shard itself), "samples", a list of
         [key, kind, digest of the content, question ids, members] of the samples that are sound.
     """
-    checker = _Checker(job)
-    return checker.run()
+    with no_collection():
+        return _Checker(job).run()
 
 
 class _Checker:

@@ -9,13 +9,11 @@ leaderboard, which `lavis-lstp verify-result` recomputes.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from lavis_lstp.errors import ConfigError
-from lavis_lstp.files import atomic_writer, json_text, owned
+from lavis_lstp.files import atomic_writer, json_text, no_collection, owned
 from lavis_lstp.redaction import printable, without_secrets
 from lavis_lstp.report.evaluations import find_evaluations
 from lavis_lstp.report.numbers import by_seed, summaries
@@ -55,20 +53,8 @@ def report(
     for path in map(Path, exports):
         if path.suffix not in FORMS or path.is_dir():
             raise ConfigError(f"--export {path}: expected the name of a file that ends with {', '.join(FORMS)}")
-    with _no_collection():
+    with no_collection():
         return _report(paths, target, pictures, videos, title, exports, result)
-
-
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """No garbage collection: rows make millions of objects and no cycle, and counting them again takes a third."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _report(

@@ -39,6 +39,7 @@ class Evaluation:
     Attributes:
         name: what tables call it; letter: what plots call it.
         rows: all predictions; judged: those with a gold answer. Both by question_id.
+        answers: whether questions were answered; else moments were located, as by the task temporal_grounding.
         num_questions: questions with a gold answer, more than `judged` where some have no line.
         missing: ids of those, where the evaluation listed them.
         resamples, seed: of the bootstrap, as the judge's own result has them.
@@ -52,6 +53,7 @@ class Evaluation:
     rows: dict[str, Prediction]
     judged: dict[str, Judged]
     verdicts: Path | None = None
+    answers: bool = True
     num_questions: int = 0
     missing: list[str] = field(default_factory=list)
     resamples: int = RESAMPLES
@@ -94,6 +96,7 @@ def find_evaluations(paths: Sequence[str | Path]) -> list[Evaluation]:
     """
     predictions: dict[Path, dict[str, Prediction]] = {}
     verdicts: dict[Path, dict[str, Row]] = {}
+    located: dict[Path, dict[str, Row]] = {}
     titles: dict[str, str] = {}
     for path in map(Path, paths):
         if not path.exists():
@@ -106,8 +109,12 @@ def find_evaluations(paths: Sequence[str | Path]) -> list[Evaluation]:
                 verdicts[file] = rows
             elif "prediction" in first:
                 predictions[file] = rows
+            elif _is_located(first):
+                located[file] = rows
             else:
                 raise AnnotationError(f"{file}: neither predictions nor verdicts: a row has {', '.join(first)}")
+    if not predictions and not verdicts:  # a folder with answers, too, is about these
+        predictions = located
     if not predictions and not verdicts:
         raise AnnotationError(
             f"{', '.join(map(str, paths))}: no predictions; expected result/<split>_video_qa.jsonl, as an evaluation "
@@ -152,7 +159,16 @@ def _is_ours(file: Path) -> bool:
         row = strict_json(line, finite=False)
     except ValueError:
         return bool(line.strip())
-    return isinstance(row, dict) and "question_id" in row and bool({"prediction", "judge"} & row.keys())
+    return (
+        isinstance(row, dict)
+        and "question_id" in row
+        and (bool({"prediction", "judge"} & row.keys()) or _is_located(row))
+    )
+
+
+def _is_located(row: Row) -> bool:
+    """Whether it is one of the task temporal_grounding: a span to be compared, and no answer."""
+    return "span" in row and bool({"gold_span", "moments_s"} & row.keys())
 
 
 def _titles(path: Path) -> dict[str, str]:
@@ -177,10 +193,20 @@ def _json(path: Path, forms: Mapping[str, Callable[[Any], bool]] | None = None) 
     except (OSError, ValueError):
         return {}
     value = value if isinstance(value, dict) else {}
+    if _is_deep(value):
+        raise AnnotationError(f"{path}: is nested deeper than {DEEPEST} levels, and nothing that is written here is")
     for name, is_good in (forms or {}).items():
         if name in value and not is_good(value[name]):
             raise AnnotationError(f"{path}: {name} is not of the form that is written: {value[name]!r:.80}")
     return value
+
+
+DEEPEST = 50
+
+
+def _is_deep(value: Any, left: int = DEEPEST) -> bool:
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return not left or any(_is_deep(one, left - 1) for one in parts if isinstance(one, (dict, list)))
 
 
 def _pairs(
@@ -204,13 +230,19 @@ def _evaluation(
 ) -> Evaluation:
     if verdicts is not None:
         _check_same(rows, file, verdicts, verdict_file)
+    answers = verdicts is not None or "prediction" in next(iter(rows.values()))
     whole, judged = {}, {}
     wild: list[str] = []
     for key, row in rows.items():
         given = (verdicts or {}).get(key)
         # a judge that was given --answers knows what the predictions do not say
         texts = {name: given[name] for name in TEXTS if name in given} if given else {}
-        row = {"question": "", **texts, **{name: value for name, value in row.items() if value is not None}}
+        row = {
+            "question": "",
+            **({} if answers else {"prediction": ""}),
+            **texts,
+            **{name: value for name, value in row.items() if value is not None},
+        }
         wild += [f"question_id '{key}': {what}" for what in _check_row(f"{file}: question_id '{key}'", row)]
         whole[key] = row
         if "answer" in row:  # else it is hidden
@@ -228,6 +260,7 @@ def _evaluation(
         predictions=file,
         rows=whole,
         judged=judged,
+        answers=answers,
         verdicts=verdict_file,
         num_questions=expected if judged else expected - len(whole),
         missing=[str(row.get("question_id")) for row in read_jsonl(missing)] if missing.is_file() else [],

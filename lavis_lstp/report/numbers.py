@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
-from lavis_lstp.config.model import SELECTORS
+from lavis_lstp.config.model import SELECTORS, Selector
 from lavis_lstp.errors import CoverageError
 from lavis_lstp.files import sha256_json
 from lavis_lstp.judging.calibrate import calibrate
@@ -149,7 +150,7 @@ def gaps(evaluations: Sequence[Evaluation], resamples: int = RESAMPLES) -> list[
 
     The oracle of an evaluation differs from it in nothing but the selector. None for it, and where there is none.
     """
-    rule = [f"model.selector.{name}" for name in ("name", "span_key", "settings", "context", "mapping", "few_frames")]
+    rule = [f"model.selector.{key.name}" for key in fields(Selector) if key.name != "num_selected"]
     keys = [setup(one, but=rule) for one in evaluations]
     oracles = {key: one for key, one in zip(keys, evaluations, strict=True) if key and choosing(one)["by"] == "oracle"}
     found: list[dict[str, Any] | None] = []

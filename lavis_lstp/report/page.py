@@ -126,6 +126,8 @@ def _warnings(
         )
     for one, run in zip(evaluations, runs, strict=True):
         name = f"{one.letter}, {one.name}" if len(runs) > 1 else one.name
+        if not one.answers:
+            continue
         if run["scored"] is None:
             found.append(f"{name}: no score: no question has an answer to compare with, or no verdict")
         elif run["scored"]["partial"]:
@@ -244,7 +246,8 @@ def _sampler_rows(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         return [use(one["gold"]) if one.get("gold") else None for one in evidence]
 
     def moment(use: Any) -> list[str | None]:
-        return [run["grounding"] and use(run["grounding"]) for run in runs]
+        found = [run["grounding"] for run in runs]  # in frames, the rows below have it
+        return [one and one["unit"] == "seconds" and use(one) or None for one in found]
 
     def asked(use: Any) -> list[str | None]:
         return [use(one["entropy"]) if one.get("entropy") else None for one in evidence]
@@ -254,9 +257,9 @@ def _sampler_rows(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         return [None if share is None else f"{_percent(share)} of {count}" for count, share in pairs]
 
     found = [
-        ("moments: questions that have one", moment(lambda g: f"{g['questions']} ({g['unit']})")),
-        ("moments: mean IoU", moment(lambda g: f"{g['miou']:.3f}")),
-        ("moments: R@1 at 0.3, 0.5, 0.7", moment(lambda g: ", ".join(_percent(v) for v in g["r1"].values()))),
+        ("moments in seconds, questions that have one", moment(lambda g: str(g["questions"]))),
+        ("mean IoU with the moment, in seconds", moment(lambda g: f"{g['miou']:.3f}")),
+        ("R@1 at 0.3, 0.5, 0.7, in seconds", moment(lambda g: ", ".join(_percent(v) for v in g["r1"].values()))),
         ("answers with a span", [str(one["spans"]) if one else None for one in evidence]),
         ("with a gold span", gold(lambda g: str(g["num_scored"]))),
         ("IoU with the gold span", gold(lambda g: f"{g['iou']:.3f}")),

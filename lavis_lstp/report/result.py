@@ -14,7 +14,7 @@ from typing import Any
 
 from lavis_lstp import __version__
 from lavis_lstp.errors import AnnotationError
-from lavis_lstp.files import read_record, sha256_file, sha256_json
+from lavis_lstp.files import no_collection, read_record, sha256_file, sha256_json
 from lavis_lstp.redaction import printable, without_secrets, without_secrets_in
 from lavis_lstp.report.evaluations import LARGEST, RESULT_FORMS, Evaluation, read_evaluation
 from lavis_lstp.report.numbers import summary
@@ -129,10 +129,11 @@ def differences(file: Path, predictions: Path | None = None, verdicts: Path | No
             places[name] = file.parent / said[name]["file"]
             if not places[name].is_file():
                 raise AnnotationError(f"{file}: no {said[name]['file']} beside it; say where it is (--{name} PATH)")
-    one = read_evaluation(places["predictions"], places["verdicts"])
-    one.resamples, one.seed = said["bootstrap"]["resamples"], said["bootstrap"]["seed"]
-    one.num_questions = max(one.num_questions, said["numbers"].get("num_questions", 0))
-    run = summary(one)
+    with no_collection():
+        one = read_evaluation(places["predictions"], places["verdicts"])
+        one.resamples, one.seed = said["bootstrap"]["resamples"], said["bootstrap"]["seed"]
+        one.num_questions = max(one.num_questions, said["numbers"].get("num_questions", 0))
+        run = summary(one)
     found = numbers_of(run)
     wrong = [
         f"sha256 of {name} is {digest}, recorded {said[name]['sha256']:.80}"

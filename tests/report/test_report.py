@@ -369,8 +369,8 @@ def test_frames_oracle_gap_and_curves_are_those_computed_by_hand(tmp_path):
     assert [float(gap.split()[0]) for gap in gaps[1:3]] == pytest.approx(by_hand, abs=0.05)
     assert gaps[0] == gaps[3] == gaps[4] == "-", "no oracle of 2 frames; the oracles themselves"
     assert "uniform (A, B): 50.0 % at 2, 66.7 % at 4" in next(a for a in seen.alts if a.startswith("Accuracy against"))
-    assert seen.row("evidence", "moments: R@1 at 0.3, 0.5, 0.7")[0] == "100.0 %, 100.0 %, 0.0 %", "IoU is 3 of 5 frames"
-    assert any(alt.startswith("R@1 against the threshold of IoU. A: 1.000 at 0.3") for alt in seen.alts)
+    curve = next(alt for alt in seen.alts if alt.startswith("R@1 against the threshold of IoU."))
+    assert "A: 1.000 at 0.3, 1.000 at 0.5, 0.000 at 0.7;" in curve, "IoU is 3 of 5 frames"
 
 
 def test_subtitles_are_named_beside_the_runs_that_had_none(tmp_path):
@@ -390,12 +390,26 @@ def test_seconds_are_scored_where_there_are_moments_and_no_span_is_a_miss(tmp_pa
     rows.append(prediction(4, True, span=None, span_s=None, moments_s=[[0, 1]]))
     write_run(tmp_path, rows)
     seen = page(tmp_path)
-    assert seen.row("evidence", "moments: questions that have one") == ["5 (seconds)"]
-    assert seen.row("evidence", "moments: mean IoU") == [f"{4 * 0.8 / 5:.3f}"]
+    assert seen.row("evidence", "moments in seconds, questions that have one") == ["5"]
+    assert seen.row("evidence", "mean IoU with the moment, in seconds") == [f"{4 * 0.8 / 5:.3f}"]
     for wrong in ([[0, 1e308]], [], [1, 2], "x"):
         write_run(tmp_path, [{**row, "moments_s": wrong} for row in rows])
         with pytest.raises(AnnotationError, match="question_id 'q000': moments_s is not of the form"):
             report([tmp_path], pictures=0)
+
+
+def test_located_moments_without_answers_make_a_page(tmp_path):
+    keys = ("question_id", "video_id", "span", "span_s", "gold_span")
+    rows = [{key: row[key] for key in keys} for row in (prediction(i, True) for i in range(10))]
+    write_jsonl(tmp_path / "result" / "test_temporal_grounding.jsonl", rows)
+    seen = page(tmp_path, exports=[tmp_path / "x.csv"])
+    assert seen.row("evidence", "IoU with the gold span") == ["0.600"] and "questions are hidden" not in seen.text
+    (row,) = csv.DictReader((tmp_path / "x.csv").open())
+    assert float(row["mean IoU"]) == 0.6 and float(row["R@1 at 0.5"]) == 1 and "accuracy, %" not in row
+    rows[3]["answer"] = "red"
+    write_jsonl(tmp_path / "result" / "test_temporal_grounding.jsonl", [{**rows[0], "prediction": "a"}, *rows[1:]])
+    with pytest.raises(AnnotationError, match="question_id 'q001': prediction is not of the form"):
+        report([tmp_path], pictures=0)
 
 
 def test_runs_that_differ_in_their_seed_have_a_mean_and_a_spread(tmp_path):
@@ -459,6 +473,10 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     file.write_text(whole)
     assert "ends with .html" in refused(capsys, tmp_path / "a", "--out", tmp_path / "x.txt")
     assert "at least 0" in refused(capsys, tmp_path / "a", "--pictures", "-1")
+    deep = tmp_path / "a" / "evaluate_manifest.json"
+    deep.write_text('{"config": {"model": {"x": ' + "[" * 900 + "]" * 900 + "}}}")
+    assert "nested deeper than 50 levels" in refused(capsys, tmp_path / "a")
+    deep.unlink()
     assert "ends with .csv, .md, .tex" in refused(capsys, tmp_path / "a", "--export", tmp_path / "x.txt")
     assert "no such folder" in refused(capsys, tmp_path / "a", "--videos", tmp_path / "gone")
     assert not (tmp_path / "a" / "report.html").exists()

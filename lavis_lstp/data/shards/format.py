@@ -52,6 +52,7 @@ KEY_LIMIT = 1024
 
 _KEY = re.compile(r"(?:[A-Za-z0-9_-]|%[0-9A-F]{2})+")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_-]+")
+_NEEDLESS = re.compile("%(?:2D|3[0-9]|[46][1-9A-F]|5[0-9AF]|7[0-9A])")  # a letter, a digit, "-" or "_"
 _ESCAPED = re.compile(rb"[^A-Za-z0-9_-]")
 
 
@@ -90,7 +91,7 @@ def unescape(key: str) -> str:
         name = raw.decode("utf-8")
     except UnicodeDecodeError:
         raise ShardError(f"key {key[:80]!r} is not UTF-8 when unescaped", "unsafe name") from None
-    if escape(name) != key:
+    if _NEEDLESS.search(key):
         raise ShardError(f"key {key[:80]!r} escapes a byte that needs none", "unsafe name")
     return name
 
