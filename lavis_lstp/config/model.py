@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from lavis_lstp.config.fields import SEED, check_sampling, checked, key
+from lavis_lstp.config.fields import SEED, TEXTS, check_sampling, checked, key
 from lavis_lstp.errors import ConfigError
 
 PARTS = ("sampler", "vision", "qformer", "query_tokens", "projection", "language_model", "lora")

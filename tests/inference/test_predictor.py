@@ -101,7 +101,6 @@ def test_candidates_are_read_as_the_run_read_them(tmp_path):
     manifest["config"]["datasets"] = {"lstp_shapes": {"num_frames": 6, "frames": "keyframe", "flow_pairs": "local"}}
     (tmp_path / "run" / "manifest.json").write_text(json.dumps(manifest))
     with lavis_lstp.load(tmp_path / "run") as loaded:
-        assert loaded.reading == {"frames": "keyframe", "flow_pairs": "local"}
         found = loaded.answer(film, ASKED)
         assert [round(25 * seconds) for seconds in found.candidate_times_s] == [0, 10, 20, 30, 40, 50]
         exact = loaded.answer(film, ASKED, frames="exact", flow_pairs="sampled")
