@@ -15,6 +15,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in every command of the package
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["LAVIS_LSTP_STORE"] = "off"  # what one test kept would spare another one its work
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # The same examples in each run; `--hypothesis-profile=default` looks for others.

@@ -315,6 +315,7 @@ def config(name: str, root: Path, **overrides) -> dict:
     blip2 = {"vit_model": "eva_clip_g", "vit_precision": "fp32", "freeze_vit": True, "num_query_token": QUERIES}
     language_models = {
         "blip2": {},
+        "blip2_image_text_matching": {},
         "blip2_t5": {"t5_model": str(root / "tiny-flan-t5")},
         "blip2_opt": {"opt_model": str(root / "tiny-opt"), "prompt": "a picture of"},
         "blip2_t5_instruct": {"t5_model": str(root / "tiny-flan-t5")},
@@ -328,8 +329,8 @@ def build(name: str, root: Path, **overrides) -> torch.nn.Module:
     from lavis.common.registry import registry
     from omegaconf import OmegaConf
 
-    if name == "blip_caption":
-        model = _blip_caption(root)
+    if name in ("blip_caption", "blip_image_text_matching"):
+        model = _blip(name, root)
     else:
         model = registry.get_model_class(name).from_config(OmegaConf.create(config(name, root, **overrides)))
     _fill_what_no_checkpoint_holds(model, name)
@@ -338,25 +339,34 @@ def build(name: str, root: Path, **overrides) -> torch.nn.Module:
 
 def _fill_what_no_checkpoint_holds(model: torch.nn.Module, name: str) -> None:
     """Seeded numbers by parameter name: constructors of different transformers versions draw in different orders."""
+    blip2 = r"^(query_tokens|vision_proj|text_proj|itm_head)|crossattention"  # _query layers are copies
     pattern = {
-        "blip2": r"^(query_tokens|vision_proj|text_proj|itm_head)|crossattention",  # _query layers are copies
+        "blip2": blip2,
+        "blip2_image_text_matching": blip2,
         "blip_caption": "",
+        "blip_image_text_matching": "",
     }.get(name, r"^(query_tokens|t5_proj|opt_proj|llm_proj)|crossattention|(intermediate|output)_query")
     for key, parameter in model.named_parameters():
         if re.search(pattern, key) and "norm" not in key.lower():
             generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
             parameter.data.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
-    if name == "blip2" or name.endswith("instruct"):  # the embedding of [DEC], which LAVIS adds to the vocabulary
+    # the embedding of [DEC], which LAVIS adds to the vocabulary
+    if name in ("blip2", "blip2_image_text_matching") or name.endswith("instruct"):
         model.Qformer.get_input_embeddings().weight.data[-1] = torch.linspace(-0.4, 0.4, WIDTH)
 
 
-def _blip_caption(root: Path) -> torch.nn.Module:
+def _blip(name: str, root: Path) -> torch.nn.Module:
     from lavis.models.blip_models.blip_caption import BlipCaption
-    from lavis.models.med import XBertLMHeadDecoder
+    from lavis.models.blip_models.blip_image_text_matching import BlipITM
+    from lavis.models.med import XBertEncoder, XBertLMHeadDecoder
     from lavis.models.vit import VisionTransformerEncoder
 
     encoder = VisionTransformerEncoder(
         img_size=IMAGE_SIZE, patch_size=14, embed_dim=WIDTH, depth=LAYERS, num_heads=HEADS, norm_layer=None
     )
-    decoder = XBertLMHeadDecoder.from_config({"med_config_path": str(root / "med_config.json")})
+    encoder.vision_width = WIDTH
+    text = {"med_config_path": str(root / "med_config.json")}
+    if name == "blip_image_text_matching":
+        return BlipITM(encoder, XBertEncoder.from_config(text), embed_dim=WIDTH // 2)
+    decoder = XBertLMHeadDecoder.from_config(text)
     return BlipCaption(encoder, decoder, prompt="a picture of ")

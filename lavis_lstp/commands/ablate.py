@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from lavis_lstp.config.load import flatten
-from lavis_lstp.config.model import AUTO, SELECTORS
+from lavis_lstp.config.model import AUTO, SCORERS, SELECTORS
 from lavis_lstp.errors import ConfigError, unknown_name
 from lavis_lstp.files import atomic_writer, owned, write_json
 from lavis_lstp.redaction import printable, without_secrets_in
@@ -43,12 +43,17 @@ class Way:
 
 
 def ways_of(file: Path | None = None) -> dict[str, Way]:
-    """The ways that are listed (configs/ways.yaml, and the user's own), and every other selector as one.
+    """The ways that are listed (configs/ways.yaml, and the user's own), and every other selector as one, which with
+    a scorer is a way RULE:SCORER.
 
     Raises:
         ConfigError: the file is missing, or an entry has no title or is not about `model`.
     """
     ways = {name: Way(name, (f"model.selector.name={name}",)) for name in SELECTORS}
+    for name in (name for name, kind in SELECTORS.items() if "scores" in kind.needs):
+        for scorer in SCORERS:
+            both = (f"model.selector.name={name}", f"model.scorer.name={scorer}")
+            ways[f"{name}:{scorer}"] = Way(f"{name}, scored by {scorer}", both)
     for path in (WAYS, *([file] if file else [])):
         if not path.is_file():
             raise ConfigError(f"--ways {path}: no such file")

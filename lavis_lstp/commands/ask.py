@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lavis_lstp.commands.cli import add_model_options, built_predictor, check_model_options
+from lavis_lstp.data.store import default_store
 from lavis_lstp.errors import ConfigError, LstpError
 from lavis_lstp.inference.loading import EXAMPLE
 from lavis_lstp.redaction import printable
@@ -83,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("name a video and a question, or --example")
     if not Path(args.video).is_file():  # before the seconds that a model takes
         raise LstpError(f"{args.video}: no such video file")
-    found = built_predictor(args).answer(args.video, args.question)
+    found = built_predictor(args, store=default_store()).answer(args.video, args.question)
     picture = args.picture or Path(f"{Path(args.video).stem}_lstp.png")
     try:
         explain(picture, args.video, found)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lavis_lstp.commands.cli import add_model_options, built_predictor, check_model_options
+from lavis_lstp.data.store import default_store
 from lavis_lstp.errors import ConfigError, LstpError, unknown_name
 from lavis_lstp.files import strict_json, whole_file, write_json
 from lavis_lstp.inference.loading import EXAMPLE
@@ -185,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.video = args.video or str(EXAMPLE / "clip.mp4")
     if not Path(args.video).exists():  # before the seconds that a model takes
         raise LstpError(f"{args.video}: no such video file")
-    with built_predictor(args) as predictor:
+    with built_predictor(args, store=default_store()) as predictor:
         return converse(Chat(predictor, args.video, history=not (args.no_history or args.example)))
 
 

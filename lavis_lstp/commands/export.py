@@ -97,6 +97,7 @@ def export(
         whole = config.copy()
         if not used_parts(config).sampler:
             whole.selector.name = "lstp"  # the sampler is written, whether or not the run looked through it
+            whole.selector.settings = {}
         model = model_class.from_config(whole).eval()
         merged = config.lora is not None
         _save_backbone(model.backbone, folder, config.backbone)

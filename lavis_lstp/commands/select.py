@@ -15,6 +15,7 @@ from typing import Any
 
 from lavis_lstp.data.annotation import read_annotation
 from lavis_lstp.data.selections import FORMS, Recorded, read_recorded, text_of
+from lavis_lstp.data.store import default_store
 from lavis_lstp.errors import AnnotationError, ConfigError, LstpError
 from lavis_lstp.files import (
     atomic_writer,
@@ -143,6 +144,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--candidates-per-s", type=float, help="score so many frames a second, at most --num-candidates"
     )
     parser.add_argument("--checkpoint", help="whose sampler is asked (default: the shipped tiny one's)")
+    words = "in place of a sampler: clip, siglip, itm, itc or answerer"
+    parser.add_argument("--scorer", metavar="NAME[=WEIGHTS]", help=f"{words}; WEIGHTS: hub id or folder")
+    parser.add_argument(
+        "--frames", choices=("exact", "keyframe"), help="keyframe: candidates are the nearest key frames"
+    )
+    parser.add_argument("--flow-pairs", choices=("sampled", "local"), help="local: flow to the file's next picture")
     parser.add_argument("--settings", nargs="*", default=[], metavar="A=B", help="of the method, such as power=2.0")
     parser.add_argument("--save", type=Path, help="folder for selection.json, the frames and a sheet of them")
     parser.add_argument("--json", action="store_true", help="print JSON, as --format jsonl does")
@@ -154,19 +161,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     common = {"k": args.k, "method": args.method, "seed": args.seed, "num_candidates": args.num_candidates}
     common["candidates_per_s"] = args.candidates_per_s
+    common |= {key: value for key in ("scorer", "frames", "flow_pairs") if (value := getattr(args, key)) is not None}
     settings = dict(_setting(word) for word in args.settings)
     if args.questions is None and (args.video is None) == (args.recorded is None):
         parser.error("name a video, --from FILE, or --questions FILE --out FILE")
     if args.video is not None and not Path(args.video).is_file():
         raise LstpError(f"{args.video}: no such video file")
-    if args.recorded is None and args.method in BY_SAMPLER:
+    if args.recorded is None and args.scorer in (None, "sampler", "answerer") and args.method in BY_SAMPLER:
         from lavis_lstp.inference.predictor import load
 
-        common["predictor"] = load(args.checkpoint or "example")
+        asked = (
+            ["model.scorer.name=answerer", f"model.selector.name={args.method}"] if args.scorer == "answerer" else []
+        )
+        common["predictor"] = load(args.checkpoint or "example", options=asked, store=default_store())
         if args.checkpoint is None:
             print("note: the shipped tiny sampler knows moving shapes alone; --checkpoint names yours", file=sys.stderr)
     elif args.checkpoint:
-        raise ConfigError(f"--checkpoint: method {args.method} asks no sampler; leave it out")
+        raise ConfigError(f"--checkpoint: {args.scorer or 'method ' + args.method} asks no sampler; leave it out")
     if args.questions is not None:
         if args.out is None or args.video or args.save:
             parser.error("--questions FILE goes with --out FILE, and without a video and --save")

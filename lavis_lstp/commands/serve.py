@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lavis_lstp.commands.cli import add_model_options, built_predictor, check_model_options
+from lavis_lstp.data.store import default_store
 from lavis_lstp.errors import ConfigError
 from lavis_lstp.redaction import printable
 
@@ -67,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--queue", type=int, default=64, help="questions that wait or are answered (default: 64)")
     made.add_argument("--batch", type=int, default=8, help="questions answered together (default: 8)")
     made.add_argument("--cache-mb", type=float, default=1024, help="decoded frames and flow in memory (default: 1024)")
+    made.add_argument("--store", action="store_true", help="keep them on disk, too, uploads' included; see `cache`")
     made.add_argument("--feedback", type=Path, metavar="FILE", help="store thumbs of the page as JSON lines")
     made.add_argument("--no-page", action="store_true", help="the API alone")
     return made
@@ -112,6 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         max_seconds=limits.max_seconds,
         max_megapixels=limits.max_megapixels,
         decoders=limits.decoders,
+        store=default_store() if args.store else None,
     )
     name = "lstp-example" if args.example else Path(args.checkpoint).name if args.checkpoint else args.model
     server = Server(

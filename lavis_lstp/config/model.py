@@ -26,9 +26,9 @@ SOURCES: dict[str, str] = {
 class Kind(NamedTuple):
     """A selector: the function (of models/where) that is its rule, and what the rule must be told of a video.
 
-    needs: of "logits" of the temporal sampler; "scores", one a frame, made of these; "times_s" of the frames; the
-    "question"; a "span", or a "record" of frames chosen before, that comes with the sample; "rng", random numbers. A
-    rule over scores is one of selectors.py.
+    needs: of "logits" of the temporal sampler; "scores", one a frame, by `model.scorer`; "times_s" of the frames; the
+    "question"; a "span", or a "record" of frames chosen before, that comes with the sample; "rng", random numbers;
+    "features" of the frames, which scorers have that look at single frames. A rule over scores is one of selectors.py.
     """
 
     rule: str
@@ -36,7 +36,7 @@ class Kind(NamedTuple):
 
     @property
     def by_sampler(self) -> bool:
-        """Return whether the temporal sampler must be asked first."""
+        """Return whether the temporal sampler, or a scorer in its place, must be asked first."""
         return not {"logits", "scores"}.isdisjoint(self.needs)
 
     @property
@@ -58,17 +58,48 @@ SELECTORS: dict[str, Kind] = {
     "inverse_transform": Kind(f"{_OF_SCORES}:inverse_transform", needs=("scores",)),
     "focus": Kind(f"{_OF_SCORES}:focus", needs=("scores", "times_s", "rng")),
     "global_local": Kind(f"{_OF_SCORES}:global_local", needs=("scores", "question")),
+    "mmr": Kind(f"{_OF_SCORES}:mmr", needs=("scores", "features")),
+    "dpp": Kind(f"{_OF_SCORES}:dpp", needs=("scores", "features")),
     "given": Kind(f"{_OF_LOGITS}:given", needs=("span",)),
     "recorded": Kind(f"{_OF_LOGITS}:recorded", needs=("record",)),
 }
 """`selector.name` -> its rule. best_span (also called lstp): the most likely span. argmax: likeliest start and
 likeliest end, each for itself, under the published rules. gumbel: published, two noisy candidates. uniform: K interval
 centres of the video. random: K different frames. topk, aks, inverse_transform, focus, global_local: published rules
-over scores, see selectors.py. given: a span that comes with the sample (a pseudo span, or the gold span as oracle).
-recorded: all frames that a data set with a `selection` brings."""
+over scores, see selectors.py. mmr, dpp: scores against likeness of the frames. given: a span that comes with the sample
+(a pseudo span, or the gold span as oracle). recorded: all frames that a data set with a `selection` brings."""
 
 AUTO = "auto"
 """A `selector.num_selected` that depends on the scores of each question."""
+
+
+class ScorerKind(NamedTuple):
+    """build: function or class (of models/where/scorers.py) that builds it; weights: hub id that it takes where the
+    configuration names none; by_frame: whether it looks at frames, each by itself, and so has features of them."""
+
+    build: str
+    weights: str | None = None
+    by_frame: bool = True
+
+
+_SCORERS = "lavis_lstp.models.where.scorers"
+SCORERS: dict[str, ScorerKind] = {
+    "sampler": ScorerKind("lavis_lstp.models.where.chooser:SamplerScorer", by_frame=False),
+    "clip": ScorerKind(f"{_SCORERS}:dual_encoder", "openai/clip-vit-large-patch14"),
+    "siglip": ScorerKind(f"{_SCORERS}:dual_encoder", "google/siglip2-so400m-patch14-384"),
+    "itm": ScorerKind(f"{_SCORERS}:matching", "Salesforce/blip2-itm-vit-g"),
+    "itc": ScorerKind(f"{_SCORERS}:matching", "Salesforce/blip2-itm-vit-g"),
+    "answerer": ScorerKind(f"{_SCORERS}:AnswererScorer", by_frame=False),
+}
+"""`scorer.name` -> what gives selectors their scores. sampler: the temporal sampler. clip, siglip: any model of two
+towers. itm, itc: image-text matching of BLIP and BLIP-2. answerer: the model's own "yes"."""
+
+
+def asks_sampler(selector: str, scorer: str = "sampler") -> bool:
+    """Return whether the temporal sampler must be asked before this selector can choose."""
+    needs = SELECTORS[selector].needs
+    return "logits" in needs or ("scores" in needs and scorer == "sampler")
+
 
 FLOWS = ("raft_large", "raft_small", "dis", "motion_vectors", "precomputed", "none")
 MODEL_KEYS = frozenset({"arch", "model_type", "load_finetuned", "load_pretrained", "finetuned", "pretrained"})
@@ -164,6 +195,21 @@ class Selector:
     mapping: str = key(
         "ends", one_of=("ends", "ratio")
     )  # argmax, gumbel: flow to frame, ends (published BLIP-2) or ratio (InstructBLIP)
+
+
+@dataclass
+class Scorer:
+    """Where a selector's scores come from; a selector without scores, or of the sampler's logits, uses none of it."""
+
+    name: str = key("sampler", one_of=SCORERS, called="scorer (model.scorer.name)")
+    weights: str | None = key()  # hub id or folder; with arch: LAVIS's checkpoint; null = the usual ones
+    arch: str | None = key(
+        None, one_of=("blip_image_text_matching", "blip2_image_text_matching"), called="arch (model.scorer.arch)"
+    )  # itm, itc: LAVIS's model in place of transformers'
+    model_type: str | None = key()  # of that: base, large; pretrained, coco; null = its first
+    prompt: str | None = key()  # with {question}; null = the scorer's own
+    batch: int = key(32, least=1, most=4096)  # frames at once
+    dtype: str = key("float32", one_of=("float32", "float16", "bfloat16"), called="dtype (model.scorer)")
 
 
 @dataclass
@@ -305,6 +351,7 @@ class ModelSettings:
     lora: dict[str, Any] | None = key(None, keys=Lora)  # low-rank adapters on the language model; null = none
     refinement: Refinement = key(Refinement)
     flow: Flow = key(Flow)
+    store: bool = key(False)  # keep computed flow and a scorer's features on disk for all runs: `lavis-lstp cache`
     sampler: Sampler = key(Sampler)
     # false = as published: padded flows compete with real ones, in the span loss and in the selectors argmax and gumbel
     mask_padding: bool = key(True)
@@ -312,6 +359,7 @@ class ModelSettings:
         False
     )  # true = as published: a language model that does not learn trains with its dropout
     selector: Selector = key(Selector)
+    scorer: Scorer = key(Scorer)
     selection_seed: int = key(0, least=0, most=SEED)  # of `random` and `gumbel` in evaluation
     backbone: Backbone = key(Backbone)
     fusion: str = key("mean", one_of=("concat", "mean"))
@@ -322,6 +370,18 @@ class ModelSettings:
     generation: dict[str, Any] | None = key(
         {"max_new_tokens": 128, "num_beams": 1, "do_sample": False}, keys=Generation, open=True
     )  # of transformers' GenerationConfig
+
+
+def scorer_settings(given: str | Mapping[str, Any]) -> dict[str, Any]:
+    """All settings of a scorer that is given as NAME, as NAME=WEIGHTS, or by some of them.
+
+    Raises:
+        ConfigError: a name is not known, or a value cannot be used.
+    """
+    if isinstance(given, str):
+        name, _, weights = given.partition("=")
+        given = {"name": name, "weights": weights or None}
+    return {**vars(Scorer()), **checked(given, Scorer, "scorer")}
 
 
 def checked_model(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -340,13 +400,15 @@ class Used(NamedTuple):
 
     sampler: bool
     flow: bool
+    scorer: bool
 
 
 def used_parts(model: Mapping[str, Any]) -> Used:
-    """Return what a complete `model` section uses: its sampler, if that selects or learns, and its flow."""
-    by_sampler = SELECTORS[model["selector"]["name"]].by_sampler
+    """Return what a complete `model` section uses: its sampler, if that selects or learns, its flow, and a scorer."""
+    selector, scorer = model["selector"]["name"], model["scorer"]["name"]
+    by_sampler = asks_sampler(selector, scorer)
     sampler = by_sampler or "span" in model["losses"] or "sampler" in (model["train"] or ())
-    return Used(sampler, flow=sampler)
+    return Used(sampler, flow=sampler, scorer="scores" in SELECTORS[selector].needs and scorer != "sampler")
 
 
 def leave_unused_flow_out(model: Mapping[str, Any], datasets: Mapping[str, Any]) -> list[str]:
@@ -414,8 +476,22 @@ def check_recorded(model: Mapping[str, Any], datasets: Mapping[str, Any]) -> Non
             )
 
 
+def check_scorer(model: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a scorer that its selector cannot choose by, or a prompt without a question."""
+    selector, scorer = model["selector"]["name"], model["scorer"]["name"]
+    if "features" in SELECTORS[selector].needs and not SCORERS[scorer].by_frame:
+        raise ConfigError(
+            f"model.selector.name: {selector} compares features of frames, and scorer '{scorer}' has none; set "
+            f"model.scorer.name to one of {', '.join(name for name, kind in SCORERS.items() if kind.by_frame)}"
+        )
+    prompt = model["scorer"]["prompt"]
+    if prompt is not None and "{question}" not in prompt:
+        raise ConfigError(f"model.scorer.prompt must contain {{question}}, got {prompt!r}")
+
+
 def check_complete_model(model: Mapping[str, Any]) -> None:
     """Raise ConfigError for a value of a complete `model` section that cannot be used, or values that do not fit."""
     model = {**model, **checked_model(model)}  # an interpolation may stand for a number where text is expected
+    check_scorer(model)
     together = {name: model[name] for name in ("losses", "prompt", "sampler_prompt", "answer_template")}
     check_together(train=model["train"] or (), in_loop=model["refinement"]["in_loop"], **together)

@@ -39,7 +39,7 @@ from lavis_lstp.data.published_flow import read_published_flow
 from lavis_lstp.data.selections import Recorded
 from lavis_lstp.data.shards.questions import ShardQuestions, unpack_frames
 from lavis_lstp.data.spans import Spans
-from lavis_lstp.data.store import content_digest
+from lavis_lstp.data.store import content_digest, default_store, read_kept
 from lavis_lstp.data.subtitles import Subtitles
 from lavis_lstp.data.video.reading import VideoFrames, check_inside, read_frames
 from lavis_lstp.errors import AnnotationError, ConfigError, ShardError, VideoError
@@ -331,7 +331,10 @@ class VideoQADataset(Dataset):
             source, name = self.annotation.medium(place)
             codec_flow = {"motion_vectors": codec, "flow_size": settings.flow_size if codec else None}
             codec_flow |= {"flow_pairs": settings.flow_pairs, "exact": settings.frames == "exact"}
-            video = read_frames(source, **chosen, **codec_flow, **self._decoding(), between_s=clip_s, name=name)
+            store = default_store() if settings.store and isinstance(source, Path) else None
+            content = content_digest(source, store) if store else ""
+            how = {**chosen, **codec_flow, **self._decoding(), "between_s": clip_s}
+            video = read_kept(store, content, source, name=name, **how)
             frames, times_s, flow = video.frames, video.times_s, video.flow.astype(np.float16) if codec else None
             duration_s = video.info.duration_s
         if settings.flow == "precomputed":

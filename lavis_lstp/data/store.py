@@ -18,20 +18,27 @@ damage.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import logging
 import os
 import re
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from lavis_lstp.data.shards.format import load_tensors
 from lavis_lstp.errors import VideoError
 from lavis_lstp.files import is_temporary, sha256_file, sha256_json, sorted_header, whole_file
+
+if TYPE_CHECKING:
+    from lavis_lstp.data.video.reading import VideoFrames
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +52,26 @@ UNSETTLED_S = 2
 _ENTRY = re.compile(r"(?P<what>[a-z][a-z_]*)-[0-9a-f]{64}\.safetensors")
 
 
+ENVIRONMENT = "LAVIS_LSTP_STORE"
+"""The folder of the default store, or "off": nothing is kept on disk."""
+
+
 def default_folder() -> Path:
+    given = os.environ.get(ENVIRONMENT, "")
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "lavis_lstp" / "store"
+    return Path(given if given not in ("", "off") else f"{base}/lavis_lstp/store").expanduser()
+
+
+def default_store() -> Store | None:
+    """The store in the default folder, None where the environment says that nothing is kept."""
+    return None if os.environ.get(ENVIRONMENT) == "off" else Store()
+
+
+def array_digest(array: np.ndarray) -> str:
+    """SHA-256 of an array's shape, type and numbers."""
+    digest = hashlib.sha256(f"{array.dtype.str}{array.shape}".encode())
+    digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return digest.hexdigest()
 
 
 def entry_key(what: str, content: str, settings: Mapping[str, Any]) -> str:
@@ -83,6 +107,7 @@ class Store:
     def __init__(self, folder: str | os.PathLike | None = None, *, max_bytes: int = MAX_BYTES):
         self.folder = Path(folder).expanduser() if folder is not None else default_folder()
         self.max_bytes = max_bytes
+        self._mode = 0o700 if folder is None else 0o777  # frames of one's own videos are nobody else's
         self._warned = False
 
     def get(self, key: str) -> dict[str, np.ndarray] | None:
@@ -118,6 +143,7 @@ class Store:
         if len(raw) > self.max_bytes:
             return
         try:
+            self.folder.mkdir(self._mode, parents=True, exist_ok=True)
             self.trim(self.max_bytes - len(raw), besides=path)
             with whole_file(path) as partial:
                 partial.write_bytes(raw)
@@ -258,3 +284,29 @@ def _look_of(path: Path) -> list[list[Any]]:
         times = sorted((status.st_ctime_ns, status.st_mtime_ns))
         found.append([str(file.resolve()), status.st_size, status.st_ino, *times])
     return found
+
+
+def read_kept(store: Store | None, content: str, source: Any, *, name: str | None = None, **how: Any) -> VideoFrames:
+    """What `read_frames` gives, without decoding where a store contains it; `count` is then None.
+
+    Args:
+        content: SHA-256 of the source, see `store.content_digest`.
+        how: JSON values, which with the decoder's version are the settings of the entry; threads are none of them.
+    """
+    from lavis_lstp.data.video.reading import READING_VERSION, VideoFrames, VideoInfo, read_frames
+
+    if store is None:
+        return read_frames(source, name=name, **how)
+    decides = {key: value for key, value in how.items() if key != "threads"}
+    package = {"pyav": "av"}.get(backend := how.get("backend", "pyav"), backend)
+    key = entry_key("frames", content, {**decides, "reading": READING_VERSION, package: version(package)})
+    kept = store.get(key)
+    if kept is None:
+        found = read_frames(source, name=name, **how)
+        facts = json.dumps(asdict(found.info)).encode()
+        arrays = {"frames": found.frames, "times_s": found.times_s, "indices": np.asarray(found.indices, np.int64)}
+        flow = {} if found.flow is None else {"flow": found.flow}
+        store.put(key, {**arrays, **flow, "info": np.frombuffer(facts, np.uint8)})
+        return found
+    info = VideoInfo(**json.loads(kept["info"].tobytes()))
+    return VideoFrames(kept["frames"], kept["times_s"], kept["indices"].tolist(), info, kept.get("flow"))

@@ -96,7 +96,7 @@ def _kept_flow(model: Any, asked: Sequence[Asked]) -> Tensor | None:
     """[B,T,2,h,w], zeros for rows that do not move; None where nothing moves, or nobody looks at flow."""
     fields = [one.candidates.flow for one in asked]
     grid = next((one.shape[1:] for one in fields if one is not None), None)
-    if grid is None or not asked[0].settings.selector.by_sampler:
+    if grid is None or not model.chooser.asks_sampler(asked[0].settings.selector):
         return None
     longest = max(len(one.candidates.frames) for one in asked)
     rows = [_padded(torch.zeros(0, *grid) if one is None else one, longest) for one in fields]
@@ -129,6 +129,7 @@ def _prediction(one: Asked, row: int, found: dict[str, Any]) -> Prediction:
     media, count = one.candidates, len(one.candidates.frames)
     times = [round(float(t), 3) for t in media.times_s]
     chosen = [i for i in found["frame_index"][row].tolist() if i >= 0]
+    scored = "scores" in found and count > 1
     logits = {name: found[name][row, :count] for name in ("start_logits", "end_logits") if name in found and count > 1}
     span = Span(*found["span"][row].tolist()) if media.kind == "video" else None
     edges = span.to_seconds(media.times_s, media.duration_s) if span else ()
@@ -142,7 +143,7 @@ def _prediction(one: Asked, row: int, found: dict[str, Any]) -> Prediction:
         frame_index=chosen,
         frame_times_s=[times[i] for i in chosen],
         candidate_times_s=times,
-        scores=[round(score, 4) for score in found["scores"][row, :count].tolist()] if logits else None,
+        scores=[round(score, 4) for score in found["scores"][row, :count].tolist()] if scored else None,
         log_prob=found["log_prob"][row],
         prompt=found["prompt"][row],
         seconds={stage: round(value, 4) for stage, value in seconds.items()},

@@ -1,8 +1,9 @@
 """One video, picture or text -> its candidate frames and their flow, kept in memory by content.
 
 In: a path, bytes, a seekable binary file, a list of pictures, or None. Out: `Candidates`, all that does not depend on
-the question. A second question about the same bytes neither reads nor decodes them, whatever they
-are called. Several threads may ask at once: the same medium is decoded once, and the others wait for it.
+the question. A second question about the same bytes neither reads nor decodes them, whatever they are called; nor does
+another process, where files are kept on disk. Several threads may ask at once: the same medium is decoded once, and the
+others wait for it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from lavis_lstp.data.store import Store
+    from lavis_lstp.data.video.reading import VideoFrames, VideoInfo
+
 Medium = str | os.PathLike | bytes | BinaryIO | Sequence[bytes] | None
 
 PICTURE_MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"II*\0", b"MM\0*", b"P5", b"P6")
@@ -43,6 +47,7 @@ class Candidates:
         flow: float32 [T,2,h,w], px per frame; None where the medium does not move or the selector needs none.
         codec_flow: the same from the codec's motion vectors, where the model is set to take them.
         numbers: T frame numbers in the file of a video.
+        info: what the video is; None of other media.
     """
 
     media: str
@@ -53,6 +58,7 @@ class Candidates:
     flow: Tensor | None
     codec_flow: Tensor | None
     numbers: Sequence[int] = ()
+    info: VideoInfo | None = None
 
 
 def num_bytes(value: Candidates | Tensor) -> int:
@@ -144,6 +150,7 @@ class Reader:
         max_megapixels: a larger picture, or video with larger pictures, is refused.
         decoders: media that are decoded at a time.
         reading: how videos are read, by the keys `loading.READING` of a data set.
+        store: where frames of files, and flow, are kept on disk for other processes; None = nowhere.
     """
 
     def __init__(
@@ -155,11 +162,15 @@ class Reader:
         max_megapixels: float,
         decoders: int,
         reading: Mapping[str, Any] | None = None,
+        store: Store | None = None,
     ):
         how = {"frames": "exact", "flow_pairs": "sampled", **(reading or {})}
         self.flow_pairs, exact = how.pop("flow_pairs"), how.pop("frames") == "exact"
         side = model.backbone.image_size
         self.how = {"exact": exact, "size": side, "max_megapixels": max_megapixels, **how}  # arguments of `read_frames`
+        self.store = store
+        if store is not None:
+            model.chooser.keep_in(store)
         self._decoders = threading.Semaphore(decoders)
         self.model, self.max_seconds = model, max_seconds
         self.kept = Kept(cache_bytes, num_bytes)
@@ -173,6 +184,7 @@ class Reader:
         flow: bool,
         name: str | None = None,
         fps: float | None = None,
+        reading: Mapping[str, str] | None = None,
     ) -> tuple[Candidates, dict[str, float]]:
         """The candidates of a medium, and the seconds of the stages that they took just now (none where kept).
 
@@ -182,6 +194,7 @@ class Reader:
             flow: whether flow is needed.
             name: what errors call the medium; default: its path.
             fps: so many frames a second of a video, where these are at most T; None = T.
+            reading: frames and flow_pairs, in place of the reader's own.
 
         Raises:
             VideoError: it is missing, not a readable video or picture, too long or too large.
@@ -198,11 +211,14 @@ class Reader:
                 seconds[stage] = time.perf_counter() - started
             return value
 
-        key = f"{digest} {num_frames}" + (f" {fps:g}" if fps else "")
-        how = {"num": num_frames, "name": name, **self.how, **({"fps": fps} if fps else {})}
-        found = self.kept.get(key, lambda: timed("decode", self._decode, source, key, how))
+        changed = dict(reading or {})
+        pairs = changed.get("flow_pairs", self.flow_pairs)
+        exact = {"exact": changed["frames"] == "exact"} if "frames" in changed else {}
+        how = {"num": num_frames, "name": name, **self.how, **exact, **({"fps": fps} if fps else {})}
+        key = " ".join([digest, str(num_frames), *([f"{fps:g}"] if fps else []), *changed.values()])
+        found = self.kept.get(key, lambda: timed("decode", self._decode, source, key, how, pairs))
         if flow and len(found.frames) > 1:
-            field = self.kept.get((key, "flow"), lambda: timed("flow", self._flow, found, source, how))
+            field = self.kept.get((key, "flow"), lambda: timed("flow", self._flow, found, source, how, pairs))
             found = replace(found, flow=field)
         return found, seconds
 
@@ -213,7 +229,7 @@ class Reader:
         status = os.stat(source)
         place = (os.path.realpath(source), status.st_size, status.st_mtime_ns, status.st_ino)
         if place not in self._digests:
-            self._digests[place] = content_digest(source)
+            self._digests[place] = content_digest(source, self.store)
             while len(self._digests) > 1024:
                 self._digests.popitem(last=False)
         return self._digests[place]
@@ -226,12 +242,12 @@ class Reader:
         nothing = torch.zeros(0, 3, side, side, dtype=torch.uint8)
         return Candidates("", "text", nothing, np.zeros(0), 0.0, None, None)
 
-    def _decode(self, source: Medium, media: str, how: dict[str, Any]) -> Candidates:
+    def _decode(self, source: Medium, media: str, how: dict[str, Any], flow_pairs: str) -> Candidates:
         import numpy as np
         import torch
 
         from lavis_lstp.data.pictures import open_picture
-        from lavis_lstp.data.video.reading import probe, read_frames, resize_frames
+        from lavis_lstp.data.video.reading import probe, resize_frames
 
         named = {key: how[key] for key in ("name", "max_megapixels")}
         if is_picture(source):
@@ -243,20 +259,28 @@ class Reader:
         if self.max_seconds is not None and not isinstance(source, list):
             self._refuse_long(probe(source, **named).duration_s, how["name"] or str(source))
         codec = self.model.chooser.flow_from_data == "motion_vectors"
-        clip = read_frames(source, motion_vectors=codec, flow_pairs=self.flow_pairs, **how)
+        if codec:
+            how = {**how, "motion_vectors": True, "flow_pairs": flow_pairs}
+        clip = self._read(source, media, how)
         frames, given = torch.from_numpy(clip.frames), torch.from_numpy(clip.flow) if codec else None
-        return Candidates(media, "video", frames, clip.times_s, clip.info.duration_s, None, given, clip.indices)
+        info = clip.info
+        return Candidates(media, "video", frames, clip.times_s, info.duration_s, None, given, clip.indices, info)
 
-    def _flow(self, found: Candidates, source: Medium, how: dict[str, Any]) -> Tensor:
+    def _read(self, source: Medium, media: str, how: dict[str, Any]) -> VideoFrames:
+        """Frames as the model sees them; those of a file from the store, where they are there."""
+        from lavis_lstp.data.store import read_kept
+
+        store = self.store if isinstance(source, str | os.PathLike) and os.path.isfile(source) else None
+        return read_kept(store, media.split()[0], source, **how)
+
+    def _flow(self, found: Candidates, source: Medium, how: dict[str, Any], flow_pairs: str) -> Tensor:
         import torch
 
-        from lavis_lstp.data.video.reading import read_pairs
-
         device = next(self.model.parameters()).device
-        if self.flow_pairs == "local" and self.model.flow.estimator is not None:  # each frame and the file's next
+        if flow_pairs == "local" and self.model.flow.estimator is not None:  # each frame and the file's next
             source = list(source) if isinstance(source, tuple) else source
-            pairs = torch.from_numpy(read_pairs(source, **how))
-            return self.model.flow.of_pairs(pairs.to(device))[0].cpu()
+            both = torch.from_numpy(self._read(source, found.media, {**how, "with_next": True}).frames)
+            return self.model.flow.of_pairs(both.unflatten(0, (-1, 2)).to(device))[0].cpu()
         given = None if found.codec_flow is None else found.codec_flow[None].to(device)
         return self.model.flow(found.frames[None].to(device), flow=given)[0].cpu()
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from lavis_lstp.config.data import VideoSettings, settings_of
 from lavis_lstp.config.fields import checked
-from lavis_lstp.config.model import SELECTORS
+from lavis_lstp.config.model import asks_sampler
 from lavis_lstp.errors import ConfigError, WeightsError
 from lavis_lstp.files import strict_json
 from lavis_lstp.untrusted import recorded, why_no_path
@@ -25,7 +25,7 @@ READING = ("frames", "flow_pairs", "fps", "short_videos", "decode_size")
 """Keys of a data set that decide which pixels and which flow are read of a video, beside num_frames."""
 EXAMPLE = Path(__file__).resolve().parents[1] / "example"
 """A tiny trained checkpoint with `clip.mp4` and `questions.json`, which ship with the package."""
-HUB_KEYS = ("backbone.weights", "sampler.weights", "sampler.tokenizer")
+HUB_KEYS = ("backbone.weights", "sampler.weights", "sampler.tokenizer", "scorer.weights")
 """Settings of a model that may name a repository of the hub."""
 CONVERTED = "lavis-lstp convert"
 """What a manifest that `lavis-lstp convert` wrote says of its writer."""
@@ -51,7 +51,7 @@ def build_model(name: str, model_type: str | None, checkpoint: str | None, optio
         config.flow.name = "dis"
     if not config.checkpoint and not config.backbone.weights:
         notes.append(RANDOM_WEIGHTS)
-    if not SELECTORS[config.selector.name].by_sampler:  # it was trained, and is not asked
+    if not asks_sampler(config.selector.name, config.scorer.name):  # it was trained, and is not asked
         config.train = [part for part in config.train or () if part != "sampler"]
         config.losses, config.refinement.in_loop = ["lm"], False
     model = model_class.from_config(config).eval()

@@ -37,8 +37,8 @@ class Prediction:
         frame_index: numbers among the T candidates of the frames that the language model saw, sorted.
         frame_times_s: their seconds.
         candidate_times_s: seconds of all T candidates.
-        scores: how likely each candidate lies inside the moment, 0..1: P(start <= t) P(end >= t); None where the
-            selector asks no sampler.
+        scores: how likely each candidate lies inside the moment, 0..1: P(start <= t) P(end >= t), or what another
+            scorer (`model.scorer`) gives it; None where the selector asks for neither.
         log_prob: of the answer's tokens: sum, mean and their number.
         prompt: what the language model read.
         seconds: by stage; a stage whose result was kept is missing, those of the model are of its whole batch.

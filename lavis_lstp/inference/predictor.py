@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lavis_lstp.data.pictures import DEFAULT_MAX_MEGAPIXELS
+from lavis_lstp.data.store import Store
 from lavis_lstp.errors import ConfigError
 from lavis_lstp.inference.candidates import Medium, Reader
 from lavis_lstp.inference.loading import EXAMPLE, build_model, recorded_frames, recorded_reading
@@ -39,6 +40,7 @@ class Predictor:
         max_megapixels: a larger picture, or video with larger pictures, is refused.
         decoders: media that are decoded at a time.
         reading: how videos are read, by the keys `loading.READING` of a data set; default: as data sets do.
+        store: where frames and flow are kept on disk for other processes; None = nowhere.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Predictor:
         max_megapixels: float = DEFAULT_MAX_MEGAPIXELS,
         decoders: int = 8,
         reading: Mapping[str, Any] | None = None,
+        store: Store | None = None,
     ):
         self.model, self.num_frames, self.notes = model, num_frames, tuple(notes)
         self.reader = Reader(
@@ -61,6 +64,7 @@ class Predictor:
             max_megapixels=max_megapixels,
             decoders=decoders,
             reading=reading,
+            store=store,
         )
         self._model_lock = threading.Lock()
 
@@ -93,7 +97,8 @@ class Predictor:
 
         Args:
             given: num_frames (T), fps (so many candidates a second where these are at most T), num_selected (K),
-                selector, rule (settings of a selector over scores), seed, and transformers' generation arguments.
+                selector, rule (settings of a selector over scores), seed, frames and flow_pairs (how candidates are
+                read, in place of the predictor's own way), and transformers' generation arguments.
 
         Raises:
             ConfigError: a setting is not known, or its value cannot be used; one line on why.
@@ -127,12 +132,9 @@ class Predictor:
             raise ConfigError("the question is empty")
         cancel = cancel or threading.Event()
         _unless(cancel)
+        flow = self._open_model().chooser.asks_sampler(settings.selector)
         candidates, seconds = self.reader.read(
-            video,
-            settings.num_frames,
-            flow=settings.selector.by_sampler,
-            name=name,
-            fps=settings.fps,
+            video, settings.num_frames, flow=flow, name=name, fps=settings.fps, reading=settings.reading
         )
         _unless(cancel)
         return Asked(question, tuple(history), candidates, settings, seconds, instructions, on_text, cancel)
@@ -261,8 +263,8 @@ def load(
         model_type: of a named model; None means its default.
         options: `model.a.b=c` overrides.
         how: num_frames (T where a call does not say; default: as many as the checkpoint's run read, else 64), device
-            (default: the GPU where there is one), and cache_bytes, max_seconds, max_megapixels, decoders, reading of
-            `Predictor`.
+            (default: the GPU where there is one), and cache_bytes, max_seconds, max_megapixels, decoders, reading,
+            store of `Predictor`; `data.store.default_store()` is what `ask` and `chat` share.
 
     Raises:
         ConfigError, WeightsError: it cannot be built; one line on why.

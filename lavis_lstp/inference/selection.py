@@ -2,38 +2,46 @@
 
 In: a video file, a question and a method. Out: a `Selection`: frame numbers in the file, seconds, scores of the
 candidates and how long each stage took; as JSON, as pictures, and as what transformers' video processors are told.
-Evenly spaced or random frames, key frames, bit cost and motion need neither torch nor LAVIS; every other method asks
-the temporal sampler of a checkpoint for scores and chooses by a rule of `models/where/selectors.py`.
+Evenly spaced or random frames, key frames, bit cost and motion need neither torch nor LAVIS; every other method is a
+rule of `models/where/selectors.py` over scores, of the temporal sampler of a checkpoint or of another scorer
+(`models/where/scorers.py`). What was read and computed of a video is kept on disk (`data/store.py`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lavis_lstp.config.model import SELECTORS
+from lavis_lstp.config.model import SELECTORS, scorer_settings
 from lavis_lstp.data.frame_numbers import uniform_centres
 from lavis_lstp.data.selections import FORMAT, VERSION, Recorded, timing
+from lavis_lstp.data.store import content_digest, default_store
 from lavis_lstp.data.video.codec_figures import motion_energy, packet_costs
-from lavis_lstp.data.video.reading import probe, read_frames
+from lavis_lstp.data.video.index import video_index
+from lavis_lstp.data.video.reading import key_frames, probe, read_frames
 from lavis_lstp.errors import ConfigError, VideoError, unknown_name
 from lavis_lstp.files import read_record, sha256_file, write_json
 from lavis_lstp.models.where import selectors
 from lavis_lstp.schema import Span
 
 WITHOUT_NETWORK = ("uniform", "random", "keyframes", "bitcost", "motion")
-RULES = tuple(name for name, kind in SELECTORS.items() if "scores" in kind.needs)
-"""Rules over scores: of the temporal sampler, or of what the codec says."""
+RULES = tuple(name for name, kind in SELECTORS.items() if "scores" in kind.needs and "features" not in kind.needs)
+"""Rules over scores: of the temporal sampler, of another scorer, or of what the codec says."""
 BY_SAMPLER = ("lstp", *RULES)
-METHODS = (*WITHOUT_NETWORK, *BY_SAMPLER)
+BY_SCORER = (*RULES, *(name for name, kind in SELECTORS.items() if "features" in kind.needs))
+METHODS = (*WITHOUT_NETWORK, *dict.fromkeys((*BY_SAMPLER, *BY_SCORER)))
+SCORED_AT_ONCE = 64
+"""Candidates that a scorer looks at where a call does not say."""
 CODEC_CANDIDATES = 512
 """Equal parts of a video whose bit cost or motion is one score."""
 
@@ -170,6 +178,9 @@ def select(
     num_candidates: int | None = None,
     candidates_per_s: float | None = None,
     predictor: Any = None,
+    scorer: str | Mapping[str, Any] | None = None,
+    frames: str | None = None,
+    flow_pairs: str | None = None,
     **settings: Any,
 ) -> Selection:
     """Chooses k frames of a video for a question.
@@ -177,12 +188,17 @@ def select(
     Args:
         method: uniform, random, keyframes, bitcost, motion (none of which reads the question); lstp, the frames of the
             span that the temporal sampler predicts; or a rule over its scores: topk, aks, inverse_transform, focus,
-            global_local.
+            global_local; with a scorer also mmr and dpp.
         seed: of methods that draw.
         num_candidates: T, evenly spaced frames that are scored; default 512 parts for bitcost and motion, else as many
-            as the sampler's run read.
+            as the sampler's run read, or 64 for a scorer.
         candidates_per_s: of methods by the sampler: so many frames a second, where these are at most num_candidates.
         predictor: of `lavis_lstp.load`, whose sampler is asked; None = the shipped tiny example's.
+        scorer: in place of the sampler: a name of `config.model.SCORERS`, "NAME=WEIGHTS", or a mapping of its settings
+            (`config.model.Scorer`). It is asked about whole frames, and no answering model is loaded. answerer asks
+            the predictor, which must be loaded with model.scorer.name=answerer.
+        frames: exact, or keyframe: the nearest key frames are the candidates, several times faster.
+        flow_pairs: sampled or local, for the sampler; these two as the predictor's run read, where they are None.
         settings: of the rule, such as `power` of inverse_transform. bitcost and motion take `rule`, the name of a rule
             (default inverse_transform), and its settings.
 
@@ -204,13 +220,26 @@ def select(
     if candidates_per_s is not None and method not in BY_SAMPLER:
         raise ConfigError(f"candidates_per_s is of methods that ask the sampler, the method is {method}")
     seconds: dict[str, float] = {}
-    with _timed(seconds, "index"):
-        info = probe(video)
-        digest = sha256_file(video)
-    if method in BY_SAMPLER:
+    given = {} if scorer in (None, "sampler") else scorer_settings(scorer)
+    by_predictor = given.get("name") in (None, "answerer")
+    if given and method not in BY_SCORER:
+        raise ConfigError(f"method {method} asks no scorer; with one choose {', '.join(BY_SCORER)}")
+    if by_predictor and method in BY_SCORER and method not in RULES:
+        raise ConfigError(f"method {method} compares features of frames; name a scorer that has some, such as clip")
+    reading = {name: value for name, value in (("frames", frames), ("flow_pairs", flow_pairs)) if value is not None}
+    if method in BY_SAMPLER and by_predictor:
+        _check_asks(predictor, given)
         read = {"num_frames": num_candidates, "fps": candidates_per_s}
-        found = _by_sampler(video, question, k, method, seed, read, predictor, settings, seconds)
+        asked = (video, question, k, method, seed, read, predictor, settings, reading)
+        info, digest, found = _by_sampler(*asked, seconds)
+    elif given:
+        asked = (video, question, k, method, seed, num_candidates or SCORED_AT_ONCE, given, settings, reading)
+        info, digest, found = _by_scorer(*asked, seconds)
+    elif reading:
+        raise ConfigError(f"method {method} reads what it chooses among exactly; leave out {', '.join(reading)}")
     else:
+        with _timed(seconds, "index"):
+            info, digest = probe(video), content_digest(video, default_store())
         found = _by_codec(video, k, method, seed, num_candidates or CODEC_CANDIDATES, settings, seconds)
     return Selection(
         video=os.fspath(video),
@@ -277,32 +306,106 @@ def _by_codec(video, k: int, method: str, seed: int, parts: int, settings: dict,
     }
 
 
-def _by_sampler(video, question, k, method, seed, read, predictor, settings, seconds) -> dict[str, Any]:
-    """Frames by what the temporal sampler of a checkpoint sees in them."""
-    if predictor is None:
-        from lavis_lstp.inference.predictor import load
+@cache
+def _example() -> Any:
+    from lavis_lstp.inference.predictor import load
 
+    return load("example", store=default_store())
+
+
+def _check_asks(predictor: Any, given: Mapping[str, Any]) -> None:
+    if given and getattr(predictor and predictor.model.chooser.frame_scorer, "answerer", None) is None:
+        raise ConfigError(
+            "scorer answerer asks the model that answers; give a predictor of load(..., "
+            'options=["model.scorer.name=answerer", "model.selector.name=topk"])'
+        )
+
+
+@cache
+def _scorer(given: str) -> Any:
+    """A scorer of its settings, as JSON; it is built once."""
+    from lavis_lstp.models.where.scorers import build_scorer
+
+    made = build_scorer(**json.loads(given))
+    made.store = default_store()
+    return made
+
+
+def _by_scorer(video, question, k, method, seed, num_candidates, given, settings, reading, seconds):
+    """The video's info and digest, and frames by what a scorer of single frames sees in them."""
+    import torch
+
+    from lavis_lstp.models.where.scorers import vectors
+
+    if reading.pop("flow_pairs", None):
+        raise ConfigError("flow_pairs is of the temporal sampler; a scorer looks at no flow")
+    used = selectors.selector_settings(method, settings)
+    with _timed(seconds, "load"):
+        scorer = _scorer(json.dumps(given, sort_keys=True))
+    with _timed(seconds, "index"):
+        info, digest = probe(video), content_digest(video, default_store())
+        index = video_index(video, os.fspath(video))
+        numbers = uniform_centres(num_candidates, info.num_frames)
+        if reading.get("frames") == "keyframe":
+            numbers = key_frames(index, numbers)
+
+    def read(first: int, end: int) -> Any:
+        with _timed(seconds, "decode"):
+            return torch.from_numpy(read_frames(video, indices=numbers[first:end]).frames)
+
+    with _timed(seconds, "scores"):
+        features = scorer.features(len(numbers), read, f"{digest} {numbers}")
+        scores = scorer.scores(features, question).double().numpy()
+    seconds["scores"] -= seconds.get("decode", 0.0)
+    times = index.times_s[numbers]
+    row = selectors.Row(scores, k, times, question, vectors(features).numpy(), None, np.random.default_rng(seed))
+    with _timed(seconds, "rule"):
+        chosen = selectors.choose(method, row, **settings)
+    return (
+        info,
+        digest,
+        {
+            "settings": {"k": k, "num_candidates": len(numbers), **reading, **used, "scorer": given},
+            "frame_index": [numbers[i] for i in chosen.frames],
+            "times_s": times[chosen.frames].round(6).tolist(),
+            "candidate_index": numbers,
+            "candidate_times_s": times.round(6).tolist(),
+            "scores": scores.round(4).tolist(),
+            "span_s": None,
+            "num_filled": chosen.num_filled,
+        },
+    )
+
+
+def _by_sampler(video, question, k, method, seed, read, predictor, settings, reading, seconds):
+    """The video's info and digest, and frames by what the temporal sampler of a checkpoint sees in them."""
+    if predictor is None:
         with _timed(seconds, "load"):
-            predictor = load("example")
-    given = {name: value for name, value in read.items() if value is not None}
+            predictor = _example()
+    given = {name: value for name, value in (*reading.items(), *read.items()) if value is not None}
     how = predictor.settings(selector=method, num_selected=k, seed=seed, rule=settings, **given)
     asked = predictor.prepare(Path(video), question, settings=how)
     with _timed(seconds, "sampler"):
         choice = predictor.choose(asked)
     media = asked.candidates
+    info, digest = media.info or probe(video), media.media.split()[0]
     index = [i for i in dict.fromkeys(choice.frame_index[0].tolist()) if i >= 0]
     times, span_s = media.times_s, None
     if method == "lstp":
         span_s = tuple(round(edge, 6) for edge in Span(*choice.span[0].tolist()).to_seconds(times, media.duration_s))
     for stage, value in asked.seconds.items():
         seconds[stage] = seconds.get(stage, 0.0) + value
-    return {
-        "settings": {"k": k, "num_candidates": len(times), **how.selector.settings},
-        "frame_index": [media.numbers[i] for i in index],
-        "times_s": [round(float(times[i]), 6) for i in index],
-        "candidate_index": list(media.numbers),
-        "candidate_times_s": times.round(6).tolist(),
-        "scores": None if choice.scores is None else [round(s, 4) for s in choice.scores[0].tolist()],
-        "span_s": span_s,
-        "num_filled": 0 if choice.num_filled is None else int(choice.num_filled[0]),
-    }
+    return (
+        info,
+        digest,
+        {
+            "settings": {"k": k, "num_candidates": len(times), **how.reading, **how.selector.settings},
+            "frame_index": [media.numbers[i] for i in index],
+            "times_s": [round(float(times[i]), 6) for i in index],
+            "candidate_index": list(media.numbers),
+            "candidate_times_s": times.round(6).tolist(),
+            "scores": None if choice.scores is None else [round(s, 4) for s in choice.scores[0].tolist()],
+            "span_s": span_s,
+            "num_filled": 0 if choice.num_filled is None else int(choice.num_filled[0]),
+        },
+    )

@@ -34,6 +34,8 @@ class OwnSettings:
     selector: str | None = key()  # of config/model.py
     rule: dict[str, Any] | None = key()  # settings of a selector over scores, such as {"power": 2.0}
     seed: int | None = key(None, least=0, most=SEED)  # of tokens and frames that are drawn
+    frames: str | None = key(None, one_of=("exact", "keyframe"))  # keyframe: nearest key frames, several times faster
+    flow_pairs: str | None = key(None, one_of=("sampled", "local"))  # local: flow to the next picture of the file
 
 
 OWN = tuple(OwnSettings.__dataclass_fields__)
@@ -49,6 +51,7 @@ class Settings:
         selector: the rule that chooses K frames.
         seed: of drawing.
         generation: transformers' arguments over those of the model.
+        reading: frames and flow_pairs, how candidates are read where not as the reader does.
     """
 
     num_frames: int
@@ -56,6 +59,7 @@ class Settings:
     seed: int
     generation: dict[str, Any] = field(default_factory=dict)
     fps: float | None = None
+    reading: dict[str, str] = field(default_factory=dict)
 
     @property
     def batch_key(self) -> str:
@@ -93,19 +97,20 @@ def settings_of(model: Any, num_frames: int, given: Mapping[str, Any]) -> Settin
     checked_generation(together, encoder_decoder=model.backbone.is_encoder_decoder)
     frames = own.get("num_frames", num_frames)
     selector = _selector(model.selector, own)
-    if selector.by_sampler and model.sampler is None:
+    if model.chooser.asks_sampler(selector) and model.sampler is None:
         raise ConfigError(
             f"settings.selector: '{selector.name}' asks the temporal sampler, and this model was loaded without one; "
             f"load it with the option model.selector.name={selector.name}"
         )
     places = getattr(model.sampler, "max_positions", None)
     windows = getattr(model.chooser.scorer, "window", None)
-    if selector.by_sampler and places is not None and windows is None and frames + 2 > places:
+    if model.chooser.asks_sampler(selector) and places is not None and windows is None and frames + 2 > places:
         raise ConfigError(
             f"settings.num_frames must be at most {places - 2} for this model's sampler, got {frames}; load it "
             "with the option model.sampler.window=N, the frames that it was trained on, for more"
         )
-    return Settings(frames, selector, own.get("seed", model.chooser.seed), generation, own.get("fps"))
+    how = {name: own[name] for name in ("frames", "flow_pairs") if name in own}
+    return Settings(frames, selector, own.get("seed", model.chooser.seed), generation, own.get("fps"), how)
 
 
 def _selector(used: Any, own: Mapping[str, Any]) -> Any:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lavis_lstp.config.model import check_together, used_parts
+from lavis_lstp.config.model import check_scorer, check_together, used_parts
+from lavis_lstp.data.store import default_store
 from lavis_lstp.errors import ConfigError, WeightsError, unknown_name
 from lavis_lstp.models.answer.answerer import build_answerer
 from lavis_lstp.models.answer.generation import checked
@@ -24,6 +25,7 @@ from lavis_lstp.models.weights.reading import load_bert_into_sampler
 from lavis_lstp.models.where.chooser import Chooser, SamplerScorer
 from lavis_lstp.models.where.flow import build_flow
 from lavis_lstp.models.where.frame_selector import build_selector
+from lavis_lstp.models.where.scorers import FrameScorer, build_scorer
 from lavis_lstp.models.where.temporal_sampler import TemporalSampler
 
 LOSSES = ("lm", "span")
@@ -38,18 +40,22 @@ def build_parts(cfg: Mapping[str, Any]) -> dict[str, Any]:
     for key in ("train", "losses"):
         if isinstance(cfg[key], str):
             raise ConfigError(f"model.{key} must be a list, got '{cfg[key]}'; write [{cfg[key]}]")
+    check_scorer(cfg)
     selector = build_selector(**cfg["selector"], mask_padding=cfg["mask_padding"])
     require_weights(cfg)
     answerer = build_backbone(**cfg["backbone"], fusion=cfg["fusion"], lora=cfg["lora"])
     refinement = {key: value for key, value in cfg["refinement"].items() if key != "in_loop"}
     used = used_parts(cfg)
+    chooser = Chooser(
+        signal=build_flow(**cfg["flow"]) if used.flow else None,
+        scorer=_scorer(cfg, answerer) if used.sampler else None,
+        frame_scorer=_frame_scorer(cfg, answerer) if used.scorer else None,
+        selector=selector,
+        seed=cfg["selection_seed"],
+    )
+    chooser.keep_in(default_store() if cfg["store"] else None)
     return {
-        "chooser": Chooser(
-            signal=build_flow(**cfg["flow"]) if used.flow else None,
-            scorer=_scorer(cfg, answerer) if used.sampler else None,
-            selector=selector,
-            seed=cfg["selection_seed"],
-        ),
+        "chooser": chooser,
         "answerer": answerer,
         "prompt": cfg["prompt"],
         "answer_template": cfg["answer_template"],
@@ -74,6 +80,11 @@ def _scorer(cfg: Mapping[str, Any], answerer: nn.Module) -> SamplerScorer:
         window=section["window"],
         overlap=section["overlap"],
     )
+
+
+def _frame_scorer(cfg: Mapping[str, Any], answerer: nn.Module) -> FrameScorer:
+    asked = {"template": cfg["prompt"], "answer_template": cfg["answer_template"]}
+    return build_scorer(**cfg["scorer"], answerer=answerer, **asked)
 
 
 def build_backbone(

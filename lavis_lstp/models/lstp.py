@@ -246,7 +246,10 @@ class LSTP(BaseModel):
 
     def _apply(self, *args, **kwargs) -> LSTP:
         self.chooser.forget()  # what it keeps lies where the weights were
-        return super()._apply(*args, **kwargs)
+        moved = super()._apply(*args, **kwargs)
+        if self.chooser.frame_scorer is not None:
+            self.chooser.frame_scorer.to(self.device)
+        return moved
 
     # ---- answers ----------------------------------------------------------------------------------------------
 
@@ -261,7 +264,7 @@ class LSTP(BaseModel):
         """
         samples = readable(samples)
         logits = None
-        if self.selector.by_sampler or "span" in self.losses:
+        if self.chooser.asks_sampler() or "span" in self.losses:
             logits = self.chooser.logits(samples)
         choice = self.chooser(samples, logits=logits)
         found = {"span": choice.span, "frame_index": choice.frame_index}

@@ -25,7 +25,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from lavis_lstp.config.model import SELECTORS
+from lavis_lstp.config.model import SELECTORS, asks_sampler
 from lavis_lstp.errors import LstpError
 from lavis_lstp.files import strict_json
 from lavis_lstp.inference.contact_sheet import pictures_at
@@ -333,7 +333,10 @@ class Page:
 def selectors_of(model: Any) -> list[str]:
     """Names of the selectors that this model can follow: without a temporal sampler, those that ask for none."""
     found = {name: kind for name, kind in SELECTORS.items() if not kind.by_data and name != "best_span"}
-    return [name for name, kind in found.items() if model.sampler is not None or not kind.by_sampler]
+    asked = model.chooser.frame_scorer
+    scorer = "sampler" if asked is None else "another"
+    found = {name: kind for name, kind in found.items() if "features" not in kind.needs or asked is not None}
+    return [name for name in found if model.sampler is not None or not asks_sampler(name, scorer)]
 
 
 def settings_of_widgets(widgets: tuple) -> tuple[dict[str, Any], bool]:

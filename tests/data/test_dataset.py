@@ -21,12 +21,12 @@ from torch.utils.data import DataLoader
 from video_files import audio_file, numbered_video, read_number
 
 from lavis_lstp.commands import flow as flow_files
-from lavis_lstp.data import qa_dataset
 from lavis_lstp.data.folder import FolderQuestions
 from lavis_lstp.data.frame_numbers import sample_indices, uniform_centres
 from lavis_lstp.data.qa_dataset import VideoQADataset, read_annotation
 from lavis_lstp.data.shapes import shapes_qa
 from lavis_lstp.data.spans import read_spans
+from lavis_lstp.data.video import reading
 from lavis_lstp.data.video.reading import flow_file, read_frames, read_pairs
 from lavis_lstp.errors import AnnotationError, ConfigError, CoverageError, VideoError
 from lavis_lstp.files import find_path
@@ -288,7 +288,7 @@ def test_flow_to_the_next_picture_of_the_file_is_told_apart(videos, tmp_path, ex
 
 def test_decoding_settings_reach_the_reader(videos, monkeypatch):
     seen = {}
-    monkeypatch.setattr(qa_dataset, "read_frames", lambda source, **how: seen.update(how) or read_frames(source, **how))
+    monkeypatch.setattr(reading, "read_frames", lambda source, **how: seen.update(how) or read_frames(source, **how))
     made = {"num_frames": 3, "image_size": 16, "decode_threads": 2, "decode_size": 32}
     small = VideoQADataset([entry()], videos, **made)
     assert small[0]["frames"].shape == (3, 3, 16, 16)
@@ -305,7 +305,7 @@ def test_videos_are_decoded_once_while_the_cache_holds_them(videos, monkeypatch)
         calls.append(Path(source).name)
         return read_frames(source, **kw)
 
-    monkeypatch.setattr(qa_dataset, "read_frames", counted)
+    monkeypatch.setattr(reading, "read_frames", counted)
     rows = [entry(0), entry(1), entry(2, video="short.mp4"), entry(3)]
     dataset = VideoQADataset(rows, videos, num_frames=4, cache_videos=2)
     batches = [dataset.collater([dataset[i] for i in range(4)]) for _ in range(2)]
@@ -318,6 +318,26 @@ def test_videos_are_decoded_once_while_the_cache_holds_them(videos, monkeypatch)
     for i in range(4):
         dataset[i]
     assert len(calls) == 3, "the last video is always kept, and the first two questions are about the same one"
+
+
+def test_another_run_finds_decoded_frames_in_the_store(videos, tmp_path, monkeypatch):
+    """Samples are equal bit by bit, and frames that were read in another way are others."""
+    monkeypatch.setenv("LAVIS_LSTP_STORE", str(tmp_path))
+    calls = []
+    monkeypatch.setattr(reading, "read_frames", lambda source, **how: calls.append(how) or read_frames(source, **how))
+    ways = [{}, {"flow": "motion_vectors"}, {"frames": "keyframe"}, {"num_frames": 3}, {"decode_size": 32}]
+    rows = [entry(clip_s=None), entry(1, clip_s=[0.2, 0.8])]
+    runs = []
+    for store in (False, True, True):
+        runs.append([VideoQADataset(rows, videos, **{"num_frames": 4, **way}, store=store) for way in ways])
+    samples = [[[dataset[0], dataset[1]] for dataset in run] for run in runs[:2]]
+    assert len(calls) == 2 * 2 * len(ways)
+    samples.append([[dataset[0], dataset[1]] for dataset in runs[2]])
+    assert len(calls) == 2 * 2 * len(ways)
+    for others in samples[1:]:
+        for mine, own in zip(sum(samples[0], []), sum(others, []), strict=True):
+            assert all(torch.equal(mine[key], own[key]) for key in mine if torch.is_tensor(mine[key]))
+    assert runs[0][0].fingerprint() == runs[1][0].fingerprint()
 
 
 # ---------------------------------------------------------------- which frames

@@ -15,7 +15,7 @@ import pytest
 
 from lavis_lstp.commands.cli import main
 from lavis_lstp.data import store as store_module
-from lavis_lstp.data.store import Store, content_digest, default_folder, entry_key
+from lavis_lstp.data.store import Store, content_digest, default_folder, default_store, entry_key
 from lavis_lstp.errors import VideoError
 
 KEY = entry_key("flow", "0" * 64, {"extractor": "dis"})
@@ -52,6 +52,17 @@ def test_what_is_put_comes_back_in_another_process(tmp_path):
     first = (tmp_path / "s" / f"{KEY}.safetensors").read_bytes()
     store.put(KEY, dict(reversed(ARRAYS.items())))
     assert (tmp_path / "s" / f"{KEY}.safetensors").read_bytes() == first
+
+
+def test_the_folder_is_where_the_environment_says_and_its_owner_s_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("LAVIS_LSTP_STORE", str(tmp_path / "mine"))
+    default_store().put(KEY, ARRAYS)
+    assert same(Store(tmp_path / "mine").get(KEY)) and (tmp_path / "mine").stat().st_mode & 0o777 == 0o700
+    monkeypatch.setenv("LAVIS_LSTP_STORE", "off")
+    assert default_store() is None
+    monkeypatch.setenv("LAVIS_LSTP_STORE", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert default_store().folder == tmp_path / "lavis_lstp" / "store"
 
 
 def test_arrays_can_be_written_to(tmp_path):

@@ -21,7 +21,7 @@ from PIL import Image
 from test_predictor import run_that_read
 from video_files import numbered_video
 
-from lavis_lstp.data import qa_dataset
+from lavis_lstp.data.video import reading
 from lavis_lstp.data.video.reading import read_frames
 from lavis_lstp.errors import ConfigError, VideoError
 from lavis_lstp.files import read_jsonl, write_json
@@ -223,7 +223,7 @@ def test_videos_are_read_as_the_run_read_them(documents, tmp_path, monkeypatch):
     section = {"num_frames": 5, "frames": "keyframe", "fps": 3}
     found = Bare(documents, checkpoint=run_that_read(tmp_path / "run", "dis", section))
     seen = []
-    monkeypatch.setattr(qa_dataset, "read_frames", lambda *a, **how: seen.append(how) or read_frames(*a, **how))
+    monkeypatch.setattr(reading, "read_frames", lambda *a, **how: seen.append(how) or read_frames(*a, **how))
     found.generate_until([request(0, ASKED)])
     assert [(how["num"], how["exact"], how["fps"]) for how in seen] == [(5, False, 3)]
 

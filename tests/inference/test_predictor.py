@@ -18,6 +18,7 @@ from video_files import lengthen, numbered_video
 
 import lavis_lstp
 from lavis_lstp.data.qa_dataset import VideoQADataset
+from lavis_lstp.data.store import Store
 from lavis_lstp.data.video import reading
 from lavis_lstp.errors import ConfigError, VideoError
 from lavis_lstp.inference import candidates
@@ -25,6 +26,7 @@ from lavis_lstp.inference.candidates import Kept
 from lavis_lstp.inference.loading import EXAMPLE
 from lavis_lstp.inference.prediction import Cancelled, Prediction
 from lavis_lstp.inference.predictor import history_of
+from lavis_lstp.models.where.flow import DisFlow
 
 CLIP = EXAMPLE / "clip.mp4"
 ROWS = json.loads((EXAMPLE / "questions.json").read_text(encoding="utf-8"))
@@ -72,6 +74,41 @@ def test_path_bytes_and_file_are_the_same_video_and_are_decoded_once(decoded):
         assert decoded == ["first"]
         fresh.answer(CLIP, ASKED, num_frames=9, name="other frames")
         assert decoded == ["first", "other frames"]
+
+
+def test_another_process_finds_frames_and_flow_in_the_store(decoded, tmp_path, monkeypatch):
+    computed, real = [], DisFlow.__call__
+    monkeypatch.setattr(DisFlow, "__call__", lambda self, *args: computed.append(1) or real(self, *args))
+    with lavis_lstp.load("example", store=Store(tmp_path)) as first:
+        found = first.answer(CLIP, ASKED, name="first")
+    assert decoded == ["first"] and len(computed) == 1
+    for row in ROWS:
+        with lavis_lstp.load("example", store=Store(tmp_path)) as later:
+            other = later.answer(CLIP, row["question"])
+            assert other.prediction == row["answer"]
+            assert row["question"] != ASKED or same(found, other)
+            assert np.array_equal(found.flow, other.flow)
+            assert later.answer(CLIP, row["question"], num_frames=9, name="others").prediction
+    assert decoded == ["first", "others"] and len(computed) == 2
+    assert {entry.what for entry in Store(tmp_path).entries()} <= {"frames", "flow", "digest"}
+
+
+def test_candidates_are_read_as_the_run_read_them(tmp_path):
+    """Key frames, and flow to the next picture, where its data were read so; a call may say otherwise."""
+    film = numbered_video(tmp_path / "film.mp4", 60, gop=10)
+    shutil.copytree(EXAMPLE, tmp_path / "run")
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    manifest["config"]["datasets"] = {"lstp_shapes": {"num_frames": 6, "frames": "keyframe", "flow_pairs": "local"}}
+    (tmp_path / "run" / "manifest.json").write_text(json.dumps(manifest))
+    with lavis_lstp.load(tmp_path / "run") as loaded:
+        found = loaded.answer(film, ASKED)
+        assert [round(25 * seconds) for seconds in found.candidate_times_s] == [0, 10, 20, 30, 40, 50]
+        exact = loaded.answer(film, ASKED, frames="exact", flow_pairs="sampled")
+        assert [round(25 * seconds) for seconds in exact.candidate_times_s] == [4, 14, 24, 34, 44, 54]
+        side = loaded.model.backbone.image_size
+        pairs = torch.from_numpy(reading.read_pairs(film, num=6, size=side, exact=False))
+        wanted = torch.cat([loaded.model.flow(pair[None])[0, :1] for pair in pairs])
+        assert np.array_equal(found.flow, wanted.numpy())
 
 
 def test_a_file_that_was_changed_is_read_again(tmp_path, predictor):
@@ -209,7 +246,7 @@ def test_flow_of_a_run_with_local_pairs_goes_to_the_next_picture(tmp_path):
 def test_data_sets_that_were_read_differently_are_told(tmp_path):
     run = run_that_read(tmp_path / "run", "dis", {"fps": 1}, {"num_frames": 9, "frames": "keyframe"}, {"fps": "no"})
     with lavis_lstp.load(run) as loaded:
-        assert loaded.num_frames == 9 and loaded.reader.how == {"exact": True, "fps": 1}
+        assert loaded.num_frames == 9 and {"exact": True, "fps": 1}.items() <= loaded.reader.how.items()
         assert loaded.notes == (
             "frames is exact as the run's data set lstp_video_qa was read, not keyframe in lstp_nextqa",
             "fps is 1 as the run's data set lstp_video_qa was read, not None in lstp_nextqa",

@@ -16,8 +16,8 @@ from test_mixed_batches import divide_weights
 from toy import make_runner
 from video_files import numbered_video
 
-from lavis_lstp.data import qa_dataset
 from lavis_lstp.data.qa_dataset import VideoQADataset
+from lavis_lstp.data.video import reading
 from lavis_lstp.errors import ConfigError
 from lavis_lstp.files import read_jsonl
 from lavis_lstp.host import evaluate
@@ -435,12 +435,12 @@ class Shown(torch.nn.Module):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_video_is_decoded_once_for_all_its_questions(asked, tmp_path, monkeypatch, workers):
-    def counted(source, plain=qa_dataset.read_frames, **kwargs):
+    def counted(source, plain=reading.read_frames, **kwargs):
         with open(tmp_path / "decoded.txt", "a", encoding="utf-8") as file:  # by whichever process
             file.write(f"{Path(source).stem}\n")
         return plain(source, **kwargs)
 
-    monkeypatch.setattr(qa_dataset, "read_frames", counted)
+    monkeypatch.setattr(reading, "read_frames", counted)
     runner = make_runner(
         tmp_path / "run", task="video_qa", evaluate=True, test_splits=["test"], batch_size_eval=4, num_workers=workers
     )

@@ -18,9 +18,10 @@ from video_files import moving_texture, numbered_video, write_video
 from lavis_lstp.commands import flow as flow_files
 from lavis_lstp.commands.flow import find_videos
 from lavis_lstp.commands.flow import main as flow_main
+from lavis_lstp.data.store import Store
 from lavis_lstp.data.video.reading import probe, read_flow_file, read_frames
 from lavis_lstp.errors import AnnotationError, ConfigError, LstpError, VideoError, WeightsError
-from lavis_lstp.models.where.flow import FLOW_NAMES, build_flow, radius_normalised, resize_flow
+from lavis_lstp.models.where.flow import FLOW_NAMES, DisFlow, build_flow, radius_normalised, resize_flow
 
 VELOCITIES = [(3.0, 0.0), (-3.0, 0.0), (0.0, 2.0), (0.0, -2.0), (1.5, -0.75)]
 CODECS = {
@@ -220,6 +221,37 @@ def test_padding_has_no_flow_and_forms_no_pair():
     given = torch.randn(3, 5, 2, 4, 4)
     masked = build_flow("precomputed")(frames, mask, flow=given)
     assert not masked[0, 3:].any() and not masked[1].any() and (masked[0, :2] == given[0, :2]).all()
+
+
+def test_fields_are_kept_by_what_they_are_computed_from(tmp_path, monkeypatch):
+    """Each clip by itself, whatever stands beside it in a batch; another extractor's are others."""
+    clip = texture_clip((3, 0), count=5)[..., :64, :64].contiguous()
+    frames, mask = torch.cat([clip, clip, clip[:, [0] * 5]]), torch.tensor([[1] * 5, [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]])
+    expected = build_flow("dis", flow_size=32)(frames, mask)
+    computed = []
+    monkeypatch.setattr(
+        DisFlow, "__call__", lambda self, *args, real=DisFlow.__call__: computed.append(1) or real(self, *args)
+    )
+
+    def kept(**settings):
+        made = build_flow("dis", **settings)
+        made.store = Store(tmp_path)
+        return made
+
+    assert torch.equal(kept(flow_size=32)(frames, mask), expected) and len(computed) == 1
+    assert torch.equal(kept(flow_size=32)(frames[:2], mask[:2]), expected[:2]) and len(computed) == 1
+    assert len(Store(tmp_path).entries()) == 2
+    other = {"flow_size": 32, "dis_preset": "fast"}
+    assert torch.equal(kept(**other)(frames[:1]), build_flow("dis", **other)(frames[:1]))
+    assert kept(flow_size=16)(frames[:1]).shape[-1] == 16
+    changed = frames[:1].clone()
+    changed[0, 2] = 0
+    assert torch.equal(kept(flow_size=32)(changed), build_flow("dis", flow_size=32)(changed))
+
+
+def test_raft_s_weights_are_part_of_what_is_kept(tmp_path):
+    made = [build_flow("raft_small", weights="checkpoint", iterations=1) for _ in range(2)]
+    assert made[0].estimator.identity() == made[0].estimator.identity() != made[1].estimator.identity()
 
 
 @pytest.mark.parametrize("name", FLOW_NAMES)

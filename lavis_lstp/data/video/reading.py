@@ -69,6 +69,8 @@ VIDEO_ENDINGS = (
     *(".3gp", ".ogv", ".vob"),
 )
 FLOW_FILE_VERSION = 1
+READING_VERSION = 1
+"""A change of pixels, times or numbers by this module raises it: frames that stores keep are of one version."""
 
 
 @dataclass

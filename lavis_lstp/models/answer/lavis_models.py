@@ -11,7 +11,7 @@ import inspect
 import logging
 import os
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -157,14 +157,58 @@ def build_lavis_backbone(
     """
     model_class = _model_class(arch)
     settings = _settings(model_class, arch, model_type, weights, config)
+    language = ARCHS[arch]
+    needs = ("bert-base-uncased", settings[f"{language}_model"], _checkpoint(settings))
     with torch.random.fork_rng(devices=[]), _offline_stays_offline():
         torch.manual_seed(seed)
-        model = _build(model_class, arch, model_type, settings)
-    language = ARCHS[arch]
+        model = _build(model_class, f"{arch} of type {model_type} (model.backbone)", settings, needs)
     _check_complete(model, arch, settings, from_elsewhere=("visual_encoder.", f"{language}_model."))
     model = model.to(getattr(torch, dtype))
     model.ln_vision.float()  # computes in float32 whatever comes in
     return LavisBackbone(model, language, max_text_tokens=max_text_tokens, fusion=fusion)
+
+
+def build_matching(
+    arch: str, model_type: str | None, weights: str | None, config: Mapping | None = None
+) -> tuple[nn.Module, tuple[Callable, Callable]]:
+    """One of LAVIS's models for image-text matching, and its processors of (pictures, texts).
+
+    Args:
+        model_type: None = LAVIS's first.
+        weights: a LAVIS checkpoint in place of the one that the type names.
+        config: over the `model` section of the type's YAML.
+
+    Raises:
+        ConfigError: LAVIS has no such type.
+        WeightsError: as `build_lavis_backbone`.
+    """
+    from lavis.common.registry import registry
+    from lavis.models import load_preprocess
+    from omegaconf import OmegaConf
+
+    import lavis_lstp
+
+    lavis_lstp.register()
+    model_class = registry.get_model_class(arch)
+    types = model_class.PRETRAINED_MODEL_CONFIG_DICT
+    model_type = model_type or next(iter(types))
+    if model_type not in types:
+        raise ConfigError(unknown_name(f"type of LAVIS's {arch} (model.scorer.model_type)", model_type, types))
+    whole = OmegaConf.load(model_class.default_config_path(model_type))
+    settings = OmegaConf.merge(whole.model, dict(config or {}))
+    if weights:
+        if (path := local_path(weights)) is None:
+            raise WeightsError(
+                f"no LAVIS checkpoint at '{weights}' (model.scorer.weights); {where_to_put(weights)}, or leave the key "
+                f"empty for LAVIS's own: {_checkpoint(settings)}"
+            )
+        settings = OmegaConf.merge(settings, {"load_finetuned": False, "pretrained": str(path)})
+    needs = ("bert-base-uncased", _checkpoint(settings))
+    with torch.random.fork_rng(devices=[]), _offline_stays_offline():
+        model = _build(model_class, f"{arch} of type {model_type} (model.scorer)", settings, needs)
+    _check_complete(model, arch, settings, from_elsewhere=("visual_encoder.",), key="model.scorer")
+    pictures, texts = load_preprocess(whole.preprocess)
+    return model, (pictures["eval"], texts["eval"])
 
 
 def _model_class(arch: str | None) -> type[nn.Module]:
@@ -213,8 +257,12 @@ def _checkpoint(settings) -> str:
     return str(settings.get("finetuned") if settings.get("load_finetuned", True) else settings.get("pretrained"))
 
 
-def _build(model_class: type[nn.Module], arch: str, model_type: str, settings) -> nn.Module:
-    """LAVIS's model with its checkpoint; `load_result` says what the checkpoint lacked, which LAVIS tells nobody."""
+def _build(model_class: type[nn.Module], called: str, settings, needs: Sequence[str]) -> nn.Module:
+    """LAVIS's model with its checkpoint; `load_result` says what that lacked, which LAVIS tells nobody.
+
+    Args:
+        called, needs: the model, and the files that it is made of, for messages.
+    """
 
     class Recording(model_class):
         load_result = None
@@ -231,22 +279,21 @@ def _build(model_class: type[nn.Module], arch: str, model_type: str, settings) -
     except (OSError, RuntimeError, ValueError, ImportError, KeyError, AssertionError, pickle.UnpicklingError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise WeightsError(
-            f"LAVIS cannot build {arch} of type {model_type} (model.backbone); it needs bert-base-uncased, "
-            f"{settings[ARCHS[arch] + '_model']} and {_checkpoint(settings)}, cached, reachable or, through "
-            f"model.backbone.config and model.backbone.weights, on this machine; it says: {' '.join(lines[:2])}"
+            f"LAVIS cannot build {called}; it needs {', '.join(needs[:-1])} and {needs[-1]}, cached, reachable or, by "
+            f"the keys weights and config of that section, on this machine; it says: {' '.join(lines[:2])}"
         ) from error
 
 
-def _check_complete(model: nn.Module, arch: str, settings, from_elsewhere: tuple[str, ...]) -> None:
+def _check_complete(
+    model: nn.Module, arch: str, settings, from_elsewhere: tuple[str, ...], key: str = "model.backbone"
+) -> None:
     """A checkpoint holds everything, but for parts that LAVIS takes from other files: those it may lack as a whole.
 
     Raises:
         WeightsError: weights are missing.
     """
     if model.load_result is None:
-        raise WeightsError(
-            f"LAVIS's {arch} was to load no checkpoint; set load_pretrained: true in model.backbone.config"
-        )
+        raise WeightsError(f"LAVIS's {arch} was to load no checkpoint; set load_pretrained: true in {key}.config")
     parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     missing = set(model.load_result.missing_keys) & set(parameters)
     for prefix in from_elsewhere:
@@ -255,7 +302,7 @@ def _check_complete(model: nn.Module, arch: str, settings, from_elsewhere: tuple
             missing -= whole
     if missing:
         raise WeightsError(
-            f"'{_checkpoint(settings)}' lacks {len(missing)} weights of LAVIS's {arch} (model.backbone), "
+            f"'{_checkpoint(settings)}' lacks {len(missing)} weights of LAVIS's {arch} ({key}), "
             f"first {min(missing)}; is it of another arch or model_type?"
         )
     if model.load_result.unexpected_keys:

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lavis_lstp.config.model import used_parts
+from lavis_lstp.config.model import SCORERS, used_parts
 from lavis_lstp.errors import WeightsError, shortened
 from lavis_lstp.files import read_record, strict_json
 from lavis_lstp.models.weights.saved_runs import checkpoint_of_run
@@ -36,6 +36,9 @@ HUB_MODELS = (
     "HuggingFaceTB/SmolVLM2-2.2B-Instruct",
     "llava-hf/llava-onevision-qwen2-7b-ov-hf",
     "OpenGVLab/InternVL3-8B-hf",
+    "openai/clip-vit-large-patch14",
+    "google/siglip2-so400m-patch14-384",
+    "Salesforce/blip2-itm-vit-g",
 )
 """Models that this package's own files name."""
 SIZES_FILE = "tiny_checkpoints.json"
@@ -242,6 +245,11 @@ def require_weights(cfg: Mapping[str, Any]) -> None:
         _, section, name = key.split(".")
         if cfg[section][name] and is_missing(cfg[section][name], file):
             missing.setdefault(cfg[section][name], []).append(key)
+    scorer = cfg["scorer"]
+    if used.scorer and not scorer["arch"]:
+        weights = scorer["weights"] or SCORERS[scorer["name"]].weights
+        if weights and is_missing(weights, "config.json"):
+            missing.setdefault(weights, []).append("model.scorer.weights")
     raft = cfg["flow"]["weights"] if used.flow and cfg["flow"]["name"].startswith("raft") else None
     if raft not in (None, UNINITIALISED) and local_path(raft) is None:
         missing[raft] = ["model.flow.weights"]

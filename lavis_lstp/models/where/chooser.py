@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,9 +24,11 @@ from lavis_lstp.batch import (
     take_rows,
     weights_are_divided,
 )
+from lavis_lstp.data.store import Store
 from lavis_lstp.errors import ConfigError
 from lavis_lstp.models.where.flow import GIVEN, FlowExtractor
 from lavis_lstp.models.where.frame_selector import FrameSelector, sample_generators
+from lavis_lstp.models.where.scorers import FrameScorer, vectors
 from lavis_lstp.models.where.temporal_sampler import SamplerOutput, TemporalSampler
 from lavis_lstp.schema import Batch
 
@@ -44,7 +47,8 @@ class Choice:
         spans: of each sample all spans that they come from, the likeliest first; None of rules that find one at most.
         num_shown: int64 [B], frames of each sample where the selector decides how many; else None.
         logits: of the temporal sampler, where it was asked.
-        scores: float32 [B,T] of 0..1, how much each frame has to do with its question; where there are logits.
+        scores: float32 [B,T], how much each frame has to do with its question: of the scorer that the selector asks, or
+            of 0..1, where there are logits.
         flow: float32 [B,T,2,S,S], where it was computed or read.
     """
 
@@ -183,6 +187,7 @@ class Chooser:
         selector: the rule.
         scorer: None where the selector asks for no logits and no loss trains it.
         signal: uint8 frames [B,T,3,H,W] -> flow [B,T,2,h,w]; None where there is no scorer.
+        frame_scorer: gives the scores in place of the sampler; None = the sampler does.
         seed: of selectors that draw, in evaluation.
     """
 
@@ -192,7 +197,9 @@ class Chooser:
         scorer: SamplerScorer | None = None,
         signal: FlowExtractor | None = None,
         seed: int = 0,
+        frame_scorer: FrameScorer | None = None,
     ):
+        self.frame_scorer = frame_scorer
         self.selector = selector
         self.scorer = scorer
         self.signal = signal
@@ -204,6 +211,17 @@ class Chooser:
     def device(self) -> torch.device:
         """The device of the scorer's weights."""
         return next(self.scorer.sampler.parameters()).device
+
+    def keep_in(self, store: Store | None) -> None:
+        """From now on flow and a frame scorer's features are kept on disk there; None = nowhere."""
+        for part in (self.signal, self.frame_scorer):
+            if part is not None:
+                part.store = store
+
+    def asks_sampler(self, selector: FrameSelector | None = None) -> bool:
+        """Return whether the sampler must be asked before a selector, or the chooser's own, can choose."""
+        selector = selector or self.selector
+        return selector.needs_logits or (selector.needs_scores and self.frame_scorer is None)
 
     def forget(self) -> None:
         """Drops the flow that is kept of the last video; weights or devices may have changed."""
@@ -228,8 +246,12 @@ class Chooser:
         Raises:
             ConfigError: the samples have not what the selector asks for.
         """
-        clock, selector, scores = clock or (lambda stage: nullcontext()), selector or self.selector, None
-        if selector.by_sampler and logits is None:
+        clock, selector = clock or (lambda stage: nullcontext()), selector or self.selector
+        scores = features = None
+        if selector.needs_scores and self.frame_scorer is not None:
+            with clock("scores"):
+                scores, features = self.frame_scores(samples, selector.needs_features)
+        if self.asks_sampler(selector) and logits is None:
             with torch.no_grad():
                 if flow is None and moves(samples).any():
                     with clock("flow"):
@@ -238,7 +260,8 @@ class Chooser:
                     logits = self.logits(samples, flow)
         with clock("selection"):
             own_flow = self.has_own_flow(samples)
-            if logits is not None and (selector.needs_scores or selector.adapts or not self.training):
+            wanted = selector.needs_scores or selector.adapts or not self.training
+            if scores is None and logits is not None and wanted:
                 scores = frame_scores(logits, self.flow_mask(samples), samples["frame_mask"])
             found = selector(
                 samples["frame_mask"].cpu(),
@@ -250,6 +273,7 @@ class Chooser:
                 scores=scores,
                 questions=samples["text_input"],
                 times_s=samples.get("frame_times"),
+                features=features,
             )
         return Choice(*found, logits, scores, flow)
 
@@ -287,6 +311,25 @@ class Chooser:
         return flow[which.to(self.device)]
 
     # ---- scores -------------------------------------------------------------------------------------------------
+
+    def frame_scores(self, samples: Batch, with_features: bool = False) -> tuple[Tensor, list[np.ndarray] | None]:
+        """Scores of the frame scorer, float32 [B,T], 0 where padded, and vectors [T,D] of each row's frames if asked.
+
+        Frames that several questions are about are looked at once.
+        """
+        first, which = distinct_media(samples)
+        counts = samples["frame_mask"].sum(dim=1).tolist()
+        found = torch.zeros(samples["frame_mask"].shape)
+        seen = {}
+        for place, row in enumerate(first.tolist()):
+            if counts[row]:
+                seen[place] = self.frame_scorer.features_of(samples["frames"][row, : counts[row]])
+        for row, place in enumerate(which.tolist()):
+            if counts[row]:
+                found[row, : counts[row]] = self.frame_scorer.scores(seen[place], samples["text_input"][row])
+        if not with_features:
+            return found, None
+        return found, [vectors(seen[place]).numpy() if place in seen else None for place in which.tolist()]
 
     def logits(self, samples: Batch, flow: Tensor | None = None, *, must_reach: bool = False) -> SamplerOutput:
         """Start and end logits [B,T] of the videos; 0 for images and texts, which do not reach the sampler.

@@ -13,15 +13,18 @@ vectors 1 to 2 ms.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lavis_lstp.data.store import Store, array_digest, entry_key
 from lavis_lstp.errors import ConfigError, LstpError, WeightsError, unknown_name
 from lavis_lstp.models.pixels import IMAGE_MEAN, IMAGE_STD
 from lavis_lstp.models.weights.hub import UNINITIALISED, local_path, where_to_put
@@ -92,6 +95,8 @@ def build_flow(
 class FlowExtractor(nn.Module):
     """Frames of a clip -> one field per frame; see the module's text.
 
+    Where `store` is set, fields that RAFT or DIS computed are kept on disk there.
+
     RAFT's network is its attribute `model`, so that checkpoints name it `flow.model.`; it is frozen and in eval mode
     whatever `train()` says, because BatchNorm must not learn from validation frames.
     """
@@ -106,6 +111,7 @@ class FlowExtractor(nn.Module):
     ):
         super().__init__()
         self.name = name
+        self.store: Store | None = None
         self.estimator = estimator
         self.model = estimator.net if isinstance(estimator, RaftFlow) else None
         self.normalise = normalise
@@ -146,6 +152,40 @@ class FlowExtractor(nn.Module):
         mask = mask.to(frames.device).bool()
         if mask.shape != (batch, length):
             raise ValueError(f"expected frame_mask {[batch, length]}, got {list(mask.shape)}")
+        if self.store is not None and self.estimator is not None:
+            return self._kept(frames, mask)
+        return self._computed(frames, mask, flow, flow_mask)
+
+    def _key(self, frames: Tensor, pairs: bool = False) -> str:
+        decides = {"by": self.name, "size": self.flow_size, "normalise": self.normalise, "pairs": pairs}
+        decides |= {"device": frames.device.type, **self.estimator.identity()}
+        return entry_key("flow", array_digest(frames.cpu().numpy()), decides)
+
+    def _kept(self, frames: Tensor, mask: Tensor) -> Tensor:
+        """The fields of each clip from the store, by what the estimator sees of it; new ones are put there."""
+        keys = [self._key(clip[real]) for clip, real in zip(frames, mask, strict=True)]
+        found = {key: self.store.get(key) for key in keys}
+        new = {key: row for row, key in enumerate(keys) if found[key] is None}
+        if new:
+            rows = list(new.values())
+            for key, field, real in zip(new, self._computed(frames[rows], mask[rows]), mask[rows], strict=True):
+                found[key] = {"flow": field[real].cpu().numpy()}
+                if real.sum() > 1:  # a picture does not move
+                    self.store.put(key, found[key])
+        clips = [torch.from_numpy(found[key]["flow"]).to(frames.device) for key in keys]
+        out = clips[0].new_zeros(*frames.shape[:2], *clips[0].shape[1:])
+        for row, clip in enumerate(clips):
+            out[row, : len(clip)] = clip
+        return out
+
+    def _computed(
+        self,
+        frames: Tensor,
+        mask: Tensor,
+        flow: Tensor | None = None,
+        flow_mask: Tensor | None = None,
+    ) -> Tensor:
+        batch, length = frames.shape[:2]
         if self.name in GIVEN:
             field = self._given(frames, flow, flow_mask)
         elif self.name == "none":
@@ -165,9 +205,16 @@ class FlowExtractor(nn.Module):
         Args:
             pairs: uint8 [T,2,3,H,W].
         """
+        key = self._key(pairs, pairs=True) if self.store is not None else ""
+        kept = self.store.get(key) if key else None
+        if kept is not None:
+            return torch.from_numpy(kept["flow"]).to(pairs.device)
         both = torch.ones(1, 2, dtype=torch.bool, device=pairs.device)
         with torch.autocast(pairs.device.type, enabled=False), full_precision_convolutions():
-            return self._finished(torch.cat([self._between(pair[None], both)[:, :1] for pair in pairs], dim=1))
+            field = self._finished(torch.cat([self._between(pair[None], both)[:, :1] for pair in pairs], dim=1))
+        if key:
+            self.store.put(key, {"flow": field.cpu().numpy()})
+        return field
 
     def _finished(self, field: Tensor) -> Tensor:
         field = resize_flow(field, self.flow_size or field.shape[-2:])
@@ -276,6 +323,14 @@ class RaftFlow:
         if weights != UNINITIALISED:
             load_raft(self.net, name, weights)
 
+    def identity(self) -> dict[str, Any]:
+        """What decides a field beside the frames, as JSON values."""
+        digest = hashlib.sha256()
+        for weight in self.net.state_dict().values():
+            digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        settings = {"iterations": self.iterations, "published_input": self.published_input}
+        return {**settings, "weights": digest.hexdigest(), "torch": torch.__version__}
+
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 [N,3,H,W] to what the network takes: [-1,1], or the published demo's input (SPEC 0)."""
         images = images.float()
@@ -332,6 +387,12 @@ class DisFlow:
         if preset not in DIS_PRESETS:
             raise ConfigError(unknown_name("dis_preset", preset, DIS_PRESETS))
         self.preset = preset
+
+    def identity(self) -> dict[str, Any]:
+        """What decides a field beside the frames, as JSON values."""
+        import cv2
+
+        return {"preset": self.preset, "opencv": cv2.__version__}
 
     def __call__(self, frames: Tensor, rows: Tensor, steps: Tensor) -> Tensor:
         """float32 [N,2,H,W]; each frame is turned to grey once."""

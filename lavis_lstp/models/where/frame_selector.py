@@ -205,9 +205,8 @@ class FrameSelector:
     """Picks K frames for each sample of a batch. Made by `build_selector`.
 
     Attributes:
-        by_sampler: whether logits or scores of the temporal sampler are needed.
         by_data: whether a data set says where to look. needs_record: it has chosen, and all its frames are taken.
-        needs_logits, needs_scores, needs_span, needs_generator: which arguments a call must bring.
+        needs_logits, needs_scores, needs_features, needs_span, needs_generator: which arguments a call must bring.
         span_key: name in the sample of the span that "given" takes.
         Others: see `build_selector`.
     """
@@ -242,10 +241,11 @@ class FrameSelector:
         self.max_spans = max_spans
         self.least_selected, self.most_selected, self.mass = least_selected, most_selected, mass
         kind = SELECTORS[name]
-        self.by_sampler, self.by_data = kind.by_sampler, kind.by_data
+        self.by_data = kind.by_data
         self.needs_record = "record" in kind.needs
         self.needs_logits = "logits" in kind.needs
         self.needs_scores = "scores" in kind.needs
+        self.needs_features = "features" in kind.needs
         self.needs_span = "span" in kind.needs
         self.needs_generator = "rng" in kind.needs
         if settings and not self.needs_scores:
@@ -277,6 +277,7 @@ class FrameSelector:
         scores: Tensor | None = None,
         questions: Sequence[str] = (),
         times_s: Tensor | None = None,
+        features: Sequence[np.ndarray | None] | None = None,
     ) -> Selection:
         """Selects frames.
 
@@ -289,6 +290,7 @@ class FrameSelector:
             scores: [B,T], how much each frame has to do with its question.
             questions: B strings.
             times_s: [B,T], seconds of the frames; without them they are taken for one second apart.
+            features: of each row, float [T,D] of its frames.
 
         Returns:
             On the device of `frame_mask`.
@@ -302,6 +304,7 @@ class FrameSelector:
             ("end_logits", end_logits, self.needs_logits),
             ("span", span, self.needs_span),
             ("scores", scores, self.needs_scores or self.adapts),
+            ("features", features, self.needs_features),
             ("generators", generators, self.needs_generator),
         ):
             if is_needed and value is None:
@@ -354,6 +357,7 @@ class FrameSelector:
                     num_selected=wanted,
                     times_s=np.arange(count) if times_s is None else times_s[b, :count].double().cpu().numpy(),
                     question=questions[b] if questions else "",
+                    features=features[b] if self.needs_features else None,
                     rng=_numpy_generator(row.generator) if self.needs_generator else None,
                 )
                 frames, filled[b] = selectors.choose(self.name, known, **self.settings)

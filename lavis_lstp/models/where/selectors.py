@@ -327,12 +327,10 @@ SELECTORS: dict[str, Selector] = {
     },
     "uniform": Selector(uniform),
     "random": Selector(random, needs=("rng",)),
-    "mmr": Selector(mmr, needs=("scores", "features")),
-    "dpp": Selector(dpp, needs=("scores", "features")),
     "uniform_in_span": Selector(uniform_in_span, needs=("span",)),
 }
 """Name -> rule, and the parts of the row that it cannot do without: the rules over scores of `config.model.SELECTORS`,
-and those of callers who bring features or a span, or have no scores. A rule's settings are its keyword arguments."""
+and those of callers who bring a span, or have no scores. A rule's settings are its keyword arguments."""
 
 
 # ---- what all rules have in common --------------------------------------------------------------------------------
