@@ -245,7 +245,7 @@ def test_even_frames_hold_nothing_of_the_events(tmp_path):
     """Drawn, they are the background; decoded, they are bit-equal to those of a video in which nothing happens."""
     even = list(shapes_scene.EVEN_FRAMES)
     for index in range(4):
-        scene, _ = shapes_qa.video_entries(0, "test", index)
+        scene, _, _ = shapes_qa.video_entries(shapes_qa.Parameters(), "test", index)
         drawn = shapes_qa.draw_scene(scene, 96)
         still = np.repeat(shapes_qa.draw_background(scene.texture_seed, scene.distractors, 96)[None], 128, axis=0)
         assert np.array_equal(drawn[even], still[even])
