@@ -7,13 +7,14 @@ Axis letters used in every shape comment of this package:
 
 A *sample* is a dict. A dataset item holds it without the batch axis; the collater adds it. An image is a sample of one
 frame, a text one of none: [0,3,H,W], and its frame_mask is all 0. Every data set of this package gives every key but
-flow, flow_mask and no_moment, whatever the sample is.
+flow, flow_mask, bit_cost and no_moment, whatever the sample is.
 
     frames       uint8 [B,T,3,H,W]  RGB, 0..255, not normalised (models normalise, so flow sees pixels)
     frame_mask   int64 [B,T]        1 = real frame, 0 = padding
     frame_times  float32 [B,T]      seconds from the start of the video, 0 where padded
     flow         float32 [B,T,2,h,w]  only where the data set brings it: (u, v) in px per frame, x right, y down
     flow_mask    int64 [B,L]        only with flow [B,L,2,h,w] that is not one field a frame (the published files)
+    bit_cost     float32 [B,T]      only with datasets.<name>.bit_cost: the codec's bytes a picture around each frame
     text_input   list of B str      the question alone
     prompt       list of B str      the whole prompt where the data bring one (a conversation), '' = the model makes it
     options      list of B lists of str   what to choose from, [] = the answer is open

@@ -133,6 +133,8 @@ class VideoSettings(PictureSettings):
     frames: str = key("exact", one_of=("exact", "keyframe"))
     # flow from a frame to the next one read (sampled, as published), or to the next picture of the file (local)
     flow_pairs: str = key("sampled", one_of=("sampled", "local"))
+    bit_cost: bool = key(False)  # also give the codec's bytes a frame, for model.selector.name: bitcost
+    store: str | None = key()  # folder that keeps frames and flow as they were read, for later epochs and processes
     cache_videos: int = key(0, least=0)  # decoded videos kept in memory by each loader process
 
 

@@ -26,7 +26,8 @@ class Kind(NamedTuple):
     """A selector: the function (of models/where) that is its rule, and what the rule must be told of a video.
 
     needs: of "logits" of the temporal sampler; "scores", one a frame, made of these; "times_s" of the frames; the
-    "question"; a "span" that comes with the sample; "rng", random numbers. A rule over scores is one of selectors.py.
+    "question"; a "span" or the "bit_cost" of the frames, which come with the sample; "rng", random numbers. A rule over
+    scores or costs is one of selectors.py.
     """
 
     rule: str
@@ -36,6 +37,11 @@ class Kind(NamedTuple):
     def by_sampler(self) -> bool:
         """Return whether the temporal sampler must be asked first."""
         return not {"logits", "scores"}.isdisjoint(self.needs)
+
+    @property
+    def by_data(self) -> bool:
+        """Return whether a data set must bring something, so that a question alone is not enough."""
+        return not {"span", "bit_cost"}.isdisjoint(self.needs)
 
 
 _OF_LOGITS, _OF_SCORES = "lavis_lstp.models.where.frame_selector", "lavis_lstp.models.where.selectors"
@@ -51,12 +57,15 @@ SELECTORS: dict[str, Kind] = {
     "inverse_transform": Kind(f"{_OF_SCORES}:inverse_transform", needs=("scores",)),
     "focus": Kind(f"{_OF_SCORES}:focus", needs=("scores", "times_s", "rng")),
     "global_local": Kind(f"{_OF_SCORES}:global_local", needs=("scores", "question")),
+    "bitcost": Kind(f"{_OF_SCORES}:inverse_transform", needs=("bit_cost",)),
     "given": Kind(f"{_OF_LOGITS}:given", needs=("span",)),
 }
 """`selector.name` -> its rule. best_span (also called lstp): the most likely span. argmax: likeliest start and
 likeliest end, each for itself, under the published rules. gumbel: published, two noisy candidates. uniform: K interval
 centres of the video. random: K different frames. topk, aks, inverse_transform, focus, global_local: published rules
-over scores, see selectors.py. given: a span that comes with the sample (a pseudo span, or the gold span as oracle)."""
+over scores, see selectors.py. bitcost: inverse_transform over what the encoder spent on each part of the video, which
+`datasets.<name>.bit_cost: true` brings. given: a span that comes with the sample (a pseudo span, or the gold span as
+oracle)."""
 
 FLOWS = ("raft_large", "raft_small", "dis", "motion_vectors", "precomputed", "none")
 MODEL_KEYS = frozenset({"arch", "model_type", "load_finetuned", "load_pretrained", "finetuned", "pretrained"})

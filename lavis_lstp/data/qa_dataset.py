@@ -37,6 +37,8 @@ from lavis_lstp.data.pictures import DEFAULT_MAX_MEGAPIXELS, open_picture
 from lavis_lstp.data.published_flow import read_published_flow
 from lavis_lstp.data.shards.questions import ShardQuestions, unpack_frames
 from lavis_lstp.data.spans import Spans
+from lavis_lstp.data.store import Store, content_digest, entry_key
+from lavis_lstp.data.video.codec_figures import of_candidates, packet_costs
 from lavis_lstp.data.video.reading import SHORT_VIDEOS, check_inside, read_frames
 from lavis_lstp.errors import AnnotationError, ConfigError, ShardError, VideoError, unknown_name
 from lavis_lstp.schema import NO_SPAN, Span
@@ -44,6 +46,8 @@ from lavis_lstp.schema import NO_SPAN, Span
 __all__ = ["VideoQADataset", "read_annotation"]
 
 FLOWS = ("none", "motion_vectors", "precomputed")
+READ_VERSION = 1
+"""Of what a store keeps; a reader that gives other pixels or another flow counts it up."""
 _FLOW_OF_PARTS = (
     "{section}.flow: precomputed is of whole videos, and questions here are about parts of videos (clip_s); use "
     "motion_vectors, or none and let the model compute it"
@@ -71,6 +75,8 @@ class VideoQADataset(Dataset):
         decode_threads, decode_size, hardware: how pyav decodes; see `read_frames`.
         frames: exact, or keyframe: in place of each frame the nearest key frame of the file.
         flow_pairs: sampled, from each frame to the next one read, or local, to the file's next.
+        bit_cost: also give the bytes that the codec spent on the pictures around each frame.
+        store: folder that keeps what was read of each video file, for other epochs and processes; None = none.
         cache_videos: so many decoded videos are kept in memory, in each loader process; at least one always is.
         max_bad_fraction: share of samples that may fail to decode, or have no file, before the run stops.
         quarantine: file that a line of JSON is appended to for each sample that fails; None = the log alone.
@@ -107,6 +113,8 @@ class VideoQADataset(Dataset):
         hardware: str | None = None,
         frames: str = "exact",
         flow_pairs: str = "sampled",
+        bit_cost: bool = False,
+        store: str | Path | None = None,
         cache_videos: int = 0,
         max_bad_fraction: float = 0.0,
         quarantine: str | Path | None = None,
@@ -136,6 +144,8 @@ class VideoQADataset(Dataset):
         self.decoding = {"threads": decode_threads, "decode_size": decode_size, "hardware": hardware}
         self.exact = frames == "exact"
         self.flow_pairs = flow_pairs
+        self.bit_cost = bit_cost
+        self.store = Store(store) if store else None
         self.cache_videos = cache_videos
         self.max_bad_fraction = max_bad_fraction
         self.max_megapixels = max_megapixels
@@ -283,7 +293,7 @@ class VideoQADataset(Dataset):
         """A sample without the batch axis; None for one that cannot be decoded, while those are few enough."""
         try:
             row = self.annotation[index]
-            frames, times, flow = self._media(row)
+            frames, times, flow, cost = self._media(row)
         except (VideoError, ShardError) as error:
             self.left_out.add(index, self.annotation.question_id(index), self.annotation.where(index), error)
             return None
@@ -307,6 +317,8 @@ class VideoQADataset(Dataset):
         }
         if flow is not None:
             sample["flow"] = flow
+        if self.bit_cost:
+            sample["bit_cost"] = torch.from_numpy(cost)
         if self.flow == "precomputed" and kind_of(row) == "video" and self._published_flow(row):
             sample["flow_mask"] = torch.ones(len(flow), dtype=torch.long)
         if self.spans is not None and kind_of(row) == "video" and self.spans[row["question_id"]] is None:
@@ -326,24 +338,25 @@ class VideoQADataset(Dataset):
         pictures = [self.vis_processor(Image.fromarray(frames[i].permute(1, 2, 0).numpy())) for i in chosen]
         return torch.stack(pictures) if count > 1 else pictures[0]
 
-    def _media(self, row: Mapping[str, Any]) -> tuple[torch.Tensor, np.ndarray, torch.Tensor | None]:
-        """frames uint8 [T,3,H,W], seconds float64 [T], flow float16 [T,2,h,w], or as published [L,2,h,w], or None."""
+    def _media(self, row: Mapping[str, Any]) -> tuple[torch.Tensor, np.ndarray, torch.Tensor | None, np.ndarray | None]:
+        """frames uint8 [T,3,H,W], seconds float64 [T], flow float16 [T,2,h,w], or as published [L,2,h,w], or None, and
+        bit cost float32 [T] or None."""
         kind, place = kind_of(row), self.annotation.place(row)
         if kind != "video":
             nothing = (0, 3, self.image_size, self.image_size)
             frames = self._read_image(place) if kind == "image" else torch.zeros(nothing).byte()
-            return frames, np.zeros(len(frames)), self._no_flow(frames)
+            return frames, np.zeros(len(frames)), self._no_flow(frames), np.ones(len(frames), np.float32)
         if self._decode is None:  # the last video is kept always: questions about it may come one after the other
             self._decode = lru_cache(maxsize=max(1, self.cache_videos))(self._read)
-        frames, times, flow, duration_s = self._decode(place, tuple(row.get("clip_s") or ()) or None)
+        frames, times, flow, cost, duration_s = self._decode(place, tuple(row.get("clip_s") or ()) or None)
         if row.get("span_s") and duration_s is not None:
             check_inside(row["span_s"], "span_s", duration_s, str(row["video"]))
-        return torch.from_numpy(frames), times, None if flow is None else torch.from_numpy(flow)
+        return torch.from_numpy(frames), times, None if flow is None else torch.from_numpy(flow), cost
 
     def _read(
         self, place: Any, clip_s: tuple[float, float] | None = None
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, float | None]:
-        codec, flow, duration_s = self.flow == "motion_vectors", None, None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None, float | None]:
+        codec, flow, cost, duration_s = self.flow == "motion_vectors", None, None, None
         chosen = {"num": self.num_frames, "fps": self.fps, "short_videos": self.short_videos, "size": self.image_size}
         chosen["max_megapixels"] = self.max_megapixels
         stored = self.annotation.frames(place)
@@ -352,17 +365,17 @@ class VideoQADataset(Dataset):
                 raise ConfigError(
                     f"{self.section}.frames: keyframe needs the video, and shards hold frames of it; exact"
                 )
-            if codec or clip_s:
-                what = "flow: motion_vectors needs" if codec else "questions about a part of a video (clip_s) need"
+            if codec or clip_s or self.bit_cost:
+                parts = "questions about a part of a video (clip_s) need"
+                what = "flow: motion_vectors needs" if codec else "bit_cost needs" if self.bit_cost else parts
                 raise ConfigError(f"{self.annotation.name(place)}: {self.section}: {what} the video, not stored frames")
             frames, times_s = unpack_frames(stored, self.annotation.name(place), self.section, **chosen), stored.times_s
         else:
             source, name = self.annotation.medium(place)
             codec_flow = {"motion_vectors": codec, "flow_size": self.flow_size if codec else None}
             codec_flow |= {"flow_pairs": self.flow_pairs, "exact": self.exact, **self.decoding}
-            video = read_frames(source, between_s=clip_s, backend=self.backend, name=name, **chosen, **codec_flow)
-            frames, times_s, flow = video.frames, video.times_s, video.flow.astype(np.float16) if codec else None
-            duration_s = video.info.duration_s
+            how = {"between_s": clip_s, "backend": self.backend, **chosen, **codec_flow}
+            frames, times_s, flow, cost, duration_s = self._kept(source, name, how)
         if self.flow == "precomputed":
             if clip_s:
                 raise ConfigError(_FLOW_OF_PARTS.format(section=self.section))
@@ -371,7 +384,27 @@ class VideoQADataset(Dataset):
                 flow = read_published_flow(published, self.max_flows)
             else:
                 flow = self.annotation.flow(place, len(frames), self.flow_pairs)
-        return frames, times_s, flow, duration_s
+        return frames, times_s, flow, cost, duration_s
+
+    def _kept(self, source: Any, name: str, how: Mapping[str, Any]) -> tuple:
+        """What `_read` returns of a video, from the store where it has it; bytes of shards are not kept."""
+        key = None
+        if self.store is not None and isinstance(source, (str, Path)):
+            settings = {**how, "bit_cost": self.bit_cost, "read": READ_VERSION}
+            key = entry_key("frames", content_digest(source, self.store), settings)
+            if found := self.store.get(key):
+                return *(found.get(part) for part in ("frames", "times_s", "flow", "cost")), float(found["duration_s"])
+        video = read_frames(source, name=name, **how)
+        flow = None if video.flow is None else video.flow.astype(np.float16)
+        cost = None
+        if self.bit_cost:
+            costs = packet_costs(source, name=name, max_megapixels=self.max_megapixels).num_bytes
+            cost = of_candidates(costs, np.asarray(video.indices)).astype(np.float32)
+        if key:
+            arrays = {"frames": video.frames, "times_s": video.times_s, "flow": flow, "cost": cost}
+            arrays["duration_s"] = np.float64(video.info.duration_s)
+            self.store.put(key, {part: array for part, array in arrays.items() if array is not None})
+        return video.frames, video.times_s, flow, cost, video.info.duration_s
 
     def _read_image(self, place: Any) -> torch.Tensor:
         """uint8 [1,3,H,W]; pictures are resized as published: bicubic with antialias."""
@@ -422,7 +455,7 @@ class VideoQADataset(Dataset):
         batch: dict[str, Any] = {}
         for key, first in samples[0].items():
             values = [sample[key] for sample in samples]
-            if key in ("frames", "frame_times", "flow", "flow_mask"):
+            if key in ("frames", "frame_times", "flow", "flow_mask", "bit_cost"):
                 own = key.startswith("flow") and "flow_mask" in samples[0]
                 values = [_padded(value, flows if own else length) for value in values]
             batch[key] = self._stacked(key, values, samples) if torch.is_tensor(first) else values

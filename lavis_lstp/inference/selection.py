@@ -21,7 +21,7 @@ import numpy as np
 
 from lavis_lstp.config.model import SELECTORS
 from lavis_lstp.data.frame_numbers import uniform_centres
-from lavis_lstp.data.video.codec_figures import motion_energy, packet_costs
+from lavis_lstp.data.video.codec_figures import motion_energy, of_candidates, packet_costs
 from lavis_lstp.data.video.reading import probe, read_frames
 from lavis_lstp.errors import ConfigError, VideoError, unknown_name
 from lavis_lstp.files import read_record, sha256_file, write_json
@@ -225,8 +225,7 @@ def _by_codec(video, k: int, method: str, seed: int, parts: int, settings: dict,
         with _timed(seconds, "scores"):
             figure = costs.num_bytes if method == "bitcost" else motion_energy(video)
             candidates = np.asarray(uniform_centres(min(parts, len(every)), len(every)))
-            part = np.searchsorted((candidates[1:] + candidates[:-1]) / 2, every)  # the nearest candidate's
-            scores = np.bincount(part, figure) / np.bincount(part)
+            scores = of_candidates(figure, candidates)
         rule = settings.pop("rule", "inverse_transform")
         if rule not in RULES:
             raise ConfigError(unknown_name(f"rule of method {method}", str(rule), RULES))

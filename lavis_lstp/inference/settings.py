@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lavis_lstp.config.fields import SEED, check_sampling, checked, key
-from lavis_lstp.config.model import Generation
+from lavis_lstp.config.model import SELECTORS, Generation
 from lavis_lstp.errors import ConfigError
 
 GENERATION = (
@@ -123,8 +123,9 @@ def _selector(used: Any, own: Mapping[str, Any]) -> Any:
         settings=own.get("rule", kept_rule),
         max_spans=several,
     )
-    if made.needs_span:
+    if SELECTORS[made.name].by_data:
+        what = ", ".join(SELECTORS[made.name].needs)
         raise ConfigError(
-            f"selector '{made.name}' takes spans from a data set, and a question alone has none; use lstp"
+            f"selector '{made.name}' takes its {what} from a data set, and a question alone has none; use lstp"
         )
     return made

@@ -15,6 +15,8 @@ from lavis_lstp.metrics.agreement import mcnemar_exact
 from lavis_lstp.metrics.grounding import evaluate_spans
 from lavis_lstp.metrics.qa import accuracy_interval
 
+MOST_CATEGORIES = 4
+"""Kinds of questions that have columns of their own."""
 STAGES = ("flow", "sampler", "selection", "vision", "language")
 
 
@@ -44,6 +46,8 @@ def measure(folder: Path, stem: str) -> tuple[dict[str, Any], dict[str, bool]]:
         "interval": list(accuracy_interval(sum(right.values()), len(right))),
         "coverage": metrics["coverage"],
         "unparsable": metrics.get("num_unparsable"),
+        "by_category": metrics.get("by_category"),
+        "frames_scored": sum(r["num_frames"] for r in records if "entropy" in r) / len(records),
         "span_iou": evaluate_spans(spans, gold)["iou"] if gold else None,
         "milliseconds": {s: 1000 * sum(t.get(s, 0.0) for t in timings) / len(timings) for s in STAGES}
         if timings
@@ -65,6 +69,8 @@ def table_lines(rows: Sequence[Mapping[str, Any]], first: str) -> list[str]:
     Args:
         first: what the first column, `title` of each row, is called.
     """
+    kinds = dict.fromkeys(kind for row in rows for kind in row.get("by_category") or ())
+    kinds = list(kinds) if 1 < len(kinds) <= MOST_CATEGORIES else []
     columns = [
         (first, lambda row: row["title"]),
         ("accuracy", lambda row: f"{row['accuracy']:.1%}"),
@@ -72,6 +78,8 @@ def table_lines(rows: Sequence[Mapping[str, Any]], first: str) -> list[str]:
         ("p, paired", lambda row: None if row.get("p_value") is None else f"{row['p_value']:.2g}"),
         ("unparsable", lambda row: None if row.get("unparsable") is None else str(row["unparsable"])),
         ("coverage", lambda row: f"{row['coverage']:.1%}" if row.get("coverage", 1.0) < 1 else None),
+        *((kind, lambda row, kind=kind: _share(row, kind)) for kind in kinds),
+        ("frames scored", lambda row: f"{row['frames_scored']:.0f}" if row.get("frames_scored") else None),
         ("span IoU", lambda row: None if row.get("span_iou") is None else f"{row['span_iou']:.2f}"),
         (f"ms per question: {', '.join(STAGES)}", lambda row: _times(row["milliseconds"])),
     ]
@@ -88,6 +96,11 @@ def judge_line(rows: Sequence[Mapping[str, Any]]) -> str:
     chosen = {row.get("unparsable") is not None for row in rows}
     words = {True: "the right option was chosen", False: "exact match after normalising, no judge was asked"}
     return f"Judged by: {'; '.join(words[kind] for kind in sorted(chosen))}."
+
+
+def _share(row: Mapping[str, Any], kind: str) -> str | None:
+    found = (row.get("by_category") or {}).get(kind)
+    return None if found is None else f"{found['accuracy']:.1%}"
 
 
 def _times(milliseconds: Mapping[str, float] | None) -> str | None:

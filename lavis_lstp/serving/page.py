@@ -332,7 +332,7 @@ class Page:
 
 def selectors_of(model: Any) -> list[str]:
     """Names of the selectors that this model can follow: without a temporal sampler, those that ask for none."""
-    found = {name: kind for name, kind in SELECTORS.items() if "span" not in kind.needs and name != "best_span"}
+    found = {name: kind for name, kind in SELECTORS.items() if not kind.by_data and name != "best_span"}
     return [name for name, kind in found.items() if model.sampler is not None or not kind.by_sampler]
 
 

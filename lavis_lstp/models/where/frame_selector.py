@@ -200,7 +200,7 @@ class FrameSelector:
 
     Attributes:
         by_sampler: whether logits or scores of the temporal sampler are needed.
-        needs_logits, needs_scores, needs_span, needs_generator: which arguments a call must bring.
+        needs_logits, needs_scores, needs_span, needs_cost, needs_generator: which arguments a call must bring.
         span_key: name in the sample of the span that "given" takes.
         Others: see `build_selector`.
     """
@@ -235,11 +235,14 @@ class FrameSelector:
         self.needs_logits = "logits" in kind.needs
         self.needs_scores = "scores" in kind.needs
         self.needs_span = "span" in kind.needs
+        self.needs_cost = "bit_cost" in kind.needs
         self.needs_generator = "rng" in kind.needs
-        if settings and not self.needs_scores:
+        self.method = kind.rule.partition(":")[2]
+        over_scores = self.needs_scores or self.needs_cost
+        if settings and not over_scores:
             raise ConfigError(f"model.selector.settings: selector '{name}' has none, got {', '.join(settings)}")
-        self.settings = selectors.selector_settings(name, dict(settings)) if self.needs_scores else {}
-        self.rule: Rule = globals()[kind.rule.partition(":")[2]] if not self.needs_scores else None
+        self.settings = selectors.selector_settings(self.method, dict(settings)) if over_scores else {}
+        self.rule: Rule | None = None if over_scores else globals()[self.method]
 
     def __repr__(self) -> str:
         return f"FrameSelector({self.name}, num_selected={self.num_selected})"
@@ -255,6 +258,7 @@ class FrameSelector:
         scores: Tensor | None = None,
         questions: Sequence[str] = (),
         times_s: Tensor | None = None,
+        bit_cost: Tensor | None = None,
     ) -> Selection:
         """Selects frames.
 
@@ -266,6 +270,7 @@ class FrameSelector:
             flow_mask: [B,L], 1 = real, real ones first, where flows are not one a frame.
             scores: [B,T], how much each frame has to do with its question.
             questions: B strings.
+            bit_cost: [B,T], what the encoder spent on the part of the video around each frame, for "bitcost".
             times_s: [B,T], seconds of the frames; without them they are taken for one second apart.
 
         Returns:
@@ -280,6 +285,7 @@ class FrameSelector:
             ("end_logits", end_logits, self.needs_logits),
             ("span", span, self.needs_span),
             ("scores", scores, self.needs_scores),
+            ("bit_cost", bit_cost, self.needs_cost),
             ("generators", generators, self.needs_generator),
         ):
             if is_needed and value is None:
@@ -322,15 +328,15 @@ class FrameSelector:
                 mapping=self.mapping,
                 marks=self.marks,
             )
-            if self.needs_scores:
+            if self.rule is None:
                 known = selectors.Row(
-                    scores=scores[b, :count].double().cpu().numpy(),
+                    scores=(bit_cost if self.needs_cost else scores)[b, :count].double().cpu().numpy(),
                     num_selected=self.num_selected,
                     times_s=np.arange(count) if times_s is None else times_s[b, :count].double().cpu().numpy(),
                     question=questions[b] if questions else "",
                     rng=_numpy_generator(row.generator) if self.needs_generator else None,
                 )
-                frames, filled[b] = selectors.choose(self.name, known, **self.settings)
+                frames, filled[b] = selectors.choose(self.method, known, **self.settings)
                 found = frames[0], frames[-1] + 1
             else:
                 frames, found = self.rule(row, self.num_selected)
@@ -344,7 +350,7 @@ class FrameSelector:
         return Selection(
             torch.tensor(index, dtype=torch.long, device=device).view(-1, self.num_selected),
             torch.tensor(spans, dtype=torch.long, device=device).view(-1, 2),
-            torch.tensor(filled, dtype=torch.long, device=device) if self.needs_scores else None,
+            torch.tensor(filled, dtype=torch.long, device=device) if self.rule is None else None,
             several,
         )
 
