@@ -3,7 +3,7 @@
 In: evaluations, ways to choose frames and numbers of frames. Out, in a folder: one evaluation for each combination,
 `table.md` and `table.json`: accuracy with its 95 % interval, an exact paired test against the first way of choosing,
 frames scored and the time of each stage; and `accuracy.png`, accuracy against frames. LAVIS's own models stand in the
-same table, on evenly spaced frames. `chain` runs the evaluations, so that one that was interrupted goes on where it was.
+same table, on evenly spaced frames. `chain` runs the evaluations; one that was interrupted goes on where it was.
 """
 
 from __future__ import annotations
