@@ -70,7 +70,7 @@ def table_lines(rows: Sequence[Mapping[str, Any]], first: str) -> list[str]:
         first: what the first column, `title` of each row, is called.
     """
     kinds = dict.fromkeys(kind for row in rows for kind in row.get("by_category") or ())
-    kinds = list(kinds) if 1 < len(kinds) <= MOST_CATEGORIES else []
+    kinds = sorted(kinds, key=lambda kind: (len(kind), kind)) if 1 < len(kinds) <= MOST_CATEGORIES else []
     columns = [
         (first, lambda row: row["title"]),
         ("accuracy", lambda row: f"{row['accuracy']:.1%}"),
