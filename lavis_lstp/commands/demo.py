@@ -50,6 +50,7 @@ FILM_OPTIONS = (
     "datasets.lstp_shapes.num_frames=600",  # one a second, in windows of as many as the sampler was trained on
     "model.sampler.window=64",
     "datasets.lstp_shapes.flow_pairs=local",
+    "datasets.lstp_shapes.bit_cost=true",  # of all, so that the store has it beside the frames
     "run.test_splits=[test]",
     "run.batch_size_eval=12",  # the questions about one haystack
 )
