@@ -55,6 +55,8 @@ SPLITS = ("train", "val", "test")
 SUPERSAMPLE = 4
 SHADE = 0.62  # brightness of a shape's one half, so that turning is visible in all kinds, circles included
 QUANTISER = 18
+MOST_FILM_S = 1800
+"""Of a longer film the first half hour is used; its pictures are held in memory once."""
 KEY_FRAMES = world.EVEN_FRAMES[::2]
 
 logger = logging.getLogger(__name__)
@@ -225,7 +227,7 @@ def _read_film(path: Path, film: str, size: int) -> None:
     """Writes the film's pictures, 10 a second, uint8 [N,3,size,size], for the processes that draw over them."""
     if path.exists():
         return
-    times_s = np.arange(0, probe(film).duration_s, 1 / world.FPS)
+    times_s = np.arange(0, min(probe(film).duration_s, MOST_FILM_S), 1 / world.FPS)
     video = read_frames(film, times_s=times_s, size=size, decode_size=size, threads=2)
     with whole_file(path) as partial, open(partial, "wb") as file:
         np.save(file, video.frames, allow_pickle=False)
