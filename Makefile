@@ -12,9 +12,9 @@ MATRIX_TESTS ?= $(addprefix tests/,host/test_plugin.py host/test_shims.py host/t
 	commands/test_convert.py commands/test_export.py commands/test_ablate.py)
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help venv lint test test-slow test-matrix fuzz chaos demo docs clean
+.PHONY: help venv lint test test-slow test-matrix fuzz chaos demo demo-real docs clean
 help:
-	@echo "make demo | test | test-slow | test-matrix | fuzz | chaos | docs | lint | venv | clean"
+	@echo "make demo | demo-real | test | test-slow | test-matrix | fuzz | chaos | docs | lint | venv | clean"
 
 venv: .venv/installed
 .venv/installed: setup.py
@@ -62,6 +62,11 @@ docs: venv
 
 demo: venv
 	$(BIN)/lavis-lstp demo
+
+# Needles in a real film, make demo-real FILM=FILE; projects/lstp/chains/needles.yaml says where to get one.
+demo-real: venv
+	@test -f "$(FILM)" || { echo "name a film: make demo-real FILM=FILE (see docs/selection.md)"; exit 2; }
+	$(BIN)/lavis-lstp demo --film "$(FILM)"
 
 clean:
 	rm -rf .venv .venv-tf457 build dist site output *.egg-info .pytest_cache .ruff_cache .hypothesis

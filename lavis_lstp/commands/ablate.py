@@ -1,9 +1,9 @@
-"""`lavis-lstp ablate --cfg-path YAML --frames uniform random lstp oracle --num-frames 4 8`: does the sampler help?
+"""`lavis-lstp ablate --cfg-path YAML --methods uniform random lstp oracle --num-frames 4 8`: does the sampler help?
 
 In: evaluations, ways to choose frames and numbers of frames. Out, in a folder: one evaluation for each combination,
 `table.md` and `table.json`: accuracy with its 95 % interval, an exact paired test against the first way of choosing,
-and the time of each stage. LAVIS's own models stand in the same table, on evenly spaced frames. `chain` runs the
-evaluations, so that one that was interrupted goes on where it was.
+frames scored and the time of each stage; and `accuracy.png`, accuracy against frames. LAVIS's own models stand in the
+same table, on evenly spaced frames. `chain` runs the evaluations; one that was interrupted goes on where it was.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ import yaml
 from lavis_lstp.config.load import flatten
 from lavis_lstp.config.model import AUTO, SCORERS, SELECTORS
 from lavis_lstp.errors import ConfigError, unknown_name
-from lavis_lstp.files import atomic_writer, owned, write_json
+from lavis_lstp.files import atomic_writer, owned, whole_file, write_json
 from lavis_lstp.redaction import printable, without_secrets_in
+from lavis_lstp.report.plots import accuracy_plot
 from lavis_lstp.report.table import judge_line, measure, paired_p, table_lines
 from lavis_lstp.untrusted import guard_log
 
@@ -82,6 +83,10 @@ class Cell:
     options: tuple[str, ...]
     baseline: str
     """Name of the cell it is compared with."""
+    series: str
+    """The line of the plot that it is a point of."""
+    frames: int
+    """Frames shown to the language model."""
 
 
 # ---- the combinations -----------------------------------------------------------------------------------------------
@@ -133,6 +138,8 @@ def cells_of(
                         f"--num-frames auto needs scores, and --frames {name} asks for none; leave it out"
                     )
                 own = (*changed, f"model.selector.num_selected={count}")
+                if "model.selector.name=bitcost" in changed:
+                    own += tuple(f"datasets.{section}.bit_cost=true" for section in whole.datasets)
                 cells.append(_cell(recipe, name, way.title, count, label, splits[0], own, next(iter(ways))))
     return cells
 
@@ -141,8 +148,10 @@ def _cell(
     recipe: str, way: str, title: str, count: int | str, label: str, split: str, own: Sequence[str], baseline: str
 ) -> Cell:
     name = f"{Path(recipe).stem}_{{}}_{count}"
-    title = f"{label}{title}, {count} frames"
-    return Cell(name.format(way), title, recipe, split, tuple(own), name.format(baseline))
+    line = f"{label}{title}"
+    return Cell(
+        name.format(way), f"{line}, {count} frames", recipe, split, tuple(own), name.format(baseline), line, count
+    )
 
 
 def ablate(
@@ -159,10 +168,12 @@ def ablate(
         compared = cell.baseline if cell.baseline != cell.name and cell.baseline in rights else None
         p_value = None if compared is None else paired_p(rights[compared], rights[cell.name])
         facts = {"name": cell.name, "title": cell.title, "compared_with": compared, "p_value": p_value}
-        rows.append({**facts, **row})
+        rows.append({**facts, "series": cell.series, "frames": cell.frames, **row})
         write_json(out / "table.json", {"rows": rows, "options": without_secrets_in(list(options))})
         with atomic_writer(out / "table.md") as file:
             file.write("\n".join([*table_lines(rows, "frames"), "", judge_line(rows)]) + "\n")
+    with whole_file(out / "accuracy.png") as partial:
+        partial.write_bytes(accuracy_plot(rows))
     return rows
 
 
@@ -175,7 +186,8 @@ def _count(word: str) -> int | str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="lavis-lstp ablate", description=__doc__.splitlines()[0])
     parser.add_argument("--cfg-path", required=True, nargs="+", help="evaluations, projects/lstp/eval/... or your own")
-    parser.add_argument("--frames", nargs="+", default=["uniform", "random", "lstp"], metavar="WAY")
+    ways = "ways to choose frames (default: uniform random lstp)"
+    parser.add_argument("--methods", "--frames", dest="methods", nargs="+", metavar="WAY", help=ways)
     parser.add_argument("--ways", type=Path, help="YAML file of further ways to choose frames, as configs/ways.yaml")
     help_ = "frames shown to the language model; auto: as many as the scores ask for"
     parser.add_argument("--num-frames", nargs="+", default=["4"], metavar="K", help=help_)
@@ -187,11 +199,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
     guard_log()
     known = ways_of(args.ways)
-    for name in args.frames:
+    methods = args.methods or ["uniform", "random", "lstp"]
+    for name in methods:
         if name not in known:
-            raise ConfigError(unknown_name("way to choose frames (--frames)", name, known))
+            raise ConfigError(unknown_name("way to choose frames (--methods)", name, known))
     recipes, counts = (list(dict.fromkeys(given)) for given in (args.cfg_path, counts))
-    cells = cells_of(recipes, {name: known[name] for name in args.frames}, counts, args.options)
+    cells = cells_of(recipes, {name: known[name] for name in methods}, counts, args.options)
     launcher = ["torchrun", "--standalone", f"--nproc-per-node={args.nproc}"] if args.nproc > 1 else []
     out = args.out or Path("output/ablate", Path(args.cfg_path[0]).stem)
     with owned(out):
@@ -199,5 +212,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(printable("\n" + "\n".join([*table_lines(rows, "frames"), "", judge_line(rows)])))
     first = ", ".join(dict.fromkeys(row["compared_with"] for row in rows if row["compared_with"]))
     print(f"\n{rows[0]['questions']} questions." + (f" p: exact McNemar test against {first}." if first else ""))
-    print(f"Written: {out / 'table.md'}, {out / 'table.json'}")
+    print(f"Written: {', '.join(str(out / name) for name in ('table.md', 'table.json', 'accuracy.png'))}")
     return 0

@@ -3,6 +3,9 @@
 In: a folder to work in. Out, in it: Shapes-QA, one run per step, and `FILES`. The steps are those of
 projects/lstp/chains/tiny.yaml, then LSTP again on evenly spaced frames, and the evaluations; `chain` runs them, so an
 interrupted demo goes on where it was.
+
+With `--film FILE` the same on needles in that film (projects/lstp/chains/needles.yaml): what is learned from windows of
+a minute is measured on haystacks of ten, each way of choosing frames at 2, 4, 8 and 16 of 600, by `ablate`.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lavis_lstp.commands.ablate import ways_of
+from lavis_lstp.commands.ablate import ablate, cells_of, ways_of
 from lavis_lstp.commands.chain import Chain, Step, check_options, find_chain, read_chain
 from lavis_lstp.commands.report import PICTURES, report
 from lavis_lstp.data.frame_numbers import uniform_centres
@@ -43,6 +46,17 @@ CHAIN = "projects/lstp/chains/tiny.yaml"
 ABOUT_S = {"base": 270, "flow": 30, "spans": 70, "sampler": 180, "lstp": 75, "uniform": 50}
 EVALUATION_S = 20
 """Seconds of the steps and of each evaluation, on two quiet cores."""
+FILM_CHAIN = "projects/lstp/chains/needles.yaml"
+FILM_WAYS = ("uniform", "topk", "bitcost", "lstp", "oracle")
+FILM_COUNTS = (2, 4, 8, 16)
+FILM_OPTIONS = (
+    "datasets.lstp_shapes.num_frames=600",  # one a second, in windows of as many as the sampler was trained on
+    "model.sampler.window=64",
+    "datasets.lstp_shapes.flow_pairs=local",
+    "datasets.lstp_shapes.bit_cost=true",
+    "run.test_splits=[test]",
+    "run.batch_size_eval=12",  # the questions about one haystack
+)
 FILES = ("table.md", "table.json", "explanation.png", "report.html")
 
 
@@ -133,6 +147,24 @@ class Demo:
         return evaluate_spans(found, gold)
 
 
+def with_film(film: Path, out: Path, options: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The steps on needles in a film; returns the rows of the table.
+
+    Args:
+        film, out: file and working folder.
+        options: further `--options` for every step, or as STEP:A.B=C for one.
+    """
+    own = [f"datasets.lstp_shapes.generate.film={film}", *options]
+    steps = read_chain(find_chain(FILM_CHAIN))
+    check_options(own, steps)
+    Chain(out, own).run(steps)
+    common = [option.replace("{out}", str(out)) for option in steps[0].options]
+    parts = ",".join(f"{out / name}" for name in ("base", "sampler", "lstp"))
+    common += [*FILM_OPTIONS, f"model.checkpoint=[{parts}]", *(o for o in own if ":" not in o.partition("=")[0])]
+    cells = cells_of(["projects/lstp/tiny_eval.yaml"], {name: WAYS[name] for name in FILM_WAYS}, FILM_COUNTS, common)
+    return ablate(cells, out, common)
+
+
 def verdict(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Whether LSTP does what it claims, against both uniform baselines, the better of the two counting."""
     lstp, oracle = rows["lstp"], rows["oracle"]
@@ -181,13 +213,21 @@ def explain(demo: Demo) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """0 when LSTP met what it claims, 1 when not."""
     parser = argparse.ArgumentParser(prog="lavis-lstp demo", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("output/demo"), help="working folder (default: output/demo)")
+    parser.add_argument("--out", type=Path, help="working folder (default: output/demo)")
+    parser.add_argument("--film", type=Path, help="needles in this film instead (default of --out: output/demo_real)")
     parser.add_argument("--options", nargs="*", default=[], metavar="A.B=C", help="overrides for every step")
     args = parser.parse_args(argv)
+    args.out = args.out or Path("output/demo_real" if args.film else "output/demo")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
     guard_log()
     os.environ.setdefault("OMP_NUM_THREADS", "2")
     started = time.perf_counter()
+    if args.film:
+        with owned(args.out):
+            rows = with_film(args.film, args.out, args.options)
+        print(printable("\n" + "\n".join(table_lines(rows, "frames (of 600)"))))
+        print(f"\n{time.perf_counter() - started:.0f} s. Written: {args.out / 'table.md'}, {args.out / 'accuracy.png'}")
+        return 0
     demo = Demo(args.out, args.options)
     with owned(args.out):
         result = demo.run()

@@ -144,6 +144,7 @@ class VideoSettings(PictureSettings):
     frames: str = key("exact", one_of=("exact", "keyframe"))
     # flow from a frame to the next one read (sampled, as published), or to the next picture of the file (local)
     flow_pairs: str = key("sampled", one_of=("sampled", "local"))
+    bit_cost: bool = key(False)  # also give the codec's bytes a frame, for model.selector.name: bitcost
     cache_videos: int = key(0, least=0)  # decoded videos kept in memory by each loader process
     store: bool = key(False)  # keep decoded frames of files on disk for all runs and `ask`: `lavis-lstp cache`
 
@@ -219,6 +220,9 @@ class Generate:
     test_videos: int = key(100, least=0)
     train_images: int = key(8000, least=0)
     size: int = key(96, least=32, most=4096)  # px, even
+    film: str | None = key()  # needles: a film that events of 2 to 60 s are drawn over
+    window_s: int = key(64, least=1, most=86400)  # needles: seconds of train and val videos
+    haystack_s: int = key(600, least=1, most=86400)  # needles: seconds of test videos
 
 
 @dataclass

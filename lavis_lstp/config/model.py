@@ -27,8 +27,9 @@ class Kind(NamedTuple):
     """A selector: the function (of models/where) that is its rule, and what the rule must be told of a video.
 
     needs: of "logits" of the temporal sampler; "scores", one a frame, by `model.scorer`; "times_s" of the frames; the
-    "question"; a "span", or a "record" of frames chosen before, that comes with the sample; "rng", random numbers;
-    "features" of the frames, which scorers have that look at single frames. A rule over scores is one of selectors.py.
+    "question"; a "span", a "record" of frames chosen before or the "bit_cost" of the frames, all of which come with
+    the sample; "rng", random numbers; "features" of the frames, which scorers have that look at single frames. A rule
+    over scores or costs is one of selectors.py.
     """
 
     rule: str
@@ -41,8 +42,8 @@ class Kind(NamedTuple):
 
     @property
     def by_data(self) -> bool:
-        """Return whether a data set must say where to look; a video alone does not."""
-        return not {"span", "record"}.isdisjoint(self.needs)
+        """Return whether a data set must bring something, so that a question alone is not enough."""
+        return not {"span", "record", "bit_cost"}.isdisjoint(self.needs)
 
 
 _OF_LOGITS, _OF_SCORES = "lavis_lstp.models.where.frame_selector", "lavis_lstp.models.where.selectors"
@@ -60,6 +61,7 @@ SELECTORS: dict[str, Kind] = {
     "global_local": Kind(f"{_OF_SCORES}:global_local", needs=("scores", "question")),
     "mmr": Kind(f"{_OF_SCORES}:mmr", needs=("scores", "features")),
     "dpp": Kind(f"{_OF_SCORES}:dpp", needs=("scores", "features")),
+    "bitcost": Kind(f"{_OF_SCORES}:inverse_transform", needs=("bit_cost",)),
     "given": Kind(f"{_OF_LOGITS}:given", needs=("span",)),
     "recorded": Kind(f"{_OF_LOGITS}:recorded", needs=("record",)),
 }
@@ -67,7 +69,8 @@ SELECTORS: dict[str, Kind] = {
 likeliest end, each for itself, under the published rules. gumbel: published, two noisy candidates. uniform: K interval
 centres of the video. random: K different frames. topk, aks, inverse_transform, focus, global_local: published rules
 over scores, see selectors.py. mmr, dpp: scores against likeness of the frames. given: a span that comes with the sample
-(a pseudo span, or the gold span as oracle). recorded: all frames that a data set with a `selection` brings."""
+(a pseudo span, or the gold span as oracle). bitcost: inverse_transform over what the encoder spent on each part of the
+video, which `datasets.<name>.bit_cost: true` brings. recorded: all frames that a data set with a `selection` brings."""
 
 AUTO = "auto"
 """A `selector.num_selected` that depends on the scores of each question."""

@@ -26,7 +26,7 @@ from lavis_lstp.config.model import SELECTORS, scorer_settings
 from lavis_lstp.data.frame_numbers import uniform_centres
 from lavis_lstp.data.selections import FORMAT, VERSION, Recorded, timing
 from lavis_lstp.data.store import content_digest, default_store
-from lavis_lstp.data.video.codec_figures import motion_energy, packet_costs
+from lavis_lstp.data.video.codec_figures import motion_energy, of_candidates, packet_costs
 from lavis_lstp.data.video.index import video_index
 from lavis_lstp.data.video.reading import key_frames, probe, read_frames
 from lavis_lstp.errors import ConfigError, VideoError, unknown_name
@@ -273,8 +273,7 @@ def _by_codec(video, k: int, method: str, seed: int, parts: int, settings: dict,
         with _timed(seconds, "scores"):
             figure = costs.num_bytes if method == "bitcost" else motion_energy(video)
             candidates = np.asarray(uniform_centres(min(parts, len(every)), len(every)))
-            part = np.searchsorted((candidates[1:] + candidates[:-1]) / 2, every)  # the nearest candidate's
-            scores = np.bincount(part, figure) / np.bincount(part)
+            scores = of_candidates(figure, candidates)
         rule = settings.pop("rule", "inverse_transform")
         if rule not in RULES:
             raise ConfigError(unknown_name(f"rule of method {method}", str(rule), RULES))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lavis_lstp.config.fields import SEED, check_sampling, checked, key
-from lavis_lstp.config.model import Generation
+from lavis_lstp.config.model import SELECTORS, Generation
 from lavis_lstp.errors import ConfigError
 
 GENERATION = (
@@ -131,8 +131,8 @@ def _selector(used: Any, own: Mapping[str, Any]) -> Any:
         max_spans=several,
     )
     if made.by_data:
-        what = "spans" if made.needs_span else "frames"
+        what = ", ".join(SELECTORS[made.name].needs)
         raise ConfigError(
-            f"selector '{made.name}' takes {what} from a data set, and a question alone has none; use lstp"
+            f"selector '{made.name}' takes its {what} from a data set, and a question alone has none; use lstp"
         )
     return made

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lavis_lstp.report import numbers
-from lavis_lstp.report.shell import picture_tag
+from lavis_lstp.report.shell import picture_bytes, picture_tag
 from lavis_lstp.report.table import STAGES
 
 LOUD = 6
@@ -52,6 +52,24 @@ def plots(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     if times:
         found["latency"].append(_stages_plot(times))
     return found
+
+
+def accuracy_plot(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """A PNG: accuracy and its interval against the number of frames, a line for each `series` of an ablation's rows."""
+    figure, axes = _figure()
+    for series in dict.fromkeys(row["series"] for row in rows):
+        own = sorted((row for row in rows if row["series"] == series), key=lambda row: row["frames"])
+        x, y = [row["frames"] for row in own], [row["accuracy"] for row in own]
+        low, high = ([abs(value - row["interval"][end]) for value, row in zip(y, own, strict=True)] for end in (0, 1))
+        label = series.replace("$", r"\$")
+        axes.errorbar(x, y, yerr=[low, high], marker="o", markersize=4, capsize=2, label=label)
+    counts = sorted({row["frames"] for row in rows})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(counts, [str(count) for count in counts])
+    axes.minorticks_off()
+    axes.set(ylim=(0, 1), xlabel="frames shown", ylabel="accuracy")
+    figure.legend(fontsize=8, loc="outside lower center", ncols=3, frameon=False)
+    return picture_bytes(figure)
 
 
 def _has(run: Mapping[str, Any], key: str) -> bool:

@@ -45,12 +45,17 @@ def picture_tag(picture: Image.Image | Figure, alt: str) -> str:
     Args:
         alt: what it shows, for those who do not see it.
     """
+    return f'<img alt="{html.escape(alt)}" src="{data_uri(picture_bytes(picture), "image/png")}">'
+
+
+def picture_bytes(picture: Image.Image | Figure) -> bytes:
+    """PNG of a picture from PIL or matplotlib."""
     raw = io.BytesIO()
     if hasattr(picture, "savefig"):
         picture.savefig(raw, format="png", dpi=150)
     else:
         picture.save(raw, "PNG")
-    return f'<img alt="{html.escape(alt)}" src="{data_uri(raw.getvalue(), "image/png")}">'
+    return raw.getvalue()
 
 
 def data_uri(content: bytes, kind: str) -> str:

@@ -21,6 +21,8 @@ from lavis_lstp.metrics.qa import accuracy_interval, is_right
 from lavis_lstp.redaction import printable
 from lavis_lstp.schema import Prediction
 
+MOST_CATEGORIES = 4
+"""Kinds of questions that have columns of their own."""
 STAGES = ("flow", "sampler", "selection", "vision", "language")
 
 
@@ -51,6 +53,8 @@ def measure(folder: Path, stem: str) -> tuple[dict[str, Any], dict[str, bool]]:
         "frames_per_answer": metrics.get("frames_per_answer"),
         "subtitles": metrics.get("subtitles"),
         "subtitle_lines_left_out": metrics.get("subtitle_lines_left_out"),
+        "by_category": metrics.get("by_category"),
+        "frames_scored": sum(r["num_frames"] for r in records if "entropy" in r) / len(records),
         "span_iou": evaluate_spans(spans, gold)["iou"] if gold else None,
         "milliseconds": {s: 1000 * sum(t.get(s, 0.0) for t in timings) / len(timings) for s in STAGES}
         if timings
@@ -72,6 +76,8 @@ def table_lines(rows: Sequence[Mapping[str, Any]], first: str) -> list[str]:
     Args:
         first: what the first column, `title` of each row, is called.
     """
+    kinds = dict.fromkeys(kind for row in rows for kind in row.get("by_category") or ())
+    kinds = sorted(kinds, key=lambda kind: (len(kind), kind)) if 1 < len(kinds) <= MOST_CATEGORIES else []
     columns = [
         (first, lambda row: row["title"]),
         ("accuracy", lambda row: f"{row['accuracy']:.1%}"),
@@ -81,6 +87,8 @@ def table_lines(rows: Sequence[Mapping[str, Any]], first: str) -> list[str]:
         ("frames per answer", lambda row: row.get("frames_per_answer") and f"{row['frames_per_answer']:.1f}"),
         ("subtitles", _subtitles),
         ("coverage", lambda row: f"{row['coverage']:.1%}" if row.get("coverage", 1.0) < 1 else None),
+        *((kind, lambda row, kind=kind: _share(row, kind)) for kind in kinds),
+        ("frames scored", lambda row: f"{row['frames_scored']:.0f}" if row.get("frames_scored") else None),
         ("span IoU", lambda row: None if row.get("span_iou") is None else f"{row['span_iou']:.2f}"),
         (f"ms per question: {', '.join(STAGES)}", lambda row: _times(row["milliseconds"])),
     ]
@@ -223,6 +231,11 @@ def judge_line(rows: Sequence[Mapping[str, Any]]) -> str:
 def _subtitles(row: Mapping[str, Any]) -> str | None:
     left_out = row.get("subtitle_lines_left_out")
     return row.get("subtitles") and row["subtitles"] + (f", {left_out} lines left out" if left_out else "")
+
+
+def _share(row: Mapping[str, Any], kind: str) -> str | None:
+    found = (row.get("by_category") or {}).get(kind)
+    return None if found is None else f"{found['accuracy']:.1%}"
 
 
 def _times(milliseconds: Mapping[str, float] | None) -> str | None:

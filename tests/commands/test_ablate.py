@@ -9,13 +9,17 @@ from pathlib import Path
 
 import lavis_tiny
 import pytest
+import torch
 from omegaconf import OmegaConf
+from PIL import Image
 
 from lavis_lstp.commands import ablate, chain, cli
 from lavis_lstp.config.model import SELECTORS
 from lavis_lstp.errors import ConfigError, CoverageError
 from lavis_lstp.files import read_jsonl, write_json, write_jsonl
 from lavis_lstp.host import evaluate
+from lavis_lstp.models.where.chooser import Chooser
+from lavis_lstp.models.where.frame_selector import build_selector
 from lavis_lstp.report import table
 from lavis_lstp.testing.tiny_benchmarks import write_benchmarks
 
@@ -43,6 +47,25 @@ def test_each_row_has_its_own_frames_and_the_first_is_what_the_others_are_compar
     assert kept[0].options == ("model.selector.num_selected=4",)
     (other,) = ablate.cells_of([SHAPES], ways("lstp"), [4], ["model.selector.name=uniform"])
     assert other.options[0] == "model.selector.name=lstp"
+
+
+def test_bit_cost_is_read_where_it_chooses():
+    cells = ablate.cells_of([SHAPES], ways("uniform", "bitcost"), [4], [])
+    assert [cell.options[-1] for cell in cells][1] == "datasets.lstp_shapes.bit_cost=true" not in cells[0].options
+    with pytest.raises(ConfigError, match="needs samples with 'bit_cost'"):
+        Chooser(build_selector("bitcost"))(
+            {"frame_mask": torch.ones(1, 4), "text_input": ["what?"], "question_id": ["q"], "frames": torch.zeros(1, 4)}
+        )
+
+
+def test_few_kinds_of_questions_have_columns_and_many_have_none():
+    row = {"title": "x", "accuracy": 0.5, "interval": [0.4, 0.6], "milliseconds": None, "frames_scored": 600.0}
+    few = {kind: {"accuracy": 0.25} for kind in ("60 s", "2 s")}
+    head, _, line = table.table_lines([{**row, "by_category": few}], "frames")
+    assert head == "| frames | accuracy | 95 % interval | 2 s | 60 s | frames scored |"
+    assert line == "| x | 50.0% | 40.0% to 60.0% | 25.0% | 25.0% | 600 |"
+    many = {str(kind): {"accuracy": 0.25} for kind in range(9)}
+    assert table.table_lines([{**row, "by_category": many}], "frames")[0].count("|") == 5
 
 
 def test_every_selector_is_a_way_and_a_file_adds_more(tmp_path):
@@ -171,7 +194,7 @@ def test_the_command_evaluates_and_tabulates_and_goes_on_where_it_was(tmp_path, 
     sizes = {"train_videos": 1, "val_videos": 1, "test_videos": 2, "train_images": 1, "size": 64}
     small = [f"datasets.lstp_shapes.generate.{name}={value}" for name, value in sizes.items()]
     small += ["datasets.lstp_shapes.num_frames=8", "model.checkpoint=null", "run.batch_size_eval=4"]
-    command = ["ablate", "--cfg-path", SHAPES, "--frames", "uniform", "random", "lstp", "oracle", "--num-frames", "2"]
+    command = ["ablate", "--cfg-path", SHAPES, "--methods", "uniform", "random", "lstp", "oracle", "--num-frames", "2"]
     command += ["--out", "out", "--options", *small]
     assert cli.main(command) == 0
     said = capsys.readouterr().out
@@ -189,6 +212,9 @@ def test_the_command_evaluates_and_tabulates_and_goes_on_where_it_was(tmp_path, 
     records = {way: list(read_jsonl(f"out/shapes_qa_lstp_tiny_{way}_2/result/test_video_qa.jsonl")) for way in rows}
     assert all(record["span"] == record["gold_span"] for record in records["oracle"])
     assert {tuple(record["frame_index"]) for record in records["uniform"]} == {(1, 5)}
+    assert [rows[way]["frames_scored"] for way in ("uniform", "lstp", "oracle")] == [0, 8, 0]
+    assert {row["frames"] for row in rows.values()} == {2} and rows["lstp"]["series"] == "LSTP (predicted span)"
+    assert Image.open("out/accuracy.png").size[0] > 300
     assert len({tuple(record["frame_index"]) for record in records["random"]}) > 1
     assert cli.main(command) == 0 and len(in_process) == 4, "what is done is not done again"
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
+from video_files import numbered_video
 
-from lavis_lstp.commands import demo
+from lavis_lstp.commands import chain, demo
 from lavis_lstp.metrics.qa import accuracy_interval
 from lavis_lstp.report.table import STAGES
 
@@ -84,6 +85,36 @@ def test_each_row_of_the_table_is_evaluated_with_its_own_frames_and_answerer(tmp
     assert last("eval_oracle", "model.selector.span_key") == "gold_span"
     assert last("uniform", "model.selector.name") == last("eval_uniform_trained", "model.selector.name") == "uniform"
     assert all("run.max_epoch=1" in command for name, command in commands.items() if name != "flow")
+
+
+def test_needles_are_learned_in_windows_and_measured_in_whole_videos(tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(chain.Chain, "step", lambda self, name, command, **_: ran.append((name, command)))
+    monkeypatch.setattr(demo, "ablate", lambda cells, out, options: [(cell, options) for cell in cells])
+    found = demo.with_film(tmp_path / "film.mp4", tmp_path, ["run.max_epoch=1", "base:run.seed=2"])
+    assert [name for name, _ in ran] == ["base", "spans", "sampler", "lstp"]
+    film = f"datasets.lstp_shapes.generate.film={tmp_path / 'film.mp4'}"
+    assert all(film in command and "run.max_epoch=1" in command for _, command in ran)
+    assert len(found) == 20 and [cell.frames for cell, _ in found[::5]] == [2, 4, 8, 16]
+    _, options = found[0]
+    assert film in options and "base:run.seed=2" not in options
+    assert f"datasets.lstp_shapes.root={tmp_path}/needles" in options and "model.sampler.window=64" in options
+
+
+@pytest.mark.slow
+def test_the_whole_demo_with_a_film_tiny(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "FILM_COUNTS", (2, 4))
+    film = numbered_video(tmp_path / "film.mp4", 75, width=64, height=32)
+    sizes = {"train_videos": 2, "val_videos": 1, "test_videos": 1, "train_images": 16, "size": 32, "haystack_s": 151}
+    options = [f"datasets.lstp_shapes.generate.{key}={value}" for key, value in sizes.items()]
+    command = ["--film", str(film), "--out", str(tmp_path / "demo"), "--options", *options, "run.max_epoch=1"]
+    assert demo.main(command) == 0
+    said = capsys.readouterr().out
+    rows = {row["name"]: row for row in json.loads((tmp_path / "demo" / "table.json").read_text())["rows"]}
+    assert len(rows) == 10 and {row["questions"] for row in rows.values()} == {12}
+    assert rows["tiny_eval_oracle_2"]["span_iou"] == 1.0 and rows["tiny_eval_lstp_4"]["frames_scored"] == 600
+    assert "| 2 s | 10 s | 60 s |" in said and (tmp_path / "demo" / "accuracy.png").stat().st_size > 0
+    assert demo.main(command) == 0  # what is done is not done again
 
 
 @pytest.mark.slow

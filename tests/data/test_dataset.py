@@ -27,6 +27,7 @@ from lavis_lstp.data.qa_dataset import VideoQADataset, read_annotation
 from lavis_lstp.data.shapes import shapes_qa
 from lavis_lstp.data.spans import read_spans
 from lavis_lstp.data.video import reading
+from lavis_lstp.data.video.codec_figures import packet_costs
 from lavis_lstp.data.video.reading import flow_file, read_frames, read_pairs
 from lavis_lstp.errors import AnnotationError, ConfigError, CoverageError, VideoError
 from lavis_lstp.files import find_path
@@ -296,6 +297,23 @@ def test_decoding_settings_reach_the_reader(videos, monkeypatch):
     whole = VideoQADataset([entry()], videos, num_frames=3, image_size=16, decode_threads=2)
     alike = VideoQADataset([entry()], videos, num_frames=3, image_size=16)
     assert small.fingerprint() != whole.fingerprint() == alike.fingerprint()
+
+
+def test_bit_cost_is_the_mean_of_the_pictures_around_each_frame(videos):
+    sample = VideoQADataset([entry(0)], videos, num_frames=3, bit_cost=True)[0]
+    costs = packet_costs(videos / "long.mp4").num_bytes
+    nearest = [min(range(3), key=lambda part: abs(i - uniform_centres(3, 30)[part])) for i in range(30)]
+    wanted = [np.mean([cost for cost, near in zip(costs, nearest, strict=True) if near == part]) for part in range(3)]
+    assert sample["bit_cost"].tolist() == pytest.approx(wanted) and sample["bit_cost"].dtype == torch.float32
+    batch = VideoQADataset(
+        [entry(0), entry(1, video="short.mp4"), entry(2, video=None, image="still.png")],
+        videos,
+        num_frames=6,
+        image_size=32,
+        bit_cost=True,
+    )
+    batch = batch.collater([batch[i] for i in range(3)])
+    assert batch["bit_cost"].shape == (3, 6) and (batch["bit_cost"] > 0).tolist() == batch["frame_mask"].bool().tolist()
 
 
 def test_videos_are_decoded_once_while_the_cache_holds_them(videos, monkeypatch):

@@ -13,10 +13,12 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
+from video_files import numbered_video
 
 from lavis_lstp.data.frame_numbers import uniform_centres
 from lavis_lstp.data.shapes import scene as shapes_scene
 from lavis_lstp.data.shapes import shapes_qa
+from lavis_lstp.data.video.reading import read_frames
 from lavis_lstp.errors import ConfigError
 
 SMALL = {"train_videos": 3, "val_videos": 2, "test_videos": 2, "train_images": 6, "size": 96}
@@ -245,7 +247,7 @@ def test_even_frames_hold_nothing_of_the_events(tmp_path):
     """Drawn, they are the background; decoded, they are bit-equal to those of a video in which nothing happens."""
     even = list(shapes_scene.EVEN_FRAMES)
     for index in range(4):
-        scene, _ = shapes_qa.video_entries(0, "test", index)
+        scene, _, _ = shapes_qa.video_entries(shapes_qa.Parameters(), "test", index)
         drawn = shapes_qa.draw_scene(scene, 96)
         still = np.repeat(shapes_qa.draw_background(scene.texture_seed, scene.distractors, 96)[None], 128, axis=0)
         assert np.array_equal(drawn[even], still[even])
@@ -363,3 +365,78 @@ def test_a_complete_folder_is_left_alone_and_another_seed_refused(made, tmp_path
     assert "seed: there 0, wanted 5" in error and error.count("\n") == 1
     with pytest.raises(ConfigError, match="even number"):
         shapes_qa.generate(tmp_path / "odd", size=65)
+
+
+# ---------------------------------------------------------------- needles
+
+
+NEEDLES = {"train_videos": 1, "val_videos": 1, "test_videos": 1, "train_images": 3, "size": 32}
+NEEDLES |= {"window_s": 49, "haystack_s": 151}
+
+
+@pytest.fixture(scope="module")
+def needles(tmp_path_factory) -> tuple[Path, Path]:
+    """A film of three seconds, and needles in it."""
+    root = tmp_path_factory.mktemp("needles")
+    film = numbered_video(root / "film.mp4", 75, width=64, height=32)
+    shapes_qa.generate(root / "out", workers=1, film=str(film), **NEEDLES)
+    return film, root / "out"
+
+
+def test_needles_are_seen_in_their_spans_and_the_film_everywhere_else(needles):
+    film, out = needles
+    frames = decode(out / "videos/test/test-00000.mp4")
+    assert len(frames) == 1510
+    rows = json.loads((out / "test.json").read_text())
+    pixels = read_frames(film, times_s=np.arange(30) / 10, size=32, decode_size=32).frames
+    scene = shapes_qa.video_entries(shapes_qa.Parameters(film=str(film), **NEEDLES), "test", 0)[0]
+    plain = np.stack(list(shapes_qa.over_film(pixels, shapes_scene.Scene((), (), scene.texture_seed), 1510)))
+    differs = np.abs(frames.astype(int) - plain).max(axis=-1) > 40  # more than coding does
+    inside = np.zeros(1510, dtype=bool)
+    for row in rows:
+        start, end = (round(10 * edge) for edge in row["span_s"])
+        inside[start:end] = True
+    assert (differs.sum(axis=(1, 2)) > 20)[inside].mean() > 0.98 and differs[~inside].sum(axis=(1, 2)).max() < 5
+    assert Counter(row["category"] for row in rows) == {"2 s": 4, "10 s": 4, "60 s": 4}
+    assert all(f"{row['span_s'][1] - row['span_s'][0]:.0f} s" == row["category"] for row in rows)
+    assert len({row["question"] for row in rows}) == len(rows)
+
+
+def test_needles_lie_apart_anywhere_and_move_at_every_second():
+    starts = []
+    for index in range(200):
+        rng = shapes_scene.scene_stream(0, "test", index)
+        scene = shapes_scene.sample_needles(rng, 600, shapes_scene.HAYSTACK_EVENTS_S)
+        for names in zip(*((e.motion, e.colour, e.kind) for e in scene.events), strict=True):
+            assert len(set(names)) == 6
+        edges = [0, *(edge for event in scene.events for edge in (event.start, event.end)), 6000]
+        assert all(after - before >= 10 for before, after in zip(edges[::2], edges[1::2], strict=True))
+        assert all(len(event.poses) == event.end - event.start for event in scene.events)
+        starts += [event.start for event in scene.events if event.end - event.start == 20]
+    counts, _ = np.histogram(starts, bins=4, range=(0, 6000))
+    assert counts.min() > 60  # of 400, over the whole video
+    with pytest.raises(ConfigError, match="haystack_s must be at least 151, got 150"):
+        shapes_qa.Parameters(haystack_s=150)
+
+
+def test_needles_are_the_same_wherever_the_film_lies_and_another_film_is_refused(needles, tmp_path):
+    film, out = needles
+    moved, again = tmp_path / "elsewhere.mp4", tmp_path / "again"
+    shutil.copy(film, moved)
+    shapes_qa.generate(again, workers=1, film=str(moved), **NEEDLES)
+    assert contents(again) == contents(out) and not (again / "film.npy").exists()
+    other = numbered_video(tmp_path / "other.mp4", 30, width=64, height=32)
+    with pytest.raises(ConfigError, match="film: there [0-9a-f]+, wanted [0-9a-f]+"):
+        shapes_qa.generate(again, workers=1, film=str(other), **NEEDLES)
+    with pytest.raises(ConfigError, match="no such film: nowhere.mp4"):
+        shapes_qa.generate(again, film="nowhere.mp4")
+
+
+def test_pictures_that_teach_needles_have_the_film_behind(needles):
+    _, out = needles
+    rows = json.loads((out / "train_images.json").read_text())
+    coloured = {row["image"] for row in rows if row["answer"] != "none"}
+    assert coloured
+    for name in coloured:
+        picture = np.asarray(Image.open(out / name))
+        assert picture.shape == (32, 32, 3) and coloured_pixels(picture[None])[0] > 10

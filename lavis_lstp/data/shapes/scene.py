@@ -21,13 +21,17 @@ Three properties are built in, each proven in tests/data/test_shapes_qa.py:
 * **One still frame of an event does not tell the motion.** At a random moment of an event the place and the
   angle of the shape have the same distribution for all motions (shaking adds +-5 % of the width to it), so
   only change over time tells which way something moves.
+
+`sample_needles` makes the other kind of scene, for the footage of a film: a few events of 2 to 60 s in minutes, each
+repeating its motion, at times drawn without regard to any frame. Evenly spaced frames meet an event of L seconds in S
+with a chance of about K L / S, and the question alone still says nothing.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 NUM_FRAMES = 128
@@ -37,6 +41,10 @@ EVENT_FRAMES = (10, 14)  # shortest and longest, both possible
 MIN_GAP = 3  # frames without any coloured shape between two events
 EVEN_FRAMES = (14, 15, 46, 47, 78, 79, 110, 111)  # uniform_centres(4, 128), and (4, 64) of (64, 128)
 EVEN_MARGIN = 2  # frames before and after each of those which are free of events, too
+
+HAYSTACK_EVENTS_S = (2, 2, 10, 10, 60, 60)
+WINDOW_EVENTS_S = (2, 2, 10, 30)
+CYCLE = 12  # frames after which the motion of a needle begins again, at another place
 
 MOTIONS = ("left", "right", "up", "down", "turn", "shake")
 KINDS = ("circle", "square", "triangle", "star", "cross", "bar")
@@ -208,6 +216,31 @@ def sample_scene(rng: random.Random) -> Scene:
         poses = _sample_poses(rng, motion, end - start)
         events.append(Event(motion, colour, kind, start, end, rng.uniform(*RADIUS), poses))
     return Scene(tuple(events), _sample_distractors(rng), rng.getrandbits(32))
+
+
+def sample_needles(rng: random.Random, seconds: int, lengths_s: tuple[int, ...]) -> Scene:
+    """A scene of so many seconds without grey shapes whose events have these lengths, in any order, a second apart."""
+    lengths = [FPS * length_s for length_s in rng.sample(lengths_s, len(lengths_s))]
+    free = FPS * seconds - sum(lengths) - FPS * (len(lengths) + 1)
+    assert free >= 0, f"{seconds} s are too short for events of {lengths_s} s"
+    before = sorted(rng.randint(0, free) for _ in lengths)
+    names = (rng.sample(tuple(those), len(lengths)) for those in (MOTIONS, COLOURS, KINDS))
+    events, end = [], 0
+    for length, early, earlier, motion, colour, kind in zip(lengths, before, [0, *before], *names, strict=False):
+        start = end + FPS + early - earlier
+        end = start + length
+        poses = [pose for _ in range(0, length, CYCLE) for pose in _sample_poses(rng, motion, CYCLE)]
+        events.append(Event(motion, colour, kind, start, end, rng.uniform(*RADIUS), tuple(poses[:length])))
+    return Scene(tuple(events), (), rng.getrandbits(32))
+
+
+def needle_questions(scene: Scene) -> list[Question]:
+    """Two of each event, for its colour and for its kind; their category is its length."""
+    return [
+        replace(_question(event, event.motion, asks), category=f"{(event.end - event.start) // FPS} s")
+        for event in scene.events
+        for asks in CHANCE
+    ]
 
 
 def _question(event: Event, which: str, asks: str) -> Question:

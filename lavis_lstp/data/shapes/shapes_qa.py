@@ -22,13 +22,17 @@ Encoding is a part of the construction. A codec can carry a shadow of a past eve
 the frames that even spacing shows are key frames (`EVEN_FRAMES`; one of each neighbouring pair, the other
 follows from it), the quantiser is constant and no frame refers to a later one: those frames decode to
 the same bytes whether the events were in the video or not.
+
+With `--film FILE` events of 2, 10 and 60 s are drawn over the footage of a film instead, which has motion, cuts and
+colours of its own: test videos are haystacks of ten minutes, train and val videos windows of a minute, and each begins
+somewhere in the film, which is repeated from its start where it ends. All splits share the footage, none the events.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
@@ -41,6 +45,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from lavis_lstp.data.shapes import scene as world
+from lavis_lstp.data.video.reading import probe, read_frames
 from lavis_lstp.errors import ConfigError, run_command
 from lavis_lstp.files import sha256_file, strict_json, whole_file, write_json
 
@@ -50,6 +55,8 @@ SPLITS = ("train", "val", "test")
 SUPERSAMPLE = 4
 SHADE = 0.62  # brightness of a shape's one half, so that turning is visible in all kinds, circles included
 QUANTISER = 18
+MOST_FILM_S = 1800
+"""Of a longer film the first half hour is used; its pictures are held in memory once."""
 KEY_FRAMES = world.EVEN_FRAMES[::2]
 
 logger = logging.getLogger(__name__)
@@ -137,47 +144,93 @@ def draw_scene(scene: world.Scene, size: int) -> np.ndarray:
     return frames
 
 
+def over_film(film: np.ndarray, scene: world.Scene, num_frames: int) -> Iterator[np.ndarray]:
+    """Frames uint8 [S,S,3], RGB: a stretch of the film, mirrored or not, and the events over it.
+
+    Args:
+        film: uint8 [N,3,S,S], its pictures at 10 a second.
+    """
+    shown = {i: event.shape_at(i) for event in scene.events for i in range(event.start, event.end)}
+    for i in range(num_frames):
+        picture = _still_of(film, scene.texture_seed, i)
+        if i in shown:
+            draw_shape(picture, shown[i])
+        yield picture
+
+
+def _still_of(film: np.ndarray, seed: int, i: int = 0) -> np.ndarray:
+    picture = film[(seed // 2 + i) % len(film)].transpose(1, 2, 0)
+    return np.array(picture[:, ::-1] if seed % 2 else picture)
+
+
 # ---------------------------------------------------------------- files
 
 
-def write_video(path: Path, frames: np.ndarray) -> None:
-    """Encodes uint8 [T,H,W,3] RGB to H.264 at 10 fps, with key frames at the evenly spaced frames."""
+def write_video(path: Path, frames: Iterable[np.ndarray], key_frames: Sequence[int] = KEY_FRAMES) -> None:
+    """Encodes uint8 [H,W,3] RGB to H.264 at 10 fps.
+
+    Args:
+        key_frames: these and the first alone; none = where the encoder finds cuts.
+    """
     import av
     from av.video.frame import PictureType
 
+    keys = f"scenecut=0:keyint={world.NUM_FRAMES}:forced-idr=1:" if key_frames else ""
     options = {
         "preset": "veryfast",
         "qp": str(QUANTISER),
-        "x264-params": f"bframes=0:scenecut=0:keyint={world.NUM_FRAMES}:forced-idr=1:ref=1:weightp=0",
+        "x264-params": f"bframes=0:{keys}ref=1:weightp=0",
         "threads": "1",
     }
 
     with whole_file(path) as partial, av.open(str(partial), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=world.FPS, options=options)
-        stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         stream.codec_context.time_base = Fraction(1, world.FPS)
         for i, pixels in enumerate(frames):
+            if i == 0:
+                stream.height, stream.width = pixels.shape[:2]
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
             frame.pts = i
-            if i in KEY_FRAMES:
+            if i in key_frames:
                 frame.pict_type = PictureType.I
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
 
 
-def _make_video(job: tuple[Path, world.Scene, int]) -> None:
-    path, scene, size = job
-    if not path.exists():
+def _make_video(job: tuple[Path, world.Scene, int, Path | None, int]) -> None:
+    path, scene, size, film, num_frames = job
+    if path.exists():
+        return
+    if film is None:
         write_video(path, draw_scene(scene, size))
+    else:
+        write_video(path, over_film(np.load(film, mmap_mode="r"), scene, num_frames), key_frames=())
 
 
-def _make_image(job: tuple[Path, tuple[world.Shape, ...], int, int]) -> None:
-    path, shapes, texture_seed, size = job
-    if not path.exists():
-        picture = Image.fromarray(draw_background(texture_seed, shapes, size))
-        with whole_file(path) as partial:
-            picture.save(partial, format="JPEG", quality=92)
+def _make_image(job: tuple[Path, tuple[world.Shape, ...], int, int, Path | None]) -> None:
+    path, shapes, texture_seed, size, film = job
+    if path.exists():
+        return
+    if film is None:
+        picture = draw_background(texture_seed, shapes, size)
+    else:
+        picture = _still_of(np.load(film, mmap_mode="r"), texture_seed)
+        for shape in shapes:
+            if shape.rgb in world.COLOURS.values():
+                draw_shape(picture, shape)
+    with whole_file(path) as partial:
+        Image.fromarray(picture).save(partial, format="JPEG", quality=92)
+
+
+def _read_film(path: Path, film: str, size: int) -> None:
+    """Writes the film's pictures, 10 a second, uint8 [N,3,size,size], for the processes that draw over them."""
+    if path.exists():
+        return
+    times_s = np.arange(0, min(probe(film).duration_s, MOST_FILM_S), 1 / world.FPS)
+    video = read_frames(film, times_s=times_s, size=size, decode_size=size, threads=2)
+    with whole_file(path) as partial, open(partial, "wb") as file:
+        np.save(file, video.frames, allow_pickle=False)
 
 
 def _run(function: Callable[[Any], None], jobs: list, workers: int) -> None:
@@ -196,7 +249,7 @@ def _run(function: Callable[[Any], None], jobs: list, workers: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Parameters:
-    """All that decides the content of the data set."""
+    """All that decides the content of the data set; the last three count with a film alone."""
 
     seed: int = 0
     train_videos: int = 400
@@ -204,6 +257,9 @@ class Parameters:
     test_videos: int = 100
     train_images: int = 3000
     size: int = 96
+    film: str | None = None
+    window_s: int = 64
+    haystack_s: int = 600
 
     def __post_init__(self) -> None:
         if self.size < 32 or self.size % 2:
@@ -211,15 +267,32 @@ class Parameters:
         for name in ("train_videos", "val_videos", "test_videos", "train_images"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"Shapes-QA: {name} must not be negative, got {getattr(self, name)}")
+        if self.film and not Path(self.film).is_file():
+            raise ConfigError(f"Shapes-QA: no such film: {self.film}")
+        for name, events_s in (("window_s", world.WINDOW_EVENTS_S), ("haystack_s", world.HAYSTACK_EVENTS_S)):
+            least = sum(events_s) + len(events_s) + 1
+            if getattr(self, name) < least:
+                raise ConfigError(f"Shapes-QA: {name} must be at least {least}, got {getattr(self, name)}")
 
     def as_dict(self) -> dict[str, Any]:
-        return {"format": FORMAT, "version": VERSION, **vars(self)}
+        """What a manifest records; of a film its SHA-256, wherever it lies."""
+        of_films = {"film", "window_s", "haystack_s"}
+        kept = vars(self) if self.film else {name: value for name, value in vars(self).items() if name not in of_films}
+        return {"format": FORMAT, "version": VERSION, **kept, **({"film": sha256_file(self.film)} if self.film else {})}
 
 
-def video_entries(seed: int, split: str, index: int) -> tuple[world.Scene, list[dict[str, Any]]]:
-    """The scene of one video and its annotation entries."""
-    rng = world.scene_stream(seed, split, index)
-    scene = world.sample_scene(rng)
+def video_entries(parameters: Parameters, split: str, index: int) -> tuple[world.Scene, int, list[dict[str, Any]]]:
+    """The scene of one video, its number of frames, and its annotation entries."""
+    rng = world.scene_stream(parameters.seed, split, index)
+    if parameters.film:
+        seconds, events_s = parameters.window_s, world.WINDOW_EVENTS_S
+        if split == "test":
+            seconds, events_s = parameters.haystack_s, world.HAYSTACK_EVENTS_S
+        scene, num_frames = world.sample_needles(rng, seconds, events_s), world.FPS * seconds
+        questions = world.needle_questions(scene)
+    else:
+        scene, num_frames = world.sample_scene(rng), world.NUM_FRAMES
+        questions = world.sample_questions(rng, scene)
     video_id = f"{split}-{index:05d}"
     entries = [
         {
@@ -231,9 +304,9 @@ def video_entries(seed: int, split: str, index: int) -> tuple[world.Scene, list[
             "category": q.category,
             "span_s": list(q.span_s),
         }
-        for n, q in enumerate(world.sample_questions(rng, scene))
+        for n, q in enumerate(questions)
     ]
-    return scene, entries
+    return scene, num_frames, entries
 
 
 def image_entries(seed: int, index: int) -> tuple[tuple[world.Shape, ...], int, list[dict[str, Any]]]:
@@ -254,11 +327,16 @@ def image_entries(seed: int, index: int) -> tuple[tuple[world.Shape, ...], int, 
     return shapes, texture_seed, entries
 
 
-def _chance() -> dict[str, Any]:
+def _chance(film: str | None) -> dict[str, Any]:
     """What the manifest says about the best guess without the right frames."""
-    return {
+    rates = {
         "overall": round(float(world.OVERALL_CHANCE), 6),
         **{sort: round(float(rate), 6) for sort, rate in world.CHANCE.items()},
+    }
+    if film:
+        return {**rates, "meaning": "best possible accuracy from the question alone"}
+    return {
+        **rates,
         "meaning": "best possible accuracy from the question alone, and from the evenly spaced frames, in which "
         "no event is visible by construction; a guess that moves randomly chosen frames see is not covered",
         "evenly_spaced_frames": list(world.EVEN_FRAMES),
@@ -289,7 +367,7 @@ def _check_parameters(out: Path, parameters: Parameters) -> dict[str, Any] | Non
     return None
 
 
-def generate(out: str | Path, *, workers: int = 2, **parameters: int) -> dict[str, Any]:
+def generate(out: str | Path, *, workers: int = 2, **parameters: Any) -> dict[str, Any]:
     """Writes the data set to the folder `out`, as the module's docstring tells; returns its manifest.
 
     Args:
@@ -307,20 +385,23 @@ def generate(out: str | Path, *, workers: int = 2, **parameters: int) -> dict[st
         return done
     write_json(out / "incomplete.json", {"parameters": wanted.as_dict()}, indent=1)
 
+    film = out / "film.npy" if wanted.film else None
+    if film:
+        _read_film(film, wanted.film, wanted.size)
     annotations: dict[str, list[dict[str, Any]]] = {}
     videos = []
     for split in SPLITS:
         annotations[split] = []
         for index in range(getattr(wanted, f"{split}_videos")):
-            scene, entries = video_entries(wanted.seed, split, index)
+            scene, num_frames, entries = video_entries(wanted, split, index)
             annotations[split] += entries
-            videos.append((out / entries[0]["video"], scene, wanted.size))
+            videos.append((out / entries[0]["video"], scene, wanted.size, film, num_frames))
     annotations["train_images"] = []
     images = []
     for index in range(wanted.train_images):
         shapes, texture_seed, entries = image_entries(wanted.seed, index)
         annotations["train_images"] += entries
-        images.append((out / entries[0]["image"], shapes, texture_seed, wanted.size))
+        images.append((out / entries[0]["image"], shapes, texture_seed, wanted.size, film))
 
     _run(_make_video, videos, workers)
     _run(_make_image, images, workers)
@@ -330,10 +411,11 @@ def generate(out: str | Path, *, workers: int = 2, **parameters: int) -> dict[st
         "parameters": wanted.as_dict(),
         "sha256": {f"{n}.json": sha256_file(out / f"{n}.json") for n in annotations},
         "questions": {name: len(entries) for name, entries in annotations.items()},
-        "chance": _chance(),
+        "chance": _chance(wanted.film),
     }
     write_json(out / "manifest.json", manifest, indent=1)
-    (out / "incomplete.json").unlink(missing_ok=True)  # another process may have finished the same folder
+    for name in ("incomplete.json", "film.npy"):
+        (out / name).unlink(missing_ok=True)  # another process may have finished the same folder
     return manifest
 
 
@@ -343,7 +425,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("out", metavar="OUT", help="folder to write to")
     for name, default in vars(Parameters()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=str if name == "film" else int, default=default)
     parser.add_argument("--workers", type=int, default=2)
     chosen = vars(parser.parse_args(arguments))
     out = chosen.pop("out")

@@ -87,6 +87,16 @@ def motion_energy(
     return energy
 
 
+def of_candidates(figure: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+    """float64 [T]: the mean of a figure of N pictures over those that are nearer to each candidate than to others.
+
+    Args:
+        figure: [N]; candidates: int [T], ascending picture numbers.
+    """
+    part = np.searchsorted((candidates[1:] + candidates[:-1]) / 2, np.arange(len(figure)))
+    return np.bincount(part, figure, len(candidates)) / np.maximum(1, np.bincount(part, minlength=len(candidates)))
+
+
 def _whole_index(source: Source, name: str | None, max_megapixels: float) -> VideoIndex:
     name = source_name(source, name)
     index = video_index(source, name, max_megapixels)

@@ -274,6 +274,7 @@ class Chooser:
                 questions=samples["text_input"],
                 times_s=samples.get("frame_times"),
                 features=features,
+                bit_cost=self._bit_cost(samples, selector),
             )
         return Choice(*found, logits, scores, flow)
 
@@ -380,6 +381,12 @@ class Chooser:
         if key == "span" and "no_moment" in samples:  # a span file knows the question, and no moment of its video
             known = known & ~samples["no_moment"].cpu().bool()
         return span.where(known[:, None], whole)
+
+    @staticmethod
+    def _bit_cost(samples: Batch, selector: FrameSelector) -> Tensor | None:
+        if selector.needs_cost and "bit_cost" not in samples:
+            raise ConfigError("selector 'bitcost' needs samples with 'bit_cost'; set datasets.<name>.bit_cost: true")
+        return samples.get("bit_cost")
 
     def generators(self, samples: Batch) -> list[torch.Generator]:
         """One a row: in training from torch's global state, which checkpoints keep; in evaluation from the

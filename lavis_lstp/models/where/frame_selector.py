@@ -206,7 +206,8 @@ class FrameSelector:
 
     Attributes:
         by_data: whether a data set says where to look. needs_record: it has chosen, and all its frames are taken.
-        needs_logits, needs_scores, needs_features, needs_span, needs_generator: which arguments a call must bring.
+        needs_logits, needs_scores, needs_features, needs_span, needs_cost, needs_generator: which arguments a call must
+        bring.
         span_key: name in the sample of the span that "given" takes.
         Others: see `build_selector`.
     """
@@ -247,11 +248,14 @@ class FrameSelector:
         self.needs_scores = "scores" in kind.needs
         self.needs_features = "features" in kind.needs
         self.needs_span = "span" in kind.needs
+        self.needs_cost = "bit_cost" in kind.needs
         self.needs_generator = "rng" in kind.needs
-        if settings and not self.needs_scores:
+        self.method = kind.rule.partition(":")[2]
+        over_scores = self.needs_scores or self.needs_cost
+        if settings and not over_scores:
             raise ConfigError(f"model.selector.settings: selector '{name}' has none, got {', '.join(settings)}")
-        self.settings = selectors.selector_settings(name, dict(settings)) if self.needs_scores else {}
-        self.rule: Rule = globals()[kind.rule.partition(":")[2]] if not self.needs_scores else None
+        self.settings = selectors.selector_settings(self.method, dict(settings)) if over_scores else {}
+        self.rule: Rule | None = None if over_scores else globals()[self.method]
 
     @property
     def adapts(self) -> bool:
@@ -278,6 +282,7 @@ class FrameSelector:
         questions: Sequence[str] = (),
         times_s: Tensor | None = None,
         features: Sequence[np.ndarray | None] | None = None,
+        bit_cost: Tensor | None = None,
     ) -> Selection:
         """Selects frames.
 
@@ -289,6 +294,7 @@ class FrameSelector:
             flow_mask: [B,L], 1 = real, real ones first, where flows are not one a frame.
             scores: [B,T], how much each frame has to do with its question.
             questions: B strings.
+            bit_cost: [B,T], what the encoder spent on the part of the video around each frame, for "bitcost".
             times_s: [B,T], seconds of the frames; without them they are taken for one second apart.
             features: of each row, float [T,D] of its frames.
 
@@ -305,6 +311,7 @@ class FrameSelector:
             ("span", span, self.needs_span),
             ("scores", scores, self.needs_scores or self.adapts),
             ("features", features, self.needs_features),
+            ("bit_cost", bit_cost, self.needs_cost),
             ("generators", generators, self.needs_generator),
         ):
             if is_needed and value is None:
@@ -351,16 +358,16 @@ class FrameSelector:
                 mapping=self.mapping,
                 marks=self.marks,
             )
-            if self.needs_scores:
+            if self.rule is None:
                 known = selectors.Row(
-                    scores=scores[b, :count].double().cpu().numpy(),
+                    scores=(bit_cost if self.needs_cost else scores)[b, :count].double().cpu().numpy(),
                     num_selected=wanted,
                     times_s=np.arange(count) if times_s is None else times_s[b, :count].double().cpu().numpy(),
                     question=questions[b] if questions else "",
                     features=features[b] if self.needs_features else None,
                     rng=_numpy_generator(row.generator) if self.needs_generator else None,
                 )
-                frames, filled[b] = selectors.choose(self.name, known, **self.settings)
+                frames, filled[b] = selectors.choose(self.method, known, **self.settings)
                 found = frames[0], frames[-1] + 1
             else:
                 frames, found = self.rule(row, wanted)
@@ -382,7 +389,7 @@ class FrameSelector:
         return Selection(
             torch.tensor(index, dtype=torch.long, device=device).view(-1, width),
             torch.tensor(spans, dtype=torch.long, device=device).view(-1, 2),
-            torch.tensor(filled, dtype=torch.long, device=device) if self.needs_scores else None,
+            torch.tensor(filled, dtype=torch.long, device=device) if self.rule is None else None,
             several,
             shown,
         )
