@@ -24,7 +24,7 @@ class Row(NamedTuple):
     note: str = ""
 
 
-_FID = "its encoder is wrapped by way of T5's `parallelize`, which transformers 5 no longer has"
+_FID = "its encoder is wrapped by way of T5's `parallelize`, which transformers 5 dropped; 4.57 is untested"
 ROWS = (
     Row("albef_classification", "classifies image and text", "predict"),
     Row("albef_feature_extractor", "features", "extract_features", forward=None, train=None),
