@@ -220,11 +220,11 @@ class TrainOrder:
         return any(sampling.streamed for sampling in self.sampling)
 
     def permutation(self, epoch: int) -> torch.Tensor:
-        """Indices int64 in the order of this epoch, also those beyond `limit_steps`."""
+        """Indices int64 [N] in the order of this epoch, also those beyond `limit_steps`."""
         return self.drawn(epoch)[0]
 
     def drawn(self, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `permutation`, and alike the indices' places in the reading or -1."""
+        """As `permutation`, int64 [N], and alike the indices' places in the reading or -1."""
         generator = torch.Generator().manual_seed(derived_seed(self.seed, "order", epoch))
         picked, parts, offset = [], [], 0
         for length, count, sampling in zip(self.lengths, self.counts, self.sampling, strict=True):

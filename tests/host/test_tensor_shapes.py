@@ -16,21 +16,33 @@ EXEMPT = {"lavis_lstp.inference.candidates.num_bytes"}
 """Its tensors may have any shape."""
 
 
-def functions(node: ast.AST, name: str, docs: str = "") -> Iterator[tuple[str, ast.FunctionDef, str]]:
-    """(name, function, its own docstring and those of the classes around it) of every public function."""
+def functions(node: ast.AST, name: str, classes: tuple = ()) -> Iterator[tuple[str, ast.FunctionDef, tuple]]:
+    """(name, function, the classes around it) of every public function."""
     for child in ast.iter_child_nodes(node):
-        if not isinstance(child, ast.ClassDef | ast.FunctionDef) or child.name.startswith("_"):
-            continue
-        own = f"{docs} {ast.get_docstring(child)}"
-        if isinstance(child, ast.ClassDef):
-            yield from functions(child, f"{name}.{child.name}", own)
-        else:
-            yield f"{name}.{child.name}", child, own
+        if isinstance(child, ast.ClassDef | ast.FunctionDef) and not child.name.startswith("_"):
+            if isinstance(child, ast.ClassDef):
+                yield from functions(child, f"{name}.{child.name}", (*classes, child))
+            else:
+                yield f"{name}.{child.name}", child, classes
+
+
+def said(function: ast.FunctionDef, owner: ast.ClassDef, known: dict[str, ast.ClassDef]) -> str:
+    """The docstring of a method, or that of the method which it replaces, of a class of the same module."""
+    if own := ast.get_docstring(function):
+        return own
+    for base in (known[one.id] for one in owner.bases if isinstance(one, ast.Name) and one.id in known):
+        same = next((one for one in base.body if getattr(one, "name", "") == function.name), function)
+        if text := said(same, base, known):
+            return text
+    return ""
 
 
 def without_shape(tree: ast.AST, module: str) -> list[str]:
+    known = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
     found = []
-    for name, function, docs in functions(tree, module):
+    for name, function, classes in functions(tree, module):
+        own = said(function, classes[-1], known) if classes else ast.get_docstring(function)
+        docs = " ".join(str(one) for one in (own, *map(ast.get_docstring, classes)))
         arguments = ast.unparse(function.args) + (f" -> {ast.unparse(function.returns)}" if function.returns else "")
         if re.search(r"\bTensor\b", BY_NAME.sub("", arguments)) and not SHAPE.search(docs):
             found.append(name)
@@ -41,6 +53,12 @@ def test_tensors_have_shapes():
     trees = ((name, ast.parse(path.read_text(encoding="utf-8"))) for name, path in SOURCES.items())
     lost = [one for name, tree in trees for one in without_shape(tree, name) if one not in EXEMPT]
     assert not lost, f"say the shape of their tensors, such as [B,T]: {lost}"
+
+
+def test_a_method_that_replaces_another_need_not_repeat_it():
+    code = 'class A:\n def f(self) -> Tensor:\n  "{}"\nclass B(A):\n def f(self) -> Tensor:\n  pass'
+    assert without_shape(ast.parse(code.format("Scores [B].")), "m") == []
+    assert without_shape(ast.parse(code.format("Scores.")), "m") == ["m.A.f", "m.B.f"]
 
 
 @pytest.mark.parametrize(
