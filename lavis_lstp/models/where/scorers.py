@@ -147,7 +147,7 @@ def pictures(frames: Tensor) -> list[Image.Image]:
 
 
 class DualEncoder(FrameScorer):
-    """The cosine of a frame's and a text's embedding.
+    """The cosine of a frame's and a text's embedding; features are the frames' embeddings of length 1, [N,D].
 
     Args:
         model: one of transformers' with get_image_features and get_text_features; processor: its own.
@@ -298,10 +298,10 @@ class Matching(FrameScorer):
 
 
 class LavisMatching(Matching):
-    """The same of LAVIS's blip_image_text_matching and blip2_image_text_matching, under LAVIS's own processors.
+    """The same, with features [N,L,D], of LAVIS's blip_image_text_matching and blip2_image_text_matching.
 
     Args:
-        processors: LAVIS's for (pictures, texts).
+        processors: LAVIS's own for (pictures, texts).
     """
 
     tower = "visual_encoder"
@@ -361,7 +361,7 @@ def matching(
 
 class AnswererScorer(FrameScorer):
     """The log-probability of "yes" to "does this frame help?", asked of an answerer about each frame by itself (SeViLA,
-    arXiv 2305.06988). What it looks at depends on the question, so frames are their own features.
+    arXiv 2305.06988). What it looks at depends on the question, so frames [N,3,H,W] are their own features.
 
     Args:
         answerer: the model's own.
