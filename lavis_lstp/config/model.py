@@ -181,7 +181,7 @@ class Selector:
     num_selected: int | str = key(4, least=1, word=AUTO)
     least_selected: int = key(1, least=1)  # auto: at least and at most so many
     most_selected: int = key(16, least=1)
-    mass: int | float = key(0.8, above=0, most=1)  # auto: share of the sum of all candidates' scores
+    mass: int | float = key(0.8, above=0, most=1)  # auto: share of the sum of all scores above the lowest
     max_spans: int = key(
         1, least=1, most=64
     )  # best_span, lstp: at most so many spans are found, frames are of them all

@@ -429,14 +429,16 @@ def test_auto_repeats_no_frame_of_a_short_span():
     assert selector(mask_of(9), start, end, scores=scores).frame_index.tolist() == [[3, 4]]
 
 
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=30), st.floats(0.01, 1), st.integers(1, 9), st.integers(0, 9))
+@given(st.lists(st.floats(-1, 1), min_size=1, max_size=30), st.floats(0.01, 1), st.integers(1, 9), st.integers(0, 9))
 def test_auto_takes_the_fewest_frames_that_reach_the_mass(scores, mass, least, more):
     count = selectors.num_for_mass(scores, mass, least, least + more)
     assert min(least, len(scores)) <= count <= min(least + more, len(scores))
-    ordered = sorted(scores, reverse=True)
-    if least < count < least + more and sum(scores) > 0:
-        reached = sum(ordered[:count])
-        assert sum(ordered[: count - 1]) < mass * sum(scores) + 1e-6 and reached > mass * sum(scores) - 1e-6
+    above = sorted((score - min(scores) for score in scores), reverse=True)
+    if least < count < least + more and sum(above) > 0:
+        assert sum(above[: count - 1]) - 1e-6 < mass * sum(above) < sum(above[:count]) + 1e-6
+    assert (
+        count == selectors.num_for_mass([score - 2 for score in scores], mass, least, least + more) or sum(above) < 1e-9
+    )
 
 
 @pytest.mark.parametrize(

@@ -446,13 +446,16 @@ def best(scores: Any, count: int) -> list[int]:
 def num_for_mass(scores: Any, mass: float, least: int, most: int) -> int:
     """The smallest number of best scores whose sum is the share `mass` of all, within bounds and the T at hand.
 
+    Scores count from the lowest of them, as in `inverse_transform`: those of encoders are cosines, far from 0.
+
     >>> num_for_mass([0.1, 4, 4, 0.1], mass=0.9, least=1, most=8)
     2
 
     Args:
-        scores: float [T], none below 0; where all are 0 nothing stands out, and as many as allowed are taken.
+        scores: float [T]; where all are equal nothing stands out, and as many as allowed are taken.
     """
-    total = np.cumsum(np.sort(np.asarray(scores, dtype=np.float64))[::-1])
+    ordered = np.sort(np.asarray(scores, dtype=np.float64))[::-1]
+    total = np.cumsum(ordered - ordered[-1])
     needed = int(np.searchsorted(total, mass * total[-1] * (1 - 1e-9))) + 1 if total[-1] > 0 else len(total)
     return min(max(least, min(needed, most)), len(total))
 
