@@ -263,7 +263,7 @@ def test_limits_of_length_and_size():
     with lavis_lstp.load("example", max_seconds=5, max_megapixels=0.001) as strict:
         with pytest.raises(VideoError, match="max_megapixels"):
             strict.answer(picture_bytes(), ASKED, name="picture")
-        strict.reader.max_megapixels = 1
+        strict.reader.how["max_megapixels"] = 1
         with pytest.raises(VideoError, match="clip: lasts 12.8 s, more than the 5 s"):
             strict.answer(CLIP.read_bytes(), ASKED, name="clip")
 
