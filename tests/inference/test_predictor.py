@@ -181,7 +181,7 @@ def test_settings_of_a_call_leave_the_next_call_alone(predictor):
         ({"num_frames": 159}, "at most 158"),
         ({"num_frames": 10**9}, "settings.num_frames"),
         ({"selector": "lstpp"}, "lstp"),
-        ({"selector": "given"}, "takes spans from a data set"),
+        ({"selector": "given"}, "takes its span from a data set"),
         ({"max_new_tokens": 10**6}, "at most 4096"),
         ({"min_new_tokens": 9}, "at most max_new_tokens (8), got 9"),
         ({"temperature": 0, "do_sample": True}, "temperature"),
@@ -263,7 +263,7 @@ def test_limits_of_length_and_size():
     with lavis_lstp.load("example", max_seconds=5, max_megapixels=0.001) as strict:
         with pytest.raises(VideoError, match="max_megapixels"):
             strict.answer(picture_bytes(), ASKED, name="picture")
-        strict.reader.max_megapixels = 1
+        strict.reader.how["max_megapixels"] = 1
         with pytest.raises(VideoError, match="clip: lasts 12.8 s, more than the 5 s"):
             strict.answer(CLIP.read_bytes(), ASKED, name="clip")
 
