@@ -217,8 +217,12 @@ def checked(
 
 def laid_over(settings: type, *sections: Any) -> DictConfig:
     """The sections, each laid over those before it and all over the defaults; keys that are no fields are kept."""
-    defaults = OmegaConf.to_container(OmegaConf.structured(settings))
-    return OmegaConf.merge(OmegaConf.create(defaults), *sections)
+    return OmegaConf.merge(OmegaConf.create(_defaults(settings)), *sections)
+
+
+@functools.cache
+def _defaults(settings: type) -> dict[str, Any]:
+    return OmegaConf.to_container(OmegaConf.structured(settings))
 
 
 def check_sampling(given: Mapping | str, where: str) -> None:

@@ -8,6 +8,7 @@ neither torch nor LAVIS.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
 import re
@@ -166,6 +167,7 @@ def with_options(config: DictConfig, options: Sequence[str] | None) -> DictConfi
     Raises:
         ConfigError: an option that is not of the form A.B=C.
     """
+    config = copy.deepcopy(config)
     for option in options_to_dotlist(options):
         name, _, value = option.partition("=")
         path = tuple(name.split("."))
@@ -175,7 +177,7 @@ def with_options(config: DictConfig, options: Sequence[str] | None) -> DictConfi
             found = option_value(value, path)
             for part in reversed(path):
                 found = {part: found}
-            config = OmegaConf.merge(config, found)
+            config.merge_with(found)  # OmegaConf.merge would copy all of it for each option
         except (OmegaConfBaseException, yaml.YAMLError, TypeError) as error:
             raise ConfigError(f"cannot apply --options {shortened(option)}: {first_line(error)}") from error
     return config
