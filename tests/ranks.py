@@ -90,6 +90,21 @@ def lavis_run(options: dict) -> None:
         runner.train()
 
 
+def launched(options: dict) -> None:
+    """`lavis.train` of one rank, told where it is by nothing but what its launcher gives: {"folder", "given"}.
+
+    `given` is [variables, words] of each rank.
+    """
+    from lavis_lstp.host import launch
+
+    variables, words = options["given"][int(os.environ["RANK"])]
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        del os.environ[name]
+    os.environ.update(variables)
+    os.chdir(options["folder"])
+    raise SystemExit(launch.main(words))
+
+
 def draws(options: dict) -> None:
     """Steps and answers in which each rank has drawn another kind of batch; losses and answers go to a file.
 
@@ -196,7 +211,7 @@ def child(row: dict, rank: int, store: str) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(row["world_size"]))
     status = 0
     try:
-        if row["world_size"] > 1:
+        if row["world_size"] > 1 and row["job"] != "launched":
             torch.distributed.init_process_group(
                 "gloo", init_method=f"file://{store}", rank=rank, world_size=row["world_size"]
             )
@@ -256,7 +271,16 @@ def main() -> None:
     import deepspeed.runtime.superoffload.superoffload_stage3
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401, 3 s of a first engine
     import pandas  # noqa: F401
+    from test_lstp import model_config
 
+    from lavis_lstp.config import Config
+    from lavis_lstp.host import launch
+    from lavis_lstp.models.lstp import LSTP
+
+    torch.set_num_threads(1)  # no thread may run where a process is forked
+    Config(launch.parse_args(["--cfg-path", "projects/lstp/tiny_ft.yaml"], "test"))  # reads sources for their keys
+    for kind in (("instructblip", "llama"), ("blip2", "t5")):  # imports transformers' models
+        LSTP.from_config(model_config(*kind))
     gc.freeze()  # DeepSpeed collects garbage when it makes an engine: 0.4 s over all that is imported
     for line in sys.stdin:
         answer = serve(json.loads(line))

@@ -69,44 +69,71 @@ def test_torchrun_trains_into_the_current_folder(trained):
     assert "Traceback" not in done.stderr
 
 
+def zero3(out: Path) -> list[str]:
+    deepspeed = ("run.runner=runner_deepspeed", "run.deepspeed=projects/lstp/deepspeed/zero3.json")
+    return ["--cfg-path", "run.yaml", "--options", *deepspeed, f"run.output_dir={out}"]
+
+
+def uncompiled(out: Path) -> dict[str, str]:
+    return {"CC": "/nowhere/cc", "CXX": "/nowhere/c++", "TORCH_EXTENSIONS_DIR": str(out / "built")}
+
+
+def check_zero3(out: Path, world_size: int) -> None:
+    manifest = json.loads((out / "run_manifest.json").read_text())
+    assert manifest["status"] == "finished" and manifest["world_size"] == world_size
+    assert (out / "checkpoints" / "last" / "model.safetensors").is_file()
+    assert not (out / "built").exists(), "nothing was compiled"
+
+
+def meeting() -> dict[str, str]:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+
+
+@pytest.mark.parametrize("launcher", ["alone", "torchrun", "deepspeed", "slurm"])
+def test_deepspeed_from_what_every_launcher_says(trained, ranks, tmp_path, launcher):
+    """Stage 3 of ZeRO from the variables and words of a launcher; no compiler is asked for."""
+    folder, _ = trained
+    world_size = 1 if launcher == "alone" else 2
+    given = [[uncompiled(tmp_path), zero3(tmp_path)] for _ in range(world_size)]
+    place = meeting()
+    for rank, (variables, words) in enumerate(given):
+        if launcher in ("torchrun", "deepspeed"):
+            variables |= {**place, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+        if launcher == "deepspeed":
+            words.insert(0, f"--local_rank={rank}")
+        if launcher == "slurm":
+            variables |= {**place, "SLURM_NTASKS": "2", "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}
+    assert ranks.run(world_size, "launched", {"folder": str(folder), "given": given}) == [0] * world_size
+    check_zero3(tmp_path, world_size)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["alone", "torchrun", "deepspeed", "slurm"])
 def test_deepspeed_by_every_launcher(trained, tmp_path, launcher):
-    """Stage 3 of ZeRO in one process without a launcher, and in two by each of them; no compiler is asked for."""
+    """The same in one process of its own, and in two by each launcher."""
     folder, _ = trained
-    deepspeed = "run.deepspeed=projects/lstp/deepspeed/zero3.json"
-    words = [
-        "--cfg-path",
-        "run.yaml",
-        "--options",
-        "run.runner=runner_deepspeed",
-        deepspeed,
-        f"run.output_dir={tmp_path}",
-    ]
-    module = ("-m", "lavis.train", *words)
+    module = ("-m", "lavis.train", *zero3(tmp_path))
     env = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHONPATH", "SLURM_", "RANK"))}
-    env.update(OMP_NUM_THREADS="1", CC="/nowhere/cc", CXX="/nowhere/c++", TORCH_EXTENSIONS_DIR=str(tmp_path / "built"))
+    env.update(OMP_NUM_THREADS="1", **uncompiled(tmp_path))
     commands = [[sys.executable, *module]]
     if launcher == "torchrun":
         commands = [[sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *module]]
     if launcher == "deepspeed":
         program = "from deepspeed.launcher.runner import main; main()"
-        commands = [[sys.executable, "-c", program, "--num_gpus=2", "--module", "lavis.train", *words]]
+        commands = [[sys.executable, "-c", program, "--num_gpus=2", "--module", *module[1:]]]
         env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
     envs = [env]
     if launcher == "slurm":
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            meet = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "SLURM_NTASKS": "2"}
         commands *= 2
+        meet = meeting() | {"SLURM_NTASKS": "2"}
         envs = [{**env, **meet, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(2)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     running = [subprocess.Popen(c, cwd=folder, env=e, **pipes) for c, e in zip(commands, envs, strict=True)]
     said = [process.communicate(timeout=300)[0] for process in running]
     assert [process.returncode for process in running] == [0] * len(running), "\n".join(said)[-4000:]
-    manifest = json.loads((tmp_path / "run_manifest.json").read_text())
-    assert manifest["status"] == "finished" and manifest["world_size"] == (1 if launcher == "alone" else 2)
-    assert (tmp_path / "checkpoints" / "last" / "model.safetensors").is_file()
-    assert not (tmp_path / "built").exists(), "nothing was compiled"
+    check_zero3(tmp_path, 1 if launcher == "alone" else 2)
 
 
 SLOW_RELEASE = """

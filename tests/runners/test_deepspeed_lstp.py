@@ -48,7 +48,7 @@ def words(data: Path, output: Path, world_size: int, *more: str, **run) -> list[
     ]
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_tiny_recipe_has_one_loss_curve(ranks, data, tmp_path, world_size):
     """Stages 0 to 3 and plain PyTorch (DDP on two processes), fp32, 20 steps."""
     kinds = {"plain": {}, **{f"zero{stage}": zero(stage) for stage in range(4)}}
@@ -62,7 +62,11 @@ def test_the_tiny_recipe_has_one_loss_curve(ranks, data, tmp_path, world_size):
 
 @pytest.mark.parametrize(
     ("family", "language", "in_loop"),
-    [("instructblip", "llama", False), ("blip2", "t5", False), ("instructblip", "llama", True)],
+    [
+        pytest.param("instructblip", "llama", False, marks=pytest.mark.slow),  # all of it happens where in_loop is true
+        ("blip2", "t5", False),
+        ("instructblip", "llama", True),
+    ],
 )
 def test_ranks_that_draw_other_kinds_of_samples_do_not_wait_for_ever(ranks, tmp_path, family, language, in_loop):
     """One rank all text, the other all video, and what else can meet: training, answers of other lengths, and more

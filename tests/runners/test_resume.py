@@ -85,29 +85,23 @@ def test_stopped_before_any_step(unbroken, tmp_path, at):
     assert resumed.store.best() == json.loads((unbroken / "checkpoints" / "best.json").read_text())
 
 
-def run_toy(folder: Path, **options) -> subprocess.CompletedProcess:
-    options = {**OPTIONS, "output_dir": folder, "resume_ckpt_path": "auto", "valid_splits": "[val]", **options}
-    return subprocess.run(
-        [sys.executable, str(HERE / "toy.py"), *(f"{key}={value}" for key, value in options.items())],
-        env={**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+def run_toy(ranks, folder: Path, **options) -> int:
+    """The exit status of one process of its own."""
+    options = {**OPTIONS, "output_dir": str(folder), "resume_ckpt_path": "auto", "valid_splits": ["val"], **options}
+    (status,) = ranks.run(1, "toy", options)
+    return status
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_sigkill_at_a_random_step(unbroken, tmp_path, workers):
+def test_sigkill_at_a_random_step(ranks, unbroken, tmp_path, workers):
     at = random.SystemRandom().randrange(1, STEPS)
-    killed = run_toy(tmp_path, kill_at=at, num_workers=workers)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert run_toy(ranks, tmp_path, kill_at=at, num_workers=workers) == -signal.SIGKILL
     make_runner(tmp_path, valid_splits=["val"], resume_ckpt_path="auto", num_workers=workers, **OPTIONS).train()
     assert_equal_runs(unbroken, tmp_path)
 
 
-def test_sigterm_saves_and_exits_143(unbroken, tmp_path):
-    stopped = run_toy(tmp_path, term_at=4)
-    assert stopped.returncode == 143, stopped.stderr
+def test_sigterm_saves_and_exits_143(ranks, unbroken, tmp_path):
+    assert run_toy(ranks, tmp_path, term_at=4) == 143
     assert checkpoint.find(tmp_path).name == "step_00000005"  # the step during which it came is finished
     assert json.loads((tmp_path / "run_manifest.json").read_text())["status"] == "terminated"
     make_runner(tmp_path, valid_splits=["val"], resume_ckpt_path="auto", **OPTIONS).train()
