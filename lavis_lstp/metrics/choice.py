@@ -10,14 +10,16 @@ import re
 import string
 from collections.abc import Collection, Mapping, Sequence
 
-from lavis_lstp.metrics.qa import accuracy_interval, folded, normalise, without_markup, yes_or_no
+from lavis_lstp.metrics.qa import accuracy_interval, folded, normalise, without_markup, without_thoughts, yes_or_no
 
 LETTERS = string.ascii_uppercase
 _LONE = re.compile(r"[(\[{<'\"]*([A-Za-z])[)\]}>'\"]*[.:,;!\u3002]?")
 _FIRST = re.compile(r"\(([A-Za-z])\)|\[([A-Za-z])\]|([A-Za-z])[).:,](?![A-Za-z]\.)|([A-Z]) - ")
 _NAMED = re.compile(
-    r"\b(?i:answer|option|choice|letter)(?: is)?:? ?(?:\(([A-Za-z])\)|\[([A-Za-z])\]|([A-Z])(?=[).:,]|$|\s))"
+    r"(?:\b(?i:answer|option|choice|letter)(?: is)?|\u7b54\u6848\u662f?|\u9009\u9879):? ?"
+    r"(?:\(([A-Za-z])\)|\[([A-Za-z])\]|([A-Z])(?=[).:,\u3002]|$|\s)|([a-z])(?=[.\u3002]?$))"
 )
+"""A letter behind such a word, in English or Chinese; a small one at the end alone, where "a" is no article."""
 _MORE = re.compile(r"\(([A-Za-z])\)|\b([A-Z])(?=[).:,]|$)")
 """Letters after the one that an answer begins with: "(A) or (B)", "A, B"."""
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.IGNORECASE | re.DOTALL)
@@ -45,6 +47,7 @@ def parse_choice(text: str, options: Sequence[str]) -> int | None:
     """
     if exact := _words_alone(text, options):  # before tags are looked for: an option may be one
         return _one({*exact, *_letter_alone(text, options)}, options)
+    text = without_thoughts(text)
     tagged = {_read(part, options) for part in _ANSWER.findall(text)}
     if tagged:
         return None if None in tagged else _one({i for i in tagged if i is not None}, options)

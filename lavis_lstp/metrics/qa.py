@@ -55,6 +55,11 @@ def folded(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).translate(_QUOTES_AND_DASHES).lower().split())
 
 
+def without_thoughts(text: str) -> str:
+    """What a model that thinks aloud says behind `</think>`; nothing where it never came to an end of thinking."""
+    return text.rpartition("</think>")[2].partition("<think>")[0]
+
+
 def without_markup(text: str) -> str:
     """A text without bold marks, tags and boxes around words; in NFKC, its case and lines as they were."""
     text = unicodedata.normalize("NFKC", text).translate(_QUOTES_AND_DASHES)
@@ -90,7 +95,7 @@ def yes_or_no(text: str) -> bool | None:
     >>> yes_or_no("Yes, it is."), yes_or_no("No, there isn't."), yes_or_no("Yes, but not now")
     (True, False, None)
     """
-    text = _ANSWER_IS.sub("", folded(without_markup(text)).lstrip(" \"'([{"), count=1)
+    text = _ANSWER_IS.sub("", folded(without_markup(without_thoughts(text))).lstrip(" \"'([{"), count=1)
     match = _FIRST_WORD.match(text)
     if match is None:
         return None

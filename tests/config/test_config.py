@@ -10,6 +10,7 @@ from lavis.common.registry import registry
 from omegaconf import OmegaConf
 
 from lavis_lstp.config import Config, find_config, options_to_dotlist, recipes
+from lavis_lstp.config.load import evaluations, project_files
 from lavis_lstp.config.model import checked_model
 from lavis_lstp.config.other_keys import check_transformers
 from lavis_lstp.errors import ConfigError
@@ -167,10 +168,14 @@ def test_keys_that_only_laviss_sources_know_are_accepted(write):
     assert cfg.model_cfg.max_txt_len == 16
 
 
-def test_recipes_are_found_from_any_folder_and_hold_valid_keys_only(tmp_path, monkeypatch):
+@pytest.mark.parametrize("every_pair", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_recipes_are_found_from_any_folder_and_hold_valid_keys_only(tmp_path, monkeypatch, every_pair):
+    """Quick: every file; of the pairs of a benchmark and a model, each benchmark and each model."""
     monkeypatch.chdir(tmp_path)
-    assert "projects/lstp/tiny_ft.yaml" in recipes()
-    for recipe in recipes():
+    pairs, models = evaluations(), len(project_files("lstp/eval/models/*.yaml"))
+    assert "projects/lstp/tiny_ft.yaml" in recipes() and len(pairs) // models >= models
+    some = [pair for n, pair in enumerate(pairs) if n // models % models == n % models]
+    for recipe in pairs if every_pair else [*some, *(set(recipes()) - set(pairs))]:
         assert load(recipe).run_cfg.runner == "runner_lstp"
 
 

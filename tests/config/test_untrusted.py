@@ -257,7 +257,7 @@ OWN = {
     """,
     "the package's own files": """
         _with_default_preprocess.load_model_and_preprocess_by_name load_variant _settings hub_answers
-        laid_over base LSTP.default_config VideoQABuilder.default_config git_revision pack_once.work
+        laid_over _defaults base LSTP.default_config VideoQABuilder.default_config git_revision pack_once.work export
     """,
     "what opens, for those above": "_pipe _strip _fsspec ShardSet._index read_manifest",
     "a copy of the configuration for a record": "recordable",
@@ -284,7 +284,7 @@ def doors(path: Path) -> set[str]:
                 not of and called in imported
             )
             opens = called in OPEN and opener
-            if (of == "OmegaConf" and called in CONFIGURE) or opens:
+            if (of == "OmegaConf" and called in CONFIGURE) or called == "merge_with" or opens:
                 found.add(".".join(names))
         for child in ast.iter_child_nodes(node):
             walk(child, names)

@@ -462,6 +462,18 @@ def test_sound_with_a_cover_picture_is_no_video(tmp_path):
         probe(tmp_path / "song.m4a")
 
 
+def test_an_avi_with_dropped_pictures_is_whole(tmp_path):
+    """Its header counts them, and empty chunks stand for them."""
+    shown = [0, 7, 14, 20, 21]
+    path = numbered_video(tmp_path / "v.avi", 5, ticks=shown, fps=25, codec="mpeg4", options={})
+    video = read_frames(path, num=5)
+    assert [read_number(frame) for frame in video.frames] == list(range(5))
+    assert video.times_s == pytest.approx([tick / 25 for tick in shown], abs=1e-3)
+    (tmp_path / "cut.avi").write_bytes(path.read_bytes()[:-400])
+    with pytest.raises(VideoError, match="cut.avi: truncated"):
+        probe(tmp_path / "cut.avi")
+
+
 @pytest.mark.parametrize("ending", ["mp4", "mkv", "avi", "ts"])
 def test_a_file_cut_off_gives_its_whole_frames_or_an_error(tmp_path, ending):
     options = {"movflags": "faststart"} if ending == "mp4" else {}

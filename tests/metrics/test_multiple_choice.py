@@ -154,6 +154,13 @@ YES_NO, THREE = ["yes", "no", "not sure"], ["a dog", "a person", "a car"]
         (THREE, "<think>(A) or (C)?</think>\n<answer> (B) a person </answer>", 1),
         (THREE, "<answer>A</answer> <answer>B</answer>", None),
         (THREE, "<answer>A</answer> <answer>who knows</answer>", None),
+        (THREE, "<think>The answer is A, no, wait.</think>\nThe answer is C.", 2),
+        (YES_NO, "<think>no, wait</think> Yes", 0),
+        (THREE, "<think>The answer is A", None),  # it never came to an end
+        (THREE, "The correct answer is b.", 1),
+        (THREE, "the answer is a good question", None),
+        (THREE, "\u9009\u9879 (B)\u3002", 1),
+        (THREE, "\u7b54\u6848\uff1aB", 1),
         (THREE, "The answer is **B**.", 1),
         (THREE, "B - a person", 1),
         (THREE, "B - a dog", None),
