@@ -258,6 +258,7 @@ OWN = {
     "the package's own files": """
         _with_default_preprocess.load_model_and_preprocess_by_name load_variant _settings hub_answers
         laid_over _defaults base LSTP.default_config VideoQABuilder.default_config git_revision pack_once.work export
+        build_matching
     """,
     "what opens, for those above": "_pipe _strip _fsspec ShardSet._index read_manifest",
     "a copy of the configuration for a record": "recordable",

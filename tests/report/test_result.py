@@ -50,7 +50,7 @@ def verify(file: Path, capsys, *more: object) -> tuple[int, str]:
 
 
 def change(file: Path, **values) -> None:
-    write_json(file, {**json.loads(file.read_text()), **values})
+    write_json(file, {**json.loads(file.read_text(encoding="utf-8")), **values})
 
 
 def test_the_numbers_are_found_again_without_the_run(board, capsys):

@@ -401,7 +401,7 @@ def test_spans_of_a_part_never_replace_those_of_the_whole(tmp_path):
     before = (tmp_path / "spans.json").read_bytes()
     found = evaluator(tmp_path / "part", **asked, limit_batches=2).evaluate()["train"]
     assert found["spans_file"] == str(tmp_path / "part" / "partial_spans.json") and found["partial"]
-    assert len(json.loads(Path(found["spans_file"]).read_text())["spans"]) == 4
+    assert len(json.loads(Path(found["spans_file"]).read_text(encoding="utf-8"))["spans"]) == 4
     assert (tmp_path / "spans.json").read_bytes() == before
 
 
