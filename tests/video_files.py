@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import cv2
 import numpy as np
+import pytest
 
+ACCENTS = pytest.mark.skipif(sys.getfilesystemencoding() != "utf-8", reason="file names of this locale are ASCII")
 STEP = 6  # grey levels between one frame's number patch and the next one's
 
 

@@ -18,7 +18,7 @@ from conftest import GOLDEN
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 from torch.utils.data import DataLoader
-from video_files import audio_file, numbered_video, read_number
+from video_files import ACCENTS, audio_file, numbered_video, read_number
 
 from lavis_lstp.commands import flow as flow_files
 from lavis_lstp.data.folder import FolderQuestions
@@ -132,6 +132,7 @@ def test_the_line_of_a_wrong_entry_counts_blank_ones(tmp_path):
         read_annotation(path)
 
 
+@ACCENTS
 @pytest.mark.parametrize("stored", ["NFC", "NFD"])
 def test_a_name_means_its_file_however_its_accents_are_encoded(tmp_path, stored):
     """Of the medium, of folders above it and of its flow; a name that is there as it is written wins."""

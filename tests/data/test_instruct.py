@@ -12,6 +12,7 @@ import pytest
 import torch
 from lavis.models import load_model
 from torch.utils.data import Dataset
+from video_files import ACCENTS
 
 from lavis_lstp.data.instruct import read_instructions
 from lavis_lstp.data.spans import read_spans
@@ -129,6 +130,7 @@ def test_any_ending_of_a_video_is_found(tmp_path):
     assert read_instructions([path], kind="video", form="questions", root=tmp_path)[0]["video"] == "a.mkv"
 
 
+@ACCENTS
 def test_a_video_is_found_whose_file_name_encodes_accents_otherwise(tmp_path):
     (tmp_path / unicodedata.normalize("NFD", "\u00e9.wmv")).touch()
     path = written(tmp_path / "q.json", {"1": {"q": "?", "a": "!", "video_id": "\u00e9"}})

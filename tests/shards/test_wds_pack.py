@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from video_files import audio_file, numbered_video
+from video_files import ACCENTS, audio_file, numbered_video
 
 from lavis_lstp.data.annotation import read_annotation
 from lavis_lstp.data.instruct import read_instructions
@@ -133,6 +133,7 @@ def test_media_need_not_be_opened(media, tmp_path):
     assert "fps" not in value and value["bytes"] == 7
 
 
+@ACCENTS
 def test_any_video_that_is_read_is_packed_however_its_name_encodes_accents(tmp_path):
     for name in ("\u00e9.wmv", "\u00e9.3gp", "\u00e9.ts"):
         (tmp_path / unicodedata.normalize("NFD", name)).write_bytes(name.encode())
