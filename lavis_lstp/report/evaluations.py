@@ -267,7 +267,7 @@ def _evaluation(
         resamples=bootstrap.get("resamples", RESAMPLES),
         seed=bootstrap.get("seed", 0),
         timings=_timings(timings, rows) if timings.is_file() else [],
-        digests=metrics.get("digests", {}),
+        digests=_json(file.with_name(f"{file.stem}_digests.json"), DIGEST_FORMS),
     )
     for path in (one.run_dir / name for name in MANIFESTS):
         if content := _json(path, MANIFEST_FORMS):
@@ -344,7 +344,6 @@ FORMS: dict[str, Callable[[Any], bool]] = {
 """What the page reads of a row, and whether a value is of the form that evaluations write."""
 RESULT_FORMS: dict[str, Callable[[Any], bool]] = {
     "num_questions": lambda value: _is_number(value, (int,)),
-    "digests": lambda value: isinstance(value, dict) and all(isinstance(one, str) for one in value.values()),
     "predictions": lambda value: isinstance(value, dict) and isinstance(value.get("sha256", ""), str),
     "bootstrap": lambda value: (
         isinstance(value, dict)
@@ -355,6 +354,7 @@ RESULT_FORMS: dict[str, Callable[[Any], bool]] = {
     ),
 }
 """Keys of metrics and of a judge's result that the page reads, and their forms."""
+DIGEST_FORMS = dict.fromkeys(("weights", "data"), lambda value: isinstance(value, str))
 MANIFEST_FORMS: dict[str, Callable[[Any], bool]] = {
     "config": lambda value: (
         isinstance(value, dict)

@@ -90,7 +90,8 @@ class LSTPTask(BaseTask):
         Questions without a record are listed in `<split>_<task>_missing.jsonl`, with the video they are about.
 
         Args:
-            digests: of what the records depend on, for the metrics file.
+            digests: of what the records depend on, for `<split>_<task>_digests.json`; not for the metrics, which are
+                equal however the weights are divided among ranks.
 
         Raises:
             CoverageError: a question has no record, or two, and `allow_partial` is not set.
@@ -98,13 +99,15 @@ class LSTPTask(BaseTask):
         stem = Path(result_dir) / f"{split_name}_{self.name}"
         timings = [{"question_id": r["question_id"], **r[TIMINGS]} for r in val_result if TIMINGS in r]
         records = [{key: value for key, value in r.items() if key != TIMINGS} for r in val_result]
-        ends = ("_metrics.json", "_timings.jsonl", "_missing.jsonl")
-        metrics_file, timings_file, missing_file = (stem.with_name(stem.name + end) for end in ends)
-        for path in (metrics_file, timings_file, missing_file):
+        ends = ("_metrics.json", "_timings.jsonl", "_missing.jsonl", "_digests.json")
+        metrics_file, timings_file, missing_file, digests_file = (stem.with_name(stem.name + end) for end in ends)
+        for path in (metrics_file, timings_file, missing_file, digests_file):
             path.unlink(missing_ok=True)  # of an earlier evaluation: they must not stand beside these predictions
         write_jsonl(stem.with_suffix(".jsonl"), records)
         if timings:
             write_jsonl(timings_file, timings)
+        if digests:
+            write_json(digests_file, dict(digests))
         expected = question_ids(dataset)
         missing = missing_questions(dataset, {record["question_id"] for record in records})
         lost = getattr(dataset, "unanswerable", ())
@@ -121,7 +124,7 @@ class LSTPTask(BaseTask):
         elif not scored:  # hidden answers: all predicted, none scored
             covered["num_scored"] = 0
         metrics = {**found, **covered}
-        write_json(metrics_file, {**metrics, **({"digests": dict(digests)} if digests else {})})
+        write_json(metrics_file, metrics)
         return metrics
 
 

@@ -26,8 +26,8 @@ MANIFEST = {
 def board(tmp_path) -> Path:
     """A result file beside its predictions; the run itself is gone."""
     run = tmp_path / "run"
-    digests = {"weights": "w", "data": "d"}
-    file = write_run(run, [prediction(i, pattern(i)) for i in range(30)], num_questions=32, digests=digests)
+    file = write_run(run, [prediction(i, pattern(i)) for i in range(30)], num_questions=32)
+    write_json(file.with_name(f"{file.stem}_digests.json"), {"weights": "w", "data": "d"})
     write_json(run / "evaluate_manifest.json", MANIFEST)
     (tmp_path / "board").mkdir()
     assert report(run, tmp_path) == 0
