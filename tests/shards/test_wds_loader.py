@@ -31,8 +31,8 @@ def of_files(media, **options) -> VideoQADataset:  # noqa: F811
     return VideoQADataset(read_annotation(media / "a.json"), media, **COMMON | options)
 
 
-def of_shards(shards, *, questions: dict | None = None, **options) -> VideoQADataset:
-    return VideoQADataset(ShardQuestions(shards, **questions or {}), **COMMON | options)
+def of_shards(places, /, *, questions: dict | None = None, **options) -> VideoQADataset:
+    return VideoQADataset(ShardQuestions(places, **questions or {}), **COMMON | options)
 
 
 def assert_same(one, other) -> None:

@@ -74,7 +74,7 @@ def test_every_item_is_a_sample_and_its_batch_has_the_same_keys(media, kind, set
     if settings is PUBLISHED:
         settings = {**settings, "flow_root": media}
     if settings is SUBTITLED:
-        settings = {"subtitles": Subtitles([{"video": "a.mp4"}], media, "whole", 0)}
+        settings = {"subtitles": Subtitles([{"question_id": "q0", "video": "a.mp4"}], media, "whole", 0)}
     row = row if kind == "video" else {name: value for name, value in row.items() if name != "span_s"}
     data = data_set(media, kind, row, **settings)
     assert data[0].keys() == set(Sample.__required_keys__) | more and more <= Sample.__optional_keys__
