@@ -106,6 +106,12 @@ def run_command(command: Callable[[], int | None]) -> int:
             _mute()  # Python would try to flush it again at its end
         where = error.filename if error.filename is not None else "output"
         return _tell(f"{where}: {error.strerror}" if error.strerror else str(error) or type(error).__name__)
+    except UnicodeEncodeError as error:
+        if error.encoding == "utf-8":
+            raise
+        return _tell(
+            f"{shortened(error.object)!a} cannot be written in this locale ({error.encoding}); set PYTHONUTF8=1"
+        )
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return STOPPED

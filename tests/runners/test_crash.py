@@ -189,6 +189,11 @@ def test_a_folder_that_vanished_is_one_line(tmp_path, capsys):
         (ConfigError("two\nlines"), 2, "error: two lines\n"),
         (OSError(errno.ENOSPC, "No space left on device", "/x/y"), 2, "error: /x/y: No space left on device\n"),
         (OSError(errno.EROFS, "Read-only file system", "/x"), 2, "error: /x: Read-only file system\n"),
+        (
+            UnicodeEncodeError("ascii", "caf\u00e9.mp4", 3, 4, "ordinal not in range(128)"),
+            2,
+            "error: 'caf\\xe9.mp4' cannot be written in this locale (ascii); set PYTHONUTF8=1\n",
+        ),
         (KeyboardInterrupt(), STOPPED, "stopped\n"),
     ],
 )
