@@ -487,7 +487,7 @@ def test_json_of_files_has_one_strict_reader():
 
 @pytest.mark.parametrize("content", ['{"weight_map": {}, "weight_map": {}}', "[" * 100_000, "\ufeff[]", '{"a": NaN}'])
 def test_a_file_about_weights_that_no_two_readers_read_alike_is_one_line(content, tmp_path, monkeypatch):
-    from lavis_lstp.inference.loading import _recorded_run
+    from lavis_lstp.inference.loading import recorded_run
     from lavis_lstp.models.weights import hub
     from lavis_lstp.models.weights.reading import _load_shards
     from lavis_lstp.report.table import measure
@@ -501,7 +501,7 @@ def test_a_file_about_weights_that_no_two_readers_read_alike_is_one_line(content
     reads = {
         names[0]: lambda: _load_shards(tmp_path / names[0]),
         names[1]: hub.sizes_of_weights,
-        names[2]: lambda: _recorded_run(str(tmp_path / "model.safetensors")),
+        names[2]: lambda: recorded_run(str(tmp_path / "model.safetensors")),
         names[3]: lambda: measure(tmp_path, "s_t"),
     }
     for name, read in reads.items():

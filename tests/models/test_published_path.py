@@ -33,7 +33,7 @@ TRAINING = sorted(name for name in CASES if name.startswith(("iv.", "ivt.")))
 REFINEMENT = sorted(name for name in CASES if name.startswith("sf."))
 TOLERANCE = 2e-5
 """Of activations of about 1, through sampler, vision tower and Q-Former."""
-RAFT_TOLERANCE = 2e-3
+RAFT_TOLERANCE = 4e-3  # 2.6e-3 without vector units (ATEN_CPU_CAPABILITY=default)
 """Of flow of up to 119 px, and of logits that come from it: 20 iterations amplify the last bits."""
 
 
