@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from conftest import GOLDEN
@@ -116,7 +117,8 @@ def test_every_selector_gives_sorted_frames_inside_its_span(name, num_selected, 
         spans.append((start, data.draw(st.integers(start + 1, max(start + 1, n)))))
     selector = build_selector(name, num_selected=num_selected, context=context)
     given, draws = logits(len(lengths), 20), sample_generators(IDS[: len(lengths)])
-    found = selector(mask, *given, torch.tensor(spans), draws, scores=given[0], bit_cost=given[1].abs())
+    more = {"bit_cost": given[1].abs(), "features": [np.eye(n, 8) for n in lengths]}
+    found = selector(mask, *given, torch.tensor(spans), draws, scores=given[0], **more)
     assert found.frame_index.shape == (len(lengths), num_selected)
     assert found.frame_index.dtype == found.span.dtype == torch.long
     for index, (start, end), n in zip(found.frame_index.tolist(), found.span.tolist(), lengths, strict=True):

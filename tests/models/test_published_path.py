@@ -33,7 +33,7 @@ TRAINING = sorted(name for name in CASES if name.startswith(("iv.", "ivt.")))
 REFINEMENT = sorted(name for name in CASES if name.startswith("sf."))
 TOLERANCE = 2e-5
 """Of activations of about 1, through sampler, vision tower and Q-Former."""
-RAFT_TOLERANCE = 4e-3  # 2.6e-3 without vector units (ATEN_CPU_CAPABILITY=default)
+RAFT_TOLERANCE = 2e-3
 """Of flow of up to 119 px, and of logits that come from it: 20 iterations amplify the last bits."""
 
 
@@ -265,7 +265,9 @@ def test_evaluation_gives_the_published_answer(folders, monkeypatch, name):
     result = model.answer(samples, max_new_tokens=128, do_sample=False)
 
     if case["raft"]:
-        assert (flows[0][2][0, :, :, ::16, ::16] - facts["flow"]).abs().max() < RAFT_TOLERANCE
+        away = (flows[0][2][0, :, :, ::16, ::16] - facts["flow"]).abs()
+        assert away.quantile(0.999) < RAFT_TOLERANCE and away.median() < RAFT_TOLERANCE / 10
+        assert away.max() < 2 * RAFT_TOLERANCE  # 2.6e-3 of one value without vector units, ATEN_CPU_CAPABILITY=default
     logits = torch.stack([result["start_logits"][0], result["end_logits"][0]], dim=1)
     assert (logits - facts["logits"]).abs().max() < tolerance
     chosen = case["selected"]
