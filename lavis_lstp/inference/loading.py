@@ -234,7 +234,7 @@ def _recorded_videos(checkpoint: str | None) -> dict[str, dict[str, Any]]:
     found = {}
     for name, section in sections.items() if isinstance(sections, Mapping) else ():
         if isinstance(section, Mapping) and issubclass(settings_of(name) or object, VideoSettings):
-            given = {key: section[key] for key in ("num_frames", *READING) if key in section}
+            given = {key: section[key] for key in ("num_frames", *READING) if section.get(key) is not None}
             where = f"{manifest}: datasets.{name}"
             found[name] = checked(recorded(given, where), VideoSettings, where)
     return found

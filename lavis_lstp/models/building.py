@@ -40,8 +40,8 @@ def build_parts(cfg: Mapping[str, Any]) -> dict[str, Any]:
     for key in ("train", "losses"):
         if isinstance(cfg[key], str):
             raise ConfigError(f"model.{key} must be a list, got '{cfg[key]}'; write [{cfg[key]}]")
-    check_scorer(cfg)
     selector = build_selector(**cfg["selector"], mask_padding=cfg["mask_padding"])
+    check_scorer(cfg)
     require_weights(cfg)
     answerer = build_backbone(**cfg["backbone"], fusion=cfg["fusion"], lora=cfg["lora"])
     refinement = {key: value for key, value in cfg["refinement"].items() if key != "in_loop"}

@@ -68,6 +68,10 @@ FRAMES = {
     "mapping": "ends",
     "marks": 0,
     "settings": {},
+    "least_selected": 1,
+    "most_selected": 16,
+    "mass": 0.8,
+    "max_spans": 1,
 }
 VIDEOS, IMAGES, TEXTS = "lstp_video_instruct", "lstp_image_instruct", "lstp_text_instruct"
 MIXED = {

@@ -332,7 +332,7 @@ def test_unknown_names(hub):
     assert "model_type" in failing(hub, backbone={"model_type": None})
     wrong = {**overrides(hub, "blip2_t5"), "num_query_tokens": 4}
     assert "did you mean 'num_query_token'" in failing(hub, backbone={"config": wrong})
-    assert "known: hub, lavis" in failing(hub, backbone={"source": "huggingface"})
+    assert "known: endpoint, hub, lavis, transformers" in failing(hub, backbone={"source": "huggingface"})
     assert "model.backbone.attention" in failing(hub, backbone={"attention": "sdpa"})
 
 
