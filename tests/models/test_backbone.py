@@ -481,7 +481,7 @@ def test_a_batch_without_an_answer_costs_nothing(folders):
 
 
 class PatchBackbone(Backbone):
-    """The example of CONTRIBUTING.md: patches of the frames, no Q-Former, a language model without a begin mark."""
+    """Another kind of answerer: patches of the frames, no Q-Former, a language model without a begin mark."""
 
     PARTS = {"vision": ("eye.",), "projection": ("bridge.",), "language_model": ("tongue.",)}
     image_size = 64

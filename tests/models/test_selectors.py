@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lavis_lstp import select_from_scores
 from lavis_lstp.errors import ConfigError
-from lavis_lstp.models.where.selectors import SELECTORS, LazyScores, Row, best_span, choose, question_kind
+from lavis_lstp.models.where.selectors import SELECTORS, LazyScores, Row, Selector, best_span, choose, question_kind
 
 CASES = json.loads((GOLDEN / "frame_selectors.json").read_text())["cases"]
 PUBLISHED = {
@@ -60,6 +60,16 @@ def test_repeats_are_kept_only_where_asked():
     scores = np.eye(1, 9, 4)[0]
     assert select_from_scores(scores, 3, "inverse_transform", repeats=True) == [4, 4, 4]
     assert len(set(select_from_scores(scores, 3, "inverse_transform"))) == 3
+
+
+@pytest.mark.parametrize(
+    "frames, words", [([0, 3], r"\[3\], those of the video are 0 to 2"), ([-1], r"\[-1\]"), ([0, 1, 2], "3 frames, 2")]
+)
+def test_a_rule_that_gives_frames_that_are_not_there_is_named(frames, words, monkeypatch):
+    """As with a forgotten offset: -1 would be read as the last frame."""
+    monkeypatch.setitem(SELECTORS, "mine", Selector(lambda row: frames, needs=("scores",)))
+    with pytest.raises(AssertionError, match=f"rule mine gave .*{words}"):
+        select_from_scores([1, 2, 3], 2, "mine")
 
 
 def test_focus_scores_few_frames_of_a_long_video_and_finds_the_moment():

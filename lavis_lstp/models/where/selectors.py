@@ -360,6 +360,8 @@ def choose(method: str, row: Row, *, repeats: bool = False, **settings: Any) -> 
     kept = frames if repeats else list(dict.fromkeys(frames))
     missing = row.num_selected - len(kept)
     assert missing >= 0, f"rule {method} gave {len(kept)} frames, {row.num_selected} were asked for"
+    wrong = [i for i in kept if not 0 <= i < row.num_frames]
+    assert not wrong, f"rule {method} gave frames {wrong[:4]}, those of the video are 0 to {row.num_frames - 1}"
     return Chosen(sorted(kept + _fill(row, kept, missing)), missing)
 
 
