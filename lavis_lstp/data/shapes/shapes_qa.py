@@ -205,7 +205,7 @@ def _make_video(job: tuple[Path, world.Scene, int, Path | None, int]) -> None:
     if film is None:
         write_video(path, draw_scene(scene, size))
     else:
-        write_video(path, over_film(np.load(film, mmap_mode="r"), scene, num_frames), key_frames=())
+        write_video(path, over_film(np.lib.format.open_memmap(film, mode="r"), scene, num_frames), key_frames=())
 
 
 def _make_image(job: tuple[Path, tuple[world.Shape, ...], int, int, Path | None]) -> None:
@@ -215,7 +215,7 @@ def _make_image(job: tuple[Path, tuple[world.Shape, ...], int, int, Path | None]
     if film is None:
         picture = draw_background(texture_seed, shapes, size)
     else:
-        picture = _still_of(np.load(film, mmap_mode="r"), texture_seed)
+        picture = _still_of(np.lib.format.open_memmap(film, mode="r"), texture_seed)
         for shape in shapes:
             if shape.rgb in world.COLOURS.values():
                 draw_shape(picture, shape)
