@@ -14,7 +14,7 @@ from typing import Any
 from lavis_lstp.config.data import VideoSettings, settings_of
 from lavis_lstp.config.fields import checked
 from lavis_lstp.config.model import asks_sampler
-from lavis_lstp.errors import ConfigError, WeightsError
+from lavis_lstp.errors import ConfigError, WeightsError, shortened
 from lavis_lstp.files import strict_json
 from lavis_lstp.untrusted import recorded, why_no_path
 
@@ -132,7 +132,8 @@ def recorded_model(checkpoint: str, options: Sequence[str] = ()) -> dict[str, An
         options: overrides of the user's own; what the manifest says under their keys is not looked at.
 
     Raises:
-        ConfigError: the manifest names a variable, a command or an address, see `untrusted.recorded`.
+        ConfigError: the manifest names a variable, a command or an address, see `untrusted.recorded`, something that
+            would be downloaded, or a file to write.
     """
     from lavis_lstp.config import options_to_dotlist
 
@@ -150,6 +151,13 @@ def recorded_model(checkpoint: str, options: Sequence[str] = ()) -> dict[str, An
                 "one of the published models, and what is downloaded is not for a file to say; where you trust it: "
                 f"--options model.{key}={found}"
             )
+    served = section["backbone"].get("endpoint") if isinstance(section.get("backbone"), Mapping) else None
+    cache = served.get("cache") if isinstance(served, Mapping) else None
+    if cache is not None and "model.backbone.endpoint.cache" not in given:
+        raise ConfigError(
+            f"{manifest}: model.backbone.endpoint.cache is {shortened(cache)!r}, and where answers are written is not "
+            "for a file to say; where you want it name it: --options model.backbone.endpoint.cache=FILE, or =null"
+        )
     earlier = section.get("checkpoint") or []
     earlier = [earlier] if isinstance(earlier, str) else earlier
     return section | {"checkpoint": [_where_the_run_stood(manifest, path) for path in earlier if path]}
