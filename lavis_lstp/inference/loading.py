@@ -56,7 +56,8 @@ def build_model(name: str, model_type: str | None, checkpoint: str | None, optio
         config.losses, config.refinement.in_loop = ["lm"], False
     model = model_class.from_config(config).eval()
     if model.selector.by_data:
-        what = "spans" if model.selector.needs_span else "frames"
+        used = model.selector
+        what = "spans" if used.needs_span else "bit costs" if used.needs_cost else "frames"
         raise ConfigError(
             f"selector '{model.selector.name}' takes {what} from a data set, and a video alone has none; "
             "add --options model.selector.name=lstp"
