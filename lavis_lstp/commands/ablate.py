@@ -85,8 +85,8 @@ class Cell:
     """Name of the cell it is compared with."""
     series: str
     """The line of the plot that it is a point of."""
-    frames: int
-    """Frames shown to the language model."""
+    frames: int | str
+    """Frames shown to the language model; "auto" where the selector decides."""
 
 
 # ---- the combinations -----------------------------------------------------------------------------------------------

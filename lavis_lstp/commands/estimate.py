@@ -25,6 +25,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lavis_lstp.config.model import AUTO
 from lavis_lstp.errors import ConfigError
 from lavis_lstp.redaction import printable
 from lavis_lstp.schema import Batch
@@ -179,7 +180,7 @@ def example(
     }
 
 
-def activation_bytes(model: nn.Module, samples: Batch[str, Any], *, keep_gradients: bool) -> int:
+def activation_bytes(model: nn.Module, samples: Batch, *, keep_gradients: bool) -> int:
     """What is alive at the fullest moment of a forward and backward, beside the weights.
 
     Args:
@@ -206,7 +207,7 @@ def activation_bytes(model: nn.Module, samples: Batch[str, Any], *, keep_gradien
 
 def divide(
     model: nn.Module,
-    samples: Batch[str, Any],
+    samples: Batch,
     *,
     processes: int,
     precision: str,
@@ -315,7 +316,9 @@ def of_endpoint(cfg: Any, args: argparse.Namespace) -> str:
     built = setup_task(cfg).build_datasets(cfg)
     rows = [row for own in built.values() for split in run.test_splits if split in own for row in own[split].annotation]
     texts = sum(len(row["question"]) + sum(map(len, row.get("options") or ())) + len(model.prompt) for row in rows)
-    shown = sum(model.selector.num_selected if "video" in row else "image" in row for row in rows)
+    chosen = model.selector
+    most = chosen.most_selected if chosen.num_selected == AUTO else chosen.num_selected
+    shown = sum(most if "video" in row else "image" in row for row in rows)
     tokens_in = texts // CHARACTERS_PER_TOKEN + shown * TOKENS_PER_FRAME
     tokens_out = len(rows) * (run.get("max_len") or model.generation.max_new_tokens)
     cost = cost_line(tokens_in, tokens_out, args.price_in, args.price_out)

@@ -215,7 +215,7 @@ class Reader:
         pairs = changed.get("flow_pairs", self.flow_pairs)
         exact = {"exact": changed["frames"] == "exact"} if "frames" in changed else {}
         how = {"num": num_frames, "name": name, **self.how, **exact, **({"fps": fps} if fps else {})}
-        key = " ".join([digest, str(num_frames), *([f"{fps:g}"] if fps else []), *changed.values()])
+        key = " ".join([digest, str(num_frames), *([str(fps)] if fps else []), *changed.values()])
         found = self.kept.get(key, lambda: timed("decode", self._decode, source, key, how, pairs))
         if flow and len(found.frames) > 1:
             field = self.kept.get((key, "flow"), lambda: timed("flow", self._flow, found, source, how, pairs))

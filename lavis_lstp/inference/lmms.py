@@ -149,7 +149,7 @@ class LstpAnswers:
         options = [_continuation(request, self.task_dict) for request in read]
         questions, asked = self._questions(read, options=options)
 
-        def scores(samples: Batch[str, Any]) -> list[dict[str, tuple[float, bool]]]:
+        def scores(samples: Batch) -> list[dict[str, tuple[float, bool]]]:
             scored = self.model.score_options(samples)
             rows = zip(samples["options"], scored["option_log_prob"], scored["option_greedy"], strict=True)
             return [
@@ -179,7 +179,7 @@ class LstpAnswers:
         """{question id: what `step` says of its row}, in the batches of `lavis.evaluate`."""
         from lavis_lstp.runners.evaluation import steps, to_device
 
-        def named(samples: Batch[str, Any]) -> list[tuple[str, Any]]:
+        def named(samples: Batch) -> list[tuple[str, Any]]:
             return list(zip(samples["question_id"], step(samples), strict=True))
 
         answers: dict[str, Any] = {}

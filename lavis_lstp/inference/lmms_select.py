@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from lavis_lstp.data.selections import Recorded, read_recorded
+from lavis_lstp.data.store import default_store
 from lavis_lstp.errors import ConfigError, unknown_name
 from lavis_lstp.files import strict_json
 from lavis_lstp.inference.lmms_requests import IMAGE_ENDINGS, bare_question
@@ -81,7 +82,7 @@ class Selecting:
                 raise ConfigError(f"method {method} asks a temporal sampler; name one: checkpoint=RUN")
             from lavis_lstp.inference.predictor import load
 
-            self.how["predictor"] = load(checkpoint)
+            self.how["predictor"] = load(checkpoint, store=default_store())
         self.selection, self.question_key, self.id_key = selection, question_key, id_key
         self.inner = self._inner(inner, of_inner)
         self.is_simple = self.inner.is_simple

@@ -14,7 +14,7 @@ from typing import Any
 from lavis_lstp.config.data import VideoSettings, settings_of
 from lavis_lstp.config.fields import checked
 from lavis_lstp.config.model import asks_sampler
-from lavis_lstp.errors import ConfigError, WeightsError
+from lavis_lstp.errors import ConfigError, WeightsError, shortened
 from lavis_lstp.files import strict_json
 from lavis_lstp.untrusted import recorded, why_no_path
 
@@ -56,7 +56,8 @@ def build_model(name: str, model_type: str | None, checkpoint: str | None, optio
         config.losses, config.refinement.in_loop = ["lm"], False
     model = model_class.from_config(config).eval()
     if model.selector.by_data:
-        what = "spans" if model.selector.needs_span else "frames"
+        used = model.selector
+        what = "spans" if used.needs_span else "bit costs" if used.needs_cost else "frames"
         raise ConfigError(
             f"selector '{model.selector.name}' takes {what} from a data set, and a video alone has none; "
             "add --options model.selector.name=lstp"
@@ -132,7 +133,8 @@ def recorded_model(checkpoint: str, options: Sequence[str] = ()) -> dict[str, An
         options: overrides of the user's own; what the manifest says under their keys is not looked at.
 
     Raises:
-        ConfigError: the manifest names a variable, a command or an address, see `untrusted.recorded`.
+        ConfigError: the manifest names a variable, a command or an address, see `untrusted.recorded`, something that
+            would be downloaded, or a file to write.
     """
     from lavis_lstp.config import options_to_dotlist
 
@@ -150,6 +152,13 @@ def recorded_model(checkpoint: str, options: Sequence[str] = ()) -> dict[str, An
                 "one of the published models, and what is downloaded is not for a file to say; where you trust it: "
                 f"--options model.{key}={found}"
             )
+    served = section["backbone"].get("endpoint") if isinstance(section.get("backbone"), Mapping) else None
+    cache = served.get("cache") if isinstance(served, Mapping) else None
+    if cache is not None and "model.backbone.endpoint.cache" not in given:
+        raise ConfigError(
+            f"{manifest}: model.backbone.endpoint.cache is {shortened(cache)!r}, and where answers are written is not "
+            "for a file to say; where you want it name it: --options model.backbone.endpoint.cache=FILE, or =null"
+        )
     earlier = section.get("checkpoint") or []
     earlier = [earlier] if isinstance(earlier, str) else earlier
     return section | {"checkpoint": [_where_the_run_stood(manifest, path) for path in earlier if path]}

@@ -30,7 +30,7 @@ from lavis_lstp.data.video.codec_figures import motion_energy, of_candidates, pa
 from lavis_lstp.data.video.index import video_index
 from lavis_lstp.data.video.reading import key_frames, probe, read_frames
 from lavis_lstp.errors import ConfigError, VideoError, unknown_name
-from lavis_lstp.files import read_record, sha256_file, write_json
+from lavis_lstp.files import read_record, write_json
 from lavis_lstp.models.where import selectors
 from lavis_lstp.schema import Span
 
@@ -85,7 +85,7 @@ class Selection:
         Raises:
             VideoError: the file is gone, or its content is not what was selected from.
         """
-        if sha256_file(self.video) != self.sha256:
+        if content_digest(self.video, default_store()) != self.sha256:
             raise VideoError(f"{self.video}: is not the video that these frames were selected from; select again")
         return read_frames(self.video, indices=self.frame_index, size=size).frames
 
@@ -133,7 +133,7 @@ class Selection:
             ConfigError: the video is not the one that they were selected from, or has no such frame.
             VideoError: the file is missing or not a readable video.
         """
-        info, digest, times = probe(video), sha256_file(video), packet_costs(video).times_s
+        info, digest, times = probe(video), content_digest(video, default_store()), packet_costs(video).times_s
         found.check_video(lambda: digest, str(video))
         numbers = found.numbers
         if numbers is None:
@@ -213,15 +213,20 @@ def select(
         raise ConfigError(unknown_name("method to select frames", method, METHODS))
     if type(k) is not int or k < 1:
         raise ConfigError(f"k must be a whole number of at least 1, got {k!r:.80}")
+    if num_candidates is not None and (type(num_candidates) is not int or num_candidates < 1):
+        raise ConfigError(f"num_candidates must be a whole number of at least 1, got {num_candidates!r:.80}")
     if method == "lstp" and settings:
         raise ConfigError(f"method lstp has no settings, got {', '.join(settings)}")
-    if method in BY_SAMPLER and not question.strip():
-        raise ConfigError(f"method {method} needs a question; uniform, keyframes, bitcost and motion need none")
-    if candidates_per_s is not None and method not in BY_SAMPLER:
-        raise ConfigError(f"candidates_per_s is of methods that ask the sampler, the method is {method}")
+    if method not in WITHOUT_NETWORK and not question.strip():
+        raise ConfigError(f"method {method} needs a question; {', '.join(WITHOUT_NETWORK)} need none")
     seconds: dict[str, float] = {}
     given = {} if scorer in (None, "sampler") else scorer_settings(scorer)
     by_predictor = given.get("name") in (None, "answerer")
+    if candidates_per_s is not None and not (method in BY_SAMPLER and by_predictor):
+        asked = f"the scorer is {given['name']}" if given else f"the method is {method}"
+        raise ConfigError(f"candidates_per_s is of methods that ask the sampler, {asked}")
+    if frames not in (None, "exact", "keyframe"):
+        raise ConfigError(unknown_name("way to read candidates (frames)", str(frames), ("exact", "keyframe")))
     if given and method not in BY_SCORER:
         raise ConfigError(f"method {method} asks no scorer; with one choose {', '.join(BY_SCORER)}")
     if by_predictor and method in BY_SCORER and method not in RULES:

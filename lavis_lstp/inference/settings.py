@@ -102,6 +102,11 @@ def settings_of(model: Any, num_frames: int, given: Mapping[str, Any]) -> Settin
             f"settings.selector: '{selector.name}' asks the temporal sampler, and this model was loaded without one; "
             f"load it with the option model.selector.name={selector.name}"
         )
+    if selector.needs_features and not model.chooser.has_features:
+        raise ConfigError(
+            f"settings.selector: '{selector.name}' compares features of frames, and this model was loaded without a "
+            "scorer that has some; load it with an option such as model.scorer.name=clip"
+        )
     places = getattr(model.sampler, "max_positions", None)
     windows = getattr(model.chooser.scorer, "window", None)
     if model.chooser.asks_sampler(selector) and places is not None and windows is None and frames + 2 > places:

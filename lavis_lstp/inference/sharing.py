@@ -16,7 +16,7 @@ from typing import Any
 from lavis_lstp import __version__
 from lavis_lstp.errors import ConfigError, WeightsError
 from lavis_lstp.files import complete_folder, read_record, write_json
-from lavis_lstp.inference.loading import READING, recorded_model, recorded_run
+from lavis_lstp.inference.loading import HUB_KEYS, READING, recorded_model, recorded_run
 from lavis_lstp.models.weights.hub import HUB, HUB_MODELS, hub_answers, local_path, weights_file
 from lavis_lstp.redaction import printable, without_secrets, without_secrets_in
 
@@ -118,10 +118,13 @@ def _merged(checkpoints: Sequence[str], begins: str) -> Iterator[tuple[str, Any]
 def _shared(model: dict[str, Any], config: Mapping[str, Any], sampler_only: bool) -> dict[str, Any]:
     """What others need of a run's configuration: no path of this machine is in it."""
     model = {**model, "checkpoint": [], **({"train": [], "losses": ["lm"], "lora": None} if sampler_only else {})}
-    for part, key in (("backbone", "weights"), ("sampler", "weights"), ("sampler", "tokenizer"), ("flow", "weights")):
+    for part, _, key in (place.partition(".") for place in (*HUB_KEYS, "flow.weights")):
         section = model.get(part)
         if isinstance(section, Mapping) and isinstance(section.get(key), str):
             model[part] = {**section, key: _hub_id(section[key])}
+    backbone = model.get("backbone")
+    if isinstance(backbone, Mapping) and isinstance(backbone.get("endpoint"), Mapping):
+        model["backbone"] = {**backbone, "endpoint": {**backbone["endpoint"], "cache": None}}
     sections = config.get("datasets")
     datasets = {
         name: {key: section[key] for key in ("num_frames", *READING) if key in section}

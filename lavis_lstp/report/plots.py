@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from lavis_lstp.config.model import AUTO
 from lavis_lstp.report import numbers
 from lavis_lstp.report.shell import picture_bytes, picture_tag
 from lavis_lstp.report.table import STAGES
@@ -55,7 +56,11 @@ def plots(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
 
 
 def accuracy_plot(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """A PNG: accuracy and its interval against the number of frames, a line for each `series` of an ablation's rows."""
+    """A PNG: accuracy and its interval against the number of frames, a line for each `series` of an ablation's rows.
+
+    A row whose selector decided the number stands at the mean.
+    """
+    rows = [{**row, "frames": row["frames_per_answer"] if row["frames"] == AUTO else row["frames"]} for row in rows]
     figure, axes = _figure()
     for series in dict.fromkeys(row["series"] for row in rows):
         own = sorted((row for row in rows if row["series"] == series), key=lambda row: row["frames"])
@@ -65,7 +70,7 @@ def accuracy_plot(rows: Sequence[Mapping[str, Any]]) -> bytes:
         axes.errorbar(x, y, yerr=[low, high], marker="o", markersize=4, capsize=2, label=label)
     counts = sorted({row["frames"] for row in rows})
     axes.set_xscale("log", base=2)
-    axes.set_xticks(counts, [str(count) for count in counts])
+    axes.set_xticks(counts, [f"{count:.4g}" for count in counts])
     axes.minorticks_off()
     axes.set(ylim=(0, 1), xlabel="frames shown", ylabel="accuracy")
     figure.legend(fontsize=8, loc="outside lower center", ncols=3, frameon=False)

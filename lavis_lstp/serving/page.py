@@ -335,7 +335,7 @@ def selectors_of(model: Any) -> list[str]:
     found = {name: kind for name, kind in SELECTORS.items() if not kind.by_data and name != "best_span"}
     asked = model.chooser.frame_scorer
     scorer = "sampler" if asked is None else "another"
-    found = {name: kind for name, kind in found.items() if "features" not in kind.needs or asked is not None}
+    found = {name: kind for name, kind in found.items() if "features" not in kind.needs or model.chooser.has_features}
     return [name for name in found if model.sampler is not None or not asks_sampler(name, scorer)]
 
 

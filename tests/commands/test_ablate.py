@@ -21,6 +21,7 @@ from lavis_lstp.host import evaluate
 from lavis_lstp.models.where.chooser import Chooser
 from lavis_lstp.models.where.frame_selector import build_selector
 from lavis_lstp.report import table
+from lavis_lstp.report.plots import accuracy_plot
 from lavis_lstp.testing.tiny_benchmarks import write_benchmarks
 
 SHAPES = "projects/lstp/eval/shapes_qa_lstp_tiny.yaml"
@@ -157,6 +158,10 @@ def test_an_adaptive_number_of_frames_is_a_column_and_a_count_of_the_command(tmp
     row, _ = table.measure(folder, "test_video_qa")
     lines = table.table_lines([{"title": "x", **row}], "frames")
     assert "| frames per answer |" in lines[0] and "| 5.2 |" in lines[2]
+    both = [{**row, "series": "x", "frames": count} for count in ("auto", 4)]
+    assert accuracy_plot(both) == accuracy_plot(
+        [{**one, "frames": count} for one, count in zip(both, (5.25, 4), strict=True)]
+    )
     with pytest.raises(ConfigError, match="got many; auto is legal, too"):
         ablate.main(["--cfg-path", SHAPES, "--num-frames", "many"])
     ways = {name: ablate.ways_of()[name] for name in ("lstp", "topk")}

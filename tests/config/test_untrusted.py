@@ -212,7 +212,9 @@ def test_a_checkpoints_manifest_names_no_variable_and_no_address(text, place, wa
     assert loading.recorded_model(str(run), [f"model.{place}=other"])["arch"] == "lstp_tiny"
 
 
-@pytest.mark.parametrize("key", ["backbone.weights", "sampler.weights", "sampler.tokenizer", "checkpoint"])
+@pytest.mark.parametrize(
+    "key", ["backbone.weights", "sampler.weights", "sampler.tokenizer", "scorer.weights", "checkpoint"]
+)
 def test_a_manifest_does_not_choose_what_is_downloaded(key, watched, monkeypatch):
     """A name on the hub is an address, too, but for the published models and what is in the cache already."""
     import huggingface_hub.constants
@@ -231,6 +233,16 @@ def test_a_manifest_does_not_choose_what_is_downloaded(key, watched, monkeypatch
         assert loading.recorded_model(str(run))[outer][inner] == name
         run = run_with(watched / "other", {outer: {inner: "Salesforce/instructblip-vicuna-7b"}})
         assert loading.recorded_model(str(run))
+
+
+def test_a_manifest_does_not_choose_where_answers_are_written(watched):
+    from lavis_lstp.inference import loading
+
+    place = str(watched / "answers.sqlite")
+    run = run_with(watched / "run", {"backbone": {"source": "endpoint", "endpoint": {"cache": place}}})
+    with pytest.raises(ConfigError, match=r"manifest\.json: model\.backbone\.endpoint\.cache is "):
+        loading.recorded_model(str(run))
+    assert loading.recorded_model(str(run), ["model.backbone.endpoint.cache=null"])["backbone"]["source"] == "endpoint"
 
 
 def test_the_users_own_options_may_name_variables(watched):

@@ -100,12 +100,19 @@ def test_it_goes_through_json_and_refuses_another_video(film, tmp_path):
             Selection.from_json({**found.to_json(), key: value}, "selection")
 
 
+ASKED = {"method": "topk", "scorer": "clip", "question": "what moves?"}
+
+
 @pytest.mark.parametrize(
     ("how", "said"),
     [
         ({"method": "unifrom"}, "did you mean 'uniform'"),
         ({"k": 0}, "k must be a whole number of at least 1"),
+        ({"num_candidates": 0, "method": "motion"}, "num_candidates must be a whole number of at least 1"),
         ({"method": "lstp"}, "needs a question"),
+        ({"method": "mmr", "scorer": "clip"}, "needs a question"),
+        (ASKED | {"candidates_per_s": 1}, "ask the sampler, the scorer is clip"),
+        (ASKED | {"frames": "keyframes"}, "did you mean 'keyframe'"),
         ({"method": "bitcost", "rule": "topkk"}, "did you mean 'topk'"),
         ({"method": "uniform", "power": 2.0}, "has no setting 'power'"),
     ],

@@ -64,6 +64,22 @@ def test_a_folder_for_the_hub_answers_as_the_run_and_names_no_place_of_this_mach
         assert said in card.text, said
 
 
+def test_no_part_of_a_configuration_names_a_place_of_this_machine(tmp_path):
+    places = {key: tmp_path / key for key in ("clip", "bert", "words", "raft.pth")}
+    for place in places.values():
+        place.mkdir()
+    model = {
+        "backbone": {"weights": "Salesforce/blip2-flan-t5-xl", "endpoint": {"cache": str(tmp_path / "answers")}},
+        "sampler": {"weights": str(places["bert"]), "tokenizer": str(places["words"])},
+        "scorer": {"weights": str(places["clip"])},
+        "flow": {"weights": str(places["raft.pth"])},
+    }
+    shared = sharing._shared(model, {"datasets": {}, "run": {"output_dir": str(tmp_path)}}, False)
+    assert str(tmp_path) not in json.dumps(shared)
+    assert shared["model"]["scorer"] == {"weights": "clip"}
+    assert shared["model"]["backbone"]["weights"] == "Salesforce/blip2-flan-t5-xl"
+
+
 def test_the_sampler_alone_goes_in_front_of_another_model(run, tmp_path):
     out = sharing.save_for_hub(run, tmp_path / "sampler", license="mit", sampler_only=True)
     weights = load_file(out / "model.safetensors")

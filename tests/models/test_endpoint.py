@@ -265,7 +265,10 @@ def test_evaluating_needs_no_weights_and_goes_on_from_the_cache(stub, film, tmp_
     preview = ["estimate", "--cfg-path", str(path), "--price-in", "1", "--price-out", "2"]
     assert cli.main(preview) == 0 and not stub.seen
     printed = capsys.readouterr().out
-    assert "3 questions" in printed and "tokens in" in printed and "at these prices" in printed
+    assert "3 questions with 24 frames" in printed and "tokens in" in printed and "at these prices" in printed
+    auto = ["num_selected=auto", "most_selected=5", "name=topk"]
+    assert cli.main([*preview, "--options", *(f"model.selector.{one}" for one in auto)]) == 0
+    assert "3 questions with 15 frames" in capsys.readouterr().out
     assert evaluate.main(["--cfg-path", str(path)]) == 0
     rows = list(read_jsonl(tmp_path / "out" / "result" / "test_video_qa.jsonl"))
     shown = uniform_centres(8, 300)

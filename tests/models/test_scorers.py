@@ -163,6 +163,8 @@ def test_an_answerer_says_how_likely_its_yes_is(frames):
         assert len(prediction.scores) == 64 and "flow" not in prediction.seconds and prediction.flow is None
         best = np.argsort(prediction.scores)[-3:]
         assert sorted(best.tolist()) == prediction.frame_index
+        with pytest.raises(ConfigError, match="'mmr' compares features of frames"):
+            loaded.answer(EXAMPLE_CLIP, QUESTION, selector="mmr")
 
 
 EXAMPLE_CLIP = ROOT / "lavis_lstp" / "example" / "clip.mp4"

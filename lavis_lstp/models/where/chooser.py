@@ -223,6 +223,11 @@ class Chooser:
         selector = selector or self.selector
         return selector.needs_logits or (selector.needs_scores and self.frame_scorer is None)
 
+    @property
+    def has_features(self) -> bool:
+        """Return whether a selector that compares features of frames can choose."""
+        return self.frame_scorer is not None and self.frame_scorer.has_features
+
     def forget(self) -> None:
         """Drops the flow that is kept of the last video; weights or devices may have changed."""
         self._last_flow = None

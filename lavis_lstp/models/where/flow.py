@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -156,14 +156,14 @@ class FlowExtractor(nn.Module):
             return self._kept(frames, mask)
         return self._computed(frames, mask, flow, flow_mask)
 
-    def _key(self, frames: Tensor, pairs: bool = False) -> str:
+    def _keys(self, clips: Iterable[Tensor], device: torch.device, pairs: bool = False) -> list[str]:
         decides = {"by": self.name, "size": self.flow_size, "normalise": self.normalise, "pairs": pairs}
-        decides |= {"device": frames.device.type, **self.estimator.identity()}
-        return entry_key("flow", array_digest(frames.cpu().numpy()), decides)
+        decides |= {"device": device.type, **self.estimator.identity()}  # reads all weights, so once for a batch
+        return [entry_key("flow", array_digest(clip.cpu().numpy()), decides) for clip in clips]
 
     def _kept(self, frames: Tensor, mask: Tensor) -> Tensor:
         """The fields of each clip from the store, by what the estimator sees of it; new ones are put there."""
-        keys = [self._key(clip[real]) for clip, real in zip(frames, mask, strict=True)]
+        keys = self._keys((clip[real] for clip, real in zip(frames, mask, strict=True)), frames.device)
         found = {key: self.store.get(key) for key in keys}
         new = {key: row for row, key in enumerate(keys) if found[key] is None}
         if new:
@@ -205,7 +205,7 @@ class FlowExtractor(nn.Module):
         Args:
             pairs: uint8 [T,2,3,H,W].
         """
-        key = self._key(pairs, pairs=True) if self.store is not None else ""
+        key = self._keys([pairs], pairs.device, pairs=True)[0] if self.store is not None else ""
         kept = self.store.get(key) if key else None
         if kept is not None:
             return torch.from_numpy(kept["flow"]).to(pairs.device)

@@ -43,11 +43,13 @@ class FrameScorer:
         batch: frames that are looked at, or compared, at once.
 
     Attributes:
+        has_features: whether features say how alike two frames are, which some rules ask.
         model: what runs, in eval mode; None where nothing has weights.
         store: where features are kept on disk; None = nowhere.
     """
 
     prompt = "{question}"
+    has_features = True
     model: nn.Module | None = None
 
     def __init__(self, *, prompt: str | None = None, batch: int = 32):
@@ -368,6 +370,7 @@ class AnswererScorer(FrameScorer):
         template: its prompt, and answer_template: its answers, see `LSTP`.
     """
 
+    has_features = False
     prompt = 'Does this frame help to answer the question "{question}"? Answer yes or no.'
 
     def __init__(
