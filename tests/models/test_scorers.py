@@ -106,6 +106,7 @@ def own_call(kind, head, folder, frame) -> float:
     inputs = processor(images=picture, text=[QUESTION], return_tensors="pt", **padding)
     if kind in ("clip", "siglip"):
         model = transformers.AutoModel.from_pretrained(folder).eval()
+        inputs.pop("token_type_ids", None)  # CLIP's own tokenizer makes none; the tiny one does, in transformers 4
         out = model(**inputs)
         return torch.cosine_similarity(out.image_embeds, out.text_embeds).item()
     if kind == "blip":

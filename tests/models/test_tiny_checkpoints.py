@@ -29,6 +29,7 @@ from lavis_lstp.testing.published_layout import bert_shapes, lavis_shapes, raft_
 from lavis_lstp.testing.tiny_backbones import BACKBONES, backbone_config
 from lavis_lstp.testing.tiny_checkpoints import DEFAULT, WRITERS, lstp_state_dict, main, size_options, write_all
 from lavis_lstp.testing.tiny_tokenizers import bert_files, bert_vocabulary, llama_files, t5_files
+from lavis_lstp.testing.tiny_video_llms import VIDEO_LLMS, can_be_written
 
 INVENTORY = json.loads((GOLDEN / "key_inventory.json").read_text())
 LAYOUTS = {
@@ -36,7 +37,8 @@ LAYOUTS = {
     "instructblip-flan-t5-xl": "LSTP (InstructBLIP-FLAN-T5-XL)",
     "blip2-flan-t5-xl": "LSTP_blip2 (BLIP-2 FLAN-T5-XL)",
 }
-SMALL = [name for name in WRITERS if not name.startswith(("lstp-7b", "raft"))]
+WRITABLE = [name for name in WRITERS if name not in VIDEO_LLMS or can_be_written()]
+SMALL = [name for name in WRITABLE if not name.startswith(("lstp-7b", "raft"))]
 TEXTS = (
     "USER: <video>\nwhat does the red circle do? ASSISTANT: ",
     "Is it a zebra?\n12  apples, \ttoo",
@@ -323,7 +325,8 @@ def test_every_weight_that_a_model_config_names_is_written(out, written):
         config = OmegaConf.create({"model": variants.complete(variants.load_variant(file).model)})
         named |= weights_named(config)
     assert len(named) >= 4
-    assert {name for name in named if not (out / name).exists()} == set()
+    newer = set() if can_be_written() else {model.hub_id for model in VIDEO_LLMS.values()}
+    assert {name for name in named if not (out / name).exists()} <= newer
 
 
 def test_size_options_are_keys_of_the_config():
