@@ -46,6 +46,17 @@ CODEC_CANDIDATES = 512
 """Equal parts of a video whose bit cost or motion is one score."""
 
 
+KINDS = {
+    **dict.fromkeys(("video", "sha256", "question", "method"), str),
+    **dict.fromkeys(("settings", "seconds"), dict),
+    **dict.fromkeys(("frame_index", "times_s", "candidate_index", "candidate_times_s"), list),
+    **dict.fromkeys(("num_filled", "num_frames"), int),
+    **dict.fromkeys(("fps", "duration_s"), (int, float)),
+    **{"scores": (list, type(None)), "span_s": (list, tuple, type(None))},
+}
+"""Kinds of a recorded selection's values; lists, and the seconds of stages, are numbers."""
+
+
 @dataclass(frozen=True)
 class Selection:
     """K frames of a video, chosen for a question.
@@ -117,9 +128,15 @@ class Selection:
         if missing := sorted(names - given.keys()):
             raise ConfigError(f"{source}: a selection without {', '.join(missing)}; select again")
         values = {name: given[name] for name in names}
+        for name, kinds in KINDS.items():
+            value = values[name]
+            numbers = value if isinstance(value, list | tuple) else value.values() if isinstance(value, dict) else ()
+            known = name == "settings" or all(type(one) in (int, float) for one in numbers)
+            if not (known and isinstance(value, kinds)):
+                raise ConfigError(f"{source}: {name} is not of the form of a selection: {value!r:.80}; select again")
         numbers = values["frame_index"], values["times_s"]
-        if not all(isinstance(one, list) for one in numbers) or len(numbers[0]) != len(numbers[1]):
-            raise ConfigError(f"{source}: frame_index and times_s must be lists of equal length")
+        if len(numbers[0]) != len(numbers[1]) or len(values["span_s"] or (0, 0)) != 2:
+            raise ConfigError(f"{source}: frame_index and times_s must be of equal length, span_s two seconds")
         if not all(type(i) is int and 0 <= i < values["num_frames"] for i in numbers[0]):
             raise ConfigError(f"{source}: frame_index must be frame numbers below num_frames")
         values["span_s"] = None if values["span_s"] is None else tuple(values["span_s"])
