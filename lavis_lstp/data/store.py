@@ -289,7 +289,7 @@ def _look_of(path: Path) -> list[list[Any]]:
 
 
 def read_kept(store: Store | None, content: str, source: Any, *, name: str | None = None, **how: Any) -> VideoFrames:
-    """What `read_frames` gives, without decoding where a store contains it; `count` is then None.
+    """Return what `read_frames` gives, without decoding where a store contains it; `count` is then None.
 
     Args:
         content: SHA-256 of the source, see `store.content_digest`.

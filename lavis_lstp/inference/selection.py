@@ -28,7 +28,7 @@ from lavis_lstp.data.selections import FORMAT, VERSION, Recorded, timing
 from lavis_lstp.data.store import content_digest, default_store
 from lavis_lstp.data.video.codec_figures import motion_energy, of_candidates, packet_costs
 from lavis_lstp.data.video.index import video_index
-from lavis_lstp.data.video.reading import key_frames, probe, read_frames
+from lavis_lstp.data.video.reading import READING_VERSION, key_frames, probe, read_frames
 from lavis_lstp.errors import ConfigError, VideoError, unknown_name
 from lavis_lstp.files import read_record, write_json
 from lavis_lstp.models.where import selectors
@@ -375,7 +375,7 @@ def _by_scorer(video, question, k, method, seed, num_candidates, given, settings
             return torch.from_numpy(read_frames(video, indices=numbers[first:end]).frames)
 
     with _timed(seconds, "scores"):
-        features = scorer.features(len(numbers), read, f"{digest} {numbers}")
+        features = scorer.features(len(numbers), read, f"{digest} {numbers} {READING_VERSION}")
         scores = scorer.scores(features, question).double().numpy()
     seconds["scores"] -= seconds.get("decode", 0.0)
     times = index.times_s[numbers]
