@@ -200,7 +200,7 @@ def message_of(body: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def cost_line(tokens_in: int, tokens_out: int, price_in: float | None, price_out: float | None) -> str:
-    """What asking takes; prices are of a million tokens."""
+    """Return a few words on tokens and cost; prices are of a million tokens."""
     cost = "cost unknown without --price-in and --price-out"
     if price_in is not None and price_out is not None:
         money = (tokens_in * price_in + tokens_out * price_out) / 1e6

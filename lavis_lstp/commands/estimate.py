@@ -307,7 +307,7 @@ def _config(args: argparse.Namespace) -> Any:
 
 
 def of_endpoint(cfg: Any, args: argparse.Namespace) -> str:
-    """What evaluating all questions takes of a server, those aside that are in the cache of answers already."""
+    """Return one line on what a server is asked to evaluate all questions, as if none had been answered before."""
     from lavis.tasks import setup_task
 
     from lavis_lstp.endpoint import CHARACTERS_PER_TOKEN, cost_line

@@ -202,7 +202,7 @@ class Selector:
 
 @dataclass
 class Scorer:
-    """Where a selector's scores come from; a selector without scores, or of the sampler's logits, uses none of it."""
+    """The source of a selector's scores; a selector without scores, or of the sampler's logits, uses none of it."""
 
     name: str = key("sampler", one_of=SCORERS, called="scorer (model.scorer.name)")
     weights: str | None = key()  # hub id or folder; with arch: LAVIS's checkpoint; null = the usual ones
@@ -376,7 +376,7 @@ class ModelSettings:
 
 
 def scorer_settings(given: str | Mapping[str, Any]) -> dict[str, Any]:
-    """All settings of a scorer that is given as NAME, as NAME=WEIGHTS, or by some of them.
+    """Return all settings of a scorer that is given as NAME, as NAME=WEIGHTS, or by some of them.
 
     Raises:
         ConfigError: a name is not known, or a value cannot be used.

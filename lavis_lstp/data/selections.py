@@ -68,7 +68,7 @@ def timing(
 
 
 def milliseconds(times_s: Sequence[float], duration_s: float = 0.0) -> tuple[float, list[int], int]:
-    """The same on a clock of milliseconds, for times alone."""
+    """Return what `timing` does, on a clock of milliseconds, for times alone."""
     told = [round(seconds * MILLISECONDS) for seconds in times_s]
     return MILLISECONDS, told, max([round(duration_s * MILLISECONDS), *(number + 1 for number in told)])
 

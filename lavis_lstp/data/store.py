@@ -249,6 +249,8 @@ def content_digest(source: str | os.PathLike | bytes | BinaryIO | Sequence[bytes
     path = Path(source)
     try:
         before = _look_of(path)
+        if not (path.is_file() or path.is_dir()):
+            raise ValueError("not a file")  # a device or a pipe would never end
         key = entry_key("digest", "", {"file": before})
         kept = store.get(key) if store is not None else None
         if kept is not None and kept.keys() == {"sha256"} and kept["sha256"].nbytes == 32:
@@ -287,7 +289,7 @@ def _look_of(path: Path) -> list[list[Any]]:
 
 
 def read_kept(store: Store | None, content: str, source: Any, *, name: str | None = None, **how: Any) -> VideoFrames:
-    """What `read_frames` gives, without decoding where a store contains it; `count` is then None.
+    """Return what `read_frames` gives, without decoding where a store contains it; `count` is then None.
 
     Args:
         content: SHA-256 of the source, see `store.content_digest`.

@@ -36,7 +36,7 @@ CUE = re.compile(r"\s*(\d{1,6}:)?\d{1,2}:\d{1,2}[.,]\d{1,6}\s*-->\s*(\d{1,6}:)?\
 
 
 class Line(NamedTuple):
-    """What is said or written from `start_s` to `end_s`, seconds since the start of the video."""
+    """A text that is said or written from `start_s` to `end_s`, seconds since the start of the video."""
 
     start_s: float
     end_s: float
@@ -193,7 +193,7 @@ class Subtitles:
         return [line for line in lines if line.start_s < end and line.end_s > start]
 
     def identity(self) -> Any:
-        """What decides the lines that are shown, as plain containers."""
+        """Return what decides the lines that are shown, as plain containers."""
         return [self.window_s, sorted([*key, *map(list, lines)] for key, lines in self._lines.items())]
 
 

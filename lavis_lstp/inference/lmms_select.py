@@ -42,7 +42,7 @@ def __getattr__(name: str) -> type:
 
 
 class Selecting:
-    """What lmms-eval calls on a model, in front of another one.
+    """A model as lmms-eval calls it, which chooses frames in front of another one.
 
     Args (lmms-eval's --model_args):
         inner: name of the model that answers; what is not named here goes to it.

@@ -209,7 +209,7 @@ def recorded_frames(checkpoint: str | None, default: int = DEFAULT_FRAMES) -> in
 
 
 def recorded_reading(checkpoint: str | None) -> tuple[dict[str, Any], list[str]]:
-    """How the run that wrote the checkpoint read frames: keys of READING that differ from their defaults.
+    """Return how the run that wrote the checkpoint read frames: keys of READING that differ from their defaults.
 
     Where its data sets read differently, the first one of the configuration counts, and a note says so.
 

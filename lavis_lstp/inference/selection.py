@@ -28,7 +28,7 @@ from lavis_lstp.data.selections import FORMAT, VERSION, Recorded, timing
 from lavis_lstp.data.store import content_digest, default_store
 from lavis_lstp.data.video.codec_figures import motion_energy, of_candidates, packet_costs
 from lavis_lstp.data.video.index import video_index
-from lavis_lstp.data.video.reading import key_frames, probe, read_frames
+from lavis_lstp.data.video.reading import READING_VERSION, key_frames, probe, read_frames
 from lavis_lstp.errors import ConfigError, VideoError, unknown_name
 from lavis_lstp.files import read_record, write_json
 from lavis_lstp.models.where import selectors
@@ -44,6 +44,17 @@ SCORED_AT_ONCE = 64
 """Candidates that a scorer looks at where a call does not say."""
 CODEC_CANDIDATES = 512
 """Equal parts of a video whose bit cost or motion is one score."""
+
+
+KINDS = {
+    **dict.fromkeys(("video", "sha256", "question", "method"), str),
+    **dict.fromkeys(("settings", "seconds"), dict),
+    **dict.fromkeys(("frame_index", "times_s", "candidate_index", "candidate_times_s"), list),
+    **dict.fromkeys(("num_filled", "num_frames"), int),
+    **dict.fromkeys(("fps", "duration_s"), (int, float)),
+    **{"scores": (list, type(None)), "span_s": (list, tuple, type(None))},
+}
+"""Kinds of a recorded selection's values; lists, and the seconds of stages, are numbers."""
 
 
 @dataclass(frozen=True)
@@ -117,9 +128,15 @@ class Selection:
         if missing := sorted(names - given.keys()):
             raise ConfigError(f"{source}: a selection without {', '.join(missing)}; select again")
         values = {name: given[name] for name in names}
+        for name, kinds in KINDS.items():
+            value = values[name]
+            numbers = value if isinstance(value, list | tuple) else value.values() if isinstance(value, dict) else ()
+            known = name == "settings" or all(type(one) in (int, float) for one in numbers)
+            if not (known and isinstance(value, kinds)):
+                raise ConfigError(f"{source}: {name} is not of the form of a selection: {value!r:.80}; select again")
         numbers = values["frame_index"], values["times_s"]
-        if not all(isinstance(one, list) for one in numbers) or len(numbers[0]) != len(numbers[1]):
-            raise ConfigError(f"{source}: frame_index and times_s must be lists of equal length")
+        if len(numbers[0]) != len(numbers[1]) or len(values["span_s"] or (0, 0)) != 2:
+            raise ConfigError(f"{source}: frame_index and times_s must be of equal length, span_s two seconds")
         if not all(type(i) is int and 0 <= i < values["num_frames"] for i in numbers[0]):
             raise ConfigError(f"{source}: frame_index must be frame numbers below num_frames")
         values["span_s"] = None if values["span_s"] is None else tuple(values["span_s"])
@@ -358,7 +375,7 @@ def _by_scorer(video, question, k, method, seed, num_candidates, given, settings
             return torch.from_numpy(read_frames(video, indices=numbers[first:end]).frames)
 
     with _timed(seconds, "scores"):
-        features = scorer.features(len(numbers), read, f"{digest} {numbers}")
+        features = scorer.features(len(numbers), read, f"{digest} {numbers} {READING_VERSION}")
         scores = scorer.scores(features, question).double().numpy()
     seconds["scores"] -= seconds.get("decode", 0.0)
     times = index.times_s[numbers]

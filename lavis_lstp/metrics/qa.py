@@ -56,7 +56,7 @@ def folded(text: str) -> str:
 
 
 def without_thoughts(text: str) -> str:
-    """What a model that thinks aloud says behind `</think>`; nothing where it never came to an end of thinking."""
+    """Return the text behind `</think>` of a model that thinks aloud; nothing where thinking never ended."""
     return text.rpartition("</think>")[2].partition("<think>")[0]
 
 
@@ -114,12 +114,12 @@ def exact_match(gold: str, prediction: str) -> float:
 
 
 def is_right(record: Prediction) -> bool:
-    """Whether a record with an answer has the right option or, where there were none, the same words."""
+    """Return whether a record with an answer has the right option or, where there were none, the same words."""
     return bool(record["correct"]) if "options" in record else exact_match(record["answer"], record["prediction"]) == 1
 
 
 def subtitles_shown(records: Iterable[Prediction]) -> str | None:
-    """Which lines of the subtitles stood in the prompts, in words; None where there were none."""
+    """Say in words which lines of the subtitles stood in the prompts; None where there were none."""
     windows = dict.fromkeys(record["subtitles"]["window_s"] for record in records if "subtitles" in record)
     return ", ".join("whole" if w is None else f"within {w:g} s of the frames" for w in windows) or None
 

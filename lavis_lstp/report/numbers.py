@@ -89,7 +89,7 @@ def _right(one: Evaluation) -> dict[str, bool]:
 
 
 def choosing(one: Evaluation) -> dict[str, Any]:
-    """Who chose the frames, how many an answer saw, how many were scored for it, and which subtitles an answer read.
+    """Return who chose the frames, how many an answer saw, how many were scored for it, and which subtitles it read.
 
     None where nobody says. A rule that asks the temporal sampler scores every candidate, the others none.
     """
@@ -146,7 +146,7 @@ def _without(section: Any, dropped: Collection[str], above: str = "") -> Any:
 
 
 def gaps(evaluations: Sequence[Evaluation], resamples: int = RESAMPLES) -> list[dict[str, Any] | None]:
-    """How much better each would answer if its frames came from the gold moments: `compare` with the oracle's answers.
+    """Return how much better each would answer with frames of the gold moments: `compare` with the oracle's answers.
 
     The oracle of an evaluation differs from it in nothing but the selector. None for it, and where there is none.
     """

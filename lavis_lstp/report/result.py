@@ -65,7 +65,7 @@ def _questions(one: Evaluation) -> str:
 
 
 def numbers_of(run: Mapping[str, Any]) -> dict[str, Any]:
-    """What predictions and verdicts alone decide, one level deep: name -> number, or None where there is none."""
+    """Return what predictions and verdicts alone decide, one level deep: name -> number, or None."""
     found: dict[str, Any] = {"questions": run["questions"], "hidden": run["hidden"], **run["counts"]}
     if scored := run["scored"]:
         found |= {name: scored[name] for name in ("num_questions", "num_scored", "coverage", "partial")}
@@ -114,7 +114,7 @@ FORMS = {
 
 
 def differences(file: Path, predictions: Path | None = None, verdicts: Path | None = None) -> tuple[list[str], int]:
-    """What the file says otherwise than its predictions do, and how many numbers were recomputed.
+    """Return what the file says otherwise than its predictions do, and how many numbers were recomputed.
 
     Args:
         predictions, verdicts: where they are not beside the file under the names that it gives.

@@ -161,7 +161,7 @@ class VideoQATask(LSTPTask):
 
 
 def shown_of(records: Sequence[Prediction]) -> dict[str, Any]:
-    """What the language model was shown beside the question, as far as it differs from the published setting.
+    """Return what the language model was shown beside the question, as far as it differs from the published setting.
 
     frames_per_answer: their mean number, where the selector decides it. subtitles: which lines, where there were any;
     subtitle_lines: their mean number; subtitle_lines_left_out: lines of all prompts that these had no room for.

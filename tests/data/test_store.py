@@ -305,6 +305,10 @@ def test_a_missing_or_changing_video_is_one_line(tmp_path, monkeypatch):
     for name in ("a.mp4", "a\0.mp4"):  # messages escape the zero byte
         with pytest.raises(VideoError, match=r"a\S*.mp4: cannot be read"):
             content_digest(tmp_path / name)
+    os.mkfifo(tmp_path / "pipe.mp4")
+    for endless in (tmp_path / "pipe.mp4", "/dev/zero"):
+        with pytest.raises(VideoError, match=r"cannot be read \(not a file\)"):
+            content_digest(endless)
     video = tmp_path / "b.mp4"
     video.write_bytes(b"film")
     monkeypatch.setattr(store_module, "_digest_of", lambda path: video.write_bytes(b"longer") and "00" * 32)

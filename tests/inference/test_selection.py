@@ -95,7 +95,10 @@ def test_it_goes_through_json_and_refuses_another_video(film, tmp_path):
     changed = {**found.to_json(), "video": str(CLIP)}
     with pytest.raises(LstpError, match="is not the video that these frames were selected from"):
         Selection.from_json(changed).frames()
-    for key, value in (("version", 2), ("frame_index", [1000] * 5), ("times_s", [0.0])):
+    wrong = [("version", 2), ("frame_index", [1000] * 5), ("times_s", [0.0]), ("times_s", ["0"] * 5), ("video", 0)]
+    wrong += [("num_frames", "9"), ("span_s", 5), ("span_s", [1]), ("scores", [None]), ("settings", [])]
+    wrong += [("seconds", {"a": "b"})]
+    for key, value in wrong:
         with pytest.raises(ConfigError, match="selection"):
             Selection.from_json({**found.to_json(), key: value}, "selection")
 

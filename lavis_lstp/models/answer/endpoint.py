@@ -85,11 +85,11 @@ class EndpointAnswerer(nn.Module):
 
     @cached_property
     def kept(self) -> KeptTexts:
-        """What was answered before."""
+        """The cache of answers, opened when it is first asked."""
         return KeptTexts(self._cache or cache_folder() / "answers.sqlite", "answers")
 
     def tokenizer(self, text: str) -> dict[str, list[int]]:
-        """As many ids as the text has tokens, about: a server does not say which tokenizer is its own."""
+        """Return about as many ids as the text has tokens: a server does not say which tokenizer is its own."""
         return {"input_ids": [0] * -(-len(text) // CHARACTERS_PER_TOKEN)}
 
     def look(self, frames: Tensor, which: Tensor, prompts: list[str], times_s: Tensor | None = None) -> EndpointReading:

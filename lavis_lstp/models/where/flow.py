@@ -324,7 +324,7 @@ class RaftFlow:
             load_raft(self.net, name, weights)
 
     def identity(self) -> dict[str, Any]:
-        """What decides a field beside the frames, as JSON values."""
+        """Return what decides a field beside the frames, as JSON values."""
         digest = hashlib.sha256()
         for weight in self.net.state_dict().values():
             digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
@@ -389,7 +389,7 @@ class DisFlow:
         self.preset = preset
 
     def identity(self) -> dict[str, Any]:
-        """What decides a field beside the frames, as JSON values."""
+        """Return what decides a field beside the frames, as JSON values."""
         import cv2
 
         return {"preset": self.preset, "opencv": cv2.__version__}

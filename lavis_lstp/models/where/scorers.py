@@ -36,7 +36,7 @@ SAMPLED = 4096
 
 
 class FrameScorer:
-    """What all scorers share; a new one has `look` and `compare`, and a line in `config.model.SCORERS`.
+    """The base of all scorers; a new one has `look` and `compare`, and a line in `config.model.SCORERS`.
 
     Args:
         prompt: what the text side reads, with {question}; None = the class's own.
@@ -67,7 +67,7 @@ class FrameScorer:
         raise NotImplementedError
 
     def identity(self) -> dict[str, Any]:
-        """What decides features beside the frames, as JSON values: the code of the class, and all weights it has."""
+        """Return what decides features beside the frames, as JSON values: the class's code and all weights."""
         code = ""
         if self.model is not None and self._weights is None:
             self._weights = weights_digest(self.model)
@@ -113,7 +113,7 @@ class FrameScorer:
         return found
 
     def features_of(self, frames: Tensor) -> Tensor:
-        """The same of frames that are here, uint8 [T,3,H,W]."""
+        """Return features [T,...] of frames that are here, uint8 [T,3,H,W]."""
         frames = frames.cpu()
         return self.features(len(frames), lambda i, j: frames[i:j], array_digest(frames.numpy()))
 
