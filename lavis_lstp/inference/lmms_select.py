@@ -20,7 +20,7 @@ from PIL import Image
 from lavis_lstp.data.selections import Recorded, read_recorded
 from lavis_lstp.data.store import default_store
 from lavis_lstp.errors import ConfigError, unknown_name
-from lavis_lstp.files import strict_json
+from lavis_lstp.files import strict_json, write_jsonl
 from lavis_lstp.inference.lmms_requests import IMAGE_ENDINGS, bare_question
 from lavis_lstp.inference.selection import BY_SAMPLER, METHODS, Selection, select
 from lavis_lstp.models.answer.answerer import TIMES
@@ -49,6 +49,8 @@ class Selecting:
         method, k, seed: of `lavis_lstp.select`; settings: of the method, "power=2.0 depth=3".
         checkpoint: whose sampler is asked, where the method asks one.
         selection: file of recorded frames in place of a method, in any form of `data/selections.py`.
+        log: file for a line of JSON a question: task, split, doc_id, method, and of each video the frames and seconds
+            shown; ranks above 0 put their number before its ending. (lmms-eval's own files leave arguments out.)
         question_key, id_key: of documents, the bare question that frames are found by, and the id in `selection`.
     """
 
@@ -63,6 +65,7 @@ class Selecting:
         settings: str = "",
         checkpoint: str | None = None,
         selection: str | None = None,
+        log: str | None = None,
         question_key: str = "question",
         id_key: str = "question_id",
         **of_inner: Any,
@@ -89,6 +92,7 @@ class Selecting:
         self.inner.task_dict = self.task_dict = {}
         self._recorded: dict[tuple[str, str], dict[str, Recorded]] = {}
         self._found: dict[tuple[str, str, str], Selection] = {}
+        self.log, self._lines = log, []
 
     def _inner(self, name: str, arguments: Mapping[str, Any]) -> Any:
         from lmms_eval.models import get_model
@@ -141,9 +145,14 @@ class Selecting:
                 request.arguments = told
         for request, own in zip(requests, shown, strict=True):
             if own:
-                log = [{"frame_index": one.frame_index, "times_s": one.times_s} for one in own.values()]
-                method = next(iter(own.values())).method
-                request.arguments = (*request.arguments, {NAME: {"method": method, "videos": log}})
+                videos = [{"frame_index": one.frame_index, "times_s": one.times_s} for one in own.values()]
+                told = {"method": next(iter(own.values())).method, "videos": videos}
+                doc_id, task, split = request.arguments[-3:]
+                self._lines.append({"task": task, "split": split, "doc_id": doc_id, **told})
+                request.arguments = (*request.arguments, {NAME: told})
+        if self.log is not None:
+            path = Path(self.log)
+            write_jsonl(path.with_suffix(f".{self.rank}{path.suffix}") if self.rank else path, self._lines)
         return answers
 
     def _with_frames(self, arguments: tuple, shown: dict[int, Selection]) -> tuple:

@@ -88,8 +88,9 @@ CENTRES = [7, 22, 37, 52]
 FRAMES = [0, 20, 59]
 
 
-def test_a_simple_model_is_handed_frames_and_their_seconds(documents):
-    model = made(True, documents, method="uniform", k="4", pretrained="x")
+def test_a_simple_model_is_handed_frames_and_their_seconds(documents, tmp_path):
+    log = tmp_path / "shown.jsonl"
+    model = made(True, documents, method="uniform", k="4", log=str(log), pretrained="x")
     asked = [request(i, simple=True) for i in (0, 1)]
     video, picture = model.generate_until(asked)
     times = ", ".join(f"{i / 30:.1f}" for i in CENTRES)
@@ -101,6 +102,7 @@ def test_a_simple_model_is_handed_frames_and_their_seconds(documents):
     assert logged["method"] == "uniform" and logged["videos"][0]["frame_index"] == CENTRES
     assert logged["videos"][0]["times_s"] == pytest.approx([i / 30 for i in CENTRES], abs=1e-5)
     assert asked[0].arguments[0] == "which? Answer." and len(asked[1].arguments) == 6
+    assert [*read_jsonl(log)] == [{"task": "task", "split": "test", "doc_id": 0, **logged}]
 
 
 def test_a_chat_model_reads_the_seconds_before_each_frame(documents):
@@ -174,7 +176,14 @@ def test_the_released_package_runs_its_own_dummy_behind_a_selection(lmms_python,
         "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
     }
     (tasks / "made_task.yaml").write_text(yaml.safe_dump(task) + "doc_to_visual: !function utils.visual\n")
-    words = ["-m", "lmms_eval", "--model", "lstp_select", "--model_args", "inner=dummy,method=uniform,k=4,read_bytes=1"]
+    words = [
+        "-m",
+        "lmms_eval",
+        "--model",
+        "lstp_select",
+        "--model_args",
+        f"inner=dummy,method=uniform,k=4,read_bytes=1,log={tmp_path}/shown.jsonl",
+    ]
     words += ["--tasks", "made_task", "--include_path", tasks, "--log_samples", "--output_path", tmp_path / "out"]
     offline = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     done = sh(lmms_python, *words, cwd=tmp_path, **offline)
@@ -182,6 +191,7 @@ def test_the_released_package_runs_its_own_dummy_behind_a_selection(lmms_python,
     assert done.returncode == 0 and "Error during evaluation" not in said, said[-3000:]
     (path,) = (tmp_path / "out").rglob("*_samples_made_task.jsonl")
     (row,) = read_jsonl(path)
-    assert row["filtered_resps"] == ["A"] and CENTRES == next(
-        one["lstp_select"]["videos"][0]["frame_index"] for one in row["arguments"] if "lstp_select" in one
-    )
+    assert row["filtered_resps"] == "A"
+    (line,) = read_jsonl(tmp_path / "shown.jsonl")
+    assert (line["task"], line["split"], line["doc_id"]) == ("made_task", "test", 0)
+    assert line["method"] == "uniform" and [one["frame_index"] for one in line["videos"]] == [CENTRES]
