@@ -42,7 +42,7 @@ CONTEXT = GIB
 
 
 TOKENS_PER_FRAME = 256
-"""Of a picture of 448 px, about: Qwen2.5-VL makes 256 of it alone; two frames of a video share them."""
+"""Tokens of a picture of 448 px, about: Qwen2.5-VL makes 256 of one alone, and two frames of a video share them."""
 
 
 @dataclass(frozen=True)

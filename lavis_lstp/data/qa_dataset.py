@@ -271,7 +271,7 @@ class VideoQADataset(Dataset):
         return sample
 
     def _shown(self, row: Mapping[str, Any]) -> str:
-        """What tells the frames of a question from those of others; '' for a text."""
+        """Return a name that questions about the same frames share, '' for a text."""
         chosen = self._chosen(row)
         return _media_name(row) + (f" frames {chosen.frames}" if chosen else "")
 

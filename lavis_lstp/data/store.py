@@ -35,7 +35,7 @@ import numpy as np
 
 from lavis_lstp.data.shards.format import load_tensors
 from lavis_lstp.errors import VideoError
-from lavis_lstp.files import is_temporary, sha256_file, sha256_json, sorted_header, whole_file
+from lavis_lstp.files import is_temporary, sha256_file, sha256_json, sorted_header, strict_json, whole_file
 
 if TYPE_CHECKING:
     from lavis_lstp.data.video.reading import VideoFrames
@@ -310,5 +310,5 @@ def read_kept(store: Store | None, content: str, source: Any, *, name: str | Non
         flow = {} if found.flow is None else {"flow": found.flow}
         store.put(key, {**arrays, **flow, "info": np.frombuffer(facts, np.uint8)})
         return found
-    info = VideoInfo(**json.loads(kept["info"].tobytes()))
+    info = VideoInfo(**strict_json(kept["info"].tobytes()))
     return VideoFrames(kept["frames"], kept["times_s"], kept["indices"].tolist(), info, kept.get("flow"))

@@ -30,7 +30,7 @@ from lavis_lstp.data.video.codec_figures import motion_energy, of_candidates, pa
 from lavis_lstp.data.video.index import video_index
 from lavis_lstp.data.video.reading import READING_VERSION, key_frames, probe, read_frames
 from lavis_lstp.errors import ConfigError, VideoError, unknown_name
-from lavis_lstp.files import read_record, write_json
+from lavis_lstp.files import read_record, strict_json, write_json
 from lavis_lstp.models.where import selectors
 from lavis_lstp.schema import Span
 
@@ -347,7 +347,7 @@ def _scorer(given: str) -> Any:
     """A scorer of its settings, as JSON; it is built once."""
     from lavis_lstp.models.where.scorers import build_scorer
 
-    made = build_scorer(**json.loads(given))
+    made = build_scorer(**strict_json(given))
     made.store = default_store()
     return made
 

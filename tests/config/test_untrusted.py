@@ -474,8 +474,6 @@ LENIENT = {
     "endpoint.py": {"message_of"},  # a server's answer, whose form is checked and which is never kept
     "judging/cache.py": {"_verdict"},  # our own data base
     "inference/lmms.py": {"generate_until"},  # text made a line above
-    "inference/selection.py": {"_scorer"},  # text made by its caller, to be hashed
-    "data/store.py": {"read_kept"},  # our own entry, with a check sum
     "data/shards/index.py": {"__init__", "_check_columns"},  # lists, whose form is checked
     "data/shards/format.py": {"load_tensors"},  # a header that safetensors has parsed
     "commands/scan.py": {"_unescaped"},  # any text at all: what is no JSON is looked through as it is

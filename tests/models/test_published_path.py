@@ -265,9 +265,7 @@ def test_evaluation_gives_the_published_answer(folders, monkeypatch, name):
     result = model.answer(samples, max_new_tokens=128, do_sample=False)
 
     if case["raft"]:
-        away = (flows[0][2][0, :, :, ::16, ::16] - facts["flow"]).abs()
-        assert away.quantile(0.999) < RAFT_TOLERANCE and away.median() < RAFT_TOLERANCE / 10
-        assert away.max() < 2 * RAFT_TOLERANCE  # 2.6e-3 of one value without vector units, ATEN_CPU_CAPABILITY=default
+        assert (flows[0][2][0, :, :, ::16, ::16] - facts["flow"]).abs().max() < RAFT_TOLERANCE
     logits = torch.stack([result["start_logits"][0], result["end_logits"][0]], dim=1)
     assert (logits - facts["logits"]).abs().max() < tolerance
     chosen = case["selected"]

@@ -56,7 +56,7 @@ SUPERSAMPLE = 4
 SHADE = 0.62  # brightness of a shape's one half, so that turning is visible in all kinds, circles included
 QUANTISER = 18
 MOST_FILM_S = 1800
-"""Of a longer film the first half hour is used; its pictures are held in memory once."""
+"""Seconds of a film that are used, from its start on; its pictures are held in memory once."""
 KEY_FRAMES = world.EVEN_FRAMES[::2]
 
 logger = logging.getLogger(__name__)
@@ -275,7 +275,7 @@ class Parameters:
                 raise ConfigError(f"Shapes-QA: {name} must be at least {least}, got {getattr(self, name)}")
 
     def as_dict(self) -> dict[str, Any]:
-        """What a manifest records; of a film its SHA-256, wherever it lies."""
+        """Return what a manifest records; a film is told by its SHA-256, wherever it lies."""
         of_films = {"film", "window_s", "haystack_s"}
         kept = vars(self) if self.film else {name: value for name, value in vars(self).items() if name not in of_films}
         return {"format": FORMAT, "version": VERSION, **kept, **({"film": sha256_file(self.film)} if self.film else {})}

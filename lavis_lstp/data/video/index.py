@@ -363,7 +363,7 @@ def _start(container: Any) -> Fraction | None:
 
 
 def _begins_again(source: Source, end: int, most: int = 1 << 24) -> bool:
-    """Whether the first bytes of a file stand again in the `most` bytes from `end`, where its last picture ends."""
+    """Return whether a file's first bytes stand again in the `most` bytes from `end`, where its last picture ends."""
     source = check_source(source, "")
     with open(source, "rb") if isinstance(source, str) else nullcontext(source) as file:
         first = file.read(len(b"\0\0\0\x20ftyp"))
