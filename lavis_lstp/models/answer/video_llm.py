@@ -32,7 +32,7 @@ from lavis_lstp.models.answer.loading import (
     dtype_of,
     quantization_config,
 )
-from lavis_lstp.models.weights.hub import where_from, where_to_put
+from lavis_lstp.models.weights.hub import model_and_processor
 
 logger = logging.getLogger(__name__)
 
@@ -429,25 +429,6 @@ def build(
         settings["attn_implementation"] = attention
     if quantization:
         settings["quantization_config"] = quantization_config(quantization, dtype, skipped=(*TOWERS, *CONNECTORS))
-    model, processor = _loaded(weights, settings)
+    auto, key = transformers.AutoModelForImageTextToText, "model.backbone.weights"
+    model, processor = model_and_processor(auto, weights, key, "video language model", **settings)
     return VideoLLM(model, processor, max_text_tokens=max_text_tokens, times_in_prompt=times_in_prompt)
-
-
-def _loaded(weights: str, settings: Mapping[str, Any]) -> tuple[nn.Module, Any]:
-    from safetensors import SafetensorError
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    where = where_from(weights)
-    try:
-        processor = AutoProcessor.from_pretrained(**where)
-        model, found = AutoModelForImageTextToText.from_pretrained(**where, output_loading_info=True, **settings)
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, KeyError) as error:
-        raise WeightsError(
-            f"no video language model at '{weights}' (model.backbone.weights): expected a hub id that is cached or can "
-            "be reached, such as Qwen/Qwen3-VL-8B-Instruct, or a folder with its files (config.json, *.safetensors, "
-            f"tokenizer and processor files) downloaded from huggingface.co; {where_to_put(weights)}; "
-            f"transformers says: {(str(error).strip().splitlines() or [type(error).__name__])[0]}"
-        ) from error
-    if missing := sorted(found["missing_keys"]):
-        raise WeightsError(f"'{weights}' (model.backbone.weights) lacks {len(missing)} weights, first {missing[0]}")
-    return model, processor

@@ -263,3 +263,34 @@ def require_weights(cfg: Mapping[str, Any]) -> None:
             "*.safetensors, tokenizer files) downloaded from huggingface.co; raft-sintel.pth is in models.zip of "
             "princeton-vl/RAFT"
         )
+
+
+def model_and_processor(auto: Any, weights: str, key: str, what: str, **settings: Any) -> tuple[Any, Any]:
+    """A model and its processor, by transformers.
+
+    Args:
+        auto: transformers' class of the model.
+        weights: a hub id, or a folder in the hub's layout.
+        key: setting that names them, and what: kind of model, for messages.
+        settings: further arguments of `from_pretrained`.
+
+    Raises:
+        WeightsError: they are not there, damaged or incomplete.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoProcessor
+
+    where = where_from(weights)
+    try:
+        processor = AutoProcessor.from_pretrained(**where)
+        model, found = auto.from_pretrained(**where, output_loading_info=True, **settings)
+    except (*BROKEN_FOLDER, SafetensorError) as error:
+        raise WeightsError(
+            f"no {what} at '{weights}' ({key}): expected a hub id that is cached or can be reached, or a folder with "
+            "its files (config.json, *.safetensors, preprocessor_config.json, tokenizer files) downloaded from "
+            f"huggingface.co; {where_to_put(weights)}; "
+            f"transformers says: {(str(error).strip().splitlines() or [type(error).__name__])[0]}"
+        ) from error
+    if missing := sorted(found["missing_keys"]):
+        raise WeightsError(f"'{weights}' ({key}) lacks {len(missing)} weights, first {missing[0]}")
+    return model, processor

@@ -26,8 +26,8 @@ from lavis_lstp.batch import weights_are_divided
 from lavis_lstp.config.model import SCORERS
 from lavis_lstp.config.model import Scorer as Settings
 from lavis_lstp.data.store import Store, array_digest, entry_key
-from lavis_lstp.errors import ConfigError, WeightsError, unknown_name
-from lavis_lstp.models.weights.hub import BROKEN_FOLDER, where_from, where_to_put
+from lavis_lstp.errors import ConfigError, unknown_name
+from lavis_lstp.models.weights.hub import BROKEN_FOLDER, model_and_processor, where_from
 
 KEPT = 4
 """Videos whose features are kept in memory."""
@@ -215,22 +215,7 @@ def _of_transformers(auto: Any, weights: str, dtype: str) -> tuple[nn.Module, An
     Raises:
         WeightsError: they are not there, damaged or incomplete.
     """
-    from safetensors import SafetensorError
-    from transformers import AutoProcessor
-
-    try:
-        where = where_from(weights)
-        processor = AutoProcessor.from_pretrained(**where)
-        model, found = auto.from_pretrained(**where, output_loading_info=True)
-    except (*BROKEN_FOLDER, SafetensorError) as error:
-        raise WeightsError(
-            f"no scorer at '{weights}' (model.scorer.weights): expected a hub id that is cached or can be reached, or "
-            "a folder with its files (config.json, *.safetensors, preprocessor_config.json, tokenizer files) from "
-            f"huggingface.co; {where_to_put(weights)}; "
-            f"transformers says: {(str(error).strip().splitlines() or [type(error).__name__])[0]}"
-        ) from error
-    if missing := sorted(found["missing_keys"]):
-        raise WeightsError(f"'{weights}' (model.scorer.weights) lacks {len(missing)} weights, first {missing[0]}")
+    model, processor = model_and_processor(auto, weights, "model.scorer.weights", "scorer")
     return model.to(getattr(torch, dtype)), processor
 
 
