@@ -29,8 +29,8 @@ from lavis_lstp.data.store import Store, array_digest, entry_key
 from lavis_lstp.errors import ConfigError, unknown_name
 from lavis_lstp.models.weights.hub import BROKEN_FOLDER, model_and_processor, where_from
 
-KEPT = 4
-"""Videos whose features are kept in memory."""
+KEPT_BYTES = 256 << 20
+"""Features that are kept in memory; those of the last video always are."""
 SAMPLED = 4096
 """Numbers of a weight that say which weight it is."""
 
@@ -108,7 +108,7 @@ class FrameScorer:
             if self.store is not None:
                 self.store.put(key, {"features": found.numpy()})
         self._kept[key] = found
-        while len(self._kept) > KEPT:
+        while len(self._kept) > 1 and sum(one.nbytes for one in self._kept.values()) > KEPT_BYTES:
             self._kept.popitem(last=False)
         return found
 
