@@ -108,7 +108,6 @@ class VideoQADataset(Dataset):
         self.lanes, self.buffer = (shards.lanes, shards.buffer) if shards.loader == "stream" else (0, 1)
         self.kinds = self.annotation.kinds
         self._decode = None
-        self._digests: dict[Path, str] = {}
         self._check_settings()
         self._check_kinds(bool(flow_root) or in_shards)
         self._check_ids()
@@ -359,7 +358,7 @@ class VideoQADataset(Dataset):
     def _read_recorded(self, place: Any, recorded: Recorded) -> VideoFrames:
         """The frames that were chosen for a question, of the video that they were chosen of."""
         source, name = self.annotation.medium(place)
-        recorded.check_video(lambda: self._digest(source), name)
+        recorded.check_video(lambda: content_digest(source), name)
         how = {"size": self.settings.image_size, "max_megapixels": self.settings.max_megapixels, **self._decoding()}
         return read_frames(source, name=name, **recorded.frames, **how)
 
@@ -367,13 +366,6 @@ class VideoQADataset(Dataset):
         """Arguments of `read_frames` that change no frame's number."""
         how = {name: getattr(self.settings, name) for name in ("backend", "decode_size", "hardware")}
         return {"threads": self.settings.decode_threads, **how}
-
-    def _digest(self, source: Any) -> str:
-        if isinstance(source, bytes):
-            return content_digest(source)
-        if source not in self._digests:
-            self._digests[source] = content_digest(source)
-        return self._digests[source]
 
     def _read_image(self, place: Any) -> torch.Tensor:
         """uint8 [1,3,H,W]; pictures are resized as published: bicubic with antialias."""

@@ -18,6 +18,7 @@ damage.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -255,26 +256,35 @@ def content_digest(source: str | os.PathLike | bytes | BinaryIO | Sequence[bytes
         kept = store.get(key) if store is not None else None
         if kept is not None and kept.keys() == {"sha256"} and kept["sha256"].nbytes == 32:
             return kept["sha256"].tobytes().hex()
-        digest = _digest_of(path)
-        if _look_of(path) != before:
-            raise VideoError(f"{path}: changes while it is read; call again when it is complete")
+        settled = time.time_ns() - max(look[-1] for look in before) > UNSETTLED_S * 10**9
+        digest = (_remembered if settled else _digest_of)(path, before)
     except (OSError, ValueError) as error:  # ValueError: no system takes a zero byte in a name
         raise VideoError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    if store is not None and time.time_ns() - max(look[-1] for look in before) > UNSETTLED_S * 10**9:
+    if store is not None and settled:
         store.put(key, {"sha256": np.frombuffer(bytes.fromhex(digest), dtype=np.uint8)})
     return digest
 
 
-def _digest_of(path: Path) -> str:
-    if not path.is_dir():
-        return sha256_file(path)
-    from lavis_lstp.data.video.picture_folder import sha256_of_pictures
-
-    return sha256_of_pictures(path)
+@functools.lru_cache(1024)
+def _remembered(path: Path, look: tuple[tuple[Any, ...], ...]) -> str:
+    """The digest of a file that looks the same as before: reading a film for it takes seconds."""
+    return _digest_of(path, look)
 
 
-def _look_of(path: Path) -> list[list[Any]]:
-    """[file, size, inode, two times of change in ns, the later one last] of a file, or of each picture of a folder."""
+def _digest_of(path: Path, look: tuple[tuple[Any, ...], ...]) -> str:
+    if path.is_dir():
+        from lavis_lstp.data.video.picture_folder import sha256_of_pictures
+
+        digest = sha256_of_pictures(path)
+    else:
+        digest = sha256_file(path)
+    if _look_of(path) != look:
+        raise VideoError(f"{path}: changes while it is read; call again when it is complete")
+    return digest
+
+
+def _look_of(path: Path) -> tuple[tuple[Any, ...], ...]:
+    """(file, size, inode, two times of change in ns, the later one last) of a file, or of each picture of a folder."""
     files = [path]
     if path.is_dir():
         from lavis_lstp.data.video.picture_folder import pictures_in
@@ -284,8 +294,8 @@ def _look_of(path: Path) -> list[list[Any]]:
     for file in files:
         status = file.stat()
         times = sorted((status.st_ctime_ns, status.st_mtime_ns))
-        found.append([str(file.resolve()), status.st_size, status.st_ino, *times])
-    return found
+        found.append((str(file.resolve()), status.st_size, status.st_ino, *times))
+    return tuple(found)
 
 
 def read_kept(store: Store | None, content: str, source: Any, *, name: str | None = None, **how: Any) -> VideoFrames:

@@ -174,7 +174,6 @@ class Reader:
         self._decoders = threading.Semaphore(decoders)
         self.model, self.max_seconds = model, max_seconds
         self.kept = Kept(cache_bytes, num_bytes)
-        self._digests: OrderedDict[tuple, str] = OrderedDict()  # path, size, time of change -> digest
 
     def read(
         self,
@@ -202,7 +201,7 @@ class Reader:
         seconds: dict[str, float] = {}
         if source is None:
             return self._text(), seconds
-        digest = self._digest(source)
+        digest = content_digest(source, self.store)
 
         def timed(stage: str, make: Callable[..., Any], *args: Any) -> Any:
             with self._decoders:
@@ -221,18 +220,6 @@ class Reader:
             field = self.kept.get((key, "flow"), lambda: timed("flow", self._flow, found, source, how, pairs))
             found = replace(found, flow=field)
         return found, seconds
-
-    def _digest(self, source: Medium) -> str:
-        """The digest of a file that was not changed since is remembered: reading a film for it takes seconds."""
-        if not isinstance(source, str | os.PathLike) or not os.path.isfile(source):
-            return content_digest(source)
-        status = os.stat(source)
-        place = (os.path.realpath(source), status.st_size, status.st_mtime_ns, status.st_ino)
-        if place not in self._digests:
-            self._digests[place] = content_digest(source, self.store)
-            while len(self._digests) > 1024:
-                self._digests.popitem(last=False)
-        return self._digests[place]
 
     def _text(self) -> Candidates:
         import numpy as np
