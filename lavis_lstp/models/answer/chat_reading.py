@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from lavis_lstp.errors import ConfigError
 from lavis_lstp.models.answer.answerer import Answers, GivenUp
-from lavis_lstp.models.answer.language import IGNORED, LanguageAnswerer, scored_answers
+from lavis_lstp.models.answer.language import IGNORED, LanguageAnswerer, cache_of, scored_answers
 from lavis_lstp.models.answer.streaming import refuse_beams
 
 
@@ -44,7 +44,7 @@ class ChatReading:
 
     def __init__(self, answerer: LanguageAnswerer, groups: list[Rows], rows: int):
         self.answerer, self.groups, self.rows = answerer, groups, rows
-        self._read: dict[int, tuple[Any, Tensor]] = {}
+        self._read: dict[int, tuple[str, Any, Tensor]] = {}
 
     def loss(self, answers: list[str]) -> Tensor:
         """See `Reading.loss`: float32 []."""
@@ -154,15 +154,15 @@ class ChatReading:
             read = self.answerer.forward_model(
                 group.tokens, group.positions, **group.frames, use_cache=True, logits_to_keep=1
             )
-            self._read[number] = read.past_key_values, read.logits[:, -1]
-        cache, first = self._read[number]
+            self._read[number] = *cache_of(self.answerer.model, read), read.logits[:, -1]
+        name, cache, first = self._read[number]
         more, labels = self._behind(group, answers)
         own = copy.deepcopy(cache)
         own.batch_select_indices(rows)
         tokens = {key: value for key, value in more.items() if key != "attention_mask"}
         tokens["attention_mask"] = torch.cat([group.tokens["attention_mask"][rows], more["attention_mask"]], 1)
         positions = self._next(group.positions[..., rows, :], labels.shape[1])
-        logits = self.answerer.forward_model(tokens, positions, past_key_values=own, use_cache=True).logits
+        logits = self.answerer.forward_model(tokens, positions, use_cache=True, **{name: own}).logits
         return torch.cat([first[rows, None], logits[:, :-1]], dim=1), labels
 
     def _behind(self, group: Rows, answers: list[str]) -> tuple[dict[str, Tensor], Tensor]:

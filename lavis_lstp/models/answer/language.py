@@ -6,6 +6,7 @@ language model takes `inputs_embeds`, decoder-only or encoder-decoder, is a `Lan
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -329,7 +330,7 @@ class PrefixReading:
             self.encoded = encoder(inputs_embeds=inputs, attention_mask=self.mask).last_hidden_state
         else:
             read = language_model(inputs_embeds=inputs, attention_mask=self.mask, use_cache=True)
-            self.cache = read.past_key_values
+            self.cache_name, self.cache = cache_of(language_model, read)
             self.lengths = self.mask.sum(1)
             self.next_logits = read.logits[torch.arange(len(inputs), device=inputs.device), self.lengths - 1]
 
@@ -359,11 +360,17 @@ class PrefixReading:
         logits = language_model(
             inputs_embeds=embedded,
             attention_mask=torch.cat([self.mask[rows], real], dim=1),
-            past_key_values=_at(self.cache, rows),
             use_cache=True,
+            **{self.cache_name: _at(self.cache, rows)},
             **places,
         ).logits
         return torch.cat([self.next_logits[rows, None], logits[:, :-1]], dim=1), labels
+
+
+def cache_of(model: nn.Module, read: Mapping[str, Any]) -> tuple[str, Any]:
+    """The cache in a model's output, behind the argument that takes it; transformers 5.24 began to rename both."""
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return name, read["cache" if "cache" in read else "past_key_values"]
 
 
 def _at(cache, rows: Tensor):
