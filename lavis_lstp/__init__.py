@@ -38,7 +38,7 @@ WATCHED = NEEDS_LAVIS | MOVED.keys() | {"lavis", "lavis.train", "lavis.evaluate"
 
 PUBLIC = {
     "load": "lavis_lstp.inference.predictor",
-    "push_to_hub": "lavis_lstp.inference.sharing",
+    "push_to_hub": "lavis_lstp.models.weights.sharing",
     "select": "lavis_lstp.inference.selection",
     "select_from_scores": "lavis_lstp.models.where.selectors",
     "LSTP": "lavis_lstp.models.lstp",

@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 KINDS = ("train", "evaluate", "command")
 TELL_EVERY_S = 20.0
 """Seconds between two lines of a step that goes on."""
+NO_TRIAL = "run.fast_dev_run is of one run, later ones would find nothing; use run.limit_batches=2"
 STOPPED = 128 + signal.SIGTERM
 STOPS = (STOPPED, -signal.SIGTERM)
 """How a process ends that SIGTERM stopped: in order, or at once."""
@@ -80,8 +81,8 @@ class Chain:
     """
 
     def __init__(self, out: Path, options: Sequence[str] = (), launcher: Sequence[str] = ()):
-        if any(option.rpartition("=")[0].endswith("run.fast_dev_run") for option in options):
-            raise ConfigError("run.fast_dev_run is of one run, later ones would find nothing; use run.limit_batches=2")
+        if any(option.partition("=")[0].rpartition(":")[2] == "run.fast_dev_run" for option in options):
+            raise ConfigError(NO_TRIAL)
         self.out = out
         self.options = list(options)
         self.launcher = list(launcher) or [sys.executable]
@@ -351,7 +352,7 @@ def check_recipes(chain: Chain, steps: Sequence[Step]) -> None:
     """Completes every run's configuration now: a misspelt key should not wait for the days that step 1 takes.
 
     Raises:
-        ConfigError: step, file and key that are wrong.
+        ConfigError: step, file and key that are wrong, or a recipe or the chain file makes a trial of one run.
     """
     from lavis_lstp import register
     from lavis_lstp.config import Config
@@ -362,7 +363,9 @@ def check_recipes(chain: Chain, steps: Sequence[Step]) -> None:
             continue
         command = chain.command(step)
         try:
-            Config(SimpleNamespace(cfg_path=step.recipe, options=command[command.index("--options") + 1 :]))
+            config = Config(SimpleNamespace(cfg_path=step.recipe, options=command[command.index("--options") + 1 :]))
+            if config.run_cfg.get("fast_dev_run"):
+                raise ConfigError(NO_TRIAL)
         except ConfigError as error:
             raise type(error)(f"step {step.name}: {error}") from error
 

@@ -27,12 +27,14 @@ from lavis_lstp import __version__
 from lavis_lstp.config.model import Sampler
 from lavis_lstp.errors import ConfigError, WeightsError, unknown_name
 from lavis_lstp.files import complete_folder, sha256_file, write_json
-from lavis_lstp.inference.loading import CONVERTED
 from lavis_lstp.models.answer.loading import DTYPES
 from lavis_lstp.models.weights.parts import part_of
 from lavis_lstp.models.weights.published_names import NOT_IN_BERT
 from lavis_lstp.models.weights.reading import INDEX, convert_published_with_report, load_state_dict_file, weights_file
-from lavis_lstp.models.weights.sizes import fit, sampler_sizes
+from lavis_lstp.models.weights.recorded import CONVERTED
+from lavis_lstp.models.weights.shapes import below
+from lavis_lstp.models.weights.sizes import fit
+from lavis_lstp.models.where.temporal_sampler import sizes_in
 from lavis_lstp.redaction import printable
 
 logger = logging.getLogger(__name__)
@@ -264,7 +266,7 @@ def _model_section(
         section["train"] = [part for part in learnt if part in report.renamed]
     if "sampler" in present:
         section["sampler"] = {} if kind == "bert" else {"weights": None}
-        section["sampler"] |= _unlike_default(sampler_sizes(state_dict))
+        section["sampler"] |= _unlike_default(sizes_in(below("sampler.", state_dict)))
     if kind == "lstp":
         section.setdefault("sampler", {})["mode"] = "multi_modal"
         section["fusion"] = "mean"

@@ -70,7 +70,8 @@ def export(
         ConfigError: a model that transformers has not, `out` exists, or settings nobody knows.
         WeightsError: weights are missing or do not fit.
     """
-    from lavis_lstp.inference.loading import model_config, recorded_model
+    from lavis_lstp.inference.loading import model_config
+    from lavis_lstp.models.weights.recorded import recorded_model
 
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(unknown_name("dtype (--dtype)", dtype, DTYPES))

@@ -149,7 +149,7 @@ class Reader:
         max_seconds: a longer video is refused; None = any.
         max_megapixels: a larger picture, or video with larger pictures, is refused.
         decoders: media that are decoded at a time.
-        reading: how videos are read, by the keys `loading.READING` of a data set.
+        reading: how videos are read, by the keys `recorded.READING` of a data set.
         store: where frames of files, and flow, are kept on disk for other processes; None = nowhere.
     """
 

@@ -17,9 +17,9 @@ from typing import Any
 
 from lavis_lstp.errors import ConfigError, unknown_name
 from lavis_lstp.inference.lmms_requests import Questions, Request, cut, generation_settings, questions_of
-from lavis_lstp.inference.loading import recorded_frames, recorded_model, recorded_reading
 from lavis_lstp.inference.predictor import Predictor
 from lavis_lstp.models.variants import MODEL_TYPES
+from lavis_lstp.models.weights.recorded import recorded_frames, recorded_model, recorded_reading
 from lavis_lstp.schema import Batch
 
 logger = logging.getLogger(__name__)

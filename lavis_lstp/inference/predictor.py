@@ -19,10 +19,11 @@ from lavis_lstp.data.pictures import DEFAULT_MAX_MEGAPIXELS
 from lavis_lstp.data.store import Store
 from lavis_lstp.errors import ConfigError
 from lavis_lstp.inference.candidates import Medium, Reader
-from lavis_lstp.inference.loading import EXAMPLE, build_model, recorded_frames, recorded_reading
+from lavis_lstp.inference.loading import EXAMPLE, build_model
 from lavis_lstp.inference.prediction import Asked, Cancelled, Prediction, Turn
 from lavis_lstp.inference.settings import Settings, settings_of
 from lavis_lstp.models.variants import MODEL_TYPES
+from lavis_lstp.models.weights.recorded import recorded_frames, recorded_reading
 
 CACHE_BYTES = 1 << 30
 """Frames and flow that are kept: 30 videos of 64 candidates with flow at 224 px."""
@@ -39,7 +40,7 @@ class Predictor:
         max_seconds: a longer video is refused; None = any.
         max_megapixels: a larger picture, or video with larger pictures, is refused.
         decoders: media that are decoded at a time.
-        reading: how videos are read, by the keys `loading.READING` of a data set; default: as data sets do.
+        reading: how videos are read, by the keys `recorded.READING` of a data set; default: as data sets do.
         store: where frames and flow are kept on disk for other processes; None = nowhere.
     """
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from lavis.common.registry import registry
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from lavis_lstp.batch import chosen_frames, moves, readable
 from lavis_lstp.data.subtitles import nearest_first
-from lavis_lstp.errors import ConfigError, unknown_name
+from lavis_lstp.errors import ConfigError, WeightsError, unknown_name
 from lavis_lstp.models.answer.answerer import GivenUp, Reading
 from lavis_lstp.models.answering import answer, score_options, stream
 from lavis_lstp.models.building import build_parts, check_settings
@@ -27,7 +28,9 @@ from lavis_lstp.models.refinement import ROWS, Refinement, pseudo_scores
 from lavis_lstp.models.subtitles import shown_in
 from lavis_lstp.models.variants import MODEL_TYPES, complete, load_variant
 from lavis_lstp.models.weights import parts
-from lavis_lstp.models.weights.hub import sizes_of_weights
+from lavis_lstp.models.weights.hub import as_checkpoint, local_path, sizes_of_weights
+from lavis_lstp.models.weights.recorded import recorded_model
+from lavis_lstp.models.weights.sharing import push_to_hub
 from lavis_lstp.models.where.chooser import Chooser
 from lavis_lstp.models.where.frame_selector import FrameSelector
 from lavis_lstp.models.where.temporal_sampler import span_loss, spans_in_flows
@@ -51,6 +54,9 @@ class LSTP(BaseModel):
     """
 
     PRETRAINED_MODEL_CONFIG_DICT: Mapping[str, str] = {}
+
+    built_from: dict | None = None
+    """The whole section `model` that `from_config` built it from."""
 
     def __init__(
         self,
@@ -82,6 +88,7 @@ class LSTP(BaseModel):
         self.frozen_dropout = frozen_dropout
         self.generation = dict(generation or {})
         self.train_parts = tuple(train)
+        self.loaded_parts: set[str] = set()
         check_settings(self)
         parts.freeze_all_but(self, self.train_parts)
         if self.sampler is not None:
@@ -102,14 +109,34 @@ class LSTP(BaseModel):
         given = cfg["checkpoint"] or []
         checkpoints = [given] if isinstance(given, str) else given
         model = cls(**build_parts(cfg))
+        model.built_from = cfg
         for path in checkpoints:
             model.load_checkpoint(path)
         return model
 
     @classmethod
     def from_pretrained(cls, model_type: str) -> LSTP:
-        """LAVIS's name for building a type of this model; where weights are looked for: `models/hub.py`."""
-        return cls.from_config(cls.default_config(model_type).model)
+        """Builds a type of this model, as in LAVIS; or a model as it was trained, with its weights.
+
+        Args:
+            model_type: a type, whose weights are looked for by `models/weights/hub.py`; or a run's folder, one of its
+                checkpoints, or owner/name of a repository that `push_to_hub` filled.
+
+        Raises:
+            ConfigError, WeightsError: nothing of that name, or it cannot be built; one line on why.
+        """
+        if model_type in cls.PRETRAINED_MODEL_CONFIG_DICT or ("/" not in model_type and not local_path(model_type)):
+            return cls.from_config(cls.default_config(model_type).model)
+        from lavis_lstp.config import complete_model
+
+        checkpoint = as_checkpoint(model_type)
+        section = recorded_model(checkpoint)
+        variant = registry.get_model_class(section.get("arch"))
+        if not (isinstance(variant, type) and issubclass(variant, LSTP)):
+            raise WeightsError(f"{model_type}: has no manifest of an LSTP beside its weights; name them in a recipe")
+        config = complete_model(OmegaConf.create({"model": section})).model
+        config.checkpoint = [*section["checkpoint"], checkpoint]
+        return variant.from_config(config)
 
     @classmethod
     def default_config_path(cls, model_type: str = "default") -> str:
@@ -159,7 +186,33 @@ class LSTP(BaseModel):
 
     def load_checkpoint(self, url_or_filename: str) -> list[str]:
         """LAVIS's name for `parts.load_parts_file`."""
-        return parts.load_parts_file(self, url_or_filename)
+        loaded = parts.load_parts_file(self, url_or_filename)
+        self.loaded_parts.update(loaded)
+        return loaded
+
+    def own_state_dict(self) -> dict[str, Tensor]:
+        """Weights and buffers of the parts that learn and of those that checkpoints brought: what no base model has.
+
+        Raises:
+            ConfigError: one of these parts is gone, as adapters are once they are merged.
+        """
+        prefixes, wanted = parts.prefixes_of(self), self.loaded_parts.union(self.train_parts)
+        state = {key: value for key, value in self.state_dict().items() if parts.part_of(key, prefixes) in wanted}
+        if gone := wanted - {parts.part_of(key, prefixes) for key in state}:
+            raise ConfigError(f"the model has no {', '.join(sorted(gone))} any more; share the run's folder instead")
+        return state
+
+    def push_to_hub(self, repo_id: str, *, license: str, run: str | Path | None = None, **how) -> str:
+        """Uploads `own_state_dict` with settings and a card; `from_pretrained(repo_id)` builds the model again.
+
+        Args:
+            repo_id, license, how: sampler_only, results, private and token; see `sharing.push_to_hub`.
+            run: the run's folder, whose data, seed and numbers the card tells; None = it tells none.
+
+        Returns:
+            The address of the commit.
+        """
+        return push_to_hub(run, repo_id, license=license, model=self, **how)
 
     # ---- training ---------------------------------------------------------------------------------------------
 

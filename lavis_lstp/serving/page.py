@@ -25,7 +25,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from lavis_lstp.config.model import SELECTORS, asks_sampler
+from lavis_lstp.config.model import AUTO, SELECTORS, asks_sampler
 from lavis_lstp.errors import LstpError
 from lavis_lstp.files import strict_json
 from lavis_lstp.inference.contact_sheet import pictures_at
@@ -34,6 +34,7 @@ from lavis_lstp.inference.prediction import Cancelled, Prediction
 from lavis_lstp.serving.app import Server
 from lavis_lstp.serving.timeline import evidence_html
 
+DECODING = ("beam search", "nucleus sampling")
 MEDIUM = "the video"
 NO_DOCS = {"docs_url": None, "redoc_url": None, "openapi_url": None}
 MOST_CALL_BYTES = 1 << 20
@@ -171,24 +172,27 @@ class Page:
     def _settings(self) -> list[Any]:
         """Widgets, in the order of `settings_of_widgets`."""
         model = self.server.predictor.model
-        made, most = model.generation, 8
-        used = model.selector
+        made, used = model.generation, model.selector
+        longest, beams = made.get("max_new_tokens") or 20, made.get("num_beams") or 1
         with gr.Accordion("Settings", open=False, elem_id="settings"):
             return [
-                gr.Slider(1, most, value=min(used.most, most), step=1, label="Frames", elem_id="frames"),
+                gr.Slider(1, max(8, used.most), value=used.most, step=1, label="Frames", elem_id="frames"),
+                gr.Checkbox(
+                    value=used.num_selected == AUTO,
+                    label="As many frames as the scores ask for, where the selector has scores",
+                    elem_id="auto",
+                ),
                 gr.Dropdown(
                     self.selectors,
                     value=used.name if used.name in self.selectors else self.selectors[0],
                     label="How frames are chosen",
                 ),
-                gr.Slider(
-                    1, 128, value=min(128, made.get("max_new_tokens") or 20), step=1, label="Longest answer, tokens"
-                ),
+                gr.Slider(1, max(128, longest), value=longest, step=1, label="Longest answer, tokens"),
                 gr.Slider(0, 128, value=0, step=1, label="Shortest answer, tokens", elem_id="shortest"),
-                gr.Radio(["beam search", "nucleus sampling"], value="beam search", label="Decoding"),
-                gr.Slider(1, 10, value=made.get("num_beams") or 1, step=1, label="Beams"),
-                gr.Slider(0.05, 1, value=0.9, step=0.05, label="Top-p"),
-                gr.Slider(0.1, 2, value=1, step=0.1, label="Temperature"),
+                gr.Radio(list(DECODING), value=DECODING[bool(made.get("do_sample"))], label="Decoding"),
+                gr.Slider(1, max(10, beams), value=beams, step=1, label="Beams"),
+                gr.Slider(0.05, 1, value=made.get("top_p") or 0.9, step=0.05, label="Top-p"),
+                gr.Slider(0.1, 2, value=made.get("temperature") or 1, step=0.1, label="Temperature"),
                 gr.Slider(1, 5, value=made.get("repetition_penalty") or 1, step=0.1, label="Repetition penalty"),
                 gr.Slider(-3, 3, value=made.get("length_penalty") or 1, step=0.1, label="Length penalty"),
                 gr.Checkbox(value=not self.example, label="The model reads earlier turns"),
@@ -272,7 +276,7 @@ class Page:
         names, tickets = [name for name in ("uniform", "lstp", third) if name in self.selectors], []
         try:
             for name in names:
-                tickets.append(self._join(video, question, [], (settings[0], name, *settings[2:])))
+                tickets.append(self._join(video, question, [], (*settings[:2], name, *settings[3:])))
             parts = []
             for name, ticket in zip(names, tickets, strict=True):
                 found = await ticket.result
@@ -341,15 +345,16 @@ def selectors_of(model: Any) -> list[str]:
 
 def settings_of_widgets(widgets: tuple) -> tuple[dict[str, Any], bool]:
     """Settings of `Predictor.settings`, and whether earlier turns are read."""
-    frames, selector, longest, shortest, decoding, beams, top_p, temperature, repetition, length, history = widgets
+    frames, auto, selector, longest, shortest, decoding, beams, top_p, temperature, *others = widgets
+    repetition, length, history = others
     given = {
-        "num_selected": frames,
+        "num_selected": AUTO if auto and SELECTORS[selector].by_sampler else frames,
         "selector": selector,
         "max_new_tokens": max(longest, shortest),
         "min_new_tokens": shortest or None,
         "repetition_penalty": float(repetition),
     }
-    if decoding == "nucleus sampling":
+    if decoding == DECODING[1]:
         seed = time.time_ns() % 2**31  # another answer each time
         given |= {"do_sample": True, "num_beams": 1, "top_p": top_p, "temperature": float(temperature), "seed": seed}
     else:

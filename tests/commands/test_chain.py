@@ -246,6 +246,8 @@ def test_the_command_runs_lists_and_starts_from_a_step(tmp_path, capsys):
 def test_errors_of_the_command_are_one_line(tmp_path, capsys):
     tiny, out = "projects/lstp/chains/tiny.yaml", tmp_path / "out"
     missing = write(tmp_path / "missing.yaml", "steps: {one: {train: projects/lstp/tiny_fft.yaml}}")
+    one = "{one: {train: projects/lstp/tiny_base.yaml}}"
+    trial = write(tmp_path / "trial.yaml", f"{{options: [run.fast_dev_run=true], steps: {one}}}")
     failing = write(tmp_path / "failing.yaml", "steps: {one: {command: [no-such-command]}}")
     cases = [
         ([], "name a chain file; known: "),
@@ -254,6 +256,9 @@ def test_errors_of_the_command_are_one_line(tmp_path, capsys):
         ([tiny, "--options", "samplr:run.seed=1"], "did you mean 'sampler'"),
         ([tiny, "--options", "flow:run.seed=1"], "known: base, lstp, sampler, spans"),
         ([tiny, "--options", "run.seed"], "option 'run.seed' has no value"),
+        ([tiny, "--options", "run.fast_dev_run=true"], "of one run, .*; use run.limit_batches=2"),
+        ([tiny, "--options", "sampler:run.fast_dev_run=true"], "of one run, .*; use run.limit_batches=2"),
+        ([trial], "step one: .* of one run, .*; use run.limit_batches=2"),
         ([tiny, "--options", "sampler:run.int_lr=1"], "step sampler: .*did you mean 'run.init_lr'"),
         ([missing], "step one: unknown config file 'projects/lstp/tiny_fft.yaml'; did you mean"),
         ([failing], f"step one ended with status 2: .*no-such-command.* \\(see {out}/one/output.txt\\)"),

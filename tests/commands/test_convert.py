@@ -27,8 +27,9 @@ from lavis_lstp.models.weights.reading import (
     load_state_dict_file,
     weights_file,
 )
-from lavis_lstp.models.weights.sizes import fit, sampler_sizes
-from lavis_lstp.models.where.temporal_sampler import TemporalSampler
+from lavis_lstp.models.weights.shapes import below
+from lavis_lstp.models.weights.sizes import fit
+from lavis_lstp.models.where.temporal_sampler import TemporalSampler, sizes_in
 from lavis_lstp.testing.tiny_checkpoints import lstp_state_dict, write_all
 
 LSTP = "ColorfulAI/LSTP-Chat/"
@@ -105,7 +106,8 @@ def test_lora_settings_are_read_off_the_weights(tiny, tmp_path):
 @pytest.mark.parametrize("backbone", ["instructblip-vicuna-7b", "blip2-flan-t5-xl"])
 def test_keep_writes_frozen_parts(tmp_path, backbone, lora):
     """Over another base model the checkpoint makes the published one; T5's one tensor of three names included."""
-    from lavis_lstp.inference.loading import model_config, recorded_model
+    from lavis_lstp.inference.loading import model_config
+    from lavis_lstp.models.weights.recorded import recorded_model
 
     published = lstp_state_dict(backbone=backbone, lora=lora)
     torch.save(published, tmp_path / "x.ckpt")
@@ -225,8 +227,8 @@ def test_full_size_bert():
 
 
 def fresh_sampler(state_dict) -> TemporalSampler:
-    sizes = {**sampler_sizes(state_dict), "num_heads": 4, "fusion_layer": 1, "flow_size": 32, "max_positions": 32}
-    return TemporalSampler(**sizes)
+    other = {"num_heads": 4, "fusion_layer": 1, "flow_size": 32, "max_positions": 32}
+    return TemporalSampler(**sizes_in(below("sampler.", state_dict)) | other)
 
 
 @pytest.mark.parametrize("form", ["folder", "converted", "bin", "bare", "sharded"])

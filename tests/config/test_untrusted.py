@@ -499,9 +499,9 @@ def test_json_of_files_has_one_strict_reader():
 
 @pytest.mark.parametrize("content", ['{"weight_map": {}, "weight_map": {}}', "[" * 100_000, "\ufeff[]", '{"a": NaN}'])
 def test_a_file_about_weights_that_no_two_readers_read_alike_is_one_line(content, tmp_path, monkeypatch):
-    from lavis_lstp.inference.loading import recorded_run
     from lavis_lstp.models.weights import hub
     from lavis_lstp.models.weights.reading import _load_shards
+    from lavis_lstp.models.weights.recorded import recorded_run
     from lavis_lstp.report.table import measure
 
     names = ("model.safetensors.index.json", hub.SIZES_FILE, "manifest.json", "s_t_metrics.json")

@@ -189,7 +189,7 @@ def test_a_question_is_edited_and_what_followed_it_is_dropped(visitor):
     visitor.until(lambda: visitor.said("user") == [ROWS[2]["question"]] and visitor.said() == [ROWS[2]["answer"]])
 
 
-def test_eight_frames(visitor):
+def test_eight_frames_or_as_many_as_the_scores_ask_for(visitor, predictor):
     visitor.click("#settings button")
     number = visitor.until(lambda: visitor.one("#frames input[type=number]"))
     visitor.until(number.is_displayed)
@@ -197,6 +197,12 @@ def test_eight_frames(visitor):
         number.send_keys("\ue009a\ue000", value, "\ue004")  # Ctrl+A, value, Tab
         visitor.ask(ASKED)
         visitor.until(lambda value=value: len(visitor.times()) == int(value))
+    visitor.click("#auto input")
+    visitor.ask(ASKED)
+    asked_for = predictor.answer(CLIP, ASKED, num_selected="auto").frame_times_s
+    assert len(asked_for) not in (4, 8)
+    visitor.until(lambda: visitor.times() == pytest.approx(asked_for, abs=0.006))
+    visitor.click("#auto input")
     visitor.click("#settings button")
 
 

@@ -59,6 +59,11 @@ def local_path(name: str) -> Path | None:
     return None
 
 
+def as_checkpoint(name: str) -> str:
+    """`owner/name` as `hf://owner/name`, unless a file or folder of this machine has that name; others unchanged."""
+    return f"{HUB}{name}" if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and local_path(name) is None else name
+
+
 def sizes_of_weights() -> dict[str, dict[str, int]]:
     """Sections of a `model` config, sampler and flow, with the sizes of the weights below LAVIS_LSTP_WEIGHTS.
 

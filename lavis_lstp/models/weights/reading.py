@@ -34,6 +34,9 @@ from lavis_lstp.models.weights.published_names import ALONE, KINDS, NOT_IN_BERT,
 
 logger = logging.getLogger(__name__)
 
+OURS = ("flow.", "sampler.", "backbone.")
+"""How keys of this package's own checkpoints begin; others are published ones."""
+
 
 @dataclass
 class Conversion:
@@ -170,6 +173,16 @@ def _some(names: list[str], count: int = 3) -> str:
 
 
 # ---- files ----------------------------------------------------------------------------------------------------
+
+
+def load_as_ours(name: str | Path) -> dict[str, Tensor]:
+    """Reads a checkpoint, by any name that `weights_file` knows; published names become those inside `LSTP`.
+
+    Raises:
+        WeightsError: nothing is there, it is not safe to read, or it has keys that nobody knows.
+    """
+    found = load_state_dict_file(weights_file(name))
+    return found if all(key.startswith(OURS) for key in found) else convert_published(found, as_whole=True)
 
 
 def load_state_dict_file(path: str | Path) -> dict[str, Tensor]:

@@ -22,7 +22,8 @@ from lavis_lstp.errors import ConfigError, WeightsError
 from lavis_lstp.models.answer.lora import MARK, ORIGINAL, WRAPPER
 from lavis_lstp.models.weights.parts import part_of
 from lavis_lstp.models.weights.reading import misfits
-from lavis_lstp.models.where.temporal_sampler import PATCH, TemporalSampler
+from lavis_lstp.models.weights.shapes import Shapes, below, count, layers_of, most
+from lavis_lstp.models.where.temporal_sampler import TemporalSampler, sizes_in
 
 _QUERY_TOKENS = "backbone.model.query_tokens"
 _PROJECTION = "backbone.model.language_projection."
@@ -33,12 +34,6 @@ _PREFIXES = {
     "vision": "backbone.model.vision_model.",
     "qformer": "backbone.model.qformer.",
 }
-Shapes = Mapping[str, torch.Size]
-
-
-def sampler_sizes(state_dict: Mapping[str, Tensor]) -> dict[str, int]:
-    """Arguments of `TemporalSampler` for weights that begin with `sampler.`; of BERT's alone, those that it fixes."""
-    return _sampler_sizes(_below("sampler.", state_dict))
 
 
 def fit(
@@ -69,15 +64,15 @@ def _expected(state_dict: Mapping[str, Tensor], given: Mapping[str, Tensor], par
     """Key -> empty tensor of a part, where tied weights are one tensor."""
     if part == "query_tokens":
         shapes = {key: value.shape for key, value in state_dict.items()}
-        width = _most(shapes, (r"\.qformer\.encoder\..*LayerNorm\.weight", 0), (_QUERY_TOKENS, 2))
-        return {_QUERY_TOKENS: torch.empty(1, _most(shapes, (_QUERY_TOKENS, 1)) or 1, width or 1)}
+        width = most(shapes, (r"\.qformer\.encoder\..*LayerNorm\.weight", 0), (_QUERY_TOKENS, 2))
+        return {_QUERY_TOKENS: torch.empty(1, most(shapes, (_QUERY_TOKENS, 1)) or 1, width or 1)}
     if part == "projection":
         return _named(_PROJECTION, _projection(state_dict))
     if part == "language_model":
         return _language_model(given)
     prefix = _PREFIXES[part]
     build = {"sampler": _sampler, "flow": _raft, "vision": _vision, "qformer": _qformer}[part]
-    return _named(prefix, build(_below(prefix, given)))
+    return _named(prefix, build(below(prefix, given)))
 
 
 def _named(prefix: str, module: nn.Module) -> dict[str, Tensor]:
@@ -85,32 +80,6 @@ def _named(prefix: str, module: nn.Module) -> dict[str, Tensor]:
 
 
 # ---- sizes off shapes -----------------------------------------------------------------------------------------
-
-
-def _below(prefix: str, state_dict: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    """Shapes of what begins with `prefix`, without it."""
-    return {key.removeprefix(prefix): value.shape for key, value in state_dict.items() if key.startswith(prefix)}
-
-
-def _most(shapes: Shapes, *where: tuple[str, int]) -> int | None:
-    """What most weights say of a size: (regular expression for their names, the axis that has it)."""
-    found = Counter(
-        shape[axis]
-        for pattern, axis in where
-        for name, shape in shapes.items()
-        if len(shape) > axis and shape[axis] > 0 and re.search(pattern, name)
-    )
-    return found.most_common(1)[0][0] if found else None
-
-
-def _layers(names: Iterable[str], pattern: str) -> list[int]:
-    """Numbers (group 1 of `pattern`) of the layers that have more than half of the fullest one's keys."""
-    counts = Counter(int(match[1]) for name in names if (match := re.match(pattern, name)))
-    return sorted(number for number, count in counts.items() if 2 * count > max(counts.values()))
-
-
-def _count(layers: list[int]) -> int:
-    return max(layers, default=-1) + 1
 
 
 def _configured(config_class: type, **sizes: Any) -> Any:
@@ -121,31 +90,9 @@ def _configured(config_class: type, **sizes: Any) -> Any:
 # ---- the modules ----------------------------------------------------------------------------------------------
 
 
-def _sampler_sizes(shapes: Shapes) -> dict[str, int]:
-    layers = _layers(shapes, r"layers\.(\d+)\.")
-    crossed = _layers(shapes, r"layers\.(\d+)\.cross_attention\.")
-    sizes = {
-        "num_layers": _count(layers),
-        "hidden_size": _most(shapes, (r"(layers|flow_embedding)\..*norm\.weight$", 0), ("head.weight", 1)),
-        "intermediate_size": _most(shapes, (r"feed_forward\.up\.", 0), (r"feed_forward\.down\.weight", 1)),
-        "vocab_size": _most(shapes, ("text_embedding.word", 0)),
-        "text_width": _most(shapes, (r"text_embedding\.(word|token_type)", 1), (r"text_embedding\.norm", 0)),
-        "max_positions": _most(shapes, ("flow_embedding.position", 0), ("_rotary", 0)),
-        "fusion_layer": crossed[0] if crossed else None,
-    }
-    if pooled := _most(shapes, ("flow_embedding.pool.weight", 1)):
-        sizes["flow_size"] = PATCH * math.isqrt(pooled)
-    hidden = sizes["hidden_size"] or 0
-    tables = {name: shape for name, shape in shapes.items() if len(shape) == 2 and shape[1] in range(2, hidden + 1, 2)}
-    width = _most(tables, ("_rotary", 1))
-    if width and hidden % width == 0:
-        sizes["num_heads"] = hidden // width
-    return {name: size for name, size in sizes.items() if size is not None}
-
-
 def _sampler(shapes: Shapes) -> nn.Module:
     # a lone BERT has no flow or cross-attention, so that the defaults stand for them; its heads show in no shape
-    sizes = _sampler_sizes(shapes)
+    sizes = sizes_in(shapes)
     sizes.setdefault("num_heads", 1)
     sizes["fusion_layer"] = min(sizes.get("fusion_layer", 6), sizes["num_layers"])
     return TemporalSampler(**sizes)
@@ -160,13 +107,13 @@ def _raft(shapes: Shapes) -> nn.Module:
 def _vision(shapes: Shapes) -> nn.Module:
     from transformers import Blip2VisionConfig, Blip2VisionModel  # InstructBLIP's has the same names
 
-    patch = _most(shapes, (r"patch_embedding\.weight", 3))
-    positions = _most(shapes, ("position_embedding", 1))
+    patch = most(shapes, (r"patch_embedding\.weight", 3))
+    positions = most(shapes, ("position_embedding", 1))
     config = _configured(
         Blip2VisionConfig,
-        hidden_size=_most(shapes, (r"layer_?norm\d?\.weight$", 0)),
-        intermediate_size=_most(shapes, (r"mlp\.fc1\.", 0), (r"mlp\.fc2\.weight", 1)),
-        num_hidden_layers=_count(_layers(shapes, r"encoder\.layers\.(\d+)\.")),
+        hidden_size=most(shapes, (r"layer_?norm\d?\.weight$", 0)),
+        intermediate_size=most(shapes, (r"mlp\.fc1\.", 0), (r"mlp\.fc2\.weight", 1)),
+        num_hidden_layers=count(layers_of(shapes, r"encoder\.layers\.(\d+)\.")),
         num_attention_heads=1,
         patch_size=patch,
         image_size=patch and positions and patch * math.isqrt(positions - 1),
@@ -177,29 +124,29 @@ def _vision(shapes: Shapes) -> nn.Module:
 def _qformer(shapes: Shapes) -> nn.Module:
     from transformers import Blip2QFormerConfig, Blip2QFormerModel, InstructBlipQFormerConfig, InstructBlipQFormerModel
 
-    layers = _count(_layers(shapes, r"encoder\.layer\.(\d+)\."))
-    crossed = _layers(shapes, r"encoder\.layer\.(\d+)\.crossattention\.")
+    layers = count(layers_of(shapes, r"encoder\.layer\.(\d+)\."))
+    crossed = layers_of(shapes, r"encoder\.layer\.(\d+)\.crossattention\.")
     steps = Counter(after - before for before, after in zip(crossed, crossed[1:], strict=False))
     sizes: dict[str, Any] = {
-        "hidden_size": _most(shapes, (r"encoder\..*LayerNorm\.weight$", 0)),
-        "intermediate_size": _most(shapes, (r"intermediate_query\.", 0), (r"output_query\.dense\.weight", 1)),
+        "hidden_size": most(shapes, (r"encoder\..*LayerNorm\.weight$", 0)),
+        "intermediate_size": most(shapes, (r"intermediate_query\.", 0), (r"output_query\.dense\.weight", 1)),
         "num_hidden_layers": layers,
         "num_attention_heads": 1,
         "cross_attention_frequency": steps.most_common(1)[0][0] if steps else max(layers, 1),
-        "encoder_hidden_size": _most(shapes, (r"crossattention\.attention\.(key|value)\.weight", 1)),
+        "encoder_hidden_size": most(shapes, (r"crossattention\.attention\.(key|value)\.weight", 1)),
     }
     if not any(name.startswith("embeddings.") for name in shapes):
         return Blip2QFormerModel(_configured(Blip2QFormerConfig, **sizes))
-    sizes["vocab_size"] = _most(shapes, ("word_embeddings", 0))
-    sizes["max_position_embeddings"] = _most(shapes, ("position_embeddings", 0))
+    sizes["vocab_size"] = most(shapes, ("word_embeddings", 0))
+    sizes["max_position_embeddings"] = most(shapes, ("position_embeddings", 0))
     return InstructBlipQFormerModel(_configured(InstructBlipQFormerConfig, **sizes))
 
 
 def _projection(state_dict: Mapping[str, Tensor]) -> nn.Module:
     """As wide as the Q-Former and the language model, where they are there."""
     shapes = {key: value.shape for key, value in state_dict.items()}
-    size_in = _most(shapes, (r"\.qformer\.encoder\..*LayerNorm\.weight", 0), (rf"{_PROJECTION}weight", 1))
-    size_out = _most(shapes, (rf"{_LANGUAGE_MODEL}.*norm\.weight$", 0), (rf"{_PROJECTION}(weight|bias)", 0))
+    size_in = most(shapes, (r"\.qformer\.encoder\..*LayerNorm\.weight", 0), (rf"{_PROJECTION}weight", 1))
+    size_out = most(shapes, (rf"{_LANGUAGE_MODEL}.*norm\.weight$", 0), (rf"{_PROJECTION}(weight|bias)", 0))
     return nn.Linear(size_in or 1, size_out or 1)
 
 
@@ -211,7 +158,7 @@ def _language_model(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
     wrapped = any(key.startswith(_LANGUAGE_MODEL + WRAPPER) for key in given if MARK not in key)
     begin = _LANGUAGE_MODEL + (WRAPPER if wrapped else "")
     adapted = {key.partition(MARK)[0] for key in given if MARK in key}
-    shapes = _below(begin, {key.replace(ORIGINAL, "."): value for key, value in given.items() if MARK not in key})
+    shapes = below(begin, {key.replace(ORIGINAL, "."): value for key, value in given.items() if MARK not in key})
     if all(MARK in key for key in given):  # the frozen rest is not in the file
         return _adapters(given, dict.fromkeys(_evenly(adapted)))
     module = _of_kind(shapes)
@@ -229,12 +176,12 @@ def _language_model(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _adapters(given: Mapping[str, Tensor], layers: Mapping[str, torch.Size | None]) -> dict[str, Tensor]:
     """A and B beside each of the layers; None = of the sizes that they have."""
     halves = {key: value.shape for key, value in given.items() if MARK in key}
-    rank = _most(halves, (r"\.lora_A\.", 0), (r"\.lora_B\.", 1)) or 1
+    rank = most(halves, (r"\.lora_A\.", 0), (r"\.lora_B\.", 1)) or 1
     own = {}
     for layer, shape in layers.items():
         down, up = f"{layer}.lora_A.default.weight", f"{layer}.lora_B.default.weight"
-        size_in = shape[1] if shape else _most(halves, (re.escape(down), 1))
-        size_out = shape[0] if shape else _most(halves, (re.escape(up), 0))
+        size_in = shape[1] if shape else most(halves, (re.escape(down), 1))
+        size_out = shape[0] if shape else most(halves, (re.escape(up), 0))
         own |= {down: torch.empty(rank, size_in or 1), up: torch.empty(size_out or 1, rank)}
     return own
 
@@ -270,12 +217,12 @@ def _llama(shapes: Shapes) -> nn.Module:
 
     config = _configured(
         LlamaConfig,
-        hidden_size=_most(shapes, (r"norm\.weight$", 0)),
-        intermediate_size=_most(shapes, (r"mlp\.(gate|up)_proj\.", 0), (r"mlp\.down_proj\.", 1)),
-        num_hidden_layers=_count(_layers(shapes, r"model\.layers\.(\d+)\.")),
+        hidden_size=most(shapes, (r"norm\.weight$", 0)),
+        intermediate_size=most(shapes, (r"mlp\.(gate|up)_proj\.", 0), (r"mlp\.down_proj\.", 1)),
+        num_hidden_layers=count(layers_of(shapes, r"model\.layers\.(\d+)\.")),
         num_attention_heads=1,
         num_key_value_heads=1,
-        vocab_size=_most(shapes, (r"(embed_tokens|lm_head)\.weight", 0)),
+        vocab_size=most(shapes, (r"(embed_tokens|lm_head)\.weight", 0)),
     )
     return LlamaForCausalLM(config)
 
@@ -285,21 +232,21 @@ def _t5(shapes: Shapes) -> nn.Module:
 
     from lavis_lstp.models.answer.loading import untie
 
-    inner = _most(shapes, (r"SelfAttention\.[qkv]\.weight", 0))
-    heads = _most(shapes, ("relative_attention_bias", 1))
+    inner = most(shapes, (r"SelfAttention\.[qkv]\.weight", 0))
+    heads = most(shapes, ("relative_attention_bias", 1))
     if not (inner and heads and inner % heads == 0):
         heads = 1
     gated = any(".wi_0." in name for name in shapes)
     config = _configured(
         T5Config,
-        d_model=_most(shapes, (r"norm\.weight$", 0)),
+        d_model=most(shapes, (r"norm\.weight$", 0)),
         d_kv=inner and inner // heads,
         num_heads=heads,
-        d_ff=_most(shapes, (r"\.wi(_[01])?\.weight", 0), (r"\.wo\.weight", 1)),
-        num_layers=_count(_layers(shapes, r"encoder\.block\.(\d+)\.")),
-        num_decoder_layers=_count(_layers(shapes, r"decoder\.block\.(\d+)\.")),
-        relative_attention_num_buckets=_most(shapes, ("relative_attention_bias", 0)),
-        vocab_size=_most(shapes, (r"(shared|embed_tokens|lm_head)\.weight", 0)),
+        d_ff=most(shapes, (r"\.wi(_[01])?\.weight", 0), (r"\.wo\.weight", 1)),
+        num_layers=count(layers_of(shapes, r"encoder\.block\.(\d+)\.")),
+        num_decoder_layers=count(layers_of(shapes, r"decoder\.block\.(\d+)\.")),
+        relative_attention_num_buckets=most(shapes, ("relative_attention_bias", 0)),
+        vocab_size=most(shapes, (r"(shared|embed_tokens|lm_head)\.weight", 0)),
         feed_forward_proj="gated-gelu" if gated else "relu",
         tie_word_embeddings=False,
     )
@@ -311,16 +258,16 @@ def _t5(shapes: Shapes) -> nn.Module:
 def _opt(shapes: Shapes) -> nn.Module:
     from transformers import OPTConfig, OPTForCausalLM
 
-    hidden = _most(shapes, (r"norm\.weight$", 0))
-    positions = _most(shapes, ("embed_positions", 0))
+    hidden = most(shapes, (r"norm\.weight$", 0))
+    positions = most(shapes, ("embed_positions", 0))
     config = _configured(
         OPTConfig,
         hidden_size=hidden,
         word_embed_proj_dim=hidden,
-        ffn_dim=_most(shapes, (r"fc1\.", 0), (r"fc2\.weight", 1)),
-        num_hidden_layers=_count(_layers(shapes, r"model\.decoder\.layers\.(\d+)\.")),
+        ffn_dim=most(shapes, (r"fc1\.", 0), (r"fc2\.weight", 1)),
+        num_hidden_layers=count(layers_of(shapes, r"model\.decoder\.layers\.(\d+)\.")),
         num_attention_heads=1,
         max_position_embeddings=positions and max(positions - 2, 1),  # OPT's table begins with two rows for padding
-        vocab_size=_most(shapes, (r"(embed_tokens|lm_head)\.weight", 0)),
+        vocab_size=most(shapes, (r"(embed_tokens|lm_head)\.weight", 0)),
     )
     return OPTForCausalLM(config)

@@ -10,13 +10,16 @@ in the loss.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lavis_lstp.errors import ConfigError, unknown_name
+from lavis_lstp.errors import ConfigError, WeightsError, unknown_name
+from lavis_lstp.models.weights.hub import as_checkpoint
+from lavis_lstp.models.weights.reading import load_as_ours, load_strict
+from lavis_lstp.models.weights.shapes import Shapes, count, layers_of, most
 
 MODES = ("fusion", "multi_modal", "vision", "text")
 ROTARY_INITS = ("sinusoid", "normal")
@@ -177,6 +180,29 @@ class SamplerLayer(nn.Module):
         self.feed_forward = FeedForward(hidden_size, intermediate_size, dropout)
 
 
+def sizes_in(shapes: Shapes) -> dict[str, int]:
+    """Arguments of `TemporalSampler` for weights of these shapes; of BERT's alone, those that it fixes."""
+    layers = layers_of(shapes, r"layers\.(\d+)\.")
+    crossed = layers_of(shapes, r"layers\.(\d+)\.cross_attention\.")
+    sizes = {
+        "num_layers": count(layers),
+        "hidden_size": most(shapes, (r"(layers|flow_embedding)\..*norm\.weight$", 0), ("head.weight", 1)),
+        "intermediate_size": most(shapes, (r"feed_forward\.up\.", 0), (r"feed_forward\.down\.weight", 1)),
+        "vocab_size": most(shapes, ("text_embedding.word", 0)),
+        "text_width": most(shapes, (r"text_embedding\.(word|token_type)", 1), (r"text_embedding\.norm", 0)),
+        "max_positions": most(shapes, ("flow_embedding.position", 0), ("_rotary", 0)),
+        "fusion_layer": crossed[0] if crossed else None,
+    }
+    if pooled := most(shapes, ("flow_embedding.pool.weight", 1)):
+        sizes["flow_size"] = PATCH * math.isqrt(pooled)
+    hidden = sizes["hidden_size"] or 0
+    tables = {name: shape for name, shape in shapes.items() if len(shape) == 2 and shape[1] in range(2, hidden + 1, 2)}
+    width = most(tables, ("_rotary", 1))
+    if width and hidden % width == 0:
+        sizes["num_heads"] = hidden // width
+    return {name: size for name, size in sizes.items() if size is not None}
+
+
 class TemporalSampler(nn.Module):
     """Scores each flow field as start and as end of the moment that a question asks for.
 
@@ -242,6 +268,26 @@ class TemporalSampler(nn.Module):
         if rotary_init == "normal":
             self.flow_rotary.normal_(std=_INIT_STD)
             self.text_rotary.normal_(std=_INIT_STD)
+
+    @classmethod
+    def from_pretrained(cls, name: str, **settings: Any) -> TemporalSampler:
+        """Loads the sampler of a checkpoint, and nothing else of it; its sizes are read off the weights.
+
+        Args:
+            name: a run's folder, one of its checkpoints, a published file, or owner/name of a repository that
+                `LSTP.push_to_hub` filled.
+            settings: dropout and fold_flow, which the weights do not tell.
+
+        Raises:
+            WeightsError: nothing is there, or it has no sampler or a damaged one.
+        """
+        found = load_as_ours(as_checkpoint(name))
+        state = {key.removeprefix("sampler."): value for key, value in found.items() if key.startswith("sampler.")}
+        if not state:
+            raise WeightsError(f"{name}: has no weights of a temporal sampler; name the run that trained one")
+        sampler = cls(**sizes_in({key: value.shape for key, value in state.items()}), **settings)
+        load_strict(sampler, state, what=f"the sampler's weights of {name}")
+        return sampler
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

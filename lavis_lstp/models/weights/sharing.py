@@ -1,10 +1,10 @@
-"""What a run trained, as a folder in the hub's layout, and onto the hub: `lavis_lstp.push_to_hub`.
+"""What was trained, as a folder in the hub's layout, and onto the hub: `lavis_lstp.push_to_hub`, `LSTP.push_to_hub`.
 
-In: a run's folder, or one of its checkpoints. Out: `model.safetensors` with the parts that learnt, those of earlier
-checkpoints of the run included; `manifest.json`, by which `lavis_lstp.load` builds the model as it was trained; and
-`README.md`, a card made from the run: data, seed, numbers, each with who judged it. The folder is a checkpoint like any
-other. huggingface_hub's HfApi uploads it, and not its PyTorchModelHubMixin: that one would save the frozen billions of
-the backbone, too, which are on the hub already.
+In: a run's folder or one of its checkpoints; or a model, and the run that trained it. Out: `model.safetensors` with the
+parts that learnt, those of earlier checkpoints included; `manifest.json`, by which `lavis_lstp.load` builds the model
+as it was trained; and `README.md`, a card made from the run: data, seed, numbers, each with who judged it. The folder
+is a checkpoint like any other. huggingface_hub's HfApi uploads it, and not its PyTorchModelHubMixin: that one would
+save the frozen billions of the backbone, too, which are on the hub already, and `from_pretrained` is a name of LAVIS's.
 """
 
 from __future__ import annotations
@@ -16,51 +16,55 @@ from typing import Any
 from lavis_lstp import __version__
 from lavis_lstp.errors import ConfigError, WeightsError
 from lavis_lstp.files import complete_folder, read_record, write_json
-from lavis_lstp.inference.loading import HUB_KEYS, READING, recorded_model, recorded_run
-from lavis_lstp.models.weights.hub import HUB, HUB_MODELS, hub_answers, local_path, weights_file
+from lavis_lstp.models.weights.hub import HUB, HUB_MODELS, hub_answers, local_path
+from lavis_lstp.models.weights.recorded import HUB_KEYS, READING, recorded_model, recorded_run
 from lavis_lstp.redaction import printable, without_secrets, without_secrets_in
 
 WEIGHTS, MANIFEST, CARD = "model.safetensors", "manifest.json", "README.md"
-OURS = ("flow.", "sampler.", "backbone.")
-"""How keys of this package's own checkpoints begin; others are published ones."""
 
 
 def save_for_hub(
-    checkpoint: str | Path,
+    checkpoint: str | Path | None,
     out: str | Path,
     *,
     license: str,
     sampler_only: bool = False,
     results: Sequence[str | Path] = (),
+    model: Any = None,
 ) -> Path:
     """Writes the folder `out`, complete or not at all.
 
     Args:
-        checkpoint: a run's folder or one of its checkpoints.
+        checkpoint: a run's folder or one of its checkpoints; with `model`, None = the card tells of no run.
         license: of the weights, by the hub's short names, such as "mit" or "apache-2.0".
         sampler_only: leave out everything but the temporal sampler, which serves in front of any model.
         results: output folders of evaluations, whose numbers the card shows beside the run's own.
+        model: an `LSTP` whose weights and settings are written in place of those that the run left.
 
     Raises:
-        ConfigError: `out` exists, or there is no license.
+        ConfigError: `out` exists, there is no license, or the model has merged its adapters.
         WeightsError: no weights, no manifest of a run beside them, or none of a sampler where this is asked for.
     """
     from safetensors.torch import save_file
 
     if not license.strip():
         raise ConfigError("name a license, such as license='apache-2.0': without one nobody may use the weights")
-    manifest, config = recorded_run(str(checkpoint))
-    if not config:
+    manifest, config = recorded_run(str(checkpoint)) if checkpoint is not None else (None, {})
+    if checkpoint is not None and not config:
         raise WeightsError(f"{manifest}: no manifest of a run, so nobody could tell what these weights are of")
-    model = recorded_model(str(checkpoint))
-    tensors = dict(_merged([*model["checkpoint"], str(checkpoint)], "sampler." if sampler_only else ""))
+    section = recorded_model(str(checkpoint)) if model is None else model.built_from
+    state = model.own_state_dict() if model is not None else _merged([*section["checkpoint"], str(checkpoint)])
+    begins = "sampler." if sampler_only else ""
+    shared = {key: value for key, value in state.items() if key.startswith(begins)}
+    tensors = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in shared.items()}
     if not tensors:
-        raise WeightsError(f"{checkpoint}: has no weights of a temporal sampler")
+        raise WeightsError(f"{checkpoint or 'the model'}: has no weights of a temporal sampler")
     record = {"format": "lavis_lstp.checkpoint", "version": 1, "lavis_lstp": __version__}
-    record["config"] = _shared(model, config, sampler_only)
+    record["config"] = _shared(section, config, sampler_only)
     record = without_secrets_in(record)
     counts = _counts(tensors)
-    rows = [row for folder in (_run_folder(manifest), *map(Path, results)) for row in _numbers(folder)]
+    folders = [*([_run_folder(manifest)] if manifest else []), *map(Path, results)]
+    rows = [row for folder in folders for row in _numbers(folder)]
     with complete_folder(out) as folder:
         save_file(tensors, str(folder / WEIGHTS), {"format": "pt"})
         write_json(folder / MANIFEST, record)
@@ -69,7 +73,13 @@ def save_for_hub(
 
 
 def push_to_hub(
-    checkpoint: str | Path, repo_id: str, *, license: str, private: bool = False, token: str | None = None, **how: Any
+    checkpoint: str | Path | None,
+    repo_id: str,
+    *,
+    license: str,
+    private: bool = False,
+    token: str | None = None,
+    **how: Any,
 ) -> str:
     """Uploads what a run trained, with its card; `lavis_lstp.load("hf://REPO_ID")` answers with it.
 
@@ -104,15 +114,14 @@ def push_to_hub(
             raise ConfigError(f"{repo_id}: the hub does not take it ({why}); try `hf auth whoami`") from None
 
 
-def _merged(checkpoints: Sequence[str], begins: str) -> Iterator[tuple[str, Any]]:
-    """Weights of all checkpoints under this package's names, the later over the earlier in a dict."""
-    from lavis_lstp.models.weights.reading import convert_published, load_state_dict_file
+def _merged(checkpoints: Sequence[str]) -> dict[str, Any]:
+    """Weights of all checkpoints under this package's names, the later over the earlier."""
+    from lavis_lstp.models.weights.reading import load_as_ours
 
+    merged: dict[str, Any] = {}
     for path in checkpoints:
-        found = load_state_dict_file(weights_file(path))
-        if not all(key.startswith(OURS) for key in found):
-            found = convert_published(found, as_whole=True)
-        yield from ((key, value.contiguous()) for key, value in found.items() if key.startswith(begins))
+        merged |= load_as_ours(path)
+    return merged
 
 
 def _shared(model: dict[str, Any], config: Mapping[str, Any], sampler_only: bool) -> dict[str, Any]:
@@ -201,6 +210,7 @@ def _card(config: Mapping[str, Any], license: str, counts: Mapping[str, int], ro
 
     with lavis_lstp.load("{HUB}OWNER/NAME") as predictor:  # this repository, or a folder with its files
         print(predictor.answer("video.mp4", "what happens?"))
+    model = lavis_lstp.LSTP.from_pretrained("OWNER/NAME")
 
 In a recipe `model.checkpoint: {HUB}OWNER/NAME` loads these parts{rest}.
 
@@ -210,7 +220,7 @@ In a recipe `model.checkpoint: {HUB}OWNER/NAME` loads these parts{rest}.
 
 ## Training
 
-{_cell(_listed(run))}
+{_cell(_listed(run)) or "No run is recorded."}
 
 Data sets:
 

@@ -9,22 +9,22 @@ import json
 import threading
 
 import pytest
+import torch
 from huggingface_hub import ModelCard, constants
-from safetensors.torch import load_file
+from lavis.common.registry import registry
+from safetensors.torch import load_file, save_file
 from test_predictor import ASKED, CLIP, same
 
 import lavis_lstp
+from lavis_lstp import LSTP, TemporalSampler
 from lavis_lstp.errors import ConfigError, WeightsError
-from lavis_lstp.inference import sharing
 from lavis_lstp.inference.loading import EXAMPLE
-from lavis_lstp.models.weights import hub
+from lavis_lstp.models.weights import hub, sharing
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run's folder whose checkpoint is the example's in two: a sampler run, and what began with it."""
-    from safetensors.torch import save_file
-
     folder = tmp_path_factory.mktemp("runs") / "run"
     weights = load_file(EXAMPLE / "model.safetensors")
     manifest = json.loads((EXAMPLE / "manifest.json").read_text())
@@ -160,24 +160,82 @@ class Hub(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_a_run_goes_to_the_hub_and_comes_back(run, tmp_path, monkeypatch):
+@pytest.fixture
+def at_hub(tmp_path, monkeypatch):
+    """The address of the stand-in, which huggingface_hub takes for the hub."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        url = f"http://127.0.0.1:{server.server_port}"
-        monkeypatch.setattr(constants, "ENDPOINT", url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        hub.hub_answers.cache_clear()
-        with pytest.raises(ConfigError, match="the hub does not take it"):
-            lavis_lstp.push_to_hub(run, "me/lstp-x", license="mit", token="hf_of_nobody")
-        found = lavis_lstp.push_to_hub(run, "me/lstp-x", license="mit", private=True, token="hf_of_the_test")
-        assert found == f"{url}/me/lstp-x/commit/{Hub.commit}" and Hub.private == [True]
-        assert sorted(Hub.files) == ["README.md", "manifest.json", "model.safetensors"]
-        with lavis_lstp.load(run) as before, lavis_lstp.load("hf://me/lstp-x") as after:
-            assert same(before.answer(CLIP, ASKED), after.answer(CLIP, ASKED))
-    finally:
-        server.shutdown()
-        server.server_close()
-        hub.hub_answers.cache_clear()
+    url = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(Hub, "files", {})
+    monkeypatch.setattr(Hub, "private", [])
+    hub.hub_answers.cache_clear()
+    yield url
+    server.shutdown()
+    server.server_close()
+    hub.hub_answers.cache_clear()
+
+
+def test_a_run_goes_to_the_hub_and_comes_back(run, at_hub):
+    with pytest.raises(ConfigError, match="the hub does not take it"):
+        lavis_lstp.push_to_hub(run, "me/lstp-x", license="mit", token="hf_of_nobody")
+    found = lavis_lstp.push_to_hub(run, "me/lstp-x", license="mit", private=True, token="hf_of_the_test")
+    assert found == f"{at_hub}/me/lstp-x/commit/{Hub.commit}" and Hub.private == [True]
+    assert sorted(Hub.files) == ["README.md", "manifest.json", "model.safetensors"]
+    with lavis_lstp.load(run) as before, lavis_lstp.load("hf://me/lstp-x") as after:
+        assert same(before.answer(CLIP, ASKED), after.answer(CLIP, ASKED))
+
+
+def equal(mine, theirs):
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)
+
+
+@pytest.mark.parametrize("sampler_only", [False, True])
+def test_a_model_goes_to_the_hub_as_it_is_now_and_comes_back(run, at_hub, sampler_only):
+    model = LSTP.from_pretrained(str(run))
+    with torch.no_grad():
+        model.sampler.head.bias += 1  # learnt since the run
+    how = {"license": "mit", "token": "hf_of_the_test", "sampler_only": sampler_only}
+    assert model.push_to_hub("me/lstp-x", run=run, **how).endswith(Hub.commit)
+    card = Hub.files["README.md"].decode()
+    assert "license: mit" in card and "seed 17" in card and "num_frames 64" in card and "0.7500 | 8 of 8" in card
+    assert equal(TemporalSampler.from_pretrained("me/lstp-x").state_dict(), model.sampler.state_dict())
+    again = LSTP.from_pretrained("me/lstp-x")
+    assert type(again).__name__ == "LstpTiny" and equal(again.sampler.state_dict(), model.sampler.state_dict())
+    assert equal(again.state_dict(), model.state_dict()) is not sampler_only
+    assert again.built_from["flow"]["name"] == "dis" and again.built_from["backbone"] == model.built_from["backbone"]
+
+
+def test_a_card_tells_of_no_run_where_none_is_named(run, tmp_path):
+    model = LSTP.from_pretrained(str(run))
+    card = (sharing.save_for_hub(None, tmp_path / "out", license="mit", model=model) / "README.md").read_text()
+    assert "No run is recorded." in card and "Nobody has evaluated" in card and str(run) not in card
+    model.loaded_parts.add("lora")
+    with pytest.raises(ConfigError, match="has no lora any more; share the run's folder"):
+        sharing.save_for_hub(run, tmp_path / "other", license="mit", model=model)
+
+
+def test_names_that_lead_to_no_model_are_one_line(run, tmp_path):
+    (tmp_path / "blip").mkdir()
+    (tmp_path / "blip" / "model.safetensors").write_bytes((run / "first" / "model.safetensors").read_bytes())
+    (tmp_path / "blip" / "manifest.json").write_text('{"config": {"model": {"arch": "blip2"}}}')
+    for name, error, said in (
+        ("defalt", ConfigError, "model_type 'defalt'.*did you mean 'default'"),
+        ("me/lstp-y", WeightsError, "no checkpoint at 'hf://me/lstp-y'"),  # the tests are offline
+        (str(tmp_path / "gone"), WeightsError, "no weights at"),
+        (str(run / "first"), WeightsError, "no manifest of an LSTP"),
+        (str(tmp_path / "blip"), WeightsError, "no manifest of an LSTP"),
+    ):
+        with pytest.raises(error, match=said) as caught:
+            registry.get_model_class("lstp_tiny").from_pretrained(name)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(WeightsError, match="has no weights of a temporal sampler"):
+        TemporalSampler.from_pretrained(str(run))  # its checkpoint has all but that
+    broken = load_file(run / "first" / "model.safetensors")
+    broken.pop("sampler.head.bias")
+    save_file(broken, tmp_path / "broken.safetensors")
+    with pytest.raises(WeightsError, match="sampler's weights of .*head.bias"):
+        TemporalSampler.from_pretrained(str(tmp_path / "broken.safetensors"))
