@@ -6,7 +6,7 @@ or a command line gets copied.
 
 Rate limits, errors of the server, timeouts and cut connections are retried by the client; what still fails is no reply
 and can be asked again. A refusal is a reply. What came is kept by `kept`, in one SQLite file, so that nothing is asked
-twice. Judges (`judging/endpoint.py`) and the answerer of a served model (`models/answer/endpoint.py`) use it.
+twice. Judges (`judging/endpoint.py`) and served models (`models/answer/served.py`) use it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import re
 import sqlite3
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
@@ -110,6 +111,7 @@ class Endpoint:
         request: Callable[[Item], Mapping[str, Any]],
         on_reply: Callable[[Item, Reply], str | None],
         refused_at_all: Callable[[str], str] = str,
+        on_piece: Callable[[Item, str], bool] | None = None,
     ) -> None:
         """Ask all, calling `on_reply` for each as it is answered, in this thread.
 
@@ -117,6 +119,8 @@ class Endpoint:
             request: arguments of `chat.completions.create`, without the model.
             on_reply: keeps the reply; returns in one line why it is none after all, else None.
             refused_at_all: turns the server's words into those of the error where it refuses the request itself.
+            on_piece: asks the server for answers in pieces, and is called with each piece of text; where it returns
+                False, the rest of that answer is not waited for, and its reply is empty.
 
         Raises:
             ConfigError: no key in the environment.
@@ -128,7 +132,7 @@ class Endpoint:
                 f"{self.asker} takes the key from the environment, and {KEY} is not set; for an endpoint that wants "
                 "none set it to any word"
             )
-        asyncio.run(self._ask(iter(items), request, on_reply, refused_at_all))
+        asyncio.run(self._ask(iter(items), request, on_reply, refused_at_all, on_piece))
 
     async def _ask(
         self,
@@ -136,6 +140,7 @@ class Endpoint:
         request: Callable[[Item], Mapping[str, Any]],
         on_reply: Callable[[Item, Reply], str | None],
         refused_at_all: Callable[[str], str],
+        on_piece: Callable[[Item, str], bool] | None,
     ) -> None:
         import openai
 
@@ -144,7 +149,8 @@ class Endpoint:
         async def work(client: openai.AsyncOpenAI) -> None:
             nonlocal failures
             for item in waiting:  # shared by the workers: each is taken once
-                failed = on_reply(item, await self._reply(client, request(item), refused_at_all))
+                piece = None if on_piece is None else partial(on_piece, item)
+                failed = on_reply(item, await self._reply(client, request(item), refused_at_all, piece))
                 failures = failures + 1 if failed else 0
                 if failures >= FAILURES_IN_A_ROW:
                     raise self.error(
@@ -167,10 +173,18 @@ class Endpoint:
                     worker.cancel()
                 await asyncio.gather(*workers, return_exceptions=True)
 
-    async def _reply(self, client: Any, request: Mapping[str, Any], refused_at_all: Callable[[str], str]) -> Reply:
+    async def _reply(
+        self,
+        client: Any,
+        request: Mapping[str, Any],
+        refused_at_all: Callable[[str], str],
+        on_piece: Callable[[str], bool] | None,
+    ) -> Reply:
         import openai
 
         try:
+            if on_piece is not None:
+                return await self._in_pieces(client, request, on_piece)
             raw = await client.chat.completions.with_raw_response.create(model=self.model, **request)
         except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
             raise self.error(f"{self.address} refuses {refused_at_all(said(error))}") from None
@@ -179,6 +193,36 @@ class Endpoint:
                 return Reply(refused=said(error))
             return Reply(failed=said(error))
         return Reply(raw.text)
+
+    async def _in_pieces(self, client: Any, request: Mapping[str, Any], on_piece: Callable[[str], bool]) -> Reply:
+        """The reply as one response, of an answer that was sent as a stream of events."""
+        message: dict[str, str | None] = {"content": None, "refusal": None}
+        more: dict[str, Any] = {}
+        told = {"stream": True, "stream_options": {"include_usage": True}}
+
+        async def read(events: Any) -> bool:
+            async for event in events:
+                more.update({"usage": event.usage.model_dump()} if event.usage else {})
+                for choice in event.choices[:1]:
+                    more.update({"finish_reason": choice.finish_reason} if choice.finish_reason else {})
+                    for name in message:
+                        if text := getattr(choice.delta, name, None):
+                            message[name] = (message[name] or "") + text
+                    if choice.delta.content and not on_piece(choice.delta.content):
+                        return False
+            return True
+
+        try:
+            async with await client.chat.completions.create(model=self.model, **told, **request) as events:
+                if not await asyncio.wait_for(read(events), self.timeout_s):
+                    return Reply()
+        except (asyncio.TimeoutError, ValueError, AttributeError, _http().HTTPError) as error:
+            # what was handed out cannot be taken back, so the client does not ask again
+            return Reply(failed=f"the stream broke off ({said(error)})")
+        if "finish_reason" not in more:
+            return Reply(failed="the stream ended before the answer did")
+        choice = {"message": message, "finish_reason": more.pop("finish_reason")}
+        return Reply(json.dumps({"choices": [choice], **more}))
 
 
 def message_of(body: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -208,14 +252,20 @@ def cost_line(tokens_in: int, tokens_out: int, price_in: float | None, price_out
     return f"about {tokens_in:,} tokens in and {tokens_out:,} out; {cost}"
 
 
+def _http() -> Any:
+    """The package that the openai package speaks HTTP by: httpx, or httpx2 from openai 3 on."""
+    import openai
+
+    return importlib.import_module(openai.DefaultAsyncHttpxClient.__bases__[0].__module__.partition(".")[0])
+
+
 def _http_client(timeout_s: float) -> Any:
     """The openai package's own, but an attempt ends: its timeout begins anew with each byte that comes."""
     import openai
 
-    own = openai.DefaultAsyncHttpxClient
-    http = importlib.import_module(own.__bases__[0].__module__.partition(".")[0])  # httpx, or httpx2 from openai 3 on
+    http = _http()
 
-    class Client(own):
+    class Client(openai.DefaultAsyncHttpxClient):
         async def send(self, *args: Any, **kwargs: Any) -> Any:
             try:
                 return await asyncio.wait_for(super().send(*args, **kwargs), timeout_s)

@@ -88,6 +88,7 @@ class Prediction(_Named, total=False):
     frame_times: list[float | None]  # their seconds
     num_filled: int  # of these, how many the selector's rule did not choose itself
     num_shown: int  # where the selector decides how many frames are shown
+    num_scored: int  # frames that were given a score for this question, where the selector asks for scores
     entropy: dict[str, float]  # of the sampler's start and end, in bits
     scores: list[float]  # of each frame that was read, 0..1: how well it alone answers (pseudo_span)
     gold_span: list[int]  # as in `Sample`; pseudo_span: its `span`

@@ -355,16 +355,23 @@ def _fill_what_no_checkpoint_holds(model: torch.nn.Module, name: str) -> None:
         model.Qformer.get_input_embeddings().weight.data[-1] = torch.linspace(-0.4, 0.4, WIDTH)
 
 
-def _blip(name: str, root: Path) -> torch.nn.Module:
-    from lavis.models.blip_models.blip_caption import BlipCaption
-    from lavis.models.blip_models.blip_image_text_matching import BlipITM
-    from lavis.models.med import XBertEncoder, XBertLMHeadDecoder
+def tiny_vit() -> torch.nn.Module:
+    """BLIP's vision tower, two layers of it."""
     from lavis.models.vit import VisionTransformerEncoder
 
     encoder = VisionTransformerEncoder(
         img_size=IMAGE_SIZE, patch_size=14, embed_dim=WIDTH, depth=LAYERS, num_heads=HEADS, norm_layer=None
     )
     encoder.vision_width = WIDTH
+    return encoder
+
+
+def _blip(name: str, root: Path) -> torch.nn.Module:
+    from lavis.models.blip_models.blip_caption import BlipCaption
+    from lavis.models.blip_models.blip_image_text_matching import BlipITM
+    from lavis.models.med import XBertEncoder, XBertLMHeadDecoder
+
+    encoder = tiny_vit()
     text = {"med_config_path": str(root / "med_config.json")}
     if name == "blip_image_text_matching":
         return BlipITM(encoder, XBertEncoder.from_config(text), embed_dim=WIDTH // 2)

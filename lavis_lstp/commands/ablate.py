@@ -20,9 +20,9 @@ from typing import Any
 import yaml
 
 from lavis_lstp.config.load import flatten
-from lavis_lstp.config.model import AUTO, SCORERS, SELECTORS
+from lavis_lstp.config.model import AUTO, SCORERS, SELECTORS, scorer_settings
 from lavis_lstp.errors import ConfigError, unknown_name
-from lavis_lstp.files import atomic_writer, owned, whole_file, write_json
+from lavis_lstp.files import atomic_writer, owned, sha256_json, whole_file, write_json
 from lavis_lstp.redaction import printable, without_secrets_in
 from lavis_lstp.report.plots import accuracy_plot
 from lavis_lstp.report.table import judge_line, measure, paired_p, table_lines
@@ -45,16 +45,14 @@ class Way:
 
 def ways_of(file: Path | None = None) -> dict[str, Way]:
     """The ways that are listed (configs/ways.yaml, and the user's own), and every other selector as one, which with
-    a scorer is a way RULE:SCORER.
+    a scorer is a way RULE:SCORER (on the command line also RULE:SCORER=WEIGHTS).
 
     Raises:
         ConfigError: the file is missing, or an entry has no title or is not about `model`.
     """
     ways = {name: Way(name, (f"model.selector.name={name}",)) for name in SELECTORS}
     for name in (name for name, kind in SELECTORS.items() if "scores" in kind.needs):
-        for scorer in SCORERS:
-            both = (f"model.selector.name={name}", f"model.scorer.name={scorer}")
-            ways[f"{name}:{scorer}"] = Way(f"{name}, scored by {scorer}", both)
+        ways |= {f"{name}:{scorer}": _scored(name, scorer) for scorer in SCORERS}
     for path in (WAYS, *([file] if file else [])):
         if not path.is_file():
             raise ConfigError(f"--ways {path}: no such file")
@@ -70,6 +68,13 @@ def ways_of(file: Path | None = None) -> dict[str, Way]:
             options = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in leaves]
             ways[str(name)] = Way(entry["title"], tuple(options), tuple(entry.get("keeps") or ()))
     return ways
+
+
+def _scored(rule: str, scorer: str) -> Way:
+    """A rule over the scores of a scorer, NAME or NAME=WEIGHTS."""
+    given = scorer_settings(scorer)
+    told = [f"model.scorer.{key}={given[key]}" for key in ("name", "weights", "arch", "model_type") if given[key]]
+    return Way(f"{rule}, scored by {scorer}", (f"model.selector.name={rule}", *told))
 
 
 @dataclass(frozen=True)
@@ -147,11 +152,15 @@ def cells_of(
 def _cell(
     recipe: str, way: str, title: str, count: int | str, label: str, split: str, own: Sequence[str], baseline: str
 ) -> Cell:
-    name = f"{Path(recipe).stem}_{{}}_{count}"
     line = f"{label}{title}"
-    return Cell(
-        name.format(way), f"{line}, {count} frames", recipe, split, tuple(own), name.format(baseline), line, count
-    )
+    name, compared = (f"{Path(recipe).stem}_{_in_a_name(one)}_{count}" for one in (way, baseline))
+    return Cell(name, f"{line}, {count} frames", recipe, split, tuple(own), compared, line, count)
+
+
+def _in_a_name(way: str) -> str:
+    """A way as part of a folder's name; weights of a scorer by their last part and a digest."""
+    rule, of, weights = way.partition("=")
+    return f"{rule}_{Path(weights).name}_{sha256_json(weights)[:8]}" if of else way
 
 
 def ablate(
@@ -186,7 +195,9 @@ def _count(word: str) -> int | str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="lavis-lstp ablate", description=__doc__.splitlines()[0])
     parser.add_argument("--cfg-path", required=True, nargs="+", help="evaluations, projects/lstp/eval/... or your own")
-    ways = "ways to choose frames (default: uniform random lstp)"
+    ways = (
+        "ways to choose frames (default: uniform random lstp); RULE:SCORER=WEIGHTS as in `lavis-lstp select --scorer`"
+    )
     parser.add_argument("--methods", "--frames", dest="methods", nargs="+", metavar="WAY", help=ways)
     parser.add_argument("--ways", type=Path, help="YAML file of further ways to choose frames, as configs/ways.yaml")
     help_ = "frames shown to the language model; auto: as many as the scores ask for"
@@ -201,6 +212,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     known = ways_of(args.ways)
     methods = args.methods or ["uniform", "random", "lstp"]
     for name in methods:
+        rule, of, weights = name.partition("=")
+        if of and rule in known and ":" in rule:
+            known[name] = _scored(rule.partition(":")[0], f"{rule.partition(':')[2]}={weights}")
         if name not in known:
             raise ConfigError(unknown_name("way to choose frames (--methods)", name, known))
     recipes, counts = (list(dict.fromkeys(given)) for given in (args.cfg_path, counts))

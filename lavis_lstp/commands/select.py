@@ -28,7 +28,7 @@ from lavis_lstp.files import (
     whole_file,
     write_jsonl,
 )
-from lavis_lstp.inference.selection import BY_SAMPLER, METHODS, Selection, select
+from lavis_lstp.inference.selection import METHODS, Selection, load_options, select
 from lavis_lstp.redaction import printable
 from lavis_lstp.untrusted import why_no_path
 
@@ -44,7 +44,8 @@ def table(found: Selection) -> str:
         lines.append(line)
     took = ", ".join(f"{stage} {value:.2f} s" for stage, value in found.seconds.items())
     filled = f"; {found.num_filled} of them were filled in by the best remaining scores" if found.num_filled else ""
-    lines.append(f"{len(found.frame_index)} of {found.num_frames} frames by {found.method}{filled} ({took})")
+    scored = "" if found.scores is None else f", {len(found.scores)} scored"
+    lines.append(f"{len(found.frame_index)} of {found.num_frames} frames by {found.method}{scored}{filled} ({took})")
     return "\n".join(lines)
 
 
@@ -128,7 +129,7 @@ def _selected(
         if recorded:
             found = Selection.recorded(path, row["question"], recorded[row["question_id"]])
         else:
-            found = select(path, row["question"], **common, **settings)
+            found = select(path, row["question"], clip_s=row.get("clip_s"), **common, **settings)
         yield {"question_id": row["question_id"], **found.to_json()}
 
 
@@ -144,14 +145,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--candidates-per-s", type=float, help="score so many frames a second, at most --num-candidates"
     )
     parser.add_argument("--checkpoint", help="whose sampler is asked (default: the shipped tiny one's)")
-    words = "in place of a sampler: clip, siglip, itm, itc or answerer"
-    parser.add_argument("--scorer", metavar="NAME[=WEIGHTS]", help=f"{words}; WEIGHTS: hub id or folder")
+    words = "in place of a sampler: clip, siglip, itm, itc or answerer (--checkpoint's)"
+    weights = "hub id or folder, or for itm and itc LAVIS's model, such as blip_image_text_matching/large"
+    parser.add_argument("--scorer", metavar="NAME[=WEIGHTS]", help=f"{words}; WEIGHTS: {weights}")
     parser.add_argument(
         "--frames", choices=("exact", "keyframe"), help="keyframe: candidates are the nearest key frames"
     )
     parser.add_argument("--flow-pairs", choices=("sampled", "local"), help="local: flow to the file's next picture")
+    clip = "the question is about this part alone; rows of --questions have their own clip_s"
+    parser.add_argument("--clip-s", nargs=2, type=float, metavar=("START", "END"), help=clip)
     parser.add_argument("--settings", nargs="*", default=[], metavar="A=B", help="of the method, such as power=2.0")
     parser.add_argument("--save", type=Path, help="folder for selection.json, the frames and a sheet of them")
+    help_ = "ask this model of the server at OPENAI_BASE_URL about the frames, and print its answer"
+    parser.add_argument("--answer-by", metavar="MODEL", help=help_)
     parser.add_argument("--json", action="store_true", help="print JSON, as --format jsonl does")
     parser.add_argument("--format", choices=FORMS, help="print, or write to --out, in this form (default: jsonl)")
     parser.add_argument("--from", dest="recorded", type=Path, metavar="FILE", help="take the frames of a file")
@@ -163,17 +169,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     common["candidates_per_s"] = args.candidates_per_s
     common |= {key: value for key in ("scorer", "frames", "flow_pairs") if (value := getattr(args, key)) is not None}
     settings = dict(_setting(word) for word in args.settings)
+    if args.answer_by and (args.questions or args.json or args.format or not args.question.strip()):
+        parser.error("--answer-by MODEL goes with one video and a question, and prints no JSON")
     if args.questions is None and (args.video is None) == (args.recorded is None):
         parser.error("name a video, --from FILE, or --questions FILE --out FILE")
     if args.video is not None and not Path(args.video).is_file():
         raise LstpError(f"{args.video}: no such video file")
-    if args.recorded is None and args.scorer in (None, "sampler", "answerer") and args.method in BY_SAMPLER:
+    options = None if args.recorded is not None else load_options(args.method, args.scorer)
+    if options is not None:
         from lavis_lstp.inference.predictor import load
 
-        asked = (
-            ["model.scorer.name=answerer", f"model.selector.name={args.method}"] if args.scorer == "answerer" else []
-        )
-        common["predictor"] = load(args.checkpoint or "example", options=asked, store=default_store())
+        common["predictor"] = load(args.checkpoint or "example", options=options, store=default_store())
         if args.checkpoint is None:
             print("note: the shipped tiny sampler knows moving shapes alone; --checkpoint names yours", file=sys.stderr)
     elif args.checkpoint:
@@ -181,6 +187,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.questions is not None:
         if args.out is None or args.video or args.save:
             parser.error("--questions FILE goes with --out FILE, and without a video and --save")
+        if args.clip_s:
+            parser.error("--clip-s is of one video; rows of --questions have their own clip_s")
         root, by = args.root or args.questions.parent, args.checkpoint
         other = args.format not in (None, "jsonl")
         lines = args.out.with_name(f"{args.out.name}.jsonl") if other else args.out  # what a killed run goes on with
@@ -193,11 +201,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.recorded is not None:
         found = Selection.read(args.recorded)
     else:
-        found = select(args.video, args.question, **common, **settings)
+        found = select(args.video, args.question, clip_s=args.clip_s, **common, **settings)
     if args.save:
         save(found, args.save)
     form = args.format or ("jsonl" if args.json else None)
     print(text_of(form, [found.to_json()]).rstrip("\n") if form else printable(table(found)))
+    if args.answer_by:
+        print(printable(found.answer(args.answer_by)))
     return 0
 
 

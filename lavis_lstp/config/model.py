@@ -98,6 +98,10 @@ SCORERS: dict[str, ScorerKind] = {
 towers. itm, itc: image-text matching of BLIP and BLIP-2. answerer: the model's own "yes"."""
 
 
+OF_LAVIS = ("blip_image_text_matching", "blip2_image_text_matching")
+"""LAVIS's models that itm and itc can ask in place of transformers': `scorer.arch`."""
+
+
 def asks_sampler(selector: str, scorer: str = "sampler") -> bool:
     """Return whether the temporal sampler must be asked before this selector can choose."""
     needs = SELECTORS[selector].needs
@@ -207,7 +211,7 @@ class Scorer:
     name: str = key("sampler", one_of=SCORERS, called="scorer (model.scorer.name)")
     weights: str | None = key()  # hub id or folder; with arch: LAVIS's checkpoint; null = the usual ones
     arch: str | None = key(
-        None, one_of=("blip_image_text_matching", "blip2_image_text_matching"), called="arch (model.scorer.arch)"
+        None, one_of=OF_LAVIS, called="arch (model.scorer.arch)"
     )  # itm, itc: LAVIS's model in place of transformers'
     model_type: str | None = key()  # of that: base, large; pretrained, coco; null = its first
     prompt: str | None = key()  # with {question}; null = the scorer's own
@@ -378,12 +382,18 @@ class ModelSettings:
 def scorer_settings(given: str | Mapping[str, Any]) -> dict[str, Any]:
     """Return all settings of a scorer that is given as NAME, as NAME=WEIGHTS, or by some of them.
 
+    >>> found = scorer_settings("itm=blip_image_text_matching/large")  # LAVIS's own model, and its type
+    >>> found["weights"], found["arch"], found["model_type"]
+    (None, 'blip_image_text_matching', 'large')
+
     Raises:
         ConfigError: a name is not known, or a value cannot be used.
     """
     if isinstance(given, str):
         name, _, weights = given.partition("=")
-        given = {"name": name, "weights": weights or None}
+        arch, _, model_type = weights.partition("/")
+        of_lavis = {"arch": arch, "model_type": model_type or None}
+        given = {"name": name, **(of_lavis if arch in OF_LAVIS else {"weights": weights or None})}
     return {**vars(Scorer()), **checked(given, Scorer, "scorer")}
 
 

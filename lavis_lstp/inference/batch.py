@@ -5,6 +5,7 @@ Flow that was kept stands in for the chooser's, the selector of the call for the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -129,7 +130,7 @@ def _prediction(one: Asked, row: int, found: dict[str, Any]) -> Prediction:
     media, count = one.candidates, len(one.candidates.frames)
     times = [round(float(t), 3) for t in media.times_s]
     chosen = [i for i in found["frame_index"][row].tolist() if i >= 0]
-    scored = "scores" in found and count > 1
+    scored = found["scores"][row, :count].tolist() if "scores" in found and count > 1 else None
     logits = {name: found[name][row, :count] for name in ("start_logits", "end_logits") if name in found and count > 1}
     span = Span(*found["span"][row].tolist()) if media.kind == "video" else None
     edges = span.to_seconds(media.times_s, media.duration_s) if span else ()
@@ -143,7 +144,7 @@ def _prediction(one: Asked, row: int, found: dict[str, Any]) -> Prediction:
         frame_index=chosen,
         frame_times_s=[times[i] for i in chosen],
         candidate_times_s=times,
-        scores=[round(score, 4) for score in found["scores"][row, :count].tolist()] if scored else None,
+        scores=scored and [None if math.isnan(score) else round(score, 4) for score in scored],
         log_prob=found["log_prob"][row],
         prompt=found["prompt"][row],
         seconds={stage: round(value, 4) for stage, value in seconds.items()},

@@ -8,6 +8,7 @@ others wait for it.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -43,7 +44,7 @@ class Candidates:
         kind: video, image or text.
         frames: uint8 [T,3,S,S], RGB, as the model sees them.
         times_s: float64 [T], seconds since the start of the file.
-        duration_s: when the last frame ends.
+        duration_s: when the last frame ends, or the clip that was asked for.
         flow: float32 [T,2,h,w], px per frame; None where the medium does not move or the selector needs none.
         codec_flow: the same from the codec's motion vectors, where the model is set to take them.
         numbers: T frame numbers in the file of a video.
@@ -184,6 +185,7 @@ class Reader:
         name: str | None = None,
         fps: float | None = None,
         reading: Mapping[str, str] | None = None,
+        clip_s: Sequence[float] | None = None,
     ) -> tuple[Candidates, dict[str, float]]:
         """The candidates of a medium, and the seconds of the stages that they took just now (none where kept).
 
@@ -194,6 +196,7 @@ class Reader:
             name: what errors call the medium; default: its path.
             fps: so many frames a second of a video, where these are at most T; None = T.
             reading: frames and flow_pairs, in place of the reader's own.
+            clip_s: start and end in seconds of the part of a video that is read; None = all of it.
 
         Raises:
             VideoError: it is missing, not a readable video or picture, too long or too large.
@@ -214,7 +217,9 @@ class Reader:
         pairs = changed.get("flow_pairs", self.flow_pairs)
         exact = {"exact": changed["frames"] == "exact"} if "frames" in changed else {}
         how = {"num": num_frames, "name": name, **self.how, **exact, **({"fps": fps} if fps else {})}
-        key = " ".join([digest, str(num_frames), *([str(fps)] if fps else []), *changed.values()])
+        how |= {"between_s": tuple(clip_s)} if clip_s else {}
+        named = [digest, num_frames, *([fps] if fps else []), *changed.values(), *(clip_s or ())]
+        key = " ".join(map(str, named))
         found = self.kept.get(key, lambda: timed("decode", self._decode, source, key, how, pairs))
         if flow and len(found.frames) > 1:
             field = self.kept.get((key, "flow"), lambda: timed("flow", self._flow, found, source, how, pairs))
@@ -251,7 +256,8 @@ class Reader:
         clip = self._read(source, media, how)
         frames, given = torch.from_numpy(clip.frames), torch.from_numpy(clip.flow) if codec else None
         info = clip.info
-        return Candidates(media, "video", frames, clip.times_s, info.duration_s, None, given, clip.indices, info)
+        end_s = min(info.duration_s, how.get("between_s", (0, math.inf))[1])
+        return Candidates(media, "video", frames, clip.times_s, end_s, None, given, clip.indices, info)
 
     def _read(self, source: Medium, media: str, how: dict[str, Any]) -> VideoFrames:
         """Frames as the model sees them; those of a file from the store, where they are there."""

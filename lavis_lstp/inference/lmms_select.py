@@ -9,6 +9,7 @@ lmms-eval is copied or replaced.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,10 +20,10 @@ from PIL import Image
 
 from lavis_lstp.data.selections import Recorded, read_recorded
 from lavis_lstp.data.store import default_store
-from lavis_lstp.errors import ConfigError, unknown_name
+from lavis_lstp.errors import ConfigError
 from lavis_lstp.files import strict_json, write_jsonl
 from lavis_lstp.inference.lmms_requests import IMAGE_ENDINGS, bare_question
-from lavis_lstp.inference.selection import BY_SAMPLER, METHODS, Selection, select
+from lavis_lstp.inference.selection import Selection, load_options, select
 from lavis_lstp.models.answer.answerer import TIMES
 
 NAME = "lstp_select"
@@ -47,7 +48,9 @@ class Selecting:
     Args (lmms-eval's --model_args):
         inner: name of the model that answers; what is not named here goes to it.
         method, k, seed: of `lavis_lstp.select`; settings: of the method, "power=2.0 depth=3".
-        checkpoint: whose sampler is asked, where the method asks one.
+        checkpoint: whose sampler is asked, where the method asks one and no scorer is named.
+        scorer: in place of the sampler: "NAME" or "NAME=WEIGHTS", see `lavis_lstp.select`.
+        num_candidates: frames that are scored, evenly spaced.
         selection: file of recorded frames in place of a method, in any form of `data/selections.py`.
         log: file for a line of JSON a question: task, split, doc_id, method, and of each video the frames and seconds
             shown; ranks above 0 put their number before its ending. (lmms-eval's own files leave arguments out.)
@@ -64,6 +67,8 @@ class Selecting:
         seed: int = 0,
         settings: str = "",
         checkpoint: str | None = None,
+        scorer: str | None = None,
+        num_candidates: int | None = None,
         selection: str | None = None,
         log: str | None = None,
         question_key: str = "question",
@@ -73,25 +78,26 @@ class Selecting:
         super().__init__()
         if not inner or (method is None) == (selection is None):
             raise ConfigError(f"--model_args of {NAME} need inner=MODEL and either method=NAME or selection=FILE")
-        if method is not None and method not in METHODS:
-            raise ConfigError(unknown_name("method to select frames", method, METHODS))
         self.how = {"k": int(k), "method": method, "seed": int(seed)}
         for name, given, value in (word.partition("=") for word in str(settings).split()):
             if not given:
                 raise ConfigError(f"--model_args settings={settings}: expected NAME=VALUE, with blanks between them")
             self.how[name] = _value(value)
-        if method in BY_SAMPLER:
+        self.how |= {} if num_candidates is None else {"num_candidates": int(num_candidates)}
+        self.how |= {} if scorer is None else {"scorer": scorer}
+        options = None if method is None else load_options(method, scorer)
+        if options is not None:
             if checkpoint is None:
-                raise ConfigError(f"method {method} asks a temporal sampler; name one: checkpoint=RUN")
+                raise ConfigError(f"method {method} asks a temporal sampler; name checkpoint=RUN, or a scorer=NAME")
             from lavis_lstp.inference.predictor import load
 
-            self.how["predictor"] = load(checkpoint, store=default_store())
+            self.how["predictor"] = load(checkpoint, options=options, store=default_store())
         self.selection, self.question_key, self.id_key = selection, question_key, id_key
         self.inner = self._inner(inner, of_inner)
         self.is_simple = self.inner.is_simple
         self.inner.task_dict = self.task_dict = {}
         self._recorded: dict[tuple[str, str], dict[str, Recorded]] = {}
-        self._found: dict[tuple[str, str, str], Selection] = {}
+        self._found: dict[tuple[str, str, str, Any], Selection] = {}
         self.log, self._lines = log, []
 
     def _inner(self, name: str, arguments: Mapping[str, Any]) -> Any:
@@ -186,13 +192,13 @@ class Selecting:
     # ---- which frames -------------------------------------------------------------------------------------------
 
     def _selection(self, video: Any, question: str, document: Any, doc_id: int, place: tuple[str, str]) -> Selection:
-        path = _path(video)
-        key = (path, question, self._id(document, doc_id))
+        path, clip_s = _part(video)
+        key = (path, question, self._id(document, doc_id), clip_s)
         if key not in self._found:
             if self.selection is not None:
                 self._found[key] = Selection.recorded(path, question, self._recorded[place][key[2]])
             else:
-                self._found[key] = select(path, question, **self.how)
+                self._found[key] = select(path, question, clip_s=clip_s, **self.how)
         return self._found[key]
 
     def _id(self, document: Any, doc_id: int) -> str:
@@ -221,14 +227,17 @@ def _value(text: str) -> Any:
         return text
 
 
-def _path(video: Any) -> str:
+def _part(video: Any) -> tuple[str, tuple[float, float] | None]:
+    """The path of a video, and the seconds of the part that is asked about, None = all of it."""
+    clip_s = None
     if isinstance(video, Mapping):
-        if video.get("video_start") is not None or video.get("video_end") is not None:
-            raise ConfigError(f"{NAME}: a question about a part of a video; frames are chosen of whole ones")
+        start, end = video.get("video_start"), video.get("video_end")
+        if (start, end) != (None, None):
+            clip_s = float(start or 0), math.inf if end is None else float(end)
         video = video.get("path") or video.get("url")
     if not isinstance(video, str | os.PathLike) or "://" in str(video):
         raise ConfigError(f"{NAME}: expected the path of a video, got {str(video)[:80]!r}")
-    return os.fspath(video)
+    return os.fspath(video), clip_s
 
 
 def _is_video(medium: Any) -> bool:

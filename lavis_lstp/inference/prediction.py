@@ -38,7 +38,8 @@ class Prediction:
         frame_times_s: their seconds.
         candidate_times_s: seconds of all T candidates.
         scores: how likely each candidate lies inside the moment, 0..1: P(start <= t) P(end >= t), or what another
-            scorer (`model.scorer`) gives it; None where the selector asks for neither.
+            scorer (`model.scorer`) gives it; None where the selector asks for neither, and in place of scores that a
+            rule like focus did without.
         log_prob: of the answer's tokens: sum, mean and their number.
         prompt: what the language model read.
         seconds: by stage; a stage whose result was kept is missing, those of the model are of its whole batch.
@@ -54,7 +55,7 @@ class Prediction:
     frame_index: list[int]
     frame_times_s: list[float]
     candidate_times_s: list[float]
-    scores: list[float] | None
+    scores: list[float | None] | None
     log_prob: dict[str, float]
     prompt: str
     seconds: dict[str, float]

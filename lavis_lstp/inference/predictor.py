@@ -117,8 +117,12 @@ class Predictor:
         instructions: str = "",
         on_text: Callable[[str], None] | None = None,
         cancel: threading.Event | None = None,
+        clip_s: Sequence[float] | None = None,
     ) -> Asked:
         """Everything before the model: the medium is read, and its flow computed, where they are not kept.
+
+        Args:
+            clip_s: start and end in seconds of the part of the video that is asked about; None = all of it.
 
         Raises:
             VideoError: the medium is missing or unreadable.
@@ -135,7 +139,7 @@ class Predictor:
         _unless(cancel)
         flow = self._open_model().chooser.asks_sampler(settings.selector)
         candidates, seconds = self.reader.read(
-            video, settings.num_frames, flow=flow, name=name, fps=settings.fps, reading=settings.reading
+            video, settings.num_frames, flow=flow, name=name, fps=settings.fps, reading=settings.reading, clip_s=clip_s
         )
         _unless(cancel)
         return Asked(question, tuple(history), candidates, settings, seconds, instructions, on_text, cancel)

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -22,13 +23,23 @@ from typing import Any
 
 import numpy as np
 
+from lavis_lstp.config.fields import checked
 from lavis_lstp.config.model import SELECTORS, scorer_settings
+from lavis_lstp.config.model import Served as ServedSettings
+from lavis_lstp.data.annotation import MOST_SECONDS, check_seconds
 from lavis_lstp.data.frame_numbers import uniform_centres
 from lavis_lstp.data.selections import FORMAT, VERSION, Recorded, timing
 from lavis_lstp.data.store import content_digest, default_store
 from lavis_lstp.data.video.codec_figures import motion_energy, of_candidates, packet_costs
 from lavis_lstp.data.video.index import video_index
-from lavis_lstp.data.video.reading import READING_VERSION, key_frames, probe, read_frames
+from lavis_lstp.data.video.reading import (
+    READING_VERSION,
+    check_inside,
+    frames_between,
+    key_frames,
+    probe,
+    read_frames,
+)
 from lavis_lstp.errors import ConfigError, VideoError, unknown_name
 from lavis_lstp.files import read_record, strict_json, write_json
 from lavis_lstp.models.where import selectors
@@ -65,8 +76,8 @@ class Selection:
         video: the file's path as it was given; sha256: of its content.
         question, method, settings: what they were chosen by.
         frame_index: K frame numbers in the file, ascending; times_s: their seconds since its start.
-        candidate_index, candidate_times_s: the T frames that were candidates; scores: one for each, None where the
-            method has none.
+        candidate_index, candidate_times_s: the frames that were scored, all T candidates or the few that a rule like
+            focus asks for; scores: one for each, None where nothing was scored, and then they are the chosen frames.
         span_s: start and end in seconds of the span they come from, None where the method has none.
         num_filled: of the K, those that the rule did not choose itself; see `selectors.choose`.
         num_frames, fps, duration_s: of the video.
@@ -99,6 +110,32 @@ class Selection:
         if content_digest(self.video, default_store()) != self.sha256:
             raise VideoError(f"{self.video}: is not the video that these frames were selected from; select again")
         return read_frames(self.video, indices=self.frame_index, size=size).frames
+
+    def answer(
+        self, model: str, prompt: str = "{question}", *, endpoint: Mapping[str, Any] | None = None, **how: Any
+    ) -> str:
+        """What a model behind an OpenAI-compatible server answers, shown these frames with their seconds.
+
+        Neither torch nor weights are needed; address and key come from OPENAI_BASE_URL and OPENAI_API_KEY.
+
+        Args:
+            model: as the server calls it.
+            prompt: what it reads, with {question}.
+            endpoint: some of the keys of `config.model.Served`, such as {"frames": "images"}.
+            how: times_in_prompt, and transformers' generation arguments such as max_new_tokens.
+
+        Raises:
+            ConfigError: a setting that cannot be used, or no key in the environment.
+            EndpointError: no answer came.
+            VideoError: as for `frames`.
+        """
+        from lavis_lstp.models.answer.served import Served, jpeg
+
+        asked = {**vars(ServedSettings()), **checked(endpoint or {}, ServedSettings, "endpoint")}
+        served = Served(model, times_in_prompt=how.pop("times_in_prompt", False), **asked)
+        pictures = [jpeg(frame) for frame in self.frames(served.image_size)]
+        request = served.request(pictures, prompt.replace("{question}", self.question), self.times_s, how)
+        return served.answers([request])[0][0]
 
     def video_metadata(self) -> Any:
         """transformers' `VideoMetadata` of the frames, for `do_sample_frames=False`.
@@ -198,6 +235,7 @@ def select(
     scorer: str | Mapping[str, Any] | None = None,
     frames: str | None = None,
     flow_pairs: str | None = None,
+    clip_s: Sequence[float] | None = None,
     **settings: Any,
 ) -> Selection:
     """Chooses k frames of a video for a question.
@@ -216,6 +254,8 @@ def select(
             the predictor, which must be loaded with model.scorer.name=answerer.
         frames: exact, or keyframe: the nearest key frames are the candidates, several times faster.
         flow_pairs: sampled or local, for the sampler; these two as the predictor's run read, where they are None.
+        clip_s: start and end in seconds of the part of the video that the question is about; None = all of it. The end
+            may be infinite. Frame numbers and seconds stay those of the file.
         settings: of the rule, such as `power` of inverse_transform. bitcost and motion take `rule`, the name of a rule
             (default inverse_transform), and its settings.
 
@@ -224,8 +264,12 @@ def select(
 
     Raises:
         ConfigError: unknown method or setting, or a value that cannot be used.
-        VideoError: the file is missing or not a readable video.
+        VideoError: the file is missing or not a readable video, or the clip lies outside of it.
     """
+    if clip_s is not None:
+        start, end = clip_s
+        check_seconds([start, min(end, MOST_SECONDS)], "clip_s", os.fspath(video))
+        clip_s = (start, probe(video).duration_s) if math.isinf(end) else (start, end)
     if method not in METHODS:
         raise ConfigError(unknown_name("method to select frames", method, METHODS))
     if type(k) is not int or k < 1:
@@ -237,32 +281,31 @@ def select(
     if method not in WITHOUT_NETWORK and not question.strip():
         raise ConfigError(f"method {method} needs a question; {', '.join(WITHOUT_NETWORK)} need none")
     seconds: dict[str, float] = {}
-    given = {} if scorer in (None, "sampler") else scorer_settings(scorer)
+    given = _scorer_of(method, scorer)
     by_predictor = given.get("name") in (None, "answerer")
     if candidates_per_s is not None and not (method in BY_SAMPLER and by_predictor):
         asked = f"the scorer is {given['name']}" if given else f"the method is {method}"
         raise ConfigError(f"candidates_per_s is of methods that ask the sampler, {asked}")
     if frames not in (None, "exact", "keyframe"):
         raise ConfigError(unknown_name("way to read candidates (frames)", str(frames), ("exact", "keyframe")))
-    if given and method not in BY_SCORER:
-        raise ConfigError(f"method {method} asks no scorer; with one choose {', '.join(BY_SCORER)}")
-    if by_predictor and method in BY_SCORER and method not in RULES:
-        raise ConfigError(f"method {method} compares features of frames; name a scorer that has some, such as clip")
     reading = {name: value for name, value in (("frames", frames), ("flow_pairs", flow_pairs)) if value is not None}
     if method in BY_SAMPLER and by_predictor:
         _check_asks(predictor, given)
         read = {"num_frames": num_candidates, "fps": candidates_per_s}
-        asked = (video, question, k, method, seed, read, predictor, settings, reading)
+        asked = (video, question, k, method, seed, read, predictor, settings, reading, clip_s)
         info, digest, found = _by_sampler(*asked, seconds)
     elif given:
-        asked = (video, question, k, method, seed, num_candidates or SCORED_AT_ONCE, given, settings, reading)
+        asked = (video, question, k, method, seed, num_candidates or SCORED_AT_ONCE, given, settings, reading, clip_s)
         info, digest, found = _by_scorer(*asked, seconds)
     elif reading:
         raise ConfigError(f"method {method} reads what it chooses among exactly; leave out {', '.join(reading)}")
     else:
         with _timed(seconds, "index"):
             info, digest = probe(video), content_digest(video, default_store())
-        found = _by_codec(video, k, method, seed, num_candidates or CODEC_CANDIDATES, settings, seconds)
+        asked = (video, k, method, seed, num_candidates or CODEC_CANDIDATES, settings, clip_s)
+        found = _by_codec(*asked, info.duration_s, seconds)
+    if clip_s is not None:
+        found["settings"]["clip_s"] = list(clip_s)
     return Selection(
         video=os.fspath(video),
         sha256=digest,
@@ -276,26 +319,60 @@ def select(
     )
 
 
+def _scorer_of(method: str, scorer: str | Mapping[str, Any] | None) -> dict[str, Any]:
+    """Settings of the scorer that stands in for the sampler; {} = none does."""
+    given = {} if scorer in (None, "sampler") else scorer_settings(scorer)
+    if given and method not in BY_SCORER:
+        raise ConfigError(f"method {method} asks no scorer; with one choose {', '.join(BY_SCORER)}")
+    if given.get("name") in (None, "answerer") and method in BY_SCORER and method not in RULES:
+        raise ConfigError(f"method {method} compares features of frames; name a scorer that has some, such as clip")
+    return given
+
+
+def load_options(method: str, scorer: str | Mapping[str, Any] | None = None) -> list[str] | None:
+    """Options of `lavis_lstp.load` for the predictor that a method asks, by its sampler or its answerer; None = nobody.
+
+    Raises:
+        ConfigError: an unknown method or scorer, or a scorer that the method does not go with.
+    """
+    if method not in METHODS:
+        raise ConfigError(unknown_name("method to select frames", method, METHODS))
+    name = _scorer_of(method, scorer).get("name")
+    if method not in BY_SAMPLER or name not in (None, "answerer"):
+        return None
+    return [] if name is None else ["model.scorer.name=answerer", f"model.selector.name={method}"]
+
+
 @contextmanager
 def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    started = time.perf_counter()
+    """Adds the seconds that something takes, without those of stages within it."""
+    started = time.perf_counter() - sum(seconds.values())
     yield
-    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - started
+    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - started - sum(seconds.values())
 
 
-def _by_codec(video, k: int, method: str, seed: int, parts: int, settings: dict, seconds: dict) -> dict[str, Any]:
+def _inside(video, times_s: np.ndarray, clip_s: Sequence[float] | None, duration_s: float) -> np.ndarray:
+    """int64 [N], numbers of the frames of a clip, or of all frames."""
+    if clip_s is not None:
+        check_inside(clip_s, "clip_s", duration_s, os.fspath(video))
+    return np.asarray(frames_between(times_s, clip_s))
+
+
+def _by_codec(video, k, method, seed, parts, settings, clip_s, duration_s, seconds) -> dict[str, Any]:
     """Frames by what the file says of itself."""
     with _timed(seconds, "codec"):
         costs = packet_costs(video)
-    every = np.arange(len(costs.times_s))
+    every = _inside(video, costs.times_s, clip_s, duration_s)
     candidates, scores, rule = every, None, method
     if method == "keyframes":
-        candidates, rule = every[costs.is_key], "uniform"
+        candidates, rule = every[costs.is_key[every]], "uniform"
+        if not len(candidates):
+            raise ConfigError(f"{video}: has no key frame from {clip_s[0]:g} to {clip_s[1]:g} s; choose another method")
     elif method in ("bitcost", "motion"):
         with _timed(seconds, "scores"):
             figure = costs.num_bytes if method == "bitcost" else motion_energy(video)
-            candidates = np.asarray(uniform_centres(min(parts, len(every)), len(every)))
-            scores = of_candidates(figure, candidates)
+            places = np.asarray(uniform_centres(min(parts, len(every)), len(every)))
+            candidates, scores = every[places], of_candidates(figure[every], places)
         rule = settings.pop("rule", "inverse_transform")
         if rule not in RULES:
             raise ConfigError(unknown_name(f"rule of method {method}", str(rule), RULES))
@@ -313,17 +390,29 @@ def _by_codec(video, k: int, method: str, seed: int, parts: int, settings: dict,
         used |= {"rule": rule}
     if method == "random":
         used |= {"seed": seed}
-    index = candidates[chosen.frames]
-    told = candidates if scores is not None else index
+    how = {"settings": {"k": k, **used}, "num_filled": chosen.num_filled}
+    return how | _told(candidates, costs.times_s[candidates], chosen.frames, scores)
+
+
+def _told(numbers: Any, times_s: np.ndarray, frames: list[int], scores: Any, span_s: Any = None) -> dict[str, Any]:
+    """Fields of a selection.
+
+    Args:
+        numbers, times_s: of the T candidates in the file.
+        frames: the chosen ones among them.
+        scores: float [T], NaN where nobody asked; None = there are none.
+    """
+    scored = [] if scores is None else np.flatnonzero(~np.isnan(scores)).tolist()
+    numbers = np.asarray(numbers)
+
+    def facts(names: tuple[str, str], among: list[int]) -> dict[str, Any]:
+        return dict(zip(names, (numbers[among].tolist(), times_s[among].round(6).tolist()), strict=True))
+
     return {
-        "settings": {"k": k, **used},
-        "frame_index": index.tolist(),
-        "times_s": costs.times_s[index].round(6).tolist(),
-        "candidate_index": told.tolist(),
-        "candidate_times_s": costs.times_s[told].round(6).tolist(),
-        "scores": None if scores is None else scores.round(4).tolist(),
-        "span_s": None,
-        "num_filled": chosen.num_filled,
+        **facts(("frame_index", "times_s"), frames),
+        **facts(("candidate_index", "candidate_times_s"), scored or frames),
+        "scores": np.asarray(scores)[scored].round(4).tolist() if scored else None,
+        "span_s": span_s,
     }
 
 
@@ -352,7 +441,7 @@ def _scorer(given: str) -> Any:
     return made
 
 
-def _by_scorer(video, question, k, method, seed, num_candidates, given, settings, reading, seconds):
+def _by_scorer(video, question, k, method, seed, num_candidates, given, settings, reading, clip_s, seconds):
     """The video's info and digest, and frames by what a scorer of single frames sees in them."""
     import torch
 
@@ -366,46 +455,42 @@ def _by_scorer(video, question, k, method, seed, num_candidates, given, settings
     with _timed(seconds, "index"):
         info, digest = probe(video), content_digest(video, default_store())
         index = video_index(video, os.fspath(video))
-        numbers = uniform_centres(num_candidates, info.num_frames)
+        every = _inside(video, index.times_s, clip_s, info.duration_s)
+        numbers = every[uniform_centres(num_candidates, len(every))].tolist()
         if reading.get("frames") == "keyframe":
             numbers = key_frames(index, numbers)
 
-    def read(first: int, end: int) -> Any:
-        with _timed(seconds, "decode"):
-            return torch.from_numpy(read_frames(video, indices=numbers[first:end]).frames)
+    def features(asked: list[int]) -> Any:
+        def read(first: int, end: int) -> Any:
+            with _timed(seconds, "decode"):
+                return torch.from_numpy(read_frames(video, indices=asked[first:end]).frames)
 
-    with _timed(seconds, "scores"):
-        features = scorer.features(len(numbers), read, f"{digest} {numbers} {READING_VERSION}")
-        scores = scorer.scores(features, question).double().numpy()
-    seconds["scores"] -= seconds.get("decode", 0.0)
-    times = index.times_s[numbers]
-    row = selectors.Row(scores, k, times, question, vectors(features).numpy(), None, np.random.default_rng(seed))
+        return scorer.features(len(asked), read, f"{digest} {asked} {READING_VERSION}")
+
+    def score(candidates: np.ndarray) -> np.ndarray:
+        with _timed(seconds, "scores"):
+            return scorer.scores(features([numbers[i] for i in candidates]), question).double().numpy()
+
+    times, scores = index.times_s[numbers], selectors.LazyScores(len(numbers), score)
+    row = selectors.Row(scores, k, times, question, rng=np.random.default_rng(seed))
+    if not selectors.asks_few(method):
+        scores[np.arange(len(numbers))]
+        row = dataclasses.replace(row, features=vectors(features(numbers)).numpy())
     with _timed(seconds, "rule"):
         chosen = selectors.choose(method, row, **settings)
-    return (
-        info,
-        digest,
-        {
-            "settings": {"k": k, "num_candidates": len(numbers), **reading, **used, "scorer": given},
-            "frame_index": [numbers[i] for i in chosen.frames],
-            "times_s": times[chosen.frames].round(6).tolist(),
-            "candidate_index": numbers,
-            "candidate_times_s": times.round(6).tolist(),
-            "scores": scores.round(4).tolist(),
-            "span_s": None,
-            "num_filled": chosen.num_filled,
-        },
-    )
+    asked = {"k": k, "num_candidates": len(numbers), **reading, **used, "scorer": given}
+    how = {"settings": asked, "num_filled": chosen.num_filled}
+    return info, digest, how | _told(numbers, times, chosen.frames, scores.known)
 
 
-def _by_sampler(video, question, k, method, seed, read, predictor, settings, reading, seconds):
+def _by_sampler(video, question, k, method, seed, read, predictor, settings, reading, clip_s, seconds):
     """The video's info and digest, and frames by what the temporal sampler of a checkpoint sees in them."""
     if predictor is None:
         with _timed(seconds, "load"):
             predictor = _example()
     given = {name: value for name, value in (*reading.items(), *read.items()) if value is not None}
     how = predictor.settings(selector=method, num_selected=k, seed=seed, rule=settings, **given)
-    asked = predictor.prepare(Path(video), question, settings=how)
+    asked = predictor.prepare(Path(video), question, settings=how, clip_s=clip_s)
     with _timed(seconds, "sampler"):
         choice = predictor.choose(asked)
     media = asked.candidates
@@ -416,17 +501,11 @@ def _by_sampler(video, question, k, method, seed, read, predictor, settings, rea
         span_s = tuple(round(edge, 6) for edge in Span(*choice.span[0].tolist()).to_seconds(times, media.duration_s))
     for stage, value in asked.seconds.items():
         seconds[stage] = seconds.get(stage, 0.0) + value
+    scores = None if choice.scores is None else choice.scores[0].double().numpy()
+    used = {"k": k, "num_candidates": len(times), **how.reading, **how.selector.settings}
+    num_filled = 0 if choice.num_filled is None else int(choice.num_filled[0])
     return (
         info,
         digest,
-        {
-            "settings": {"k": k, "num_candidates": len(times), **how.reading, **how.selector.settings},
-            "frame_index": [media.numbers[i] for i in index],
-            "times_s": [round(float(times[i]), 6) for i in index],
-            "candidate_index": list(media.numbers),
-            "candidate_times_s": times.round(6).tolist(),
-            "scores": None if choice.scores is None else [round(s, 4) for s in choice.scores[0].tolist()],
-            "span_s": span_s,
-            "num_filled": 0 if choice.num_filled is None else int(choice.num_filled[0]),
-        },
+        {"settings": used, "num_filled": num_filled} | _told(media.numbers, times, index, scores, span_s),
     )

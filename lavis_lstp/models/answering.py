@@ -103,7 +103,7 @@ def look(model: nn.Module, samples: Batch, prompt: str | None, **chosen_by: Any)
     if choice.flow is not None:
         result["flow"] = choice.flow
     if choice.scores is not None:
-        result["scores"] = choice.scores
+        result |= {"scores": choice.scores, "num_scored": choice.num_scored}
     if choice.logits is not None:
         result["start_logits"] = choice.logits.start_logits.float().cpu()
         result["end_logits"] = choice.logits.end_logits.float().cpu()
@@ -116,13 +116,13 @@ def look(model: nn.Module, samples: Batch, prompt: str | None, **chosen_by: Any)
 
 @contextmanager
 def timed(model: nn.Module, seconds: dict[str, float], stage: str) -> Iterator[None]:
-    """Adds the seconds that something takes; a GPU's work is waited for."""
+    """Adds the seconds that something takes, without those of stages within it; a GPU's work is waited for."""
     wait = torch.cuda.synchronize if model.device.type == "cuda" else lambda device: None
     wait(model.device)
-    start = time.perf_counter()
+    start = time.perf_counter() - sum(seconds.values())
     yield
     wait(model.device)
-    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
+    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start - sum(seconds.values())
 
 
 DECIMALS = 4

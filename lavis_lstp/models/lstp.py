@@ -350,8 +350,8 @@ class LSTP(BaseModel):
             prediction, prompt (lists of B strings), log_prob (of the prediction's tokens: sum, mean and number), span
             [B,2], frame_index [B,K], num_filled [B] of a rule over scores, else None; spans, as `locate` gives them,
             where there may be several; num_shown [B] where the selector decides how many frames; subtitles,
-            see `prompts_with_subtitles`; start_logits, end_logits and scores where there are any, flow [B,T,2,S,S]
-            where it was needed, and seconds by stage (of the whole batch).
+            see `prompts_with_subtitles`; start_logits, end_logits, scores and num_scored where there are any, see
+            `Choice`, flow [B,T,2,S,S] where it was needed, and seconds by stage (of the whole batch).
         """
         settings = {**self.generation, **generation}
         return answer(self, readable(samples), prompt, settings, given_up, selector=selector, flow=flow)

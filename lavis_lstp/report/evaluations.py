@@ -326,6 +326,7 @@ FORMS: dict[str, Callable[[Any], bool]] = {
         isinstance(value, list) and bool(value) and all(_numbers(one, 2, (int, float)) for one in value)
     ),
     "num_frames": lambda value: _is_number(value, (int,)) and value > 0,
+    "num_scored": lambda value: _is_number(value, (int,)) and value >= 0,
     "frame_index": _numbers,
     "subtitles": lambda value: (
         isinstance(value, dict)

@@ -91,14 +91,16 @@ def _right(one: Evaluation) -> dict[str, bool]:
 def choosing(one: Evaluation) -> dict[str, Any]:
     """Return who chose the frames, how many an answer saw, how many were scored for it, and which subtitles it read.
 
-    None where nobody says. A rule that asks the temporal sampler scores every candidate, the others none.
+    None where nobody says. Predictions without a number of scored frames are of a rule that asks for no scores, or
+    of a version that did not count; there a rule over scores has scored every candidate.
     """
     selector = _section(one, "model").get("selector") or {}
     name = next((known for known in SELECTORS if known == selector.get("name")), None)
     by_gold = name == "given" and selector.get("span_key") == "gold_span"
     shown = [len({i for i in row["frame_index"] if i >= 0}) for row in one.rows.values() if row.get("frame_index")]
     candidates = [row["num_frames"] for row in one.rows.values() if row.get("num_frames")]
-    scored = 0.0 if name and not SELECTORS[name].by_sampler else None
+    counted = [row["num_scored"] for row in one.rows.values() if "num_scored" in row]
+    scored = _mean(counted) if counted else 0.0 if name and not SELECTORS[name].by_sampler else None
     if name and scored is None and candidates:
         scored = _mean(candidates)
     frames, subtitles = _mean(shown) if shown else None, subtitles_shown(one.rows.values())

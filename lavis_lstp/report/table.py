@@ -23,7 +23,7 @@ from lavis_lstp.schema import Prediction
 
 MOST_CATEGORIES = 4
 """Kinds of questions that have columns of their own."""
-STAGES = ("flow", "sampler", "selection", "vision", "language")
+STAGES = ("flow", "sampler", "scores", "selection", "vision", "language")
 
 
 def measure(folder: Path, stem: str) -> tuple[dict[str, Any], dict[str, bool]]:
@@ -54,7 +54,7 @@ def measure(folder: Path, stem: str) -> tuple[dict[str, Any], dict[str, bool]]:
         "subtitles": metrics.get("subtitles"),
         "subtitle_lines_left_out": metrics.get("subtitle_lines_left_out"),
         "by_category": metrics.get("by_category"),
-        "frames_scored": sum(r["num_frames"] for r in records if "entropy" in r) / len(records),
+        "frames_scored": sum(r.get("num_scored", 0) for r in records) / len(records),
         "span_iou": evaluate_spans(spans, gold)["iou"] if gold else None,
         "milliseconds": {s: 1000 * sum(t.get(s, 0.0) for t in timings) / len(timings) for s in STAGES}
         if timings
@@ -78,6 +78,8 @@ def table_lines(rows: Sequence[Mapping[str, Any]], first: str) -> list[str]:
     """
     kinds = dict.fromkeys(kind for row in rows for kind in row.get("by_category") or ())
     kinds = sorted(kinds, key=lambda kind: (len(kind), kind)) if 1 < len(kinds) <= MOST_CATEGORIES else []
+    measured = [row["milliseconds"] for row in rows if row["milliseconds"]]
+    stages = [stage for stage in STAGES if stage != "scores" or any(one.get(stage) for one in measured)]
     columns = [
         (first, lambda row: row["title"]),
         ("accuracy", lambda row: f"{row['accuracy']:.1%}"),
@@ -90,7 +92,7 @@ def table_lines(rows: Sequence[Mapping[str, Any]], first: str) -> list[str]:
         *((kind, lambda row, kind=kind: _share(row, kind)) for kind in kinds),
         ("frames scored", lambda row: f"{row['frames_scored']:.0f}" if row.get("frames_scored") else None),
         ("span IoU", lambda row: None if row.get("span_iou") is None else f"{row['span_iou']:.2f}"),
-        (f"ms per question: {', '.join(STAGES)}", lambda row: _times(row["milliseconds"])),
+        (f"ms per question: {', '.join(stages)}", lambda row: _times(row["milliseconds"], stages)),
     ]
     return markdown(_cells(columns, rows)).splitlines()
 
@@ -238,7 +240,7 @@ def _share(row: Mapping[str, Any], kind: str) -> str | None:
     return None if found is None else f"{found['accuracy']:.1%}"
 
 
-def _times(milliseconds: Mapping[str, float] | None) -> str | None:
+def _times(milliseconds: Mapping[str, float] | None, stages: Sequence[str]) -> str | None:
     if milliseconds is None:
         return None
-    return " + ".join(f"{milliseconds[stage]:.1f}" for stage in STAGES) + f" = {sum(milliseconds.values()):.1f}"
+    return " + ".join(f"{milliseconds[stage]:.1f}" for stage in stages) + f" = {sum(milliseconds.values()):.1f}"

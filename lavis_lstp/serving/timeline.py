@@ -54,7 +54,8 @@ def timeline_svg(found: Prediction) -> str:
     label = f"Timeline of {end:.1f} s. Span from {begin:.2f} to {stop:.2f} s. Chosen frames at {chosen} s."
     parts = [f'<rect class="span" x="{x(begin)}" y="4" width="{x(stop - begin)}" height="{BOTTOM - 4}"/>']
     if found.scores is not None:
-        points = " ".join(f"{x(t)},{BOTTOM - (BOTTOM - 8) * s:.1f}" for t, s in zip(times, found.scores, strict=True))
+        scored = [(t, s) for t, s in zip(times, found.scores, strict=True) if s is not None]
+        points = " ".join(f"{x(t)},{BOTTOM - (BOTTOM - 8) * s:.1f}" for t, s in scored)
         parts.append(f'<polyline class="scores" points="{points}"/>')
     parts.append(f'<line class="axis" x1="0" x2="{WIDTH}" y1="{BOTTOM}" y2="{BOTTOM}"/>')
     ticks = f'y1="{BOTTOM - 10}" y2="{BOTTOM + 4}"'

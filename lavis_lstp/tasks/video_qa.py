@@ -265,8 +265,9 @@ def _evidence(predicted: Mapping[str, Any], samples: Batch, row: int) -> Predict
         flows = int(mask[row].sum()) if mask is not None and len(mask[row]) == len(logits["start"]) else len(times)
         logits = {edge: value[:flows] for edge, value in logits.items()}
         found["entropy"] = {edge: round(entropy_bits(value.tolist()), 4) for edge, value in logits.items()}
-    if predicted.get("num_filled") is not None:
-        found["num_filled"] = int(predicted["num_filled"][row])
+    for key in ("num_filled", "num_scored"):
+        if predicted.get(key) is not None:
+            found[key] = int(predicted[key][row])
     if predicted.get("frame_index") is not None:
         index = [int(i) for i in predicted["frame_index"][row]]
         if predicted.get("num_shown") is not None:  # what stands behind depends on the batch

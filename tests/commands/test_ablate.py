@@ -87,6 +87,28 @@ def test_every_selector_is_a_way_and_a_file_adds_more(tmp_path):
         ablate.main(["--cfg-path", SHAPES, "--frames", "unifrom"])
 
 
+def test_a_way_names_the_weights_of_its_scorer(monkeypatch):
+    asked = []
+    monkeypatch.setattr(ablate, "cells_of", lambda recipes, found, *_: asked.append(found) or [])
+    monkeypatch.setattr(ablate, "ablate", lambda *_: [{"compared_with": None, "questions": 0, "title": "x"}])
+    monkeypatch.setattr(ablate, "table_lines", lambda *_: [])
+    names = ["uniform", "topk:clip=a/b", "aks:itm=blip_image_text_matching/large"]
+    assert ablate.main(["--cfg-path", SHAPES, "--methods", *names]) == 0
+    assert [*asked[0]] == names
+    of_clip, of_lavis = (asked[0][name] for name in names[1:])
+    assert of_clip.options == ("model.selector.name=topk", "model.scorer.name=clip", "model.scorer.weights=a/b")
+    told = ("name=itm", "arch=blip_image_text_matching", "model_type=large")
+    assert of_lavis.options == ("model.selector.name=aks", *(f"model.scorer.{one}" for one in told))
+    assert of_lavis.title == "aks, scored by itm=blip_image_text_matching/large"
+    cells = [cell.name for cell in CELLS_OF([SHAPES], asked[0], [4], [])]
+    assert cells[1].startswith("shapes_qa_lstp_tiny_topk:clip_b_") and not any("/" in name for name in cells)
+    with pytest.raises(ConfigError, match="did you mean 'topk:clip"):
+        ablate.main(["--cfg-path", SHAPES, "--methods", "topk:clp=a"])
+
+
+CELLS_OF = ablate.cells_of
+
+
 def test_laviss_models_have_a_row_of_evenly_spaced_frames_for_each_number():
     recipes = [f"projects/lstp/eval/nextqa_{model}.yaml" for model in ("lstp_vicuna7b", "blip2_t5")]
     cells = ablate.cells_of(recipes, ways("uniform", "lstp"), [2, 4], [])
@@ -140,6 +162,16 @@ def test_a_row_says_what_its_files_say(tmp_path):
     (head, _, line) = table.table_lines([{"title": "x", **row, "p_value": None}], "frames")
     assert head.split(" | ")[-2:][0] == "span IoU" and "p, paired" not in head and "unparsable" not in head
     assert line.startswith("| x | 75.0% | 30.1% to 95.4% | 0.50 | 0.0 + 0.0 + 0.0 + 2.0 + 1.5 = 3.5 |")
+
+
+def test_frames_scored_and_the_time_for_it_are_those_of_any_scorer(tmp_path):
+    folder = result(tmp_path / "a", [True, False], num_frames=64, num_scored=12)
+    write_jsonl(folder / "test_video_qa_timings.jsonl", [{"question_id": f"q{i}", "scores": 0.003} for i in range(2)])
+    row, _ = table.measure(folder, "test_video_qa")
+    assert row["frames_scored"] == 12
+    (head, _, line) = table.table_lines([{"title": "x", **row}], "frames")
+    assert head.endswith("| frames scored | ms per question: flow, sampler, scores, selection, vision, language |")
+    assert line.endswith("| 12 | 0.0 + 0.0 + 3.0 + 0.0 + 0.0 + 0.0 = 3.0 |")
 
 
 def test_choices_count_as_they_were_judged_and_partial_scores_say_so(tmp_path):

@@ -138,7 +138,11 @@ def test_recorded_frames_are_shown_in_place_of_chosen_ones(documents, film, tmp_
         ({}, "need inner=MODEL and either method=NAME or selection=FILE"),
         ({"method": "uniform", "selection": "x"}, "either method=NAME or selection=FILE"),
         ({"method": "unifrom"}, "did you mean 'uniform'"),
-        ({"method": "aks"}, "checkpoint=RUN"),
+        ({"method": "aks"}, "checkpoint=RUN, or a scorer=NAME"),
+        ({"method": "aks", "scorer": "answerer"}, "checkpoint=RUN"),
+        ({"method": "aks", "scorer": "clp"}, "did you mean 'clip'"),
+        ({"method": "mmr"}, "name a scorer that has some"),
+        ({"method": "uniform", "scorer": "clip"}, "asks no scorer"),
         ({"method": "bitcost", "settings": "power"}, "expected NAME=VALUE"),
     ],
 )
@@ -147,14 +151,29 @@ def test_arguments_that_cannot_be_used_are_one_line(arguments, said):
         Bare(inner="some_model", **arguments)
 
 
+def test_a_scorer_is_named_in_place_of_a_checkpoint(documents, monkeypatch):
+    asked, real = [], lmms_select.select
+    scorer = {"method": "mmr", "scorer": "clip=a/folder", "num_candidates": "12", "k": "2", "settings": "relevance=0.3"}
+
+    def select(path, question, **how):
+        asked.append(how)
+        return real(path, question, k=how["k"], method="uniform")
+
+    monkeypatch.setattr(lmms_select, "select", select)
+    made(True, documents, **scorer).generate_until([request(0, simple=True)])
+    told = {"k": 2, "method": "mmr", "seed": 0, "relevance": 0.3, "num_candidates": 12, "scorer": "clip=a/folder"}
+    assert asked == [told | {"clip_s": None}]
+
+
 def test_settings_of_a_method_and_parts_of_videos(documents, film):
     model = made(True, documents, method="bitcost", settings="rule=topk", k=2)
     assert model.generate_until([request(0, simple=True)])[0].startswith("[")
     asked = request(0, simple=True)
     clip = {"type": "video", "path": str(film), "video_start": 0.5, "video_end": 1.0}
     asked.arguments = (*asked.arguments[:2], lambda document: [clip], *asked.arguments[3:])
-    with pytest.raises(ConfigError, match="a part of a video"):
-        model.generate_until([asked])
+    model.generate_until([asked])
+    (shown,) = asked.arguments[-1]["lstp_select"]["videos"]
+    assert len(shown["times_s"]) == 2 and all(0.5 <= seconds < 1.0 for seconds in shown["times_s"])
     with pytest.raises(ConfigError, match="one question at a time"):
         model.generate_until_multi_round([])
 

@@ -173,6 +173,7 @@ def test_the_command_prints_a_table_and_saves_pictures(film, tmp_path, capsys):
 
 def test_a_file_of_questions_is_gone_on_with(film, tmp_path, capsys):
     rows = [{"question_id": f"q{i}", "video": film.name, "question": "what?", "answer": "x"} for i in range(4)]
+    rows[1]["clip_s"] = [2.0, 3.0]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     out = tmp_path / "selection.jsonl"
     words = ["select", "--questions", str(tmp_path / "rows.json"), "--root", str(film.parent), "--out", str(out)]
@@ -186,6 +187,7 @@ def test_a_file_of_questions_is_gone_on_with(film, tmp_path, capsys):
     again = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["question_id"] for row in again] == ["q0", "q1", "q2", "q3"]
     assert [row["frame_index"] for row in again] == [json.loads(line)["frame_index"] for line in whole]
+    assert [all(50 <= i < 75 for i in row["candidate_index"]) for row in again] == [False, True, False, False]
     for other in ([*words[:-1], "3"], [*words, "--num-candidates", "20"], [*words, "--seed", "1"]):
         assert cli.main(other) == 2
         assert "holds selections made otherwise" in capsys.readouterr().err
@@ -194,6 +196,33 @@ def test_a_file_of_questions_is_gone_on_with(film, tmp_path, capsys):
     out.unlink()
     assert cli.main(words) == 2
     assert "error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", WITHOUT_NETWORK)
+def test_a_question_about_a_part_sees_that_part_alone(film, method):
+    found = lavis_lstp.select(film, k=3, method=method, clip_s=(0.8, 2.4))
+    assert len(set(found.frame_index)) == 3 and all(20 <= i < 60 for i in [*found.frame_index, *found.candidate_index])
+    assert found.times_s == pytest.approx([i / 25 for i in found.frame_index])
+    assert found.settings["clip_s"] == [0.8, 2.4]
+    if method in ("bitcost", "motion"):
+        assert len(found.scores) == 40
+    if method == "uniform":
+        assert lavis_lstp.select(film, k=3, method=method, clip_s=(2.8, float("inf"))).settings["clip_s"] == [2.8, 4.0]
+
+
+def test_a_part_is_read_by_the_sampler_and_refused_where_it_is_none(predictor, film):
+    found = lavis_lstp.select(CLIP, QUESTION, k=4, method="lstp", predictor=predictor, clip_s=(1.0, 3.0))
+    assert 1.0 <= min(found.candidate_times_s) and max(found.candidate_times_s) < 3.0
+    assert 1.0 <= found.span_s[0] < found.span_s[1] <= 3.0 and set(found.frame_index) <= set(found.candidate_index)
+    for clip_s, said in (
+        ((9, 10), "lies outside of the video"),
+        ((2, 1), "start < end"),
+        ((0, float("nan")), "start <"),
+    ):
+        with pytest.raises(LstpError, match=said):
+            lavis_lstp.select(film, k=2, method="uniform", clip_s=clip_s)
+    with pytest.raises(ConfigError, match="no key frame from 0.1 to 0.2 s"):
+        lavis_lstp.select(film, k=2, method="keyframes", clip_s=(0.1, 0.2))
 
 
 def test_every_method_has_a_name_in_the_help_and_costs_are_of_all_frames(film, capsys):

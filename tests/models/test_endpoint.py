@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import json
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -51,6 +53,8 @@ class Stub:
                     stub.most = max(stub.most, stub.at_once)
                 if stub.together is not None:
                     stub.together.wait(20)
+                if request.get("stream"):
+                    return self.in_pieces(request)
                 status, body = stub.deed(request) or (200, answer(" ".join(map(str, numbers_in(request)))))
                 data = json.dumps(body).encode()
                 with stub.lock:
@@ -61,6 +65,23 @@ class Stub:
                 self.end_headers()
                 self.wfile.write(data)
 
+            def in_pieces(self, request):
+                """A word at a time; `cut` breaks off behind the first, `next_word` is waited for before the others."""
+                self.send_response(200)
+                self.send_header("Content-Type", "text/event-stream")
+                self.end_headers()
+                said = stub.deed(request) or f" {' '.join(map(str, numbers_in(request)))} \n"
+                events = [{"choices": [{"index": 0, "delta": {"content": f"{word} "}}]} for word in said.split(" ")]
+                events.append({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
+                events.append({"choices": [], "usage": answer("")["usage"]})
+                for number, event in enumerate(events[:1] if stub.cut else events):
+                    if number == 3:
+                        stub.next_word.wait(20)
+                    whole = {"id": "x", "object": "chat.completion.chunk", "created": 0, "model": "m", **event}
+                    self.wfile.write(b"data: " + json.dumps(whole).encode() + b"\n\n")
+                self.wfile.write(b"" if stub.cut else b"data: [DONE]\n\n")
+
+        self.cut, self.next_word = False, threading.Event()
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
         threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
@@ -213,7 +234,60 @@ def test_drawn_answers_have_a_seed_of_their_question(stub, film):
     made().answer({key: value[1:2] for key, value in samples.items()}, **drawn)
     assert len(stub.seen) == 3, "the same draw, whatever else is in the batch"
     pieces = list(made().stream(samples, **drawn))
-    assert pieces == [made().answer(samples, **drawn)["prediction"]]
+    assert pieces == [made().answer(samples, **drawn)["prediction"]], "what is kept is one piece"
+
+
+def streamed(generator) -> tuple[list[list[str]], dict]:
+    pieces = []
+    while True:
+        try:
+            pieces.append(next(generator))
+        except StopIteration as end:
+            return pieces, end.value
+
+
+def test_an_answer_arrives_in_the_server_s_pieces(stub, film):
+    samples = batch(film, CHOSEN[:1])
+    stream = made().stream(samples)
+    assert next(stream) == ["2"]  # the server waits for `next_word` before it sends the third
+    stub.next_word.set()
+    pieces, found = streamed(stream)
+    assert [["2"], *pieces] == [["2"], [" 33"], [" 28"], [" 29"]] and found["prediction"] == ["2 33 28 29"]
+    assert found["log_prob"][0]["tokens"] == 3 and stub.seen[0]["stream_options"] == {"include_usage": True}
+    assert made().answer(samples)["prediction"] == ["2 33 28 29"] and len(stub.seen) == 1, "kept as any answer"
+    pieces, found = streamed(made().stream(batch(film, CHOSEN, ["what is in part 0?", "b?", "c?"])))
+    assert pieces[0] == ["2 33 28 29", "", ""], "what is kept comes at once"
+    wanted = [" ".join(str(i % 38) for i in numbers) for numbers in CHOSEN]
+    assert ["".join(column) for column in zip(*pieces, strict=True)] == found["prediction"] == wanted
+
+
+def test_a_stream_that_is_cut_or_given_up_is_no_answer(stub, film):
+    stub.cut = True
+    with pytest.raises(EndpointError, match="no answer to 1 of 1 questions, last: the stream"):
+        list(made().stream(batch(film, CHOSEN[:1])))
+    stub.cut = False
+    stub.next_word.set()
+    calls = []  # before the question twice, then with each piece: " ", "2 ", ...
+    samples = batch(film, CHOSEN[:1])
+    pieces, found = streamed(made().stream(samples, given_up=lambda row: calls.append(row) or len(calls) > 3))
+    assert pieces == [["2"]] and found["prediction"] == ["2"]
+    assert made().answer(batch(film, CHOSEN[:1]))["prediction"] == ["2 33 28 29"], "half an answer is not kept"
+
+
+def test_a_question_is_answered_where_there_is_no_torch(stub, film, capsys):
+    script = "import sys\nsys.modules['torch'] = None\nimport lavis_lstp\n"
+    script += "found = lavis_lstp.select(sys.argv[1], 'what?', 4, 'uniform')\n"
+    script += "print(found.answer('served-1', 'Q: {question}', endpoint={'image_size': 64}, max_new_tokens=7))"
+    done = subprocess.run([sys.executable, "-c", script, film], capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip() == " ".join(str(i % 38) for i in (37, 112, 187, 262)), done.stderr
+    (request,) = stub.seen
+    assert request["messages"][-1]["content"][-1]["text"] == "Q: what?" and request["max_completion_tokens"] == 7
+    told = request["media_io_kwargs"]["video"]
+    seconds = [i / told["fps"] for i in told["frames_indices"]]
+    assert seconds == pytest.approx([i / 30 for i in (37, 112, 187, 262)], abs=6e-4)
+    words = ["select", str(film), "what?", "-k", "4", "--method", "uniform", "--answer-by", "served-1"]
+    assert cli.main(words) == 0
+    assert capsys.readouterr().out.rstrip().endswith("\n37 36 35 34")
 
 
 @pytest.mark.parametrize(

@@ -22,10 +22,12 @@ from lavis_lstp.data.store import Store
 from lavis_lstp.data.video import reading
 from lavis_lstp.errors import ConfigError, WeightsError
 from lavis_lstp.inference import selection
+from lavis_lstp.models.answering import timed
 from lavis_lstp.models.where import scorers
 from lavis_lstp.models.where.chooser import Chooser
 from lavis_lstp.models.where.frame_selector import build_selector
 from lavis_lstp.models.where.scorers import FrameScorer, LavisMatching, build_scorer
+from lavis_lstp.serving.timeline import timeline_svg
 
 QUESTION = "what is the red circle?"
 TOWER = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": LAYERS, "image_size": IMAGE_SIZE}
@@ -147,6 +149,69 @@ def test_laviss_own_models_score_as_they_do_alone(tmp_path_factory, frames, arch
     assert found.tolist() == pytest.approx(wanted, abs=1e-5) and found.std() > 1e-4
 
 
+EXTRA = {"blip_image_text_matching": ("temp", "image_queue", "text_encoder_m.pooler"), "blip2_image_text_matching": ()}
+
+
+@pytest.fixture(scope="module", params=EXTRA)
+def published(request, tmp_path_factory):
+    """A type "tiny" of one of LAVIS's models: its YAML, and a checkpoint in the layout of the published ones."""
+    arch = request.param
+    with lavis_tiny.hub(tmp_path_factory.mktemp("lavis")) as root, pytest.MonkeyPatch.context() as patch:
+        from lavis.common.registry import registry
+        from lavis.models.vit import VisionTransformerEncoder
+
+        weights = lavis_tiny.build(arch, root).state_dict()
+        if not EXTRA[arch]:  # BLIP-2's are without the frozen tower
+            weights = {name: weight for name, weight in weights.items() if not name.startswith("visual_encoder.")}
+        torch.save({"model": weights | {name: torch.zeros(3) for name in EXTRA[arch]}, "epoch": 5}, root / "tiny.pth")
+        where = {"load_finetuned": True, "finetuned": str(root / "tiny.pth")}
+        section = {"arch": arch, "image_size": IMAGE_SIZE, "vit_precision": "fp16", "num_query_token": QUERIES, **where}
+        section |= {"med_config_path": str(root / "med_config.json"), "embed_dim": WIDTH // 2}
+        sizes = {"eval": {"name": "blip_image_eval", "image_size": IMAGE_SIZE}}
+        whole = {"vis_processor": sizes, "text_processor": {"eval": {"name": "blip_caption"}}}
+        (root / "tiny.yaml").write_text(json.dumps({"model": section, "preprocess": whole}))
+        types = registry.get_model_class(arch).PRETRAINED_MODEL_CONFIG_DICT
+        patch.setitem(types, "tiny", str(root / "tiny.yaml"))
+        patch.setattr(VisionTransformerEncoder, "from_config", lambda *_, **__: lavis_tiny.tiny_vit())
+        yield arch, root
+
+
+@pytest.mark.parametrize("head", ["itm", "itc"])
+def test_laviss_checkpoints_are_loaded_as_lavis_loads_them(published, frames, head):
+    arch, root = published
+    from lavis.models import load_model_and_preprocess
+
+    model, pictures, texts = load_model_and_preprocess(arch, "tiny", is_eval=True)
+    model = model.float()
+    with torch.no_grad():
+        asked = ({"image": pictures["eval"](one)[None], "text_input": [texts["eval"](QUESTION)]} for one in pil(frames))
+        own = [model(one, match_head=head) for one in asked]
+    wanted = [(out.softmax(dim=1)[0, 1] if head == "itm" else out[0, 0]).item() for out in own]
+    for weights in (None, str(root / "tiny.pth")):  # the type's own, and named
+        scorer = build_scorer(head, arch=arch, model_type="tiny", weights=weights, batch=2)
+        found = scorer.scores(scorer.features_of(frames), QUESTION)
+        assert found.tolist() == pytest.approx(wanted, abs=1e-5) and found.std() > 1e-4
+
+
+def pil(frames):
+    return [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in frames]
+
+
+def test_laviss_checkpoints_that_do_not_fit_are_one_line(published):
+    arch, root = published
+    whole = torch.load(root / "tiny.pth")
+    del whole["model"]["itm_head.weight"]
+    torch.save(whole, root / "half.pth")
+    for how, error, said in (
+        ({"weights": str(root / "half.pth")}, WeightsError, "half.pth' lacks 1 weights.*first itm_head.weight"),
+        ({"weights": str(root / "none.pth")}, WeightsError, "none.pth' .model.scorer.weights"),
+        ({"model_type": "tyni"}, ConfigError, "did you mean 'tiny'"),
+    ):
+        with pytest.raises(error, match=said) as caught:
+            build_scorer("itm", arch=arch, **{"model_type": "tiny", **how})
+        assert "\n" not in str(caught.value)
+
+
 def test_an_answerer_says_how_likely_its_yes_is(frames):
     option = ["model.scorer.name=answerer", "model.selector.name=topk"]
     with lavis_lstp.load("example", options=option) as loaded:
@@ -216,6 +281,8 @@ def test_a_selection_by_a_scorer_sees_whole_frames_and_no_answering_model(hub, f
     frames = torch.from_numpy(reading.read_frames(film, indices=found.frame_index).frames)
     alone = [scorer.scores(scorer.features_of(frame[None]), QUESTION).item() for frame in frames]
     assert [found.scores[i] for i in found.frame_index] == pytest.approx(alone, abs=1e-4)
+    part = lavis_lstp.select(film, QUESTION, 4, "topk", scorer=found.settings["scorer"], clip_s=[1, 2])
+    assert part.candidate_index == [*range(25, 50)] and part.scores == pytest.approx(found.scores[25:50], abs=1e-4)
     keys = lavis_lstp.select(film, QUESTION, 2, "mmr", scorer=f"clip={hub / 'clip'}", frames="keyframe")
     assert keys.candidate_index == [0, 10, 20, 30, 40, 50] and keys.settings["frames"] == "keyframe"
 
@@ -294,6 +361,64 @@ def test_rows_of_a_batch_are_scored_as_each_is_alone(tmp_path, monkeypatch):
     wanted = frames[2, :3].float().mean(dim=(1, 2, 3)) / 255
     assert torch.allclose(found.scores[2, :3], wanted) and not found.scores[2, 3:].any()
     assert looked == [4, 2, 3, 1] and found.frame_index[4].tolist() == [-1, -1]
+
+
+FEW = {"arm_s": 0.41, "looks": 2, "step_s": 0.07}
+
+
+def test_focus_looks_at_the_frames_that_it_asks_for_alone(film, monkeypatch, capsys):
+    monkeypatch.setitem(SCORERS, "brightness", type(SCORERS["clip"])(f"{__name__}:Brightness"))
+    looked, look = [], Brightness.look
+    monkeypatch.setattr(Brightness, "look", lambda self, frames: looked.append(len(frames)) or look(self, frames))
+    selection._scorer.cache_clear()
+    monkeypatch.setattr(selection, "default_store", lambda: None)
+    found = lavis_lstp.select(film, QUESTION, 3, "focus", scorer="brightness", **FEW)
+    assert 3 < sum(looked) == len(found.scores) == len(found.candidate_index) < 30 < found.settings["num_candidates"]
+    assert set(found.frame_index) < set(found.candidate_index) and {"scores", "decode", "rule"} < found.seconds.keys()
+    every = lavis_lstp.select(film, QUESTION, 3, "topk", scorer="brightness")
+    assert [every.scores[i] for i in found.candidate_index] == found.scores and len(every.scores) == 60
+    times_s = every.candidate_times_s
+    assert found.frame_index == lavis_lstp.select_from_scores(every.scores, 3, "focus", times_s=times_s, **FEW)
+    settings = [f"{name}={value}" for name, value in FEW.items()]
+    words = ["select", str(film), QUESTION, "-k", "3", "--method", "focus", "--scorer", "brightness", "--settings"]
+    assert main([*words, *settings]) == 0
+    assert f"3 of 60 frames by focus, {len(found.scores)} scored (" in capsys.readouterr().out
+    del looked[:]
+    whole = lavis_lstp.select(film, "What is this video about?", 3, "global_local", scorer="brightness")
+    assert whole.scores is None and not looked and whole.candidate_index == whole.frame_index == [9, 29, 49]
+
+
+@pytest.mark.parametrize(("rule", "settings"), [("focus", FEW), ("topk", {}), ("global_local", {})])
+def test_an_evaluation_counts_the_frames_that_were_scored(rule, settings):
+    chooser = Chooser(build_selector(rule, num_selected=3, settings=settings), frame_scorer=Brightness(batch=4))
+    seconds = {}
+    model = type("Model", (), {"device": torch.device("cpu")})
+    frames = torch.randint(0, 256, (3, 60, 3, 8, 8), dtype=torch.uint8)
+    frames[1] = frames[0]
+    mask = (torch.arange(60)[None] < torch.tensor([60, 60, 2])[:, None]).long()
+    batch = {"frames": frames, "frame_mask": mask, "frame_times": torch.arange(60.0).expand(3, -1) / 25}
+    batch |= {"text_input": ["who?", "what is this video about?", "who?"], "media": ["a", "a", "b"]}
+    found = chooser(batch, clock=lambda stage: timed(model, seconds, stage))
+    counts = found.num_scored.tolist()
+    assert counts == {"topk": [60, 60, 2], "global_local": [60, 0, 0]}.get(rule, counts) and counts[0] > 0
+    if rule == "focus":
+        assert counts[0] < 30 and counts[1] < 30 and counts[2] == 0  # two frames are shown whatever their scores
+    known = ~found.scores.isnan() & mask.bool()
+    brightness = frames.float().mean(dim=(2, 3, 4)) / 255
+    assert known.sum(dim=1).tolist() == counts and torch.allclose(found.scores[known], brightness[known])
+    assert {"scores", "selection"} == seconds.keys() and min(seconds.values()) > 0
+    for row in range(3):
+        alone = chooser({key: value[row : row + 1] for key, value in batch.items()})
+        assert torch.equal(alone.frame_index[0], found.frame_index[row]) and alone.num_scored.item() == counts[row]
+
+
+def test_a_prediction_has_no_score_where_none_was_asked_for(hub):
+    options = ["model.scorer.name=clip", f"model.scorer.weights={hub / 'clip'}", "model.selector.name=focus"]
+    with lavis_lstp.load("example", options=[*options, "model.selector.settings.arm_s=1.0"]) as loaded:
+        found = loaded.answer(EXAMPLE_CLIP, QUESTION, num_selected=3)
+    scored = [score for score in found.scores if score is not None]
+    assert 3 < len(scored) < 64 == len(found.scores) and all(found.scores[i] is not None for i in found.frame_index)
+    assert timeline_svg(found).count("polyline") == 1 and json.dumps(found.as_dict())
 
 
 def test_a_scorer_of_one_s_own_is_a_class_and_a_line(film, monkeypatch):

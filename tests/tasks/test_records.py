@@ -83,7 +83,7 @@ def test_every_item_is_a_sample_and_its_batch_has_the_same_keys(media, kind, set
 
 ALWAYS = {"question_id", "video_id"}
 ASKED = ALWAYS | {"question", "answer", "prediction", "prompt", "log_prob", "seconds", "num_frames"}
-LOOKED = {"span", "span_s", "frame_index", "frame_times", "entropy", "num_filled"}
+LOOKED = {"span", "span_s", "frame_index", "frame_times", "entropy", "num_filled", "num_scored"}
 CHOSEN = {"options", "choice", "correct", "category", "categories", "moments_s", "gold_span"}
 
 

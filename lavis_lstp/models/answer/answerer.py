@@ -11,13 +11,14 @@ import importlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, NamedTuple, Protocol
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from lavis_lstp.config.model import SOURCES, Backbone
 from lavis_lstp.errors import ConfigError, unknown_name
+
+if TYPE_CHECKING:  # a served model is asked where there is no torch
+    import torch
+    from torch import Tensor
 
 TIMES = "The frames show these seconds of the video: {}.\n"
 """Put before the prompt by `model.backbone.times_in_prompt`."""

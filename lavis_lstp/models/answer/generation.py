@@ -11,12 +11,13 @@ rows in the second. Settings that depend on the padding, on the clock or on the 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from lavis_lstp.errors import ConfigError, unknown_name
+
+if TYPE_CHECKING:  # settings of a served model are checked where there is no torch
+    import torch
+    from torch import Tensor
 
 MAX_NEW_TOKENS = 20
 """Length of an answer where no setting tells it; it is the default of transformers."""
@@ -124,6 +125,7 @@ def arguments(
     Raises:
         ConfigError: a value that transformers does not take.
     """
+    import torch
     from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
     def value(name: str) -> Any:
@@ -184,6 +186,8 @@ class _Drawn:
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """ids of the answers so far [B,S], logits [B,V] -> logits [B,V], -inf but for the token drawn."""
+        import torch
+
         for warper in self.warpers:
             scores = warper(input_ids, scores)
         below = scores.float().softmax(-1).double().cumsum(-1)

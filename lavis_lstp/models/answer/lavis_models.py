@@ -169,14 +169,13 @@ def build_lavis_backbone(
 
 
 def build_matching(
-    arch: str, model_type: str | None, weights: str | None, config: Mapping | None = None
+    arch: str, model_type: str | None, weights: str | None
 ) -> tuple[nn.Module, tuple[Callable, Callable]]:
     """One of LAVIS's models for image-text matching, and its processors of (pictures, texts).
 
     Args:
         model_type: None = LAVIS's first.
         weights: a LAVIS checkpoint in place of the one that the type names.
-        config: over the `model` section of the type's YAML.
 
     Raises:
         ConfigError: LAVIS has no such type.
@@ -195,7 +194,7 @@ def build_matching(
     if model_type not in types:
         raise ConfigError(unknown_name(f"type of LAVIS's {arch} (model.scorer.model_type)", model_type, types))
     whole = OmegaConf.load(model_class.default_config_path(model_type))
-    settings = OmegaConf.merge(whole.model, dict(config or {}))
+    settings = whole.model
     if weights:
         if (path := local_path(weights)) is None:
             raise WeightsError(

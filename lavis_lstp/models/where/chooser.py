@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from lavis_lstp.errors import ConfigError
 from lavis_lstp.models.where.flow import GIVEN, FlowExtractor
 from lavis_lstp.models.where.frame_selector import FrameSelector, sample_generators
 from lavis_lstp.models.where.scorers import FrameScorer, vectors
+from lavis_lstp.models.where.selectors import LazyScores
 from lavis_lstp.models.where.temporal_sampler import SamplerOutput, TemporalSampler
 from lavis_lstp.schema import Batch
 
@@ -48,7 +50,8 @@ class Choice:
         num_shown: int64 [B], frames of each sample where the selector decides how many; else None.
         logits: of the temporal sampler, where it was asked.
         scores: float32 [B,T], how much each frame has to do with its question: of the scorer that the selector asks, or
-            of 0..1, where there are logits.
+            of 0..1, where there are logits; NaN where a rule that reads few did not ask.
+        num_scored: int64 [B], frames that were scored; None where there are no scores.
         flow: float32 [B,T,2,S,S], where it was computed or read.
     """
 
@@ -60,6 +63,7 @@ class Choice:
     logits: SamplerOutput | None = None
     scores: Tensor | None = None
     flow: Tensor | None = None
+    num_scored: Tensor | None = None
 
 
 def frame_scores(logits: SamplerOutput, flow_mask: Tensor, frame_mask: Tensor) -> Tensor:
@@ -92,6 +96,20 @@ def window_starts(length: int, window: int, overlap: int) -> list[int]:
     """
     last = length - window
     return [*range(0, last, window - overlap), last] if last > 0 else [0]
+
+
+def _known(scores: list[LazyScores], frame_mask: Tensor) -> Tensor:
+    """float32 [B,T]: NaN where nobody asked, 0 where padded."""
+    found = torch.zeros(frame_mask.shape)
+    for row, own in enumerate(scores):
+        found[row, : len(own)] = torch.from_numpy(own.known).float()
+    return found
+
+
+def _count(scores: Tensor, samples: Batch, by_sampler: bool) -> Tensor:
+    """int64 [B], frames with a score; the sampler scores nothing that does not move."""
+    count = samples["frame_mask"].sum(dim=1).cpu() - scores.isnan().sum(dim=1)
+    return count * moves(samples) if by_sampler else count
 
 
 class SamplerScorer:
@@ -246,7 +264,8 @@ class Chooser:
         Args:
             selector: in place of the chooser's own.
             flow: [B,T,2,S,S], logits: of these samples, where they are known already.
-            clock: measures the stages "flow", "sampler" and "selection".
+            clock: measures the stages "flow", "sampler", "scores" and "selection"; "scores" may lie inside of
+                "selection", and is no part of it.
 
         Raises:
             ConfigError: the samples have not what the selector asks for.
@@ -254,8 +273,11 @@ class Chooser:
         clock, selector = clock or (lambda stage: nullcontext()), selector or self.selector
         scores = features = None
         if selector.needs_scores and self.frame_scorer is not None:
-            with clock("scores"):
-                scores, features = self.frame_scores(samples, selector.needs_features)
+            if selector.asks_few:
+                scores = self.lazy_scores(samples, clock)
+            else:
+                with clock("scores"):
+                    scores, features = self.frame_scores(samples, selector.needs_features)
         if self.asks_sampler(selector) and logits is None:
             with torch.no_grad():
                 if flow is None and moves(samples).any():
@@ -281,7 +303,10 @@ class Chooser:
                 features=features,
                 bit_cost=self._bit_cost(samples, selector),
             )
-        return Choice(*found, logits, scores, flow)
+        if isinstance(scores, list):
+            scores = _known(scores, samples["frame_mask"])
+        num_scored = None if scores is None else _count(scores, samples, logits is not None)
+        return Choice(*found, logits, scores, flow, num_scored)
 
     @property
     def flow_from_data(self) -> str | None:
@@ -336,6 +361,17 @@ class Chooser:
         if not with_features:
             return found, None
         return found, [vectors(seen[place]).numpy() if place in seen else None for place in which.tolist()]
+
+    def lazy_scores(self, samples: Batch, clock: Clock) -> list[LazyScores]:
+        """Scores of each row's frames by the frame scorer, which looks at those alone that a rule asks for."""
+
+        def score(row: int, numbers: np.ndarray) -> Tensor:
+            with clock("scores"):
+                features = self.frame_scorer.features_of(samples["frames"][row, torch.from_numpy(numbers)])
+                return self.frame_scorer.scores(features, samples["text_input"][row])
+
+        counts = samples["frame_mask"].sum(dim=1).tolist()
+        return [LazyScores(count, partial(score, row)) for row, count in enumerate(counts)]
 
     def logits(self, samples: Batch, flow: Tensor | None = None, *, must_reach: bool = False) -> SamplerOutput:
         """Start and end logits [B,T] of the videos; 0 for images and texts, which do not reach the sampler.

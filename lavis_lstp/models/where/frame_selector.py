@@ -263,6 +263,11 @@ class FrameSelector:
         return self.num_selected == AUTO
 
     @property
+    def asks_few(self) -> bool:
+        """Return whether its rule reads the scores of few frames, and so can be given `selectors.LazyScores`."""
+        return self.needs_scores and not self.adapts and selectors.asks_few(self.method)
+
+    @property
     def most(self) -> int:
         """The largest number of frames of a sample."""
         return self.most_selected if self.adapts else self.num_selected
@@ -278,7 +283,7 @@ class FrameSelector:
         span: Tensor | None = None,
         generators: Sequence[torch.Generator] | torch.Generator | None = None,
         flow_mask: Tensor | None = None,
-        scores: Tensor | None = None,
+        scores: Tensor | Sequence[selectors.LazyScores] | None = None,
         questions: Sequence[str] = (),
         times_s: Tensor | None = None,
         features: Sequence[np.ndarray | None] | None = None,
@@ -292,7 +297,7 @@ class FrameSelector:
             span: int64 [B,2], half-open, for "given".
             generators: on the CPU; one for each row makes a sample's frames independent of its batch.
             flow_mask: [B,L], 1 = real, real ones first, where flows are not one a frame.
-            scores: [B,T], how much each frame has to do with its question.
+            scores: [B,T], how much each frame has to do with its question; B `LazyScores` where it `asks_few`.
             questions: B strings.
             bit_cost: [B,T], what the encoder spent on the part of the video around each frame, for "bitcost".
             times_s: [B,T], seconds of the frames; without them they are taken for one second apart.
@@ -359,8 +364,9 @@ class FrameSelector:
                 marks=self.marks,
             )
             if self.rule is None:
+                figures = bit_cost if self.needs_cost else scores
                 known = selectors.Row(
-                    scores=(bit_cost if self.needs_cost else scores)[b, :count].double().cpu().numpy(),
+                    scores=figures[b, :count].double().cpu().numpy() if torch.is_tensor(figures) else figures[b],
                     num_selected=wanted,
                     times_s=np.arange(count) if times_s is None else times_s[b, :count].double().cpu().numpy(),
                     question=questions[b] if questions else "",

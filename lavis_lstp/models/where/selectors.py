@@ -29,8 +29,8 @@ class Row:
     """Facts that a rule may read about one question and the T candidate frames of its video.
 
     Args:
-        scores: float [T], larger = more useful for the question. `LazyScores` serve `focus`, which asks for few;
-            other rules take them all. None where nothing was scored.
+        scores: float [T], larger = more useful for the question. `LazyScores` serve `focus`, which asks for few, and
+            `global_local`; other rules take them all. None where nothing was scored.
         num_selected: K.
         times_s: float [T], ascending seconds of the candidates.
         question: its text.
@@ -310,7 +310,7 @@ def global_local(row: Row, *, local: str = "inverse_transform") -> list[int]:
     if question_kind(row.question) == "global":
         return uniform(row)
     _check_needs(local, row)
-    return SELECTORS[local].rule(row)
+    return SELECTORS[local].rule(_scored(local, row))
 
 
 def uniform_in_span(row: Row) -> list[int]:
@@ -336,6 +336,18 @@ and those of callers who bring a span, or have no scores. A rule's settings are 
 # ---- what all rules have in common --------------------------------------------------------------------------------
 
 
+def asks_few(method: str) -> bool:
+    """Return whether a rule reads the scores of the frames that it looks at alone, where they are `LazyScores`."""
+    return SELECTORS[method].rule in (focus, global_local)
+
+
+def _scored(method: str, row: Row) -> Row:
+    """The row with all scores, for a rule that reads them all."""
+    if isinstance(row.scores, LazyScores) and not asks_few(method):
+        row = replace(row, scores=row.scores[np.arange(row.num_frames)])
+    return row
+
+
 def choose(method: str, row: Row, *, repeats: bool = False, **settings: Any) -> Chosen:
     """K frames by a rule; all T where there are no more.
 
@@ -352,8 +364,7 @@ def choose(method: str, row: Row, *, repeats: bool = False, **settings: Any) -> 
     settings = selector_settings(method, settings)
     row = _checked(row)
     _check_needs(method, row)
-    if isinstance(row.scores, LazyScores) and SELECTORS[method].rule is not focus:
-        row = replace(row, scores=row.scores[np.arange(row.num_frames)])
+    row = _scored(method, row)
     if row.num_selected >= row.num_frames:
         return Chosen(list(range(row.num_frames)), 0)
     frames = [int(i) for i in SELECTORS[method].rule(row, **settings)]
