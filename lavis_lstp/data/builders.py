@@ -31,7 +31,7 @@ from lavis_lstp.data.selections import Recorded, read_recorded
 from lavis_lstp.data.shapes import shapes_qa
 from lavis_lstp.data.shards.questions import ShardQuestions, first_process_alone, is_shards
 from lavis_lstp.data.shards.storage import Retry
-from lavis_lstp.data.spans import read_spans
+from lavis_lstp.data.spans import GOLD, read_spans
 from lavis_lstp.data.subtitles import Subtitles
 from lavis_lstp.errors import ConfigError, unknown_name
 
@@ -178,11 +178,14 @@ class VideoQABuilder(BaseDatasetBuilder):
         return Subtitles(annotation, root, shown, config["subtitles_window_s"], self.section)
 
     def _spans(self, split: str, settings: FolderSettings, annotation: ShardQuestions | list):
-        """`spans` is one file for the split train, or {split: file}; "shards" in place of a file means theirs."""
+        """`spans` is one file for the split train, or {split: file}; "shards" in place of a file means theirs, "gold"
+        the moments of the annotation."""
         spans = settings.spans
         files = {"train": spans} if isinstance(spans, str) else spans or {}
         if not files.get(split):
             return None
+        if files[split] == GOLD:
+            return GOLD
         frames = {name: getattr(settings, name) for name in ("num_frames", "fps", "short_videos")}
         if files[split] == "shards":
             if not isinstance(annotation, ShardQuestions):

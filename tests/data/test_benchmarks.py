@@ -90,6 +90,21 @@ def test_defaults_read_the_authors_files_and_every_sample_has_frames(here, name)
                 assert row["answer"] in sample["options"] and len(sample["options"]) in (3, 4, 5)
 
 
+def test_gold_moments_are_learned_where_a_data_set_says_so(here):
+    plain, gold = build("qvhighlights")["val"], build("qvhighlights", "spans={val: gold}", "span_weight=0.5")["val"]
+    for index in (0, 1):  # one moment, two
+        sample, without = gold[index], plain[index]
+        assert sample["span"].tolist() == sample["gold_span"].tolist() == without["gold_span"].tolist() != [-1, -1]
+        assert without["span"].tolist() == [-1, -1]
+        assert (sample["span_weight"].item(), without["span_weight"].item()) == (0.5, 1)
+    assert gold.fingerprint() != plain.fingerprint()
+    assert gold.collater([gold[0], gold[1]])["span_weight"].tolist() == [0.5, 0.5]
+    with pytest.raises(
+        AnnotationError, match=r"datasets.lstp_msvd_qa.spans: gold, but question '100' has no gold span"
+    ):
+        build("msvd_qa", "spans={test: gold}")
+
+
 def test_lavis_load_dataset_finds_a_benchmark_by_name(here):
     assert len(load_dataset("lstp_activitynet_qa")["test"]) == 6
 
