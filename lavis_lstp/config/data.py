@@ -210,6 +210,8 @@ class ShardSettings(VideoSettings):
         None, one_of=("image", "text", "video")
     )  # video, image or text: only these questions; null = all
     text_processor: dict[str, Any] | None = key(None, keys=Processors)
+    subtitles: str = key("none", one_of=SUBTITLES)  # as for lstp_video_qa, where they were packed
+    subtitles_window_s: int | float = key(2.0, least=0)
     build_info: Annotations = key(Annotations)
 
 
