@@ -222,7 +222,7 @@ class VideoQADataset(Dataset):
         settings += [own.max_flows] if own.max_flows is not None else []
         settings += [] if self.recorded is None else [sorted((name, str(one)) for name, one in self.recorded.items())]
         settings += [self.subtitles.identity()] if self.subtitles is not None else []
-        settings += [own.span_weight] if own.span_weight != 1 else []
+        settings += ["span_weight", own.span_weight] if own.span_weight != 1 else []
         spans: Any = self.spans or {}
         if spans != GOLD:
             spans = {name: span and list(span) for name, span in spans.items()}
