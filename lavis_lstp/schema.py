@@ -39,7 +39,8 @@ class Sample(_SampleWhereGiven):
     media: str  # equal where frames and flow are the same, '' = a text
     text_output: str  # the answer to learn or to be compared with, without an end mark, '' = unknown
     answer: str | None  # the same, None = unknown
-    span: Tensor  # int64 [2], half-open frame span to learn from (a pseudo span), (-1, -1) = none
+    span: Tensor  # int64 [2], half-open frame span to learn from (a pseudo span, or the gold one), (-1, -1) = none
+    span_weight: Tensor  # float32 [], factor on the span loss
     gold_span: Tensor  # int64 [2], for evaluation alone, (-1, -1) = unknown; no training code reads it
     moments_s: list[list[float]]  # gold [start, end] in seconds, [] = unknown; for evaluation alone
     question_id: str

@@ -20,6 +20,7 @@ ORDER = (
     *("video_flant5xl", "video_instruct_flant5xl", "video_vicuna7b"),
     *("flant5xl_ft", "vicuna_ft", "flant5xl_lora", "vicuna_lora", "own_videos"),
     *("spans_qwen3vl", "sampler_qwen3vl", "locate_qwen3vl", "qwen3vl_lora"),
+    *("spans_nextgqa_qwen3vl", "sampler_gold_vicuna7b", "sampler_both_vicuna7b"),
 )
 TRAINS = [name for name in ORDER if not name.startswith(("spans", "locate"))]
 
@@ -41,7 +42,10 @@ def header(path: Path) -> list[str]:
 
 def commands(name: str) -> dict[str, list[str]]:
     """{label: words} of the header's commands."""
-    found = (re.match(r"(1 GPU|8 GPUs|several nodes|evaluation|other videos): +(.*)", x) for x in header(file(name)))
+    found = (
+        re.match(r"(1 GPU|8 GPUs|several nodes|evaluation|other videos|by scores): +(.*)", x)
+        for x in header(file(name))
+    )
     return {match[1]: shlex.split(match[2]) for match in found if match}
 
 

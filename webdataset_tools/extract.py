@@ -1,9 +1,9 @@
 """`extract`: shards -> files in a folder, and annotation files that name them.
 
 Media come back under the paths they were packed from, byte for byte, chosen frames as `<path>.frames/00000.jpg`, flow
-and spans as `<path>.flow` and `<path>.span.json`. Questions go to annotation.json, conversations to conversations.json;
-`pack` makes the same shards of them again. Nothing is written outside of the folder: paths that lead out are refused,
-and so is a folder in which a link stands in the way.
+and spans as `<path>.flow` and `<path>.span.json`, subtitles as JSON under the video's name. Questions go to
+annotation.json, conversations to conversations.json; `pack` makes the same shards of them again. Nothing is written
+outside of the folder: paths that lead out are refused, and so is a folder in which a link stands in the way.
 """
 
 from __future__ import annotations
@@ -11,10 +11,18 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lavis_lstp.data.shards.format import JSON_LIMIT, MEDIA_MEMBERS, check_sample, media_path, parse_frames, parse_json
+from lavis_lstp.data.shards.format import (
+    JSON_LIMIT,
+    MEDIA_MEMBERS,
+    check_sample,
+    dump_json,
+    media_path,
+    parse_frames,
+    parse_json,
+)
 from lavis_lstp.data.shards.storage import expand, open_stream
 from lavis_lstp.data.shards.tar import TarScan, samples
 from lavis_lstp.errors import ConfigError, ShardError
@@ -83,6 +91,9 @@ def _write_media(folder: Path, value: Mapping[str, Any], content: Mapping[str, b
                 written += _write(safe_path(folder, name), picture)
         elif name != "json" and value["kind"] != "text":
             written += _write(safe_path(folder, f"{value['source']}.{name}"), raw)
+    if value.get("subtitles"):  # where a data set looks for them
+        path = safe_path(folder, str(PurePosixPath(value["source"]).with_suffix(".json")))
+        written += _write(path, dump_json(value["subtitles"]))
     return written
 
 

@@ -136,6 +136,8 @@ def finished(path: Path, plan: str, overwrite: bool) -> index.ShardIndex | None:
 def _write(shard: ShardWriter, unit: Unit, medium: Medium | None) -> dict[str, Any]:
     value: dict[str, Any] = {"format": SAMPLE_FORMAT, "version": VERSION, "kind": unit.kind, "video_id": unit.video_id}
     value["questions"] = list(unit.questions)
+    if unit.subtitles is not None:
+        value["subtitles"] = unit.subtitles
     if medium is not None:
         frames = medium.member == "frames"
         placed = shard.append(unit.key, medium.member, medium.content, None if frames else medium.sha256)
@@ -148,7 +150,7 @@ def _write(shard: ShardWriter, unit: Unit, medium: Medium | None) -> dict[str, A
 
 def expected_bytes(unit: Unit, root: Path, settings: Settings) -> int:
     """About what a sample takes, known before it is made; for stored frames a guess of 0.3 bytes a pixel."""
-    text = len(dump_json(unit.questions)) + 2048
+    text = len(dump_json([unit.questions, unit.subtitles])) + 2048
     if unit.kind == "video" and settings.frames:
         return text + int(settings.frames * settings.size**2 * 0.3)
     if unit.kind == "text":
@@ -196,7 +198,8 @@ def pack(
     jobs = []
     for path, part in zip(paths, parts, strict=True):
         chosen, about = tuple(found[part.start : part.stop]), tuple(sizes[part.start : part.stop])
-        plan = sha256_json([VERSION, planned(settings), skip_bad, list(about), [list(unit) for unit in chosen]])
+        facts = [list(unit if unit.subtitles is not None else unit[:-1]) for unit in chosen]
+        plan = sha256_json([VERSION, planned(settings), skip_bad, list(about), facts])
         jobs.append(Job(path, str(root), chosen, about, settings, skip_bad, overwrite, plan))
     with sets.owned_set(out):
         check_others(out, paths, overwrite)
@@ -309,6 +312,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="train", help="of --from shapes; default: train")
     parser.add_argument("--answers", type=Path, help="answer file of --from qa, or of a benchmark")
     parser.add_argument("--video-names", type=Path, help="file of other names of a benchmark's videos")
+    parser.add_argument("--subtitles", type=Path, metavar="FOLDER", help="pack the videos' subtitles, too")
     add_size_arguments(parser)
     parser.add_argument("--frames", type=whole, default=0, metavar="N", help="store N frames instead of each video")
     parser.add_argument("--fps", type=above_zero, help="as datasets.<name>.fps, for --frames")
@@ -336,7 +340,7 @@ def add_size_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     root = args.root or (args.files[0].parent if args.form != "shapes" else args.files[0])
-    more = {"split": args.split, "answers": args.answers, "video_names": args.video_names}
+    more = {"split": args.split, "answers": args.answers, "video_names": args.video_names, "subtitles": args.subtitles}
     found = units(args.form, args.files, root=root, **more)
     pictures = args.encoding, args.quality
     chosen = (args.frames, args.fps, args.short_videos, args.size, *pictures)

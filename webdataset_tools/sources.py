@@ -19,6 +19,7 @@ from lavis_lstp.data.annotation import check_object, parse_rows, read_annotation
 from lavis_lstp.data.benchmarks import BENCHMARKS, QUESTIONS, read_benchmark
 from lavis_lstp.data.instruct import read_instructions
 from lavis_lstp.data.shards.format import IMAGE_MEMBERS, VIDEO_MEMBERS, media_key, media_path
+from lavis_lstp.data.subtitles import Subtitles, stored
 from lavis_lstp.data.video.picture_folder import pictures_in
 from lavis_lstp.errors import AnnotationError, ConfigError, VideoError
 from lavis_lstp.files import find_path
@@ -34,6 +35,7 @@ class Unit(NamedTuple):
     video_id: str
     source: str
     questions: tuple[Mapping[str, Any], ...]
+    subtitles: list[dict[str, Any]] | None = None
 
 
 def units(
@@ -44,6 +46,7 @@ def units(
     split: str = "train",
     answers: Path | None = None,
     video_names: Path | None = None,
+    subtitles: Path | None = None,
 ) -> list[Unit]:
     """Media and questions of annotation files.
 
@@ -54,6 +57,7 @@ def units(
         split: of `shapes`.
         answers: the answer file of `qa`, and of benchmarks that have one.
         video_names: other names of a benchmark's videos, see `lavis_lstp.data.benchmarks.read_names`.
+        subtitles: folder of subtitle files, which are packed, too.
 
     Raises:
         AnnotationError, VideoError, ConfigError: what is wrong or missing, and where.
@@ -74,9 +78,10 @@ def units(
     else:
         if form == "qa" and (len(files) != 1 or answers is None):
             raise ConfigError("--from qa takes one question file and --answers FILE")
-        given = {"answers": answers, "video_names": video_names, "section": "pack"}
+        given = {"answers": answers, "video_names": video_names, "section": "pack", "subtitles": subtitles is not None}
         rows = read_benchmark(BENCHMARKS.get(form, QUESTIONS), files, root, **given)
-    return _grouped(rows, root)
+    lines = Subtitles(rows, subtitles, "whole", 0, "pack") if subtitles else None
+    return _grouped(rows, root, lines)
 
 
 def _instructions(files: Sequence[Path], kind: str) -> list[dict[str, Any]]:
@@ -98,8 +103,12 @@ def _instructions(files: Sequence[Path], kind: str) -> list[dict[str, Any]]:
     return entries
 
 
-def _grouped(rows: Sequence[Mapping[str, Any]], root: Path) -> list[Unit]:
+NOT_OF_QUESTIONS = ("image", "video", "video_id", "subtitles", "subtitles_begin_s")
+
+
+def _grouped(rows: Sequence[Mapping[str, Any]], root: Path, subtitles: Subtitles | None) -> list[Unit]:
     """One unit a medium, in the order of its first question; questions keep theirs."""
+    lines: dict[str, list[dict[str, Any]]] = {}
     media: dict[str, tuple[str, str, str, list[Mapping[str, Any]]]] = {}
     seen: set[tuple[str, str]] = set()
     for row in rows:
@@ -109,7 +118,13 @@ def _grouped(rows: Sequence[Mapping[str, Any]], root: Path) -> list[Unit]:
         seen.add((kind, row["question_id"]))
         source = media_path(row[kind]) if kind != "text" else ""
         key = media_key(kind, source or row["question_id"])
-        question = {name: value for name, value in row.items() if name not in ("image", "video", "video_id")}
+        question = {name: value for name, value in row.items() if name not in NOT_OF_QUESTIONS}
+        if subtitles is not None and kind == "video":
+            own = stored(subtitles.of_video(row))
+            if lines.setdefault(key, own) != own:
+                raise AnnotationError(
+                    f"{source}: question {row['question_id']!r} has other subtitles than one before it"
+                )
         video_id = row["video_id"]
         unit = media.setdefault(key, (kind, video_id, source, []))
         if unit[:2] != (kind, video_id):
@@ -119,7 +134,7 @@ def _grouped(rows: Sequence[Mapping[str, Any]], root: Path) -> list[Unit]:
         unit[3].append(question)
     for kind, _, source, _ in media.values():
         _check_file(kind, source, root)
-    return [Unit(key, *unit[:3], tuple(unit[3])) for key, unit in media.items()]
+    return [Unit(key, *unit[:3], tuple(unit[3]), lines.get(key)) for key, unit in media.items()]
 
 
 def _check_file(kind: str, source: str, root: Path) -> None:

@@ -74,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("video", nargs="?", help="video or picture file")
     parser.add_argument("question", nargs="?")
     add_model_options(parser)
+    parser.add_argument("--subtitles", metavar="FILE", help="SRT, VTT or JSON; lines near the shown frames are read")
     parser.add_argument("--picture", type=Path, help="PNG to write (default: <video>_lstp.png in this folder)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
@@ -84,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("name a video and a question, or --example")
     if not Path(args.video).is_file():  # before the seconds that a model takes
         raise LstpError(f"{args.video}: no such video file")
-    found = built_predictor(args, store=default_store()).answer(args.video, args.question)
+    found = built_predictor(args, store=default_store()).answer(args.video, args.question, subtitles=args.subtitles)
     picture = args.picture or Path(f"{Path(args.video).stem}_lstp.png")
     try:
         explain(picture, args.video, found)
@@ -94,6 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "video": args.video,
         **{name: getattr(found, name) for name in ("question", "prediction", "span_s", "frame_times_s")},
         "milliseconds": {stage: round(1000 * seconds, 1) for stage, seconds in found.seconds.items()},
+        **({"subtitles": found.subtitles} if found.subtitles else {}),
         "picture": str(picture),
     }
     print(printable(json.dumps(result, ensure_ascii=False) if args.json else as_text(result)))

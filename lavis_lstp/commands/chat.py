@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from lavis_lstp.commands.cli import add_model_options, built_predictor, check_model_options
 from lavis_lstp.data.store import default_store
+from lavis_lstp.data.subtitles import Line, read_subtitles
 from lavis_lstp.errors import ConfigError, LstpError, unknown_name
 from lavis_lstp.files import strict_json, whole_file, write_json
 from lavis_lstp.inference.loading import EXAMPLE
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 HELP = """\
 /frames [FILE.png]    the frames that the last answer came from
 /video FILE           another video or picture; the conversation begins anew
+/subtitles FILE       lines near the shown frames are read before a question; without FILE none
 /set NAME=VALUE       a setting of the answers to come, such as num_selected=8; NAME= takes it back
 /save FILE.json       the conversation with the evidence of each answer
 /reset                forget the turns so far
@@ -48,10 +50,12 @@ class Chat:
     def __init__(self, predictor: Predictor, video: str, *, history: bool):
         self.predictor, self.video, self.reads_history = predictor, video, history
         self.settings: dict[str, Any] = {}
+        self.lines: list[Line] | None = None
         self.turns: list[Prediction] = []
         self.commands: dict[str, Callable[[str], None]] = {
             "/frames": self.frames,
             "/video": self.open,
+            "/subtitles": self.read,
             "/set": self.set,
             "/save": self.save,
             "/reset": lambda _: self.turns.clear(),
@@ -73,7 +77,8 @@ class Chat:
 
     def ask(self, question: str) -> None:
         history = [(turn.question, turn.prediction) for turn in self.turns] if self.reads_history else []
-        for piece in self.predictor.stream(self.video, question, history=history, **self.settings):
+        how = {"history": history, "subtitles": self.lines, **self.settings}
+        for piece in self.predictor.stream(self.video, question, **how):
             if isinstance(piece, str):
                 print(printable(piece), end="", flush=True)
             else:
@@ -104,8 +109,11 @@ class Chat:
         path = _path(file)
         if not path.exists():
             raise LstpError(f"{path}: no such video file")
-        self.video = str(path)
+        self.video, self.lines = str(path), None
         self.turns.clear()
+
+    def read(self, file: str) -> None:
+        self.lines = read_subtitles(_path(file)) if file else None
 
     def set(self, words: str) -> None:
         if not words:
@@ -176,6 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("video", nargs="?", help="video or picture file")
     add_model_options(parser)
+    parser.add_argument("--subtitles", metavar="FILE", help="as /subtitles FILE")
     parser.add_argument(
         "--no-history", action="store_true", help="the model reads each question alone, as --example's was trained"
     )
@@ -187,7 +196,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not Path(args.video).exists():  # before the seconds that a model takes
         raise LstpError(f"{args.video}: no such video file")
     with built_predictor(args, store=default_store()) as predictor:
-        return converse(Chat(predictor, args.video, history=not (args.no_history or args.example)))
+        chat = Chat(predictor, args.video, history=not (args.no_history or args.example))
+        chat.read(args.subtitles or "")
+        return converse(chat)
 
 
 def converse(chat: Chat) -> int:

@@ -26,14 +26,9 @@ from typing import Any
 from lavis_lstp.commands.ablate import ablate, cells_of, ways_of
 from lavis_lstp.commands.chain import Chain, Step, check_options, find_chain, read_chain
 from lavis_lstp.commands.report import PICTURES, report
-from lavis_lstp.data.frame_numbers import uniform_centres
-from lavis_lstp.data.qa_dataset import read_annotation
-from lavis_lstp.data.shapes.scene import FPS, NUM_FRAMES
 from lavis_lstp.files import atomic_writer, owned, write_json
-from lavis_lstp.metrics.grounding import evaluate_spans
 from lavis_lstp.redaction import printable
 from lavis_lstp.report.table import judge_line, measure, paired_p, table_lines
-from lavis_lstp.schema import Span
 from lavis_lstp.untrusted import guard_log
 
 logger = logging.getLogger(__name__)
@@ -121,11 +116,12 @@ class Demo:
             for i, (row, (found, right)) in enumerate(zip(ROWS, measured.values(), strict=True))
         ]
         manifest = json.loads((self.out / "shapes_qa" / "manifest.json").read_text(encoding="utf-8"))
+        labels = self.out / "spans" / "result" / "train_pseudo_span_metrics.json"  # against gold, which no step learns
         result = {
             "chance": manifest["chance"]["overall"],
             "rows": rows,
             "verdict": verdict({row["name"]: row for row in rows}),
-            "spans": self._label_quality(),
+            "spans": json.loads(labels.read_text(encoding="utf-8")),
             "seconds_by_step": {name: round(value, 1) for name, value in self.chain.seconds.items()},
             # of the largest process, and only of those that this call started; Linux counts KiB
             "peak_memory_mib": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024),
@@ -134,17 +130,6 @@ class Demo:
         with atomic_writer(self.out / "table.md") as file:
             file.write(table(result) + "\n")
         return result
-
-    def _label_quality(self) -> dict[str, float]:
-        """IoU of the training split's pseudo spans with the gold spans, which no training step has read."""
-        content = json.loads((self.out / "spans_train.json").read_text(encoding="utf-8"))
-        times = [i / FPS for i in uniform_centres(content["num_frames"], NUM_FRAMES)]
-        gold = {
-            row["question_id"]: list(Span.from_seconds(*row["span_s"], times))
-            for row in read_annotation(self.out / "shapes_qa" / "train.json")
-        }
-        found = {name: row["span"] for name, row in content["spans"].items()}
-        return evaluate_spans(found, gold)
 
 
 def with_film(film: Path, out: Path, options: Sequence[str] = ()) -> list[dict[str, Any]]:

@@ -9,16 +9,17 @@ leaderboard, which `lavis-lstp verify-result` recomputes.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from lavis_lstp.errors import ConfigError
-from lavis_lstp.files import atomic_writer, json_text, no_collection, owned
+from lavis_lstp.files import atomic_writer, no_collection, owned
 from lavis_lstp.redaction import printable, without_secrets
 from lavis_lstp.report.evaluations import find_evaluations
 from lavis_lstp.report.numbers import by_seed, summaries
 from lavis_lstp.report.page import question_order, write_page
-from lavis_lstp.report.result import result_of
+from lavis_lstp.report.result import write_result
 from lavis_lstp.report.table import FORMS, report_cells
 
 PICTURES = 100
@@ -85,7 +86,8 @@ def _report(
     for path in map(Path, exports):
         _write(path, "--export", FORMS[path.suffix](cells))
     if result:
-        _write(Path(result), "--result", json_text(result_of(evaluations[0], runs[0]), indent=2) + "\n")
+        with _told(Path(result), "--result"):
+            write_result(Path(result), evaluations[0], runs[0])
     notes = [f"warning: {text}" for text in warnings] + [f"note: {text}" for text in chosen[2]]
     seen = len({key for key, _ in chosen[0]})
     size = f"{target.stat().st_size / 1e6:.1f} MB"
@@ -95,9 +97,14 @@ def _report(
 
 
 def _write(path: Path, option: str, text: str) -> None:
+    with _told(path, option), owned(path, beside=True), atomic_writer(path) as file:
+        file.write(text)
+
+
+@contextmanager
+def _told(path: Path, option: str) -> Iterator[None]:
     try:
-        with owned(path, beside=True), atomic_writer(path) as file:
-            file.write(text)
+        yield
     except OSError as error:
         raise ConfigError(f"{option} {path}: cannot be written ({error.strerror or error})") from error
 
@@ -117,7 +124,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--export", nargs="+", action="extend", default=[], metavar="FILE", help="the table as .csv, .tex or .md, too"
     )
-    parser.add_argument("--result", metavar="FILE", help="the numbers of one evaluation as .json, for verify-result")
+    told = "the numbers of one evaluation as .json, and beside it its predictions, for verify-result"
+    parser.add_argument("--result", metavar="FILE", help=told)
     args = parser.parse_args(argv)
     if args.pictures < 0:
         raise ConfigError(f"--pictures must be at least 0, got {args.pictures}")

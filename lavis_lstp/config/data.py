@@ -129,7 +129,10 @@ class VideoSettings(PictureSettings):
         None, above=0
     )  # candidates a second where these are at most num_frames; null = num_frames
     short_videos: str = key("keep", one_of=("keep", "double"))  # double: frames repeat to num_frames (published)
-    spans: Any = key(kind=TEXT, per_split=True)  # pseudo-span file for the split train; "shards": span.json of shards
+    # what the sampler learns, for the split train: a file of pseudo spans; "shards": span.json of shards; "gold": the
+    # annotation's own moments, of several the longest
+    spans: Any = key(kind=TEXT, per_split=True)
+    span_weight: int | float = key(1.0, least=0, most=1_000)  # factor on the span loss of this data set's questions
     # recorded frames (`lavis-lstp select --questions`, AKS, BOLT, vLLM) in place of num_frames candidates, for selector
     # recorded; a file is for the splits that are evaluated
     selection: Any = key(kind=TEXT, per_split=True)
@@ -207,6 +210,8 @@ class ShardSettings(VideoSettings):
         None, one_of=("image", "text", "video")
     )  # video, image or text: only these questions; null = all
     text_processor: dict[str, Any] | None = key(None, keys=Processors)
+    subtitles: str = key("none", one_of=SUBTITLES)  # as for lstp_video_qa, where they were packed
+    subtitles_window_s: int | float = key(2.0, least=0)
     build_info: Annotations = key(Annotations)
 
 

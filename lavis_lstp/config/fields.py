@@ -173,7 +173,7 @@ def _rule(hint: Any, limits: Mapping[str, Any]) -> Rule:
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     kinds = [one for one in (typing.get_args(hint) if union else (hint,)) if one is not type(None)]
     nullable = union and type(None) in typing.get_args(hint)
-    if set(kinds) == {int, float}:
+    if set(kinds) in ({int, float}, {int, float, str}):
         return Rule(NUMBER, nullable, limits=limits)
     if set(kinds) == {int, str}:
         return Rule(INTEGER, nullable, limits=limits)

@@ -111,6 +111,8 @@ class RunSettings:
     spans_out: str | None = key(only=("temporal_grounding", "pseudo_span"))  # file to write; {split} is replaced
     iou: str = key("frames", only=("temporal_grounding",))  # published: 0 for spans that meet in one frame alone
     subtract_min: bool = key(True, only=("pseudo_span",))  # subtract each video's smallest score first
+    # what a frame is labelled by: its own answer, or the score that model.scorer gives it, which needs no answer
+    label: str = key("answer", one_of=("answer", "scores"), only=("pseudo_span",))
     smooth: int = key(1, least=1, only=("pseudo_span",))  # window in frames of a moving average over the scores
     max_len: int | None = key(None, least=1)  # most tokens generated
     min_len: int | None = key(None, least=0)  # fewest tokens generated

@@ -31,8 +31,8 @@ from lavis_lstp.data.selections import Recorded, read_recorded
 from lavis_lstp.data.shapes import shapes_qa
 from lavis_lstp.data.shards.questions import ShardQuestions, first_process_alone, is_shards
 from lavis_lstp.data.shards.storage import Retry
-from lavis_lstp.data.spans import read_spans
-from lavis_lstp.data.subtitles import Subtitles
+from lavis_lstp.data.spans import GOLD, read_spans
+from lavis_lstp.data.subtitles import NOT_PACKED, Subtitles
 from lavis_lstp.errors import ConfigError, unknown_name
 
 logger = logging.getLogger(__name__)
@@ -169,20 +169,27 @@ class VideoQABuilder(BaseDatasetBuilder):
         shown = config.get("subtitles", "none")  # of questions about videos alone
         if shown == "none":
             return None
+        how = (shown, config["subtitles_window_s"], self.section)
         if isinstance(annotation, ShardQuestions):
-            raise ConfigError(f"{self.section}.subtitles: shards hold none; read the benchmark's files, or set none")
+            first = next((row for row in annotation if "video" in row), {})
+            if first and "lines" not in first:
+                raise ConfigError(f"{self.section}.subtitles: question {first['question_id']!r}: {NOT_PACKED}")
+            return Subtitles((), folder, *how)
         given = (config["build_info"].get("subtitles") or {}).get("storage")
         if given and not os.path.isdir(local_path(given)):
             raise ConfigError(f"{self.section}.build_info.subtitles.storage: no such folder: {given}")
         root = local_path(given) if given else folder
-        return Subtitles(annotation, root, shown, config["subtitles_window_s"], self.section)
+        return Subtitles(annotation, root, *how)
 
     def _spans(self, split: str, settings: FolderSettings, annotation: ShardQuestions | list):
-        """`spans` is one file for the split train, or {split: file}; "shards" in place of a file means theirs."""
+        """`spans` is one file for the split train, or {split: file}; "shards" in place of a file means theirs, "gold"
+        the moments of the annotation."""
         spans = settings.spans
         files = {"train": spans} if isinstance(spans, str) else spans or {}
         if not files.get(split):
             return None
+        if files[split] == GOLD:
+            return GOLD
         frames = {name: getattr(settings, name) for name in ("num_frames", "fps", "short_videos")}
         if files[split] == "shards":
             if not isinstance(annotation, ShardQuestions):

@@ -38,7 +38,7 @@ from lavis_lstp.data.pictures import open_picture
 from lavis_lstp.data.published_flow import read_published_flow
 from lavis_lstp.data.selections import Recorded
 from lavis_lstp.data.shards.questions import ShardQuestions, unpack_frames
-from lavis_lstp.data.spans import Spans
+from lavis_lstp.data.spans import GOLD, Spans
 from lavis_lstp.data.store import content_digest, default_store, read_kept
 from lavis_lstp.data.subtitles import Subtitles
 from lavis_lstp.data.video.codec_figures import of_candidates, packet_costs
@@ -63,7 +63,7 @@ class VideoQADataset(Dataset):
             prompt where there is one. Or the questions of shards.
         root: folder that "video" and "image" paths are relative to; none leads out of it. None for shards.
         settings: what `config.data` describes, of one split; by default frames stay as large as they are stored.
-        spans: pseudo spans by question id, or None; see `data.spans`.
+        spans: pseudo spans by question id; GOLD where the gold spans are learned; or None; see `data.spans`.
         recorded: frames by question id, which are read in place of num_frames ones, or None; see `data.selections`.
         subtitles: lines of the videos that the language model reads, or None.
         vis_processor, text_processor: LAVIS processors; the first makes `image`, [3,h,w], or with image_frames
@@ -86,7 +86,7 @@ class VideoQADataset(Dataset):
         root: str | Path | None = None,
         settings: FolderSettings | None = None,
         *,
-        spans: Spans | None = None,
+        spans: Spans | str | None = None,
         recorded: Mapping[str, Recorded] | None = None,
         subtitles: Subtitles | None = None,
         vis_processor=None,
@@ -167,7 +167,10 @@ class VideoQADataset(Dataset):
             raise AnnotationError(
                 f"question_id {name!r} occurs {times} times in the files of a split; ids must be unique"
             )
-        if self.spans is not None:
+        if self.spans == GOLD:
+            for row in () if isinstance(self.annotation, ShardQuestions) else self.annotation:
+                self._check_gold(row)
+        elif self.spans is not None:
             videos = self.annotation.video_question_ids()
             without = [name for name in videos if name not in self.spans]
             if without:
@@ -175,6 +178,13 @@ class VideoQADataset(Dataset):
                     f"{self.section}.spans has no span for {len(without)} of {len(videos)} questions, "
                     f"first {without[0]!r}; label this split with run.task=pseudo_span"
                 )
+
+    def _check_gold(self, row: Mapping[str, Any]) -> None:
+        if kind_of(row) == "video" and not row.get("span_s"):
+            raise AnnotationError(
+                f"{self.section}.spans: gold, but question {row['question_id']!r} has no gold span (span_s); leave it "
+                "out, or name a file of pseudo spans"
+            )
 
     def __len__(self) -> int:
         return len(self.annotation)
@@ -211,7 +221,10 @@ class VideoQADataset(Dataset):
         settings += [own.max_flows] if own.max_flows is not None else []
         settings += [] if self.recorded is None else [sorted((name, str(one)) for name, one in self.recorded.items())]
         settings += [self.subtitles.identity()] if self.subtitles is not None else []
-        spans = {name: span and list(span) for name, span in (self.spans or {}).items()}
+        settings += ["span_weight", own.span_weight] if own.span_weight != 1 else []
+        spans: Any = self.spans or {}
+        if spans != GOLD:
+            spans = {name: span and list(span) for name, span in spans.items()}
         return sha256_json([self.annotation.identity(), settings, spans])
 
     def batch_settings(self) -> dict[str, Any]:
@@ -251,7 +264,8 @@ class VideoQADataset(Dataset):
             "question_id": row["question_id"],
             "instance_id": row["question_id"],
             "video_id": row["video_id"],
-            "span": self._span(row, len(frames)),
+            "span": self._span(row, times),
+            "span_weight": torch.tensor(float(self.settings.span_weight)),
             "gold_span": self._gold_span(row, times),
             "moments_s": row.get("moments_s") or ([row["span_s"]] if row.get("span_s") else []),
         }
@@ -263,7 +277,7 @@ class VideoQADataset(Dataset):
             sample["bit_cost"] = torch.from_numpy(cost)
         if self.settings.flow == "precomputed" and kind_of(row) == "video" and self._published_flow(row):
             sample["flow_mask"] = torch.ones(len(flow), dtype=torch.long)
-        if self.spans is not None and kind_of(row) == "video" and self.spans[row["question_id"]] is None:
+        if self._pseudo_span(row) is None and self.spans not in (None, GOLD) and kind_of(row) == "video":
             sample["no_moment"] = torch.tensor(1)
         if self.vis_processor is not None:
             sample["image"] = self._image(frames)
@@ -383,8 +397,15 @@ class VideoQADataset(Dataset):
         height, width = (side, side) if side else frames.shape[-2:]
         return torch.zeros(len(frames), 2, height, width, dtype=torch.float16)
 
-    def _span(self, row: Mapping[str, Any], num_frames: int) -> torch.Tensor:
-        span = self.spans[row["question_id"]] if self.spans is not None and kind_of(row) == "video" else None
+    def _pseudo_span(self, row: Mapping[str, Any]) -> Span | tuple[float, float] | None:
+        there = self.spans not in (None, GOLD) and kind_of(row) == "video"
+        return self.spans[row["question_id"]] if there else None
+
+    def _span(self, row: Mapping[str, Any], times: np.ndarray) -> torch.Tensor:
+        if self.spans == GOLD:
+            self._check_gold(row)
+            return self._gold_span(row, times)
+        span, num_frames = self._pseudo_span(row), len(times)
         if span is not None and not isinstance(span, Span):
             span = Span.from_fractions(*span, num_frames)
         if span is not None and span.end > num_frames:

@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 SPANS_FORMAT = "lavis_lstp.spans"
 SPANS_VERSION = 1
+GOLD = "gold"
+"""In place of a file: the annotation's own moments are learned."""
 SPANS_FORMS = ("lavis_lstp", "indices", "fractions")
 LAST_INDEX = 31
 """Of the 32 frames that the published labels count."""

@@ -35,6 +35,9 @@ CLOCK = re.compile(r"(\d{1,6}):(\d{1,2}):(\d{1,2}(?:[.,]\d{1,9})?)")
 CUE = re.compile(r"\s*(\d{1,6}:)?\d{1,2}:\d{1,2}[.,]\d{1,6}\s*-->\s*(\d{1,6}:)?\d{1,2}:\d{1,2}[.,]\d{1,6}(\s|$)")
 
 
+NOT_PACKED = "its shard holds no subtitles; pack the set with --subtitles FOLDER"
+
+
 class Line(NamedTuple):
     """A text that is said or written from `start_s` to `end_s`, seconds since the start of the video."""
 
@@ -62,9 +65,30 @@ def read_subtitles(path: Path, begin_s: float = 0.0) -> list[Line]:
         raise AnnotationError(f"{path}: subtitles cannot be read as UTF-8 text ({error})") from None
     if len(content) > MOST_BYTES:
         raise AnnotationError(f"{path}: has more than {MOST_BYTES >> 20} MB; subtitles have not")
-    read = _of_json if path.suffix.lower() == ".json" else _of_cues
+    return parse_subtitles(text, path.suffix.lower(), path, begin_s)
+
+
+def form_of(text: str) -> str:
+    """The ending that a file of this text would have, by how it begins."""
+    start = text.lstrip("\ufeff \r\n\t")
+    return ".json" if start[:1] == "[" else ".vtt" if start.startswith("WEBVTT") else ".srt"
+
+
+def parse_subtitles(text: str, form: str, name: Path | str, begin_s: float = 0.0) -> list[Line]:
+    """The lines of a file's text; see `read_subtitles`.
+
+    Args:
+        form: one of ENDINGS.
+        name: of the file, for messages.
+    """
+    of_json = form == ".json"
+    found = _of_json(parse(text, Path(name), "file"), name) if of_json else _of_cues(text, name, form)
+    return _lines(found, begin_s)
+
+
+def _lines(found: Iterable[tuple[str, float, float, str]], begin_s: float = 0.0) -> list[Line]:
     lines = []
-    for place, start, end, said in read(text, path):
+    for place, start, end, said in found:
         if not (0 <= start <= end and start <= MOST_SECONDS):
             raise AnnotationError(f"{place}: must begin before it ends, got {start:g} to {end:g} s")
         plain = _plain(said)
@@ -79,11 +103,11 @@ def _plain(text: str) -> str:
     return " ".join("".join(c if c.isprintable() or c in JOINERS else " " for c in text).split())
 
 
-def _of_cues(text: str, path: Path) -> Iterable[tuple[str, float, float, str]]:
+def _of_cues(text: str, path: Path | str, form: str) -> Iterable[tuple[str, float, float, str]]:
     import webvtt  # reads comments, names of cues and odd breaks as the format's text has it
 
     _check_cues(text, path)
-    form = path.suffix.lower()[1:]
+    form = form[1:]
     try:
         cues = list(webvtt.from_buffer(io.StringIO(text), format=form)) if text.strip() else []
     except (webvtt.errors.MalformedFileError, webvtt.errors.MalformedCaptionError) as error:
@@ -97,7 +121,7 @@ def _of_cues(text: str, path: Path) -> Iterable[tuple[str, float, float, str]]:
         yield f"{path}, subtitle {number}", *edges, cue.text
 
 
-def _check_cues(text: str, path: Path) -> None:
+def _check_cues(text: str, path: Path | str) -> None:
     """Refuses what the reader would take for a part of the text before: times that are none, and a cue without."""
     lines, last = text.splitlines(), None
     for i, line in enumerate(lines):
@@ -110,9 +134,8 @@ def _check_cues(text: str, path: Path) -> None:
             raise AnnotationError(f"{path}, line {i + 1}: subtitle {line.strip()} has no times")
 
 
-def _of_json(text: str, path: Path) -> Iterable[tuple[str, float, float, str]]:
+def _of_json(rows: Any, path: Path | str) -> Iterable[tuple[str, float, float, str]]:
     """LongVideoBench's two forms: {start, end, line} with clocks, and {timestamp: [s, s], text}; no end = the end."""
-    rows = parse(text, path, "file")
     if not isinstance(rows, list):
         raise AnnotationError(f"{path}: subtitles must be a list, got {type(rows).__name__}")
     for number, row in enumerate(rows):
@@ -135,12 +158,27 @@ def _seconds(value: Any) -> float | None:
     return int(found[1]) * 3600 + int(found[2]) * 60 + float(found[3].replace(",", "."))
 
 
+def stored(lines: Sequence[Line]) -> list[dict[str, Any]]:
+    """Lines as a shard's JSON has them, and a file that `read_subtitles` reads; no end = the end of the video."""
+    return [{"timestamp": [a, None if math.isinf(b) else b], "text": text} for a, b, text in lines]
+
+
+def from_stored(value: Any, place: str) -> list[Line]:
+    """Lines out of a shard's JSON.
+
+    Raises:
+        AnnotationError: it is of another form.
+    """
+    return _lines(_of_json(value, place))
+
+
 class Subtitles:
     """Lines of a data set's videos.
 
     Args:
-        rows: entries. `subtitles` names a file below `root`; without it the video's own name with .srt, .vtt or .json
-            is looked for. `subtitles_begin_s`: where the video begins, in seconds of the file.
+        rows: entries; none of shards, whose entries bring `lines`. `subtitles` names a file below `root`; without it
+            the video's own name with .srt, .vtt or .json is looked for. `subtitles_begin_s`: where the video begins, in
+            seconds of the file.
         root: folder of the files.
         shown: frames: lines within `window_s` of a chosen frame; whole: all of them.
         section: of the configuration, for messages.
@@ -188,9 +226,21 @@ class Subtitles:
 
     def of(self, row: Mapping[str, Any]) -> list[Line]:
         """The lines of a question's video, or of the part that it is about; none for pictures and texts."""
-        lines = self._lines[self._key(row)] if "video" in row else []
+        lines = self.of_video(row) if "video" in row else []
         start, end = row.get("clip_s") or (-math.inf, math.inf)
         return [line for line in lines if line.start_s < end and line.end_s > start]
+
+    def of_video(self, row: Mapping[str, Any]) -> list[Line]:
+        """The lines of the whole video.
+
+        Raises:
+            AnnotationError: those of a shard are of another form, or there are none.
+        """
+        if "place" not in row:
+            return self._lines[self._key(row)]
+        if row.get("lines") is None:
+            raise AnnotationError(f"question {row['question_id']!r}: {NOT_PACKED}")
+        return from_stored(row["lines"], f"subtitles of question {row['question_id']!r}")
 
     def identity(self) -> Any:
         """Return what decides the lines that are shown, as plain containers."""

@@ -86,6 +86,9 @@ def _samples(model: Any, asked: Sequence[Asked]) -> dict[str, Any]:
         # what is drawn for a question depends on its seed and its text, and on no other row
         "question_id": [f"{one.settings.seed} {one.question}" for one in asked],
     }
+    if any(one.subtitles is not None for one in asked):
+        samples["subtitles"] = [list(one.subtitles or ()) for one in asked]
+        samples["subtitles_window_s"] = [one.settings.subtitles_window_s for one in asked]
     return samples
 
 
@@ -149,6 +152,7 @@ def _prediction(one: Asked, row: int, found: dict[str, Any]) -> Prediction:
         prompt=found["prompt"][row],
         seconds={stage: round(value, 4) for stage, value in seconds.items()},
         spans_s=[(round(start, 3), round(end, 3)) for start, end in several] or None,
+        subtitles=found["subtitles"][row] if one.subtitles is not None else None,
         flow=None if media.flow is None else media.flow.numpy(),
         **{name: value.tolist() for name, value in logits.items()},
     )

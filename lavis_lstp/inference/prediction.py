@@ -6,7 +6,7 @@ In and out: nothing is computed here, and neither torch nor LAVIS is imported.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +44,7 @@ class Prediction:
         prompt: what the language model read.
         seconds: by stage; a stage whose result was kept is missing, those of the model are of its whole batch.
         spans_s: with selector.max_spans above 1 all spans in seconds, the likeliest (`span_s`) first; else None.
+        subtitles: what of the question's subtitles the prompt has: lines, left_out and window_s (None = all of them).
         flow: float32 [T,2,h,w], (u, v) in px per frame; None where none was needed.
         start_logits, end_logits: T numbers each, where the selector asks the sampler.
     """
@@ -60,14 +61,16 @@ class Prediction:
     prompt: str
     seconds: dict[str, float]
     spans_s: list[tuple[float, float]] | None = None
+    subtitles: dict[str, Any] | None = None
     flow: np.ndarray | None = field(default=None, repr=False, compare=False)
     start_logits: list[float] | None = field(default=None, repr=False)
     end_logits: list[float] | None = field(default=None, repr=False)
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything but arrays and logits, for JSON; spans_s where there is."""
+        """Everything but arrays and logits, for JSON; spans_s and subtitles where there are some."""
         found = asdict(self)
-        left_out = ("flow", "start_logits", "end_logits", *(() if self.spans_s else ("spans_s",)))
+        left_out = ["flow", "start_logits", "end_logits"]
+        left_out += [name for name in ("spans_s", "subtitles") if not found[name]]
         return {key: value for key, value in found.items() if key not in left_out}
 
 
@@ -77,6 +80,7 @@ class Asked:
 
     Attributes:
         instructions: what the language model reads before the question, and the sampler does not.
+        subtitles: lines of the video (start_s, end_s, text), of which the settings say which are shown; None = none.
         on_text: called with each further piece of the answer, in the thread of the model.
         cancel: set by whoever asked, to give the answer up.
         seconds: what reading and flow took.
@@ -88,5 +92,6 @@ class Asked:
     settings: Settings
     seconds: dict[str, float]
     instructions: str = ""
+    subtitles: Sequence[tuple[float, float, str]] | None = None
     on_text: Callable[[str], None] | None = None
     cancel: threading.Event = field(default_factory=threading.Event)

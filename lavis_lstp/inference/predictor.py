@@ -17,6 +17,7 @@ from typing import Any
 
 from lavis_lstp.data.pictures import DEFAULT_MAX_MEGAPIXELS
 from lavis_lstp.data.store import Store
+from lavis_lstp.data.subtitles import Line, read_subtitles
 from lavis_lstp.errors import ConfigError
 from lavis_lstp.inference.candidates import Medium, Reader
 from lavis_lstp.inference.loading import EXAMPLE, build_model
@@ -99,7 +100,8 @@ class Predictor:
         Args:
             given: num_frames (T), fps (so many candidates a second where these are at most T), num_selected (K),
                 selector, rule (settings of a selector over scores), seed, frames and flow_pairs (how candidates are
-                read, in place of the predictor's own way), and transformers' generation arguments.
+                read, in place of the predictor's own way), subtitles_window_s (2, or "whole"), and transformers'
+                generation arguments.
 
         Raises:
             ConfigError: a setting is not known, or its value cannot be used; one line on why.
@@ -115,6 +117,7 @@ class Predictor:
         settings: Settings | None = None,
         name: str | None = None,
         instructions: str = "",
+        subtitles: Path | str | Sequence[Line] | None = None,
         on_text: Callable[[str], None] | None = None,
         cancel: threading.Event | None = None,
         clip_s: Sequence[float] | None = None,
@@ -126,6 +129,7 @@ class Predictor:
 
         Raises:
             VideoError: the medium is missing or unreadable.
+            AnnotationError: the subtitles are.
             ConfigError: the question is no text, or empty.
         """
         self._open_model()
@@ -137,12 +141,13 @@ class Predictor:
             raise ConfigError("the question is empty")
         cancel = cancel or threading.Event()
         _unless(cancel)
+        lines = read_subtitles(Path(subtitles)) if isinstance(subtitles, str | Path) else subtitles
         flow = self._open_model().chooser.asks_sampler(settings.selector)
         candidates, seconds = self.reader.read(
             video, settings.num_frames, flow=flow, name=name, fps=settings.fps, reading=settings.reading, clip_s=clip_s
         )
         _unless(cancel)
-        return Asked(question, tuple(history), candidates, settings, seconds, instructions, on_text, cancel)
+        return Asked(question, tuple(history), candidates, settings, seconds, instructions, lines, on_text, cancel)
 
     def answer(
         self,
@@ -150,6 +155,7 @@ class Predictor:
         question: str,
         *,
         history: Sequence[Turn] = (),
+        subtitles: Path | str | Sequence[Line] | None = None,
         name: str | None = None,
         cancel: threading.Event | None = None,
         **settings: Any,
@@ -161,6 +167,8 @@ class Predictor:
                 question without a medium.
             history: earlier questions and their answers, the oldest first. The oldest are left out where the prompt
                 would become longer than the model reads.
+            subtitles: of the video, a file (SRT, VTT or JSON) or lines (start_s, end_s, text); the language model reads
+                those near the shown frames before the question.
             name: what errors call the video.
             cancel: set it in another thread to give up.
             settings: see `settings`.
@@ -171,7 +179,8 @@ class Predictor:
             Cancelled: `cancel` was set.
         """
         checked = self.settings(**settings)
-        asked = self.prepare(video, question, history=history, settings=checked, name=name, cancel=cancel)
+        more = {"subtitles": subtitles, "name": name, "cancel": cancel}
+        asked = self.prepare(video, question, history=history, settings=checked, **more)
         return self.answer_many([asked])[0]
 
     def stream(
@@ -183,14 +192,12 @@ class Predictor:
         """
         pieces: queue.SimpleQueue[str | Prediction | BaseException] = queue.SimpleQueue()
         cancel = cancel or threading.Event()
-        history, name = how.pop("history", ()), how.pop("name", None)
+        more = {name: how.pop(name) for name in ("history", "subtitles", "name") if name in how}
         checked = self.settings(**how)
 
         def work() -> None:
             try:
-                asked = self.prepare(
-                    video, question, history=history, settings=checked, name=name, on_text=pieces.put, cancel=cancel
-                )
+                asked = self.prepare(video, question, settings=checked, on_text=pieces.put, cancel=cancel, **more)
                 pieces.put(self.answer_many([asked])[0])
             except BaseException as error:  # raised again in the thread that asks
                 pieces.put(error)

@@ -6,10 +6,12 @@ In: what a caller writes. Out: `Settings`, checked; two questions with equal set
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lavis_lstp.config.data import VideoQA
 from lavis_lstp.config.fields import SEED, check_sampling, checked, key
 from lavis_lstp.config.model import SELECTORS, Generation
 from lavis_lstp.errors import ConfigError
@@ -36,6 +38,8 @@ class OwnSettings:
     seed: int | None = key(None, least=0, most=SEED)  # of tokens and frames that are drawn
     frames: str | None = key(None, one_of=("exact", "keyframe"))  # keyframe: nearest key frames, several times faster
     flow_pairs: str | None = key(None, one_of=("sampled", "local"))  # local: flow to the next picture of the file
+    # of the subtitles that a question brings, lines so many seconds from a shown frame; whole: all lines
+    subtitles_window_s: int | float | str | None = key(None, least=0, word="whole")
 
 
 OWN = tuple(OwnSettings.__dataclass_fields__)
@@ -52,6 +56,7 @@ class Settings:
         seed: of drawing.
         generation: transformers' arguments over those of the model.
         reading: frames and flow_pairs, how candidates are read where not as the reader does.
+        subtitles_window_s: lines of subtitles so near a shown frame are read; infinity = all.
     """
 
     num_frames: int
@@ -60,6 +65,7 @@ class Settings:
     generation: dict[str, Any] = field(default_factory=dict)
     fps: float | None = None
     reading: dict[str, str] = field(default_factory=dict)
+    subtitles_window_s: float = 2.0
 
     @property
     def batch_key(self) -> str:
@@ -115,7 +121,9 @@ def settings_of(model: Any, num_frames: int, given: Mapping[str, Any]) -> Settin
             "with the option model.sampler.window=N, the frames that it was trained on, for more"
         )
     how = {name: own[name] for name in ("frames", "flow_pairs") if name in own}
-    return Settings(frames, selector, own.get("seed", model.chooser.seed), generation, own.get("fps"), how)
+    window = own.get("subtitles_window_s", VideoQA.subtitles_window_s)
+    window = math.inf if window == "whole" else float(window)
+    return Settings(frames, selector, own.get("seed", model.chooser.seed), generation, own.get("fps"), how, window)
 
 
 def _selector(used: Any, own: Mapping[str, Any]) -> Any:

@@ -238,6 +238,7 @@ class LSTP(BaseModel):
                 target.to(self.device),
                 mask.to(self.device),
                 mask_padding=self.mask_padding,
+                weight=samples.get("span_weight"),
             )
         if "lm" in self.losses:
             choice = self.chooser(samples, logits=logits)
@@ -432,6 +433,24 @@ class LSTP(BaseModel):
     def pseudo_scores(self, samples: Batch, rows: int = ROWS) -> Tensor:
         """How well each frame alone answers the question, float32 [B,T] of 0..1; see `refinement.pseudo_scores`."""
         return pseudo_scores(self, readable(samples), self.generation, rows)
+
+    @torch.no_grad()
+    def label_scores(self, samples: Batch) -> Tensor:
+        """The frame scorer's scores, float32 [B,T], of each video from 0 (its lowest) to 1 (its highest).
+
+        Raises:
+            ConfigError: the model has no frame scorer.
+        """
+        if self.chooser.frame_scorer is None:
+            raise ConfigError(
+                "labels by scores need a scorer of frames; set model.scorer.name, such as answerer, and "
+                "model.selector.name to one that takes scores, such as topk"
+            )
+        mask = samples["frame_mask"].cpu().bool()
+        scores, _ = self.chooser.frame_scores(readable(samples))
+        low = scores.masked_fill(~mask, math.inf).amin(dim=1, keepdim=True)
+        high = scores.masked_fill(~mask, -math.inf).amax(dim=1, keepdim=True)
+        return ((scores - low) / (high - low).clamp(min=1e-12)).where(mask, scores.new_zeros(()))
 
 
 def register_models(names: Iterable[str] = tuple(MODEL_TYPES)) -> None:

@@ -2,19 +2,20 @@
 
 In: an evaluation with its numbers; later the file and the predictions that it names. Out: JSON with digests of
 configuration, weights, data, questions, predictions and verdicts, who judged, the command, and the numbers; then one
-line that says what differs. The file names predictions and verdicts that lie beside it, and leads nowhere else.
+line that says what differs. Copies of predictions and verdicts lie beside the file, which leads nowhere else.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lavis_lstp import __version__
 from lavis_lstp.errors import AnnotationError
-from lavis_lstp.files import no_collection, read_record, sha256_file, sha256_json
+from lavis_lstp.files import no_collection, owned, read_record, sha256_file, sha256_json, whole_file, write_json
 from lavis_lstp.redaction import printable, without_secrets, without_secrets_in
 from lavis_lstp.report.evaluations import LARGEST, RESULT_FORMS, Evaluation, read_evaluation
 from lavis_lstp.report.numbers import summary
@@ -54,6 +55,20 @@ def result_of(one: Evaluation, run: Mapping[str, Any]) -> dict[str, Any]:
         "measured": {"ms_a_question": time["all"]["mean"]} if time else {},
     }
     return without_secrets_in(made)
+
+
+def write_result(file: Path, one: Evaluation, run: Mapping[str, Any]) -> None:
+    """Writes the file, and beside it under its name what `verify-result` reads: FILE.predictions.jsonl, ..."""
+    made = result_of(one, run)
+    with owned(file, beside=True):
+        for name, path in (("predictions", one.predictions), ("verdicts", one.verdicts)):
+            if path:
+                copy = file.with_suffix(f".{name}.jsonl")
+                made[name]["file"] = copy.name
+                if path.resolve() != copy.resolve():
+                    with whole_file(copy) as partial:
+                        shutil.copyfile(path, partial)
+        write_json(file, made)
 
 
 def _named(path: Path) -> dict[str, str]:

@@ -32,6 +32,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lavis_lstp import __version__
+from lavis_lstp.data.subtitles import form_of, parse_subtitles
 from lavis_lstp.errors import LstpError
 from lavis_lstp.inference.prediction import Cancelled, Prediction
 from lavis_lstp.inference.predictor import Predictor
@@ -138,6 +139,9 @@ class Server:
         settings = self.predictor.settings(**asked.settings)
         medium = await self.media.read_all(owner, asked.media, "the video or picture")
         how = {"history": asked.history, "instructions": asked.instructions, "settings": settings, "stream": stream}
+        if asked.subtitles:  # a text, and never the name of a file
+            given = (asked.subtitles, form_of(asked.subtitles), "subtitles")
+            how["subtitles"] = await asyncio.to_thread(parse_subtitles, *given)
         return self.line.join(medium, asked.question, name="the video or picture", **how)
 
     def prompt_tokens(self, prompt: str) -> int:

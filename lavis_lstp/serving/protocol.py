@@ -47,6 +47,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 """Fields that are not followed, and their values that ask for nothing."""
 MEDIA_PARTS = ("image_url", "video_url", "input_video", "input_image", "image", "video", "file")
 MOST_STOPS = 8
+MOST_SUBTITLES = 1_000_000
+"""Characters of a file of subtitles; a film of two hours has about 150,000."""
 
 
 class Message(BaseModel):
@@ -70,6 +72,7 @@ class ChatRequest(BaseModel):
     top_p: float | None = Field(None, ge=0, le=1)
     seed: int | None = None
     stop: str | list[str] | None = None
+    subtitles: str | None = Field(None, max_length=MOST_SUBTITLES)
     stream_options: dict[str, Any] | None = None
 
 
@@ -81,6 +84,7 @@ class Question:
         media: `data:` URLs, file ids or addresses: none, one, or the pictures of a video.
         instructions: the text of system messages.
         stops: texts at which an answer ends.
+        subtitles: the text of a file of the video's subtitles, "" = none.
     """
 
     question: str
@@ -89,6 +93,7 @@ class Question:
     instructions: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
     stops: list[str] = field(default_factory=list)
+    subtitles: str = ""
 
 
 def read_request(request: ChatRequest, limits: Limits) -> Question:
@@ -113,9 +118,9 @@ def read_request(request: ChatRequest, limits: Limits) -> Question:
     if not turns or turns[-1]["role"] != "user":
         raise ConfigError("the last message must be of role 'user'")
     settings, stops = _settings(request)
-    return Question(
-        turns[-1]["content"], history_of(turns[:-1]), media, "\n".join(filter(None, instructions)), settings, stops
-    )
+    said = "\n".join(filter(None, instructions))
+    question, history = turns[-1]["content"], history_of(turns[:-1])
+    return Question(question, history, media, said, settings, stops, request.subtitles or "")
 
 
 def _content(content: str | list[dict[str, Any]] | None, place: str) -> tuple[str, list[str]]:
@@ -200,6 +205,7 @@ def evidence(found: Prediction) -> dict[str, Any]:
         "scores": found.scores,
         "log_prob": found.log_prob,
         "seconds": found.seconds,
+        **({"subtitles": found.subtitles} if found.subtitles else {}),
     }
 
 

@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from lavis_lstp.errors import ConfigError
 from lavis_lstp.files import write_json, write_jsonl
 from lavis_lstp.metrics.coverage import join_by_id
+from lavis_lstp.metrics.grounding import evaluate_moments, evaluate_spans
 from lavis_lstp.schema import Batch, Prediction, Span
 
 log = logging.getLogger(__name__)
@@ -184,6 +185,38 @@ def real_times(samples: Batch, row: int) -> list[float]:
     if "frame_times" not in samples or "frame_mask" not in samples:
         return []
     return [round(time, 6) for time in samples["frame_times"][row][: int(samples["frame_mask"][row].sum())].tolist()]
+
+
+def gold_of(samples: Batch, row: int) -> dict[str, Any]:
+    """gold_span and moments_s of a sample, where the data have them."""
+    found: dict[str, Any] = {}
+    if samples.get("moments_s") and samples["moments_s"][row]:
+        found["moments_s"] = samples["moments_s"][row]
+    if "gold_span" in samples and int(samples["gold_span"][row][0]) >= 0:
+        found["gold_span"] = [int(edge) for edge in samples["gold_span"][row]]
+    return found
+
+
+def span_scores(records: list[Prediction], target: str = "gold_span", iou: str = "frames") -> dict[str, Any]:
+    """IoU in frames with the `target` of the records that have one, and how many have; no span is a miss."""
+    scored = {r["question_id"]: r for r in records if target in r}
+    if not scored:
+        return {}
+    spans = {name: record["span"] or (0, 0) for name, record in scored.items()}
+    scores = evaluate_spans(spans, {name: record[target] for name, record in scored.items()}, iou=iou)
+    kept = {name: value for name, value in scores.items() if name.startswith(("iou", "recall"))}
+    return {**kept, f"num_{target}s": len(scored)}
+
+
+def moment_scores(records: list[Prediction]) -> dict[str, Any]:
+    """`moments`: R@1, mean IoU and mAP in seconds, over the records with gold moments; no span is a miss."""
+    gold = {r["question_id"]: r["moments_s"] for r in records if "moments_s" in r}
+    if not gold:
+        return {}
+    located = (r for r in records if r["question_id"] in gold)
+    found = {r["question_id"]: r.get("spans_s", [r["span_s"]] if "span_s" in r else []) for r in located}
+    scores = evaluate_moments(found, gold)
+    return {"moments": {name: value for name, value in scores.items() if name.startswith(("r1_", "miou", "map"))}}
 
 
 def several_spans(found: Mapping[str, Any], row: int, times: list[float]) -> dict[str, Any]:

@@ -1,9 +1,11 @@
 """`run.task: pseudo_span` with `run.evaluate: true`: label questions with the frames that answer them.
 
-In: samples with the answer; a model with `pseudo_scores(samples) -> float [B,T]`, how well each frame alone answers.
-Out: one file per split in the form that `datasets.<name>.spans` reads. What does not move (an image, a text, a video of
-one frame) has the span null there. It is an offline step in eval mode, and like any evaluation it goes on where it was
-killed. (Source: paper, temporal refinement; the published code labels inside the training forward, in train mode.)
+In: samples with the answer; a model with `pseudo_scores(samples) -> float [B,T]`, how well each frame alone answers, or
+with `run.label: scores` the scores of `model.scorer`, which need no answer. Out: one file per split in the form that
+`datasets.<name>.spans` reads. What does not move (an image, a text, a video of one frame) has the span null there.
+Where the data have gold spans, the metrics say how good the labels are. It is an offline step in eval mode, and like
+any evaluation it goes on where it was killed. (Source: paper, temporal refinement; the published code labels inside the
+training forward, in train mode.)
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ from lavis_lstp.data.spans import SPANS_FORMAT, SPANS_VERSION
 from lavis_lstp.errors import ConfigError
 from lavis_lstp.files import write_json
 from lavis_lstp.models.where.pseudo_span import pseudo_span
-from lavis_lstp.schema import Batch, Prediction
-from lavis_lstp.tasks.base import LSTPTask, one_each, sample_ids
+from lavis_lstp.schema import Batch, Prediction, Span
+from lavis_lstp.tasks.base import LSTPTask, gold_of, moment_scores, one_each, real_times, sample_ids, span_scores
 
 
 @registry.register_task("pseudo_span")
@@ -33,20 +35,30 @@ class PseudoSpanTask(LSTPTask):
         super().__init__(run)
         self.subtract_min = bool(self.run.get("subtract_min", True))
         self.smooth = int(self.run.get("smooth") or 1)
+        self.by_scores = self.run.get("label") == "scores"
         self.spans_out = spans_template(self.run)
 
     def valid_step(self, model: torch.nn.Module, samples: Batch) -> list[Prediction]:
         if not hasattr(model, "pseudo_scores"):
             raise ConfigError(f"task {self.name} needs a model with pseudo_scores(samples), got {type(model).__name__}")
-        scores = model.pseudo_scores(samples).float().cpu()  # [B,T]
         ids = sample_ids(samples)
+        hidden = [name for name, answer in zip(ids, samples.get("answer", ids), strict=True) if answer is None]
+        if hidden and not self.by_scores:
+            raise ConfigError(
+                f"question {hidden[0]!r} has no answer, which its frames could be labelled by; set run.label=scores, "
+                "and a scorer (model.scorer.name) with a selector that takes scores, such as topk"
+            )
+        scores = (model.label_scores if self.by_scores else model.pseudo_scores)(samples).float().cpu()  # [B,T]
         one_each({"scores": scores}, ids, model)
         frames = samples["frame_mask"].sum(1).tolist()  # real ones, of each sample
         records = []
         for row, (question_id, moving) in enumerate(zip(ids, moves(samples).tolist(), strict=True)):
             own = scores[row, : frames[row]].tolist() if moving else []
             span = list(pseudo_span(own, self.subtract_min, smooth=self.smooth)) if moving else None
-            records.append({"question_id": question_id, "span": span, "scores": [round(s, 4) for s in own]})
+            record: Prediction = {"question_id": question_id, "span": span, "scores": [round(s, 4) for s in own]}
+            if (gold := gold_of(samples, row)) and span and span[0] < span[1]:
+                record["span_s"] = [round(edge, 3) for edge in Span(*span).to_seconds(real_times(samples, row))]
+            records.append({**record, **gold})
         return records
 
     def metrics(self, records: list[Prediction]) -> dict[str, Any]:
@@ -59,8 +71,17 @@ class PseudoSpanTask(LSTPTask):
             "without_span": len(records) - len(labelled),
             "answered_by_some_frame": sum(answered) / count,
             "mean_span_frames": sum(length) / count,
+            **self._against_gold(records),
             "agg_metrics": sum(answered) / count,
         }
+
+    def _against_gold(self, records: list[Prediction]) -> dict[str, Any]:
+        """Scores of the labels, as of any spans, and the IoU of those who label each video from end to end."""
+        scores = span_scores(records)
+        if scores:
+            whole = [{**record, "span": [0, len(record["scores"])]} for record in records]
+            scores["iou_of_whole_video"] = span_scores(whole)["iou"]
+        return {**scores, **moment_scores(records)}
 
     def after_evaluation(
         self, val_result: list[Prediction], split_name: str, epoch: int | str, **kwargs: Any
@@ -68,6 +89,7 @@ class PseudoSpanTask(LSTPTask):
         metrics = super().after_evaluation(val_result, split_name, epoch, **kwargs)
         template = self.spans_out or str(Path(kwargs["output_dir"]) / "spans_{split}.json")
         made_by = {"subtract_min": self.subtract_min, "smooth": self.smooth}
+        made_by |= {"label": "scores"} if self.by_scores else {}
         return {**metrics, "spans_file": str(save_spans(template, split_name, val_result, made_by, **kwargs))}
 
 

@@ -17,9 +17,18 @@ import torch
 from lavis.common.registry import registry
 
 from lavis_lstp.errors import ConfigError, unknown_name
-from lavis_lstp.metrics.grounding import IOUS, evaluate_moments, evaluate_spans
+from lavis_lstp.metrics.grounding import IOUS
 from lavis_lstp.schema import Batch, Prediction, Span
-from lavis_lstp.tasks.base import LSTPTask, one_each, real_times, sample_ids, several_spans
+from lavis_lstp.tasks.base import (
+    LSTPTask,
+    gold_of,
+    moment_scores,
+    one_each,
+    real_times,
+    sample_ids,
+    several_spans,
+    span_scores,
+)
 from lavis_lstp.tasks.pseudo_span import save_spans, spans_template
 
 
@@ -50,33 +59,19 @@ class TemporalGroundingTask(LSTPTask):
             if times and 0 <= record["span"][0] < record["span"][1] <= len(times):
                 record["span_s"] = [round(edge, 3) for edge in Span(*record["span"]).to_seconds(times)]
             record.update(several_spans(found, row, times))
-            if samples.get("moments_s") and samples["moments_s"][row]:
-                record["moments_s"] = samples["moments_s"][row]
-            for name, key in (("gold_span", "gold_span"), ("pseudo_span", "span")):
-                if key in samples and int(samples[key][row][0]) >= 0:
-                    record[name] = [int(edge) for edge in samples[key][row]]
+            record.update(gold_of(samples, row))
+            if "span" in samples and int(samples["span"][row][0]) >= 0:
+                record["pseudo_span"] = [int(edge) for edge in samples["span"][row]]
             records.append(record)
         return records
 
     def metrics(self, records: list[Prediction]) -> dict[str, Any]:
-        result: dict[str, Any] = {}
-        for target, prefix in (("gold_span", ""), ("pseudo_span", "pseudo_")):
-            scored = {r["question_id"]: r for r in records if target in r}
-            if scored:
-                spans = {name: record["span"] for name, record in scored.items()}
-                targets = {name: record[target] for name, record in scored.items()}
-                scores = evaluate_spans(spans, targets, iou=self.iou)
-                kept = {name: value for name, value in scores.items() if name.startswith(("iou", "recall"))}
-                result.update({f"{prefix}{name}": value for name, value in kept.items()})
-                result[f"num_{target}s"] = len(scored)
-        moments = {r["question_id"]: r["moments_s"] for r in records if "moments_s" in r}
-        if moments:
-            located = (r for r in records if r["question_id"] in moments)
-            found = {r["question_id"]: r.get("spans_s", [r["span_s"]] if "span_s" in r else []) for r in located}
-            scores = evaluate_moments(found, moments)
-            result["moments"] = {
-                name: value for name, value in scores.items() if name.startswith(("r1_", "miou", "map"))
-            }
+        pseudo = span_scores(records, "pseudo_span", self.iou)
+        result = {
+            **span_scores(records, iou=self.iou),
+            **{name if name.startswith("num_") else f"pseudo_{name}": value for name, value in pseudo.items()},
+            **moment_scores(records),
+        }
         if not result and self.spans_out:
             return {"located": len(records), "agg_metrics": 0.0}
         if not result:

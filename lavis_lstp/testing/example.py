@@ -40,8 +40,10 @@ def make(chain: Path, out: Path) -> None:
     data = chain / "shapes_qa"
     rows = json.loads((data / "test.json").read_text(encoding="utf-8"))
     shutil.copyfile(data / "videos" / "test" / f"{CLIP}.mp4", out / "clip.mp4")
-    kept = ("question", "answer", "span_s")
-    write_json(out / "questions.json", [{key: row[key] for key in kept} for row in rows if row["video_id"] == CLIP])
+    kept = ("question_id", "question", "answer", "span_s")
+    here = {"video_id": "clip", "video": "clip.mp4"}
+    asked = [{**{key: row[key] for key in kept}, **here} for row in rows if row["video_id"] == CLIP]
+    write_json(out / "questions.json", asked)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -313,10 +313,11 @@ def _nextgqa(folder: Path) -> None:
 
 
 def _charades_sta(folder: Path) -> None:
-    with atomic_writer(folder / "charades_sta_test.txt") as file:
-        for clip, _, _, answer, _ in _asked():
-            start, end = _shown_s(clip)
-            file.write(f"VID{clip.number} {start} {end}##a {answer} appears.\n")
+    for split in ("train", "test"):
+        with atomic_writer(folder / f"charades_sta_{split}.txt") as file:
+            for clip, _, _, answer, _ in _asked():
+                start, end = _shown_s(clip)
+                file.write(f"VID{clip.number} {start} {end}##a {answer} appears.\n")
     _videos(folder / "Charades_v1_480", lambda clip: f"VID{clip.number}.mp4")
 
 
@@ -348,7 +349,8 @@ def _qvhighlights(folder: Path) -> None:
         windows = [[0, 1], [1.5, 2]][: 1 + number % 2]
         row = {"qid": number, "query": f"A {answer} appears", "duration": 2, "vid": clip.name}
         rows.append({**row, "relevant_windows": windows, "relevant_clip_ids": [0], "saliency_scores": [[4, 3, 2]]})
-    write_jsonl(folder / "highlight_val_release.jsonl", rows)
+    for split in ("train", "val"):
+        write_jsonl(folder / f"highlight_{split}_release.jsonl", rows)
     _videos(folder / "videos", lambda clip: f"{clip.name}.mp4")
 
 

@@ -15,6 +15,7 @@ With `--recipes` the same media where the recipes of projects/lstp look for them
     ivinstruct/{train,val,test}.json, nlp_tune.json     conversations, beside their media
     videoinstruct/{train,val,test}.json, video/         the video-only form
     own/{train,val,test}.json, videos/                  this package's form
+    qvhighlights/, charades_sta/, nextgqa/              benchmarks whose moments are learned (`tiny_benchmarks`)
 
 Enough to run every recipe in seconds, and to debug one's own data against.
 """
@@ -111,7 +112,12 @@ def write_instruct(out: str | Path, num_frames: int = 8, short_videos: str = "ke
 
 def write_recipe_inputs(out: str | Path) -> Path:
     """Writes what `inputs` is to the recipes into the folder `out`, and returns it."""
+    from lavis_lstp.testing.tiny_benchmarks import WRITERS  # which draws the clips of this module
+
     out = Path(out)
+    for name in ("qvhighlights", "charades_sta", "nextgqa"):
+        (out / name).mkdir(parents=True, exist_ok=True)
+        WRITERS[name](out / name)
     clips = _write_media(out / "ivinstruct")
     for folder in ("videoinstruct/video", "own/videos"):
         shutil.copytree(out / "ivinstruct" / "videochatgpt_tune", out / folder, dirs_exist_ok=True)

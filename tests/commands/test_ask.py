@@ -46,6 +46,9 @@ def test_any_video_gets_an_answer_a_span_and_a_picture(tmp_path, capsys):
     code, out, err = run(capsys, *words)
     assert code == 0 and "random weights" in err
     check(json.loads(out), 30 / 10, picture)
+    (tmp_path / "said.srt").write_text("1\n00:00:00,000 --> 00:00:03,000\nsaid\n", encoding="utf-8")
+    code, out, _ = run(capsys, *words, "--subtitles", str(tmp_path / "said.srt"))
+    assert code == 0 and json.loads(out)["subtitles"] == {"window_s": 2.0, "lines": 1, "left_out": 0}
     code, out, _ = run(capsys, *words[:-1], "--options", "model.selector.name=uniform")
     assert code == 0 and "frames    " in out and str(picture) in out
     assert "flow" not in out.split("time")[1]  # evenly spaced frames need neither flow nor sampler

@@ -53,6 +53,15 @@ def test_turns_are_read_until_a_reset(monkeypatch, capsys, tmp_path):
     assert "one?" not in json.loads(record.read_text())["turns"][1]["prompt"]
 
 
+def test_subtitles_are_read_until_another_video(monkeypatch, capsys, tmp_path):
+    record, file, clip = tmp_path / "talk.json", tmp_path / "s.srt", EXAMPLE / "clip.mp4"
+    file.write_text("1\n00:00:00,000 --> 00:10:00,000\nsaid\n", encoding="utf-8")
+    saved = ["one?", f"/save {record}", f"/video {clip}", "two?", f"/subtitles {file}", "three?", f"/save {record}.b"]
+    code, *_ = talk(monkeypatch, capsys, saved, "--example", "--subtitles", str(file))
+    turns = [turn for path in (record, f"{record}.b") for turn in json.loads(open(path).read())["turns"]]
+    assert code == 0 and [turn.get("subtitles", {}).get("lines") for turn in turns] == [1, None, 1]
+
+
 def test_a_line_that_fails_is_one_line_and_the_conversation_goes_on(monkeypatch, capsys, tmp_path):
     broken = tmp_path / "x\x1b[31m.mp4"
     broken.write_text("no video")

@@ -32,6 +32,8 @@ PUBLISHED = {
     "vicuna_lora": (1 * 4 * 4, "bf16", 2, "adamw"),
     "own_videos": (2 * 1 * 8, "bf16", 3, "adamw"),  # not published: as vicuna_ft on one GPU
     "sampler_qwen3vl": (32, "fp32", 3, "adam"),  # not published: as sampler_vicuna7b
+    "sampler_gold_vicuna7b": (32, "fp32", 3, "adam"),  # not published, like the next one: as sampler_vicuna7b
+    "sampler_both_vicuna7b": (32, "fp32", 3, "adam"),
     "qwen3vl_lora": (2 * 1 * 8, "bf16", 3, "adamw"),  # not published: as own_videos
 }
 
@@ -102,6 +104,11 @@ SAMPLER = {
     "losses": ["span"],
     "run": {"task": "temporal_grounding", "metric": "pseudo_iou", "valid_splits": ["val"]},
 }
+OF_GOLD = {
+    "data": {"lstp_qvhighlights": "authors", "lstp_charades_sta": "authors", "lstp_nextgqa": "authors"},
+    "flow": "raft_large",
+    "run": {**SAMPLER["run"], "metric": "iou"},
+}
 SPANS = OF_VIDEOS | {
     "selector": {"name": "uniform", "few_frames": "double", **FRAMES, "num_selected": 1},
     "flow": "none",
@@ -168,6 +175,12 @@ SETTINGS = {
     "spans_qwen3vl": QWEN3_VL | {key: SPANS[key] for key in ("flow", "selector", "train", "generation", "run")} | LARGE,
     "sampler_qwen3vl": QWEN3_VL | {key: SAMPLER[key] for key in ("train", "losses", "run")},
     "locate_qwen3vl": QWEN3_VL | {key: LOCATE[key] for key in ("train", "run")},
+    "spans_nextgqa_qwen3vl": QWEN3_VL
+    | {key: SPANS[key] for key in ("flow", "selector", "train", "generation")}
+    | {"data": {"lstp_nextgqa": "authors"}, "run": {**SPANS["run"], "test_splits": ["val"]}}
+    | LARGE,
+    "sampler_gold_vicuna7b": SAMPLER | OF_GOLD,
+    "sampler_both_vicuna7b": SAMPLER | OF_GOLD | {"data": {"lstp_qvhighlights": "authors", VIDEOS: "questions"}},
     "qwen3vl_lora": QWEN3_VL
     | LARGE
     | {

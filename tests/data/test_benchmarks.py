@@ -19,7 +19,8 @@ from test_wds_verify import rewritten
 from lavis_lstp.config import Config
 from lavis_lstp.data.benchmarks import BENCHMARKS, described, read_benchmark
 from lavis_lstp.data.shards.format import dump_frames, parse_frames
-from lavis_lstp.errors import AnnotationError, ConfigError, VideoError
+from lavis_lstp.data.subtitles import read_subtitles
+from lavis_lstp.errors import AnnotationError, ConfigError, ShardError, VideoError
 from lavis_lstp.files import write_json
 from lavis_lstp.host import evaluate
 from lavis_lstp.testing import tiny_benchmarks
@@ -88,6 +89,21 @@ def test_defaults_read_the_authors_files_and_every_sample_has_frames(here, name)
             assert sample["options"] == row.get("options", [])
             if sample["options"]:
                 assert row["answer"] in sample["options"] and len(sample["options"]) in (3, 4, 5)
+
+
+def test_gold_moments_are_learned_where_a_data_set_says_so(here):
+    plain, gold = build("qvhighlights")["val"], build("qvhighlights", "spans={val: gold}", "span_weight=0.5")["val"]
+    for index in (0, 1):  # one moment, two
+        sample, without = gold[index], plain[index]
+        assert sample["span"].tolist() == sample["gold_span"].tolist() == without["gold_span"].tolist() != [-1, -1]
+        assert without["span"].tolist() == [-1, -1]
+        assert (sample["span_weight"].item(), without["span_weight"].item()) == (0.5, 1)
+    assert gold.fingerprint() != plain.fingerprint()
+    assert gold.collater([gold[0], gold[1]])["span_weight"].tolist() == [0.5, 0.5]
+    with pytest.raises(
+        AnnotationError, match=r"datasets.lstp_msvd_qa.spans: gold, but question '100' has no gold span"
+    ):
+        build("msvd_qa", "spans={test: gold}")
 
 
 def test_lavis_load_dataset_finds_a_benchmark_by_name(here):
@@ -448,6 +464,35 @@ def test_shards_of_a_benchmark_give_its_samples(here, name):
             assert same(sample[key], other[key]), key
     assert sorted(map(len, packed.eval_groups())) == sorted(map(len, whole.eval_groups()))
     assert any(row.get("clip_s") for row in packed.annotation) == (name in ("star", "mvbench"))
+
+
+@pytest.mark.parametrize("loader", ["offsets", "stream"])
+def test_subtitles_are_packed_with_their_videos(here, loader):
+    """With the place where a video begins in its file taken off; extracted, they are read as they were."""
+    file = here / "longvideobench" / "lvb_val.json"
+    change(file, lambda rows: [row.update(starting_timestamp_for_subtitles=0.25) for row in rows])
+    split, storage = pack_benchmark("longvideobench", "--subtitles", "inputs/longvideobench/subtitles")
+    storage += [f"shards.loader={loader}"]
+    shown = "subtitles=frames"
+    whole, packed = build("longvideobench", shown)[split], build("longvideobench", shown, *storage)[split]
+    lines = {sample["question_id"]: sample["subtitles"] for sample in map(whole.__getitem__, range(len(whole)))}
+    assert {sample["question_id"]: sample["subtitles"] for sample in map(packed.__getitem__, range(6))} == lines
+    assert {(line.start_s, line.end_s) for own in lines.values() for line in own} == {(0.0, 0.75)}
+    assert "subtitles" not in build("longvideobench", *storage)[split][0]
+    tars = sorted(map(str, Path("shards").glob("*.tar")))
+    assert tools(["verify", *tars]) == 0 and tools(["extract", *tars, "out"]) == 0
+    assert read_subtitles(Path("out/clip-0.json")) == lines[whole[0]["question_id"]]
+
+
+def test_shards_without_subtitles_and_with_damaged_ones_are_one_line(here):
+    split, storage = pack_benchmark("longvideobench")
+    with pytest.raises(ConfigError, match="its shard holds no subtitles; pack the set with --subtitles FOLDER"):
+        build("longvideobench", "subtitles=whole", *storage)
+    wrong = (b'"version":1', b'"subtitles":[{"text":"x"}],"version":1')
+    for tar in Path("shards").glob("*.tar"):
+        rewritten(tar, lambda key, members: {**members, "json": members["json"].replace(*wrong)})
+    with pytest.raises(ShardError, match="subtitles, subtitle 0: has no times"):
+        build("longvideobench", "subtitles=whole", *storage)
 
 
 def test_a_folder_of_pictures_is_a_video_in_shards_too(here, tmp_path, capsys):

@@ -20,7 +20,7 @@ import lavis_lstp
 from lavis_lstp.data.qa_dataset import VideoQADataset
 from lavis_lstp.data.store import Store
 from lavis_lstp.data.video import reading
-from lavis_lstp.errors import ConfigError, VideoError
+from lavis_lstp.errors import AnnotationError, ConfigError, VideoError
 from lavis_lstp.inference import candidates
 from lavis_lstp.inference.candidates import Kept
 from lavis_lstp.inference.loading import EXAMPLE
@@ -356,6 +356,30 @@ def test_long_videos_are_scored_in_windows_and_may_have_several_spans(tmp_path):
     assert np.diff(selected.candidate_times_s).min() > 1.5
     with pytest.raises(ConfigError, match="candidates_per_s is of methods that ask the sampler"):
         lavis_lstp.select(film, method="uniform", candidates_per_s=1)
+
+
+def test_subtitles_near_the_shown_frames_stand_before_the_question(tmp_path, predictor):
+    file = tmp_path / "clip.vtt"
+    file.write_text("WEBVTT\n\n00:05.000 --> 00:06.000\nnear\n\n00:59.000 --> 01:00.000\nfar\n", encoding="utf-8")
+    asked = {"num_frames": 16, "selector": "uniform", "num_selected": 16}
+    found = predictor.answer(CLIP, ASKED, subtitles=file, **asked)
+    assert f"Subtitles:\nnear\n{ASKED}" in found.prompt
+    assert found.subtitles == {"window_s": 2.0, "lines": 1, "left_out": 0} == found.as_dict()["subtitles"]
+    lines = [(5, 6, "near"), (59, 60, "far")]
+    whole = predictor.answer(CLIP, ASKED, subtitles=lines, subtitles_window_s="whole", **asked)
+    assert "near\nfar" in whole.prompt and whole.subtitles["window_s"] is None
+    *_, streamed = predictor.stream(CLIP, ASKED, subtitles=file, **asked)
+    assert (streamed.prompt, streamed.prediction) == (found.prompt, found.prediction)
+    plain = predictor.answer(CLIP, ASKED, **asked)
+    assert plain.subtitles is None and "subtitles" not in plain.as_dict() and "Subtitles" not in plain.prompt
+    settings = predictor.settings(**asked)
+    both = [predictor.prepare(CLIP, ASKED, settings=settings, subtitles=lines) for lines in (None, str(file))]
+    assert [one.prompt for one in predictor.answer_many(both)] == [plain.prompt, found.prompt]
+    file.write_text("WEBVTT\n\nnever --> ever\nx\n", encoding="utf-8")
+    with pytest.raises(AnnotationError, match="clip.vtt, line 3: expected times"):
+        predictor.answer(CLIP, ASKED, subtitles=file)
+    with pytest.raises(ConfigError, match="subtitles_window_s must be a number of at least 0 or whole"):
+        predictor.settings(subtitles_window_s="all")
 
 
 HOURS = """

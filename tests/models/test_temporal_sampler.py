@@ -388,3 +388,12 @@ def test_bad_calls():
         model(torch.zeros(1, 23, 2, 32, 32), torch.ones(1, 23), ids[:1], text_mask[:1])
     with pytest.raises(ConfigError, match="30 text tokens, the sampler has 24 positions"):
         model(flow, mask, torch.zeros(3, 30).long(), torch.ones(3, 30))
+
+
+def test_a_row_counts_as_much_as_its_weight_and_the_mean_stays_one_over_rows():
+    start, end = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(0))
+    spans = torch.tensor([[1, 3], [0, 6], [4, 5]])
+    alone = [span_loss(start[i : i + 1], end[i : i + 1], spans[i : i + 1]).item() for i in range(3)]
+    found = span_loss(start, end, spans, weight=torch.tensor([1.0, 0.5, 0.0])).item()
+    assert found == pytest.approx((alone[0] + 0.5 * alone[1]) / 3)
+    assert torch.equal(span_loss(start, end, spans, weight=torch.ones(3)), span_loss(start, end, spans))

@@ -11,6 +11,7 @@ from test_report import judge, pattern, prediction, write_run
 
 from lavis_lstp.commands import cli
 from lavis_lstp.files import sha256_file, write_json, write_jsonl
+from lavis_lstp.inference.loading import EXAMPLE
 
 MANIFEST = {
     "config": {
@@ -24,14 +25,12 @@ MANIFEST = {
 
 @pytest.fixture
 def board(tmp_path) -> Path:
-    """A result file beside its predictions; the run itself is gone."""
+    """A result file with its predictions; the run itself is gone."""
     run = tmp_path / "run"
     file = write_run(run, [prediction(i, pattern(i)) for i in range(30)], num_questions=32)
     write_json(file.with_name(f"{file.stem}_digests.json"), {"weights": "w", "data": "d"})
     write_json(run / "evaluate_manifest.json", MANIFEST)
-    (tmp_path / "board").mkdir()
     assert report(run, tmp_path) == 0
-    shutil.copy(file, tmp_path / "board" / file.name)
     shutil.rmtree(run)
     return tmp_path / "board" / "x.json"
 
@@ -86,24 +85,22 @@ def test_other_predictions_are_told_by_digest_and_numbers(board, capsys, tmp_pat
     )
     write_jsonl(other, [prediction(i, pattern(i)) for i in range(29)])
     assert "digest of the questions is" in verify(board, capsys, "--predictions", other)[1]
-    (board.parent / "test_video_qa.jsonl").unlink()
+    (board.parent / "x.predictions.jsonl").unlink()
     status, line = verify(board, capsys)
-    assert status == 2 and "no test_video_qa.jsonl beside it; say where it is (--predictions PATH)" in line
+    assert status == 2 and "no x.predictions.jsonl beside it; say where it is (--predictions PATH)" in line
 
 
 def test_verdicts_of_a_judge_are_part_of_it(tmp_path, capsys):
     file = write_run(tmp_path / "run", [prediction(i, pattern(i)) for i in range(30)])
     judge(file, "--judge", "rules", cache=tmp_path / "c")
-    (tmp_path / "board").mkdir()
     assert report(tmp_path / "run", tmp_path) == 0
     board = tmp_path / "board" / "x.json"
-    said = json.loads(board.read_text())
-    verdicts = file.with_name(said["verdicts"]["file"])
-    assert verify(board, capsys, "--predictions", file, "--verdicts", verdicts)[0] == 0
+    verdicts = board.with_name("x.verdicts.jsonl")
+    original = file.with_name("test_video_qa_judged_rules.jsonl")
+    assert verdicts.read_bytes() == original.read_bytes() and verify(board, capsys)[0] == 0
+    assert verify(board, capsys, "--predictions", file, "--verdicts", original)[0] == 0
     rows = [json.loads(line) for line in verdicts.read_text().splitlines()]
-    for path in (file, verdicts):
-        shutil.copy(path, board.parent)
-    write_jsonl(board.parent / verdicts.name, [{**row, "pred": "yes"} for row in rows])
+    write_jsonl(verdicts, [{**row, "pred": "yes"} for row in rows])
     status, line = verify(board, capsys)
     assert status == 1 and "sha256 of verdicts is" in line and "right is 30, recorded 20" in line
 
@@ -150,3 +147,19 @@ def test_numbers_that_are_none_and_escapes_are_refused(board, capsys):
     change(board, numbers={**numbers, "a\x1b[2J\nb": 1})
     status, line = verify(board, capsys)
     assert status == 1 and "\x1b" not in line
+
+
+RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("*.json")), ids=lambda file: file.stem)
+def test_the_results_in_docs_are_found_again(file, capsys):
+    assert verify(file, capsys)[0] == 0
+
+
+def test_the_shipped_example_has_its_result():
+    """Of the model and the clip that ship: what the digests were made of has not changed since."""
+    said = json.loads((RESULTS / "example.json").read_text(encoding="utf-8"))
+    assert said["numbers"]["questions"] == len(json.loads((EXAMPLE / "questions.json").read_text(encoding="utf-8")))
+    assert said["digests"].keys() == {"config", "weights", "data", "questions"} and all(said["digests"].values())
+    assert "projects/lstp/tiny_example.yaml" in said["command"]

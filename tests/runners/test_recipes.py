@@ -146,6 +146,22 @@ def test_spans_lead_from_step_to_step(done):
         assert config(ft).datasets.lstp_video_instruct.spans.train == f"output/lstp/located_{base}_train.json"
 
 
+def test_labels_of_a_data_set_with_gold_moments_are_measured_by_answers_and_by_scores(done):
+    words = commands("spans_nextgqa_qwen3vl")["by scores"]
+    assert call("spans_nextgqa_qwen3vl", *words[words.index("--options") + 1 :]) == 0
+    for folder in ("spans_nextgqa_qwen3vl", "spans_nextgqa_scores"):
+        metrics = json.loads((done / f"output/lstp/{folder}/result/val_pseudo_span_metrics.json").read_text())
+        assert metrics["num_gold_spans"] == metrics["labelled"] == metrics["num_questions"] == 6
+        assert 0 < metrics["iou_of_whole_video"] < 1 and 0 <= metrics["iou"] <= 1 and "r1_0.5" in metrics["moments"]
+
+
+def test_gold_and_pseudo_spans_are_learned_together(done):
+    found = json.loads(
+        (done / "output/lstp/sampler_both_vicuna7b/result/val_temporal_grounding_metrics.json").read_text()
+    )
+    assert {"iou", "moments", "num_gold_spans"} <= found.keys() and "pseudo_iou" not in found
+
+
 @pytest.mark.parametrize("name", [name for name in TRAINS if not name.startswith("sampler")])
 def test_evaluating_the_checkpoint_gives_the_files_that_training_left(done, name):
     result = done / "output" / "lstp" / name / "result" / "test_video_instruct.jsonl"

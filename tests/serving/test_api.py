@@ -122,6 +122,20 @@ def test_turns_settings_and_stops(client, predictor):
     assert text == "b"
 
 
+def test_subtitles_are_a_text_and_never_the_name_of_a_file(client, predictor, tmp_path):
+    text = "1\n00:00:00,000 --> 00:10:00,000\nsaid\n"
+    made = client.chat.completions.create(model="m", messages=about(VIDEO), extra_body={"subtitles": text})
+    direct = predictor.answer(CLIP, ASKED, subtitles=[(0, 600, "said")])
+    assert made.choices[0].message.content == direct.prediction and made.lstp["subtitles"]["lines"] == 1
+    whole = {"subtitles": "WEBVTT\n\n" + text[2:].replace(",", "."), "subtitles_window_s": "whole"}
+    made = client.chat.completions.create(model="m", messages=about(VIDEO), extra_body=whole)
+    assert made.lstp["subtitles"] == {"window_s": None, "lines": 1, "left_out": 0}
+    (tmp_path / "s.srt").write_text(text, encoding="utf-8")
+    for wrong in ("1\n00:00 - 00:01\n\n2\nx\n", '[{"text": "x"}]', str(tmp_path / "s.srt")):
+        with pytest.raises(openai.BadRequestError, match="times"):
+            client.chat.completions.create(model="m", messages=about(VIDEO), extra_body={"subtitles": wrong})
+
+
 def test_files_are_uploaded_named_listed_and_deleted(client, server):
     with CLIP.open("rb") as file:
         stored = client.files.create(file=("..\x1b[31m/../evil.mp4", file), purpose="user_data")

@@ -427,6 +427,28 @@ def test_spans_of_short_videos_are_read_by_the_data_set_they_label(tmp_path):
     assert [labelled[i]["span"].tolist() for i in range(3)] == [[2, 5], [2, 3], [2, 4]]
 
 
+def test_labels_are_measured_against_gold_spans_beside_labelling_everything():
+    samples = {
+        "question_id": ["a", "b", "c"],
+        "frame_mask": torch.ones(3, 8).long(),
+        "frame_times": torch.arange(8.0).repeat(3, 1),
+        "gold_span": torch.tensor([[2, 8], [0, 2], [-1, -1]]),
+        "moments_s": [[[2.0, 8.0]], [[0.0, 2.0]], []],
+        "answer": ["red", "green", "blue"],
+    }
+    task = PseudoSpanTask()
+    records = task.valid_step(FrameScorer(), samples)  # labels [2, 8) everywhere
+    assert [record.get("span_s") for record in records] == [[2.0, 8.0], [2.0, 8.0], None]
+    found = task.metrics(records)
+    assert (found["iou"], found["recall_0.5"], found["num_gold_spans"]) == (0.5, 0.5, 2)
+    assert found["iou_of_whole_video"] == pytest.approx((6 / 8 + 2 / 8) / 2)
+    assert (found["moments"]["r1_0.5"], found["moments"]["miou"], found["labelled"]) == (0.5, 0.5, 3)
+    assert not {"iou", "moments", "iou_of_whole_video"} & task.metrics(records[2:]).keys()
+    samples["answer"][1] = None
+    with pytest.raises(ConfigError, match="question 'b' has no answer.*run.label=scores"):
+        task.valid_step(FrameScorer(), samples)
+
+
 def test_pseudo_spans_of_several_splits_need_several_files(tmp_path):
     options = {"task": "pseudo_span", "test_splits": ["train", "test"]}
     with pytest.raises(ConfigError, match=r"run.spans_out must contain \{split\} to label 2 splits"):

@@ -23,6 +23,7 @@ import numpy as np
 from lavis_lstp.data.annotation import check_moment, check_options, check_seconds
 from lavis_lstp.data.prompts import conversation_prompt
 from lavis_lstp.data.shards import flow_code
+from lavis_lstp.data.subtitles import from_stored
 from lavis_lstp.data.video.reading import VIDEO_ENDINGS, is_finite
 from lavis_lstp.errors import AnnotationError, ShardError
 from lavis_lstp.files import sorted_header, strict_json
@@ -177,6 +178,11 @@ def check_sample(value: Mapping[str, Any], place: str, key: str | None = None) -
     for name, number in _NUMBERS.items():
         if name in value and not (type(value[name]) in (int, number) and 0 <= value[name] <= _MOST):
             raise wrong(f"'{name}' must be a number of at least 0, got {value[name]!r}")
+    if "subtitles" in value:
+        try:
+            from_stored(value["subtitles"], f"{place}, subtitles")
+        except AnnotationError as error:
+            raise ShardError(str(error), "schema") from None
     rows = value.get("questions")
     if not isinstance(rows, list) or not rows:
         raise wrong(f"'questions' must be a list of at least one entry, got {type(rows).__name__}")

@@ -209,6 +209,8 @@ class ShardQuestions(Sequence):
         entry = {"question_id": row["question_id"], "video_id": value["video_id"], "place": (shard, sample)}
         if value["kind"] != "text":
             entry[value["kind"]] = value["source"]
+        if "subtitles" in value:
+            entry["lines"] = value["subtitles"]
         if "conversations" not in row:
             return {**row, **entry}
         try:

@@ -417,6 +417,7 @@ def boundary_loss(
     flow_mask: Tensor | None = None,
     *,
     mask_padding: bool = True,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """Mean of the cross-entropies of start and end over L classes, as a float32 scalar.
 
@@ -425,6 +426,7 @@ def boundary_loss(
         start, end: int64 [B], both part of the span; clamped to [0, L], L = ignored. All ignored gives 0.
         flow_mask: [B,L]; padded flows then take no probability, and a target among them is ignored.
         mask_padding: False gives the published loss, in which padded flows compete.
+        weight: [B], factors on the cross-entropies of each row; the mean is over rows, whatever they weigh.
     """
     length = start_logits.shape[-1]
     if length == 0:  # a batch of texts
@@ -437,8 +439,9 @@ def boundary_loss(
             logits = logits.masked_fill(~real, torch.finfo(logits.dtype).min)
             padded = ~F.pad(real, (0, 1), value=True).gather(1, target[:, None])[:, 0]
             target = target.masked_fill(padded, length)
-        total = F.cross_entropy(logits, target, ignore_index=length, reduction="sum")
-        losses.append(total / (target != length).sum().clamp(min=1))
+        each = F.cross_entropy(logits, target, ignore_index=length, reduction="none")
+        each = each if weight is None else each * weight.to(each)
+        losses.append(each.sum() / (target != length).sum().clamp(min=1))
     return (losses[0] + losses[1]) / 2
 
 
@@ -447,9 +450,7 @@ def span_loss(
     end_logits: Tensor,
     span: Tensor,
     flow_mask: Tensor | None = None,
-    *,
-    mask_padding: bool = True,
+    **how,
 ) -> Tensor:
     """`boundary_loss` for half-open spans int64 [B,2] in flows; (-1, -1) and empty spans are ignored."""
-    start, end = boundary_targets(span, start_logits.shape[-1])
-    return boundary_loss(start_logits, end_logits, start, end, flow_mask, mask_padding=mask_padding)
+    return boundary_loss(start_logits, end_logits, *boundary_targets(span, start_logits.shape[-1]), flow_mask, **how)
