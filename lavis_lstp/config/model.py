@@ -92,10 +92,12 @@ SCORERS: dict[str, ScorerKind] = {
     "siglip": ScorerKind(f"{_SCORERS}:dual_encoder", "google/siglip2-so400m-patch14-384"),
     "itm": ScorerKind(f"{_SCORERS}:matching", "Salesforce/blip2-itm-vit-g"),
     "itc": ScorerKind(f"{_SCORERS}:matching", "Salesforce/blip2-itm-vit-g"),
+    "conse": ScorerKind(f"{_SCORERS}:conse"),
     "answerer": ScorerKind(f"{_SCORERS}:AnswererScorer", by_frame=False),
 }
 """`scorer.name` -> what gives selectors their scores. sampler: the temporal sampler. clip, siglip: any model of two
-towers. itm, itc: image-text matching of BLIP and BLIP-2. answerer: the model's own "yes"."""
+towers. itm, itc: image-text matching of BLIP and BLIP-2. conse: a classifier and a text encoder of the extra `real`.
+answerer: the model's own "yes"."""
 
 
 OF_LAVIS = ("blip_image_text_matching", "blip2_image_text_matching")

