@@ -12,7 +12,7 @@ import csv
 import io
 import logging
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -33,7 +33,7 @@ from lavis_lstp.data.annotation import (
     parse_rows,
     read_text,
 )
-from lavis_lstp.data.video.reading import VIDEO_ENDINGS
+from lavis_lstp.data.video.reading import ENDINGS_IN_ANY_CASE, VIDEO_ENDINGS
 from lavis_lstp.errors import AnnotationError, ConfigError, unknown_name
 from lavis_lstp.files import find_path
 
@@ -328,7 +328,7 @@ def read_answers(path: Path, section: str = SECTION) -> dict[str, Row]:
 def read_names(path: Path, section: str = SECTION) -> dict[str, str]:
     """Other names of videos: NExT-QA's JSON object {name: other}, or MSVD's lines "other name"."""
     text = read_text(path, section=section)
-    if path.suffix == ".json":
+    if path.suffix.lower() == ".json":
         content = parse(text, path, "file")
         check_object(content, str(path), ())
         return {str(name): str(other) for name, other in content.items()}
@@ -362,23 +362,32 @@ def _rows(path: Path, spec: Form, section: str, form: str) -> list[tuple[str, Ro
     for number, (place, row) in enumerate(rows):
         try:
             check_object(row, place, needed, (spec.question,))
+            _check_named(row, place, spec)
         except AnnotationError as error:
             raise AnnotationError(f"{error}; read as {section}.form: {form}") from None
         found.append((place, {**row, **more, "number": number}))
     return found
 
 
+def _check_named(row: Row, place: str, spec: Form) -> None:
+    """Raises AnnotationError where nothing stands in a column that ids or names of videos are made of."""
+    for column in (name for template in (spec.question_id, *spec.video) for name in _columns(template)):
+        if column in row and (row[column] is None or not str(row[column]).strip()):
+            raise AnnotationError(f"{place}: '{column}' is empty, and names are made of it")
+
+
 def _read(path: Path, spec: Form, section: str) -> list[tuple[str, Any]]:
     """(place, row) of each row; the file's ending says how it is read."""
-    if spec.reader is None and path.suffix == ".parquet":
+    ending = path.suffix.lower()
+    if spec.reader is None and ending == ".parquet":
         return _parquet(path, section)
     text = read_text(path, section=section)
     if spec.reader is not None:
         return READERS[spec.reader](text, path)
-    delimiter = spec.delimiter or {".csv": ",", ".tsv": "\t"}.get(path.suffix)
+    delimiter = spec.delimiter or {".csv": ",", ".tsv": "\t"}.get(ending)
     if delimiter is not None:
         return _delimited(text, path, delimiter)
-    if spec.rows and path.suffix == ".json" and text.lstrip()[:1] == "{":  # {name: row of parallel lists}
+    if spec.rows and ending == ".json" and text.lstrip()[:1] == "{":  # {name: row of parallel lists}
         content = parse(text, path, "file")
         return [
             (f"{path}, {key!r:.80}", {"key": key, **_object(row, f"{path}, {key!r:.80}")})
@@ -395,8 +404,16 @@ def _object(row: Any, place: str) -> Row:
 def _delimited(text: str, path: Path, delimiter: str) -> list[tuple[str, Any]]:
     # TGIF-QA's quotes are part of the text; in a table with commas they hold cells together.
     quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-    table = csv.DictReader(io.StringIO(text.lstrip("\ufeff")), delimiter=delimiter, quoting=quoting)
-    rows = [(f"{path}, line {table.line_num}", row) for row in table]
+    # strict: a quote that nothing closes would make one cell of the rest of the file.
+    table = csv.DictReader(io.StringIO(text.lstrip("\ufeff")), delimiter=delimiter, quoting=quoting, strict=True)
+    try:
+        rows = [(f"{path}, line {table.line_num}", row) for row in table]
+    except csv.Error as error:
+        at, hint = f"{path}, line {table.line_num + 1}", "a quote in a cell is doubled, and the cell stands in quotes"
+        raise AnnotationError(f"{at}: cannot be read as a table ({error}); {hint}") from None
+    twice = [name for name, count in Counter(table.fieldnames).items() if count > 1] if rows else []
+    if twice:
+        raise AnnotationError(f"{path}: two columns have the name {twice[0]!r:.80}")
     for place, row in rows:
         if None in row or None in row.values():
             raise AnnotationError(f"{place}: expected {len(table.fieldnames)} cells, as in the first line")
@@ -433,7 +450,16 @@ def _parquet(path: Path, section: str) -> list[tuple[str, Any]]:
         if isinstance(error, AnnotationError):
             raise
         raise AnnotationError(f"{path}: cannot be read as parquet ({str(error).splitlines()[0]:.200})") from None
-    return [(f"{path}, row {number}", row) for number, row in enumerate(rows)]
+    return [(f"{path}, row {number}", _without_nan(row)) for number, row in enumerate(rows)]
+
+
+def _without_nan(value: Any) -> Any:
+    """Plain containers with None for NaN, which pandas writes where a cell is empty."""
+    if isinstance(value, dict):
+        return {key: _without_nan(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(one) for one in value]
+    return None if value != value else value
 
 
 def _each(row: Any, place: str, columns: str | Sequence[str]) -> list[tuple[str, Row]]:
@@ -550,24 +576,27 @@ def _answer(row: Row, spec: Form, place: str) -> str | None:
 
 def _options(row: Row, spec: Form, place: str) -> list[str]:
     if not isinstance(spec.options, str):
-        texts = [str(row[column]) for column in spec.options]
+        found = [row[column] for column in spec.options]
     elif not isinstance(row[spec.options], list):
         raise AnnotationError(f"{place}: '{spec.options}' must be a list, got {row[spec.options]!r:.80}")
     else:
-        texts = [str(item.get("choice") if isinstance(item, dict) else item) for item in row[spec.options]]
-    if spec.padding is not None and spec.answer_is == "text":
-        texts = [text for text in texts if text != spec.padding]
-    elif spec.padding is not None:  # others keep their number and letter
-        while texts and texts[-1] == spec.padding:
-            texts.pop()
+        found = [item.get("choice") if isinstance(item, dict) else item for item in row[spec.options]]
+    if spec.answer_is == "text":
+        found = [one for one in found if one is not None and one != spec.padding]
+    else:  # others keep their number and letter
+        while found and (found[-1] is None or found[-1] == spec.padding):
+            found.pop()
+    if None in found:
+        raise AnnotationError(f"{place}: an option before others is empty, got {found!r:.200}")
+    texts = [str(one) for one in found]
     if not spec.lettered:
         return texts
-    found = [re.match(r"\(?([A-Z])[.):]\s*(?=\S)", text) for text in texts]
-    if [match and match[1] for match in found] != [chr(ord("A") + number) for number in range(len(texts))]:
+    marks = [re.match(r"\(?([A-Z])[.):]\s*(?=\S)", text) for text in texts]
+    if [match and match[1] for match in marks] != [chr(ord("A") + number) for number in range(len(texts))]:
         raise AnnotationError(
             f"{place}: '{spec.options}' must begin with their letters, as 'A. ...', got {texts!r:.200}"
         )
-    return [text[match.end() :] for text, match in zip(texts, found, strict=True)]
+    return [text[match.end() :] for text, match in zip(texts, marks, strict=True)]
 
 
 def _chosen(answer: str | None, options: Sequence[str], spec: Form, place: str) -> str | None:
@@ -577,7 +606,7 @@ def _chosen(answer: str | None, options: Sequence[str], spec: Form, place: str) 
         number = ord(answer.strip()) - ord("A") if re.fullmatch(r"\s*[A-Z]\s*", answer) else len(options)
         expected = f"the letter of an option, A to {chr(ord('A') + len(options) - 1)}"
     else:
-        number = int(answer) if answer.isdigit() and len(answer) < 3 else len(options)
+        number = int(whole[1]) if (whole := re.fullmatch(r"(\d{1,2})(?:\.0)?", answer)) else len(options)
         expected = f"the number of an option, 0 to {len(options) - 1}"
     if number >= len(options):
         raise AnnotationError(f"{place}: '{spec.answer}' must be {expected}, got {answer:.80}")
@@ -587,7 +616,7 @@ def _chosen(answer: str | None, options: Sequence[str], spec: Form, place: str) 
 def _video_file(root: Path, names: Sequence[str]) -> tuple[str, str]:
     """(file below `root`, name without ending) of the first that is there, else of the first, to be missed by name."""
     for name in names:
-        for path in (name, *(name + ending for ending in VIDEO_ENDINGS)):
+        for path in (name, *(name + ending for ending in ENDINGS_IN_ANY_CASE)):
             if find_path(root, path).exists():
                 return path, name if path != name else str(Path(name).with_suffix(""))
     first = names[0]

@@ -21,7 +21,7 @@ from typing import Any
 
 from lavis_lstp.data.annotation import SECTION, check_object, parse, parse_rows, read_text
 from lavis_lstp.data.prompts import conversation_prompt, ends_with_user, question_prompt
-from lavis_lstp.data.video.reading import VIDEO_ENDINGS
+from lavis_lstp.data.video.reading import ENDINGS_IN_ANY_CASE
 from lavis_lstp.errors import AnnotationError, ConfigError, unknown_name
 from lavis_lstp.files import find_path
 
@@ -113,7 +113,7 @@ def _read_questions(path: Path, root: Path, section: str) -> list[dict[str, Any]
 
 def _video_file(root: Path, video_id: str) -> str:
     """The file of a video below `root`; with the first ending where there is none, which is then missed by name."""
-    names = [video_id + ending for ending in VIDEO_ENDINGS]
+    names = [video_id + ending for ending in ENDINGS_IN_ANY_CASE]
     return next((name for name in names if find_path(root, name).is_file()), names[0])
 
 

@@ -219,7 +219,11 @@ class Subtitles:
 
     def _file(self, row: Mapping[str, Any]) -> Path | None:
         given = row.get("subtitles")
-        names = [given] if given else [str(Path(row["video"]).with_suffix(ending)) for ending in ENDINGS]
+        names = (
+            [given]
+            if given
+            else [str(Path(row["video"]).with_suffix(ending)) for lower in ENDINGS for ending in (lower, lower.upper())]
+        )
         for name in names:
             check_name(name, self._root, f"subtitles of question {row['question_id']!r}")
         return next((path for path in (find_path(self._root, name) for name in names) if path.is_file()), None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import re
 import shutil
 from pathlib import Path
@@ -382,6 +383,63 @@ def test_a_row_of_another_width_is_refused(tmp_path, cells):
     path.write_text(f"video,frame_count,question,answer,qid,type,width,a0,a1,a2,a3,a4\n{cells}\n")
     with pytest.raises(AnnotationError, match="val.csv, line 2: expected 12 cells, as in the first line"):
         read_benchmark(BENCHMARKS["lstp_nextqa"], [path], tmp_path)
+
+
+NEXTQA = "video,question,answer,qid,type,a0,a1,a2,a3,a4"
+
+
+def table(path: Path, *rows: str, header: str = NEXTQA) -> list:
+    path.write_text("\n".join([header, *rows, ""]), encoding="utf-8")
+    return read_benchmark(BENCHMARKS["lstp_nextqa"], [path], path.parent)
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (["v,why,0,0,CW,a,b,c,d,e", 'v,why,1,1,CW,a,b,c,d,"e', "v,why,1,2,CW,a,b,c,d,e"], "line 3: .* end of data"),
+        (['v,"why" they say,0,0,CW,a,b,c,d,e'], "line 2: cannot be read as a table"),
+        ([f"v,{'x' * 200_000},0,0,CW,a,b,c,d,e"], "line 2: .*field larger than"),
+        (["v,why,0,,CW,a,b,c,d,e"], "line 2: 'qid' is empty"),
+    ],
+)
+def test_no_cell_of_a_table_swallows_others(tmp_path, rows, said):
+    with pytest.raises(AnnotationError, match=said):
+        table(tmp_path / "val.csv", *rows)
+    with pytest.raises(AnnotationError, match="two columns have the name 'a0'"):
+        table(tmp_path / "val.csv", "v,why,0,0,CW,a,b,c,d,e", header=NEXTQA.replace("a1", "a0"))
+
+
+def test_endings_of_files_may_be_in_capitals(tmp_path):
+    (tmp_path / "v.MP4").touch()
+    (row,) = table(tmp_path / "VAL.CSV", "v,why,1,0,CW,a,b,c,d,e")
+    assert (row["video"], row["answer"]) == ("v.MP4", "b")
+
+
+def test_an_empty_cell_of_a_parquet_file_is_no_text(tmp_path):
+    """pandas writes NaN for it, and turns whole numbers beside it into floats."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    form = BENCHMARKS["lstp_longvideobench"].forms["parquet"]
+    columns = dict.fromkeys([*form.columns, "duration_group", "question_category"], "x")
+    columns |= {"question": "?", "option3": "d", "option4": None, "correct_choice": 1.0}
+
+    def read(**changes):
+        parquet.write_table(
+            pyarrow.table({key: [one] for key, one in (columns | changes).items()}), tmp_path / "a.parquet"
+        )
+        return read_benchmark(BENCHMARKS["lstp_longvideobench"], [tmp_path / "a.parquet"], tmp_path, form="parquet")[0]
+
+    assert read()["options"] == ["x", "x", "x", "d"] and read()["answer"] == "x"
+    assert read(option4=math.nan)["options"] == ["x", "x", "x", "d"]
+    assert read(correct_choice=math.nan)["answer"] is None
+    for column, said in (
+        ("id", "'id' is empty"),
+        ("video_path", "'video_path' is empty"),
+        ("option1", "an option before"),
+    ):
+        with pytest.raises(AnnotationError, match=f"row 0: {said}"):
+            read(**{column: math.nan})
 
 
 def test_a_line_of_json_may_hold_other_ends_of_lines(tmp_path):

@@ -124,10 +124,11 @@ def test_the_video_only_form(built, files):
         built("video", "videoinstruct", form="questions")  # of the folder above
 
 
-def test_any_ending_of_a_video_is_found(tmp_path):
-    (tmp_path / "a.mkv").write_bytes(b"")
+@pytest.mark.parametrize("name", ["a.mkv", "a.MOV"])
+def test_any_ending_of_a_video_is_found(tmp_path, name):
+    (tmp_path / name).write_bytes(b"")
     path = written(tmp_path / "q.json", {"1": {"q": "what?", "a": "this", "video_id": "a"}})
-    assert read_instructions([path], kind="video", form="questions", root=tmp_path)[0]["video"] == "a.mkv"
+    assert read_instructions([path], kind="video", form="questions", root=tmp_path)[0]["video"] == name
 
 
 @ACCENTS

@@ -136,7 +136,7 @@ def test_a_file_of_another_encoding_is_one_line(tmp_path):
 
 
 def test_each_video_has_its_file_by_name_or_by_the_entry(tmp_path, caplog):
-    written(tmp_path, "v1.vtt", VTT)
+    written(tmp_path, "v1.VTT", VTT)
     (tmp_path / "en").mkdir()
     written(tmp_path / "en", "x.json", [{"timestamp": [0.5, 1.5], "text": "x"}])
     rows = [

@@ -68,6 +68,8 @@ VIDEO_ENDINGS = (
     *(".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".gif", ".mpg", ".mpeg", ".ts", ".m2ts", ".mts", ".wmv", ".flv"),
     *(".3gp", ".ogv", ".vob"),
 )
+ENDINGS_IN_ANY_CASE = (*VIDEO_ENDINGS, *(ending.upper() for ending in VIDEO_ENDINGS))
+"""Cameras write .MP4 and .MOV."""
 FLOW_FILE_VERSION = 1
 READING_VERSION = 1
 """A change of pixels, times or numbers by this module raises it: frames that stores keep are of one version."""
