@@ -45,6 +45,8 @@ def table(found: Selection) -> str:
     took = ", ".join(f"{stage} {value:.2f} s" for stage, value in found.seconds.items())
     filled = f"; {found.num_filled} of them were filled in by the best remaining scores" if found.num_filled else ""
     scored = "" if found.scores is None else f", {len(found.scores)} scored"
+    if len(found.frame_index) < found.settings["k"]:
+        took += f"; {found.settings['k']} were asked for, and there are no more to choose among"
     lines.append(f"{len(found.frame_index)} of {found.num_frames} frames by {found.method}{scored}{filled} ({took})")
     return "\n".join(lines)
 

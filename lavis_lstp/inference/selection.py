@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,11 @@ from lavis_lstp.config.model import SELECTORS, scorer_settings
 from lavis_lstp.config.model import Served as ServedSettings
 from lavis_lstp.data.annotation import MOST_SECONDS, check_seconds
 from lavis_lstp.data.frame_numbers import uniform_centres
+from lavis_lstp.data.pictures import open_picture, picture_size
 from lavis_lstp.data.selections import FORMAT, VERSION, Recorded, timing
-from lavis_lstp.data.store import content_digest, default_store
+from lavis_lstp.data.store import content_digest, default_store, entry_key
 from lavis_lstp.data.video.codec_figures import motion_energy, of_candidates, packet_costs
-from lavis_lstp.data.video.index import video_index
+from lavis_lstp.data.video.index import VideoInfo, video_index
 from lavis_lstp.data.video.reading import (
     READING_VERSION,
     check_inside,
@@ -39,9 +41,11 @@ from lavis_lstp.data.video.reading import (
     key_frames,
     probe,
     read_frames,
+    resize_frames,
 )
 from lavis_lstp.errors import ConfigError, VideoError, unknown_name
 from lavis_lstp.files import read_record, strict_json, write_json
+from lavis_lstp.inference.candidates import is_picture
 from lavis_lstp.models.where import selectors
 from lavis_lstp.schema import Span
 
@@ -109,6 +113,9 @@ class Selection:
         """
         if content_digest(self.video, default_store()) != self.sha256:
             raise VideoError(f"{self.video}: is not the video that these frames were selected from; select again")
+        if is_picture(self.video):
+            picture = np.asarray(open_picture(Path(self.video), self.video)).transpose(2, 0, 1)[None]
+            return picture if size is None else resize_frames(picture, size)
         return read_frames(self.video, indices=self.frame_index, size=size).frames
 
     def answer(
@@ -260,7 +267,8 @@ def select(
             (default inverse_transform), and its settings.
 
     Returns:
-        All frames of a video that has no more than k; by lstp, all candidates of a span that has no more.
+        All frames of a video that has no more than k, and of a picture; by lstp, all candidates of a span that has no
+        more.
 
     Raises:
         ConfigError: unknown method or setting, or a value that cannot be used.
@@ -289,7 +297,11 @@ def select(
     if frames not in (None, "exact", "keyframe"):
         raise ConfigError(unknown_name("way to read candidates (frames)", str(frames), ("exact", "keyframe")))
     reading = {name: value for name, value in (("frames", frames), ("flow_pairs", flow_pairs)) if value is not None}
-    if method in BY_SAMPLER and by_predictor:
+    if is_picture(video):
+        picture_size(Path(video), os.fspath(video))
+        info, digest = VideoInfo(1, 1.0, 0.0, 0, 0, 0, ""), content_digest(video, default_store())
+        found = {"settings": {"k": k, **settings}, "num_filled": 0} | _told([0], np.zeros(1), [0], None)
+    elif method in BY_SAMPLER and by_predictor:
         _check_asks(predictor, given)
         read = {"num_frames": num_candidates, "fps": candidates_per_s}
         asked = (video, question, k, method, seed, read, predictor, settings, reading, clip_s)
@@ -303,7 +315,7 @@ def select(
         with _timed(seconds, "index"):
             info, digest = probe(video), content_digest(video, default_store())
         asked = (video, k, method, seed, num_candidates or CODEC_CANDIDATES, settings, clip_s)
-        found = _by_codec(*asked, info.duration_s, seconds)
+        found = _by_codec(*asked, info.duration_s, digest, seconds)
     if clip_s is not None:
         found["settings"]["clip_s"] = list(clip_s)
     return Selection(
@@ -358,7 +370,18 @@ def _inside(video, times_s: np.ndarray, clip_s: Sequence[float] | None, duration
     return np.asarray(frames_between(times_s, clip_s))
 
 
-def _by_codec(video, k, method, seed, parts, settings, clip_s, duration_s, seconds) -> dict[str, Any]:
+def _motion(video, digest: str) -> np.ndarray:
+    """float32 [N], motion energy of all frames, from the store where it is there: it decodes most of the film."""
+    store, key = default_store(), entry_key("motion", digest, {"reading": READING_VERSION, "av": version("av")})
+    kept = None if store is None else store.get(key)
+    if kept is None:
+        kept = {"energy": motion_energy(video)}
+        if store is not None:
+            store.put(key, kept)
+    return kept["energy"]
+
+
+def _by_codec(video, k, method, seed, parts, settings, clip_s, duration_s, digest, seconds) -> dict[str, Any]:
     """Frames by what the file says of itself."""
     with _timed(seconds, "codec"):
         costs = packet_costs(video)
@@ -370,7 +393,7 @@ def _by_codec(video, k, method, seed, parts, settings, clip_s, duration_s, secon
             raise ConfigError(f"{video}: has no key frame from {clip_s[0]:g} to {clip_s[1]:g} s; choose another method")
     elif method in ("bitcost", "motion"):
         with _timed(seconds, "scores"):
-            figure = costs.num_bytes if method == "bitcost" else motion_energy(video)
+            figure = costs.num_bytes if method == "bitcost" else _motion(video, digest)
             places = np.asarray(uniform_centres(min(parts, len(every)), len(every)))
             candidates, scores = every[places], of_candidates(figure[every], places)
         rule = settings.pop("rule", "inverse_transform")

@@ -125,9 +125,40 @@ def test_what_cannot_be_done_is_one_line(film, how, said):
         lavis_lstp.select(film, **{"method": "uniform", **how})
 
 
-def test_more_frames_than_the_video_has_are_all_of_them(tmp_path):
+def test_more_frames_than_the_video_has_are_all_of_them(tmp_path, capsys):
     path = numbered_video(tmp_path / "short.mp4", 5)
     assert lavis_lstp.select(path, k=9, method="uniform").frame_index == [0, 1, 2, 3, 4]
+    assert cli.main(["select", str(path), "-k", "9", "--method", "bitcost"]) == 0
+    assert "5 of 5 frames by bitcost" in (said := capsys.readouterr().out) and "9 were asked for" in said
+
+
+@pytest.mark.parametrize("method", ["uniform", "bitcost", "motion", "lstp", "topk"])
+def test_a_picture_is_its_only_frame(tmp_path, method):
+    picture = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    Image.fromarray(picture).save(tmp_path / "picture.png")
+    found = lavis_lstp.select(tmp_path / "picture.png", QUESTION, k=4, method=method)
+    assert (found.frame_index, found.times_s, found.num_frames, found.scores) == ([0], [0.0], 1, None)
+    assert np.array_equal(found.frames()[0], picture.transpose(2, 0, 1)) and found.frames(20).shape == (1, 3, 20, 20)
+    assert Selection.from_json(json.loads(json.dumps(found.to_json()))) == found
+
+
+@pytest.mark.parametrize("ending", ["h264", "mkv", "ts"])
+def test_files_that_keep_no_duration_or_no_times_are_read(tmp_path, ending):
+    options = {"live": "1"} if ending == "mkv" else {}  # a stream that was never finished
+    path = numbered_video(tmp_path / f"film.{ending}", 30, gop=5, container_options=options)
+    for method in WITHOUT_NETWORK:
+        found = lavis_lstp.select(path, k=3, method=method)
+        assert [read_number(frame) for frame in found.frames()] == found.frame_index
+
+
+def test_motion_is_found_once(film, monkeypatch, tmp_path):
+    from lavis_lstp.data.store import Store
+    from lavis_lstp.inference import selection
+
+    monkeypatch.setattr(selection, "default_store", lambda: Store(tmp_path))
+    first = lavis_lstp.select(film, k=3, method="motion")
+    monkeypatch.setattr(selection, "motion_energy", lambda video: 1 / 0)
+    assert lavis_lstp.select(film, k=3, method="motion").scores == first.scores
 
 
 def test_times_that_keep_no_rate_are_told_in_milliseconds(tmp_path):

@@ -75,7 +75,7 @@ class Stub:
                 events.append({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
                 events.append({"choices": [], "usage": answer("")["usage"]})
                 for number, event in enumerate(events[:1] if stub.cut else events):
-                    if number == 3:
+                    if number == 2:
                         stub.next_word.wait(20)
                     whole = {"id": "x", "object": "chat.completion.chunk", "created": 0, "model": "m", **event}
                     self.wfile.write(b"data: " + json.dumps(whole).encode() + b"\n\n")
@@ -249,10 +249,10 @@ def streamed(generator) -> tuple[list[list[str]], dict]:
 def test_an_answer_arrives_in_the_server_s_pieces(stub, film):
     samples = batch(film, CHOSEN[:1])
     stream = made().stream(samples)
-    assert next(stream) == ["2"]  # the server waits for `next_word` before it sends the third
+    assert next(stream) == ["2"]  # the server waits for `next_word` before it sends more
     stub.next_word.set()
     pieces, found = streamed(stream)
-    assert [["2"], *pieces] == [["2"], [" 33"], [" 28"], [" 29"]] and found["prediction"] == ["2 33 28 29"]
+    assert "".join(text for (text,) in pieces) == " 33 28 29" and found["prediction"] == ["2 33 28 29"]
     assert found["log_prob"][0]["tokens"] == 3 and stub.seen[0]["stream_options"] == {"include_usage": True}
     assert made().answer(samples)["prediction"] == ["2 33 28 29"] and len(stub.seen) == 1, "kept as any answer"
     pieces, found = streamed(made().stream(batch(film, CHOSEN, ["what is in part 0?", "b?", "c?"])))

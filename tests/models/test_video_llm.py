@@ -16,6 +16,7 @@ from test_lstp import batch, drained, row, said
 
 from lavis_lstp.commands.export import export
 from lavis_lstp.errors import ConfigError, WeightsError
+from lavis_lstp.models.answer import video_llm
 from lavis_lstp.models.lstp import LSTP
 from lavis_lstp.models.weights.parts import part_of, prefixes_of
 from lavis_lstp.testing.tiny_video_llms import VIDEO_LLMS, write_video_llm
@@ -25,6 +26,8 @@ pytestmark = pytest.mark.skipif(
 )
 QWEN = ("qwen2_5_vl", "qwen3_vl")
 NAMES = list(VIDEO_LLMS)
+EXPORTED = ("qwen3_vl", "smolvlm")
+"""Exported in each run of the tests; the others are slow."""
 
 
 @pytest.fixture(scope="module")
@@ -265,6 +268,22 @@ def test_weights_that_are_not_all_there(folder, tmp_path):
         LSTP.from_config(settings(broken, "qwen3_vl"))
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_only_layers_of_the_language_model_are_quantised(built, monkeypatch, name):
+    """By transformers' own rule; bitsandbytes and its device are not needed to ask it."""
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    seen = []
+    monkeypatch.setattr(video_llm, "quantization_config", lambda *_, skipped: seen.extend([*skipped, "lm_head"]))
+    monkeypatch.setattr(video_llm, "model_and_processor", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        video_llm.build(weights="a/model", quantization="4bit")
+    model = built(name).backbone
+    linear = [key for key, module in model.model.named_modules() if isinstance(module, torch.nn.Linear)]
+    left = [f"model.{key}" for key in linear if should_convert_module(key, seen)]
+    assert left and all(key.startswith(model.PARTS["language_model"][0]) for key in left)
+
+
 # ---- training -------------------------------------------------------------------------------------------------------
 
 LORA = {"r": 4, "alpha": 8, "dropout": 0.1, "targets": None}
@@ -343,9 +362,10 @@ def test_half_precision_computes_what_float32_does(folder, built, name):
     assert len(model.answer(samples())["prediction"]) == 3
 
 
-def test_frames_are_labelled_one_by_one(built):
+@pytest.mark.parametrize("name", NAMES)
+def test_frames_are_labelled_one_by_one(built, name):
     """By the answer that each frame alone gives, as an image."""
-    model, given = built("qwen3_vl"), samples((4, 3, 1))
+    model, given = built(name), samples((4, 3, 1))
     prompts = model.prompts(given)
     said = [
         model.backbone.look(given["frames"][i, t : t + 1], torch.zeros(1, 1).long(), [prompts[i]])
@@ -359,7 +379,9 @@ def test_frames_are_labelled_one_by_one(built):
     assert torch.equal(scores, model.pseudo_scores(given, rows=2))
 
 
-@pytest.mark.parametrize("name", ["qwen3_vl", "smolvlm"])
+@pytest.mark.parametrize(
+    "name", [*EXPORTED, *(pytest.param(n, marks=pytest.mark.slow) for n in NAMES if n not in EXPORTED)]
+)
 def test_an_export_is_what_plain_transformers_loads(folder, tmp_path, name):
     """Adapters merged into the language model, the processor beside it; our own loader answers alike."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -386,7 +408,7 @@ def test_an_export_is_what_plain_transformers_loads(folder, tmp_path, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["qwen3_vl", "qwen2_5_vl", "internvl", "smolvlm"])
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("train", [["lora", "projection"], ["vision", "projection", "language_model"]])
 def test_ranks_that_draw_other_kinds_of_samples_learn_and_answer_alike(ranks, folder, tmp_path, name, train):
     """ZeRO-0, 2 and 3 on two processes: one rank all text, the other all video, and what else can meet."""

@@ -428,7 +428,9 @@ def build(
     if attention := checked_attention(attention):
         settings["attn_implementation"] = attention
     if quantization:
-        settings["quantization_config"] = quantization_config(quantization, dtype, skipped=(*TOWERS, *CONNECTORS))
+        # transformers compares names from their beginning
+        whole = [f"{before}{name}" for before in ("", "model.") for name in (*TOWERS, *CONNECTORS)]
+        settings["quantization_config"] = quantization_config(quantization, dtype, skipped=whole)
     auto, key = transformers.AutoModelForImageTextToText, "model.backbone.weights"
     model, processor = model_and_processor(auto, weights, key, "video language model", **settings)
     return VideoLLM(model, processor, max_text_tokens=max_text_tokens, times_in_prompt=times_in_prompt)
