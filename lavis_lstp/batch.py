@@ -5,14 +5,14 @@ In and out: samples (`lavis_lstp.schema`) with the batch axis.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from lavis_lstp.errors import ConfigError
-from lavis_lstp.schema import Batch
+from lavis_lstp.schema import Batch, Sample
 
 TEXTS = ("text_input", "text_output", "prompt")
 
@@ -39,6 +39,21 @@ def readable(samples: Batch) -> Batch:
         if key in read and len(read[key]) != count:
             raise ConfigError(f"samples have {len(read[key])} texts in {key} for {count} rows; expected one for each")
     return read
+
+
+def with_equal_keys(samples: Iterable[Sample]) -> list[Sample]:
+    """The samples, each with the keys that only some bring: flow_mask, whose others have one field for each frame, and
+    no_moment."""
+
+    def filled(sample: Sample) -> Sample:
+        own: Sample = {"no_moment": torch.tensor(0)} if "no_moment" in found else {}
+        if "flow_mask" in found and "flow" in sample:
+            own["flow_mask"] = sample["flow"].new_ones(len(sample["flow"])).long()
+        return {**own, **sample}
+
+    samples = list(samples)
+    found = {key for sample in samples for key in ("no_moment", "flow_mask") if key in sample}
+    return [filled(sample) for sample in samples] if found else samples
 
 
 def moves(samples: Batch) -> Tensor:

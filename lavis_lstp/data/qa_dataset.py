@@ -28,6 +28,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, default_collate
 
+from lavis_lstp.batch import with_equal_keys
 from lavis_lstp.config.data import FolderSettings
 from lavis_lstp.config.fields import checked
 from lavis_lstp.data.annotation import SECTION, read_annotation
@@ -427,12 +428,7 @@ class VideoQADataset(Dataset):
         samples = [sample for sample in samples if sample is not None]
         if not samples:
             return None
-        if any("flow_mask" in sample for sample in samples):  # beside others, with one field for each frame
-            samples = [
-                {"flow_mask": sample["flow"].new_ones(len(sample["flow"])).long(), **sample} for sample in samples
-            ]
-        if any("no_moment" in sample for sample in samples):
-            samples = [{"no_moment": torch.tensor(0), **sample} for sample in samples]
+        samples = with_equal_keys(samples)
         length = max(1, *(len(sample["frames"]) for sample in samples))
         flows = max([1, *(len(sample["flow_mask"]) for sample in samples if "flow_mask" in sample)])
         batch: dict[str, Any] = {}

@@ -14,6 +14,7 @@ from typing import Any
 from lavis.datasets.datasets.base_dataset import ConcatDataset
 from torch.utils.data import Dataset, IterableDataset
 
+from lavis_lstp.batch import with_equal_keys
 from lavis_lstp.config.run import check_splits
 from lavis_lstp.errors import ConfigError
 
@@ -55,7 +56,7 @@ class JoinedDataset(ConcatDataset):
         Raises:
             ConfigError: samples have different keys.
         """
-        readable = [sample for sample in samples if sample is not None]
+        readable = with_equal_keys(sample for sample in samples if sample is not None)
         if any(sample.keys() != readable[0].keys() for sample in readable):
             raise ConfigError(self._different_keys())
         return super().collater(readable) if readable else None

@@ -538,7 +538,7 @@ def test_subtitles_are_packed_with_their_videos(here, loader):
     assert {(line.start_s, line.end_s) for own in lines.values() for line in own} == {(0.0, 0.75)}
     assert "subtitles" not in build("longvideobench", *storage)[split][0]
     tars = sorted(map(str, Path("shards").glob("*.tar")))
-    assert tools(["verify", *tars]) == 0 and tools(["extract", *tars, "out"]) == 0
+    assert tools(["verify", *tars]) == 0 and tools(["extract", *tars, "--out", "out"]) == 0
     assert read_subtitles(Path("out/clip-0.json")) == lines[whole[0]["question_id"]]
 
 
@@ -549,6 +549,8 @@ def test_shards_without_subtitles_and_with_damaged_ones_are_one_line(here):
     wrong = (b'"version":1', b'"subtitles":[{"text":"x"}],"version":1')
     for tar in Path("shards").glob("*.tar"):
         rewritten(tar, lambda key, members: {**members, "json": members["json"].replace(*wrong)})
+        tar.with_suffix(".index").unlink()
+    Path("shards/longvideobench.manifest.json").unlink()
     with pytest.raises(ShardError, match="subtitles, subtitle 0: has no times"):
         build("longvideobench", "subtitles=whole", *storage)
 

@@ -34,6 +34,7 @@ from lavis_lstp.files import find_path
 from lavis_lstp.metrics.coverage import join_by_id
 from lavis_lstp.models.where.flow import build_flow
 from lavis_lstp.runners.data_order import Batches
+from lavis_lstp.runners.splits import JoinedDataset
 from lavis_lstp.schema import Span
 
 SHAPES = {"seed": 0, "train_videos": 2, "val_videos": 1, "test_videos": 3, "train_images": 3, "size": 64}
@@ -519,6 +520,11 @@ def test_reversed_rows_of_a_published_file_are_no_spans_and_counted(videos, tmp_
     batch = dataset.collater([dataset[i] for i in range(3)])
     assert batch["no_moment"].tolist() == [1, 0, 1] and batch["span"][0].tolist() == [-1, -1]
     assert "no_moment" not in dataset.collater([dataset[1]])
+    gold = VideoQADataset([entry(3, span_s=[0.1, 0.6])], videos, num_frames=30, spans="gold", span_weight=2)
+    both = JoinedDataset({"pseudo": dataset, "gold": gold})
+    batch = both.collater([both[0], both[3]])
+    assert batch["no_moment"].tolist() == [1, 0] and batch["span_weight"].tolist() == [1, 2]
+    assert batch["span"][1].tolist() == batch["gold_span"][1].tolist() != [-1, -1]
 
 
 def test_published_spans_go_there_and_back(tmp_path):
