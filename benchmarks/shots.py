@@ -1,7 +1,7 @@
 """Shot retrieval: shots of real footage are joined, a question names one of them; who chooses frames of that one?
 
     pip install 'lavis_lstp[real]'
-    python benchmarks/shots.py FOLDER [--rounds 8] [--joined 2 4 8] [--frames 1 4] [--work FOLDER] [--out shots.json]
+    python benchmarks/shots.py FOLDER [--rounds 4] [--joined 2 4 8] [--frames 1 4] [--work FOLDER] [--out shots.json]
 
 In: a folder with Big Buck Bunny and four clips under the names of `SHOTS`. In each round all shots are joined 2, 4 and
 8 at a time in random order, as BOLT (arXiv 2503.21483) joins videos, and each is asked about once. Out: a table with
@@ -57,13 +57,12 @@ SHOTS = (  # file, second where it begins, what it shows
 QUESTION = "When do we see {}?"
 LENGTH, FPS, SIZE = 25, 10, (180, 320)  # frames of a shot; frames a second, as write_video has; px
 PER_SHOT = 5  # candidates that are scored
-SCORED = ("topk", "aks", "inverse_transform")
 WAYS: dict[str, dict[str, Any]] = {
     "evenly spaced": {"method": "uniform"},
     "bitcost": {"method": "bitcost"},
     "lstp": {"method": "lstp"},
-    **{f"{rule}, sampler": {"method": rule} for rule in SCORED},
-    **{f"{rule}, conse": {"method": rule, "scorer": "conse"} for rule in SCORED},
+    "topk, sampler": {"method": "topk"},
+    **{f"{rule}, conse": {"method": rule, "scorer": "conse"} for rule in ("topk", "aks", "inverse_transform")},
 }
 
 
@@ -90,34 +89,39 @@ def measured(shots: Sequence[np.ndarray], joined: int, rounds: int, ks: Sequence
                 for k in ks:
                     told = {"joined": joined, "frames": k, "video": path.stem, "shot": int(shot)}
                     for way, places in chosen(path, question, place, joined, k):
-                        rows.append({**told, "way": way, "right": float((places == place).mean())})
+                        right = places == place
+                        rows.append({**told, "way": way, "right": float(right.mean()), "seen": float(right.any())})
         print(f"joined {joined}: round {done + 1} of {rounds}", file=sys.stderr)
     return rows
 
 
-def share(rows: Sequence[dict]) -> tuple[float, float]:
-    """The mean over videos of the share of frames in the right shot, and half of its 95 % interval."""
+def share(rows: Sequence[dict], key: str) -> str:
+    """The mean over videos in percent, and half of its 95 % interval."""
     videos: dict[str, list[float]] = {}
     for row in rows:
-        videos.setdefault(row["video"], []).append(row["right"])
+        videos.setdefault(row["video"], []).append(100 * row[key])
     means = np.asarray([np.mean(one) for one in videos.values()])
-    return float(means.mean()), float(1.96 * means.std(ddof=1) / len(means) ** 0.5) if len(means) > 1 else 1.0
+    return f"{means.mean():.1f} ± {1.96 * means.std(ddof=1) / len(means) ** 0.5:.1f}"
 
 
 def table(rows: Sequence[dict]) -> str:
-    """Markdown: a way a line, a column for each number of shots and frames."""
-    columns = list(dict.fromkeys((row["frames"], row["joined"]) for row in sorted(rows, key=lambda row: row["frames"])))
-    lines = ["| | " + " | ".join(f"{k} of {n} shots" for k, n in columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    """Markdown: a way a line; for each number of frames and shots the share of frames in the right shot, and how often
+    one of several frames is in it."""
+    columns = sorted({(row["frames"], row["joined"], key) for row in rows for key in ("right", "seen")})
+    columns = [one for one in columns if one[0] > 1 or one[2] == "right"]
+    names = [f"{k} of {n} shots, {key}" for k, n, key in columns]
+    lines = ["| | " + " | ".join(names) + " |", "|---" * (len(columns) + 1) + "|"]
     for way in dict.fromkeys(row["way"] for row in rows):
-        found = [share([r for r in rows if (r["way"], r["frames"], r["joined"]) == (way, *one)]) for one in columns]
-        lines.append(f"| {way} | " + " | ".join(f"{100 * mean:.1f} ± {100 * half:.1f}" for mean, half in found) + " |")
+        mine = [row for row in rows if row["way"] == way]
+        found = [share([r for r in mine if (r["frames"], r["joined"]) == (k, n)], key) for k, n, key in columns]
+        lines.append(f"| {way} | " + " | ".join(found) + " |")
     return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--joined", type=int, nargs="+", default=[2, 4, 8], help="divisors of the number of shots")
     parser.add_argument("--frames", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--work", type=Path, help="keeps the joined videos; files that are there are not made again")

