@@ -15,7 +15,7 @@ from lavis_lstp.config.data import VideoSettings, settings_of
 from lavis_lstp.config.fields import checked
 from lavis_lstp.config.model import asks_sampler
 from lavis_lstp.errors import ConfigError, WeightsError, shortened
-from lavis_lstp.files import strict_json
+from lavis_lstp.files import expanded, strict_json
 from lavis_lstp.untrusted import recorded, why_no_path
 
 logger = logging.getLogger(__name__)
@@ -186,7 +186,7 @@ def _where_the_run_stood(manifest: Path, path: str) -> str:
     """
     from lavis_lstp.models.weights.hub import checkpoint_source
 
-    given = Path(path).expanduser()
+    given = expanded(path)
     for folder in () if given.is_absolute() else manifest.resolve().parents:
         if (folder / given).exists():
             return str(folder / given)

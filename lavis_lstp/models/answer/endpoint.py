@@ -26,12 +26,11 @@ from lavis_lstp.endpoint import (
     EndpointError,
     KeptTexts,
     Reply,
-    cache_folder,
     message_of,
     storable,
 )
 from lavis_lstp.errors import ConfigError
-from lavis_lstp.files import json_text, sha256_json
+from lavis_lstp.files import cache_folder, json_text, sha256_json
 from lavis_lstp.models.answer.answerer import TIMES, Answers, GivenUp
 from lavis_lstp.models.answer.generation import MAX_NEW_TOKENS, checked
 
