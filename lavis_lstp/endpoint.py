@@ -20,11 +20,11 @@ import sqlite3
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from lavis_lstp.errors import ConfigError, LstpError
+from lavis_lstp.files import expanded
 
 KEY, ADDRESS = "OPENAI_API_KEY", "OPENAI_BASE_URL"
 DEFAULT_ADDRESS = "https://api.openai.com/v1"
@@ -313,11 +313,6 @@ def storable(text: str | None) -> str:
 # ---- what is kept ---------------------------------------------------------------------------------------------------
 
 
-def cache_folder() -> Path:
-    """Where caches of this package lie, below XDG_CACHE_HOME."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lavis_lstp"
-
-
 def kept(path: str | os.PathLike, table: str, version: int, what: str, timeout_s: float = 60.0) -> sqlite3.Connection:
     """An SQLite file that several processes write to at once; each row is on disk before the next question is put.
 
@@ -330,7 +325,7 @@ def kept(path: str | os.PathLike, table: str, version: int, what: str, timeout_s
     Raises:
         ConfigError: the file is no cache of this version.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         db = sqlite3.connect(path, timeout=timeout_s, isolation_level=None, check_same_thread=False)

@@ -92,6 +92,9 @@ def run_command(command: Callable[[], int | None]) -> int:
         What `command` returned (0 for None); 2 after an error of the user's, or of the system's such as a full disk;
         130 after Ctrl-C; 141, in silence, when the reader of the output has gone.
     """
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started us, as `>&-` and services do
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))
     try:
         status = command() or 0
         sys.stdout.flush()

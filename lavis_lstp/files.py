@@ -41,6 +41,23 @@ _counter = itertools.count()
 _acquired = threading.local()
 
 
+def expanded(path: str | os.PathLike) -> Path:
+    """The path, `~` resolved.
+
+    Raises:
+        ConfigError: the system knows no home folder, as of a user who exists in no file of a container.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ConfigError(f"{path}: no home folder is known; set HOME, or write the whole path") from None
+
+
+def cache_folder() -> Path:
+    """Where caches of this package lie, below XDG_CACHE_HOME. Raises ConfigError as `expanded`."""
+    return expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "lavis_lstp"
+
+
 # ---- complete or absent -----------------------------------------------------------------------------------------
 
 
@@ -90,7 +107,7 @@ def complete_folder(path: str | os.PathLike) -> Iterator[Path]:
         ConfigError: `path` is a file, or a folder with something in it.
         BusyError: another process is making it.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise ConfigError(f"'{path}' exists already; expected the name of a new folder")
     with owned(path, beside=True):
@@ -180,7 +197,7 @@ def owned(
         BusyError: another process owns it; the line says who, where and since when.
         OSError: the folder cannot be written.
     """
-    target = Path(target).expanduser()
+    target = expanded(target)
     folder, stem = (target.parent, f".{target.name}.owner") if beside else (target, ".owner")
     folder.mkdir(parents=True, exist_ok=True)
     owner = folder / f"{stem}.json"

@@ -19,7 +19,7 @@ from lavis_lstp.commands.cli import add_model_options, built_predictor, check_mo
 from lavis_lstp.data.store import default_store
 from lavis_lstp.data.subtitles import Line, read_subtitles
 from lavis_lstp.errors import ConfigError, LstpError, unknown_name
-from lavis_lstp.files import strict_json, whole_file, write_json
+from lavis_lstp.files import expanded, strict_json, whole_file, write_json
 from lavis_lstp.inference.loading import EXAMPLE
 from lavis_lstp.redaction import printable
 
@@ -141,7 +141,7 @@ def _path(text: str) -> Path:
     if "\0" in text:
         raise ConfigError(f"{text}: a name of a file has no null character")
     try:
-        return Path(text).expanduser()
+        return expanded(text)
     except RuntimeError:
         raise ConfigError(f"{text}: there is no such user") from None
 

@@ -19,6 +19,7 @@ from typing import Any
 from lavis_lstp.commands.cli import add_model_options, built_predictor, check_model_options
 from lavis_lstp.data.store import default_store
 from lavis_lstp.errors import ConfigError
+from lavis_lstp.files import cache_folder
 from lavis_lstp.redaction import printable
 
 KEY = "LAVIS_LSTP_API_KEY"
@@ -50,7 +51,7 @@ def api_keys() -> list[str]:
 
 def default_folder() -> Path:
     """Return the folder that keeps uploads where --files names none."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lavis_lstp" / "uploads"
+    return cache_folder() / "uploads"
 
 
 def parser() -> argparse.ArgumentParser:

@@ -38,6 +38,7 @@ from lavis_lstp.config.other_keys import (
 )
 from lavis_lstp.config.run import LAVIS_RUNNER_DEFAULTS, WRITTEN, RunSettings, checked_run
 from lavis_lstp.errors import ConfigError, shortened, unknown_name
+from lavis_lstp.files import expanded
 from lavis_lstp.redaction import recordable
 
 log = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ def _complete(user: DictConfig) -> DictConfig:
     except OmegaConfBaseException as error:
         raise ConfigError(first_line(error)) from error
     _take(config, resolved, _checked(resolved, roles, others))
-    config.run.output_dir = os.path.abspath(os.path.expanduser(config.run.output_dir))
+    config.run.output_dir = os.path.abspath(expanded(config.run.output_dir))
     return config
 
 

@@ -27,6 +27,7 @@ from lavis_lstp.config.fields import LIST, TEXT, TEXTS, Rule, nearest, rules
 from lavis_lstp.config.model import ModelSettings
 from lavis_lstp.config.run import RunSettings
 from lavis_lstp.errors import ConfigError, shortened, unknown_name
+from lavis_lstp.files import expanded
 
 PACKAGE = Path(__file__).resolve().parent.parent
 SECTIONS = ("model", "datasets", "run")
@@ -46,7 +47,7 @@ def find_config(path: str | os.PathLike) -> Path:
     Raises:
         ConfigError: it is nowhere; the message names the nearest recipe.
     """
-    given = Path(path).expanduser()
+    given = expanded(path)
     if "\0" in str(given):
         raise ConfigError(f"config {str(path)!r} is no file name")
     for root in (Path(), PACKAGE, PACKAGE.parent, *lavis_root()):

@@ -34,6 +34,7 @@ from lavis_lstp.data.shards.storage import Retry
 from lavis_lstp.data.spans import GOLD, read_spans
 from lavis_lstp.data.subtitles import NOT_PACKED, Subtitles
 from lavis_lstp.errors import ConfigError, unknown_name
+from lavis_lstp.files import expanded
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ KINDS = ("image", "text", "video")
 
 def local_path(path: str) -> Path:
     """As given, relative to where the user stands; failing that, in LAVIS's cache_root."""
-    given = Path(path).expanduser()
+    given = expanded(path)
     if given.is_absolute() or os.path.exists(given):
         return given
     cached = Path(registry.get_path("cache_root") or "") / given
@@ -305,7 +306,7 @@ class ShapesBuilder(VideoQABuilder):
     DATASET_CONFIG_DICT = {"default": str(CONFIGS / "lstp_shapes.yaml")}
 
     def build(self) -> dict[str, VideoQADataset]:
-        root = Path(self.config.root).expanduser()
+        root = expanded(self.config.root)
         parameters = OmegaConf.to_container(self.config.generate, resolve=True)
         generate_once(root, parameters)
         counts = {split: parameters.get(f"{split}_videos") for split in shapes_qa.SPLITS}

@@ -9,12 +9,12 @@ import json
 import logging
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from lavis_lstp.errors import ShardError, VideoError
+from lavis_lstp.files import expanded
 
 CAUSES = ("undecodable", "connection", "not found", "refused", "truncated", "hash", "missing member", "schema", "json")
 CAUSES += ("no ranges", "frames", "flow", "index", "other")
@@ -36,7 +36,7 @@ class LeftOut:
     def __init__(self, total: int, max_bad_fraction: float, quarantine: str | os.PathLike | None, section: str):
         self.total = total
         self.max_bad_fraction = max_bad_fraction
-        self.quarantine = Path(quarantine).expanduser() if quarantine else None
+        self.quarantine = expanded(quarantine) if quarantine else None
         self.section = section
         # A number a question, 0 or 1 + that of its cause, in memory that loader processes share: they stop together.
         self._cause = torch.zeros(max(1, total), dtype=torch.uint8).share_memory_()

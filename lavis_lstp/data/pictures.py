@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from lavis_lstp.errors import VideoError
 
@@ -63,7 +63,9 @@ def open_picture(
         VideoError: there is no such file, it is no picture of `FORMATS`, damaged, cut off, or too large.
     """
     with _strict(max_megapixels), _one_line(name, source), _opened(source, name, max_megapixels) as picture:
+        stored = str(picture.tile[0][3]) if picture.format == "PNG" and picture.tile else ""
         picture.load()
+        _scale_transparency(picture, stored)
         orientation = _orientation(picture, name)
         upright = _to_rgb(picture)
         return upright.transpose(_TURNS[orientation]) if orientation in _TURNS else upright
@@ -106,6 +108,9 @@ def _one_line(name: str, source: str | Path | bytes) -> Iterator[None]:
         yield
     except VideoError:
         raise
+    except UnidentifiedImageError:
+        known = ", ".join(FORMATS)
+        raise VideoError(f"{name}: cannot be read as a picture (it is none of {known}); convert it to one") from None
     except BROKEN as error:
         text = " ".join(str(error).split()) or type(error).__name__
         text = text if isinstance(source, bytes) else text.replace(str(source), name)
@@ -146,6 +151,17 @@ def _orientation(picture: Image.Image, name: str) -> int:
         logger.warning("%s: its EXIF block cannot be read (%s); the picture is shown as stored", name, error)
         return 1
     return found if isinstance(found, int) else 1
+
+
+_TRANSPARENCY = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}
+"""How PIL stores a PNG's pixels -> the factor by which it scales them, and not the colour that is transparent."""
+
+
+def _scale_transparency(picture: Image.Image, stored: str) -> None:
+    clear, factor = picture.info.get("transparency"), _TRANSPARENCY.get(stored)
+    if factor is not None and isinstance(clear, int | tuple):
+        scaled = tuple(int(one * factor) for one in (clear if isinstance(clear, tuple) else (clear,)))
+        picture.info["transparency"] = scaled if isinstance(clear, tuple) else scaled[0]
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:

@@ -35,8 +35,17 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 import numpy as np
 
 from lavis_lstp.data.shards.format import load_tensors
-from lavis_lstp.errors import VideoError
-from lavis_lstp.files import is_temporary, sha256_file, sha256_json, sorted_header, strict_json, whole_file
+from lavis_lstp.errors import ConfigError, VideoError
+from lavis_lstp.files import (
+    cache_folder,
+    expanded,
+    is_temporary,
+    sha256_file,
+    sha256_json,
+    sorted_header,
+    strict_json,
+    whole_file,
+)
 
 if TYPE_CHECKING:
     from lavis_lstp.data.video.reading import VideoFrames
@@ -59,13 +68,18 @@ ENVIRONMENT = "LAVIS_LSTP_STORE"
 
 def default_folder() -> Path:
     given = os.environ.get(ENVIRONMENT, "")
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(given if given not in ("", "off") else f"{base}/lavis_lstp/store").expanduser()
+    return expanded(given) if given not in ("", "off") else cache_folder() / "store"
 
 
 def default_store() -> Store | None:
-    """The store in the default folder, None where the environment says that nothing is kept."""
-    return None if os.environ.get(ENVIRONMENT) == "off" else Store()
+    """The store in the default folder, None where the environment says that nothing is kept, or tells no folder."""
+    if os.environ.get(ENVIRONMENT) == "off":
+        return None
+    try:
+        return Store()
+    except ConfigError as error:
+        logger.warning("nothing about videos is kept on disk: %s; %s=off says that this is meant", error, ENVIRONMENT)
+        return None
 
 
 def array_digest(array: np.ndarray) -> str:
@@ -106,7 +120,7 @@ class Store:
     """
 
     def __init__(self, folder: str | os.PathLike | None = None, *, max_bytes: int = MAX_BYTES):
-        self.folder = Path(folder).expanduser() if folder is not None else default_folder()
+        self.folder = expanded(folder) if folder is not None else default_folder()
         self.max_bytes = max_bytes
         self._mode = 0o700 if folder is None else 0o777  # frames of one's own videos are nobody else's
         self._warned = False

@@ -33,6 +33,7 @@ from lavis_lstp.config.run import (
     splits_of,
 )
 from lavis_lstp.errors import AnnotationError, ConfigError, WeightsError, unknown_name
+from lavis_lstp.files import expanded
 from lavis_lstp.models.variants import MODEL_TYPES, load_variant
 from lavis_lstp.models.weights.hub import require_weights, weights_file
 
@@ -151,7 +152,7 @@ def _check_files(section: str, info: Mapping[str, Any]) -> None:
 
 def _exists(path: str) -> bool:
     """Whether something is there, from where the user stands or in LAVIS's cache."""
-    given = Path(path).expanduser()
+    given = expanded(path)
     if os.path.exists(given):
         return True
     if given.is_absolute():

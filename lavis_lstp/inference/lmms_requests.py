@@ -20,6 +20,7 @@ from PIL import Image
 from lavis_lstp.data.folder import FolderQuestions
 from lavis_lstp.data.prompts import without_tokens
 from lavis_lstp.errors import ConfigError, VideoError, unknown_name
+from lavis_lstp.files import expanded
 
 IMAGE_ENDINGS = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 GENERATION = (
@@ -199,7 +200,7 @@ def _medium(request: Request, visual: Any) -> dict[str, Any]:
             f"{request.document_name}: expected the path of a video, a picture or nothing, got {what}, which LSTP "
             "does not read"
         )
-    path = Path(visual).expanduser().absolute()
+    path = expanded(visual).absolute()
     if not path.exists():
         raise VideoError(f"{path}: no such file, needed by {request.document_name}; check where the task looks for it")
     if path.suffix.lower() in IMAGE_ENDINGS:

@@ -14,9 +14,9 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from lavis_lstp.endpoint import cache_folder, kept
+from lavis_lstp.endpoint import kept
 from lavis_lstp.errors import ConfigError
-from lavis_lstp.files import write_jsonl
+from lavis_lstp.files import cache_folder, expanded, write_jsonl
 from lavis_lstp.judging.rows import Row, verdict_fields
 from lavis_lstp.judging.verdict import OPEN, Case, Verdict
 
@@ -46,7 +46,7 @@ class VerdictCache:
     """
 
     def __init__(self, path: str | os.PathLike, *, timeout_s: float = 60.0):
-        self.path = Path(path).expanduser()
+        self.path = expanded(path)
         self._db = kept(path, _TABLE, VERSION, "verdicts", timeout_s)
 
     def __enter__(self) -> VerdictCache:

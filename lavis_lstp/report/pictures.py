@@ -25,6 +25,7 @@ from lavis_lstp.data.shards.questions import ShardQuestions, is_shards
 from lavis_lstp.data.shards.storage import expand
 from lavis_lstp.data.video.reading import VIDEO_ENDINGS, read_frames
 from lavis_lstp.errors import ConfigError, LstpError, VideoError
+from lavis_lstp.files import expanded
 from lavis_lstp.report.evaluations import Evaluation
 from lavis_lstp.report.shell import data_uri
 from lavis_lstp.schema import Prediction
@@ -288,7 +289,7 @@ def _placed(value: Any, cwd: Path | None) -> Any:
 def _place(name: str, cwd: Path | None) -> str:
     from lavis_lstp.data.builders import local_path
 
-    given = Path(name).expanduser()
+    given = expanded(name)
     if what_it_names(name) or cwd is None or given.is_absolute():
         return name
     here = cwd / given

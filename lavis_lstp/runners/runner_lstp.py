@@ -25,7 +25,7 @@ from lavis.runners.runner_base import RunnerBase
 from lavis_lstp import distributed
 from lavis_lstp.config.run import RunSettings, check_splits, splits_of
 from lavis_lstp.errors import ConfigError
-from lavis_lstp.files import owned, sha256_json, sweep
+from lavis_lstp.files import expanded, owned, sha256_json, sweep
 from lavis_lstp.redaction import recordable
 from lavis_lstp.runners import checkpoint, profile, resume
 from lavis_lstp.runners.data_order import TrainOrder, sampling_of
@@ -455,7 +455,7 @@ class RunnerLSTP(RunnerBase):
 
 def _made(output_dir: str | os.PathLike) -> Path:
     """`run.output_dir`, absolute and with its folder of results."""
-    folder = Path(output_dir).expanduser().absolute()
+    folder = expanded(output_dir).absolute()
     try:
         (folder / "result").mkdir(parents=True, exist_ok=True)
     except OSError as error:

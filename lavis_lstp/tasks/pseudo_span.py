@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from lavis_lstp.batch import moves
 from lavis_lstp.data.spans import SPANS_FORMAT, SPANS_VERSION
 from lavis_lstp.errors import ConfigError
-from lavis_lstp.files import write_json
+from lavis_lstp.files import expanded, write_json
 from lavis_lstp.models.where.pseudo_span import pseudo_span
 from lavis_lstp.schema import Batch, Prediction, Span
 from lavis_lstp.tasks.base import LSTPTask, gold_of, moment_scores, one_each, real_times, sample_ids, span_scores
@@ -125,7 +125,7 @@ def save_spans(
         limited: the records are those of a trial over a part of the split (`run.limit_batches`): the file is written
             into `output_dir`, so that it never replaces one of the whole split.
     """
-    path = Path(template.replace("{split}", split_name)).expanduser()
+    path = expanded(template.replace("{split}", split_name))
     path = Path(output_dir) / f"partial_{path.name}" if limited else path
     model = model_config or {}
     settings = getattr(dataset, "settings", dataset)

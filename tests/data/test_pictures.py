@@ -233,6 +233,29 @@ def test_what_is_transparent_is_white(picture, options):
     assert (np.asarray(open_picture(stored(picture, "PNG", **options), "x")) == 255).all()
 
 
+def png(bits: int, colour: int, row: bytes, clear: bytes) -> bytes:
+    """A PNG of two pixels, of which `clear` names the colour that is transparent."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 1, bits, colour, 0, 0, 0))
+    pixels = chunk(b"IDAT", zlib.compress(b"\0" + row))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"tRNS", clear) + pixels + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("bits", "colour", "pixels", "clear", "wanted"),
+    [
+        (1, 0, b"\x80", b"\0\1", 0),
+        (2, 0, b"\x60", b"\0\1", 170),
+        (4, 0, b"\x12", b"\0\1", 34),
+        (8, 0, b"\x07\x08", b"\0\7", 8),
+        (16, 0, b"\x12\x34\x12\x35", b"\x12\x34", 18),
+        (8, 2, b"\7\7\7\x09\x09\x09", b"\0\7\0\7\0\7", 9),
+        (16, 2, b"\7\1" * 3 + b"\x09\1" * 3, b"\7\1" * 3, 9),
+    ],
+)
+def test_the_transparent_colour_of_a_png_is_white_at_every_depth(bits, colour, pixels, clear, wanted):
+    assert row(png(bits, colour, pixels, clear)) == [255, wanted]
+
+
 def test_half_transparent_is_half_white():
     half = open_picture(stored(Image.new("RGBA", (4, 4), (255, 0, 0, 128)), "PNG"), "x")
     assert np.abs(np.asarray(half)[0, 0].astype(int) - [255, 127, 127]).max() <= 1

@@ -7,8 +7,10 @@ import hashlib
 import logging
 import os
 import pickle
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ import pytest
 from lavis_lstp.commands.cli import main
 from lavis_lstp.data import store as store_module
 from lavis_lstp.data.store import Store, content_digest, default_folder, default_store, entry_key
-from lavis_lstp.errors import VideoError
+from lavis_lstp.errors import ConfigError, VideoError
 
 KEY = entry_key("flow", "0" * 64, {"extractor": "dis"})
 ARRAYS = {
@@ -63,6 +65,26 @@ def test_the_folder_is_where_the_environment_says_and_its_owner_s_alone(tmp_path
     monkeypatch.setenv("LAVIS_LSTP_STORE", "")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert default_store().folder == tmp_path / "lavis_lstp" / "store"
+
+
+def test_a_user_without_a_home_folder_is_told_and_works_without_a_store(tmp_path, monkeypatch, caplog):
+    """As with `docker run --user 12345`: expanding `~` raises a bare RuntimeError."""
+    for name in ("HOME", "XDG_CACHE_HOME", "LAVIS_LSTP_STORE"):
+        monkeypatch.delenv(name, raising=False)
+
+    def unknown(uid):
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    assert default_store() is None and "no home folder is known; set HOME" in caplog.text
+    for path in ("~", "~nobody-has-this-name/a"):
+        with pytest.raises(ConfigError, match=f"^{path}: no home folder is known; set HOME, or write the whole path$"):
+            Store(path)
+    package = Path(store_module.__file__).parents[1]
+    asking = {
+        path.name for path in package.rglob("*.py") if re.search(r"expanduser|Path\.home", path.read_text("utf-8"))
+    }
+    assert asking == {"files.py"}, "others raise the bare error; use files.expanded"
 
 
 def test_arrays_can_be_written_to(tmp_path):

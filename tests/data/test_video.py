@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -171,6 +172,57 @@ def test_frames_hidden_by_an_edit_list_do_not_count(tmp_path):
     assert video.times_s[0] == 0
     with pytest.raises(VideoError, match="edit list.*use backend 'pyav'"):
         read_frames(path, indices=[0], backend="decord")
+
+
+@pytest.mark.parametrize(
+    ("ending", "codec", "options"),
+    [
+        ("ts", "libx265", {"x265-params": "keyint=10:min-keyint=10:bframes=3:open-gop=1:scenecut=0:log-level=0"}),
+        ("mkv", "libx265", {"x265-params": "keyint=10:min-keyint=10:bframes=3:open-gop=1:scenecut=0:log-level=0"}),
+        ("ts", "mpeg2video", {"g": "10", "bf": "2", "b": "8M"}),
+    ],
+)
+def test_a_cut_in_an_open_group_begins_where_players_begin(tmp_path, ending, codec, options):
+    """As `ffmpeg -ss -c copy` and receivers write it: pictures before the first key frame refer to what was cut off."""
+    whole = numbered_video(tmp_path / "whole.ts", 38, codec=codec, options=options)
+    path = tmp_path / f"cut.{ending}"
+    with av.open(str(whole)) as source, av.open(str(path), "w") as out:
+        stream = out.add_stream_from_template(source.streams.video[0])
+        keys = 0
+        for packet in source.demux(video=0):
+            keys += packet.is_keyframe
+            if packet.size and keys > 1:
+                packet.stream = stream
+                out.mux(packet)
+    with av.open(str(path)) as container:
+        packets = sum(bool(packet.size) for packet in container.demux(video=0))
+    with av.open(str(path)) as container:
+        shown = [frame.to_ndarray(format="rgb24").transpose(2, 0, 1) for frame in container.decode(video=0)]
+    video = read_frames(path, indices=range(len(shown)))
+    assert (video.frames == np.stack(shown)).all() and video.info.num_frames == len(shown) < packets
+    assert video.times_s == pytest.approx(np.arange(len(shown)) / 25, abs=2e-3)
+
+
+def test_what_is_transparent_in_a_video_is_white(tmp_path):
+    pixels = np.zeros((16, 16, 4), np.uint8)
+    pixels[:8] = (200, 20, 20, 255)
+    pixels[8:, 8:, 3] = 51
+    with av.open(str(tmp_path / "a.mov"), "w") as container:
+        stream = container.add_stream("png", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 16, 16, "rgba"
+        for packet in [*stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgba")), *stream.encode(None)]:
+            container.mux(packet)
+    (frame,) = read_frames(tmp_path / "a.mov", num=1).frames
+    assert [frame[:, y, x].tolist() for y, x in ((0, 0), (8, 0), (8, 8))] == [[200, 20, 20], [255] * 3, [204] * 3]
+
+
+@pytest.mark.parametrize("name", ["12:30.mp4", "file:other.mp4", "a%20b #1?.mp4", "-x.mp4", "concat:a|b.mp4"])
+@pytest.mark.parametrize("backend", ["pyav", "decord"])
+def test_a_name_is_a_name_and_no_address(tmp_path, monkeypatch, odd, name, backend):
+    """FFmpeg takes what stands before a colon of a relative name for a protocol."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(odd["plain.mp4"], name)
+    assert read_number(read_frames(name, indices=[7], backend=backend).frames[0]) == 7
 
 
 def test_a_video_of_one_frame(tmp_path):

@@ -231,6 +231,18 @@ def test_nobody_reads_the_output_and_nobody_complains(tmp_path):
         assert "Traceback" not in said and "Exception ignored" not in said
 
 
+@pytest.mark.parametrize("closed", ["stdin", "stdout", "stderr"])
+def test_a_stream_that_the_starter_closed_is_no_fault(monkeypatch, closed):
+    """Python has None for it, as under `>&-` and in services."""
+    monkeypatch.setattr(sys, closed, None)
+
+    def command() -> int:
+        sys.stdin.isatty(), print("a"), print("b", file=sys.stderr)
+        raise ConfigError("c")
+
+    assert run_command(command) == 2 and run_command(lambda: 3) == 3
+
+
 # ---- what is newest
 
 

@@ -45,7 +45,7 @@ from lavis_lstp.data.shards.storage import (
 from lavis_lstp.data.spans import Spans, checked_spans
 from lavis_lstp.data.video.reading import check_pairs, flow_file, read_flow_file
 from lavis_lstp.errors import AnnotationError, ConfigError, ShardError, VideoError
-from lavis_lstp.files import whole_file
+from lavis_lstp.files import expanded, whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -389,7 +389,7 @@ def _seekable(shards: Sequence[str], cache: str | Path | None, retry: Retry, sec
             f"{section}.shards.cache is needed for {pipes[0]!r}: a pipe cannot be read at an offset, so it is copied "
             "to that folder, once"
         )
-    folder = Path(cache).expanduser()
+    folder = expanded(cache)
     copies: dict[str, Path] = {}
 
     def copy_all() -> None:  # asks the servers, too: processes that got different answers would wait for each other

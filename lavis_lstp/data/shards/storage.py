@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lavis_lstp.errors import ConfigError, ShardError
+from lavis_lstp.files import expanded
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +118,7 @@ def can_seek(location: str) -> bool:
 
 def local_path(location: str) -> Path:
     path = urllib.parse.unquote(location[7:]) if location.startswith("file://") else location
-    return Path(path).expanduser()
+    return expanded(path)
 
 
 def beside(location: str, suffix: str) -> str:

@@ -384,7 +384,17 @@ def picture(frame: Any, pixel_format: str, decode_size: int | None = None) -> np
         _REFORMATTER.value = VideoReformatter()
     height, width = scaled(frame.height, frame.width, decode_size)
     smaller = {} if decode_size is None else {"width": width, "height": height, "interpolation": "AREA"}
-    return _REFORMATTER.value.reformat(frame, format=pixel_format, threads=1, **smaller).to_ndarray()
+    pixels = _REFORMATTER.value.reformat(frame, format=pixel_format, threads=1, **smaller).to_ndarray()
+    if pixel_format != "rgb24" or not any(part.is_alpha for part in frame.format.components):
+        return pixels
+    alpha = _REFORMATTER.value.reformat(frame, format="rgba", threads=1, **smaller).to_ndarray()[..., 3:]
+    return pixels if alpha.min() == 255 else _on_white(pixels, alpha)
+
+
+def _on_white(pixels: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """uint8 [H,W,3]: what is transparent is white, as in `data.pictures`."""
+    share = alpha.astype(np.uint32)
+    return ((pixels * share + 255 * (255 - share) + 127) // 255).astype(np.uint8)
 
 
 def h264_is_referred(data: bytes, extradata: bytes | None) -> bool:

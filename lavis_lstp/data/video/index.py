@@ -183,7 +183,7 @@ def check_source(source: Source, name: str) -> Source:
         raise VideoError(f"{name}: is not a regular file, expected a video file")
     if status.st_size == 0:
         raise VideoError(f"{name}: empty (0 bytes), expected a video")
-    return os.fspath(source)
+    return os.path.abspath(source)  # FFmpeg takes what stands before a colon of a relative name for a protocol
 
 
 @contextmanager
@@ -205,6 +205,7 @@ def open_video(
             does, and a warning says so once for each device.
     """
     options = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
+    is_open = False
     most = {"max_pixels": str(round(max_megapixels * 1e6))}  # the decoder's own limit: a header may lie about the size
     try:
         known = {"options": most, "container_options": options, "metadata_errors": "replace"}
@@ -213,6 +214,7 @@ def open_video(
         if hardware:
             known["hwaccel"] = HWAccel(device_type=hardware, allow_software_fallback=False)
         with av.open(check_source(source, name), **known) as container:
+            is_open = True
             if track is not None and track >= len(container.streams):
                 raise VideoError(f"{name}: has no track {track} any more; it was changed while it was read")
             stream = _best_track(container, name) if track is None else container.streams[track]
@@ -227,6 +229,8 @@ def open_video(
             stream.codec_context.thread_type = "SLICE" if threads == 1 else "AUTO"
             yield container, stream
     except av.ArgumentError as error:
+        if not is_open:
+            raise VideoError(f"{name}: is of a format that is not read as a video; expected one of {FORMATS}") from None
         # Among other causes, the decoder found larger pictures than the container had stated.
         larger = f"or its pictures are larger than {max_megapixels:g} megapixels (max_megapixels)"
         raise VideoError(f"{name}: cannot be read as a video ({error.strerror}), {larger}") from None
@@ -326,6 +330,10 @@ def _index_of_track(source: Source, name: str, track: int | None, max_megapixels
         first_dts = _known(packets["dts"][0]) if untimed else None
         return count_frames(source, rate, facts, first_dts=first_dts, joints=len(anew))
     shown = packets["shown"] & (packet_pts <= _closed_until(packet_pts)) if missing else packets["shown"]
+    keys = packet_pts[packets["key"]]
+    if len(keys) and packet_pts.min() < keys[0]:
+        first_shown = _first_decodable(source, facts)
+        shown &= packet_pts >= (packet_pts.min() if first_shown is None else first_shown)
     if not shown.any():
         raise VideoError(f"{name}: {missing or 'its edit list hides every frame'}")
     visible = np.flatnonzero(shown)
@@ -350,6 +358,17 @@ def _index_of_track(source: Source, name: str, track: int | None, max_megapixels
         missing=missing,
         **facts,
     )
+
+
+def _first_decodable(source: Source, facts: dict[str, Any]) -> int | None:
+    """The stamp of the first picture that a decoder gives, in ticks; None where it gives none.
+
+    A file that was cut out of a longer one may begin with pictures that refer to what was cut off: those behind an
+    open group's key frame and shown before it, or all before the first key frame. No player shows them.
+    """
+    given = {"track": facts["track"], "max_megapixels": facts["max_megapixels"]}
+    with open_video(source, facts["name"], **given) as (container, stream):
+        return next((frame.pts for frame in container.decode(stream) if not frame.is_corrupt), None)
 
 
 def _start(container: Any) -> Fraction | None:

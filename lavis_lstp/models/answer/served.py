@@ -22,9 +22,9 @@ import numpy as np
 from PIL import Image
 
 from lavis_lstp.data.selections import media_io_kwargs, milliseconds
-from lavis_lstp.endpoint import Endpoint, EndpointError, KeptTexts, Reply, cache_folder, message_of, storable
+from lavis_lstp.endpoint import Endpoint, EndpointError, KeptTexts, Reply, message_of, storable
 from lavis_lstp.errors import ConfigError
-from lavis_lstp.files import json_text, sha256_json
+from lavis_lstp.files import cache_folder, json_text, sha256_json
 from lavis_lstp.models.answer.answerer import TIMES, GivenUp
 from lavis_lstp.models.answer.generation import MAX_NEW_TOKENS, checked
 

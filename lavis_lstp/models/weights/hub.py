@@ -19,7 +19,7 @@ from typing import Any
 
 from lavis_lstp.config.model import SCORERS, used_parts
 from lavis_lstp.errors import WeightsError, shortened
-from lavis_lstp.files import read_record, strict_json
+from lavis_lstp.files import expanded, read_record, strict_json
 from lavis_lstp.models.weights.saved_runs import checkpoint_of_run
 
 ENVIRONMENT = "LAVIS_LSTP_WEIGHTS"
@@ -51,9 +51,9 @@ UNINITIALISED = "checkpoint"
 
 def local_path(name: str) -> Path | None:
     """The file or folder meant by `name` on this machine; None where there is none, so that it can only be a hub id."""
-    given = Path(name).expanduser()
+    given = expanded(name)
     below = os.environ.get(ENVIRONMENT)
-    for path in (given, *([Path(below).expanduser() / name] if below and not given.is_absolute() else [])):
+    for path in (given, *([expanded(below) / name] if below and not given.is_absolute() else [])):
         if os.path.exists(path):  # unlike Path's, also where a name is too long to be one
             return path
     return None
@@ -71,7 +71,7 @@ def sizes_of_weights() -> dict[str, dict[str, int]]:
         WeightsError: the folder's file of sizes is damaged.
     """
     below = os.environ.get(ENVIRONMENT)
-    path = Path(below).expanduser() / SIZES_FILE if below else None
+    path = expanded(below) / SIZES_FILE if below else None
     if path is None or not path.is_file():
         return {}
     try:
@@ -87,10 +87,10 @@ def sizes_of_weights() -> dict[str, dict[str, int]]:
 
 def where_to_put(name: str) -> str:
     """The places where `name` is looked for, for an error message."""
-    if Path(name).expanduser().is_absolute():
+    if expanded(name).is_absolute():
         return "name a path that exists"
     below = os.environ.get(ENVIRONMENT)
-    place = str(Path(below).expanduser() / name) if below else f"${ENVIRONMENT}/{name} (set {ENVIRONMENT} to a folder)"
+    place = str(expanded(below) / name) if below else f"${ENVIRONMENT}/{name} (set {ENVIRONMENT} to a folder)"
     return f"put it at {place}, or name its path"
 
 
@@ -216,7 +216,7 @@ def weights_file(path: str | Path) -> Path:
         repository = str(path).removeprefix(HUB).strip("/")
         hub_file(repository, "manifest.json", f"no checkpoint at '{path}'")
         return hub_file(repository, "model.safetensors", f"no checkpoint at '{path}'")
-    path = checkpoint_of_run(Path(path).expanduser()) or checkpoint_source(path)  # a link there may lead nowhere
+    path = checkpoint_of_run(expanded(path)) or checkpoint_source(path)  # a link there may lead nowhere
     path = checkpoint_of_run(path) or path
     if path.is_file():
         return path

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lavis_lstp.errors import WeightsError
-from lavis_lstp.files import strict_json
+from lavis_lstp.files import expanded, strict_json
 from lavis_lstp.models.weights.hub import (
     CHECKPOINT_FILES,
     INDEX,
@@ -195,7 +195,7 @@ def load_state_dict_file(path: str | Path) -> dict[str, Tensor]:
     Raises:
         WeightsError: the file is missing, damaged, holds no state dict, or a pickle that would run code.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     if not path.is_file():
         raise WeightsError(f"no weights file '{path}'")
     if path.name.endswith(INDEX):

@@ -13,7 +13,7 @@ from typing import Any
 from lavis_lstp.config.data import VideoSettings, settings_of
 from lavis_lstp.config.fields import checked
 from lavis_lstp.errors import ConfigError, WeightsError, shortened
-from lavis_lstp.files import strict_json
+from lavis_lstp.files import expanded, strict_json
 from lavis_lstp.models.weights.hub import HUB_MODELS, checkpoint_source, local_path, weights_file
 from lavis_lstp.untrusted import recorded, why_no_path
 
@@ -105,7 +105,7 @@ def _where_the_run_stood(manifest: Path, path: str) -> str:
     Raises:
         WeightsError: it is in none of them.
     """
-    given = Path(path).expanduser()
+    given = expanded(path)
     for folder in () if given.is_absolute() else manifest.resolve().parents:
         if (folder / given).exists():
             return str(folder / given)

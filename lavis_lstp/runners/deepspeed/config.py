@@ -16,7 +16,7 @@ from typing import Any
 
 from lavis_lstp.config.run import RunSettings
 from lavis_lstp.errors import ConfigError, unknown_name
-from lavis_lstp.files import strict_json
+from lavis_lstp.files import expanded, strict_json
 
 PACKAGE = Path(__file__).resolve().parents[2]
 FOLDER = "projects/lstp/deepspeed"
@@ -52,7 +52,7 @@ def load(source: str | Mapping[str, Any]) -> dict[str, Any]:
     """
     if isinstance(source, Mapping):
         return _said(source)
-    given = Path(str(source)).expanduser()
+    given = expanded(str(source))
     roots = (Path(), PACKAGE, PACKAGE.parent)
     found = next((root / given for root in roots if os.path.isfile(root / given)), None)
     if found is None:
