@@ -97,10 +97,15 @@ class CallLimit:
 
 
 def _theme() -> gr.themes.Base:
-    """Fonts of the reader's machine, and a main button whose text has a contrast of 6.7 to 1."""
+    """Fonts of the reader's machine, and colours whose contrast is 4.5 to 1 or more; Gradio's greys have 1.9."""
     fonts = {"font": [gr.themes.Font("system-ui")], "font_mono": [gr.themes.Font("monospace")]}
-    colours = ("button_primary_background_fill", "button_primary_background_fill_dark")
-    return gr.themes.Default(primary_hue="blue", **fonts).set(**dict.fromkeys(colours, "*primary_700"))
+    button = ("button_primary_background_fill", "button_primary_background_fill_dark")
+    return gr.themes.Default(primary_hue="blue", **fonts).set(
+        **dict.fromkeys(button, "*primary_700"),
+        body_text_color_subdued="*neutral_500",
+        input_placeholder_color="*neutral_500",
+        input_placeholder_color_dark="*neutral_400",
+    )
 
 
 class Page:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from lavis_lstp.inference.prediction import Prediction
 
-WIDTH, HEIGHT, BOTTOM = 600, 84, 66  # of the drawing; BOTTOM is where its time axis lies
+WIDTH, HEIGHT, BOTTOM = 600, 92, 66  # of the drawing; BOTTOM is where its time axis lies
 TICKS = 6
 FLOW_PX = 160  # side of a flow picture
 

@@ -274,7 +274,9 @@ OWN = {
     """,
     "what opens, for those above": "_pipe _strip _fsspec ShardSet._index read_manifest",
     "a copy of the configuration for a record": "recordable",
-    "what has passed the line": "RunSettings.from_config model_config _save_sampler _data_set _placed _media",
+    "what has passed the line": """
+        RunSettings.from_config model_config LSTP.from_pretrained _save_sampler _data_set _placed _media
+    """,
 }
 """Functions that call these, by whose text they take."""
 

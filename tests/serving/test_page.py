@@ -271,6 +271,59 @@ def test_what_is_typed_is_text(visitor):
     assert visitor.driver.title != "1" and visitor.window.script("document.querySelectorAll('img[src=x]').length") == 0
 
 
+CONTRASTS = """(() => {
+  const pen = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
+  const rgba = colour => {
+    pen.clearRect(0, 0, 1, 1); pen.fillStyle = colour; pen.fillRect(0, 0, 1, 1);
+    return [...pen.getImageData(0, 0, 1, 1).data];
+  };
+  const light = colour => {
+    const [r, g, b] = colour.map(v => v / 255).map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b + 0.05;
+  };
+  const ground = e => {
+    for (; e; e = e.parentElement) {
+      const found = rgba(getComputedStyle(e).backgroundColor);
+      if (found[3] > 230) return found;
+    }
+    return [255, 255, 255];
+  };
+  const found = [];
+  const check = (e, colour, text) => {
+    const [most, least] = [light(rgba(colour)), light(ground(e))].sort((a, b) => b - a);
+    found.push([Math.round(100 * most / least) / 100, text.slice(0, 40)]);
+  };
+  for (const e of document.querySelectorAll('body *')) {
+    if (!e.checkVisibility({opacityProperty: true, visibilityProperty: true}) || e.disabled) continue;
+    const text = [...e.childNodes].filter(n => n.nodeType === 3).map(n => n.textContent.trim()).join(' ').trim();
+    if (text) check(e, getComputedStyle(e).color, text);
+    if (e.placeholder && !e.value) check(e, getComputedStyle(e, '::placeholder').color, e.placeholder);
+  }
+  return found;
+})()"""
+"""Of each text that is shown: its contrast, as WCAG 2 defines it, and the text."""
+
+
+def test_every_text_has_the_contrast_that_wcag_asks_for(visitor):
+    visitor.ask(ASKED)
+    visitor.until(lambda: visitor.times())
+    visitor.click("#settings button")
+    visitor.until(lambda: visitor.one("#auto input").is_displayed())
+
+    def low():
+        return [one for one in visitor.window.script(CONTRASTS) if one[0] < 4.5]
+
+    for dark in (False, True):
+        visitor.window.script("document.body.classList.toggle('dark', arguments[0])", dark)
+        with contextlib.suppress(AssertionError):
+            visitor.until(lambda: not low(), 5)  # colours fade
+        assert not low(), dark
+    shown = [text for _, text in visitor.window.script(CONTRASTS)]
+    assert {"What happens first?", "Frames", ASKED, "bar"} <= set(shown)
+    visitor.window.script("document.body.classList.remove('dark')")
+    visitor.click("#settings button")
+
+
 def test_it_is_usable_by_keyboard_on_narrow_screens_and_by_screen_readers(visitor, tmp_path):
     visitor.ask(ASKED)
     visitor.until(lambda: visitor.times())

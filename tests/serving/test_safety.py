@@ -467,7 +467,14 @@ def test_ten_thousand_hostile_requests_leave_the_memory_flat(tmp_path):
     """Threads, the allocator's pools and the cache fill up in the first 2,000; the others take less than 40 MB more."""
     limits = ["--cache-mb", "20", "--max-upload-mb", "0.1", "--max-megapixels", "0.5", "--max-seconds", "20"]
     with serving(tmp_path, *limits, "--no-page") as (process, url), httpx.Client(base_url=url, timeout=60) as client:
-        sizes = hostile(client, 10_000, lambda: psutil.Process(process.pid).memory_info().rss)
+        measured = []
+
+        def size():
+            measured.append(psutil.Process(process.pid).memory_info().rss)
+            if len(measured) % 1000 == 0:
+                print(f"{len(measured)} requests: {measured[-1] / 2**20:.0f} MB", flush=True)
+            return measured[-1]
+
+        sizes = hostile(client, 10_000, size)
     grown = (max(sizes[-1000:]) - max(sizes[1000:2000])) / 2**20
-    print(f"memory: {sizes[2000] / 2**20:.0f} MB after 2,000 requests, {sizes[-1] / 2**20:.0f} MB at the end")
     assert grown < 40, f"{grown:.0f} MB more after {len(sizes)} requests"
