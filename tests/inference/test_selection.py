@@ -219,6 +219,10 @@ def test_a_file_of_questions_is_gone_on_with(film, tmp_path, capsys):
     assert [row["question_id"] for row in again] == ["q0", "q1", "q2", "q3"]
     assert [row["frame_index"] for row in again] == [json.loads(line)["frame_index"] for line in whole]
     assert [all(50 <= i < 75 for i in row["candidate_index"]) for row in again] == [False, True, False, False]
+    parallel = [*words, "--workers", "2", "--out", str(tmp_path / "parallel.jsonl")]
+    assert cli.main(parallel) == 0
+    for line, row in zip((tmp_path / "parallel.jsonl").read_text().splitlines(), again, strict=True):
+        assert {**json.loads(line), "seconds": {}} == {**row, "seconds": {}}
     for other in ([*words[:-1], "3"], [*words, "--num-candidates", "20"], [*words, "--seed", "1"]):
         assert cli.main(other) == 2
         assert "holds selections made otherwise" in capsys.readouterr().err
