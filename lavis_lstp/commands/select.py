@@ -54,17 +54,19 @@ def table(found: Selection) -> str:
 
 
 def save(found: Selection, folder: Path) -> None:
-    """selection.json, FRAME.png of each frame at full size, and sheet.png, all of them with their times."""
+    """selection.json, FRAME.png of each frame at full size, and sheet.png: all with times and scores."""
     import numpy as np
     from PIL import Image
 
-    from lavis_lstp.inference.contact_sheet import contact_sheet, pictures_at
+    from lavis_lstp.inference.contact_sheet import contact_sheet, pictures_at, with_scores
 
     folder.mkdir(parents=True, exist_ok=True)
     for number, frame in zip(found.frame_index, found.frames(), strict=True):
         with whole_file(folder / f"{number:07d}.png") as file:
             Image.fromarray(np.ascontiguousarray(frame.transpose(1, 2, 0))).save(file, "PNG")
     sheet = contact_sheet(pictures_at(found.video, found.times_s), [f"{seconds:.2f} s" for seconds in found.times_s])
+    if found.scores is not None:
+        sheet = with_scores(sheet, found.candidate_times_s, found.scores, found.times_s, found.duration_s)
     with whole_file(folder / "sheet.png") as file:
         sheet.save(file, "PNG")
     found.write(folder / "selection.json")

@@ -15,6 +15,7 @@ import lavis_lstp
 from lavis_lstp.commands import cli
 from lavis_lstp.data.video.codec_figures import packet_costs
 from lavis_lstp.errors import ConfigError, LstpError
+from lavis_lstp.inference import contact_sheet
 from lavis_lstp.inference.loading import EXAMPLE
 from lavis_lstp.inference.selection import BY_SAMPLER, METHODS, WITHOUT_NETWORK, Selection, timing
 from lavis_lstp.models.where import selectors
@@ -197,7 +198,11 @@ def test_the_command_prints_a_table_and_saves_pictures(film, tmp_path, capsys):
     for number in found.frame_index:
         frame = np.asarray(Image.open(out / f"{number:07d}.png")).transpose(2, 0, 1)
         assert read_number(frame) == number % 38
-    assert Image.open(out / "sheet.png").size[0] > 300
+    sheet = np.asarray(Image.open(out / "sheet.png").convert("RGB"))
+    assert sheet.shape[1] > 300
+    lines = {x for x in range(sheet.shape[1]) if (sheet[-90:, x] == contact_sheet.CHOSEN).all(axis=1).sum() > 40}
+    assert lines == {int((sheet.shape[1] - 1) * seconds / 4.0) for seconds in found.times_s}, "100 frames last 4 s"
+    assert (sheet[-100:] == contact_sheet.SCORES).all(axis=2).any(axis=0).mean() > 0.8
     assert cli.main(["select", str(film), "--method", "lstpp"]) == 2
     assert "did you mean 'lstp'" in capsys.readouterr().err
 
