@@ -13,6 +13,7 @@ from video_files import numbered_video, read_number, write_video
 
 import lavis_lstp
 from lavis_lstp.commands import cli
+from lavis_lstp.data.video import codec_figures
 from lavis_lstp.data.video.codec_figures import packet_costs
 from lavis_lstp.errors import ConfigError, LstpError
 from lavis_lstp.inference import contact_sheet
@@ -153,12 +154,9 @@ def test_files_that_keep_no_duration_or_no_times_are_read(tmp_path, ending):
 
 
 def test_motion_is_found_once(film, monkeypatch, tmp_path):
-    from lavis_lstp.data.store import Store
-    from lavis_lstp.inference import selection
-
-    monkeypatch.setattr(selection, "default_store", lambda: Store(tmp_path))
+    monkeypatch.setenv("LAVIS_LSTP_STORE", str(tmp_path))
     first = lavis_lstp.select(film, k=3, method="motion")
-    monkeypatch.setattr(selection, "motion_energy", lambda video: 1 / 0)
+    monkeypatch.setattr(codec_figures, "motion_energy", lambda *_: 1 / 0)
     assert lavis_lstp.select(film, k=3, method="motion").scores == first.scores
 
 
