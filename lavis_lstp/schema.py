@@ -21,6 +21,7 @@ class _SampleWhereGiven(TypedDict, total=False):
     flow_mask: Tensor  # int64 [L], only where flow is not one field a frame (the published files)
     no_moment: Tensor  # int64 [], 1 where a row of a span file says that there is no span
     bit_cost: Tensor  # float32 [T], with datasets.<name>.bit_cost: the codec's bytes a picture around each frame
+    motion_energy: Tensor  # float32 [T], with datasets.<name>.motion_energy: how much moves around each frame
     subtitles: list[tuple[float, float, str]]  # where the data set shows some: (start_s, end_s, text) of each line
     subtitles_window_s: float  # with them: lines so near a chosen frame are shown, infinity = all
     image: Tensor  # [3,h,w], or [K,3,h,w] with image_frames, where there is a vis_processor: for LAVIS's own models

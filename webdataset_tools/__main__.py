@@ -17,9 +17,9 @@ from types import ModuleType
 
 from lavis_lstp.errors import run_command
 from lavis_lstp.host.hook import sleep_while_waiting
+from lavis_lstp.jobs import ENGINES
 from lavis_lstp.redaction import printable, without_secrets
 from lavis_lstp.untrusted import guard_log
-from webdataset_tools.engine import ENGINES
 
 VERBS = ("pack", "verify", "stats", "preview", "flow", "spans", "reshard", "repair", "extract")
 

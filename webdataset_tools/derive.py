@@ -14,7 +14,7 @@ from typing import Any
 from lavis_lstp.data.shards import index, sets
 from lavis_lstp.data.shards.tar import ShardWriter
 from lavis_lstp.files import sha256_json
-from webdataset_tools.engine import run_jobs
+from lavis_lstp.jobs import run_jobs
 from webdataset_tools.pack import check_others, finish, finished
 
 

@@ -21,8 +21,8 @@ from lavis_lstp.data.shards.storage import expand
 from lavis_lstp.data.video.reading import FLOW_PAIRS, read_frames, read_pairs
 from lavis_lstp.errors import ConfigError, ShardError
 from lavis_lstp.files import sha256_file
+from lavis_lstp.jobs import how
 from webdataset_tools.derive import derive
-from webdataset_tools.engine import how
 from webdataset_tools.pack import above_zero, add_area_argument, positive
 
 HELP = "compute optical flow into a parallel set"

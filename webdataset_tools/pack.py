@@ -27,7 +27,7 @@ from lavis_lstp.data.shards.tar import ShardWriter
 from lavis_lstp.data.video.picture_folder import pictures_in
 from lavis_lstp.errors import ConfigError, ShardError, VideoError
 from lavis_lstp.files import find_path, sha256_json, write_jsonl
-from webdataset_tools.engine import how, run_jobs
+from lavis_lstp.jobs import how, run_jobs
 from webdataset_tools.media import Medium, Settings, read_ahead
 from webdataset_tools.sources import FORMS, Unit, units
 

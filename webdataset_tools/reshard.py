@@ -13,7 +13,7 @@ from typing import Any
 from lavis_lstp.data.shards.format import MEMBERS
 from lavis_lstp.data.shards.storage import expand
 from lavis_lstp.errors import ConfigError
-from webdataset_tools.engine import how
+from lavis_lstp.jobs import how
 from webdataset_tools.pack import add_size_arguments, plan_shards
 from webdataset_tools.rewrite import Kept, about, kept_samples, rewrite
 

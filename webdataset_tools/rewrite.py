@@ -19,7 +19,7 @@ from lavis_lstp.data.shards.storage import read_at
 from lavis_lstp.data.shards.tar import Member, ShardWriter
 from lavis_lstp.errors import ShardError
 from lavis_lstp.files import sha256_json
-from webdataset_tools.engine import run_jobs
+from lavis_lstp.jobs import run_jobs
 from webdataset_tools.media import Settings, load
 from webdataset_tools.pack import check_others, finish, finished
 from webdataset_tools.sources import Unit

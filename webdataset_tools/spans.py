@@ -20,8 +20,8 @@ from lavis_lstp.data.shards.storage import expand
 from lavis_lstp.data.spans import SPANS_FORMAT, SPANS_VERSION, read_spans
 from lavis_lstp.errors import AnnotationError
 from lavis_lstp.files import sha256_file
+from lavis_lstp.jobs import how
 from webdataset_tools.derive import derive
-from webdataset_tools.engine import how
 
 HELP = "attach pseudo spans as a parallel set"
 

@@ -17,8 +17,8 @@ import numpy as np
 from lavis_lstp.data.shards import sets
 from lavis_lstp.data.shards.storage import expand
 from lavis_lstp.files import atomic_writer
+from lavis_lstp.jobs import how, run_jobs
 from lavis_lstp.report.shell import page_of, picture_tag
-from webdataset_tools.engine import how, run_jobs
 
 HELP = "counts, durations, lengths and balance, with plots in an HTML page"
 MOST_ANSWERS = 20

@@ -33,7 +33,7 @@ from lavis_lstp.data.shards.storage import RETRY, Retry, beside, can_seek, expan
 from lavis_lstp.data.shards.tar import Member, TarScan, samples
 from lavis_lstp.errors import LstpError, ShardError
 from lavis_lstp.files import no_collection
-from webdataset_tools.engine import how, run_jobs
+from lavis_lstp.jobs import how, run_jobs
 from webdataset_tools.pack import add_area_argument, whole
 
 HELP = "check shards; exit status 1 and a table of causes where something is wrong"

@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from lavis_lstp.config.load import flatten
-from lavis_lstp.config.model import AUTO, SCORERS, SELECTORS, scorer_settings
+from lavis_lstp.config.model import AUTO, FIGURES, SCORERS, SELECTORS, scorer_settings
 from lavis_lstp.errors import ConfigError, unknown_name
 from lavis_lstp.files import atomic_writer, owned, sha256_json, whole_file, write_json
 from lavis_lstp.redaction import printable, without_secrets_in
@@ -35,12 +35,14 @@ WAYS = Path(__file__).resolve().parents[1] / "configs" / "ways.yaml"
 class Way:
     """A way to choose frames: what the table calls it, and the options that do it.
 
-    keeps: selectors that a recipe keeps under this way, as they are ways of the same kind.
+    keeps: selectors that a recipe keeps under this way, as they are ways of the same kind. data: options of each data
+        set.
     """
 
     title: str
     options: tuple[str, ...]
     keeps: tuple[str, ...] = ()
+    data: tuple[str, ...] = ()
 
 
 def ways_of(file: Path | None = None) -> dict[str, Way]:
@@ -51,6 +53,7 @@ def ways_of(file: Path | None = None) -> dict[str, Way]:
         ConfigError: the file is missing, or an entry has no title or is not about `model`.
     """
     ways = {name: Way(name, (f"model.selector.name={name}",)) for name in SELECTORS}
+    ways["keyframes"] = Way("key frames", ("model.selector.name=uniform",), data=("frames=keyframe",))
     for name in (name for name, kind in SELECTORS.items() if "scores" in kind.needs):
         ways |= {f"{name}:{scorer}": _scored(name, scorer) for scorer in SCORERS}
     for path in (WAYS, *([file] if file else [])):
@@ -143,8 +146,8 @@ def cells_of(
                         f"--num-frames auto needs scores, and --frames {name} asks for none; leave it out"
                     )
                 own = (*changed, f"model.selector.num_selected={count}")
-                if "model.selector.name=bitcost" in changed:
-                    own += tuple(f"datasets.{section}.bit_cost=true" for section in whole.datasets)
+                figures = [f"{name}=true" for name in FIGURES if name in SELECTORS[rule].needs]
+                own += tuple(f"datasets.{s}.{one}" for s in whole.datasets for one in (*way.data, *figures))
                 cells.append(_cell(recipe, name, way.title, count, label, splits[0], own, next(iter(ways))))
     return cells
 

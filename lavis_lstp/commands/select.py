@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from lavis_lstp.files import (
     write_jsonl,
 )
 from lavis_lstp.inference.selection import METHODS, Selection, load_options, select
+from lavis_lstp.jobs import ENGINES, done_jobs, how
 from lavis_lstp.redaction import printable
 from lavis_lstp.untrusted import why_no_path
 
@@ -52,17 +54,19 @@ def table(found: Selection) -> str:
 
 
 def save(found: Selection, folder: Path) -> None:
-    """selection.json, FRAME.png of each frame at full size, and sheet.png, all of them with their times."""
+    """selection.json, FRAME.png of each frame at full size, and sheet.png: all with times and scores."""
     import numpy as np
     from PIL import Image
 
-    from lavis_lstp.inference.contact_sheet import contact_sheet, pictures_at
+    from lavis_lstp.inference.contact_sheet import contact_sheet, pictures_at, with_scores
 
     folder.mkdir(parents=True, exist_ok=True)
     for number, frame in zip(found.frame_index, found.frames(), strict=True):
         with whole_file(folder / f"{number:07d}.png") as file:
             Image.fromarray(np.ascontiguousarray(frame.transpose(1, 2, 0))).save(file, "PNG")
     sheet = contact_sheet(pictures_at(found.video, found.times_s), [f"{seconds:.2f} s" for seconds in found.times_s])
+    if found.scores is not None:
+        sheet = with_scores(sheet, found.candidate_times_s, found.scores, found.times_s, found.duration_s)
     with whole_file(folder / "sheet.png") as file:
         sheet.save(file, "PNG")
     found.write(folder / "selection.json")
@@ -76,6 +80,8 @@ def select_all(
     settings: Mapping[str, Any],
     by: str | None,
     recorded: Path | None = None,
+    asked: tuple[str, tuple[str, ...]] | None = None,
+    **engine: Any,
 ) -> tuple[int, int]:
     """A line of `out` for each question, in the order of the file; those that are there already are kept.
 
@@ -83,6 +89,8 @@ def select_all(
         common, settings: arguments of `select`.
         by: whose sampler is asked, as the user names it.
         recorded: file whose frames are taken, whoever chose them.
+        asked: arguments of `_predictor` for the one that is asked; None = nobody.
+        engine: of `done_jobs`.
 
     Returns:
         How many were selected now, and how many there are.
@@ -91,7 +99,7 @@ def select_all(
         ConfigError: `out` holds selections by another method or with other settings.
     """
     rows = read_annotation(questions)
-    wanted = {key: value for key, value in common.items() if key != "predictor"} | {"rule": dict(settings), "by": by}
+    wanted = {**common, "rule": dict(settings), "by": by}
     found = {}
     if recorded is not None:
         found, wanted = read_recorded(recorded, rows, "--from"), {"from": sha256_file(recorded)}
@@ -104,8 +112,9 @@ def select_all(
                 done[line["question_id"]] = line
             write_jsonl(out, done.values())  # without the line that a killed run left unfinished
         left = [row for row in rows if row["question_id"] not in done]
+        jobs = [(row, root, {**common, **settings}, found.get(row["question_id"]), asked) for row in left]
         with out.open("a", encoding="utf-8") as file:
-            for line in _selected(left, root, common, settings, found):
+            for _, line in done_jobs(_selected, jobs, desc="select", unit="question", **engine):
                 file.write(json_text({**line, "asked": wanted}) + "\n")
                 file.flush()
         by_id = {line["question_id"]: line for line in read_jsonl(out)}
@@ -113,26 +122,27 @@ def select_all(
     return len(left), len(rows)
 
 
-def _selected(
-    rows: Sequence[Mapping[str, Any]],
-    root: Path,
-    common: Mapping[str, Any],
-    settings: Mapping[str, Any],
-    recorded: Mapping[str, Recorded],
-) -> Iterator[dict[str, Any]]:
-    from tqdm import tqdm
+@cache
+def _predictor(checkpoint: str, options: tuple[str, ...]) -> Any:
+    from lavis_lstp.inference.predictor import load
 
-    for row in tqdm(rows, desc="select", unit="question", disable=None):
-        if "video" not in row:
-            raise AnnotationError(f"question {row['question_id']}: has no video to select frames of")
-        if why := why_no_path(row["video"]):
-            raise AnnotationError(f"question {row['question_id']}: video {row['video'][:80]!r} {why}")
-        path = find_path(root, row["video"])
-        if recorded:
-            found = Selection.recorded(path, row["question"], recorded[row["question_id"]])
-        else:
-            found = select(path, row["question"], clip_s=row.get("clip_s"), **common, **settings)
-        yield {"question_id": row["question_id"], **found.to_json()}
+    return load(checkpoint, options=options, store=default_store())
+
+
+def _selected(job: tuple[Mapping[str, Any], Path, Mapping[str, Any], Recorded | None, tuple | None]) -> dict[str, Any]:
+    """The line of one question; a job is its row, the folder of videos, and arguments as `select_all` has them."""
+    row, root, arguments, recorded, asked = job
+    if "video" not in row:
+        raise AnnotationError(f"question {row['question_id']}: has no video to select frames of")
+    if why := why_no_path(row["video"]):
+        raise AnnotationError(f"question {row['question_id']}: video {row['video'][:80]!r} {why}")
+    path = find_path(root, row["video"])
+    if recorded is not None:
+        found = Selection.recorded(path, row["question"], recorded)
+    else:
+        predictor = {} if asked is None else {"predictor": _predictor(*asked)}
+        found = select(path, row["question"], clip_s=row.get("clip_s"), **arguments, **predictor)
+    return {"question_id": row["question_id"], **found.to_json()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -166,6 +176,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--questions", type=Path, help="annotation file: select for every question of it")
     parser.add_argument("--root", type=Path, help="folder of its videos (default: that of the file)")
     parser.add_argument("--out", type=Path, help="file to write")
+    parser.add_argument("--workers", type=int, default=1, help="--questions: processes of this machine (default: 1)")
+    parser.add_argument("--engine", choices=ENGINES, default="local", help="--questions: local, or a Ray cluster")
+    parser.add_argument("--ray-address", default="auto", help="of the Ray cluster")
     args = parser.parse_args(argv)
     common = {"k": args.k, "method": args.method, "seed": args.seed, "num_candidates": args.num_candidates}
     common["candidates_per_s"] = args.candidates_per_s
@@ -178,10 +191,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.video is not None and not Path(args.video).is_file():
         raise LstpError(f"{args.video}: no such video file")
     options = None if args.recorded is not None else load_options(args.method, args.scorer)
-    if options is not None:
-        from lavis_lstp.inference.predictor import load
-
-        common["predictor"] = load(args.checkpoint or "example", options=options, store=default_store())
+    asked = None if options is None else (args.checkpoint or "example", tuple(options))
+    if asked:
         if args.checkpoint is None:
             print("note: the shipped tiny sampler knows moving shapes alone; --checkpoint names yours", file=sys.stderr)
     elif args.checkpoint:
@@ -194,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         root, by = args.root or args.questions.parent, args.checkpoint
         other = args.format not in (None, "jsonl")
         lines = args.out.with_name(f"{args.out.name}.jsonl") if other else args.out  # what a killed run goes on with
-        made, count = select_all(args.questions, root, lines, common, settings, by, args.recorded)
+        made, count = select_all(args.questions, root, lines, common, settings, by, args.recorded, asked, **how(args))
         if other:
             with atomic_writer(args.out) as file:
                 file.write(text_of(args.format, read_jsonl(lines)))
@@ -203,7 +214,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.recorded is not None:
         found = Selection.read(args.recorded)
     else:
-        found = select(args.video, args.question, clip_s=args.clip_s, **common, **settings)
+        predictor = {"predictor": _predictor(*asked)} if asked else {}
+        found = select(args.video, args.question, clip_s=args.clip_s, **common, **settings, **predictor)
     if args.save:
         save(found, args.save)
     form = args.format or ("jsonl" if args.json else None)

@@ -23,11 +23,15 @@ SOURCES: dict[str, str] = {
 """`backbone.source` -> the function that builds such an answerer; a new one is a file and a line here."""
 
 
+FIGURES = ("bit_cost", "motion_energy")
+"""What the codec says of each frame, and a data set brings where its key of this name is true."""
+
+
 class Kind(NamedTuple):
     """A selector: the function (of models/where) that is its rule, and what the rule must be told of a video.
 
     needs: of "logits" of the temporal sampler; "scores", one a frame, by `model.scorer`; "times_s" of the frames; the
-    "question"; a "span", a "record" of frames chosen before or the "bit_cost" of the frames, all of which come with
+    "question"; a "span", a "record" of frames chosen before or one of `FIGURES` of the frames, all of which come with
     the sample; "rng", random numbers; "features" of the frames, which scorers have that look at single frames. A rule
     over scores or costs is one of selectors.py.
     """
@@ -43,7 +47,7 @@ class Kind(NamedTuple):
     @property
     def by_data(self) -> bool:
         """Return whether a data set must bring something, so that a question alone is not enough."""
-        return not {"span", "record", "bit_cost"}.isdisjoint(self.needs)
+        return not {"span", "record", *FIGURES}.isdisjoint(self.needs)
 
 
 _OF_LOGITS, _OF_SCORES = "lavis_lstp.models.where.frame_selector", "lavis_lstp.models.where.selectors"
@@ -62,6 +66,7 @@ SELECTORS: dict[str, Kind] = {
     "mmr": Kind(f"{_OF_SCORES}:mmr", needs=("scores", "features")),
     "dpp": Kind(f"{_OF_SCORES}:dpp", needs=("scores", "features")),
     "bitcost": Kind(f"{_OF_SCORES}:inverse_transform", needs=("bit_cost",)),
+    "motion": Kind(f"{_OF_SCORES}:inverse_transform", needs=("motion_energy",)),
     "given": Kind(f"{_OF_LOGITS}:given", needs=("span",)),
     "recorded": Kind(f"{_OF_LOGITS}:recorded", needs=("record",)),
 }
@@ -70,7 +75,8 @@ likeliest end, each for itself, under the published rules. gumbel: published, tw
 centres of the video. random: K different frames. topk, aks, inverse_transform, focus, global_local: published rules
 over scores, see selectors.py. mmr, dpp: scores against likeness of the frames. given: a span that comes with the sample
 (a pseudo span, or the gold span as oracle). bitcost: inverse_transform over what the encoder spent on each part of the
-video, which `datasets.<name>.bit_cost: true` brings. recorded: all frames that a data set with a `selection` brings."""
+video, which `datasets.<name>.bit_cost: true` brings; motion: over how much moves there, by `motion_energy: true`.
+recorded: all frames that a data set with a `selection` brings."""
 
 AUTO = "auto"
 """A `selector.num_selected` that depends on the scores of each question."""

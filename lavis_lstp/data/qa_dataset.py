@@ -31,6 +31,7 @@ from torch.utils.data import Dataset, default_collate
 from lavis_lstp.batch import with_equal_keys
 from lavis_lstp.config.data import FolderSettings
 from lavis_lstp.config.fields import checked
+from lavis_lstp.config.model import FIGURES
 from lavis_lstp.data.annotation import SECTION, read_annotation
 from lavis_lstp.data.folder import FolderQuestions, kind_of
 from lavis_lstp.data.frame_numbers import sample_indices
@@ -40,10 +41,10 @@ from lavis_lstp.data.published_flow import read_published_flow
 from lavis_lstp.data.selections import Recorded
 from lavis_lstp.data.shards.questions import ShardQuestions, unpack_frames
 from lavis_lstp.data.spans import GOLD, Spans
-from lavis_lstp.data.store import content_digest, default_store, read_kept
+from lavis_lstp.data.store import content_digest, default_store, kept_motion, read_kept
 from lavis_lstp.data.subtitles import Subtitles
 from lavis_lstp.data.video.codec_figures import of_candidates, packet_costs
-from lavis_lstp.data.video.reading import VideoFrames, check_inside, read_frames
+from lavis_lstp.data.video.reading import VideoFrames, check_inside, frames_between, read_frames
 from lavis_lstp.errors import AnnotationError, ConfigError, ShardError, VideoError
 from lavis_lstp.files import sha256_json
 from lavis_lstp.schema import NO_SPAN, Batch, Sample, Span
@@ -117,11 +118,12 @@ class VideoQADataset(Dataset):
 
     def _check_settings(self) -> None:
         settings = self.settings
-        free = [getattr(settings, name) for name in ("flow", "fps", "short_videos", "frames", "bit_cost")]
-        if self.recorded is not None and (free != ["none", None, "keep", "exact", False] or self.spans is not None):
+        free = [getattr(settings, name) for name in ("flow", "fps", "short_videos", "frames", *FIGURES)]
+        fixed = ["none", None, "keep", "exact", *[False] * len(FIGURES)]
+        if self.recorded is not None and (free != fixed or self.spans is not None):
             raise ConfigError(
                 f"{self.section}.selection says which frames are read; it goes with flow: none, fps: null, "
-                "short_videos: keep and frames: exact, and without spans and bit_cost"
+                f"short_videos: keep and frames: exact, and without spans, {' and '.join(FIGURES)}"
             )
         if settings.frames == "keyframe" and settings.flow == "precomputed":
             raise ConfigError(f"{self.section}.frames: keyframe does not go with flow: precomputed, which is of others")
@@ -247,7 +249,7 @@ class VideoQADataset(Dataset):
         """A sample without the batch axis; None for one that cannot be decoded, while those are few enough."""
         try:
             row = self.annotation[index]
-            frames, times, flow, cost = self._media(row)
+            frames, times, flow, figures = self._media(row)
         except (VideoError, ShardError) as error:
             self.left_out.add(index, self.annotation.question_id(index), self.annotation.where(index), error)
             return None
@@ -274,8 +276,7 @@ class VideoQADataset(Dataset):
             sample["subtitles"], sample["subtitles_window_s"] = self.subtitles.of(row), self.subtitles.window_s
         if flow is not None:
             sample["flow"] = flow
-        if self.settings.bit_cost:
-            sample["bit_cost"] = torch.from_numpy(cost)
+        sample |= {name: torch.from_numpy(figure) for name, figure in figures.items()}
         if self.settings.flow == "precomputed" and kind_of(row) == "video" and self._published_flow(row):
             sample["flow_mask"] = torch.ones(len(flow), dtype=torch.long)
         if self._pseudo_span(row) is None and self.spans not in (None, GOLD) and kind_of(row) == "video":
@@ -306,27 +307,33 @@ class VideoQADataset(Dataset):
         pictures = [self.vis_processor(Image.fromarray(frames[i].permute(1, 2, 0).numpy())) for i in chosen]
         return torch.stack(pictures) if count > 1 else pictures[0]
 
-    def _media(self, row: Mapping[str, Any]) -> tuple[torch.Tensor, np.ndarray, torch.Tensor | None, np.ndarray | None]:
+    def _media(self, row: Mapping[str, Any]) -> tuple[torch.Tensor, np.ndarray, torch.Tensor | None, dict]:
         """frames uint8 [T,3,H,W], seconds float64 [T], flow float16 [T,2,h,w], or as published [L,2,h,w], or None, and
-        bit cost float32 [T] or None."""
+        of FIGURES those that are asked for, float32 [T]."""
         kind, place = kind_of(row), self.annotation.place(row)
         if kind != "video":
             side = self.settings.image_size
             frames = self._read_image(place) if kind == "image" else torch.zeros(0, 3, side, side).byte()
-            return frames, np.zeros(len(frames)), self._no_flow(frames), np.ones(len(frames), np.float32)
+            figures = dict.fromkeys(self._figures, np.ones(len(frames), np.float32))
+            return frames, np.zeros(len(frames)), self._no_flow(frames), figures
         if self._decode is None:  # the last video is kept always: questions about it may come one after the other
             self._decode = lru_cache(maxsize=max(1, self.settings.cache_videos))(self._read)
         clip_s = tuple(row.get("clip_s") or ()) or None
-        frames, times, flow, cost, duration_s = self._decode(place, clip_s, self._chosen(row))
+        frames, times, flow, figures, duration_s = self._decode(place, clip_s, self._chosen(row))
         if row.get("span_s") and duration_s is not None:
             check_inside(row["span_s"], "span_s", duration_s, str(row["video"]))
-        return torch.from_numpy(frames), times, None if flow is None else torch.from_numpy(flow), cost
+        return torch.from_numpy(frames), times, None if flow is None else torch.from_numpy(flow), figures
+
+    @property
+    def _figures(self) -> list[str]:
+        """Names of the figures that are asked for."""
+        return [name for name in FIGURES if getattr(self.settings, name)]
 
     def _read(
         self, place: Any, clip_s: tuple[float, float] | None = None, recorded: Recorded | None = None
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None, float | None]:
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, dict[str, np.ndarray], float | None]:
         settings = self.settings
-        codec, flow, cost, duration_s = settings.flow == "motion_vectors", None, None, None
+        codec, flow, figures, duration_s = settings.flow == "motion_vectors", None, {}, None
         chosen = {name: getattr(settings, name) for name in ("fps", "short_videos", "max_megapixels")}
         chosen |= {"num": settings.num_frames, "size": settings.image_size}
         stored = self.annotation.frames(place)
@@ -336,15 +343,16 @@ class VideoQADataset(Dataset):
                     f"{self.annotation.name(place)}: {self.section}.selection needs the video, not frames"
                 )
             video = self._read_recorded(place, recorded)
-            return video.frames, video.times_s, None, None, video.info.duration_s
+            return video.frames, video.times_s, None, {}, video.info.duration_s
         if stored is not None:
             if settings.frames == "keyframe":
                 raise ConfigError(
                     f"{self.section}.frames: keyframe needs the video, and shards hold frames of it; exact"
                 )
-            if codec or clip_s or settings.bit_cost:
-                parts = "questions about a part of a video (clip_s) need"
-                what = "flow: motion_vectors needs" if codec else "bit_cost needs" if settings.bit_cost else parts
+            if codec or clip_s or self._figures:
+                what = "questions about a part of a video (clip_s) need"
+                if codec or self._figures:
+                    what = f"{'flow: motion_vectors' if codec else self._figures[0]} needs"
                 raise ConfigError(f"{self.annotation.name(place)}: {self.section}: {what} the video, not stored frames")
             frames, times_s = unpack_frames(stored, self.annotation.name(place), self.section, **chosen), stored.times_s
         else:
@@ -357,9 +365,13 @@ class VideoQADataset(Dataset):
             video = read_kept(store, content, source, name=name, **how)
             frames, times_s, flow = video.frames, video.times_s, video.flow.astype(np.float16) if codec else None
             duration_s = video.info.duration_s
-            if settings.bit_cost:
-                costs = packet_costs(source, name=name, max_megapixels=settings.max_megapixels).num_bytes
-                cost = of_candidates(costs, np.asarray(video.indices)).astype(np.float32)
+            if self._figures:
+                how = {"name": name, "max_megapixels": settings.max_megapixels}
+                costs, made = packet_costs(source, **how), {"bit_cost": lambda: costs.num_bytes}
+                made["motion_energy"] = lambda: kept_motion(store, content, source, **how)
+                inside = np.asarray(frames_between(costs.times_s, clip_s))
+                places = np.asarray(video.indices) - inside[0]
+                figures = {n: of_candidates(made[n]()[inside], places).astype(np.float32) for n in self._figures}
         if settings.flow == "precomputed":
             if clip_s:
                 raise ConfigError(_FLOW_OF_PARTS.format(section=self.section))
@@ -368,7 +380,7 @@ class VideoQADataset(Dataset):
                 flow = read_published_flow(published, settings.max_flows)
             else:
                 flow = self.annotation.flow(place, len(frames), settings.flow_pairs)
-        return frames, times_s, flow, cost, duration_s
+        return frames, times_s, flow, figures, duration_s
 
     def _read_recorded(self, place: Any, recorded: Recorded) -> VideoFrames:
         """The frames that were chosen for a question, of the video that they were chosen of."""
@@ -434,7 +446,7 @@ class VideoQADataset(Dataset):
         batch: dict[str, Any] = {}
         for key, first in samples[0].items():
             values = [sample[key] for sample in samples]
-            if key in ("frames", "frame_times", "flow", "flow_mask", "bit_cost"):
+            if key in ("frames", "frame_times", "flow", "flow_mask", *FIGURES):
                 own = key.startswith("flow") and "flow_mask" in samples[0]
                 values = [_padded(value, flows if own else length) for value in values]
             batch[key] = self._stacked(key, values, samples) if torch.is_tensor(first) else values

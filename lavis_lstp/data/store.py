@@ -312,6 +312,21 @@ def _look_of(path: Path) -> tuple[tuple[Any, ...], ...]:
     return tuple(found)
 
 
+def kept_motion(store: Store | None, content: str, source: Any, **how: Any) -> np.ndarray:
+    """Return what `motion_energy` gives, without decoding where a store contains it; arguments as for `read_kept`."""
+    from lavis_lstp.data.video.codec_figures import motion_energy
+    from lavis_lstp.data.video.reading import READING_VERSION
+
+    if store is None:
+        return motion_energy(source, **how)
+    key = entry_key("motion", content, {"reading": READING_VERSION, "av": version("av")})
+    kept = store.get(key)
+    if kept is None:
+        kept = {"energy": motion_energy(source, **how)}
+        store.put(key, kept)
+    return kept["energy"]
+
+
 def read_kept(store: Store | None, content: str, source: Any, *, name: str | None = None, **how: Any) -> VideoFrames:
     """Return what `read_frames` gives, without decoding where a store contains it; `count` is then None.
 

@@ -21,6 +21,8 @@ SIDE = 320  # px, longer side of a picture
 HALF_A_STEP_S = 0.0005  # times of a prediction are rounded to a millisecond
 LABEL_PX = 16
 GAP_PX = 4
+CURVE_PX = 80  # height of the scores under a sheet
+CHOSEN, SCORES = (230, 0, 126), (42, 111, 219)
 
 
 def pictures_at(source: Medium, times_s: Sequence[float], *, name: str | None = None) -> list[Image.Image]:
@@ -62,6 +64,28 @@ def contact_sheet(pictures: Sequence[Image.Image], labels: Sequence[str]) -> Ima
         sheet.paste(picture, (left, top))
         draw.text((left + 2, top + height + 2), label, fill="black")
     return sheet
+
+
+def with_scores(
+    sheet: Image.Image, times_s: Sequence[float], scores: Sequence[float], chosen_s: Sequence[float], duration_s: float
+) -> Image.Image:
+    """The sheet, and under it the scores over the time of the video, with a line at each chosen frame."""
+    top, low, high = sheet.height + GAP_PX, min(scores), max(scores)
+    whole = Image.new("RGB", (sheet.width, top + CURVE_PX + LABEL_PX), "white")
+    whole.paste(sheet, (0, 0))
+    draw = ImageDraw.Draw(whole)
+
+    def x(seconds: float) -> float:
+        return (sheet.width - 1) * min(1.0, seconds / max(duration_s, 1e-3))
+
+    def y(score: float) -> float:
+        return top + (CURVE_PX - 1) * (1 - (score - low) / max(high - low, 1e-12))
+
+    for seconds in chosen_s:
+        draw.line([(x(seconds), top), (x(seconds), top + CURVE_PX - 1)], fill=CHOSEN)
+    draw.line([(x(t), y(s)) for t, s in zip(times_s, scores, strict=True)], fill=SCORES)
+    draw.text((2, top + CURVE_PX + 2), f"scores, {low:.3g} to {high:.3g}, over {duration_s:.1f} s", fill="black")
+    return whole
 
 
 def as_blocks(picture: Image.Image, columns: int) -> str:

@@ -47,7 +47,7 @@ def build_model(name: str, model_type: str | None, checkpoint: str | None, optio
     model = model_class.from_config(config).eval()
     if model.selector.by_data:
         used = model.selector
-        what = "spans" if used.needs_span else "bit costs" if used.needs_cost else "frames"
+        what = "spans" if used.needs_span else used.figure if used.figure else "frames"
         raise ConfigError(
             f"selector '{model.selector.name}' takes {what} from a data set, and a video alone has none; "
             "add --options model.selector.name=lstp"

@@ -18,7 +18,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +30,8 @@ from lavis_lstp.data.annotation import MOST_SECONDS, check_seconds
 from lavis_lstp.data.frame_numbers import uniform_centres
 from lavis_lstp.data.pictures import open_picture, picture_size
 from lavis_lstp.data.selections import FORMAT, VERSION, Recorded, timing
-from lavis_lstp.data.store import content_digest, default_store, entry_key
-from lavis_lstp.data.video.codec_figures import motion_energy, of_candidates, packet_costs
+from lavis_lstp.data.store import content_digest, default_store, kept_motion
+from lavis_lstp.data.video.codec_figures import of_candidates, packet_costs
 from lavis_lstp.data.video.index import VideoInfo, video_index
 from lavis_lstp.data.video.reading import (
     READING_VERSION,
@@ -370,17 +369,6 @@ def _inside(video, times_s: np.ndarray, clip_s: Sequence[float] | None, duration
     return np.asarray(frames_between(times_s, clip_s))
 
 
-def _motion(video, digest: str) -> np.ndarray:
-    """float32 [N], motion energy of all frames, from the store where it is there: it decodes most of the film."""
-    store, key = default_store(), entry_key("motion", digest, {"reading": READING_VERSION, "av": version("av")})
-    kept = None if store is None else store.get(key)
-    if kept is None:
-        kept = {"energy": motion_energy(video)}
-        if store is not None:
-            store.put(key, kept)
-    return kept["energy"]
-
-
 def _by_codec(video, k, method, seed, parts, settings, clip_s, duration_s, digest, seconds) -> dict[str, Any]:
     """Frames by what the file says of itself."""
     with _timed(seconds, "codec"):
@@ -393,7 +381,7 @@ def _by_codec(video, k, method, seed, parts, settings, clip_s, duration_s, diges
             raise ConfigError(f"{video}: has no key frame from {clip_s[0]:g} to {clip_s[1]:g} s; choose another method")
     elif method in ("bitcost", "motion"):
         with _timed(seconds, "scores"):
-            figure = costs.num_bytes if method == "bitcost" else _motion(video, digest)
+            figure = costs.num_bytes if method == "bitcost" else kept_motion(default_store(), digest, video)
             places = np.asarray(uniform_centres(min(parts, len(every)), len(every)))
             candidates, scores = every[places], of_candidates(figure[every], places)
         rule = settings.pop("rule", "inverse_transform")

@@ -50,11 +50,17 @@ def test_each_row_has_its_own_frames_and_the_first_is_what_the_others_are_compar
     assert other.options[0] == "model.selector.name=lstp"
 
 
-def test_bit_cost_is_read_where_it_chooses():
-    cells = ablate.cells_of([SHAPES], ways("uniform", "bitcost"), [4], [])
-    assert [cell.options[-1] for cell in cells][1] == "datasets.lstp_shapes.bit_cost=true" not in cells[0].options
-    with pytest.raises(ConfigError, match="needs samples with 'bit_cost'"):
-        Chooser(build_selector("bitcost"))(
+@pytest.mark.parametrize(
+    ("way", "option"),
+    [("bitcost", "bit_cost=true"), ("motion", "motion_energy=true"), ("keyframes", "frames=keyframe")],
+)
+def test_what_the_codec_says_is_read_where_it_chooses(way, option):
+    cells = ablate.cells_of([SHAPES], ways("uniform", way), [4], [])
+    assert cells[1].options[-1] == f"datasets.lstp_shapes.{option}" not in cells[0].options
+    if way == "keyframes":
+        return
+    with pytest.raises(ConfigError, match=f"'{way}' needs samples with '{option.partition('=')[0]}'"):
+        Chooser(build_selector(way))(
             {"frame_mask": torch.ones(1, 4), "text_input": ["what?"], "question_id": ["q"], "frames": torch.zeros(1, 4)}
         )
 

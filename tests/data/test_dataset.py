@@ -27,7 +27,7 @@ from lavis_lstp.data.qa_dataset import VideoQADataset, read_annotation
 from lavis_lstp.data.shapes import shapes_qa
 from lavis_lstp.data.spans import read_spans
 from lavis_lstp.data.video import reading
-from lavis_lstp.data.video.codec_figures import packet_costs
+from lavis_lstp.data.video.codec_figures import motion_energy, packet_costs
 from lavis_lstp.data.video.reading import flow_file, read_frames, read_pairs
 from lavis_lstp.errors import AnnotationError, ConfigError, CoverageError, VideoError
 from lavis_lstp.files import find_path
@@ -301,21 +301,27 @@ def test_decoding_settings_reach_the_reader(videos, monkeypatch):
     assert small.fingerprint() != whole.fingerprint() == alike.fingerprint()
 
 
-def test_bit_cost_is_the_mean_of_the_pictures_around_each_frame(videos):
-    sample = VideoQADataset([entry(0)], videos, num_frames=3, bit_cost=True)[0]
-    costs = packet_costs(videos / "long.mp4").num_bytes
-    nearest = [min(range(3), key=lambda part: abs(i - uniform_centres(3, 30)[part])) for i in range(30)]
+@pytest.mark.parametrize(("name", "clip_s"), [("bit_cost", None), ("motion_energy", None), ("bit_cost", [0.4, 0.8])])
+def test_a_figure_is_the_mean_of_the_pictures_around_each_frame(videos, name, clip_s):
+    sample = VideoQADataset([entry(0, clip_s=clip_s)], videos, num_frames=3, **{name: True})[0]
+    path = videos / "long.mp4"
+    times_s = packet_costs(path).times_s
+    costs = packet_costs(path).num_bytes if name == "bit_cost" else motion_energy(path)
+    if clip_s:  # what lies outside says nothing of the clip
+        costs = costs[(times_s.round(6) >= clip_s[0]) & (times_s.round(6) < clip_s[1])]
+    count = len(costs)
+    nearest = [min(range(3), key=lambda part: abs(i - uniform_centres(3, count)[part])) for i in range(count)]
     wanted = [np.mean([cost for cost, near in zip(costs, nearest, strict=True) if near == part]) for part in range(3)]
-    assert sample["bit_cost"].tolist() == pytest.approx(wanted) and sample["bit_cost"].dtype == torch.float32
+    assert sample[name].tolist() == pytest.approx(wanted) and sample[name].dtype == torch.float32
     batch = VideoQADataset(
         [entry(0), entry(1, video="short.mp4"), entry(2, video=None, image="still.png")],
         videos,
         num_frames=6,
         image_size=32,
-        bit_cost=True,
+        **{name: True},
     )
     batch = batch.collater([batch[i] for i in range(3)])
-    assert batch["bit_cost"].shape == (3, 6) and (batch["bit_cost"] > 0).tolist() == batch["frame_mask"].bool().tolist()
+    assert batch[name].shape == (3, 6) and (batch[name] > 0).tolist() == batch["frame_mask"].bool().tolist()
 
 
 def test_videos_are_decoded_once_while_the_cache_holds_them(videos, monkeypatch):

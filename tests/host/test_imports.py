@@ -54,7 +54,7 @@ def ours(names: frozenset[str]) -> set[str]:
 
 
 LAYERS = (
-    ("schema", "errors", "redaction", "untrusted", "files", "batch", "distributed", "endpoint"),
+    ("schema", "errors", "redaction", "untrusted", "files", "batch", "distributed", "endpoint", "jobs"),
     ("config", "metrics"),
     ("data",),
     ("models.weights", "models.pixels"),

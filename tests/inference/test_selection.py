@@ -13,8 +13,10 @@ from video_files import numbered_video, read_number, write_video
 
 import lavis_lstp
 from lavis_lstp.commands import cli
+from lavis_lstp.data.video import codec_figures
 from lavis_lstp.data.video.codec_figures import packet_costs
 from lavis_lstp.errors import ConfigError, LstpError
+from lavis_lstp.inference import contact_sheet
 from lavis_lstp.inference.loading import EXAMPLE
 from lavis_lstp.inference.selection import BY_SAMPLER, METHODS, WITHOUT_NETWORK, Selection, timing
 from lavis_lstp.models.where import selectors
@@ -152,12 +154,9 @@ def test_files_that_keep_no_duration_or_no_times_are_read(tmp_path, ending):
 
 
 def test_motion_is_found_once(film, monkeypatch, tmp_path):
-    from lavis_lstp.data.store import Store
-    from lavis_lstp.inference import selection
-
-    monkeypatch.setattr(selection, "default_store", lambda: Store(tmp_path))
+    monkeypatch.setenv("LAVIS_LSTP_STORE", str(tmp_path))
     first = lavis_lstp.select(film, k=3, method="motion")
-    monkeypatch.setattr(selection, "motion_energy", lambda video: 1 / 0)
+    monkeypatch.setattr(codec_figures, "motion_energy", lambda *_: 1 / 0)
     assert lavis_lstp.select(film, k=3, method="motion").scores == first.scores
 
 
@@ -197,7 +196,11 @@ def test_the_command_prints_a_table_and_saves_pictures(film, tmp_path, capsys):
     for number in found.frame_index:
         frame = np.asarray(Image.open(out / f"{number:07d}.png")).transpose(2, 0, 1)
         assert read_number(frame) == number % 38
-    assert Image.open(out / "sheet.png").size[0] > 300
+    sheet = np.asarray(Image.open(out / "sheet.png").convert("RGB"))
+    assert sheet.shape[1] > 300
+    lines = {x for x in range(sheet.shape[1]) if (sheet[-90:, x] == contact_sheet.CHOSEN).all(axis=1).sum() > 40}
+    assert lines == {int((sheet.shape[1] - 1) * seconds / 4.0) for seconds in found.times_s}, "100 frames last 4 s"
+    assert (sheet[-100:] == contact_sheet.SCORES).all(axis=2).any(axis=0).mean() > 0.8
     assert cli.main(["select", str(film), "--method", "lstpp"]) == 2
     assert "did you mean 'lstp'" in capsys.readouterr().err
 
@@ -219,6 +222,10 @@ def test_a_file_of_questions_is_gone_on_with(film, tmp_path, capsys):
     assert [row["question_id"] for row in again] == ["q0", "q1", "q2", "q3"]
     assert [row["frame_index"] for row in again] == [json.loads(line)["frame_index"] for line in whole]
     assert [all(50 <= i < 75 for i in row["candidate_index"]) for row in again] == [False, True, False, False]
+    parallel = [*words, "--workers", "2", "--out", str(tmp_path / "parallel.jsonl")]
+    assert cli.main(parallel) == 0
+    for line, row in zip((tmp_path / "parallel.jsonl").read_text().splitlines(), again, strict=True):
+        assert {**json.loads(line), "seconds": {}} == {**row, "seconds": {}}
     for other in ([*words[:-1], "3"], [*words, "--num-candidates", "20"], [*words, "--seed", "1"]):
         assert cli.main(other) == 2
         assert "holds selections made otherwise" in capsys.readouterr().err

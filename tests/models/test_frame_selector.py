@@ -117,7 +117,7 @@ def test_every_selector_gives_sorted_frames_inside_its_span(name, num_selected, 
         spans.append((start, data.draw(st.integers(start + 1, max(start + 1, n)))))
     selector = build_selector(name, num_selected=num_selected, context=context)
     given, draws = logits(len(lengths), 20), sample_generators(IDS[: len(lengths)])
-    more = {"bit_cost": given[1].abs(), "features": [np.eye(n, 8) for n in lengths]}
+    more = {"figure": given[1].abs(), "features": [np.eye(n, 8) for n in lengths]}
     found = selector(mask, *given, torch.tensor(spans), draws, scores=given[0], **more)
     assert found.frame_index.shape == (len(lengths), num_selected)
     assert found.frame_index.dtype == found.span.dtype == torch.long
@@ -153,7 +153,7 @@ def test_rules_over_scores_choose_as_the_library_does():
 def test_bit_cost_chooses_where_the_encoder_spent_most():
     cost = torch.ones(1, 40)
     cost[0, 20:24] = 1000.0
-    found = build_selector("bitcost", num_selected=4)(mask_of(40), bit_cost=cost)
+    found = build_selector("bitcost", num_selected=4)(mask_of(40), figure=cost)
     assert set(found.frame_index[0].tolist()) <= set(range(20, 24))
     assert found.num_filled.tolist() == [1]  # one was named twice
     assert build_selector("bitcost", settings={"power": 2.0}).settings == {"power": 2.0}

@@ -14,8 +14,8 @@ from test_wds_pack import content_of, media, packed  # noqa: F401 (a fixture)
 
 from lavis_lstp.data.shards import index
 from lavis_lstp.errors import ShardError
+from lavis_lstp.jobs import run_jobs
 from webdataset_tools.__main__ import main
-from webdataset_tools.engine import run_jobs
 from webdataset_tools.pack import Settings
 from webdataset_tools.verify import verify
 

@@ -301,7 +301,7 @@ class Chooser:
                 questions=samples["text_input"],
                 times_s=samples.get("frame_times"),
                 features=features,
-                bit_cost=self._bit_cost(samples, selector),
+                figure=self._figure(samples, selector),
             )
         if isinstance(scores, list):
             scores = _known(scores, samples["frame_mask"])
@@ -424,10 +424,13 @@ class Chooser:
         return span.where(known[:, None], whole)
 
     @staticmethod
-    def _bit_cost(samples: Batch, selector: FrameSelector) -> Tensor | None:
-        if selector.needs_cost and "bit_cost" not in samples:
-            raise ConfigError("selector 'bitcost' needs samples with 'bit_cost'; set datasets.<name>.bit_cost: true")
-        return samples.get("bit_cost")
+    def _figure(samples: Batch, selector: FrameSelector) -> Tensor | None:
+        name = selector.figure
+        if name is not None and name not in samples:
+            raise ConfigError(
+                f"selector '{selector.name}' needs samples with '{name}'; set datasets.<name>.{name}: true"
+            )
+        return samples.get(name)
 
     def generators(self, samples: Batch) -> list[torch.Generator]:
         """One a row: in training from torch's global state, which checkpoints keep; in evaluation from the

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lavis_lstp.config.model import AUTO, SELECTORS
+from lavis_lstp.config.model import AUTO, FIGURES, SELECTORS
 from lavis_lstp.data.frame_numbers import uniform_centres
 from lavis_lstp.errors import AnnotationError, ConfigError, unknown_name
 from lavis_lstp.models.where import selectors
@@ -206,8 +206,8 @@ class FrameSelector:
 
     Attributes:
         by_data: whether a data set says where to look. needs_record: it has chosen, and all its frames are taken.
-        needs_logits, needs_scores, needs_features, needs_span, needs_cost, needs_generator: which arguments a call must
-        bring.
+        needs_logits, needs_scores, needs_features, needs_span, needs_generator: which arguments a call must bring.
+        figure: of `config.model.FIGURES` the one that a call must bring; None = none.
         span_key: name in the sample of the span that "given" takes.
         Others: see `build_selector`.
     """
@@ -248,10 +248,10 @@ class FrameSelector:
         self.needs_scores = "scores" in kind.needs
         self.needs_features = "features" in kind.needs
         self.needs_span = "span" in kind.needs
-        self.needs_cost = "bit_cost" in kind.needs
+        self.figure = next((name for name in FIGURES if name in kind.needs), None)
         self.needs_generator = "rng" in kind.needs
         self.method = kind.rule.partition(":")[2]
-        over_scores = self.needs_scores or self.needs_cost
+        over_scores = self.needs_scores or self.figure is not None
         if settings and not over_scores:
             raise ConfigError(f"model.selector.settings: selector '{name}' has none, got {', '.join(settings)}")
         self.settings = selectors.selector_settings(self.method, dict(settings)) if over_scores else {}
@@ -287,7 +287,7 @@ class FrameSelector:
         questions: Sequence[str] = (),
         times_s: Tensor | None = None,
         features: Sequence[np.ndarray | None] | None = None,
-        bit_cost: Tensor | None = None,
+        figure: Tensor | None = None,
     ) -> Selection:
         """Selects frames.
 
@@ -299,7 +299,7 @@ class FrameSelector:
             flow_mask: [B,L], 1 = real, real ones first, where flows are not one a frame.
             scores: [B,T], how much each frame has to do with its question; B `LazyScores` where it `asks_few`.
             questions: B strings.
-            bit_cost: [B,T], what the encoder spent on the part of the video around each frame, for "bitcost".
+            figure: [B,T], what the codec says of the part of the video around each frame, see the attribute.
             times_s: [B,T], seconds of the frames; without them they are taken for one second apart.
             features: of each row, float [T,D] of its frames.
 
@@ -316,7 +316,7 @@ class FrameSelector:
             ("span", span, self.needs_span),
             ("scores", scores, self.needs_scores or self.adapts),
             ("features", features, self.needs_features),
-            ("bit_cost", bit_cost, self.needs_cost),
+            (self.figure, figure, self.figure is not None),
             ("generators", generators, self.needs_generator),
         ):
             if is_needed and value is None:
@@ -364,7 +364,7 @@ class FrameSelector:
                 marks=self.marks,
             )
             if self.rule is None:
-                figures = bit_cost if self.needs_cost else scores
+                figures = scores if self.figure is None else figure
                 known = selectors.Row(
                     scores=figures[b, :count].double().cpu().numpy() if torch.is_tensor(figures) else figures[b],
                     num_selected=wanted,

@@ -1,7 +1,8 @@
-"""Runs one job a shard: in this process, in processes of this machine, or on a Ray cluster; the result is the same.
+"""Runs jobs, one a shard or a question: in this process, in processes of this machine, or on a Ray cluster.
 
-A job is a module-level function and one picklable argument. It writes complete files or none and finds out itself what
-is done already, so it may run twice: after a kill, or when a node of the cluster is lost.
+In: a function and its jobs. Out: their results, the same wherever they were made. A job is a module-level function and
+one picklable argument. It writes complete files or none and finds out itself what is done already, so it may run twice:
+after a kill, or when a node of the cluster is lost.
 """
 
 from __future__ import annotations
@@ -25,7 +26,13 @@ def how(args: argparse.Namespace) -> dict[str, Any]:
     return {"engine": args.engine, "workers": args.workers, "address": args.ray_address}
 
 
-def run_jobs(
+def run_jobs(function: Callable[[Any], Any], jobs: Sequence[Any], **how: Any) -> list[Any]:
+    """Results in the order of the jobs; arguments and errors as for `done_jobs`."""
+    results = dict(done_jobs(function, jobs, **how))
+    return [results[number] for number in range(len(jobs))]
+
+
+def done_jobs(
     function: Callable[[Any], Any],
     jobs: Sequence[Any],
     *,
@@ -33,28 +40,27 @@ def run_jobs(
     workers: int = 1,
     address: str = "auto",
     desc: str = "",
-) -> list[Any]:
-    """Results in the order of the jobs; the first error of a job ends the run.
+    unit: str = "shard",
+) -> Iterator[tuple[int, Any]]:
+    """Number and result of each job as it is done, in any order; the first error of a job ends the run.
 
     Args:
         workers: processes of this machine; 1 = none but this. Ray decides itself.
         address: of the Ray cluster.
-        desc: in front of the progress bar.
+        desc: in front of the progress bar; unit: what it counts.
     """
     from tqdm import tqdm
 
-    results: dict[int, Any] = {}
     if engine == "ray":
         running = _ray(function, jobs, address)
     elif workers > 1 and len(jobs) > 1:
         running = _processes(function, jobs, min(workers, len(jobs)))
     else:
         running = ((number, function(job)) for number, job in enumerate(jobs))
-    with tqdm(total=len(jobs), desc=desc, unit="shard", disable=None) as bar:
-        for number, result in running:
-            results[number] = result
+    with tqdm(total=len(jobs), desc=desc, unit=unit, disable=None) as bar:
+        for found in running:
             bar.update()
-    return [results[number] for number in range(len(jobs))]
+            yield found
 
 
 def _processes(function: Callable, jobs: Sequence[Any], workers: int) -> Iterator[tuple[int, Any]]:
