@@ -14,7 +14,6 @@ a way that knows nothing is right once in `joined`.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -26,6 +25,7 @@ import numpy as np
 from lavis_lstp import select, select_from_scores
 from lavis_lstp.data.shapes.shapes_qa import write_video
 from lavis_lstp.data.video.reading import read_frames
+from lavis_lstp.files import write_json
 
 FILM = "big_buck_bunny_596s_720p.mp4"
 SHOTS = (  # file, second where it begins, what it shows
@@ -76,23 +76,20 @@ def chosen(path: Path, question: str, place: int, joined: int, k: int) -> Iterat
     yield "oracle", np.asarray(frames) // PER_SHOT
 
 
-def measured(shots: Sequence[np.ndarray], joined: int, rounds: int, ks: Sequence[int], work: Path) -> list[dict]:
-    """A row for each question, number of frames and way."""
-    rng, rows = np.random.default_rng(joined), []
-    for done in range(rounds):
-        for i, group in enumerate(rng.permutation(len(shots)).reshape(-1, joined)):
-            path = work / f"{joined}-{done}-{i}.mp4"
-            if not path.exists():
-                write_video(path, (frame for shot in group for frame in shots[shot]), key_frames=())
-            for place, shot in enumerate(group):
-                question = QUESTION.format(SHOTS[shot][2])
-                for k in ks:
-                    told = {"joined": joined, "frames": k, "video": path.stem, "shot": int(shot)}
-                    for way, places in chosen(path, question, place, joined, k):
-                        right = places == place
-                        rows.append({**told, "way": way, "right": float(right.mean()), "seen": float(right.any())})
-        print(f"joined {joined}: round {done + 1} of {rounds}", file=sys.stderr)
-    return rows
+def measured(shots: Sequence[np.ndarray], joined: int, done: int, ks: Sequence[int], work: Path) -> Iterator[dict]:
+    """Rows of one round: one for each question, number of frames and way."""
+    order = np.random.default_rng([joined, done]).permutation(len(shots))
+    for i, group in enumerate(order.reshape(-1, joined)):
+        path = work / f"{joined}-{done}-{i}.mp4"
+        if not path.exists():
+            write_video(path, (frame for shot in group for frame in shots[shot]), key_frames=())
+        for place, shot in enumerate(group):
+            question = QUESTION.format(SHOTS[shot][2])
+            for k in ks:
+                told = {"joined": joined, "frames": k, "video": path.stem, "shot": int(shot)}
+                for way, places in chosen(path, question, place, joined, k):
+                    right = places == place
+                    yield {**told, "way": way, "right": float(right.mean()), "seen": float(right.any())}
 
 
 def share(rows: Sequence[dict], key: str) -> str:
@@ -125,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--joined", type=int, nargs="+", default=[2, 4, 8], help="divisors of the number of shots")
     parser.add_argument("--frames", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--work", type=Path, help="keeps the joined videos; files that are there are not made again")
-    parser.add_argument("--out", type=Path, help="every question's row, as JSON")
+    parser.add_argument("--out", type=Path, help="every question's row, as JSON, written after each round")
     args = parser.parse_args(argv)
     steps = np.arange(LENGTH) / FPS
     read = {"size": SIZE, "decode_size": min(SIZE)}
@@ -136,9 +133,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         work = args.work or Path(scratch)
         work.mkdir(parents=True, exist_ok=True)
-        rows = [row for n in args.joined for row in measured(shots, n, args.rounds, args.frames, work)]
-    if args.out:
-        args.out.write_text(json.dumps(rows), encoding="utf-8")
+        rows: list[dict] = []
+        for done in range(args.rounds):
+            rows += [row for n in args.joined for row in measured(shots, n, done, args.frames, work)]
+            print(f"round {done + 1} of {args.rounds}", file=sys.stderr)
+            if args.out:
+                write_json(args.out, rows)
     print(table(rows))
     return 0
 
