@@ -47,6 +47,9 @@ FILM_COUNTS = (2, 4, 8, 16)
 FILM_OPTIONS = (
     "datasets.lstp_shapes.num_frames=600",  # one a second, in windows of as many as the sampler was trained on
     "model.sampler.window=64",
+    "model.flow.name=precomputed",
+    "datasets.lstp_shapes.flow=precomputed",
+    "datasets.lstp_shapes.flow_root={out}/flow",
     "datasets.lstp_shapes.flow_pairs=local",
     "datasets.lstp_shapes.bit_cost=true",
     "run.test_splits=[test]",
@@ -143,9 +146,10 @@ def with_film(film: Path, out: Path, options: Sequence[str] = ()) -> list[dict[s
     steps = read_chain(find_chain(FILM_CHAIN))
     check_options(own, steps)
     Chain(out, own).run(steps)
-    common = [option.replace("{out}", str(out)) for option in steps[0].options]
-    parts = ",".join(f"{out / name}" for name in ("base", "sampler", "lstp"))
-    common += [*FILM_OPTIONS, f"model.checkpoint=[{parts}]", *(o for o in own if ":" not in o.partition("=")[0])]
+    parts = ",".join(f"{{out}}/{name}" for name in ("base", "sampler", "lstp"))
+    common = (*steps[0].options, *FILM_OPTIONS, f"model.checkpoint=[{parts}]")
+    common = [option.replace("{out}", str(out)) for option in common]
+    common += [option for option in own if ":" not in option.partition("=")[0]]
     cells = cells_of(["projects/lstp/tiny_eval.yaml"], {name: WAYS[name] for name in FILM_WAYS}, FILM_COUNTS, common)
     return ablate(cells, out, common)
 

@@ -327,6 +327,25 @@ def test_learns_to_find_the_moving_part():
     assert (found == span).all(dim=1).float().mean() > 0.9
 
 
+@torch.no_grad()
+def test_flow_is_scaled_and_the_cameras_motion_subtracted():
+    plain = scaled(TemporalSampler(**TINY)).double().eval()
+    flow, mask, *text = batch()
+    flow = flow.double()
+    panned = flow + torch.randn(3, 9, 2, 1, 1, dtype=torch.float64)
+
+    def logits(flow, **settings):
+        sampler = TemporalSampler(**TINY, **settings).double().eval()
+        sampler.load_state_dict(plain.state_dict())
+        return sampler(flow, mask, *text, mode="multi_modal").start_logits
+
+    torch.testing.assert_close(logits(flow, flow_scale=3), logits(3 * flow), atol=1e-10, rtol=0)
+    assert not torch.allclose(logits(panned), logits(flow), atol=1e-3)
+    still = logits(flow, subtract_camera=True)
+    torch.testing.assert_close(logits(panned, subtract_camera=True), still, atol=1e-10, rtol=0)
+    assert not torch.allclose(still, logits(flow), atol=1e-3)
+
+
 def test_bfloat16_autocast():
     model = TemporalSampler(**TINY)
     with torch.autocast("cpu", dtype=torch.bfloat16):
