@@ -183,7 +183,7 @@ class Sampler:
         None, least=0, most=TOKENS
     )  # flows that two windows share; null = a quarter of the window
     fold_flow: bool = key(False)  # convolution and linear map as one: faster, equal to 1e-5
-    flow_scale: int | float = key(1.0, above=0)  # the sampler sees flow times this; small motion is learned with 10 to 100
+    flow_scale: int | float = key(1.0, above=0)  # the sampler sees flow times this; 10 to 100 where motion is small
     subtract_camera: bool = key(False)  # of each field its median, mostly the camera's motion, is subtracted first
 
 
