@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -221,13 +221,15 @@ def parameter_groups(
 
 def weights_digest(model: nn.Module) -> str:
     """Digest of a model's state; see `digest_of`."""
-    return digest_of(model.state_dict(), {name for name, p in model.named_parameters() if p.requires_grad})
+    return digest_of(
+        sorted(model.state_dict().items()), {name for name, p in model.named_parameters() if p.requires_grad}
+    )
 
 
-def digest_of(state: Mapping[str, torch.Tensor], trained: Container[str], *, sample: int = 65536) -> str:
-    """Digest of a state dict: `trained` tensors whole, of each other one at most about `sample` numbers."""
+def digest_of(state: Iterable[tuple[str, torch.Tensor]], trained: Container[str], *, sample: int = 65536) -> str:
+    """Digest of a state dict's items by name: `trained` tensors whole, of each other at most about `sample` numbers."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
+    for name, tensor in state:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         flat = tensor.detach().flatten()
         if name not in trained:

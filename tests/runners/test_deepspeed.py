@@ -257,6 +257,11 @@ def test_uneven_evaluation_at_stage_3_equals_that_of_one_process(ranks, tmp_path
     assert one.evaluate(skip_reload=True)["test"]["num_scored"] == 3
     for name in ("test_video_instruct.jsonl", "test_video_instruct_metrics.json"):
         assert (tmp_path / "two/result" / name).read_bytes() == (tmp_path / "one/result" / name).read_bytes()
+    digests = [
+        json.loads((tmp_path / run / "result/test_video_instruct_digests.json").read_text(encoding="utf-8"))
+        for run in ("two", "one")
+    ]
+    assert digests[0]["weights"] == digests[1]["weights"]
 
 
 def test_evaluation_reads_a_checkpoint_without_deepspeed(ranks, tmp_path, monkeypatch):

@@ -24,7 +24,6 @@ from torch.nn import functional
 from lavis_lstp import distributed
 from lavis_lstp.config.run import check_deepspeed_version
 from lavis_lstp.errors import ConfigError
-from lavis_lstp.files import sha256_json
 from lavis_lstp.runners import checkpoint
 from lavis_lstp.runners.deepspeed.state import OptimizerState
 from lavis_lstp.runners.engine import OPTIMIZERS, WholeModel, autocast, digest_of, parameter_groups
@@ -167,12 +166,16 @@ class DividedModel(WholeModel):
         log.info("loaded %d trained tensors from %s", len(expected), source)
 
     def weights_digest(self) -> str:
-        """At stage 3 of what each rank holds, in their order: the whole is nowhere."""
-        if self.stage < 3:
-            return super().weights_digest()
-        state = {name: getattr(p, "ds_tensor", p) for name, p in self.bare_model.named_parameters()}
-        state.update(self.bare_model.named_buffers())
-        return sha256_json(distributed.gather(digest_of(state, self.trained)))
+        """As of one process: parameters are gathered one at a time, and what pads a rank's part does not count."""
+        parameters = dict(self.bare_model.named_parameters(remove_duplicate=False))
+
+        def state() -> Iterator[tuple[str, torch.Tensor]]:
+            for name, tensor in sorted(self.bare_model.state_dict().items()):
+                parameter = parameters.get(name)
+                with self._whole(parameter):
+                    yield name, tensor if parameter is None else parameter.data
+
+        return digest_of(state(), self.trained)
 
 
 class DeepSpeedEngine(DividedModel):
