@@ -239,10 +239,10 @@ def check_raft(flow, recorded, estimator, frames, monkeypatch):
     """RAFT's flow against the recorded one, both [T,2,14,14] in float32, by what each is away from the exact one.
 
     Each run in float32 is up to 1.4e-3 px from the same network in float64, the recorded one, too. Without vector units
-    (ATEN_CPU_CAPABILITY=default) `torch.randn` gives 38 % of the weights other last bits, which move the exact flow by up
-    to 1.5e-3 px, so that ours is 2.6e-3 px from the recorded one. So the recorded flow is compared with the network in
-    float64 on the very weights of this machine, and our rounding with the recorded one's: it is 0.9 times as large
-    in the root mean square, with AVX2, AVX-512 and neither, one thread and two.
+    (ATEN_CPU_CAPABILITY=default) `torch.randn` gives 38 % of the weights other last bits, which move the exact flow by
+    up to 1.5e-3 px, so that ours is 2.6e-3 px from the recorded one. So the recorded flow is compared with the network
+    in float64 on the very weights of this machine, and our rounding with the recorded one's: it is 0.9 times as large
+    in the root mean square, with AVX2, AVX-512 and neither, on one thread and two.
     """
     exact = copy.deepcopy(estimator.net).double()
     grid = raft.make_coords_grid
