@@ -253,7 +253,9 @@ def test_a_chain_learns_as_its_recipes_do(name):
 
 @pytest.mark.parametrize("readme", ["docs/training.md", "projects/lstp/README.md"])
 def test_readmes_start_the_chain_as_its_header_does(readme):
-    lines = [line.split("#")[0] for line in (ROOT / readme).read_text().splitlines() if "--nproc " in line]
+    lines = [
+        line.split("#")[0] for line in (ROOT / readme).read_text(encoding="utf-8").splitlines() if "--nproc " in line
+    ]
     assert [shlex.split(line) for line in lines] == [commands("chains/vicuna7b")["8 GPUs"]]
 
 

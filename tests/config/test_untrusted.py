@@ -319,7 +319,7 @@ def test_the_readers_of_recorded_configurations_pass_the_line():
     """Where a manifest's text becomes a part of a configuration, `recorded` is called."""
     passing = set()
     for path in (ROOT / "lavis_lstp").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef):
                 called = [one.func for one in ast.walk(node) if isinstance(one, ast.Call)]
                 passing |= {node.name for one in called if getattr(one, "id", "") == "recorded"}
@@ -465,7 +465,11 @@ def test_what_lavis_downloads_by_torch_hub_holds_weights_only(name, tmp_path, mo
 def test_pickles_are_read_in_one_place():
     """`torch.load` is called by `load_torch` alone, and nothing else reads pickles."""
     for path in [*(ROOT / "lavis_lstp").rglob("*.py"), *(ROOT / "webdataset_tools").rglob("*.py")]:
-        calls = [ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        calls = [
+            ast.unparse(node.func)
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(node, ast.Call)
+        ]
         allowed = ["torch.load"] if path.parts[-2:] == ("weights", "reading.py") else []
         reading = ("torch.load", "pickle.load", "pickle.loads", "np.load", "yaml.load", "joblib.load", "eval", "exec")
         assert [call for call in calls if call in reading] == allowed, path
@@ -491,7 +495,7 @@ def test_json_of_files_has_one_strict_reader():
     """`json.loads` takes the last of two equal keys, NaN, and no mark of Windows; who calls it says here why."""
     found = {}
     for path in sorted((ROOT / "lavis_lstp").rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef):
                 calls = [ast.unparse(one.func) for one in ast.walk(node) if isinstance(one, ast.Call)]
                 if {"json.loads", "json.load"} & set(calls):
@@ -548,7 +552,7 @@ def test_an_old_torch_reads_no_pickle(tmp_path, monkeypatch):
 
 
 def test_setup_asks_for_a_torch_that_reads_pickles_safely():
-    text = (ROOT / "setup.py").read_text()
+    text = (ROOT / "setup.py").read_text(encoding="utf-8")
     assert '"torch>=2.6"' in text and '"torchvision>=0.21"' in text
 
 

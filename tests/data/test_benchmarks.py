@@ -354,7 +354,7 @@ def test_a_missing_video_is_named_and_may_stay_open(here, caplog):
 
 
 def test_the_document_has_the_sizes_of_the_table():
-    text = (ROOT / "docs/benchmarks.md").read_text()
+    text = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
     for name, benchmark in BENCHMARKS.items():
         line, _ = [line for line in text.splitlines() if line.startswith(f"| `{name}`")]
         assert set(benchmark.sizes.values()) == {int(n.replace(",", "")) for n in re.findall(r"\d[\d,]{2,}", line)}

@@ -4,6 +4,7 @@ Weights are drawn from a seed and the published names, written as a published ch
 reads the real ones.
 """
 
+import copy
 import json
 import math
 import shutil
@@ -16,6 +17,7 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torchvision.models.optical_flow import raft
 
 from lavis_lstp.data.instruct import read_instructions
 from lavis_lstp.data.spans import read_spans
@@ -233,6 +235,27 @@ def test_published_data_become_the_same_prompts_answers_and_spans(tmp_path):
 # ---- evaluation ---------------------------------------------------------------------------------------------------
 
 
+def check_raft(flow, recorded, estimator, frames, monkeypatch):
+    """RAFT's flow against the recorded one, both [T,2,14,14] in float32, by what each is away from the exact one.
+
+    Each run in float32 is up to 1.4e-3 px from the same network in float64, the recorded one, too. Without vector units
+    (ATEN_CPU_CAPABILITY=default) `torch.randn` gives 38 % of the weights other last bits, which move the exact flow by
+    up to 1.5e-3 px, so that ours is 2.6e-3 px from the recorded one. So the recorded flow is compared with the network
+    in float64 on the very weights of this machine, and our rounding with the recorded one's: it is 0.9 times as large
+    in the root mean square, with AVX2, AVX-512 and neither, on one thread and two.
+    """
+    exact = copy.deepcopy(estimator.net).double()
+    grid = raft.make_coords_grid
+    monkeypatch.setattr(raft, "make_coords_grid", lambda *args, **kwargs: grid(*args, **kwargs).double())
+    first, second = estimator.normalise(frames[:2]).double().chunk(2)
+    with torch.no_grad():
+        wanted = exact(first, second, num_flow_updates=estimator.iterations)[-1][0, :, ::16, ::16]
+    theirs, ours = (one[0].double() - wanted for one in (recorded, flow))
+    assert theirs.abs().max() < RAFT_TOLERANCE
+    assert ours.square().mean().sqrt() < 2 * theirs.square().mean().sqrt()
+    assert (flow - recorded).square().mean().sqrt() < 2 * theirs.square().mean().sqrt()  # all pairs
+
+
 @pytest.mark.parametrize("name", EVALUATION)
 def test_evaluation_gives_the_published_answer(folders, monkeypatch, name):
     case, facts = (
@@ -265,7 +288,7 @@ def test_evaluation_gives_the_published_answer(folders, monkeypatch, name):
     result = model.answer(samples, max_new_tokens=128, do_sample=False)
 
     if case["raft"]:
-        assert (flows[0][2][0, :, :, ::16, ::16] - facts["flow"]).abs().max() < RAFT_TOLERANCE
+        check_raft(flows[0][2][0, :, :, ::16, ::16], facts["flow"], model.flow.estimator, frames, monkeypatch)
     logits = torch.stack([result["start_logits"][0], result["end_logits"][0]], dim=1)
     assert (logits - facts["logits"]).abs().max() < tolerance
     chosen = case["selected"]

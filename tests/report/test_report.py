@@ -417,7 +417,7 @@ def test_runs_that_differ_in_their_seed_have_a_mean_and_a_spread(tmp_path):
     seeds = {f"s{seed}": {**told, "wrong": seed + 1, "seed": seed, "checkpoint": f"c{seed}"} for seed in (1, 2, 3)}
     folders = ways(tmp_path, **seeds, even={"by": "uniform", "k": 4, "wrong": 2})
     out, _ = report(folders, tmp_path / "x.html", pictures=0, exports=[tmp_path / "x.csv"])
-    (row,) = Reader(out.read_text()).tables["by-seed"][1:]
+    (row,) = Reader(out.read_text(encoding="utf-8")).tables["by-seed"][1:]
     shares = [sum(i % (seed + 1) != 0 for i in range(60)) / 60 for seed in (1, 2, 3)]
     assert row[:2] == ["A, B, C", "1, 2, 3"]
     assert row[2] == f"{100 * np.mean(shares):.1f} \u00b1 {100 * np.std(shares, ddof=1):.1f} [50.0, 75.0]"

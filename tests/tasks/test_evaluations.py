@@ -151,7 +151,7 @@ def test_laviss_own_models_answer_the_same_questions(work, name):
 @pytest.mark.slow
 def test_the_documents_walk_through_an_empty_folder(tmp_path):
     """docs/benchmarks.md, line by line: evaluate, ablate, compare, judge, report."""
-    (lines,) = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "benchmarks.md").read_text(), re.S)
+    (lines,) = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8"), re.S)
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     env = {**os.environ, "PATH": path, "XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     command = ["bash", "-euo", "pipefail", "-c", lines]

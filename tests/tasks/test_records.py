@@ -115,7 +115,7 @@ def test_who_reads_predictions_knows_no_other_keys():
     known = Prediction.__annotations__.keys()
     assert Prediction.__required_keys__ == {"question_id"}
     assert {*FORMS, *SHOWN_ONLY, *Case._fields} <= known
-    table = (DOCS / "benchmarks.md").read_text().split("## Predictions\n")[1].split("\n\n")[1]
+    table = (DOCS / "benchmarks.md").read_text(encoding="utf-8").split("## Predictions\n")[1].split("\n\n")[1]
     told = set(re.findall(r"\w+", " ".join(line.split("|")[1] for line in table.splitlines()[2:])))
     assert told == known - {"loss", "scores", "pseudo_span", "seconds"}, "those are of other tasks and of another file"
 
