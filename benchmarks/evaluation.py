@@ -7,7 +7,7 @@ while they generate: transformers does so for any decoder-only model that is giv
 published code, too. Both must give the same predictions, spans and frames. They run in turn, and the fastest of each
 counts. What each stage takes is measured in one process; in `together` a worker decodes meanwhile.
 
-With `--clips FOLDER` the videos are the folder's clips of at most a minute, three copies of each, with ten questions
+With `--clips FOLDER` the videos are the folder's clips of at most a minute, two copies of each, with ten questions
 each. `--model-ms 100` runs `together` once more with a language model that takes so long for each question, asleep, as
 the processor is while a GPU works; what is left of the time, evaluation outside of that model, is wanted below 20 %.
 
@@ -40,7 +40,7 @@ STAGES = ("decode", "flow", "sampler", "selection", "vision", "language", "judge
 SIZES = {"train_videos": 0, "val_videos": 0, "train_images": 0, "size": 96}
 QUESTIONS = 10
 THINGS = ("person", "animal", "car", "tree", "colour", "door", "hand", "light", "word", "sound")
-COPIES = 3
+COPIES = 2
 Records = list[dict[str, Any]]
 
 

@@ -321,8 +321,9 @@ def read_frames(
         flow_pairs: sampled: from each chosen frame to the next chosen one (published); everything between the first
             and the last is decoded for it. local: to the next picture of the file; a few pictures are.
         flow_size: grid of that flow, its values scaled along; None is the size of the frames.
-        threads: with `size`, so many parts of a file are decoded at the same time, with equal results; otherwise
-            threads of FFmpeg's decoder. 1 suits loaders with several workers.
+        threads: so many parts of a file are decoded at the same time, with equal results. Frames of their own size, of
+            one part or of a file object are decoded by so many threads of FFmpeg's; chained motion vectors by one.
+            1 suits loaders with several workers.
         decode_size: px; FFmpeg scales pictures down to this shorter side (area average) as they are decoded, and the
             decoders of MPEG-1, -2, -4 and Motion JPEG decode fewer pixels. `size` applies after it. Pixels differ from
             the published preprocessing.
@@ -474,14 +475,14 @@ def _read(source, index, asked, how: _How) -> VideoFrames:
         chosen = [number for i in chosen for number in (i, min(i + 1, index.num_frames - 1))]
     wanted = sorted(set(chosen))
     parts = _parts(source, index, wanted, how)
+    given = how._replace(threads=1) if how.pairs or len(parts) > 1 else how
     if len(parts) > 1:
-        given = how._replace(threads=1)
         out = np.empty((len(wanted), 3, *_height_width(how.size)), dtype=np.uint8)
         with ThreadPoolExecutor(len(parts)) as pool:
             found = [pool.submit(_decode, source, index, wanted[part], given, out[part]) for part in parts]
             decoded = _joined([future.result() for future in found], out)
     else:
-        decoded = _decode(source, index, wanted, how)
+        decoded = _decode(source, index, wanted, given)
     frames, motion, flow = decoded.frames, decoded.motion, None
     if motion:
         if chosen != wanted:
@@ -509,8 +510,9 @@ def _parts(source: Source, index: VideoIndex, wanted: Sequence[int], how: _How) 
     if alone or index.by_count or not isinstance(source, (str, os.PathLike, bytes)):  # a file object has one position
         return [slice(0, len(wanted))]
     way = stretches(index, wanted, anchor=how.pairs == "local")
-    work = np.array([index.packet_bytes[s.start : s.stop].sum() for s in way], dtype=np.float64)
-    part = (how.threads * (work.cumsum() - work / 2) / work.sum()).astype(int)
+    of_each = [(s.stop - s.start, index.packet_bytes[s.start : s.stop].sum()) for s in way]
+    work = (np.array(of_each, dtype=np.float64) / np.sum(of_each, axis=0)).mean(axis=1)  # decoding costs by both alike
+    part = (how.threads * (work.cumsum() - work / 2)).astype(int)
     ends = np.cumsum([len(s.wanted) for s in way])
     edges = [0, *(int(ends[k - 1]) for k in range(1, len(way)) if part[k] != part[k - 1]), len(wanted)]
     return [slice(*edge) for edge in pairwise(edges)]
