@@ -7,8 +7,12 @@ while they generate: transformers does so for any decoder-only model that is giv
 published code, too. Both must give the same predictions, spans and frames. They run in turn, and the fastest of each
 counts. What each stage takes is measured in one process; in `together` a worker decodes meanwhile.
 
+With `--clips FOLDER` the videos are the folder's clips of at most a minute, two copies of each, with ten questions
+each. `--model-ms 100` runs `together` once more with a language model that takes so long for each question, asleep, as
+the processor is while a GPU works; what is left of the time, evaluation outside of that model, is wanted below 20 %.
+
 The judge's share are the rules, which see each prediction first (more: benchmarks/judge.py). Prints a table, then one
-line of JSON; exits 1 below the target of five times.
+line of JSON; exits 1 below the target of five times, of ten with clips.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import sys
 import tempfile
 import time
@@ -29,10 +34,13 @@ import torch
 
 from lavis_lstp.host import plugin
 
-TARGET = 5.0
+TARGET, TARGET_CLIPS = 5.0, 10.0
+MOST_OUTSIDE = 0.2
 STAGES = ("decode", "flow", "sampler", "selection", "vision", "language", "judge")
 SIZES = {"train_videos": 0, "val_videos": 0, "train_images": 0, "size": 96}
 QUESTIONS = 10
+THINGS = ("person", "animal", "car", "tree", "colour", "door", "hand", "light", "word", "sound")
+COPIES = 2
 Records = list[dict[str, Any]]
 
 
@@ -51,10 +59,31 @@ def ten_questions(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [*rows, *more]
 
 
-class Sides:
-    """The two ways over one model and one data set."""
+def about_clips(clips: Path, folder: Path) -> list[dict[str, Any]]:
+    """Ten questions about each clip, under several names in `folder`, so that nothing is known of a copy."""
+    from lavis_lstp.data.video import probe
+    from lavis_lstp.data.video.reading import VIDEO_ENDINGS
 
-    def __init__(self, folder: Path, videos: int, batch_size: int):
+    rows = []
+    found = [path for path in sorted(clips.iterdir()) if path.suffix in VIDEO_ENDINGS]
+    for clip in [path for path in found if probe(path).duration_s <= 60] * COPIES:
+        name = f"{len(rows)}_{clip.name}"
+        shutil.copyfile(clip, folder / name)
+        rows += [
+            {"question_id": f"{name}/{thing}", "video": name, "question": f"what does the {thing} do?", "answer": None}
+            for thing in THINGS
+        ]
+    return rows
+
+
+class Sides:
+    """The two ways over one model and one data set.
+
+    Args:
+        clips: folder of real clips; None = Shapes-QA.
+    """
+
+    def __init__(self, folder: Path, videos: int, batch_size: int, clips: Path | None):
         from lavis_lstp.data.annotation import read_annotation
         from lavis_lstp.data.qa_dataset import VideoQADataset
         from lavis_lstp.data.shapes import shapes_qa
@@ -62,8 +91,12 @@ class Sides:
         from lavis_lstp.models.variants import MODEL_TYPES, load_variant
         from lavis_lstp.tasks import VideoQATask
 
-        shapes_qa.generate(folder / "data", test_videos=videos, workers=2, **SIZES)
-        rows = ten_questions(read_annotation(folder / "data/test.json"))
+        if clips:
+            (folder / "data").mkdir()
+            rows = about_clips(clips, folder / "data")
+        else:
+            shapes_qa.generate(folder / "data", test_videos=videos, workers=2, **SIZES)
+            rows = ten_questions(read_annotation(folder / "data/test.json"))
         self.data = VideoQADataset(rows, folder / "data", num_frames=64, image_size=64)
         self.model = LSTP.from_config(load_variant(MODEL_TYPES["lstp_tiny"]["default"]).model).eval()
         self.task, self.folder, self.batch_size = VideoQATask(), folder, batch_size
@@ -79,14 +112,20 @@ class Sides:
             found += self.task.valid_step(self.model, samples)
         return found
 
-    def together(self, workers: int) -> Records:
-        """As `runners.evaluation.evaluate_split` does it."""
+    def together(self, workers: int, model_s: float = 0.0) -> Records:
+        """As `runners.evaluation.evaluate_split` does it, with so many seconds more for each question."""
         from lavis_lstp.runners.evaluation import PartFiles, run_evaluation
 
         self.data.__dict__.update(self.data.__getstate__())
         parts = PartFiles(self.folder / "parts", "benchmark")
+
+        def answer(samples: dict[str, Any]) -> Records:
+            records = self.task.valid_step(self.model, samples)
+            time.sleep(model_s * len(records))
+            return records
+
         found = run_evaluation(
-            lambda samples: self.task.valid_step(self.model, samples),
+            answer,
             self.data,
             parts=parts,
             batch_size=self.batch_size,
@@ -142,6 +181,8 @@ def check_equal(alone: Records, together: Records) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--videos", type=int, default=30, help="default: 30, so 300 questions")
+    parser.add_argument("--clips", type=Path, help="a folder of real clips in place of Shapes-QA")
+    parser.add_argument("--model-ms", type=float, help="also with a language model that takes so long for a question")
     parser.add_argument("--batch-size", type=int, default=64, help="of `together`; default: 64, as the tiny recipes")
     parser.add_argument("--workers", type=int, default=1, help="processes that decode for `together`; default: 1")
     parser.add_argument(
@@ -154,7 +195,7 @@ def main() -> int:
     torch.set_num_threads(args.threads)
     best: dict[str, tuple[float, Records]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        sides = Sides(Path(folder), args.videos, args.batch_size)
+        sides = Sides(Path(folder), args.videos, args.batch_size, args.clips)
         ways = {
             "alone": sides.alone,
             "together": lambda: sides.together(args.workers),
@@ -165,6 +206,12 @@ def main() -> int:
         for _ in range(args.repeats):
             for name, way in ways.items():
                 best[name] = min(best.get(name, (float("inf"), [])), timed(way), key=lambda run: run[0])
+        outside = None
+        if args.model_ms:
+            slow_s = min(
+                timed(lambda: sides.together(args.workers, args.model_ms / 1000))[0] for _ in range(args.repeats)
+            )
+            outside = 1 - len(sides.data) * args.model_ms / 1000 / slow_s
     difference = check_equal(best["alone"][1], best["together"][1])
     check_equal(best["together"][1], best["together, one process"][1])
     count = len(best["alone"][1])
@@ -176,8 +223,18 @@ def main() -> int:
     for name in best:
         cells = [f"{split[name][stage]:.2f}" if name in split else "" for stage in STAGES]
         print(f"| {name} | {' | '.join(cells)} | {rate[name]:.1f} |")
-    print(f"{ratio:.1f} times as fast, target {TARGET:.0f}; mean log-probabilities differ by at most {difference:.0e}")
-    figures = {"questions_per_s": rate, "ratio": ratio, "ms": split, "questions": count, "batch_size": args.batch_size}
+    target = TARGET_CLIPS if args.clips else TARGET
+    if outside is not None:
+        print(f"outside of a language model of {args.model_ms:g} ms: {outside:.1%}, target {MOST_OUTSIDE:.0%}")
+    print(f"{ratio:.1f} times as fast, target {target:.0f}; mean log-probabilities differ by at most {difference:.0e}")
+    figures = {
+        "questions_per_s": rate,
+        "ratio": ratio,
+        "outside": outside,
+        "ms": split,
+        "questions": count,
+        "batch_size": args.batch_size,
+    }
     machine = {
         "cores": len(os.sched_getaffinity(0)),
         "threads": args.threads,
@@ -188,7 +245,7 @@ def main() -> int:
     print(line)
     if args.out:
         args.out.write_text(line + "\n")
-    return 0 if ratio >= TARGET else 1
+    return 0 if ratio >= target and (outside or 0.0) <= MOST_OUTSIDE else 1
 
 
 if __name__ == "__main__":

@@ -140,10 +140,11 @@ class VideoSettings(PictureSettings):
         "lavis_lstp", one_of=("lavis_lstp", "indices", "fractions")
     )  # published files: indices (0..31) or fractions (0..1), both ends inclusive
     backend: str = key("pyav", one_of=("pyav", "decord", "torchcodec"))  # what decodes
-    decode_threads: int = key(1, least=1, most=64)  # of the decoder of each loader process
+    decode_threads: int = key(1, least=1, most=64)  # parts of a file that each loader process decodes at the same time
     decode_size: int | None = key(None, least=1, most=SIDE)  # px, FFmpeg brings the shorter side down to it; null = no
     hardware: str | None = key(None, one_of=("cuda", "vaapi", "videotoolbox", "qsv", "d3d11va"))  # device that decodes
-    # keyframe: in place of each frame the nearest key frame, at its own time; several times faster
+    # keyframe: in place of each frame the nearest key frame, at its own time; several times faster. Of a file whose key
+    # frames are no help, such as a short clip with one, exact frames are read, and a warning says so once
     frames: str = key("exact", one_of=("exact", "keyframe"))
     # flow from a frame to the next one read (sampled, as published), or to the next picture of the file (local)
     flow_pairs: str = key("sampled", one_of=("sampled", "local"))

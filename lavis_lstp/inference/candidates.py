@@ -34,6 +34,9 @@ Medium = str | os.PathLike | bytes | BinaryIO | Sequence[bytes] | None
 PICTURE_MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"II*\0", b"MM\0*", b"P5", b"P6")
 """How files of pictures begin; a GIF is a video here, and a WebP picture begins with RIFF, four bytes, WEBP."""
 
+DECODE_THREADS = 4
+"""Parts of one file that are decoded at the same time, at most; frames are the same for any number."""
+
 
 @dataclass(frozen=True)
 class Candidates:
@@ -168,7 +171,14 @@ class Reader:
         how = {"frames": "exact", "flow_pairs": "sampled", **(reading or {})}
         self.flow_pairs, exact = how.pop("flow_pairs"), how.pop("frames") == "exact"
         side = model.backbone.image_size
-        self.how = {"exact": exact, "size": side, "max_megapixels": max_megapixels, **how}  # arguments of `read_frames`
+        threads = min(DECODE_THREADS, os.cpu_count() or 1)
+        self.how = {
+            "exact": exact,
+            "size": side,
+            "threads": threads,
+            "max_megapixels": max_megapixels,
+            **how,
+        }  # arguments of `read_frames`
         self.store = store
         if store is not None:
             model.chooser.keep_in(store)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import logging
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -70,8 +71,34 @@ def test_chosen_frames_are_those_of_plain_decoding(files, name, threads):
     every = plainly(files[name])
     for num, seed in ((1, 0), (1, 1), (1, 2), (4, 3), (20, 4), (len(every), 5)):
         chosen = somewhere(len(every), num, seed)
-        video = read_frames(files[name], indices=chosen, threads=threads)
+        video = read_frames(files[name], indices=chosen, threads=threads, size=(96, 128))  # the size that they have
         assert (video.frames == np.stack([every[i] for i in chosen])).all()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_parts_that_are_decoded_at_the_same_time_change_nothing(files, name):
+    chosen = somewhere(COUNT - 11, 12, 6)
+    for how in ({}, {"with_next": True}, {"exact": False}, {"motion_vectors": True, "flow_pairs": "local"}):
+        try:
+            alone = read_frames(files[name], indices=chosen, size=48, **how)
+        except VideoError as error:  # no motion vectors, or too few key frames
+            with pytest.raises(VideoError, match=re.escape(str(error))):
+                read_frames(files[name], indices=chosen, size=48, threads=3, **how)
+            continue
+        for source in (files[name], files[name].read_bytes()):
+            video = read_frames(source, indices=chosen, size=48, threads=3, name=str(files[name]), **how)
+            assert (video.frames == alone.frames).all() and video.info == alone.info
+            assert video.indices == alone.indices
+            assert video.flow is None if alone.flow is None else (video.flow == alone.flow).all()
+
+
+def test_each_thread_decodes_a_part_of_the_file(files, monkeypatch):
+    parts = []
+    monkeypatch.setattr(
+        reading, "_decode", lambda *given, decode=reading._decode: parts.append(given[2]) or decode(*given)
+    )
+    read_frames(files["closed.mp4"], indices=[0, 15, 25, 30, 45], size=48, threads=2)
+    assert sorted(parts) in ([[0, 15], [25, 30, 45]], [[0, 15, 25, 30], [45]])
 
 
 def test_chosen_frames_of_real_clips_are_those_of_plain_decoding(real_videos):
@@ -132,6 +159,16 @@ def test_key_frames_are_ascending_distinct_and_real(files, name):
     assert 2 <= len(video.indices) <= 4 and video.indices == sorted(set(video.indices))
     assert (video.frames == np.stack([every[i] for i in video.indices])).all()
     assert (video.frames == read_frames(files[name], indices=video.indices).frames).all()
+
+
+def test_where_key_frames_are_no_help_exact_frames_are_read_and_that_is_told_once(files, caplog, monkeypatch):
+    monkeypatch.setattr(reading, "_TOLD", set())
+    for _ in range(2):
+        for name in ("one_key.mp4", "counted.avi"):
+            video = read_frames(files[name], num=4, exact=False)
+            assert video.indices == read_frames(files[name], num=4).indices
+    told = [r.getMessage() for r in caplog.records if "exact frames are read" in r.getMessage()]
+    assert len(told) == 2 and "one_key.mp4: all frames" in told[0] and "counted.avi: stores no times" in told[1]
 
 
 # ---- flow of neighbouring pictures -------------------------------------------------------------------------------
@@ -243,8 +280,9 @@ def test_a_table_that_calls_every_picture_a_key_frame_gives_right_frames_or_one_
             assert (video.frames == np.stack([every[i] for i in video.indices])).all()
 
 
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("change", ["shorter", "other", "longer"])
-def test_a_file_that_changes_while_it_is_read_gives_its_frames_or_one_line(files, tmp_path, monkeypatch, change):
+def test_a_file_that_changes_while_it_is_read_is_frames_or_one_line(files, tmp_path, monkeypatch, change, threads):
     path = tmp_path / "changes.ts"
     before, after = files["open_gop.ts"].read_bytes(), files["refresh.ts"].read_bytes()
     after = {"shorter": before[: len(before) // 2], "other": after, "longer": before + before[: 188 * 50]}[change]
@@ -258,7 +296,7 @@ def test_a_file_that_changes_while_it_is_read_gives_its_frames_or_one_line(files
     old, new = plainly(files["open_gop.ts"]), plainly(files["refresh.ts"])
     monkeypatch.setattr(reading, "decode_pyav", change_then)
     try:
-        video = read_frames(path, indices=[3, 50])
+        video = read_frames(path, indices=[3, 50], size=(96, 128), threads=threads)
     except VideoError as error:
         assert str(error).startswith(str(path)) and "\n" not in str(error)
     else:

@@ -189,6 +189,10 @@ class LocalMotion(CodecMotion):
         """True while a marked picture has no field yet and may get one."""
         return bool(self._waiting)
 
+    def extend(self, later: LocalMotion) -> None:
+        """Appends what another decoder found behind the pictures of this one."""
+        self._found += later._found
+
     def restart(self) -> None:
         """Decoding goes on at another place."""
         self._references, self._anchor, self._waiting = [], None, []

@@ -19,8 +19,10 @@ import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +39,7 @@ from lavis_lstp.data.video.decode import (
     decode_pyav,
     decode_torchcodec,
     orientation,
+    stretches,
 )
 from lavis_lstp.data.video.index import (
     Source,
@@ -311,13 +314,16 @@ def read_frames(
         between_s: with `num`: choose among the frames of [start, end) seconds, not of the whole video.
         size: S, or (height, width); None keeps the video's own.
         exact: False takes, in place of each frame, the nearest one at which decoding can begin (a key frame), each
-            once: fewer frames, at the times and under the numbers that are theirs.
+            once: fewer frames, at the times and under the numbers that are theirs. Exact frames are read, with a
+            warning, where these would be one (`key_frames`).
         with_next: each frame is followed by the next picture of the file, the last picture of a file by itself.
         motion_vectors: also give `flow` from the codec's motion vectors.
         flow_pairs: sampled: from each chosen frame to the next chosen one (published); everything between the first
             and the last is decoded for it. local: to the next picture of the file; a few pictures are.
         flow_size: grid of that flow, its values scaled along; None is the size of the frames.
-        threads: decoder threads; 1 suits loaders with several workers.
+        threads: so many parts of a file are decoded at the same time, with equal results. Frames of their own size, of
+            one part or of a file object are decoded by so many threads of FFmpeg's; chained motion vectors by one.
+            1 suits loaders with several workers.
         decode_size: px; FFmpeg scales pictures down to this shorter side (area average) as they are decoded, and the
             decoders of MPEG-1, -2, -4 and Motion JPEG decode fewer pixels. `size` applies after it. Pixels differ from
             the published preprocessing.
@@ -430,28 +436,33 @@ def _read_folder(
     return VideoFrames(frames, index.times_s[chosen], chosen, info)
 
 
+_TOLD: set[str] = set()
+"""Why exact frames were read in place of key frames; each cause is told of the first file."""
+
+
 def key_frames(index: VideoIndex, chosen: Sequence[int]) -> list[int]:
     """The key frames nearest to chosen frames, in time; each once, ascending.
 
-    Raises:
-        VideoError: the file does not tell which are key frames, or has too few to tell the chosen ones apart.
+    Returns: the chosen frames themselves, with a warning, where the file does not tell which are key frames, or has too
+    few to tell the chosen ones apart, such as a short clip that begins with its only one.
     """
-    if index.by_count:
-        raise VideoError(
-            f"{index.name}: stores no times to seek to, so key frames are no faster; read exact frames of it"
-        )
     keys = np.flatnonzero(index.frame_key)
-    if not len(keys):
-        raise VideoError(f"{index.name}: has no key frame that is shown; read exact frames of it")
-    keys_s = index.times_s[keys]
-    at = np.searchsorted((keys_s[1:] + keys_s[:-1]) / 2, index.times_s[list(chosen)])  # the earlier of two as near
-    found = sorted(set(keys[at].tolist()))
-    if len(found) < 2 <= len(set(chosen)):
-        raise VideoError(
-            f"{index.name}: all {len(set(chosen))} frames asked for lie nearest to one key frame (it has {len(keys)}); "
-            "read exact frames of it"
-        )
-    return found
+    found: list[int] = []
+    if index.by_count:
+        why = "stores no times to seek to"
+    elif not len(keys):
+        why = "has no key frame that is shown"
+    else:
+        keys_s = index.times_s[keys]
+        at = np.searchsorted((keys_s[1:] + keys_s[:-1]) / 2, index.times_s[list(chosen)])  # the earlier of two as near
+        found = sorted(set(keys[at].tolist()))
+        why = "all frames asked for lie nearest to one key frame"
+    if len(found) > 1 or len(found) == len(set(chosen)):
+        return found
+    if why not in _TOLD:
+        _TOLD.add(why)
+        logger.warning("%s: %s, so exact frames are read; further files like it are not named", index.name, why)
+    return list(chosen)
 
 
 def _read(source, index, asked, how: _How) -> VideoFrames:
@@ -463,6 +474,66 @@ def _read(source, index, asked, how: _How) -> VideoFrames:
     if how.with_next:
         chosen = [number for i in chosen for number in (i, min(i + 1, index.num_frames - 1))]
     wanted = sorted(set(chosen))
+    parts = _parts(source, index, wanted, how)
+    given = how._replace(threads=1) if how.pairs or len(parts) > 1 else how
+    if len(parts) > 1:
+        out = np.empty((len(wanted), 3, *_height_width(how.size)), dtype=np.uint8)
+        with ThreadPoolExecutor(len(parts)) as pool:
+            found = [pool.submit(_decode, source, index, wanted[part], given, out[part]) for part in parts]
+            decoded = _joined([future.result() for future in found], out)
+    else:
+        decoded = _decode(source, index, wanted, given)
+    frames, motion, flow = decoded.frames, decoded.motion, None
+    if motion:
+        if chosen != wanted:
+            raise VideoError(f"{index.name}: motion vectors need ascending frames without repeats")
+        flow = motion.flow(_height_width(how.flow_size) if how.flow_size is not None else frames.shape[2:])
+    if chosen != wanted:
+        frames = frames[np.searchsorted(wanted, chosen)]
+    return VideoFrames(frames, index.times_s[chosen], chosen, decoded.info, flow, decoded.count)
+
+
+class _Decoded(NamedTuple):
+    frames: np.ndarray
+    info: VideoInfo
+    motion: Any
+    count: DecodeCount
+
+
+def _parts(source: Source, index: VideoIndex, wanted: Sequence[int], how: _How) -> list[slice]:
+    """Wanted frames in at most `threads` parts that decoders of their own can read at the same time.
+
+    Each part begins at a key frame, where a single decoder would begin anew, too, so pictures are the same for any
+    number of threads. FFmpeg's own threads gain little here, because a decoder is emptied behind each wanted frame.
+    """
+    alone = how.threads == 1 or how.backend != "pyav" or how.hardware or how.size is None or how.pairs == "sampled"
+    if alone or index.by_count or not isinstance(source, (str, os.PathLike, bytes)):  # a file object has one position
+        return [slice(0, len(wanted))]
+    way = stretches(index, wanted, anchor=how.pairs == "local")
+    of_each = [(s.stop - s.start, index.packet_bytes[s.start : s.stop].sum()) for s in way]
+    work = (np.array(of_each, dtype=np.float64) / np.sum(of_each, axis=0)).mean(axis=1)  # decoding costs by both alike
+    part = (how.threads * (work.cumsum() - work / 2)).astype(int)
+    ends = np.cumsum([len(s.wanted) for s in way])
+    edges = [0, *(int(ends[k - 1]) for k in range(1, len(way)) if part[k] != part[k - 1]), len(wanted)]
+    return [slice(*edge) for edge in pairwise(edges)]
+
+
+def _joined(parts: list[_Decoded], frames: np.ndarray) -> _Decoded:
+    first, *others = parts
+    for other in others:
+        for name, value in vars(other.count).items():
+            setattr(first.count, name, getattr(first.count, name) + value)
+        if first.motion:
+            first.motion.extend(other.motion)
+    return first._replace(frames=frames)
+
+
+def _decode(source, index, wanted: Sequence[int], how: _How, frames: np.ndarray | None = None) -> _Decoded:
+    """Frames in the order of decoding, which is ascending.
+
+    Args:
+        frames: where to put them; None = an array of their size.
+    """
     count, infos = DecodeCount(), []
     motion = _motion(index, wanted, how.pairs)
     if how.backend == "pyav":
@@ -480,8 +551,7 @@ def _read(source, index, asked, how: _How) -> VideoFrames:
             raise VideoError(f"{index.name}: is stored mirrored, which decord ignores; use backend 'pyav'")
         decode = decode_decord if how.backend == "decord" else decode_torchcodec
         pictures = decode(source, index, wanted, threads=how.threads)
-    # Filled in the order of decoding; the caller's order and repeats come last, as one gather.
-    frames = None
+    height, width = (None, None) if frames is None else frames.shape[2:]
     for t, (i, picture) in enumerate(pictures):
         assert wanted[t] == i
         if frames is None:
@@ -496,14 +566,7 @@ def _read(source, index, asked, how: _How) -> VideoFrames:
         if motion:
             motion.mark()
     (info,) = infos
-    flow = None
-    if motion:
-        if chosen != wanted:
-            raise VideoError(f"{index.name}: motion vectors need ascending frames without repeats")
-        flow = motion.flow(_height_width(how.flow_size) if how.flow_size is not None else (height, width))
-    if chosen != wanted:
-        frames = frames[np.searchsorted(wanted, chosen)]
-    return VideoFrames(frames, index.times_s[chosen], chosen, info, flow, count)
+    return _Decoded(frames, info, motion, count)
 
 
 def _motion(index: VideoIndex, wanted: Sequence[int], pairs: str | None) -> Any:
