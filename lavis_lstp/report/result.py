@@ -33,12 +33,14 @@ def result_of(one: Evaluation, run: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         run: `numbers.summary` of the evaluation.
     """
-    config, time = one.manifest.get("config"), run["latency"]
+    config, time, command = one.manifest.get("config"), run["latency"], one.manifest.get("command")
+    if isinstance(command, list) and command:  # a program's place says nothing to others
+        command = [Path(str(command[0])).name, *command[1:]]
     made = {
         "format": FORMAT,
         "version": VERSION,
         "name": one.name,
-        "command": one.manifest.get("command"),
+        "command": command,
         "revision": one.manifest.get("git_revision"),
         "versions": {"lavis_lstp": __version__, **one.manifest.get("versions", {})},
         "frames_chosen_by": run["choosing"]["by"],
