@@ -273,12 +273,11 @@ def test_only_layers_of_the_language_model_are_quantised(built, monkeypatch, nam
     """By transformers' own rule; bitsandbytes and its device are not needed to ask it."""
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    seen = []
+    seen, model = [], built(name).backbone
     monkeypatch.setattr(video_llm, "quantization_config", lambda *_, skipped: seen.extend([*skipped, "lm_head"]))
     monkeypatch.setattr(video_llm, "model_and_processor", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         video_llm.build(weights="a/model", quantization="4bit")
-    model = built(name).backbone
     linear = [key for key, module in model.model.named_modules() if isinstance(module, torch.nn.Linear)]
     left = [f"model.{key}" for key in linear if should_convert_module(key, seen)]
     assert left and all(key.startswith(model.PARTS["language_model"][0]) for key in left)
