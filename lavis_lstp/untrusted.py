@@ -82,6 +82,15 @@ def what_it_names(text: str) -> str | None:
     return None
 
 
+def unicode_text(text: str, where: str) -> str:
+    """The text itself. Raises ConfigError for half a surrogate pair, which JSON may bring and no tokenizer reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{where}: is not Unicode text, it has half a surrogate pair") from None
+    return text
+
+
 # ---- names that become files -----------------------------------------------------------------------------------------
 
 LONGEST_NAME = 200

@@ -25,6 +25,7 @@ from lavis_lstp.inference.prediction import Asked, Cancelled, Prediction, Turn
 from lavis_lstp.inference.settings import Settings, settings_of
 from lavis_lstp.models.variants import MODEL_TYPES
 from lavis_lstp.models.weights.recorded import recorded_frames, recorded_reading
+from lavis_lstp.untrusted import unicode_text
 
 CACHE_BYTES = 1 << 30
 """Frames and flow that are kept: 30 videos of 64 candidates with flow at 224 px."""
@@ -137,6 +138,7 @@ class Predictor:
         for text in (question, *(text for turn in history for text in turn)):
             if not isinstance(text, str):
                 raise ConfigError(f"a question and its history are texts, got {type(text).__name__}")
+            unicode_text(text, "a question and its history")
         if not question.strip():
             raise ConfigError("the question is empty")
         cancel = cancel or threading.Event()

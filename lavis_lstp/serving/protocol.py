@@ -20,6 +20,7 @@ from lavis_lstp.inference.prediction import Prediction, Turn
 from lavis_lstp.inference.predictor import history_of
 from lavis_lstp.inference.settings import GENERATION, OWN
 from lavis_lstp.serving.limits import Limits
+from lavis_lstp.untrusted import unicode_text
 
 IGNORED = (
     *("user", "metadata", "store", "service_tier", "stream_options", "safety_identifier", "prompt_cache_key"),
@@ -142,7 +143,7 @@ def _content(content: str | list[dict[str, Any]] | None, place: str) -> tuple[st
 def _text(value: Any, where: str) -> str:
     if not isinstance(value, str):
         raise ConfigError(f"{where}: expected a text, got {type(value).__name__}")
-    return value
+    return unicode_text(value, where)
 
 
 def _media(value: Any, where: str) -> list[str]:
@@ -219,5 +220,6 @@ def usage(prompt_tokens: int, found: Prediction) -> dict[str, int]:
 
 
 def error_body(message: str, kind: str, code: str | None = None) -> dict[str, Any]:
-    """OpenAI's error object, one line."""
-    return {"error": {"message": shortened(" ".join(message.split()), 500), "type": kind, "param": None, "code": code}}
+    """OpenAI's error object, one line; half a surrogate pair, which JSON may bring and has no bytes, becomes `?`."""
+    line = shortened(" ".join(message.split()), 500).encode("utf-8", "replace").decode()
+    return {"error": {"message": line, "type": kind, "param": None, "code": code}}

@@ -329,6 +329,10 @@ def test_it_is_usable_by_keyboard_on_narrow_screens_and_by_screen_readers(visito
     visitor.until(lambda: visitor.times())
     visitor.window.look(360)
     visitor.until(lambda: visitor.window.overflow() == 0)
+    assert not any(e.is_displayed() for e in visitor.driver.find_elements("css selector", "#video [title^=Trim]"))
+    scale = visitor.window.script("document.querySelector('#evidence svg').getBoundingClientRect().width / 600")
+    size = visitor.window.script("getComputedStyle(document.querySelector('#evidence svg text')).fontSize")
+    assert float(size.removesuffix("px")) * scale > 9, "times under the timeline are readable"
     nameless = visitor.window.script(
         """[...document.querySelectorAll('button, input, textarea, video')].filter(e => e.offsetParent).filter(e =>
         !(e.innerText || '').trim() && !e.getAttribute('aria-label') && !e.title && !(e.labels && e.labels.length)

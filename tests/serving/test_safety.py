@@ -137,6 +137,28 @@ def test_limits_of_bytes_length_and_size(client, tmp_path):
     assert "no video stream" in line_of(client.post(FILES, files={"file": ("a.mp4", audio)}))
 
 
+CLIP_URL = data(CLIP.read_bytes())
+HALF = "\ud800"  # of a surrogate pair: JSON may bring it, and it has no bytes
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        asking(HALF),
+        asking(f"data:,{HALF}"),
+        asking(CLIP_URL, **{HALF: 1}),
+        asking(CLIP_URL, selector=HALF),
+        {"messages": [{"role": HALF, "content": "x"}]},
+        {"messages": [{"role": "user", "content": HALF}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": HALF}]}]},
+        {"messages": [{"role": "user", "content": [{"type": HALF}]}]},
+    ],
+)
+def test_half_a_character_is_refused_wherever_it_stands(client, body):
+    answer = client.post(CHAT, content=json.dumps(body), headers={"content-type": "application/json"})
+    assert answer.status_code == 400 and line_of(answer)
+
+
 # ---- uploads --------------------------------------------------------------------------------------------------------
 
 
@@ -338,7 +360,6 @@ SCALARS = st.one_of(
     ),
 )
 VALUES = st.recursive(SCALARS, lambda v: st.lists(v, max_size=4) | st.dictionaries(st.text(max_size=9), v, max_size=4))
-CLIP_URL = data(CLIP.read_bytes())
 URLS = st.one_of(
     st.just(CLIP_URL),
     st.sampled_from(
