@@ -101,7 +101,8 @@ class Chat:
         path = _path(file or f"{Path(self.video).stem}_frames.png")
         with whole_file(path) as partial:
             partial.write_bytes(as_png(sheet))
-        if sys.stdout.isatty() and os.environ.get("COLORTERM") in ("truecolor", "24bit"):
+        in_colour = os.environ.get("COLORTERM") in ("truecolor", "24bit") and not os.environ.get("NO_COLOR")
+        if sys.stdout.isatty() and in_colour:
             print(as_blocks(sheet, min(SHEET_COLUMNS, shutil.get_terminal_size().columns)))
         print(printable(f"  [{path}]"))
 

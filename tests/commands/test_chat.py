@@ -107,6 +107,10 @@ def test_a_sheet_is_shown_where_the_terminal_has_colours(monkeypatch, capsys, tm
     monkeypatch.setenv("COLORTERM", "truecolor")
     talking.frames(str(tmp_path / "sheet.png"))
     assert shown.getvalue().count("▀") > 500
+    shown.truncate(0)
+    monkeypatch.setenv("NO_COLOR", "1")
+    talking.frames(str(tmp_path / "sheet.png"))
+    assert "sheet.png" in shown.getvalue() and "\x1b" not in shown.getvalue()
 
 
 def test_a_terminal_gets_a_prompt_and_a_streamed_answer():
