@@ -4,8 +4,8 @@
 
 Every way decodes on one thread, but for `exact_64_threads` and `select_*`, which use the cores that there are. Times
 leave out Python's start and imports. Ways that read frames end with RGB pictures of 224 x 224, resized by the same
-function. The best of `--repeat` rounds counts; each way runs once a round, so that a busy machine slows all of them. The
-film of docs/measurements.md is in moviepy's source package, which
+function. The best of `--repeat` rounds counts; each way runs once a round, so that a busy machine slows all of them.
+The film of docs/measurements.md is in moviepy's source package, which
 `pip download --no-deps --no-binary :all: moviepy==2.2.1` brings.
 """
 
