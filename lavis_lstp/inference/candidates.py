@@ -35,7 +35,7 @@ PICTURE_MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"II*\0", b"MM\0*
 """How files of pictures begin; a GIF is a video here, and a WebP picture begins with RIFF, four bytes, WEBP."""
 
 DECODE_THREADS = 4
-"""Parts of one file that are decoded at the same time, at most; frames are the same for any number."""
+"""Parts of one file that are decoded at the same time, at most, fewer while other media are; frames are the same."""
 
 
 @dataclass(frozen=True)
@@ -171,18 +171,12 @@ class Reader:
         how = {"frames": "exact", "flow_pairs": "sampled", **(reading or {})}
         self.flow_pairs, exact = how.pop("flow_pairs"), how.pop("frames") == "exact"
         side = model.backbone.image_size
-        threads = min(DECODE_THREADS, os.cpu_count() or 1)
-        self.how = {
-            "exact": exact,
-            "size": side,
-            "threads": threads,
-            "max_megapixels": max_megapixels,
-            **how,
-        }  # arguments of `read_frames`
+        self.how = {"exact": exact, "size": side, "max_megapixels": max_megapixels, **how}  # arguments of `read_frames`
         self.store = store
         if store is not None:
             model.chooser.keep_in(store)
         self._decoders = threading.Semaphore(decoders)
+        self._decoding: list[dict] = []  # one entry for each medium that is decoded just now
         self.model, self.max_seconds = model, max_seconds
         self.kept = Kept(cache_bytes, num_bytes)
 
@@ -218,8 +212,12 @@ class Reader:
 
         def timed(stage: str, make: Callable[..., Any], *args: Any) -> Any:
             with self._decoders:
+                self._decoding.append(seconds)
                 started = time.perf_counter()
-                value = make(*args)
+                try:
+                    value = make(*args)
+                finally:
+                    self._decoding.pop()
                 seconds[stage] = time.perf_counter() - started
             return value
 
@@ -274,7 +272,8 @@ class Reader:
         from lavis_lstp.data.store import read_kept
 
         store = self.store if isinstance(source, str | os.PathLike) and os.path.isfile(source) else None
-        return read_kept(store, media.split()[0], source, **how)
+        threads = max(1, min(DECODE_THREADS, os.cpu_count() or 1) // len(self._decoding))
+        return read_kept(store, media.split()[0], source, threads=threads, **how)
 
     def _flow(self, found: Candidates, source: Medium, how: dict[str, Any], flow_pairs: str) -> Tensor:
         import torch
