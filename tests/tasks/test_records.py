@@ -123,5 +123,6 @@ def test_who_reads_predictions_knows_no_other_keys():
 def test_an_answer_has_the_words_of_a_prediction():
     shared = {field.name for field in dataclasses.fields(Answer)} & Prediction.__annotations__.keys()
     assert shared == {
-        "question", "prediction", "prompt", "log_prob", "span", "span_s", "spans_s", "frame_index", "scores", "seconds"
+        "question", "prediction", "prompt", "log_prob", "span", "span_s", "spans_s", "frame_index", "scores", "seconds",
+        "subtitles"
     }  # fmt: skip
