@@ -146,7 +146,7 @@ def with_film(film: Path, out: Path, options: Sequence[str] = ()) -> list[dict[s
     steps = read_chain(find_chain(FILM_CHAIN))
     check_options(own, steps)
     Chain(out, own).run(steps)
-    parts = ",".join(f"{{out}}/{name}" for name in ("base", "sampler", "lstp"))
+    parts = ",".join(f"{{out}}/{name}" for name in ("base", "sampler_long", "lstp"))
     common = (*steps[0].options, *FILM_OPTIONS, f"model.checkpoint=[{parts}]")
     common = [option.replace("{out}", str(out)) for option in common]
     common += [option for option in own if ":" not in option.partition("=")[0]]

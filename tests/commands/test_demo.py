@@ -92,10 +92,10 @@ def test_needles_are_learned_in_windows_and_measured_in_whole_videos(tmp_path, m
     monkeypatch.setattr(chain.Chain, "step", lambda self, name, command, **_: ran.append((name, command)))
     monkeypatch.setattr(demo, "ablate", lambda cells, out, options: [(cell, options) for cell in cells])
     found = demo.with_film(tmp_path / "film.mp4", tmp_path, ["run.max_epoch=1", "base:run.seed=2"])
-    flows = ["flow_train", "flow_val", "flow_test"]
-    assert [name for name, _ in ran] == ["base", *flows, "spans", "sampler", "lstp"]
+    names = ["base", "flow_train", "flow_val", "flow_test", "spans", "sampler", "lstp"]
+    assert [name for name, _ in ran] == [*names, "long_spans", "flow_long", "sampler_long"]
     film = f"datasets.lstp_shapes.generate.film={tmp_path / 'film.mp4'}"
-    assert all(film in command and "run.max_epoch=1" in command for name, command in ran if name not in flows)
+    assert all(film in command and "run.max_epoch=1" in command for name, command in ran if "flow" not in name)
     assert len(found) == 20 and [cell.frames for cell, _ in found[::5]] == [2, 4, 8, 16]
     _, options = found[0]
     assert film in options and "base:run.seed=2" not in options

@@ -402,6 +402,16 @@ def test_needles_are_seen_in_their_spans_and_the_film_everywhere_else(needles):
     assert len({row["question"] for row in rows}) == len(rows)
 
 
+@pytest.mark.parametrize(
+    ("seconds", "lengths"), [(64, shapes_scene.WINDOW_EVENTS_S), (192, shapes_scene.HAYSTACK_EVENTS_S)]
+)
+def test_long_windows_have_the_events_of_a_haystack(needles, seconds, lengths):
+    parameters = shapes_qa.Parameters(film=str(needles[0]), window_s=seconds)
+    scene, num_frames, _ = shapes_qa.video_entries(parameters, "train", 0)
+    assert num_frames == 10 * seconds
+    assert sorted((event.end - event.start) // 10 for event in scene.events) == sorted(lengths)
+
+
 def test_needles_lie_apart_anywhere_and_move_at_every_second():
     starts = []
     for index in range(200):

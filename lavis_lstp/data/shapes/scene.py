@@ -234,6 +234,12 @@ def sample_needles(rng: random.Random, seconds: int, lengths_s: tuple[int, ...])
     return Scene(tuple(events), (), rng.getrandbits(32))
 
 
+def needle_lengths(seconds: int) -> tuple[int, ...]:
+    """Lengths in s of the events in so many seconds: those of a haystack where they fit, else those of a window."""
+    fit = seconds >= sum(HAYSTACK_EVENTS_S) + len(HAYSTACK_EVENTS_S) + 1
+    return HAYSTACK_EVENTS_S if fit else WINDOW_EVENTS_S
+
+
 def needle_questions(scene: Scene) -> list[Question]:
     """Two of each event, for its colour and for its kind; their category is its length."""
     return [

@@ -285,10 +285,8 @@ def video_entries(parameters: Parameters, split: str, index: int) -> tuple[world
     """The scene of one video, its number of frames, and its annotation entries."""
     rng = world.scene_stream(parameters.seed, split, index)
     if parameters.film:
-        seconds, events_s = parameters.window_s, world.WINDOW_EVENTS_S
-        if split == "test":
-            seconds, events_s = parameters.haystack_s, world.HAYSTACK_EVENTS_S
-        scene, num_frames = world.sample_needles(rng, seconds, events_s), world.FPS * seconds
+        seconds = parameters.haystack_s if split == "test" else parameters.window_s
+        scene, num_frames = world.sample_needles(rng, seconds, world.needle_lengths(seconds)), world.FPS * seconds
         questions = world.needle_questions(scene)
     else:
         scene, num_frames = world.sample_scene(rng), world.NUM_FRAMES
