@@ -204,7 +204,7 @@ def test_keys_part_clients_and_guard_every_endpoint(predictor, tmp_path):
 
         def ask(method, path, key=None, **how):
             headers = {"authorization": f"Bearer {key}".encode()} if key else {}
-            return httpx.request(method, server.url + path, headers=headers, **how)
+            return httpx.request(method, server.url + path, headers=headers, timeout=60, **how)
 
         for method, path in (
             ("POST", CHAT),
