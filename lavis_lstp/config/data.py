@@ -228,7 +228,7 @@ class Generate:
     train_images: int = key(8000, least=0)
     size: int = key(96, least=32, most=4096)  # px, even
     film: str | None = key()  # needles: a film that events of 2 to 60 s are drawn over
-    window_s: int = key(64, least=1, most=86400)  # needles: seconds of train and val videos; from 151 on with all events
+    window_s: int = key(64, least=1, most=86400)  # needles: seconds of train and val videos; from 151 with all events
     haystack_s: int = key(600, least=1, most=86400)  # needles: seconds of test videos
 
 
