@@ -69,10 +69,8 @@ def about_clips(clips: Path, folder: Path) -> list[dict[str, Any]]:
     for clip in [path for path in found if probe(path).duration_s <= 60] * COPIES:
         name = f"{len(rows)}_{clip.name}"
         shutil.copyfile(clip, folder / name)
-        rows += [
-            {"question_id": f"{name}/{thing}", "video": name, "question": f"what does the {thing} do?", "answer": None}
-            for thing in THINGS
-        ]
+        about = {"video": name, "video_id": Path(name).stem, "answer": None}
+        rows += [{**about, "question_id": f"{name}/{x}", "question": f"what does the {x} do?"} for x in THINGS]
     return rows
 
 
