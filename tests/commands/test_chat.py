@@ -58,7 +58,7 @@ def test_subtitles_are_read_until_another_video(monkeypatch, capsys, tmp_path):
     file.write_text("1\n00:00:00,000 --> 00:10:00,000\nsaid\n", encoding="utf-8")
     saved = ["one?", f"/save {record}", f"/video {clip}", "two?", f"/subtitles {file}", "three?", f"/save {record}.b"]
     code, *_ = talk(monkeypatch, capsys, saved, "--example", "--subtitles", str(file))
-    turns = [turn for path in (record, f"{record}.b") for turn in json.loads(open(path).read())["turns"]]
+    turns = [turn for path in (record, f"{record}.b") for turn in json.loads(Path(path).read_text("utf-8"))["turns"]]
     assert code == 0 and [turn.get("subtitles", {}).get("lines") for turn in turns] == [1, None, 1]
 
 
