@@ -101,6 +101,16 @@ def test_each_thread_decodes_a_part_of_the_file(files, monkeypatch):
     assert sorted(parts) in ([[0, 15], [25, 30, 45]], [[0, 15, 25, 30], [45]])
 
 
+def test_threads_of_ffmpeg_do_not_wait_for_pythons_lock(files):
+    """Older torchvisions set a level, and then a decoder with threads may wait for ever when it is freed."""
+    av.logging.set_level(av.logging.ERROR)
+    try:
+        read_frames(next(iter(files.values())), indices=[COUNT // 2], threads=3)
+        assert av.logging.get_level() is None
+    finally:
+        av.logging.set_level(None)
+
+
 def test_chosen_frames_of_real_clips_are_those_of_plain_decoding(real_videos):
     for path in real_videos:
         every = plainly(path, 700)

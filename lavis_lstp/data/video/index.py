@@ -206,6 +206,10 @@ def open_video(
     """
     options = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
     is_open = False
+    if threads > 1:
+        # With a level, which older torchvisions set, each of FFmpeg's threads waits for Python's lock to report an
+        # error; whoever frees the decoder waits for those threads and has that lock. PyAV begins without one.
+        av.logging.set_level(None)
     most = {"max_pixels": str(round(max_megapixels * 1e6))}  # the decoder's own limit: a header may lie about the size
     try:
         known = {"options": most, "container_options": options, "metadata_errors": "replace"}
