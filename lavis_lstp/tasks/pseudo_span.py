@@ -56,8 +56,9 @@ class PseudoSpanTask(LSTPTask):
             own = scores[row, : frames[row]].tolist() if moving else []
             span = list(pseudo_span(own, self.subtract_min, smooth=self.smooth)) if moving else None
             record: Prediction = {"question_id": question_id, "span": span, "scores": [round(s, 4) for s in own]}
-            if (gold := gold_of(samples, row)) and span and span[0] < span[1]:
-                record["span_s"] = [round(edge, 3) for edge in Span(*span).to_seconds(real_times(samples, row))]
+            gold, times = gold_of(samples, row), real_times(samples, row)
+            if gold and times and span and span[0] < span[1]:
+                record["span_s"] = [round(edge, 3) for edge in Span(*span).to_seconds(times)]
             records.append({**record, **gold})
         return records
 

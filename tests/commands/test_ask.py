@@ -126,7 +126,7 @@ def test_frames_are_as_many_as_the_run_used_and_replaced_flow_is_said(tmp_path, 
     video = numbered_video(tmp_path / "clip.mp4", 30)
     folder = make_run(tmp_path / "run", flow={"name": "precomputed"})
     asked, real = [], Predictor.answer
-    monkeypatch.setattr(Predictor, "answer", lambda self, *a: asked.append(self.num_frames) or real(self, *a))
+    monkeypatch.setattr(Predictor, "answer", lambda self, *a, **k: asked.append(self.num_frames) or real(self, *a, **k))
     words = (str(video), "what?", "--picture", str(tmp_path / "why.png"))
     code, _, err = run(capsys, *words, "--checkpoint", str(folder))
     assert code == 0 and asked == [9] and "note: flow is computed with dis" in err
