@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 Medium = str | os.PathLike | bytes | BinaryIO | Sequence[bytes] | None
 
 PICTURE_MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"II*\0", b"MM\0*", b"P5", b"P6")
-"""How files of pictures begin, but for a WebP: RIFF, four bytes, WEBP. A GIF, or a PNG or WebP that moves, is a video."""
+"""How files of pictures begin, but for WebP: RIFF, four bytes, WEBP. A GIF, a PNG or a WebP that moves is a video."""
 
 DECODE_THREADS = 4
 """Parts of one file that are decoded at the same time, at most, fewer while other media are; frames are the same."""
