@@ -44,12 +44,13 @@ def table(found: Selection) -> str:
             near = min(range(len(found.scores)), key=lambda i: abs(found.candidate_times_s[i] - seconds))
             line += f"  {found.scores[near]:>8.4f}"
         lines.append(line)
-    took = ", ".join(f"{stage} {value:.2f} s" for stage, value in found.seconds.items())
+    notes = [", ".join(f"{stage} {value:.2f} s" for stage, value in found.seconds.items())]
     filled = f"; {found.num_filled} of them were filled in by the best remaining scores" if found.num_filled else ""
     scored = "" if found.scores is None else f", {len(found.scores)} scored"
     if len(found.frame_index) < found.settings["k"]:
-        took += f"; {found.settings['k']} were asked for, and there are no more to choose among"
-    lines.append(f"{len(found.frame_index)} of {found.num_frames} frames by {found.method}{scored}{filled} ({took})")
+        notes.append(f"{found.settings['k']} were asked for, and there are no more to choose among")
+    told = f" ({'; '.join(filter(None, notes))})"
+    lines.append(f"{len(found.frame_index)} of {found.num_frames} frames by {found.method}{scored}{filled}{told}")
     return "\n".join(lines)
 
 

@@ -20,6 +20,7 @@ _NAMED = re.compile(
     r"(?:\(([A-Za-z])\)|\[([A-Za-z])\]|([A-Z])(?=[).:,\u3002]|$|\s)|([a-z])(?=[.\u3002]?$))"
 )
 """A letter behind such a word, in English or Chinese; a small one at the end alone, where "a" is no article."""
+_DECIDES = re.compile(r"(?i:answer)(?: is|:)|\u7b54\u6848[\u662f:]")
 _MORE = re.compile(r"\(([A-Za-z])\)|\b([A-Z])(?=[).:,]|$)")
 """Letters after the one that an answer begins with: "(A) or (B)", "A, B"."""
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.IGNORECASE | re.DOTALL)
@@ -38,7 +39,8 @@ def parse_choice(text: str, options: Sequence[str]) -> int | None:
 
     The very words of an option come first, as they are written and then without case, outer blanks and outer
     punctuation; then a letter alone, a plain yes or no, and letters and words inside a sentence. A line that is an
-    option or a letter is the answer, whatever explanation stands around it. Two different readings are none.
+    option or a letter is the answer, whatever explanation stands around it; so is "The answer is B." behind sentences
+    that weigh B's words and others'. Two different readings are none.
 
     >>> parse_choice("(B)", ["red", "blue"]), parse_choice("It is blue.", ["red", "blue"])
     (1, 1)
@@ -119,6 +121,11 @@ def _inside(text: str, options: Sequence[str]) -> int | None:
     rest = text[first.end() :].strip() if first else text
     named = _options_in(normalise(rest), options)
     letters = [next(filter(None, first.groups())).upper()] if first else _letters(_NAMED, text)
+    at = 0 if first or not letters else _NAMED.search(text).start()
+    if at and LETTERS.index(letters[0]) in named and _DECIDES.match(text, at):
+        # "A shows red, B blue. The answer is B.": what is weighed before the sentence that decides contradicts nothing
+        rest = text[max(text.rfind(mark, 0, at) for mark in ".!?\u3002\n") + 1 :]
+        named = _options_in(normalise(rest), options)
     if first:  # a letter that no option has is a word's: "A. in the U.S."
         others = _letters(_MORE, rest)
         letters += [letter for letter in others if letter != letters[0] and letter in LETTERS[: len(options)]]

@@ -341,6 +341,19 @@ def test_pictures_are_told_by_content(tmp_path):
     assert not candidates.is_picture(CLIP) and not candidates.is_picture(picture_bytes(form="GIF"))
 
 
+def test_a_png_or_webp_that_moves_is_no_picture(tmp_path, predictor):
+    """A WebP film of ComfyUI (python-pillow/Pillow#7738) was answered from its first frame alone."""
+    shown = [Image.new("RGB", (40, 30), colour) for colour in ("red", "green", "blue")]
+    for form in ("PNG", "WEBP"):
+        shown[0].save(tmp_path / form, form, save_all=True, append_images=shown[1:], duration=100)
+        for source in (tmp_path / form, (tmp_path / form).read_bytes()):
+            assert not candidates.is_picture(source), form
+        assert candidates.is_picture((tmp_path / form).read_bytes()[:20]), form  # cut off before it says so
+    assert predictor.answer(tmp_path / "PNG", ASKED, num_frames=3).candidate_times_s == pytest.approx([0, 0.1, 0.2])
+    with pytest.raises(VideoError, match="WEBP: is of a format that is not read as a video"):
+        predictor.answer(tmp_path / "WEBP", ASKED)
+
+
 def test_long_videos_are_scored_in_windows_and_may_have_several_spans(tmp_path):
     film = lengthen(CLIP, tmp_path / "film.mp4", 12)
     with lavis_lstp.load("example", options=["model.sampler.window=64", "model.selector.max_spans=3"]) as long:

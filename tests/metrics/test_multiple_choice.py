@@ -169,6 +169,13 @@ YES_NO, THREE = ["yes", "no", "not sure"], ["a dog", "a person", "a car"]
         (THREE, "B\nSo the answer is (C).", None),
         (THREE, "A\nB", None),
         (THREE, "(B)\n(B)", 1),
+        # an explanation before the answer (EvolvingLMMs-Lab/lmms-eval#1434)
+        (OPTIONS, "A shows red, B the blue one. The correct answer is (B).", 1),
+        (OPTIONS, "Red comes first, then the blue one. Answer: B", 1),
+        (OPTIONS, "Red comes first, then the blue one. The answer is (B), red.", None),
+        (OPTIONS, "Red comes first, then a dog. The answer is (B).", None),  # not weighed
+        (OPTIONS, "Red, then the blue one. The answer is (A). The answer is (B).", None),
+        (OPTIONS, "Red comes first, then the blue one. Option B is wrong.", None),
     ],
 )
 def test_one_reading_or_none(options, text, number):
