@@ -141,7 +141,6 @@ def test_the_site_builds_and_a_broken_link_is_an_error(tmp_path):
         made(tmp_path / "mkdocs.yml")
 
 
-@pytest.mark.slow
 def test_the_notebook_runs_from_top_to_bottom():
     nbformat, nbclient = (
         pytest.importorskip(name, reason="pip install '.[test]'") for name in ("nbformat", "nbclient")
