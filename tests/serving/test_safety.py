@@ -462,6 +462,7 @@ def hostile(client, count: int, size=lambda: 0) -> list[int]:
 
     @hypothesis.settings(
         max_examples=count // 2,
+        derandomize=count < 1000,  # so few may miss an endpoint; many are others each time
         database=None,
         suppress_health_check=list(hypothesis.HealthCheck),
         phases=[hypothesis.Phase.generate],
@@ -479,7 +480,7 @@ def hostile(client, count: int, size=lambda: 0) -> list[int]:
 
 
 def test_hostile_requests_are_the_clients_fault(client, server):
-    hostile(client, 150)
+    hostile(client, 240)
     assert len(server.line) == 0
 
 
