@@ -157,8 +157,9 @@ def test_stored_flow_moves_no_logit_by_a_hundredth(clips, name):
             with torch.no_grad():
                 found, wanted = (sampler(change(one), mask, text, torch.ones(1, 6)) for one in (stored, flow))
             for ours, theirs in zip(found[1:], wanted[1:], strict=True):
-                assert (ours - theirs).abs().max() < 1e-2 and ours.argmax() == theirs.argmax()
-                assert theirs.std() > 0.01  # the flow does say something
+                spread = theirs.std()  # the flow does say something; how much, the version's random weights decide
+                assert spread > 1e-3
+                assert (ours - theirs).abs().max() < min(1e-2, spread) and ours.argmax() == theirs.argmax()
 
 
 def test_each_extractor_is_stored_where_it_computes(clips):
