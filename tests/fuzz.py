@@ -386,8 +386,8 @@ def shard_index(raw: bytes) -> None:
 
 
 def flow(raw: bytes) -> None:
+    from lavis_lstp.data.flow_files import read_flow_file
     from lavis_lstp.data.shards.format import parse_flow
-    from lavis_lstp.data.video.reading import read_flow_file
 
     for read in (lambda: parse_flow(raw, "x.flow")[0], lambda: read_flow_file(_file("x.safetensors", raw))):
         with contextlib.suppress(LstpError):

@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 
 from lavis_lstp.data.annotation import check_object, parse_rows, read_text
+from lavis_lstp.data.flow_files import FLOW_FILE_VERSION
 from lavis_lstp.data.folder import check_name
 from lavis_lstp.data.pictures import DEFAULT_MAX_MEGAPIXELS
 from lavis_lstp.data.store import content_digest
 from lavis_lstp.data.video.reading import (
     BACKENDS,
-    FLOW_FILE_VERSION,
     FLOW_PAIRS,
     VIDEO_ENDINGS,
     read_frames,

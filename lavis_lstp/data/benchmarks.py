@@ -8,11 +8,9 @@ questions by id, never by position, and ids that differ are an error.
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -33,6 +31,7 @@ from lavis_lstp.data.annotation import (
     parse_rows,
     read_text,
 )
+from lavis_lstp.data.tables import delimited_rows, parquet_rows
 from lavis_lstp.data.video.reading import ENDINGS_IN_ANY_CASE, VIDEO_ENDINGS
 from lavis_lstp.errors import AnnotationError, ConfigError, unknown_name
 from lavis_lstp.files import find_path
@@ -380,13 +379,13 @@ def _read(path: Path, spec: Form, section: str) -> list[tuple[str, Any]]:
     """(place, row) of each row; the file's ending says how it is read."""
     ending = path.suffix.lower()
     if spec.reader is None and ending == ".parquet":
-        return _parquet(path, section)
+        return parquet_rows(path, section)
     text = read_text(path, section=section)
     if spec.reader is not None:
         return READERS[spec.reader](text, path)
     delimiter = spec.delimiter or {".csv": ",", ".tsv": "\t"}.get(ending)
     if delimiter is not None:
-        return _delimited(text, path, delimiter)
+        return delimited_rows(text, path, delimiter)
     if spec.rows and ending == ".json" and text.lstrip()[:1] == "{":  # {name: row of parallel lists}
         content = parse(text, path, "file")
         return [
@@ -399,67 +398,6 @@ def _read(path: Path, spec: Form, section: str) -> list[tuple[str, Any]]:
 def _object(row: Any, place: str) -> Row:
     check_object(row, place, ())
     return row
-
-
-def _delimited(text: str, path: Path, delimiter: str) -> list[tuple[str, Any]]:
-    # TGIF-QA's quotes are part of the text; in a table with commas they hold cells together.
-    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-    # strict: a quote that nothing closes would make one cell of the rest of the file.
-    table = csv.DictReader(io.StringIO(text.lstrip("\ufeff")), delimiter=delimiter, quoting=quoting, strict=True)
-    try:
-        rows = [(f"{path}, line {table.line_num}", row) for row in table]
-    except csv.Error as error:
-        at, hint = f"{path}, line {table.line_num + 1}", "a quote in a cell is doubled, and the cell stands in quotes"
-        raise AnnotationError(f"{at}: cannot be read as a table ({error}); {hint}") from None
-    twice = [name for name, count in Counter(table.fieldnames).items() if count > 1] if rows else []
-    if twice:
-        raise AnnotationError(f"{path}: two columns have the name {twice[0]!r:.80}")
-    for place, row in rows:
-        if None in row or None in row.values():
-            raise AnnotationError(f"{place}: expected {len(table.fieldnames)} cells, as in the first line")
-    return rows
-
-
-MOST_BYTES = 1 << 30
-"""Size of a parquet file's columns when unpacked; the largest benchmark has 30 MB."""
-
-
-def _parquet(path: Path, section: str) -> list[tuple[str, Any]]:
-    """Rows of a parquet file, nested lists and structures as Python's.
-
-    Raises:
-        ConfigError: pyarrow is not installed.
-        AnnotationError: there is no such file, it is none, or it unpacks to more than MOST_BYTES.
-    """
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise ConfigError(f"{path}: reading parquet needs pyarrow; pip install 'lavis_lstp[parquet]'") from None
-    if not path.is_file():
-        raise AnnotationError(f"{path}: no such annotation file ({section}.build_info.annotations)")
-    try:
-        file = parquet.ParquetFile(path)
-        groups = [file.metadata.row_group(number).total_byte_size for number in range(file.metadata.num_row_groups)]
-        if sum(groups) > MOST_BYTES:
-            raise AnnotationError(
-                f"{path}: unpacks to {sum(groups)} bytes, more than {MOST_BYTES}; it is no question file"
-            )
-        rows = file.read().to_pylist()
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        if isinstance(error, AnnotationError):
-            raise
-        raise AnnotationError(f"{path}: cannot be read as parquet ({str(error).splitlines()[0]:.200})") from None
-    return [(f"{path}, row {number}", _without_nan(row)) for number, row in enumerate(rows)]
-
-
-def _without_nan(value: Any) -> Any:
-    """Plain containers with None for NaN, which pandas writes where a cell is empty."""
-    if isinstance(value, dict):
-        return {key: _without_nan(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(one) for one in value]
-    return None if value != value else value
 
 
 def _each(row: Any, place: str, columns: str | Sequence[str]) -> list[tuple[str, Row]]:

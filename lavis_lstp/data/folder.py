@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from lavis_lstp.data.annotation import SECTION
+from lavis_lstp.data.flow_files import flow_file, read_flow_file
 from lavis_lstp.data.published_flow import ENDING
-from lavis_lstp.data.video.reading import flow_file, read_flow_file
 from lavis_lstp.errors import AnnotationError, VideoError
 from lavis_lstp.files import find_path
 from lavis_lstp.untrusted import why_no_path

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from video_files import ACCENTS, audio_file, numbered_video, read_number
 
 from lavis_lstp.commands import flow as flow_files
+from lavis_lstp.data.flow_files import flow_file
 from lavis_lstp.data.folder import FolderQuestions
 from lavis_lstp.data.frame_numbers import sample_indices, uniform_centres
 from lavis_lstp.data.qa_dataset import VideoQADataset, read_annotation
@@ -28,7 +29,7 @@ from lavis_lstp.data.shapes import shapes_qa
 from lavis_lstp.data.spans import read_spans
 from lavis_lstp.data.video import reading
 from lavis_lstp.data.video.codec_figures import motion_energy, packet_costs
-from lavis_lstp.data.video.reading import flow_file, read_frames, read_pairs
+from lavis_lstp.data.video.reading import read_frames, read_pairs
 from lavis_lstp.errors import AnnotationError, ConfigError, CoverageError, VideoError
 from lavis_lstp.files import find_path
 from lavis_lstp.metrics.coverage import join_by_id

@@ -18,9 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from video_files import audio_file, corners, numbered_picture, numbered_video, read_number, write_video
 
+from lavis_lstp.data.flow_files import read_flow_file
 from lavis_lstp.data.frame_numbers import sample_indices, uniform_centres
 from lavis_lstp.data.video.codec_figures import packet_costs
-from lavis_lstp.data.video.reading import probe, read_flow_file, read_frames, resize_frames
+from lavis_lstp.data.video.reading import probe, read_frames, resize_frames
 from lavis_lstp.errors import ConfigError, VideoError
 
 # ---- which frames ---------------------------------------------------------------------------------------------

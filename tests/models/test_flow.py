@@ -18,8 +18,9 @@ from video_files import moving_texture, numbered_video, write_video
 from lavis_lstp.commands import flow as flow_files
 from lavis_lstp.commands.flow import find_videos
 from lavis_lstp.commands.flow import main as flow_main
+from lavis_lstp.data.flow_files import read_flow_file
 from lavis_lstp.data.store import Store
-from lavis_lstp.data.video.reading import probe, read_flow_file, read_frames
+from lavis_lstp.data.video.reading import probe, read_frames
 from lavis_lstp.errors import AnnotationError, ConfigError, LstpError, VideoError, WeightsError
 from lavis_lstp.models.where.flow import FLOW_NAMES, DisFlow, build_flow, radius_normalised, resize_flow
 

@@ -21,10 +21,11 @@ from urllib.parse import unquote_to_bytes
 import numpy as np
 
 from lavis_lstp.data.annotation import check_moment, check_options, check_seconds
+from lavis_lstp.data.flow_files import is_finite
 from lavis_lstp.data.prompts import conversation_prompt
 from lavis_lstp.data.shards import flow_code
 from lavis_lstp.data.subtitles import from_stored
-from lavis_lstp.data.video.reading import VIDEO_ENDINGS, is_finite
+from lavis_lstp.data.video.reading import VIDEO_ENDINGS
 from lavis_lstp.errors import AnnotationError, ShardError
 from lavis_lstp.files import sorted_header, strict_json
 from lavis_lstp.untrusted import why_no_path

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from lavis_lstp.data.annotation import SECTION
+from lavis_lstp.data.flow_files import check_pairs, flow_file, read_flow_file
 from lavis_lstp.data.pictures import DEFAULT_MAX_MEGAPIXELS, open_picture
 from lavis_lstp.data.prompts import conversation_prompt
 from lavis_lstp.data.shards.format import (
@@ -43,7 +44,6 @@ from lavis_lstp.data.shards.storage import (
     scheme,
 )
 from lavis_lstp.data.spans import Spans, checked_spans
-from lavis_lstp.data.video.reading import check_pairs, flow_file, read_flow_file
 from lavis_lstp.errors import AnnotationError, ConfigError, ShardError, VideoError
 from lavis_lstp.files import expanded, whole_file
 

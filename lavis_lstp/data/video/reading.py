@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -51,15 +51,13 @@ from lavis_lstp.data.video.index import (
     video_index,
 )
 from lavis_lstp.data.video.picture_folder import folder_index, pictures_in, read_pictures
-from lavis_lstp.errors import AnnotationError, ConfigError, VideoError, unknown_name
-from lavis_lstp.files import find_path
+from lavis_lstp.errors import ConfigError, VideoError, unknown_name
 from lavis_lstp.schema import Span
-from lavis_lstp.untrusted import why_no_file_name
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["VideoFrames", "VideoInfo", "probe", "read_flow_file", "read_frames", "read_pairs"]
-__all__ += ["resize_frames", "BACKENDS", "FLOW_FILE_VERSION", "SHORT_VIDEOS", "VIDEO_ENDINGS"]
+__all__ = ["VideoFrames", "VideoInfo", "probe", "read_frames", "read_pairs"]
+__all__ += ["resize_frames", "BACKENDS", "SHORT_VIDEOS", "VIDEO_ENDINGS"]
 
 BACKENDS = ("pyav", "decord", "torchcodec")
 FLOW_PAIRS = ("sampled", "local")
@@ -73,7 +71,6 @@ VIDEO_ENDINGS = (
 )
 ENDINGS_IN_ANY_CASE = (*VIDEO_ENDINGS, *(ending.upper() for ending in VIDEO_ENDINGS))
 """Cameras write .MP4 and .MOV."""
-FLOW_FILE_VERSION = 1
 READING_VERSION = 2
 """A change of pixels, times or numbers by this module raises it: frames that stores keep are of one version."""
 
@@ -583,73 +580,3 @@ def _motion(index: VideoIndex, wanted: Sequence[int], pairs: str | None) -> Any:
             *(index.name, len(wanted), between),
         )
     return (LocalMotion if pairs == "local" else CodecMotion)(index.name)
-
-
-def flow_file(root: str | os.PathLike, video_id: str) -> Path:
-    """The file below `flow_root` that holds a video's flow.
-
-    Raises:
-        AnnotationError: the id is no file name, so `lavis-lstp flow` has written none, and reading may lead elsewhere.
-    """
-    if why := why_no_file_name(video_id):
-        raise AnnotationError(f"flow_root {root}: video_id {video_id[:80]!r} cannot be a file name: it {why}")
-    return find_path(Path(root), f"{video_id}.safetensors")
-
-
-def is_finite(flow: np.ndarray) -> bool:
-    """Whether no number is infinite or NaN; of float16, which NumPy asks one by one, in a thirtieth of its time."""
-    if flow.dtype != np.float16 or not flow.size:
-        return bool(np.isfinite(flow).all())
-    return int(flow.view(np.int16).max()) < 0x7C00 and int(flow.view(np.uint16).max()) < 0xFC00
-
-
-def check_pairs(about: Mapping[str, str], pairs: str, name: str, command: str) -> None:
-    """Raises VideoError for stored flow between other pictures; what does not say is "sampled"."""
-    found = about.get("flow_pairs", "sampled")
-    if found != pairs:
-        raise VideoError(
-            f"{name}: flow of pairs '{found}', expected '{pairs}'; set flow_pairs: {found}, or make it again with "
-            f"`{command} --flow-pairs {pairs}`"
-        )
-
-
-def read_flow_file(
-    path: str | os.PathLike, expect_num_frames: int | None = None, pairs: str | None = None
-) -> np.ndarray:
-    """Flow written by `lavis-lstp flow`: float16 [T,2,h,w], px per frame of its own grid, x right, y down.
-
-    Args:
-        pairs: one of FLOW_PAIRS that it must have been made of; None takes any.
-
-    Raises:
-        VideoError: missing, not a flow file, of another version, for another number of frames, or of other pairs.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    path = os.fspath(path)
-    if not os.path.isfile(path):
-        raise VideoError(f"{path}: no such flow file; make it with `lavis-lstp flow`")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            if "flow" not in file.keys():
-                raise VideoError(f"{path}: expected a tensor 'flow', found {sorted(file.keys())}")
-            flow = file.get_tensor("flow")
-    except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:  # NumPy has 64 axes
-        said = " ".join(str(error).split())
-        raise VideoError(f"{path}: not a flow file ({said}); make it again with `lavis-lstp flow`") from None
-    version = metadata.get("version")
-    if version != str(FLOW_FILE_VERSION):
-        raise VideoError(f"{path}: flow file of version {version}, expected {FLOW_FILE_VERSION}; make it again")
-    if pairs is not None:
-        check_pairs(metadata, pairs, path, "lavis-lstp flow")
-    if flow.ndim != 4 or flow.shape[1] != 2:
-        raise VideoError(f"{path}: expected flow of shape [T,2,h,w], got {list(flow.shape)}")
-    if flow.dtype.kind != "f" or not is_finite(flow):
-        raise VideoError(f"{path}: expected finite px per frame, got {flow.dtype} with others; make it again")
-    if expect_num_frames is not None and len(flow) != expect_num_frames:
-        raise VideoError(
-            f"{path}: flow for {len(flow)} frames, expected {expect_num_frames}; "
-            f"make it again with `lavis-lstp flow --num-frames {expect_num_frames}`"
-        )
-    return flow
