@@ -323,7 +323,7 @@ def test_the_readers_of_recorded_configurations_pass_the_line():
             if isinstance(node, ast.FunctionDef):
                 called = [one.func for one in ast.walk(node) if isinstance(one, ast.Call)]
                 passing |= {node.name for one in called if getattr(one, "id", "") == "recorded"}
-    assert passing == {"recorded_model", "_recorded_videos", "_data_set"}
+    assert passing == {"recorded_model", "_recorded_videos", "_data_set", "_shown_in"}
 
 
 # ---- ids and paths ---------------------------------------------------------------------------------------------------
@@ -335,8 +335,8 @@ BAD_NAMES = ["", ".", "..", "../x", "a/b", "/etc/x", "a\\b", "C:x", "a\0b", "x" 
 def test_an_id_that_is_no_file_name_is_neither_written_nor_read(name, tmp_path):
     """`lavis-lstp flow` and both readers of its files ask the same function."""
     from lavis_lstp.commands.flow import find_videos
+    from lavis_lstp.data.flow_files import flow_file
     from lavis_lstp.data.folder import FolderQuestions
-    from lavis_lstp.data.video.reading import flow_file
 
     (tmp_path / "flow").mkdir()
     row = {"question_id": "q", "video": "v.mp4", "video_id": name, "question": "?", "answer": "a"}

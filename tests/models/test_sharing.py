@@ -211,6 +211,22 @@ def test_a_model_goes_to_the_hub_as_it_is_now_and_comes_back(run, at_hub, sample
     assert again.built_from["flow"]["name"] == "dis" and again.built_from["backbone"] == model.built_from["backbone"]
 
 
+def test_a_sampler_alone_sees_flow_as_its_run_showed_it(run, tmp_path):
+    where = tmp_path / "run" / "checkpoints" / "step_00000001"
+    where.mkdir(parents=True)
+    (where / "model.safetensors").write_bytes((run / "first" / "model.safetensors").read_bytes())
+    manifest = json.loads((EXAMPLE / "manifest.json").read_text(encoding="utf-8"))
+    for given, wanted in (({"flow_scale": 30, "subtract_camera": True}, (30, True)), ({}, (1.0, False))):
+        manifest["config"]["model"]["sampler"] = given
+        (where / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+        sampler = TemporalSampler.from_pretrained(str(where))
+        assert (sampler.flow_scale, sampler.subtract_camera) == wanted
+    manifest["config"]["model"]["sampler"] = {"flow_scale": "${oc.env:HOME}"}
+    (where / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    with pytest.raises(ConfigError, match="flow_scale is a variable"):
+        TemporalSampler.from_pretrained(str(where))
+
+
 def test_a_card_tells_of_no_run_where_none_is_named(run, tmp_path):
     model = LSTP.from_pretrained(str(run))
     card = (sharing.save_for_hub(None, tmp_path / "out", license="mit", model=model) / "README.md").read_text()

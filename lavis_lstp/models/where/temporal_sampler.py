@@ -10,19 +10,26 @@ in the loss.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lavis_lstp.config.fields import checked
+from lavis_lstp.config.model import Sampler
 from lavis_lstp.errors import ConfigError, WeightsError, unknown_name
 from lavis_lstp.models.weights.hub import as_checkpoint
 from lavis_lstp.models.weights.reading import load_as_ours, load_strict
+from lavis_lstp.models.weights.recorded import recorded_run
 from lavis_lstp.models.weights.shapes import Shapes, count, layers_of, most
+from lavis_lstp.untrusted import recorded
 
 MODES = ("fusion", "multi_modal", "vision", "text")
 ROTARY_INITS = ("sinusoid", "normal")
+SHOWN = ("flow_scale", "subtract_camera")
+"""Settings that change what a trained sampler sees; its weights do not tell them."""
 PATCH = 16
 """Side of a flow patch in px."""
 _INIT_STD = 0.02
@@ -203,6 +210,14 @@ def sizes_in(shapes: Shapes) -> dict[str, int]:
     return {name: size for name, size in sizes.items() if size is not None}
 
 
+def _shown_in(checkpoint: str) -> dict[str, Any]:
+    """Returns what a run made of flow before its sampler saw it; {} where no manifest says."""
+    manifest, config = recorded_run(checkpoint)
+    section = config["model"].get("sampler") if config else None
+    given = {key: section[key] for key in SHOWN if key in section} if isinstance(section, Mapping) else {}
+    return checked(recorded(given, manifest), Sampler, f"{manifest}: model.sampler")
+
+
 class TemporalSampler(nn.Module):
     """Scores each flow field as start and as end of the moment that a question asks for.
 
@@ -282,16 +297,19 @@ class TemporalSampler(nn.Module):
         Args:
             name: a run's folder, one of its checkpoints, a published file, or owner/name of a repository that
                 `LSTP.push_to_hub` filled.
-            settings: dropout and fold_flow, which the weights do not tell.
+            settings: dropout and fold_flow, which the weights do not tell. What the sampler is shown (flow_scale,
+                subtract_camera) is as in the run that trained it.
 
         Raises:
             WeightsError: nothing is there, or it has no sampler or a damaged one.
         """
-        found = load_as_ours(as_checkpoint(name))
+        checkpoint = as_checkpoint(name)
+        found = load_as_ours(checkpoint)
         state = {key.removeprefix("sampler."): value for key, value in found.items() if key.startswith("sampler.")}
         if not state:
             raise WeightsError(f"{name}: has no weights of a temporal sampler; name the run that trained one")
-        sampler = cls(**sizes_in({key: value.shape for key, value in state.items()}), **settings)
+        sizes = sizes_in({key: value.shape for key, value in state.items()})
+        sampler = cls(**sizes, **_shown_in(checkpoint), **settings)
         load_strict(sampler, state, what=f"the sampler's weights of {name}")
         return sampler
 
