@@ -13,11 +13,13 @@ import contextlib
 import functools
 import io
 import logging
+import os
 import struct
 import threading
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
@@ -83,6 +85,16 @@ def picture_size(
         # PIL turns the size of a TIFF by itself.
         turned = picture.format != "TIFF" and _orientation(picture, name) in (5, 6, 7, 8)
         return (picture.height, picture.width) if turned else (picture.width, picture.height)
+
+
+def is_animated(source: str | os.PathLike | bytes | BinaryIO) -> bool:
+    """Return whether a PNG or WebP picture has several frames; False for what is damaged, which its reader says."""
+    source = io.BytesIO(source) if isinstance(source, bytes | bytearray | memoryview) else source
+    try:
+        with _strict(DEFAULT_MAX_MEGAPIXELS), Image.open(source, formats=("PNG", "WEBP")) as picture:
+            return picture.is_animated
+    except BROKEN:
+        return False
 
 
 @contextlib.contextmanager
@@ -154,7 +166,7 @@ def _orientation(picture: Image.Image, name: str) -> int:
 
 
 _TRANSPARENCY = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}
-"""How PIL stores a PNG's pixels -> the factor by which it scales them, and not the colour that is transparent."""
+"""PIL scales a PNG's pixels by these factors, by how it stores them, and not the colour that is transparent."""
 
 
 def _scale_transparency(picture: Image.Image, stored: str) -> None:

@@ -8,7 +8,6 @@ others wait for it.
 
 from __future__ import annotations
 
-import io
 import math
 import os
 import threading
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 Medium = str | os.PathLike | bytes | BinaryIO | Sequence[bytes] | None
 
 PICTURE_MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"II*\0", b"MM\0*", b"P5", b"P6")
-"""How files of pictures begin, but for WebP: RIFF, four bytes, WEBP. A GIF, a PNG or a WebP that moves is a video."""
+"""Files of pictures begin so, and WebP with RIFF, four bytes, WEBP. A GIF, a PNG or a WebP that moves is a video."""
 
 DECODE_THREADS = 4
 """Parts of one file that are decoded at the same time, at most, fewer while other media are; frames are the same."""
@@ -129,24 +128,12 @@ def is_picture(source: Medium) -> bool:
     """Whether a file or its bytes are a picture, by how they begin and not by a name."""
     if source is None or isinstance(source, list | tuple):
         return False
-    start = _start(source, 21)
-    if start[:4] == b"RIFF" and start[8:12] == b"WEBP":
-        return start[12:16] != b"VP8X" or not int.from_bytes(start[20:], "big") & 2  # the flag of an animation
-    return start.startswith(PICTURE_MAGIC) and not (start.startswith(b"\x89PNG") and _is_apng(source))
+    start = _start(source, 12)
+    if start.startswith(b"\x89PNG") or (start[:4] == b"RIFF" and start[8:12] == b"WEBP"):
+        from lavis_lstp.data.pictures import is_animated
 
-
-def _is_apng(source: Medium) -> bool:
-    """Whether a PNG has several frames: a chunk acTL, which stands before the pixels, begins with their number."""
-    if isinstance(source, str | os.PathLike):
-        with open(source, "rb") as file:
-            return _is_apng(file)
-    file = io.BytesIO(source) if isinstance(source, bytes | bytearray | memoryview) else source
-    file.seek(8)
-    while (head := file.read(8))[4:] not in (b"IDAT", b""):
-        if head[4:] == b"acTL":
-            return int.from_bytes(file.read(4), "big") > 1
-        file.seek(int.from_bytes(head[:4], "big") + 4, os.SEEK_CUR)
-    return False
+        return not is_animated(source)
+    return start.startswith(PICTURE_MAGIC)
 
 
 def _start(source: Medium, count: int) -> bytes:
