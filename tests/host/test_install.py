@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 
 pytestmark = pytest.mark.slow
 
@@ -139,7 +140,11 @@ def test_recipes_are_found_from_an_empty_folder(installed):
     files = [path for path in (installed.checkout / "projects").rglob("*.yaml") if path.parent.name not in parts]
     # an evaluation is composed of what is asked and who answers
     asked, answers = (sorted((installed.checkout / "projects/lstp/eval" / part).glob("*.yaml")) for part in parts[1:])
-    files += [installed.checkout / f"projects/lstp/eval/{one.stem}_{other.name}" for one in asked for other in answers]
+    described = (installed.checkout / "lavis_lstp/configs/datasets").glob("lstp_*.yaml")
+    names = {path.stem for path in asked} | {
+        path.stem.removeprefix("lstp_") for path in described if "run" in yaml.safe_load(path.read_text("utf-8"))
+    }
+    files += [installed.checkout / f"projects/lstp/eval/{one}_{other.name}" for one in names for other in answers]
     assert asked and answers and listed == sorted(str(path.relative_to(installed.checkout)) for path in files)
     found = installed.answers(
         f"import json; from lavis_lstp.config import find_config; print(json.dumps(str(find_config({listed[-1]!r}))))"
