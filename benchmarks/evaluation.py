@@ -111,7 +111,7 @@ class Sides:
         return found
 
     def together(self, workers: int, model_s: float = 0.0) -> Records:
-        """As `runners.evaluation.evaluate_split` does it, with so many seconds more for each question."""
+        """Answers as `runners.evaluation.evaluate_split` does, and sleeps so many seconds more for each question."""
         from lavis_lstp.runners.evaluation import PartFiles, run_evaluation
 
         self.data.__dict__.update(self.data.__getstate__())

@@ -141,10 +141,7 @@ def _path(text: str) -> Path:
     """The file or folder that a line names; `~` is the user's own folder."""
     if "\0" in text:
         raise ConfigError(f"{text}: a name of a file has no null character")
-    try:
-        return expanded(text)
-    except RuntimeError:
-        raise ConfigError(f"{text}: there is no such user") from None
+    return expanded(text)
 
 
 def _value(text: str) -> Any:

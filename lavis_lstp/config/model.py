@@ -24,7 +24,7 @@ SOURCES: dict[str, str] = {
 
 
 FIGURES = ("bit_cost", "motion_energy")
-"""What the codec says of each frame, and a data set brings where its key of this name is true."""
+"""The codec says these of each frame; a data set brings them where its keys of these names are true."""
 
 
 class Kind(NamedTuple):

@@ -281,7 +281,7 @@ def content_digest(source: str | os.PathLike | bytes | BinaryIO | Sequence[bytes
 
 @functools.lru_cache(1024)
 def _remembered(path: Path, look: tuple[tuple[Any, ...], ...]) -> str:
-    """The digest of a file that looks the same as before: reading a film for it takes seconds."""
+    """Returns the digest that a file had when it looked so: reading a film for it takes seconds."""
     return _digest_of(path, look)
 
 

@@ -368,7 +368,7 @@ class PrefixReading:
 
 
 def cache_of(model: nn.Module, read: Mapping[str, Any]) -> tuple[str, Any]:
-    """The cache in a model's output, behind the argument that takes it; transformers 5.24 began to rename both."""
+    """Returns the argument that takes a cache, and the cache of an output; transformers 5.24 began to rename both."""
     name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     return name, read["cache" if "cache" in read else "past_key_values"]
 

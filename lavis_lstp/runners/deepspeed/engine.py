@@ -166,7 +166,7 @@ class DividedModel(WholeModel):
         log.info("loaded %d trained tensors from %s", len(expected), source)
 
     def weights_digest(self) -> str:
-        """As of one process: parameters are gathered one at a time, and what pads a rank's part does not count."""
+        """Returns that of one process: parameters are gathered one at a time, without what pads a rank's part."""
         parameters = dict(self.bare_model.named_parameters(remove_duplicate=False))
 
         def state() -> Iterator[tuple[str, torch.Tensor]]:
