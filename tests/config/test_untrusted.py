@@ -323,7 +323,7 @@ def test_the_readers_of_recorded_configurations_pass_the_line():
             if isinstance(node, ast.FunctionDef):
                 called = [one.func for one in ast.walk(node) if isinstance(one, ast.Call)]
                 passing |= {node.name for one in called if getattr(one, "id", "") == "recorded"}
-    assert passing == {"recorded_model", "_recorded_videos", "_data_set", "_shown_in"}
+    assert passing == {"recorded_model", "_recorded_videos", "_data_set", "shown_in"}
 
 
 # ---- ids and paths ---------------------------------------------------------------------------------------------------

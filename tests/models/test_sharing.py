@@ -211,7 +211,7 @@ def test_a_model_goes_to_the_hub_as_it_is_now_and_comes_back(run, at_hub, sample
     assert again.built_from["flow"]["name"] == "dis" and again.built_from["backbone"] == model.built_from["backbone"]
 
 
-def test_a_sampler_alone_sees_flow_as_its_run_showed_it(run, tmp_path):
+def test_a_sampler_alone_sees_flow_as_its_run_showed_it(run, tmp_path, caplog):
     where = tmp_path / "run" / "checkpoints" / "step_00000001"
     where.mkdir(parents=True)
     (where / "model.safetensors").write_bytes((run / "first" / "model.safetensors").read_bytes())
@@ -221,6 +221,10 @@ def test_a_sampler_alone_sees_flow_as_its_run_showed_it(run, tmp_path):
         (where / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
         sampler = TemporalSampler.from_pretrained(str(where))
         assert (sampler.flow_scale, sampler.subtract_camera) == wanted
+        LSTP.from_pretrained(str(run)).load_checkpoint(str(where))
+        said = "was trained with flow_scale=30, and this model has 1.0; set model.sampler.flow_scale=30"
+        assert (said in caplog.text) is bool(given)
+        caplog.clear()
     manifest["config"]["model"]["sampler"] = {"flow_scale": "${oc.env:HOME}"}
     (where / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     with pytest.raises(ConfigError, match="flow_scale is a variable"):

@@ -8,6 +8,7 @@ adapters add to the language model, and then "language_model" is what was there 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import operator
 from collections.abc import Iterable, Mapping
@@ -15,10 +16,11 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from lavis_lstp.errors import ConfigError, unknown_name
+from lavis_lstp.errors import ConfigError, LstpError, unknown_name
 from lavis_lstp.models.answer import lora
 from lavis_lstp.models.answer.qformer import Backbone
 from lavis_lstp.models.weights.reading import convert_published, load_state_dict_file, load_strict, weights_file
+from lavis_lstp.models.where.temporal_sampler import TemporalSampler, shown_in
 
 logger = logging.getLogger(__name__)
 
@@ -148,4 +150,18 @@ def load_parts_file(model: nn.Module, path: str) -> list[str]:
             why = f"the model's flow is '{model.flow.name}'" if model.flow is not None else "the model does without"
             logger.info("%s: left out %d weights of %s, %s", path, len(unused), OPTIONAL[part], why)
             state_dict = {key: value for key, value in state_dict.items() if key not in unused}
-    return load_parts(model, state_dict, source=str(path))
+    loaded = load_parts(model, state_dict, source=str(path))
+    if "sampler" in loaded:
+        _compare_shown(model.sampler, path)
+    return loaded
+
+
+def _compare_shown(sampler: TemporalSampler, path: str) -> None:
+    """Warns where a sampler was trained on flow that it will be shown otherwise; its weights fit all the same."""
+    with contextlib.suppress(LstpError):  # a manifest that cannot be read says nothing; who needs it says why
+        for key, trained in shown_in(path).items():
+            if trained != getattr(sampler, key):
+                logger.warning(
+                    "%s: its sampler was trained with %s=%s, and this model has %s; set model.sampler.%s=%s",
+                    *(path, key, trained, getattr(sampler, key), key, trained),
+                )

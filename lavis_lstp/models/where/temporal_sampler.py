@@ -210,8 +210,12 @@ def sizes_in(shapes: Shapes) -> dict[str, int]:
     return {name: size for name, size in sizes.items() if size is not None}
 
 
-def _shown_in(checkpoint: str) -> dict[str, Any]:
-    """Returns what a run made of flow before its sampler saw it; {} where no manifest says."""
+def shown_in(checkpoint: str) -> dict[str, Any]:
+    """Returns what a run made of flow before its sampler saw it, by the keys `SHOWN`; {} where no manifest says.
+
+    Raises:
+        WeightsError, ConfigError: no weights are there, or the manifest beside them cannot be used.
+    """
     manifest, config = recorded_run(checkpoint)
     section = config["model"].get("sampler") if config else None
     given = {key: section[key] for key in SHOWN if key in section} if isinstance(section, Mapping) else {}
@@ -309,7 +313,7 @@ class TemporalSampler(nn.Module):
         if not state:
             raise WeightsError(f"{name}: has no weights of a temporal sampler; name the run that trained one")
         sizes = sizes_in({key: value.shape for key, value in state.items()})
-        sampler = cls(**sizes, **_shown_in(checkpoint), **settings)
+        sampler = cls(**sizes, **shown_in(checkpoint), **settings)
         load_strict(sampler, state, what=f"the sampler's weights of {name}")
         return sampler
 
