@@ -74,9 +74,14 @@ class Alive(TorchDispatchMode):
         self.counted = {id(t.untyped_storage()) for t in [*model.parameters(), *model.buffers()]}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Mapping | None = None) -> Any:
+        if func is torch.ops.aten.index.Tensor and args[0].is_meta:  # a mask counts as full
+            args = (args[0], [place for index in args[1] for place in _places(index)])
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return args[0].dtype.is_floating_point * 1.0 if args[0].dtype != torch.bool else False
-        found = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.nonzero.default and args[0].is_meta:
+            found = args[0].new_empty((args[0].numel(), args[0].ndim), dtype=torch.long)
+        else:
+            found = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(found):
             if torch.is_tensor(tensor):
                 self._count(tensor.untyped_storage())
@@ -96,6 +101,13 @@ class Alive(TorchDispatchMode):
         self.now -= size
 
 
+def _places(index: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """An index as it is, or, of a mask, the places where it is set, of each dimension, as if it were set everywhere."""
+    if index is None or index.dtype != torch.bool:
+        return [index]
+    return [index.new_empty(index.numel(), dtype=torch.long) for _ in range(index.ndim)]
+
+
 class _FusedAttention(torch.autograd.Function):
     """What a fused kernel keeps for its backward pass: not the probabilities, which the meta device would."""
 
@@ -112,17 +124,13 @@ class _FusedAttention(torch.autograd.Function):
 
 @contextlib.contextmanager
 def _without_data() -> Iterator[None]:
-    """Let a model run where there are no values: masks count as not full, and index lists as full."""
-    from torch.fx.experimental import _config as settings
-
-    plain, before = nn.functional.scaled_dot_product_attention, settings.meta_nonzero_assume_all_nonzero
+    """Let a model run where there are no values: attention keeps what a fused kernel does."""
+    plain = nn.functional.scaled_dot_product_attention
     nn.functional.scaled_dot_product_attention = lambda q, k, v, *args, **more: _FusedAttention.apply(q, k, v)
-    settings.meta_nonzero_assume_all_nonzero = True
     try:
         yield
     finally:
         nn.functional.scaled_dot_product_attention = plain
-        settings.meta_nonzero_assume_all_nonzero = before
 
 
 # ---- the model and its batch -------------------------------------------------------------------------------------
