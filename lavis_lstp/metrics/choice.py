@@ -10,22 +10,83 @@ import re
 import string
 from collections.abc import Collection, Mapping, Sequence
 
-from lavis_lstp.metrics.qa import accuracy_interval, folded, normalise, without_markup, without_thoughts, yes_or_no
+from lavis_lstp.metrics.qa import (
+    accuracy_interval,
+    folded,
+    normalise,
+    without_markup,
+    without_thoughts,
+    wrapped,
+    yes_or_no,
+)
 
 LETTERS = string.ascii_uppercase
-_LONE = re.compile(r"[(\[{<'\"]*([A-Za-z])[)\]}>'\"]*[.:,;!\u3002]?")
-_FIRST = re.compile(r"\(([A-Za-z])\)|\[([A-Za-z])\]|([A-Za-z])[).:,](?![A-Za-z]\.)|([A-Z]) - ")
-_NAMED = re.compile(
-    r"(?:\b(?i:answer|option|choice|letter)(?: is)?|\u7b54\u6848\u662f?|\u9009\u9879):? ?"
-    r"(?:\(([A-Za-z])\)|\[([A-Za-z])\]|([A-Z])(?=[).:,\u3002]|$|\s)|([a-z])(?=[.\u3002]?$))"
+_MARK = 0xE000  # from here on, characters of private use stand for letters of options
+_V = r"\(?([\ue000-\ue019])\)?"
+_OPEN, _CLOSE = r"""[(\[{<"'\u300c\u300e\u3010\u300a\u201c]""", r"""[)\]}>"'\u300d\u300f\u3011\u300b\u201d]"""
+_LONE = re.compile(r"[^\w?+#/~%$\u20ac\u00a3\u00b0=-]*([A-Za-z])[^\w?+#/~%$\u20ac\u00a3\u00b0=-]*")
+_LABEL = re.compile(r"\([A-Za-z]\)|\[[A-Za-z]\]|[A-Za-z][).:,](?![A-Za-z]\.)|[A-Z] - ")
+_LETTER = re.compile(
+    rf"{_OPEN}([A-Za-z]){_CLOSE}(?!\?)"
+    r"|(?<![A-Za-z0-9_'.+#/-])(?:([B-HJ-Z])(?![A-Za-z0-9_'+#?]|[-/][A-Za-z0-9]|\.[A-Za-z]\.)"
+    r"|([AI])(?=[).:,;!\u3001\u3002](?![A-Za-z]\.)|[^\x00-\x7f]|\s*$| - "
+    r"|\s+(?:because|since|as|and|or|nor|but|for|is|are|seems|best|over|rather|instead)\b)"
+    r"|(?<=ption |hoice |etter )([AI])\b"
+    r"|([a-z])(?=[.\u3002]?\s*\Z)|\A([a-z])(?=[).:,](?![A-Za-z]\.)))",
+    re.MULTILINE,
 )
-"""A letter behind such a word, in English or Chinese; a small one at the end alone, where "a" is no article."""
-_DECIDES = re.compile(r"(?i:answer)(?: is|:)|\u7b54\u6848[\u662f:]")
-_MORE = re.compile(r"\(([A-Za-z])\)|\b([A-Z])(?=[).:,]|$)")
+"""A letter that stands for an option: "A" and "I" are words before most others, and so is a small letter in a text."""
+_FIRST = re.compile(
+    r"\(([\ue000-\ue019])\)|([\ue000-\ue019])(?:[).:,;\u3001\u3002]|(?= - | because\b|$))", re.MULTILINE
+)
+_MORE = re.compile(r"\(([\ue000-\ue019])\)|([\ue000-\ue019])(?=[).:,]|$)", re.MULTILINE)
 """Letters after the one that an answer begins with: "(A) or (B)", "A, B"."""
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.IGNORECASE | re.DOTALL)
+_FILL = r"(?:(?:the|option|choice|answer|letter|clearly|definitely|most|likely|probably|obviously|simply|still) )*"
+_SAID = re.compile(
+    r"(?:\b(?:ans|answer|assistant|prediction|response|output|result|option|choice|letter|correct|right|best|accurate|appropriate|suitable|likely|plausible"
+    r"|respuesta|opci\u00f3n|r\u00e9ponse|antwort|resposta|risposta)\b(?:(?! (?:options|choices)\b) [a-z]+){0,6}?"
+    r"(?:(?:'s| (?:is|be|es|est|ist|\u00e9|\u00e8)\b) ?:?| ?(?:[:=]|-+>?))\s*"
+    r"|\b(?:it|that)(?:'s| is| (?:must|should|would|could|might|may|has to|appears to|seems to)"
+    r" be) "
+    r"|\b(?:go(?:ing)? (?:with|for)|choos(?:e|ing)|chose|select(?:ing|ed)?|pick(?:ing|ed)?|opt(?:ing)? for"
+    r"|answer with|say|guess|think|believe)(?: that| it is| it's)* "
+    r"|(?:\u7b54\u6848|\u9009\u9879|\u9009\u62e9?|\u7b54\u3048|\u6b63\u89e3|\uc815\ub2f5|\u043e\u0442\u0432\u0435\u0442)"
+    rf"(?:\u5e94\u8be5?|\u662f|\u4e3a|\u9009|\u306f|\uc740|:|\s)*){_FILL}{_V}",
+    re.MULTILINE,
+)
+_THUS = re.compile(
+    r"(?:^|[.,;:!] )(?:so|thus|therefore|hence|finally|(?:in )?conclusion|overall|probably|(?:most )?likely"
+    rf"|definitely|clearly|certainly)[,:]? {_FILL}{_V}(?=[.,;:!]| because\b|\s*$)",
+    re.MULTILINE,
+)
+_RIGHT = re.compile(
+    rf"{_V}(?: (?:is|seems|appears|looks|would be|should be|must be)(?: [a-z]+){{0,4}}? "
+    r"(?:correct|right|best|true|accurate|answer|choice|appropriate|likely|suitable|plausible)\b"
+    r"| (?:best|most (?:accurately|closely)) "
+    r"(?:describes|matches|fits|answers|represents|captures|explains|reflects)\b"
+    r"|(?:\u9009\u9879)?[\u662f\u4e3a]?\u6700?(?:\u6b63\u786e|\u5bf9\u7684|\u7b54\u6848|\u5408\u9002))"
+)
+_DECIDING = (_SAID, _THUS, _RIGHT)
+"""What decides for a letter: in front of it, and behind it."""
+_MENTIONED = re.compile(rf"\b(?:answer|option|choice|letter) {_V}")
+_OR = re.compile(
+    r"(?:\b(?:or|no|wait|maybe|perhaps|possibly|either|otherwise|could be),?"
+    r"|[\ue000-\ue019]\)?(?:,|\u3001| ?[&/+]| and)"
+    rf"|[\u6216\u548c\u4e0e]\u8005?|\u8fd8\u662f) ?{_FILL}{_V}"
+)
+"""A letter beside the one that is said: "B or A", "B, A"."""
+_DENIES = frozenset("no not never neither nor isnt arent wasnt werent doesnt dont didnt cannot cant".split())
+_DENY = (
+    r"(?:\b(?:not|never|neither|nor|rather than|instead of|unlike|except|over|versus|vs\.?|anything but|cannot"
+    r"|eliminat\w+|exclud\w+|reject\w*|dismiss\w*|rul(?:e|es|ed|ing) out)|n't)"
+)
+_DENIED_BY = (
+    r"(?:is|are|was|were|can|could|would|will|should|seems?|looks?|appears?|does|do|did|has|have)(?:n't\b"
+    r"|(?: (?:clearly|also|definitely|probably|most|likely|therefore|both|all|be|simply|the|an?|very|obviously))*"
+    r" (?:not|never|incorrect|wrong|false|impossible|unlikely|inaccurate|ruled out|eliminated|excluded)\b)"
+    r"|cannot\b|can't\b"
+)
 _AROUND = " \t\"'`*_()[]{}<>.,;:!?\u3002\u2026"
-_DENIES = frozenset("not never neither nor isnt arent wasnt werent doesnt dont didnt cannot cant".split())
 
 
 def choice_prompt(question: str, options: Sequence[str]) -> str:
@@ -38,9 +99,10 @@ def parse_choice(text: str, options: Sequence[str]) -> int | None:
     """The number of the one option that a text names, by its words, its letter, or both; None where it names none.
 
     The very words of an option come first, as they are written and then without case, outer blanks and outer
-    punctuation; then a letter alone, a plain yes or no, and letters and words inside a sentence. A line that is an
-    option or a letter is the answer, whatever explanation stands around it; so is "The answer is B." behind sentences
-    that weigh B's words and others'. Two different readings are none.
+    punctuation; then a letter alone, a plain yes or no, and letters and words inside a sentence. What stands in
+    <answer>, a JSON object's "answer" or LaTeX's box is the answer. So is a line that is an option or a letter, and
+    "The answer is B." beside sentences that weigh B's words and others'. Alternatives that are denied ("not A") do not
+    count. Two different readings are none.
 
     >>> parse_choice("(B)", ["red", "blue"]), parse_choice("It is blue.", ["red", "blue"])
     (1, 1)
@@ -49,25 +111,35 @@ def parse_choice(text: str, options: Sequence[str]) -> int | None:
     """
     if exact := _words_alone(text, options):  # before tags are looked for: an option may be one
         return _one({*exact, *_letter_alone(text, options)}, options)
-    text = without_thoughts(text)
-    tagged = {_read(part, options) for part in _ANSWER.findall(text)}
-    if tagged:
-        return None if None in tagged else _one({i for i in tagged if i is not None}, options)
-    return _read(text, options)
+    found = {_read(part, options) for part in wrapped(without_thoughts(text))}
+    return None if None in found else _one({i for i in found if i is not None}, options)
 
 
 def _read(text: str, options: Sequence[str]) -> int | None:
-    """`parse_choice` of a text without <answer> tags."""
-    plain = without_markup(text)
+    """`parse_choice` of a text without tags."""
+    text = _without_echo(text, options)
     lines = [line for line in (text, *text.splitlines()) if line.strip()]
     alone = {i for line in lines for i in (*_words_alone(line, options), *_letter_alone(line, options))}
-    if alone:
-        letters = (LETTERS.index(letter) for letter in _letters(_NAMED, plain))
-        return _one({*alone, *(i for i in letters if i < len(options))}, options)
-    said = _polarity(plain, options)
-    if said is not None:
+    plain = without_markup(text)
+    if not alone and (said := _polarity(plain, options)) is not None:
         return said
-    return _inside(plain, options)
+    marked = _without_denied(_marked(plain, options), options)
+    alone |= {i for line in marked.splitlines() for i in _labelled(line, options)}
+    if alone:
+        said = {n for n in _numbers(marked, *_DECIDING, _OR) if n < len(options)}
+        return _one(alone | said, options)
+    return _inside(marked, options)
+
+
+def _without_echo(text: str, options: Sequence[str]) -> str:
+    """The text without lines that only list every option with its letter, as they were asked."""
+    lines = text.splitlines()
+    labels = [{f"{a}{LETTERS[i]}{b} {option}".casefold() for a, b in (("(", ")"), ("", "."), ("", ")"), ("", ":"))}
+              for i, option in enumerate(options)]  # fmt: skip
+    listed = [any(line.strip().casefold() in label for label in labels) for line in lines]
+    if len(options) < 2 or sum(listed) < len(options):
+        return text
+    return "\n".join(line for line, drop in zip(lines, listed, strict=True) if not drop)
 
 
 def _one(found: Collection[int], options: Sequence[str]) -> int | None:
@@ -91,12 +163,12 @@ def _bare(text: str) -> str:
 def _normalised(text: str) -> str:
     """`normalise` of a text that does not begin with a letter of its own, which would pass for an article."""
     words = normalise(text)
-    return "" if _LONE.fullmatch(words) or _FIRST.match(without_markup(text)) else words
+    return "" if _LONE.fullmatch(words) or _LABEL.match(without_markup(text)) else words
 
 
 def _letter_alone(text: str, options: Sequence[str]) -> list[int]:
     """The option whose letter is all of the text."""
-    match = _LONE.fullmatch(without_markup(text))
+    match = _LONE.fullmatch(without_markup(text)) or _LONE.fullmatch(text.strip())
     number = LETTERS.index(match.group(1).upper()) if match else len(options)
     return [number] if number < len(options) else []
 
@@ -110,39 +182,93 @@ def _polarity(text: str, options: Sequence[str]) -> int | None:
     return _one(meant, options) if meant and not named else None
 
 
-def _letters(pattern: re.Pattern, text: str) -> list[str]:
-    """Different letters in the groups of a pattern, in the order of the text."""
-    return list(dict.fromkeys(next(filter(None, groups)).upper() for groups in pattern.findall(text)))
+def _marked(text: str, options: Sequence[str]) -> str:
+    """The text in lower case, with characters of private use for letters that stand for an option."""
+    own = [
+        match.span()
+        for option in options
+        if len(option) > 1 and _LETTER.search(option)  # the letter of "plan B" is a word's
+        for match in re.finditer(re.escape(option), text)
+    ]
+
+    def mark(match: re.Match) -> str:
+        if any(a <= match.start() and match.end() <= b for a, b in own):
+            return match[0]
+        sign = chr(_MARK + LETTERS.index(match[match.lastindex].upper()))
+        return f"({sign})" if match[1] else sign
+
+    text = re.sub(r"[\ue000-\uf8ff]", " ", text)
+    return re.sub(r"[ \t]+", " ", _LETTER.sub(mark, text).lower())
+
+
+def _numbers(text: str, *patterns: re.Pattern) -> set[int]:
+    """The numbers of the letters that the patterns find in a marked text."""
+    return {ord(match[match.lastindex]) - _MARK for pattern in patterns for match in pattern.finditer(text)}
+
+
+def _without_denied(text: str, options: Sequence[str]) -> str:
+    """A marked text without what it says not to be the answer: "not A", "rather than a dog", "B and C are wrong"."""
+    if not re.search(rf"{_DENY}|{_V} (?:{_DENIED_BY})", text):
+        return text
+    words = [re.escape(folded(option)) for option in options]
+    letters = [rf"\(?{chr(_MARK + i)}\)?(?:[.:]? {word}(?!\w))?" for i, word in enumerate(words)]
+    items = "|".join([*letters, _V.replace("([", "[").replace("])", "]")])
+    listed = rf"(?:{items})(?:(?:,? (?:and|or|nor)|,|/) ?(?:option )?(?:{items}))*"
+    helpers = (
+        r"(?: (?:think|believe|say|be|that|it|it's|is|the|an?|options?|choice|answer|correct|choose|go|with|both))*"
+    )
+    text = re.sub(rf"{listed} (?:{_DENIED_BY})", " ", text)
+    denied = listed
+    if not any(re.search(_DENY, folded(option)) for option in options):
+        spoken = "|".join(sorted((word for word in words if word), key=len, reverse=True))
+        denied = rf"(?:{listed}|(?:{spoken})(?!\w))"
+    return re.sub(rf"(?:,? (?:and|but))? ?{_DENY}{helpers},? {denied}", " ", text).strip()
+
+
+def _labelled(line: str, options: Sequence[str]) -> list[int]:
+    """The option whose letter and words are all of a marked line, or of its first sentence."""
+    first = re.match(rf" *{_V}[).:,;\u3001\u3002]* ?(?:- )?(.+?)(?:[.!?\u3002](?= |$)|$)", line)
+    number = ord(first[1]) - _MARK if first else len(options)
+    same = number < len(options) and any(
+        _bare(text) == _bare(options[number]) for text in (first[2], line[first.start(2) :])
+    )
+    return [number] if same else []
 
 
 def _inside(text: str, options: Sequence[str]) -> int | None:
-    """The option that a sentence names: a letter at its beginning or after "answer", or an option's words."""
-    first = _FIRST.match(text)
-    rest = text[first.end() :].strip() if first else text
+    """The option that a marked text names: a letter at its beginning or that it decides for, or an option's words."""
+    several = len({sign for line in text.splitlines() for sign in _numbers(line[:3].strip(), _FIRST)}) > 1
+    first = None if several else _FIRST.match(text)
+    said = [match for pattern in _DECIDING for match in pattern.finditer(text)]
+    rest = text[first.end() :] if first else text
+    if first:
+        numbers = _numbers(first[0], _FIRST)
+        others = _numbers(rest, _MORE, _OR, *_DECIDING)  # a letter that no option has is a word's: "A. in the U.S."
+        numbers |= {number for number in others if number < len(options)}
+    elif said:
+        numbers = _numbers(text, *_DECIDING) | _numbers(text[min(match.start() for match in said) :], _OR)
+    else:
+        numbers = set() if several else _numbers(text, _MENTIONED)
+        numbers |= _numbers(text, _OR) if numbers else set()
     named = _options_in(normalise(rest), options)
-    letters = [next(filter(None, first.groups())).upper()] if first else _letters(_NAMED, text)
-    at = 0 if first or not letters else _NAMED.search(text).start()
-    if at and LETTERS.index(letters[0]) in named and _DECIDES.match(text, at):
-        # "A shows red, B blue. The answer is B.": what is weighed before the sentence that decides contradicts nothing
-        rest = text[max(text.rfind(mark, 0, at) for mark in ".!?\u3002\n") + 1 :]
-        named = _options_in(normalise(rest), options)
-    if first:  # a letter that no option has is a word's: "A. in the U.S."
-        others = _letters(_MORE, rest)
-        letters += [letter for letter in others if letter != letters[0] and letter in LETTERS[: len(options)]]
-    if not letters:
-        if len(named) != 1 or _denied(rest, options[named[0]]):
+    if not numbers:
+        if several or len(named) != 1 or _denied(rest, options[named[0]]):
             return None
         # "no" in "there is no doubt" is no answer no
         plain = len(options[named[0]].split()) == 1 and yes_or_no(options[named[0]]) is not None
         return None if plain and not normalise(rest).endswith(normalise(options[named[0]])) else named[0]
-    number = LETTERS.index(letters[0])
-    if number >= len(options):
+    if len(numbers) > 1 or (number := min(numbers)) >= len(options):
         return None
-    if normalise(rest) == normalise(options[number]):  # also where it ends like a letter: "(A) plan B"
-        return number
-    # further letters, and words that are another option's, contradict the letter
-    agrees = all(normalise(options[i]) == normalise(options[number]) for i in named)
-    return number if len(letters) == 1 and agrees else None
+    if any(folded(option) == LETTERS[number].lower() for i, option in enumerate(options) if i != number):
+        return None
+    if said and not first and number in named:
+        # "A shows red, B blue. The answer is B.": what is weighed in other sentences contradicts nothing
+        at = said[0].start(said[0].lastindex)
+        begin = max(text.rfind(mark, 0, at) for mark in ".!?\u3002\n") + 1
+        end = re.compile(r"[.!?\u3002\n]|$").search(text, at + 1).end()
+        named = _options_in(normalise(text[begin:end]), options)
+    # words that are another option's contradict the letter
+    return number if all(folded(options[i]) == folded(options[number]) for i in named) else None
 
 
 def _denied(text: str, option: str) -> bool:

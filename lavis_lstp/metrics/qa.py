@@ -28,15 +28,50 @@ _SIGNS = frozenset("%$\u20ac\u00a3+#\u00b0=<>")
 _OF_NUMBERS = re.compile(r"(?<=\d)[.\-/:](?=\d)|(?<![^\W_])-(?=\d)|(?<![^\W_])-(?=[.]\d)")
 """The point, dash, slash or colon between digits (1.5, 2-3, 1/2, 10:30), and the minus of a number."""
 _WORD = re.compile(r"[^\W_]+")
-_MARKUP = re.compile(r"[*`]+|</?[A-Za-z]\w*>|\\(?:boxed|text|textbf|mathrm)\{([^{}]*)\}")
+_COMMAND = re.compile(r"\\(?:fbox|boxed|text\w*|math\w+|bf|bm|emph|operatorname)\s*\{([^{}]*)\}")
+_MARKUP = re.compile(
+    r"[*`]+|(?<![^\W_])_+|_+(?![^\W_])|</?[A-Za-z]\w*>|<\|\w+\|>|\\[()\[\]]|\$+ ?([A-Za-z]) ?\$+"
+    r"|^[ \t]*(?:[-\u2022>]|#{1,6})[ \t]+",
+    re.MULTILINE,
+)
+"""Bold, italic and code marks, tags and ends of texts, LaTeX's signs around a letter, bullets and headings."""
+_THOUGHT_ENDS = re.compile(r"</think(?:ing)?>|\u25c1/think\u25b7", re.IGNORECASE)
+_THOUGHT = re.compile(r"<think(?:ing)?>|\u25c1think\u25b7", re.IGNORECASE)
+_KEY = (
+    r"(?:[a-z]+[ _-])*(?:answer|choice|option|letter|selection|prediction|pred|\u7b54\u6848)"
+    r"(?:[ _-](?:letter|label|text|choice|option))?"
+)
+_OF_KEY = re.compile(
+    rf"""(["'])(?:{_KEY})\1\s*:\s*"""
+    rf"""("(?:[^"\\]|\\.)*"|'[^'\n]*'|\[[^]]*\]|[^\s,}}\]"'{{][^,}}\]\n"'{{]*)""",
+    re.IGNORECASE,
+)
+_ITEM = re.compile(r"""[^,\[\]"']+|"[^"]*"|'[^']*'""")
+_WRAPPERS = (
+    re.compile(r"<((?:final_?)?answer|option|choice|conclusion)>(.*?)(?:</\1>|\Z)", re.IGNORECASE | re.DOTALL),
+    re.compile(r"<\|(begin_of_box)\|>(.*?)(?:<\|end_of_box\|>|\Z)", re.DOTALL),
+    _OF_KEY,
+    re.compile(r"\\(f?box(?:ed)?)\s*\{([^{}]*)\}"),
+)
+"""What models put around an answer: <answer> (R1), GLM's box, a key of a JSON object, and LaTeX's box."""
 
-_YES, _NO = frozenset(("yes", "yeah", "yep")), frozenset(("no", "nope", "nah"))
+_YES = frozenset(("yes", "yeah", "yep", "\u662f", "\u662f\u7684"))
+_NO = frozenset(("no", "nope", "nah", "\u5426", "\u4e0d", "\u4e0d\u662f"))
 _DOUBT = frozenset("but not never however maybe perhaps or unless except nobody none neither nor".split())
 _SPOKEN = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
-_ANSWER_IS = re.compile(r"(?:(?:so|the|my|final|correct) )*answer(?: is)?:? ")
+_POLAR = r"(?:yes|yeah|yep|nope|nah|no|\u662f\u7684?|\u5426|\u4e0d\u662f?)"
+_EDGE = re.compile(r"^[^\w]+")
+_LEADS = re.compile(
+    r"(?:(?:so|thus|therefore|hence|assistant|i (?:think|believe|guess)|i(?: would|'d) say|(?:it|that)(?:'s| is)"
+    r"|that|is|would be"
+    r"|(?:based on|in) (?:the|this) (?:video|clip|frames?|images?|footage|scenes?)"
+    r"|(?:\u6240\u4ee5)?\u7b54\u6848(?:[\u662f\u4e3a](?=[^\s.,\u3002])|(?=:))"
+    r"|(?:(?:the|my|final|correct|right|short) )*answer(?: to (?:the|this|your) question)?)[\s,:\"'(\[{]*)*"
+)
+_DECIDED = re.compile(rf"\banswer(?: to (?:the|this|your) question)?(?: is| would be|:)[: ]*(?={_POLAR}\b)")
 _FIRST_WORD = re.compile(
-    r"(yes|yeah|yep|nope|nah|no)\b\s*"
-    r"(?:$|[,.;:!\-]|(?=(?:because|it|he|she|they|there|the|this|that|these|those|i|we|you)\b))"
+    rf"({_POLAR})(?!\w)[\"')\]}}]*\s*"
+    r"(?:$|-(?!\w)|[^\w\s?/&+-]|(?=(?:because|it|he|she|they|there|the|this|that|these|those|i|we|you)\b))"
 )
 
 
@@ -56,14 +91,41 @@ def folded(text: str) -> str:
 
 
 def without_thoughts(text: str) -> str:
-    """Return the text behind `</think>` of a model that thinks aloud; nothing where thinking never ended."""
-    return text.rpartition("</think>")[2].partition("<think>")[0]
+    """Return the text behind the thoughts of a model that thinks aloud; nothing where thinking never ended."""
+    return _THOUGHT.split(_THOUGHT_ENDS.split(text)[-1])[0]
+
+
+def wrapped(text: str) -> list[str]:
+    r"""Return what stands inside of <answer>, a JSON object's "answer" or LaTeX's box; the text itself without these.
+
+    >>> wrapped('{"answer": "B", "reason": "It is red."}'), wrapped("So it is $\\boxed{\\text{(B)}}$.")
+    (['B'], ['(B)'])
+    """
+    parts = [_without_commands(text, keep="box")]
+    for pattern in _WRAPPERS:
+        parts = [inner for part in parts for inner in (_unwrapped(pattern, part) or [part])]
+    return parts
+
+
+def _unwrapped(pattern: re.Pattern, text: str) -> list[str]:
+    found = [match[2].strip() for match in pattern.finditer(text)]
+    if pattern is not _OF_KEY:
+        return found
+    values = [part.strip() for value in found for part in (_ITEM.findall(value) if value[:1] == "[" else [value])]
+    return [value[1:-1] if value[:1] in ("'", '"') else value for value in values]
+
+
+def _without_commands(text: str, keep: str = "") -> str:
+    """The text without LaTeX's commands around words, but for those with `keep` in their names."""
+    for _ in range(4):  # as deep as they are nested
+        text = _COMMAND.sub(lambda match: match[0] if keep and keep in match[0].partition("{")[0] else match[1], text)
+    return text
 
 
 def without_markup(text: str) -> str:
-    """A text without bold marks, tags and boxes around words; in NFKC, its case and lines as they were."""
+    """A text without bold marks, tags, bullets and boxes around words; in NFKC, its case and lines as they were."""
     text = unicodedata.normalize("NFKC", text).translate(_QUOTES_AND_DASHES)
-    return _MARKUP.sub(lambda match: match.group(1) or "", text).strip()
+    return _MARKUP.sub(lambda match: match[1] or "", _without_commands(text)).strip()
 
 
 def normalise(answer: str) -> str:
@@ -95,17 +157,24 @@ def yes_or_no(text: str) -> bool | None:
     >>> yes_or_no("Yes, it is."), yes_or_no("No, there isn't."), yes_or_no("Yes, but not now")
     (True, False, None)
     """
-    text = _ANSWER_IS.sub("", folded(without_markup(without_thoughts(text))).lstrip(" \"'([{"), count=1)
-    match = _FIRST_WORD.match(text)
+    said = {_polarity(part) for part in wrapped(without_thoughts(text))}
+    return said.pop() if len(said) == 1 else None
+
+
+def _polarity(text: str) -> bool | None:
+    """`yes_or_no` of a text without tags: its first word behind "I think" and the like, or what "the answer is"."""
+    text = _EDGE.sub("", folded(without_markup(text)))
+    match = _FIRST_WORD.match(text, _LEADS.match(text).end())
+    if match is None:
+        decided = _DECIDED.search(text)
+        match = decided and _FIRST_WORD.match(text, decided.end())
     if match is None:
         return None
-    words: list[str] = []
-    for word in _SPOKEN.findall(text):
-        words += [word[:-3], "not"] if word.endswith("n't") else [word]
-    first, *rest = words
-    opposite = _NO if first in _YES else _YES
-    doubt = _DOUBT if first in _YES else _DOUBT - {"not"}
-    return None if any(word in opposite or word in doubt for word in rest) else first in _YES
+    words = [part for word in _SPOKEN.findall(text[match.end(1) :]) for part in word.replace("n't", " not").split()]
+    positive = match[1] in _YES
+    opposite, doubt = (_NO, _DOUBT) if positive else (_YES, _DOUBT - {"not"})
+    before = _SPOKEN.findall(text[: match.start()])
+    return None if any(word in opposite or word in doubt for word in words) or opposite & set(before) else positive
 
 
 def exact_match(gold: str, prediction: str) -> float:

@@ -1,0 +1,157 @@
+"""Answers as video language models write them: one option in any of their forms is read, two are not."""
+
+from __future__ import annotations
+
+import pytest
+
+from lavis_lstp.metrics.choice import LETTERS, parse_choice
+from lavis_lstp.metrics.qa import yes_or_no
+
+OPTIONS = ["a dog", "a person", "a car"]
+
+
+def forms(text: str) -> list[str]:
+    return [form.replace("⏎", "\n") for line in text.strip().splitlines() for form in line.split(" | ")]
+
+
+WRAPPERS = forms(r"""
+@ | @. | (@) | [@] | "@" | **@** | __@__ | `@` | - @ | > @ | @</s> | @<|im_end|> | ✅ @ | @ 😊 | {"answer": "@"}
+{'answer': '@'} | {"answer": @} | {"final_answer": "@",} | {"choice": ["@"]}
+```json⏎{⏎  "reason": "It is there.",⏎  "answer": "@"⏎}⏎``` | Here it is: {"Answer": "@", "explanation": "The
+{"answer": {"letter": "@", "sure": true}} | {"reason": "so", "selected_option": "@"} | \boxed{@} | \boxed{\text{@}}
+$\boxed{@}$ | \[\boxed{\mathrm{@}}\] | \boxed{(@)} | $$\boxed{\textbf{@}}$$ | The final answer is: $\boxed{@}$.
+\textbf{@} | <answer>@</answer> | <think>A? (B)? C?</think><answer>@ | <CONCLUSION> @ </CONCLUSION>
+◁think▷A or B◁/think▷@ | <|begin_of_box|>@<|end_of_box|> | <final_answer>@</final_answer> | Final answer: @
+**Answer:** @ | **Answer**: **@** | ### Final Answer⏎@ | Answer:⏎⏎@ | ASSISTANT: @ | The answer is @.
+The correct answer is: @⏎⏎The video shows it. | So the answer is "@". | My answer is (@) | I think it's @
+I'd say @ | Therefore, @. | In the video it is so. So the answer is @.
+答案是@ | 答案：@。 | 所以答案是@
+""")
+SENTENCES = forms(r"""
+I'd go with @. | I'd go with option @ because it fits. | I choose @ | I select (@) | I pick @ | I'm going with @.
+Option @ is correct | @ is the correct answer. | (@) is right. | @ is the most likely. | @ best describes the video.
+Option @ | option (@). | Choice: @ | Best option: (@) | Ans: @ | answer = @ | Answer -> @ | @, because it fits.
+The answer should be @ | The correct choice would be (@). | The answer to the question is @ | It must be @.
+The answer is clearly @! | Probably @. | The answer would most likely be @. | This best matches option @.
+选@ | 应选@。 | 正确答案是@选项 | @是正确答案 | 【@】
+La respuesta correcta es @. | Die richtige Antwort ist @. | La réponse est @.
+정답: @ | It's @, not # | @, not #. | @ and not # | It's not #, it's @ | The answer is not #. It is @.
+It is @ rather than #. | # is wrong, so the answer is @ | Option # is incorrect. Option @ is correct.
+I don't think it's #. It's @. | Between # and @, I'd go with @. | I'd go with @ over #.
+正解は@です。
+We can rule out #, so @ is right. | # cannot be right, so it must be @ | The answer is @. Option # does not fit.
+""")
+"""@ is said; # is weighed or denied."""
+TWO = forms(r"""
+@ or # | (@) or (#) | @ and # | @/# | @, # | @ & # | Both @ and # are correct | @⏎# | Option @ and option #
+The answer is @ or # | The answer is @, no, # | The answer is @. Or maybe #. | It could be @ or #.
+@ is correct. # is correct. | I think it's @, but it could be # | The answer is @. The answer is #.
+If it's @, then so, otherwise # | Option @ fits, option # fits as well.
+答案是@或# | 答案是@还是# | 选@和#
+{"answer": ["@", "#"]} | {"answer": "@ or #"} | {"answer": "@", "choice": "#"} | \boxed{@} \boxed{#} | \boxed{@, #}
+<answer>@</answer> or <answer>#</answer> | Neither @ nor #
+""")
+
+
+@pytest.mark.parametrize("form", [*WRAPPERS, *SENTENCES])
+def test_an_answer_that_names_one_option_is_read_as_it(form):
+    for number, option in enumerate(OPTIONS):
+        other = (number + 1) % 3
+        letter = form.replace("@", LETTERS[number]).replace("#", LETTERS[other])
+        assert parse_choice(letter, OPTIONS) == number, letter
+        wide = form.replace("@", chr(ord("\uff21") + number)).replace("#", LETTERS[other])
+        assert parse_choice(wide, OPTIONS) == number, wide
+        if form in WRAPPERS:
+            both = form.replace("@", f"{LETTERS[number]}. {option}")
+            assert parse_choice(both, OPTIONS) == number, both
+
+
+@pytest.mark.parametrize("form", TWO)
+def test_an_answer_that_names_two_options_is_unparsable(form):
+    for number in range(3):
+        for other in {0, 1, 2} - {number}:
+            text = form.replace("@", LETTERS[number]).replace("#", LETTERS[other])
+            assert parse_choice(text, OPTIONS) is None, text
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("It is a person, not a dog.", 1),
+        ("a person rather than a dog", 1),
+        ("The answer is (B) a person, not (A) a dog.", 1),
+        ("The answer is B. The person walks a dog.", 1),
+        ("B. A person\n\nExplanation: The dog is not shown, and there is no car.", 1),
+        ("B. a person. The dog and the car are far away.", 1),
+        ("A. a dog\nB. a person\nC. a car\n\nAnswer: B", 1),
+        ("- A. a dog: none is seen.\n- B. a person: one walks.\n- C. a car: no car.\n\nTherefore, the answer is B.", 1),
+        ("The answer is (B) a dog", None),
+        ("A. a dog\nB. a person\nC. a car", None),
+        # letters that are words, or stand for nothing
+        ("The answer is A cat", None),
+        ("A cat sits", None),
+        ("I think", None),
+        ("Vitamin C", None),
+        ("B-roll footage", None),
+        ("B's house", None),
+        ("He got a B in class", None),
+        ("It's a B movie", None),
+        ("The options are A, B and C.", None),
+        ("The answer is E", None),
+        ('{"answer": 2}', None),
+        ('{"answer": null}', None),
+        (r"\boxed{}", None),
+        # denied, asked
+        ("Option B is wrong.", None),
+        ("Not B", None),
+        ("I don't think it's B", None),
+        ("B is not correct", None),
+        ("B isn't right.", None),
+        ("B cannot be the answer", None),
+        ("no person", None),
+        ("B?", None),
+        ("Is it B?", None),
+        ("\u7b54\u6848\u4e0d\u662fB", None),
+    ],
+)
+def test_words_around_a_letter_are_read_and_nothing_is_guessed(text, number):
+    assert parse_choice(text, OPTIONS) == number
+
+
+@pytest.mark.parametrize("form", WRAPPERS)
+def test_yes_and_no_are_read_in_every_wrapper(form):
+    for word, said in (("Yes", True), ("no", False), ("\uff39\uff45\uff53", True), ("No, there isn't", False)):
+        text = form.replace("@", word)
+        assert yes_or_no(text) is said, text
+        if "yes" in word.lower():
+            assert yes_or_no(form.replace("@", "yes or no")) is None
+            assert parse_choice(text, ["yes", "no"]) == 0
+
+
+@pytest.mark.parametrize(
+    "text", ["\u662f", "\u662f\u7684\u3002", "\u7b54\u6848\uff1a\u662f", "Based on the video, yes.", "I would say yes."]
+)
+def test_other_plain_yeses(text):
+    assert yes_or_no(text) is True
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\u662f\u4e0d\u662f",
+        "\u662f\u7ea2\u8272",
+        "no-one",
+        "yes/no",
+        "The answer is yes. Wait, no.",
+        "The answer is not yes",
+    ],
+)
+def test_a_yes_or_no_in_doubt_is_none(text):
+    assert yes_or_no(text) is None
+
+
+@pytest.mark.parametrize(
+    "text", ["<answer>" * 9999, r"\text{" * 9999, '"a_' * 9999, "not A, " * 9999, "so the " * 9999, "B " * 9999]
+)
+def test_long_answers_of_any_kind_are_read_or_not_but_end(text):
+    assert parse_choice(text, OPTIONS) in (None, 0) and yes_or_no(text) is None
