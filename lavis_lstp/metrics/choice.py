@@ -54,6 +54,10 @@ _SAID = re.compile(
     rf"(?:\u5e94\u8be5?|\u662f|\u4e3a|\u9009|\u306f|\uc740|:|\s)*){_FILL}{_V}",
     re.MULTILINE,
 )
+_ANSWER_LINE = re.compile(
+    r"(?i:(?:(?:so|thus|hence|therefore|the|my|final|correct|right|best),? )*(?:answer|choice|ans)\.?(?: is)?[: ]+)"
+)
+"""What a line that states the answer begins with."""
 _THUS = re.compile(
     r"(?:^|[.,;:!] )(?:so|thus|therefore|hence|finally|(?:in )?conclusion|overall|probably|(?:most )?likely"
     rf"|definitely|clearly|certainly)[,:]? {_FILL}{_V}(?=[.,;:!]| because\b|\s*$)",
@@ -61,7 +65,8 @@ _THUS = re.compile(
 )
 _RIGHT = re.compile(
     rf"{_V}(?: (?:is|seems|appears|looks|would be|should be|must be)(?: [a-z]+){{0,4}}? "
-    r"(?:correct|right|best|true|accurate|answer|choice|appropriate|likely|suitable|plausible)\b"
+    r"(?:correct|right|best|true|accurate|answer|choice|appropriate|likely|suitable|plausible)"
+    r"(?= (?:answer|option|choice|one|because|since|as|and|given|here)\b|\)?[.,;:!\s]*(?:\n|$)|[.,;:!])"
     r"| (?:best|most (?:accurately|closely)) "
     r"(?:describes|matches|fits|answers|represents|captures|explains|reflects)\b"
     r"|(?:\u9009\u9879)?[\u662f\u4e3a]?\u6700?(?:\u6b63\u786e|\u5bf9\u7684|\u7b54\u6848|\u5408\u9002))"
@@ -118,7 +123,8 @@ def parse_choice(text: str, options: Sequence[str]) -> int | None:
 def _read(text: str, options: Sequence[str]) -> int | None:
     """`parse_choice` of a text without tags."""
     text = _without_echo(text, options)
-    lines = [line for line in (text, *text.splitlines()) if line.strip()]
+    stated = (_ANSWER_LINE.sub("", line, count=1) for line in without_markup(text).splitlines())
+    lines = [line for line in (text, *text.splitlines(), *stated) if line.strip()]
     alone = {i for line in lines for i in (*_words_alone(line, options), *_letter_alone(line, options))}
     plain = without_markup(text)
     if not alone and (said := _polarity(plain, options)) is not None:

@@ -176,6 +176,37 @@ YES_NO, THREE = ["yes", "no", "not sure"], ["a dog", "a person", "a car"]
         (OPTIONS, "Red comes first, then a dog. The answer is (B).", None),  # not weighed
         (OPTIONS, "Red, then the blue one. The answer is (A). The answer is (B).", None),
         (OPTIONS, "Red comes first, then the blue one. Option B is wrong.", None),
+        # an explanation behind the line that answers (openai/simple-evals#33, jundot/omlx#3668)
+        (THREE, "Answer: B\n\nExplanation: option A shows a dog.", 1),
+        (THREE, "**Final answer:** B\nA is a common distractor.", 1),
+        (THREE, "Option A is wrong, and so is option C.\n\nB", 1),
+        (THREE, "Answer: a person\nOption A is a dog.", 1),
+        (THREE, "Answer: A\nAnswer: B", None),
+        # in TeX (NVIDIA-NeMo/Skills#1526), JSON, marks of lists and of models, characters that nobody sees
+        (THREE, "The final answer is: $\\boxed{B}$", 1),
+        (THREE, "$$\\boxed{\\text{B. a person}}$$", 1),
+        (THREE, "\\[\\boxed{\\textbf{(B)}}\\]", 1),
+        (YES_NO, "\\(\\boxed{\\text{No}}\\)", 1),
+        (["$5", "5"], "$5", 0),
+        (THREE, '{"answer": "B"}', 1),
+        (THREE, '```json\n{"answer": "a person", "why": "A is a dog"}\n```', 1),
+        (THREE, "- B", 1),
+        (THREE, "> **B**", 1),
+        (THREE, "\u200bB<|im_end|>", 1),
+        # a letter that is called right, chosen, or set in brackets
+        (THREE, "B is the correct answer.", 1),
+        (THREE, "I think it is (B).", 1),
+        (THREE, "I would choose B.", 1),
+        (THREE, "Ans: B", 1),
+        (THREE, "\u9009B", 1),
+        (THREE, "(A) is shown first, then (B).", None),
+        (THREE, "A is right of the tree", None),
+        # what is denied is no answer
+        (THREE, "Option B is wrong.", None),
+        (THREE, "It is not option B.", None),
+        (THREE, "I would not choose B.", None),
+        (THREE, "(B) isn't correct.", None),
+        (THREE, "The answer is B, not A.", 1),
     ],
 )
 def test_one_reading_or_none(options, text, number):
