@@ -2,8 +2,8 @@
 
 In: the file's bytes, or a map of them. Out: what `data.video.reading.probe` says, in a hundredth of the time; or None
 where the header leaves a question open, which only opening the file answers: fragments, edits that cut frames, several
-video tracks, pictures that may begin later than other tracks, a rotation, a codec other than H.264 and HEVC, a sample
-that is not in the file.
+video tracks, pictures that may begin later than other tracks, a rotation, pixels that are not square, another codec
+than H.264 and HEVC, a sample that is not in the file. A pixel's shape that the codec's header alone states is not seen.
 
 Opening costs 2 to 12 ms a file, of which decoding the first picture is the greater part, and PyAV keeps the interpreter
 to itself for most of the rest; copying and hashing 0.5 MB costs 0.8 ms. Nothing is decoded here, so that the pictures
@@ -60,6 +60,9 @@ def _video(raw, tracks: list[dict[bytes, Part]], movie_timescale: int) -> VideoI
         raise Unclear
     table = _inside(raw, _of(_inside(raw, _of(mdia, b"minf")), b"stbl"))
     codec, width, height = _description(raw, _of(table, b"stsd"))
+    display = struct.unpack_from(">II", raw, _of(track, b"tkhd")[1] - 8)
+    if display != (width << 16, height << 16):
+        raise Unclear
     timescale, sizes = _timescale(raw, _of(mdia, b"mdhd")), _sizes(raw, _of(table, b"stsz"))
     _check_places(raw, table, sizes)
     pts, ticks = _times(raw, table, len(sizes))
@@ -117,7 +120,8 @@ def _description(raw, part: Part) -> tuple[str, int, int]:
     start = part[0]
     codec = CODECS.get(_fourcc(raw, start + 12))
     width, height = struct.unpack_from(">HH", raw, start + 40)
-    if _u32(raw, start + 4) != 1 or codec is None or not width or not height:
+    aspect = bytes(raw[start : part[1]]).partition(b"pasp")[2][:8]
+    if _u32(raw, start + 4) != 1 or codec is None or not width or not height or aspect[:4] != aspect[4:]:
         raise Unclear
     return codec, width, height
 

@@ -163,6 +163,34 @@ def test_rotation_and_mirroring_are_applied(tmp_path, degrees, hflip, backend):
     assert video.info.rotation == degrees or hflip
 
 
+@pytest.mark.parametrize("backend", ["pyav", "decord", "torchcodec"])
+@pytest.mark.parametrize(
+    ("aspect", "rotation", "shape"), [("4:3", 0, (96, 213)), ("3:4", 0, (128, 160)), ("4:3", 90, (213, 96))]
+)
+def test_pixels_that_are_not_square_are_stretched_as_players_do(tmp_path, aspect, rotation, shape, backend):
+    """As on DVDs (meta-pytorch/torchcodec#733, JuliaIO/VideoIO.jl#185); a size that is asked for is that of frames."""
+    if backend == "torchcodec":
+        pytest.importorskip("torchcodec.decoders", exc_type=(ImportError, RuntimeError, OSError))
+    options = {"g": "10", "bf": "2", "crf": "12", "aspect": aspect}  # of the encoder: the shape of a pixel
+    path = numbered_video(tmp_path / "dvd.mp4", 10, rotation=rotation or None, options=options)
+    video = read_frames(path, indices=[2, 7], backend=backend)
+    assert video.frames.shape[2:] == (video.info.height, video.info.width) == shape
+    assert (probe(path).height, probe(path).width) == shape
+    assert [read_number(frame) for frame in video.frames] == [2, 7]
+    stored = np.rot90(numbered_picture(2), rotation // 90).transpose(2, 0, 1)
+    assert corners(video.frames[0]) == corners(stored)
+    if backend == "pyav":
+        small = read_frames(path, indices=[2], decode_size=48).frames
+        assert small.shape[2] / small.shape[3] == pytest.approx(shape[0] / shape[1], rel=0.02)
+        assert read_frames(path, indices=[2], size=64).frames.shape[2:] == (64, 64)
+
+
+def test_pixels_of_a_shape_that_makes_pictures_huge_are_refused(tmp_path):
+    path = numbered_video(tmp_path / "wide.mp4", 2, options={"aspect": "10:1"})
+    with pytest.raises(VideoError, match="wide.mp4: is 1600 x 96 px, more than max_megapixels"):
+        probe(path, max_megapixels=0.1)
+
+
 def test_frames_hidden_by_an_edit_list_do_not_count(tmp_path):
     path = numbered_video(
         tmp_path / "trimmed.mp4", shift=-13, container_options={"avoid_negative_ts": "disabled", "use_editlist": "1"}

@@ -34,6 +34,7 @@ UNCLEAR = {
     "turned": {"rotation": 90},
     "mirrored": {"hflip": True, "rotation": 0},
     "shifted": {"shift": 7},  # two edits
+    "pixels not square": {"options": {"aspect": "4:3"}},
     "mpeg4": {"codec": "mpeg4", "options": {}},
 }
 

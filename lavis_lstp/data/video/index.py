@@ -59,7 +59,7 @@ END_BEFORE_ANOTHER = {"flv", "mov", "asf"}
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a video is. `width` and `height` are those of the frames handed out, after rotation.
+    """What a video is. `width` and `height` are those of the frames handed out: after rotation, with square pixels.
 
     `duration_s` is when its last picture ends, in seconds since the start of the file. `track` is FFmpeg's number of
     the track that is read where a file has several with pictures, else None.
@@ -95,6 +95,7 @@ class VideoIndex:
         track: FFmpeg's number of the track that is read.
         tracks: the numbers of all tracks of pictures.
         start: of the file, in seconds of its own clock; None where it has no clock.
+        pixel_aspect: width of a stored pixel over its height; DVDs, DV and broadcasts have others than 1.
         max_megapixels: pictures of a larger area are refused.
     """
 
@@ -117,6 +118,7 @@ class VideoIndex:
     track: int = 0
     tracks: tuple[int, ...] = (0,)
     start: Fraction | None = None
+    pixel_aspect: float = 1.0
     max_megapixels: float = DEFAULT_MAX_MEGAPIXELS
 
     @property
@@ -143,8 +145,17 @@ class VideoIndex:
 
     def facts(self) -> dict[str, Any]:
         """Facts that do not depend on how the frames were found; see `count_frames`."""
-        kept = ("name", "codec", "container", "missing", "time_base", "track", "tracks", "start", "max_megapixels")
-        return {key: getattr(self, key) for key in kept}
+        kept = ("name", "codec", "container", "missing", "time_base", "track", "tracks", "start", "pixel_aspect")
+        return {key: getattr(self, key) for key in (*kept, "max_megapixels")}
+
+    def square(self, height: int, width: int, *, turned: bool) -> tuple[int, int]:
+        """Height and width of an upright picture whose pixels are square: one side grows, as in players.
+
+        Args:
+            turned: whether its rows and columns were swapped to make it upright.
+        """
+        aspect = 1 / self.pixel_aspect if turned else self.pixel_aspect
+        return (height, round(width * aspect)) if aspect >= 1 else (round(height / aspect), width)
 
 
 def source_name(source: Source, name: str | None = None) -> str:
@@ -318,7 +329,7 @@ def _index_of_track(source: Source, name: str, track: int | None, max_megapixels
         untimed = bool(formats & NO_PRESENTATION_TIMES) and stream.codec_context.has_b_frames
         facts = {"name": name, "codec": stream.codec_context.name, "container": container.format.name}
         facts |= {"track": stream.index, "tracks": tracks, "start": start, "max_megapixels": max_megapixels}
-        facts["time_base"] = float(stream.time_base)
+        facts |= {"time_base": float(stream.time_base), "pixel_aspect": float(stream.sample_aspect_ratio or 1)}
         if formats & END_BEFORE_ANOTHER and len(packets) and _begins_again(source, int(packets["end"].max())):
             missing = f"another file begins behind frame {len(packets)}; join files with ffmpeg, not with cat"
         rate, tick = stream.average_rate or stream.guessed_rate, stream.time_base

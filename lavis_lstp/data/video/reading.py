@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lavis_lstp.data.frame_numbers import sample_indices, uniform_centres
-from lavis_lstp.data.pictures import DEFAULT_MAX_MEGAPIXELS
+from lavis_lstp.data.pictures import DEFAULT_MAX_MEGAPIXELS, check_area
 from lavis_lstp.data.video.decode import (
     LOWRES,
     DecodeCount,
@@ -71,7 +71,7 @@ VIDEO_ENDINGS = (
 )
 ENDINGS_IN_ANY_CASE = (*VIDEO_ENDINGS, *(ending.upper() for ending in VIDEO_ENDINGS))
 """Cameras write .MP4 and .MOV."""
-READING_VERSION = 2
+READING_VERSION = 3
 """A change of pixels, times or numbers by this module raises it: frames that stores keep are of one version."""
 
 
@@ -80,7 +80,7 @@ class VideoFrames:
     """Frames read from one video, in the order they were asked for.
 
     Attributes:
-        frames: uint8 [T,3,H,W], RGB, upright.
+        frames: uint8 [T,3,H,W], RGB, upright, with square pixels where no size was asked for.
         times_s: float64 [T], seconds since the start of the file, as players count them.
         indices: T frame numbers.
         flow: None or float32 [T,2,h,w], (u, v) in px of its own h x w grid from each frame to the next one here,
@@ -192,6 +192,8 @@ def _info(source: Source, index: VideoIndex) -> tuple[VideoInfo, Orientation]:
 def _info_of(index: VideoIndex, frame: Any) -> VideoInfo:
     turned = orientation(frame).transpose
     height, width = (frame.width, frame.height) if turned else (frame.height, frame.width)
+    height, width = index.square(height, width, turned=turned)
+    check_area(width, height, index.name, index.max_megapixels)
     rotation = int(frame.rotation) % 360
     track = index.track if len(index.tracks) > 1 else None
     return VideoInfo(index.num_frames, index.fps, index.duration_s, width, height, rotation, index.codec, track)
@@ -309,7 +311,7 @@ def read_frames(
         short_videos: with `num`: "keep" gives fewer frames where there are fewer; "double" repeats them in order to
             exactly `num`, as published training did (`sample_indices`).
         between_s: with `num`: choose among the frames of [start, end) seconds, not of the whole video.
-        size: S, or (height, width); None keeps the video's own.
+        size: S, or (height, width); None keeps the video's own, stretched where its pixels are not square.
         exact: False takes, in place of each frame, the nearest one at which decoding can begin (a key frame), each
             once: fewer frames, at the times and under the numbers that are theirs. Exact frames are read, with a
             warning, where these would be one (`key_frames`).
@@ -552,12 +554,14 @@ def _decode(source, index, wanted: Sequence[int], how: _How, frames: np.ndarray 
     for t, (i, picture) in enumerate(pictures):
         assert wanted[t] == i
         if frames is None:
-            height, width = _height_width(how.size) if how.size is not None else picture.shape[:2]
+            stored, turned = picture.shape[:2], infos[0].rotation % 180 == 90
+            square = index.square(*stored, turned=turned)
+            height, width = _height_width(how.size) if how.size is not None else square
             frames = np.empty((len(wanted), 3, height, width), dtype=np.uint8)
-        if how.size is None and picture.shape[:2] != (height, width):
+        if how.size is None and picture.shape[:2] != stored:
             raise VideoError(
                 f"{index.name}: frame {i} is {picture.shape[1]} x {picture.shape[0]}, the first is "
-                f"{width} x {height}; give a size to bring them together"
+                f"{stored[1]} x {stored[0]}; give a size to bring them together"
             )
         frames[t] = _resize_picture(picture, height, width).transpose(2, 0, 1)
         if motion:
