@@ -141,15 +141,20 @@ def _save_backbone(backbone: Backbone | VideoLLM, folder: Path, config: Any) -> 
     for section in model.config.sub_configs:
         getattr(model.config, section).dtype = dtype  # save_pretrained says it of the whole alone
     model.save_pretrained(folder, max_shard_size=MAX_SHARD)
-    if config.source == "transformers":
+    if hasattr(backbone, "processor"):
         backbone.processor.save_pretrained(folder)
         return
     _save_tokenizer(backbone.tokenizer, folder, config.weights)
     reads_text = backbone.qformer_tokenizer is not None
     if reads_text:
         _save_tokenizer(backbone.qformer_tokenizer, folder / "qformer_tokenizer", config.weights, "qformer_tokenizer")
-    processor = "InstructBlipProcessor" if reads_text else "Blip2Processor"
-    write_json(folder / "preprocessor_config.json", _image_processor(backbone, processor))
+    processor = type(model).__name__.replace("ForConditionalGeneration", "Processor")
+    images = _image_processor(backbone, processor)
+    write_json(folder / "preprocessor_config.json", images)
+    if processor == "InstructBlipVideoProcessor":
+        videos = {**images, "video_processor_type": "InstructBlipVideoVideoProcessor"}
+        del videos["image_processor_type"]
+        write_json(folder / "video_preprocessor_config.json", videos)
     settings = {"processor_class": processor, "num_query_tokens": backbone.num_query_tokens}
     write_json(folder / "processor_config.json", settings)
 

@@ -294,8 +294,8 @@ class Served:
 class Backbone:
     source: str = key(
         "hub", one_of=SOURCES, called="source (model.backbone.source)"
-    )  # hub: BLIP-2 and InstructBLIP; lavis: LAVIS's own; transformers: any video model with a chat template;
-    # endpoint: a model of a server
+    )  # hub: BLIP-2 and InstructBLIP; lavis: LAVIS's own; transformers: any video model with a chat template,
+    # and these, their frames' tokens end to end; endpoint: a model of a server
     family: str = key("instructblip", one_of=("instructblip", "blip2"), called="backbone family")  # hub
     arch: str | None = key()  # lavis: blip2_t5, blip2_opt; with its git main blip2_vicuna_instruct, blip2_t5_instruct
     model_type: str | None = key()  # lavis: its type

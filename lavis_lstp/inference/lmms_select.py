@@ -24,7 +24,7 @@ from lavis_lstp.errors import ConfigError
 from lavis_lstp.files import strict_json, write_jsonl
 from lavis_lstp.inference.lmms_requests import IMAGE_ENDINGS, bare_question
 from lavis_lstp.inference.selection import Selection, load_options, select
-from lavis_lstp.models.answer.answerer import TIMES
+from lavis_lstp.models.answer.answerer import with_times
 
 NAME = "lstp_select"
 SECONDS = "<{:.1f} seconds>"
@@ -186,8 +186,7 @@ class Selecting:
                 part for place, one in found for part in (_pictures(chosen(one, place)) if _is_video(one) else [one])
             ]
 
-        said = TIMES.format(", ".join(f"{t:.1f}" for t in times)) if times else ""
-        return (said + context, arguments[1], visual, *arguments[3:])
+        return (with_times(context, times), arguments[1], visual, *arguments[3:])
 
     # ---- which frames -------------------------------------------------------------------------------------------
 

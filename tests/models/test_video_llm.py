@@ -1,4 +1,4 @@
-"""Models of transformers with a chat template behind the seam, each as a tiny random one in the hub's layout."""
+"""Models of transformers behind the seam, each as a tiny random one in the hub's layout."""
 
 from __future__ import annotations
 
@@ -19,14 +19,13 @@ from lavis_lstp.errors import ConfigError, WeightsError
 from lavis_lstp.models.answer import video_llm
 from lavis_lstp.models.lstp import LSTP
 from lavis_lstp.models.weights.parts import part_of, prefixes_of
-from lavis_lstp.testing.tiny_video_llms import VIDEO_LLMS, write_video_llm
+from lavis_lstp.testing.tiny_backbones import Sizes, write_backbone
+from lavis_lstp.testing.tiny_video_llms import VIDEO_LLMS, can_be_written, write_video_llm
 
-pytestmark = pytest.mark.skipif(
-    int(transformers.__version__.split(".")[0]) < 5, reason="processors of transformers 4 are told other things"
-)
 QWEN = ("qwen2_5_vl", "qwen3_vl")
-NAMES = list(VIDEO_LLMS)
-EXPORTED = ("qwen3_vl", "smolvlm")
+NAMES = [*VIDEO_LLMS, "instructblipvideo"]
+END = {"instructblipvideo": "</s>"} | {name: model.end for name, model in VIDEO_LLMS.items()}
+EXPORTED = ("qwen3_vl", "smolvlm", "instructblipvideo")
 """Exported in each run of the tests; the others are slow."""
 
 
@@ -37,10 +36,34 @@ def folder(tmp_path_factory):
 
     @lru_cache
     def written(name: str) -> Path:
-        write_video_llm(root / name, name=name, spread=0.2)
+        if name == "instructblipvideo":
+            write_instructblipvideo(root)
+        elif not can_be_written():
+            pytest.skip("processors of transformers 4 are told other things")
+        else:
+            write_video_llm(root / name, name=name, spread=0.2)
         return root / name
 
     return written
+
+
+def write_instructblipvideo(root: Path) -> None:
+    """As users make one: InstructBLIP's weights in the other class, and a mark more in the tokenizer."""
+    image = root / "instructblip"
+    write_backbone(image, name="instructblip-vicuna-7b", sizes=Sizes(64, 16), seed=0, dtype="float32")
+    model = transformers.InstructBlipVideoForConditionalGeneration.from_pretrained(image)
+    square = {"height": 64, "width": 64}
+    processor = transformers.InstructBlipVideoProcessor(
+        transformers.InstructBlipVideoVideoProcessor(size=square),
+        transformers.AutoTokenizer.from_pretrained(image),
+        transformers.AutoTokenizer.from_pretrained(image / "qformer_tokenizer"),
+        num_query_tokens=model.config.num_query_tokens,
+    )
+    model.resize_token_embeddings(len(processor.tokenizer))
+    model.config.video_token_index = processor.tokenizer.convert_tokens_to_ids("<video>")
+    model.language_model.generation_config.pad_token_id = model.generation_config.pad_token_id = 0
+    model.save_pretrained(root / "instructblipvideo")
+    processor.save_pretrained(root / "instructblipvideo")
 
 
 def settings(path: Path, name: str, **overrides) -> dict:
@@ -48,7 +71,7 @@ def settings(path: Path, name: str, **overrides) -> dict:
     return {
         "backbone": backbone,
         "prompt": "{question}",
-        "answer_template": "{answer}" + VIDEO_LLMS[name].end,
+        "answer_template": "{answer}" + END[name],
         "train": [],
         "selector": {"name": "uniform", "num_selected": 3},
         "generation": {"max_new_tokens": 6},
@@ -92,7 +115,7 @@ def test_loss_log_probs_and_answers_agree(built, name):
     """What greedy search says is what the scorer calls greedy, and as likely; the loss is that of all tokens."""
     model, given = built(name), samples()
     told = model.answer(given)
-    template = VIDEO_LLMS[name].end
+    template = END[name]
     options = [[text, "red", "a blue star"] for text in told["prediction"]]
     scored = model.score_options({**given, "options": options})["option_log_prob"]
     reading = model.look(given, told["frame_index"], told["prompt"])
@@ -100,12 +123,12 @@ def test_loss_log_probs_and_answers_agree(built, name):
     sums, counts, _ = reading.log_probs([0, 1, 2], answers)
     loss = reading.loss(answers)
     assert loss.item() == pytest.approx(-(sums.sum() / counts.sum()).item(), abs=1e-4)
-    assert all(len(row) == 3 and row[1]["tokens"] == len("red") + 1 for row in scored)
     ids = model.backbone.tokenizer("red" + template, add_special_tokens=False)["input_ids"]
+    assert all(len(row) == 3 and row[1]["tokens"] == len(ids) > 1 for row in scored)
     assert model.backbone.answer_ids(["red" + template]) == [ids]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", VIDEO_LLMS)
 def test_beams_are_as_likely_as_they_say(built, name):
     """Rows and the frames behind them stay together when they are repeated for each beam."""
     model, given = built(name), samples()
@@ -134,6 +157,53 @@ def test_pieces_of_a_stream_are_the_answers(built, name, drawn):
     whole = model.answer(given, **drawn)
     assert said(pieces) == whole["prediction"] == result["prediction"]
     assert result["log_prob"] == whole["log_prob"]
+
+
+# ---- models with a Q-Former, which have no chat template -----------------------------------------------------------
+
+
+def test_instructblipvideo_answers_as_transformers_class_does(folder, built):
+    """By its own processor, which knows four frames; ours takes any number of them."""
+    path, given = folder("instructblipvideo"), samples((4, 4, 4))
+    model = transformers.InstructBlipVideoForConditionalGeneration.from_pretrained(path).eval()
+    processor = transformers.AutoProcessor.from_pretrained(path)
+    uniform = {"selector": {"name": "uniform", "num_selected": 4}}
+    found = LSTP.from_config(settings(path, "instructblipvideo", **uniform)).eval().answer(given, max_new_tokens=6)
+    for i in range(3):
+        inputs = processor(images=[given["frames"][i]], text=given["text_input"][i], return_tensors="pt")
+        made = model.generate(
+            **inputs, max_new_tokens=6, do_sample=False, return_dict_in_generate=True, output_logits=True
+        )
+        new = made.sequences[:, -len(made.logits) :]
+        assert found["prediction"][i] == processor.tokenizer.decode(new[0], skip_special_tokens=True).strip()
+        likely = torch.stack(made.logits, 1)[0].log_softmax(-1).gather(1, new[0, :, None]).sum()
+        assert found["log_prob"][i]["sum"] == pytest.approx(likely.item(), abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "family"), [("instructblip-vicuna-7b", "instructblip"), ("blip2-flan-t5-xl", "blip2")]
+)
+def test_pictures_models_with_a_qformer_are_those_of_source_hub(tmp_path, name, family):
+    write_backbone(tmp_path / "model", name=name, sizes=Sizes(64, 16), seed=0, dtype="float32")
+    section, given = settings(tmp_path / "model", "instructblipvideo"), samples()
+    hub = {**section, "fusion": "concat", "backbone": {**section["backbone"], "source": "hub", "family": family}}
+    one, two = (LSTP.from_config(each).eval().answer(given) for each in (section, hub))
+    assert one["prediction"] == two["prediction"] and one["log_prob"] == two["log_prob"]
+
+
+def test_instructblipvideo_reads_times_and_no_marks(folder, built, caplog):
+    path = folder("instructblipvideo")
+    model = LSTP.from_config(settings(path, "instructblipvideo", backbone={"times_in_prompt": True}))
+    assert "not told when" not in caplog.text
+    reading = model.backbone.look(
+        torch.zeros(2, 3, 64, 64), torch.tensor([[0, 1]]), ["what?"], torch.tensor([[1.0, 2.5]])
+    )
+    assert reading.prompts == ["The frames show these seconds of the video: 1.0, 2.5.\nwhat?"]
+    with pytest.raises(ConfigError, match=r"set it to '\{question\}'"):
+        LSTP.from_config({**settings(path, "instructblipvideo"), "prompt": "USER: <video>\n{question}"}).answer(
+            samples()
+        )
+    assert "not told when" in caplog.text
 
 
 # ---- true times -----------------------------------------------------------------------------------------------------
@@ -187,7 +257,7 @@ def test_qwen2_5_places_frames_at_their_seconds(built):
     assert torch.equal(even.positions[1:, 0, :after], own[:, 0, :after])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", VIDEO_LLMS)
 def test_who_is_told_times_by_itself(built, name):
     assert built(name).backbone.tells_times() == (name in (*QWEN, "smolvlm"))
 
@@ -268,12 +338,12 @@ def test_weights_that_are_not_all_there(folder, tmp_path):
         LSTP.from_config(settings(broken, "qwen3_vl"))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", VIDEO_LLMS)
 def test_only_layers_of_the_language_model_are_quantised(built, monkeypatch, name):
     """By transformers' own rule; bitsandbytes and its device are not needed to ask it."""
+    seen, model = [], built(name).backbone
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    seen, model = [], built(name).backbone
     monkeypatch.setattr(video_llm, "quantization_config", lambda *_, skipped: seen.extend([*skipped, "lm_head"]))
     monkeypatch.setattr(video_llm, "model_and_processor", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -383,8 +453,6 @@ def test_frames_are_labelled_one_by_one(built, name):
 )
 def test_an_export_is_what_plain_transformers_loads(folder, tmp_path, name):
     """Adapters merged into the language model, the processor beside it; our own loader answers alike."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
     sampler = {"hidden_size": 24, "text_width": 24, "num_layers": 2, "num_heads": 2, "fusion_layer": 1, "flow_size": 32}
     small = {"sampler": {**sampler, "weights": None, "tokenizer": None}, "flow": {"name": "dis"}}
     whole = settings(folder(name), name, train=["projection", "lora"], lora=LORA, **small, arch="lstp_video_llm")
@@ -396,9 +464,11 @@ def test_an_export_is_what_plain_transformers_loads(folder, tmp_path, name):
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"model": whole}))
     lines = export([str(run)], tmp_path / "out", recipe=str(tmp_path / "recipe.yaml"), dtype="float32")
     assert "LoRA merged" in lines[0]
-    plain, found = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", output_loading_info=True)
+    plain = type(trained.backbone.model)  # transformers 4 has no AutoModel for InstructBlipVideo
+    _, found = plain.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(found[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert AutoProcessor.from_pretrained(tmp_path / "out").chat_template == trained.backbone.processor.chat_template
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "out")
+    assert processor.chat_template == getattr(trained.backbone, "processor", processor).chat_template
     again = LSTP.from_config(settings(tmp_path / "out", name)).eval()
     one, two = (model.eval().answer(samples()) for model in (trained, again))
     assert one["prediction"] == two["prediction"]

@@ -20,8 +20,21 @@ if TYPE_CHECKING:  # a served model is asked where there is no torch
     import torch
     from torch import Tensor
 
-TIMES = "The frames show these seconds of the video: {}.\n"
-"""Put before the prompt by `model.backbone.times_in_prompt`."""
+
+def with_times(prompt: str, times_s: Sequence[float] | None) -> str:
+    """Return a prompt behind the seconds of its frames, as `model.backbone.times_in_prompt` wants it."""
+    if not times_s:
+        return prompt
+    return f"The frames show these seconds of the video: {', '.join(f'{t:.1f}' for t in times_s)}.\n{prompt}"
+
+
+def refuse_marks(prompt: str, marks: Sequence[str]) -> None:
+    """Raise ConfigError for a prompt with a mark that the model reads as a turn's end, an image or a video."""
+    if mark := next((mark for mark in marks if mark in prompt), None):
+        raise ConfigError(
+            f"the prompt {prompt[:80]!r} contains {mark!r}, a mark of the model's own; questions may not, and "
+            "model.prompt needs none with source transformers: set it to '{question}'"
+        )
 
 
 class Answers(NamedTuple):

@@ -1,4 +1,4 @@
-"""transformers' InstructBLIP and BLIP-2 models from the hub, a folder or random numbers, and how they are made to run.
+"""Models of transformers with a Q-Former from the hub, a folder or random numbers, and how they are made to run.
 
 In: names and sizes from a config. Out: model and tokenizers, for `backbone.Backbone`. Weights go through transformers'
 own `from_pretrained`: safetensors, one or many files, read into an empty (meta device) model, so that memory holds them
@@ -22,7 +22,8 @@ from lavis_lstp.errors import ConfigError, WeightsError, unknown_name
 from lavis_lstp.models.answer.tiny_tokenizer import tiny_tokenizer
 from lavis_lstp.models.weights.hub import BROKEN_FOLDER, where_from, where_to_put
 
-FAMILIES = ("instructblip", "blip2")
+FAMILIES = {"instructblip": "InstructBlip", "blip2": "Blip2", "instructblipvideo": "InstructBlipVideo"}
+"""How the names of transformers' classes begin."""
 DTYPES = ("float32", "bfloat16", "float16")
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
 QUANTIZATIONS = ("8bit", "4bit")
@@ -46,16 +47,10 @@ def model_classes(family: str):
     """
     if family not in FAMILIES:
         raise ConfigError(unknown_name("backbone family", family, FAMILIES))
-    from transformers import (
-        Blip2Config,
-        Blip2ForConditionalGeneration,
-        InstructBlipConfig,
-        InstructBlipForConditionalGeneration,
-    )
+    import transformers
 
-    if family == "instructblip":
-        return InstructBlipConfig, InstructBlipForConditionalGeneration
-    return Blip2Config, Blip2ForConditionalGeneration
+    kind = FAMILIES[family]
+    return getattr(transformers, f"{kind}Config"), getattr(transformers, f"{kind}ForConditionalGeneration")
 
 
 # ---- published weights ----------------------------------------------------------------------------------------------
@@ -85,13 +80,13 @@ def load_published(
         )
         tokenizer = as_published(AutoTokenizer.from_pretrained(**where))
         qformer_tokenizer = None
-        if family == "instructblip":
+        if family != "blip2":
             qformer_tokenizer = AutoTokenizer.from_pretrained(**where, subfolder="qformer_tokenizer")
     except (*BROKEN_FOLDER, SafetensorError) as error:
         raise WeightsError(
             f"no {family} weights at '{name}' (model.backbone.weights): expected a hub id that is cached or can be "
-            f"reached, such as {HUB_IDS[family]}, or a folder with its files (config.json, *.safetensors and "
-            f"tokenizer files) downloaded from huggingface.co; {where_to_put(name)}; "
+            f"reached, such as {HUB_IDS.get(family, HUB_IDS['instructblip'])}, or a folder with its files "
+            f"(config.json, *.safetensors and tokenizer files) downloaded from huggingface.co; {where_to_put(name)}; "
             f"transformers says: {' '.join(str(error).split())[:300] or type(error).__name__}"
         ) from error
     if missing := sorted(found["missing_keys"]):
@@ -215,7 +210,7 @@ def from_sizes(
     if attention := checked_attention(attention):
         model.set_attn_implementation(attention)
     model.to(getattr(torch, dtype))
-    return Loaded(model, tokenizer, tiny_tokenizer(bos=False) if family == "instructblip" else None)
+    return Loaded(model, tokenizer, tiny_tokenizer(bos=False) if family != "blip2" else None)
 
 
 # ---- input and output embeddings, one tensor or two ---------------------------------------------------------------

@@ -4,17 +4,19 @@ In: frames and prompts. Out: a reading of them, through query tokens per frame a
 is called on embeddings built here (prefix, then text) and not through the classes' own `forward`, whose contract
 with image placeholders changed between transformers releases. Checkpoints are the published ones: the module
 `model` has the state dict of `InstructBlipForConditionalGeneration` or `Blip2ForConditionalGeneration`.
+InstructBlipVideo is InstructBLIP with fusion concat: the tokens of all frames end to end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from lavis_lstp.errors import ConfigError, WeightsError, unknown_name
+from lavis_lstp.models.answer.answerer import refuse_marks, with_times
 from lavis_lstp.models.answer.fusion import FrameFusion
 from lavis_lstp.models.answer.language import LanguageAnswerer, PrefixReading, _ids_of
 from lavis_lstp.models.answer.loading import DTYPES, dtype_of, from_sizes, load_published
@@ -40,6 +42,9 @@ class Backbone(LanguageAnswerer):
         "language_model": ("model.language_model.",),
     }
     """Part -> how the keys of its weights begin."""
+    marks: Sequence[str] = ()
+    """What a prompt may not contain: the tokenizer takes it for a place of a frame."""
+    times_in_prompt = False
 
     def __init__(
         self, model: nn.Module, tokenizer, qformer_tokenizer=None, *, max_text_tokens: int = 128, fusion: str = "mean"
@@ -175,12 +180,17 @@ class Backbone(LanguageAnswerer):
         return _ids_of(*super()._end_ids, config.pad_token_id, config.eos_token_id, other_begin)
 
     def look(self, frames: Tensor, which: Tensor, prompts: list[str], times_s: Tensor | None = None) -> PrefixReading:
-        """See `Answerer.look`: frames uint8 [U,3,H,W], which int64 [B,K]; the times are not used, as published.
+        """See `Answerer.look`: frames uint8 [U,3,H,W], which int64 [B,K]; the times are used in the prompt alone.
 
         The Q-Former looks at a frame once where it does not read the question, else once for each question.
         """
         which = which.cpu()
         real = which >= 0
+        for prompt in prompts:
+            refuse_marks(prompt, self.marks)
+        if self.times_in_prompt and times_s is not None:
+            shown = [row[there].tolist() for row, there in zip(times_s.cpu(), real, strict=True)]
+            prompts = [with_times(prompt, seconds) for prompt, seconds in zip(prompts, shown, strict=True)]
         with nullcontext() if self._vision_learns() else torch.no_grad():
             features = self.image_features(frames)
         if self.reads_question and real.any():

@@ -25,7 +25,7 @@ from lavis_lstp.data.selections import media_io_kwargs, milliseconds
 from lavis_lstp.endpoint import Endpoint, EndpointError, KeptTexts, Reply, message_of, storable
 from lavis_lstp.errors import ConfigError
 from lavis_lstp.files import cache_folder, json_text, sha256_json
-from lavis_lstp.models.answer.answerer import TIMES, GivenUp
+from lavis_lstp.models.answer.answerer import GivenUp, with_times
 from lavis_lstp.models.answer.generation import MAX_NEW_TOKENS, checked
 
 logger = logging.getLogger(__name__)
@@ -131,8 +131,8 @@ class Served:
         self, shown: list[str], prompt: str, times_s: Sequence[float] | None
     ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """What is sent of one question: parts of its message, and fields of the request beside it."""
-        if self.times_in_prompt and times_s and shown:
-            prompt = TIMES.format(", ".join(f"{t:.1f}" for t in times_s)) + prompt
+        if self.times_in_prompt and shown:
+            prompt = with_times(prompt, times_s)
         said = {"type": "text", "text": prompt}
         if self.form == "images" or len(shown) < 2 or times_s is None:
             urls = [f"data:image/jpeg;base64,{picture}" for picture in shown]

@@ -1,5 +1,7 @@
 """Any video or image language model of transformers that has a processor and a chat template, as an answerer.
 
+Models with a Q-Former (InstructBLIP, InstructBlipVideo, BLIP-2) have no chat template and are a `qformer.Backbone`.
+
 In: frames, prompts and the frames' seconds. Out: a reading of them by the whole model, `AutoModelForImageTextToText`.
 What a frame becomes (patches, crops, marks, times) is the business of the model's own `AutoProcessor`, which is given
 the chosen frames as a video that needs no sampling, with their true seconds. Frames of a model that takes no video, a
@@ -23,7 +25,8 @@ from torch.nn.functional import pad
 
 from lavis_lstp.batch import several_ranks, weights_are_divided
 from lavis_lstp.errors import ConfigError, WeightsError, unknown_name
-from lavis_lstp.models.answer.answerer import TIMES
+from lavis_lstp.models.answer import qformer
+from lavis_lstp.models.answer.answerer import refuse_marks, with_times
 from lavis_lstp.models.answer.chat_reading import ChatReading, Rows
 from lavis_lstp.models.answer.language import LanguageAnswerer
 from lavis_lstp.models.answer.loading import (
@@ -32,10 +35,12 @@ from lavis_lstp.models.answer.loading import (
     dtype_of,
     quantization_config,
 )
-from lavis_lstp.models.weights.hub import model_and_processor
+from lavis_lstp.models.weights.hub import BROKEN_FOLDER, model_and_processor, where_from
 
 logger = logging.getLogger(__name__)
 
+QFORMERS = {"instructblip": "instructblip", "instructblipvideo": "instructblipvideo", "blip-2": "blip2"}
+"""Model type of a checkpoint with a Q-Former -> family in `loading`."""
 NEEDS = 5
 """Least major version of transformers: before it, processors differ in what they are told of a video."""
 DYNAMIC_SIDE = 448
@@ -78,7 +83,7 @@ class VideoLLM(LanguageAnswerer):
             raise ConfigError(
                 f"{type(model).__name__} (model.backbone.weights) has no "
                 f"{'vision tower' if tower is None else 'language model' if text is None else 'chat template'} that "
-                "source transformers knows; for InstructBLIP and BLIP-2 use model.backbone.source: hub"
+                "source transformers knows; take one with a chat template, or InstructBLIP, InstructBlipVideo or BLIP-2"
             )
         self._text_name = text
         joined = [name for name in CONNECTORS if _has(core, name)]
@@ -92,11 +97,7 @@ class VideoLLM(LanguageAnswerer):
             getattr(model.config, name, None) for name in ("image_token_id", "video_token_id", "image_token_index")
         }
         self._takes_video = getattr(processor, "video_processor", None) is not None
-        if not (times_in_prompt or self.tells_times()):
-            logger.warning(
-                "%s is not told when its frames were taken; model.backbone.times_in_prompt writes it to the prompt",
-                type(model).__name__,
-            )
+        _warn_without_times(model, times_in_prompt or self.tells_times())
 
     @property
     def language_model(self) -> nn.Module:
@@ -166,8 +167,8 @@ class VideoLLM(LanguageAnswerer):
         as_video = self._takes_video and len(frames) > 1 and times_s is not None
         kinds = ["video"] if as_video else ["image"] * len(frames)
         said = self._cut(prompt)
-        if self.times_in_prompt and times_s and len(frames):
-            said = TIMES.format(", ".join(f"{t:.1f}" for t in times_s)) + said
+        if self.times_in_prompt and len(frames):
+            said = with_times(said, times_s)
         content = [*({"type": kind} for kind in kinds), {"type": "text", "text": said}]
         text = self.processor.apply_chat_template(
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
@@ -203,12 +204,7 @@ class VideoLLM(LanguageAnswerer):
         return {"videos": [frames], "video_metadata": [metadata], "do_sample_frames": False, **pinned}
 
     def _cut(self, prompt: str) -> str:
-        for mark in self._marks:
-            if mark in prompt:
-                raise ConfigError(
-                    f"the prompt {prompt[:80]!r} contains {mark!r}, a mark of the model's own; questions may not, and "
-                    "model.prompt needs none with source transformers: set it to '{question}'"
-                )
+        refuse_marks(prompt, self._marks)
         ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
         return prompt if len(ids) <= self.max_text_tokens else self.tokenizer.decode(ids[: self.max_text_tokens])
 
@@ -391,6 +387,24 @@ def _marks(processor: Any) -> list[str]:
     return [mark for mark in dict.fromkeys([*named, *added]) if isinstance(mark, str) and mark.strip()]
 
 
+def _warn_without_times(model: nn.Module, told: bool) -> None:
+    if not told:
+        logger.warning(
+            "%s is not told when its frames were taken; model.backbone.times_in_prompt writes it to the prompt",
+            type(model).__name__,
+        )
+
+
+def _qformer_family(weights: str) -> str | None:
+    """Return the family of a checkpoint with a Q-Former by its config.json; of one that cannot be read none."""
+    from transformers import PretrainedConfig
+
+    try:
+        return QFORMERS.get(PretrainedConfig.get_config_dict(**where_from(weights))[0].get("model_type"))
+    except BROKEN_FOLDER:
+        return None  # who loads it says what is wrong
+
+
 def build(
     *,
     weights: str | None = None,
@@ -399,8 +413,10 @@ def build(
     quantization: str | None = None,
     max_text_tokens: int = 512,
     times_in_prompt: bool = False,
-) -> VideoLLM:
+) -> LanguageAnswerer:
     """Source `transformers`: a model of AutoModelForImageTextToText with its processor, from a folder or the hub.
+
+    One with a Q-Former reads the plain prompt behind the tokens of all frames, as InstructBlipVideo's processor does.
 
     Args:
         weights: hub id or folder.
@@ -417,13 +433,20 @@ def build(
 
     if dtype not in DTYPES:
         raise ConfigError(unknown_name("dtype (model.backbone.dtype)", dtype, DTYPES))
+    if not weights:
+        raise WeightsError("model.backbone.weights is empty: expected a hub id or a folder, for source transformers")
+    if family := _qformer_family(weights):
+        common = {"dtype": dtype, "attention": attention, "quantization": quantization}
+        made = qformer.build(family, weights=weights, max_text_tokens=max_text_tokens, fusion="concat", **common)
+        known = made.tokenizer.get_added_vocab()
+        made.marks, made.times_in_prompt = [mark for mark in ("<image>", "<video>") if mark in known], times_in_prompt
+        _warn_without_times(made.model, times_in_prompt)
+        return made
     if int(transformers.__version__.split(".")[0]) < NEEDS:
         raise ConfigError(
             f"model.backbone.source transformers needs transformers {NEEDS} or newer, this is "
             f"{transformers.__version__}; pip install -U transformers"
         )
-    if not weights:
-        raise WeightsError("model.backbone.weights is empty: expected a hub id or a folder, for source transformers")
     settings: dict[str, Any] = {"dtype": getattr(torch, dtype)}
     if attention := checked_attention(attention):
         settings["attn_implementation"] = attention
