@@ -149,7 +149,7 @@ class VideoSettings(PictureSettings):
     # flow from a frame to the next one read (sampled, as published), or to the next picture of the file (local)
     flow_pairs: str = key("sampled", one_of=("sampled", "local"))
     bit_cost: bool = key(False)  # also give the codec's bytes a frame, for model.selector.name: bitcost
-    motion_energy: bool = key(False)  # also give how much moves at each, for motion: decodes a film whole, or `store`
+    motion_energy: bool = key(False)  # also give how much moves at each, for motion
     cache_videos: int = key(0, least=0)  # decoded videos kept in memory by each loader process
     store: bool = key(False)  # keep decoded frames of files on disk for all runs and `ask`: `lavis-lstp cache`
 

@@ -314,12 +314,13 @@ def _look_of(path: Path) -> tuple[tuple[Any, ...], ...]:
 
 def kept_motion(store: Store | None, content: str, source: Any, **how: Any) -> np.ndarray:
     """Return what `motion_energy` gives, without decoding where a store contains it; arguments as for `read_kept`."""
-    from lavis_lstp.data.video.codec_figures import motion_energy
+    from lavis_lstp.data.video.codec_figures import PLACES, RUN, motion_energy
     from lavis_lstp.data.video.reading import READING_VERSION
 
     if store is None:
         return motion_energy(source, **how)
-    key = entry_key("motion", content, {"reading": READING_VERSION, "av": version("av")})
+    measured = {"places": how.get("places", PLACES), "run": RUN}
+    key = entry_key("motion", content, {**measured, "reading": READING_VERSION, "av": version("av")})
     kept = store.get(key)
     if kept is None:
         kept = {"energy": motion_energy(source, **how)}

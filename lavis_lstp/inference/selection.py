@@ -44,7 +44,7 @@ from lavis_lstp.data.video.reading import (
 )
 from lavis_lstp.errors import ConfigError, VideoError, unknown_name
 from lavis_lstp.files import read_record, strict_json, write_json
-from lavis_lstp.inference.candidates import is_picture
+from lavis_lstp.inference.candidates import DECODE_THREADS, is_picture
 from lavis_lstp.models.where import selectors
 from lavis_lstp.schema import Span
 
@@ -381,7 +381,9 @@ def _by_codec(video, k, method, seed, parts, settings, clip_s, duration_s, diges
             raise ConfigError(f"{video}: has no key frame from {clip_s[0]:g} to {clip_s[1]:g} s; choose another method")
     elif method in ("bitcost", "motion"):
         with _timed(seconds, "scores"):
-            figure = costs.num_bytes if method == "bitcost" else kept_motion(default_store(), digest, video)
+            threads = min(DECODE_THREADS, os.cpu_count() or 1)
+            given = default_store(), digest, video
+            figure = costs.num_bytes if method == "bitcost" else kept_motion(*given, threads=threads)
             places = np.asarray(uniform_centres(min(parts, len(every)), len(every)))
             candidates, scores = every[places], of_candidates(figure[every], places)
         rule = settings.pop("rule", "inverse_transform")

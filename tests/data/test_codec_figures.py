@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from video_files import moving_texture, numbered_picture, numbered_video, write_video
 
-from lavis_lstp.data.video.codec_figures import motion_energy, packet_costs
+from lavis_lstp.data.video.codec_figures import motion_energy, of_candidates, packet_costs
 from lavis_lstp.data.video.reading import read_frames
 from lavis_lstp.errors import VideoError
 
@@ -42,6 +42,58 @@ def test_energy_is_where_something_moves(tmp_path):
     assert energy.shape == (90,) and energy.dtype == np.float32
     assert energy[:27].max() < 0.3 and energy[64:].max() < 0.3 and energy[32:58].min() > 1
     assert energy[28:32].max() > 10  # the cut; it may be shared with pictures that no other refers to
+
+
+def film_with_an_event(path, start, stop, count=280, gop=10, **kw):
+    """A still film in which a texture moves from picture `start` to `stop`."""
+    moving = dict(zip(range(start, stop), moving_texture(stop - start, (3, 1), 96, 64), strict=True))
+    still = numbered_picture(0, 96, 64)
+    kw.setdefault("options", {"g": str(gop), "keyint_min": str(gop), "sc_threshold": "0", "bf": "2"})
+    return write_video(path, [moving.get(i, still) for i in range(count)], **kw)
+
+
+@pytest.mark.parametrize("where", [(0, 30), (122, 138), (250, 280)])
+@pytest.mark.parametrize(("ending", "gop"), [("mp4", 10), ("ts", 10), ("mkv", 60)])
+def test_energy_of_a_film_is_where_something_moves_seen_or_not(tmp_path, where, ending, gop):
+    energy = motion_energy(film_with_an_event(tmp_path / f"a.{ending}", *where, gop=gop), places=4)
+    assert energy.dtype == np.float32 and len(energy) == 280 and (energy >= 0).all()
+    best = np.argsort(-of_candidates(energy, np.arange(4, 280, 8)))[:2] * 8 + 4  # parts of 8 pictures
+    assert ((best >= where[0] - 4) & (best <= where[1] + 4)).all()
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"codec": "mjpeg", "pixel_format": "yuvj420p", "options": {}},
+        {"options": {"g": "20", "x264opts": "open-gop=1"}},
+        {"codec": "mpeg4", "options": {"g": "12", "bf": "2"}},
+    ],
+)
+def test_energy_that_is_measured_is_that_of_a_whole_film(tmp_path, how):
+    path = film_with_an_event(tmp_path / "a.mkv", 0, 280, **how)
+    whole, some = motion_energy(path, places=None), motion_energy(path, places=4)
+    assert 4 <= np.isclose(some, whole, rtol=1e-5).sum() < 100
+    parts = [of_candidates(energy[20:], np.arange(10, 260, 20)) for energy in (whole, some)]
+    assert np.abs(parts[1] / parts[0] - 1).mean() < 0.3  # everything moves alike
+
+
+@pytest.mark.parametrize("places", [None, 4])
+def test_energy_is_the_same_by_any_number_of_threads(tmp_path, places):
+    path = film_with_an_event(tmp_path / "a.mp4", 100, 180)
+    alone = motion_energy(path, places=places)
+    for threads in (2, 3, 40):
+        assert (motion_energy(path, places=places, threads=threads) == alone).all()
+    with path.open("rb") as file:
+        assert (motion_energy(file, places=places, threads=2) == alone).all()
+
+
+@pytest.mark.parametrize(("ending", "gop"), [("mp4", 1000), ("avi", 10), ("h264", 10)])
+def test_a_film_without_places_to_start_from_is_decoded_whole_and_tells(tmp_path, caplog, ending, gop):
+    path = film_with_an_event(tmp_path / f"a.{ending}", 100, 120, gop=gop)
+    energy = motion_energy(path, places=4)
+    assert "of 4 places, so all" in caplog.text and str(path) in caplog.text
+    assert (energy == motion_energy(path, places=None)).all()
 
 
 def test_energy_of_one_picture_is_zero_and_repeats_itself(tmp_path):

@@ -174,7 +174,7 @@ def stretches(index: VideoIndex, wanted: Sequence[int], *, jump: bool = True, an
     found: list[Stretch] = []
     for i in wanted:
         packet = int(index.frame_packet[i])
-        start = _start_for(index, packet)
+        start = start_for(index, packet)
         stop = 1 + (max(packet, _anchor_after(index, start, packet)) if anchor else packet)
         if found and (start < found[-1].stop or not jump):
             found[-1].wanted.append(i)
@@ -203,7 +203,24 @@ def _anchor_after(index: VideoIndex, start: int, packet: int) -> int:
     return packet
 
 
-def _start_for(index: VideoIndex, packet: int, before: int | None = None) -> int:
+def decode_runs(
+    source: Source, index: VideoIndex, runs: Sequence[tuple[int, int]], *, threads: int = 1
+) -> Iterator[Iterator[Any]]:
+    """Yields for each run the pictures of its packets [start, stop) as the decoder gives them, in the order of showing.
+
+    Pictures that no other refers to are left out, and the filter that smooths blocks is not applied.
+
+    Args:
+        runs: ascending; each begins at a key frame.
+    """
+    with reopen(source, index, threads) as (container, stream):
+        stream.codec_context.options = dict(stream.codec_context.options) | {"skip_loop_filter": "all"}
+        reader = _Reader(container, stream, index, [], None, None, DecodeCount())
+        for start, stop in runs:
+            yield reader._decode(start, stop)
+
+
+def start_for(index: VideoIndex, packet: int, before: int | None = None) -> int:
     """Last key packet at or before a packet, in file order and in time; 0 where there is none.
 
     In time too: pictures stored after a key frame but shown before it may need the group before it.
@@ -265,7 +282,7 @@ class _Reader:
             if left and start == 0:
                 self._refuse(left[0], self.failure or "the data are damaged or cut off")
             if left:  # a key frame that decoding could not start from after all: take the one before
-                start = _start_for(self.index, packets[0], before=start)
+                start = start_for(self.index, packets[0], before=start)
         if self.visit:
             self._visit_rest(pictures)
 
