@@ -123,10 +123,10 @@ def check_moment(moment: Any, key: str, place: str) -> None:
     check_seconds([0, *moment[1:]] if early else moment, key, place)
 
 
-def check_options(options: Any, answer: str | None, place: str) -> None:
+def check_options(options: Any, answer: str | None, place: str, fewest: int = 1) -> None:
     """Raises AnnotationError for options that cannot be told apart by what they say, or lack the answer."""
-    if not isinstance(options, list) or len(options) < 2 or not all(isinstance(o, str) and o for o in options):
-        raise AnnotationError(f"{place}: 'options' must be two texts or more, got {options!r}")
+    if not isinstance(options, list) or len(options) < fewest or not all(isinstance(o, str) and o for o in options):
+        raise AnnotationError(f"{place}: 'options' must be {fewest} or more texts, got {options!r}")
     if len(options) > MOST_OPTIONS:
         raise AnnotationError(f"{place}: 'options' must be {MOST_OPTIONS} at most, one a letter, got {len(options)}")
     if answer is not None and answer not in options:

@@ -54,6 +54,7 @@ class Form:
         options: the column of a list of texts or of {choice: text}, or a column for each.
         lettered: options begin with their letter, as in "A. Apples."; it is checked and removed.
         padding: text of a column that stands for "no such option".
+        fewest_options: 2, or 1 where the authors count questions whose only option is right (5 of MVBench's 4,000).
         rows: the column of a list of rows in each row of the file, or parallel lists of which each gives a row.
         reader: one of READERS, for a file that no ending describes.
         delimiter: of a table in text, where its ending says something else.
@@ -76,6 +77,7 @@ class Form:
     options: str | Sequence[str] | None = None
     lettered: bool = False
     padding: str | None = None
+    fewest_options: int = 2
     rows: str | Sequence[str] | None = None
     reader: str | None = None
     delimiter: str | None = None
@@ -157,22 +159,34 @@ def _lvbench(text: str, path: Path) -> list[tuple[str, Any]]:
     rows = []
     for place, video in parse_rows(text, path):
         check_object(video, place, ("key", "qa"))
+        info = video.get("video_info")
+        minutes = info.get("duration_minutes") if isinstance(info, dict) else None
+        outer = {"key": video["key"], "type": video.get("type", "")}
+        outer["duration"] = minutes * 60 if type(minutes) in (int, float) else None
         for number, row in enumerate(video["qa"] if isinstance(video["qa"], list) else [None]):
             where = f"{place}, qa {number}"
             check_object(row, where, ("uid", "question", "answer", "question_type", "time_reference"), ("question",))
             question, *options = re.split(r"\n\s*(?=\([A-Z]\) ?)", row["question"])
             asked = {"question": question, "options": options, "moment": _clock_span(row["time_reference"], where)}
-            rows.append((where, {**row, "key": video["key"], "type": video.get("type", ""), **asked}))
+            rows.append((where, {**row, **outer, **asked}))
     return rows
 
 
-def _clock_span(text: Any, place: str) -> list[float]:
-    """ "01:05-01:10" or "1:01:05-1:01:10" in seconds; one time alone is the second that begins there."""
-    times = re.findall(r"(?:(\d+):)?(\d{1,2}):(\d{1,2}(?:\.\d+)?)", str(text))
-    if len(times) not in (1, 2) or re.sub(r"[\d:.\s~\u2013-]", "", str(text)):
+def _clock_span(text: Any, place: str) -> list[float] | None:
+    """ "01:05-01:10", "101:05-101:10" or "1:01:05-1:01:10" in seconds; one time, alone or twice, is the second there.
+
+    None where the authors' file ends a moment before it begins or says "None" (13 and 2 of 1,549): the question is
+    asked, and has no gold moment.
+    """
+    edges = re.split(r"\s*[~\u2013-]\s*", str(text).strip())
+    times = [re.fullmatch(r"(?:(\d{1,3}):)?(\d{1,4}):(\d{1,2}(?:\.\d+)?)|None", edge) for edge in edges]
+    if len(edges) > 2 or None in times:
         raise AnnotationError(f"{place}: 'time_reference' must be MM:SS-MM:SS or H:MM:SS-H:MM:SS, got {text!r:.80}")
-    seconds = [int(hours or 0) * 3600 + int(minutes) * 60 + float(rest) for hours, minutes, rest in times]
-    return seconds if len(seconds) == 2 else [seconds[0], seconds[0] + 1]
+    if "None" in edges:
+        return None
+    seconds = [int(time[1] or 0) * 3600 + int(time[2]) * 60 + float(time[3]) for time in times]
+    start, end = seconds[0], seconds[-1]
+    return None if end < start else [start, end if start < end else start + 1]
 
 
 READERS: dict[str, Callable[[str, Path], list[tuple[str, Any]]]] = {"charades": _charades, "lvbench": _lvbench}
@@ -263,6 +277,9 @@ def read_benchmark(
     if unknown:
         lost = f"have no {what}s; predictions are written, not scored"
         logger.warning("%s: the %d questions %s", section, len(by_id), lost)
+    unseen = [key for key, (_, row) in by_id.items() if spec.moments_s and row.get(spec.moments_s) is None]
+    if unseen and not grounding:
+        logger.warning("%s: %d of %d questions have no gold moment: %s", section, len(unseen), count, _some(unseen))
     if split in benchmark.sizes and benchmark.sizes[split] != count:
         published = benchmark.sizes[split]
         logger.warning("%s: split %s has %d questions, published are %d", section, split, count, published)
@@ -348,7 +365,7 @@ def _files(path: Path, spec: Form) -> list[Path]:
 
 
 def _rows(path: Path, spec: Form, section: str, form: str) -> list[tuple[str, Row]]:
-    if spec.files and path.stem not in spec.files:
+    if spec.files and path.is_file() and path.stem not in spec.files:
         raise AnnotationError(f"{path}: {unknown_name('task', path.stem, spec.files)}")
     rows = _read(path, spec, section)
     if spec.rows:
@@ -443,12 +460,12 @@ def _entry(key: str, row: Row, spec: Form, place: str, root: Path, names: Mappin
     if spec.options:
         entry["options"] = _options(row, spec, place)
         answer = _chosen(answer, entry["options"], spec, place)
-        check_options(entry["options"], answer, place)
+        check_options(entry["options"], answer, place, spec.fewest_options)
     entry["answer"] = answer
     kinds = {axis: _kind(row, rule) for axis, rule in spec.category.items()}
     entry["category"] = next(iter(kinds.values()), "")
     if len(kinds) > 1:
-        entry["categories"] = kinds
+        entry["categories"] = {axis: kind for axis, kind in kinds.items() if kind}
     if spec.clip_s and row.get("bounded", True) and row.get(spec.clip_s[0]) is not None:
         entry["clip_s"] = [row[column] for column in spec.clip_s if column in row]
         check_seconds(entry["clip_s"], " and ".join(spec.clip_s), place)
@@ -505,11 +522,12 @@ def _moments(value: Any, duration_s: Any, column: str, place: str, *, allow_over
 
 
 def _answer(row: Row, spec: Form, place: str) -> str | None:
-    """The answer as a text, None where there is none; nothing but blanks is none."""
+    """The answer as a text, None where there is none; nothing but blanks is none, and so is the option number -1."""
     answer = row.get(spec.answer) if spec.answer_is != "none" else None
     if answer is not None and type(answer) not in (str, int, float):
         raise AnnotationError(f"{place}: '{spec.answer}' must be a text or a number, got {answer!r}")
-    return None if answer is None or not str(answer).strip() else str(answer)
+    hidden = answer is None or not str(answer).strip() or (spec.answer_is == "index" and answer in (-1, "-1"))
+    return None if hidden else str(answer)
 
 
 def _options(row: Row, spec: Form, place: str) -> list[str]:

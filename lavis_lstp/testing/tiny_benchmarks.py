@@ -168,7 +168,8 @@ def _mvbench(folder: Path) -> None:
     start, end = (edge / world.FPS for edge in clip.shown)
     for task, facts in BENCHMARKS["lstp_mvbench"].forms["authors"].files.items():
         file = f"clip{EXTENSIONS.get(task, '.mp4')}"
-        row = {"video": file, "question": f"{question}?", "candidates": options, "answer": answer}
+        shown = [answer] if task == "counterfactual_inference" else options  # as in five questions of the real file
+        row = {"video": file, "question": f"{question}?", "candidates": shown, "answer": answer}
         if facts["bounded"]:
             row |= {"start": start, "end": end}
         write_json(folder / "json" / f"{task}.json", [row])
@@ -276,7 +277,8 @@ def _lvbench(folder: Path) -> None:
         listed = "".join(f"\n({letter}) {option}" for letter, option in zip("ABCD", options, strict=True))
         row = {"uid": key, "question": question + listed, "answer": "ABCD"[options.index(answer)]}
         row |= {"question_type": ["entity recognition", "reasoning"][: 1 + clip.number % 2]}
-        video = videos.setdefault(clip.name, {"key": clip.name, "qa": [], "type": "cartoon", "video_info": {}})
+        info = {"duration_minutes": 2 / 60, "fps": 8.0, "resolution": {"width": 64, "height": 64}}
+        video = videos.setdefault(clip.name, {"key": clip.name, "qa": [], "type": "cartoon", "video_info": info})
         video["qa"].append({**row, "time_reference": "00:00-00:01"})
     write_jsonl(folder / "video_info.meta.jsonl", videos.values())
     _videos(folder / "videos", lambda clip: f"{clip.name}.mp4")

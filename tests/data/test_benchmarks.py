@@ -79,6 +79,7 @@ GROUNDING = ("charades_sta", "activitynet_captions", "qvhighlights", "timelens")
 @pytest.mark.parametrize("name", WRITERS)
 def test_defaults_read_the_authors_files_and_every_sample_has_frames(here, name):
     found = build(name)
+    numbers = (1, 3) if name == "mvbench" else (3, 4, 5)
     assert {split: len(dataset) for split, dataset in found.items()} == COUNTS.get(name, {"test": 6})
     for dataset in found.values():
         for row, sample in zip(dataset.annotation, map(dataset.__getitem__, range(len(dataset))), strict=True):
@@ -89,7 +90,7 @@ def test_defaults_read_the_authors_files_and_every_sample_has_frames(here, name)
                 assert row["span_s"] in row["moments_s"] and sample["gold_span"][0] >= 0
             assert sample["options"] == row.get("options", [])
             if sample["options"]:
-                assert row["answer"] in sample["options"] and len(sample["options"]) in (3, 4, 5)
+                assert row["answer"] in sample["options"] and len(sample["options"]) in numbers
 
 
 def test_gold_moments_are_learned_where_a_data_set_says_so(here):
@@ -173,6 +174,8 @@ def test_the_new_benchmarks_say_what_their_authors_files_say(here):
             "3 of 6 .* no moment",
         ),
         ("lvbench", "video_info.meta.jsonl", "00:00-00:01", "soon", "'time_reference' must be MM:SS-MM:SS .* 'soon'"),
+        ("lvbench", "video_info.meta.jsonl", "00:00-00:01", "100:28-101:05", "6065.0. ends behind its video of 2 s"),
+        ("lvbench", "video_info.meta.jsonl", "00:00-00:01", "9" * 5000 + ":00", "line 1, qa 0: 'time_reference' must"),
         ("videomme", "questions.json", '"A. ', '"', "must begin with their letters"),
         ("videomme", "questions.json", '"answer": "', '"answer": "Z', "must be the letter of an option, A to D, got"),
         ("cgbench", "cgbench_mini.json", '"clue_intervals": [', '"clue_intervals": [null, ', "has null in place of"),
@@ -189,6 +192,46 @@ def test_what_a_new_benchmark_cannot_say_is_refused_in_a_line(here, name, file, 
     with pytest.raises(AnnotationError, match=said) as caught:
         build(name, *options)
     assert file in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("said", "moment"),
+    [
+        ("00:15-00:19", [15, 19]),
+        ("101:21-101:21", [6081, 6082]),  # an instant, 250 of the real file's
+        ("00:00-100:28", [0, 6028]),  # minutes of three digits, 38
+        ("1:01:05-1:01:10.5", [3665, 3670.5]),
+        ("33:52-33:46", None),
+        ("08:17-None", None),
+        ("None-None", None),
+    ],
+)
+def test_the_times_of_lvbench_are_read_as_they_are_written(here, caplog, said, moment):
+    path = here / "lvbench/video_info.meta.jsonl"
+    path.write_text(path.read_text().replace("00:00-00:01", said, 1).replace('"duration_minutes": ', '"x": '))
+    rows = build("lvbench")["test"].annotation
+    assert rows[0].get("moments_s") == (moment and [moment]) and rows[1]["moments_s"] == [[0, 1]]
+    assert ("1 of 6 questions have no gold moment" in caplog.text) == (moment is None)
+
+
+def test_a_number_of_minus_one_is_a_hidden_answer(here, caplog):
+    """As in LongVideoBench's test split."""
+    path = here / "longvideobench/lvb_val.json"
+    change(path, lambda rows: [row.update(correct_choice=-1) for row in rows] and [row.pop("level") for row in rows])
+    rows = build("longvideobench")["val"].annotation
+    assert {row["answer"] for row in rows} == {None} and "6 questions have no answers" in caplog.text
+    assert set(rows[0]["categories"]) == {"duration", "category", "topic"}  # parquet has no level
+    change(path, lambda rows: rows[0].update(correct_choice=0))
+    with pytest.raises(AnnotationError, match="5 of 6 questions have no answer"):
+        build("longvideobench")
+
+
+def test_one_option_alone_is_asked_where_the_authors_count_it(here):
+    rows = {row["category"]: row for row in build("mvbench")["test"].annotation}
+    assert rows["counterfactual_inference"]["options"] == [rows["counterfactual_inference"]["answer"]]
+    change(here / "mlvu/json/3_ego.json", lambda rows: rows[0].update(candidates=[rows[0]["answer"]]))
+    with pytest.raises(AnnotationError, match="'options' must be 2 or more texts"):
+        build("mlvu")
 
 
 def test_a_parquet_of_other_columns_or_of_none_is_refused(here):
@@ -304,6 +347,9 @@ def test_wrong_rows_say_where(here):
         build("msvd_qa")
     (here / "mvbench/json/state_change.json").unlink()
     with pytest.raises(AnnotationError, match="lacks 1 of 20 files, first state_change.json"):
+        build("mvbench")
+    shutil.rmtree(here / "mvbench/json")
+    with pytest.raises(AnnotationError, match="mvbench/json: no such annotation file"):
         build("mvbench")
     with pytest.raises(ConfigError, match=r"build_info.answers\) 'tset'; did you mean 'test'"):
         build("activitynet_qa", "build_info.answers.tset.storage=x")
