@@ -139,6 +139,10 @@ def _check_entry(row: Any, place: str, seen: set[str]) -> None:
     media = "image" if isinstance(row, dict) and "image" in row else "video"
     texts = ("question_id", "video_id", media, "question", "answer", "category")
     check_object(row, place, ("question_id", media, "question", "answer"), texts)
+    if "image" in row and "video" in row:
+        raise AnnotationError(f"{place}: has both 'image' and 'video'; a question is about one of them")
+    if not row["question"].strip():
+        raise AnnotationError(f"{place}: 'question' is empty")
     if not Path(row[media]).name or not row[media].strip():
         raise AnnotationError(f"{place}: '{media}' must name a file (or a folder of pictures), got {row[media]!r}")
     row.setdefault("video_id", Path(row[media]).stem)

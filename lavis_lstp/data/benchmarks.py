@@ -378,18 +378,28 @@ def _rows(path: Path, spec: Form, section: str, form: str) -> list[tuple[str, Ro
     for number, (place, row) in enumerate(rows):
         try:
             check_object(row, place, needed, (spec.question,))
-            _check_named(row, place, spec)
+            row = _named(row, place, spec)
         except AnnotationError as error:
             raise AnnotationError(f"{error}; read as {section}.form: {form}") from None
         found.append((place, {**row, **more, "number": number}))
     return found
 
 
-def _check_named(row: Row, place: str, spec: Form) -> None:
-    """Raises AnnotationError where nothing stands in a column that ids or names of videos are made of."""
+def _named(row: Row, place: str, spec: Form) -> Row:
+    """The row, with whole numbers in columns that ids and names are made of: pandas makes 7.0 of 7 beside empty cells.
+
+    Raises:
+        AnnotationError: nothing is asked, or nothing stands in such a column.
+    """
+    whole = {}
+    if spec.question in row and not row[spec.question].strip():
+        raise AnnotationError(f"{place}: '{spec.question}' is empty")
     for column in (name for template in (spec.question_id, *spec.video) for name in _columns(template)):
         if column in row and (row[column] is None or not str(row[column]).strip()):
             raise AnnotationError(f"{place}: '{column}' is empty, and names are made of it")
+        if isinstance(row.get(column), float) and row[column].is_integer():
+            whole[column] = int(row[column])
+    return {**row, **whole}
 
 
 def _read(path: Path, spec: Form, section: str) -> list[tuple[str, Any]]:

@@ -30,7 +30,7 @@ def check_name(name: str, root: Path, where: str) -> None:
         raise AnnotationError(f"{where}: expected the path of a file, got {name!r}")
     # By the name alone: a folder may well hold links to where the videos are kept.
     if why := why_no_path(name):
-        what = f"leads out of {root}" if "leads out" in why else why
+        what = f"is absolute or leads out of {root}; write it relative to this folder" if "leads out" in why else why
         raise AnnotationError(f"{where}: path {name[:200]!r} {what}")
 
 

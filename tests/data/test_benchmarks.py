@@ -486,6 +486,9 @@ def test_an_empty_cell_of_a_parquet_file_is_no_text(tmp_path):
     ):
         with pytest.raises(AnnotationError, match=f"row 0: {said}"):
             read(**{column: math.nan})
+    with pytest.raises(AnnotationError, match="row 0: 'question' is empty"):
+        read(question=" ")
+    assert read(id=7.0)["question_id"] == "7" and read(id=7.5)["question_id"] == "7.5"
 
 
 def test_a_line_of_json_may_hold_other_ends_of_lines(tmp_path):

@@ -91,6 +91,8 @@ def test_a_list_and_json_lines_are_the_same(tmp_path):
         ([entry(0, span_s=[2.0, 1.0])], ["'q0'", "'span_s' must be [start, end]", "[2.0, 1.0]"]),
         ([entry(0, span_s="1-2")], ["'q0'", "'span_s'", "'1-2'"]),
         ([entry(0, span_s=[True, 2])], ["'q0'", "'span_s'"]),
+        ([entry(0), entry(1, question=" ")], ["entry 1", "'q1'", "'question' is empty"]),
+        ([entry(0, image="still.png")], ["entry 0", "'q0'", "both 'image' and 'video'"]),
         ([], ["holds no question"]),
     ],
 )
@@ -652,7 +654,7 @@ def test_a_missing_video_is_named_before_anything_runs(videos):
 
 @pytest.mark.parametrize("name", ["../long.mp4", "/etc/hostname", "a/../../long.mp4"])
 def test_paths_stay_in_their_folder(videos, name):
-    with pytest.raises(AnnotationError, match="'q0'.*leads out of"):
+    with pytest.raises(AnnotationError, match="'q0'.*is absolute or leads out of .*; write it relative to this folder"):
         VideoQADataset([entry(0, video=name)], videos)
 
 

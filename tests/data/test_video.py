@@ -534,7 +534,7 @@ def test_sound_with_a_cover_picture_is_no_video(tmp_path):
         packets = [*picture.encode(image), *picture.encode(None), *sound.encode(frame), *sound.encode(None)]
         for packet in packets:
             container.mux(packet)
-    with pytest.raises(VideoError, match="no video stream"):
+    with pytest.raises(VideoError, match="no video stream, only a cover picture, audio; expected a video"):
         probe(tmp_path / "song.m4a")
 
 

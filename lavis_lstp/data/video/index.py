@@ -286,7 +286,8 @@ def _best_track(container: Any, name: str) -> Any:
     """The stream that FFmpeg takes by itself: by its disposition, its number of frames, its bit rate, its place."""
     tracks = _picture_tracks(container)
     if not tracks:
-        kinds = ", ".join(sorted({s.type for s in container.streams})) or "nothing"
+        kinds = ", ".join(sorted({"a cover picture" if s.type == "video" else s.type for s in container.streams}))
+        kinds = kinds or "nothing"
         raise VideoError(f"{name}: no video stream, only {kinds}; expected a video")
     best = container.streams.best("video")
     if best is not None and best.index in {s.index for s in tracks}:
