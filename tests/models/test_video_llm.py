@@ -477,7 +477,7 @@ def test_an_export_is_what_plain_transformers_loads(folder, tmp_path, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["qwen3_vl", "qwen2_5_vl", "internvl", "smolvlm"])
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("train", [["lora", "projection"], ["vision", "projection", "language_model"]])
 def test_ranks_that_draw_other_kinds_of_samples_learn_and_answer_alike(ranks, folder, tmp_path, name, train):
     """ZeRO-0, 2 and 3 on two processes: one rank all text, the other all video, and what else can meet."""
