@@ -27,13 +27,17 @@ FIGURES = ("bit_cost", "motion_energy")
 """The codec says these of each frame; a data set brings them where its keys of these names are true."""
 
 
+SEE_FRAMES = ("hub", "lavis")
+"""Sources whose answerers look at each frame by itself, so that rules that compare frames can take its features."""
+
+
 class Kind(NamedTuple):
     """A selector: the function (of models/where) that is its rule, and what the rule must be told of a video.
 
     needs: of "logits" of the temporal sampler; "scores", one a frame, by `model.scorer`; "times_s" of the frames; the
     "question"; a "span", a "record" of frames chosen before or one of `FIGURES` of the frames, all of which come with
-    the sample; "rng", random numbers; "features" of the frames, which scorers have that look at single frames. A rule
-    over scores or costs is one of selectors.py.
+    the sample; "rng", random numbers; "features" of the frames, of a scorer that looks at single frames or of the
+    answerer. A rule over scores or costs is one of selectors.py.
     """
 
     rule: str
@@ -73,7 +77,8 @@ SELECTORS: dict[str, Kind] = {
 """`selector.name` -> its rule. best_span (also called lstp): the most likely span. argmax: likeliest start and
 likeliest end, each for itself, under the published rules. gumbel: published, two noisy candidates. uniform: K interval
 centres of the video. random: K different frames. topk, aks, inverse_transform, focus, global_local: published rules
-over scores, see selectors.py. mmr, dpp: scores against likeness of the frames. given: a span that comes with the sample
+over scores, see selectors.py. mmr, dpp: scores against likeness of the frames, by the scorer's
+features or the answerer's. given: a span that comes with the sample
 (a pseudo span, or the gold span as oracle). bitcost: inverse_transform over what the encoder spent on each part of the
 video, which `datasets.<name>.bit_cost: true` brings; motion: over how much moves there, by `motion_energy: true`.
 recorded: all frames that a data set with a `selection` brings."""
@@ -502,10 +507,12 @@ def check_recorded(model: Mapping[str, Any], datasets: Mapping[str, Any]) -> Non
 def check_scorer(model: Mapping[str, Any]) -> None:
     """Raise ConfigError for a scorer that its selector cannot choose by, or a prompt without a question."""
     selector, scorer = model["selector"]["name"], model["scorer"]["name"]
-    if "features" in SELECTORS[selector].needs and not SCORERS[scorer].by_frame:
+    source = model["backbone"]["source"]
+    if "features" in SELECTORS[selector].needs and not SCORERS[scorer].by_frame and source not in SEE_FRAMES:
         raise ConfigError(
-            f"model.selector.name: {selector} compares features of frames, and scorer '{scorer}' has none; set "
-            f"model.scorer.name to one of {', '.join(name for name, kind in SCORERS.items() if kind.by_frame)}"
+            f"model.selector.name: {selector} compares features of frames, and neither scorer '{scorer}' nor "
+            f"model.backbone.source {source} has some; set model.scorer.name to one of "
+            f"{', '.join(name for name, kind in SCORERS.items() if kind.by_frame)}"
         )
     prompt = model["scorer"]["prompt"]
     if prompt is not None and "{question}" not in prompt:

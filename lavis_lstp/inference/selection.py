@@ -51,9 +51,9 @@ from lavis_lstp.schema import Span
 WITHOUT_NETWORK = ("uniform", "random", "keyframes", "bitcost", "motion")
 RULES = tuple(name for name, kind in SELECTORS.items() if "scores" in kind.needs and "features" not in kind.needs)
 """Rules over scores: of the temporal sampler, of another scorer, or of what the codec says."""
-BY_SAMPLER = ("lstp", *RULES)
 BY_SCORER = (*RULES, *(name for name, kind in SELECTORS.items() if "features" in kind.needs))
-METHODS = (*WITHOUT_NETWORK, *dict.fromkeys((*BY_SAMPLER, *BY_SCORER)))
+BY_SAMPLER = ("lstp", *BY_SCORER)
+METHODS = (*WITHOUT_NETWORK, *BY_SAMPLER)
 SCORED_AT_ONCE = 64
 """Candidates that a scorer looks at where a call does not say."""
 CODEC_CANDIDATES = 512
@@ -249,7 +249,7 @@ def select(
     Args:
         method: uniform, random, keyframes, bitcost, motion (none of which reads the question); lstp, the frames of the
             span that the temporal sampler predicts; or a rule over its scores: topk, aks, inverse_transform, focus,
-            global_local; with a scorer also mmr and dpp.
+            global_local; mmr and dpp, which also compare the frames, by the scorer's features or the answering model's.
         seed: of methods that draw.
         num_candidates: T, evenly spaced frames that are scored; default 512 parts for bitcost and motion, else as many
             as the sampler's run read, or 64 for a scorer.
@@ -335,8 +335,6 @@ def _scorer_of(method: str, scorer: str | Mapping[str, Any] | None) -> dict[str,
     given = {} if scorer in (None, "sampler") else scorer_settings(scorer)
     if given and method not in BY_SCORER:
         raise ConfigError(f"method {method} asks no scorer; with one choose {', '.join(BY_SCORER)}")
-    if given.get("name") in (None, "answerer") and method in BY_SCORER and method not in RULES:
-        raise ConfigError(f"method {method} compares features of frames; name a scorer that has some, such as clip")
     return given
 
 

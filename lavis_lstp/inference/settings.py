@@ -110,8 +110,8 @@ def settings_of(model: Any, num_frames: int, given: Mapping[str, Any]) -> Settin
         )
     if selector.needs_features and not model.chooser.has_features:
         raise ConfigError(
-            f"settings.selector: '{selector.name}' compares features of frames, and this model was loaded without a "
-            "scorer that has some; load it with an option such as model.scorer.name=clip"
+            f"settings.selector: '{selector.name}' compares features of frames, and neither this model's scorer nor "
+            "its answerer has some; load it with an option such as model.scorer.name=clip"
         )
     places = getattr(model.sampler, "max_positions", None)
     windows = getattr(model.chooser.scorer, "window", None)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lavis_lstp.config.model import check_scorer, check_together, used_parts
+from lavis_lstp.config.model import SEE_FRAMES, check_scorer, check_together, used_parts
 from lavis_lstp.data.store import default_store
 from lavis_lstp.errors import ConfigError, WeightsError, unknown_name
 from lavis_lstp.models.answer.answerer import build_answerer
@@ -25,7 +25,7 @@ from lavis_lstp.models.weights.reading import load_bert_into_sampler
 from lavis_lstp.models.where.chooser import Chooser, SamplerScorer
 from lavis_lstp.models.where.flow import build_flow
 from lavis_lstp.models.where.frame_selector import build_selector
-from lavis_lstp.models.where.scorers import FrameScorer, build_scorer
+from lavis_lstp.models.where.scorers import Eyes, FrameScorer, build_scorer
 from lavis_lstp.models.where.temporal_sampler import TemporalSampler
 
 LOSSES = ("lm", "span")
@@ -50,6 +50,7 @@ def build_parts(cfg: Mapping[str, Any]) -> dict[str, Any]:
         signal=build_flow(**cfg["flow"]) if used.flow else None,
         scorer=_scorer(cfg, answerer) if used.sampler else None,
         frame_scorer=_frame_scorer(cfg, answerer) if used.scorer else None,
+        eyes=Eyes(answerer) if cfg["backbone"]["source"] in SEE_FRAMES else None,
         selector=selector,
         seed=cfg["selection_seed"],
     )

@@ -447,7 +447,7 @@ class LSTP(BaseModel):
                 "model.selector.name to one that takes scores, such as topk"
             )
         mask = samples["frame_mask"].cpu().bool()
-        scores, _ = self.chooser.frame_scores(readable(samples))
+        scores = self.chooser.frame_scores(readable(samples))
         low = scores.masked_fill(~mask, math.inf).amin(dim=1, keepdim=True)
         high = scores.masked_fill(~mask, -math.inf).amax(dim=1, keepdim=True)
         return ((scores - low) / (high - low).clamp(min=1e-12)).where(mask, scores.new_zeros(()))

@@ -141,7 +141,7 @@ def test_recorded_frames_are_shown_in_place_of_chosen_ones(documents, film, tmp_
         ({"method": "aks"}, "checkpoint=RUN, or a scorer=NAME"),
         ({"method": "aks", "scorer": "answerer"}, "checkpoint=RUN"),
         ({"method": "aks", "scorer": "clp"}, "did you mean 'clip'"),
-        ({"method": "mmr"}, "name a scorer that has some"),
+        ({"method": "mmr"}, "checkpoint=RUN, or a scorer=NAME"),
         ({"method": "uniform", "scorer": "clip"}, "asks no scorer"),
         ({"method": "bitcost", "settings": "power"}, "expected NAME=VALUE"),
     ],

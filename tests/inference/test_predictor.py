@@ -182,7 +182,6 @@ def test_settings_of_a_call_leave_the_next_call_alone(predictor):
         ({"num_frames": 10**9}, "settings.num_frames"),
         ({"selector": "lstpp"}, "lstp"),
         ({"selector": "given"}, "takes its span from a data set"),
-        ({"selector": "mmr"}, "loaded without a scorer that has some"),
         ({"max_new_tokens": 10**6}, "at most 4096"),
         ({"min_new_tokens": 9}, "at most max_new_tokens (8), got 9"),
         ({"temperature": 0, "do_sample": True}, "temperature"),

@@ -18,13 +18,13 @@ from video_files import numbered_video, read_number
 import lavis_lstp
 from lavis_lstp.commands.ablate import ways_of
 from lavis_lstp.commands.cli import main
-from lavis_lstp.config.model import SCORERS
+from lavis_lstp.config.model import SCORERS, check_scorer
 from lavis_lstp.data.store import Store
 from lavis_lstp.data.video import reading
 from lavis_lstp.errors import ConfigError, WeightsError
 from lavis_lstp.inference import selection
 from lavis_lstp.models.answering import timed
-from lavis_lstp.models.where import scorers
+from lavis_lstp.models.where import scorers, selectors
 from lavis_lstp.models.where.chooser import Chooser
 from lavis_lstp.models.where.frame_selector import build_selector
 from lavis_lstp.models.where.scorers import FrameScorer, LavisMatching, build_scorer
@@ -283,8 +283,29 @@ def test_an_answerer_says_how_likely_its_yes_is(frames):
         assert len(prediction.scores) == 64 and "flow" not in prediction.seconds and prediction.flow is None
         best = np.argsort(prediction.scores)[-3:]
         assert sorted(best.tolist()) == prediction.frame_index
-        with pytest.raises(ConfigError, match="'mmr' compares features of frames"):
-            loaded.answer(EXAMPLE_CLIP, QUESTION, selector="mmr")
+        loaded.answer(EXAMPLE_CLIP, QUESTION, selector="mmr")
+
+
+@pytest.mark.parametrize("scorer", ["sampler", "answerer"])
+def test_frames_are_compared_by_what_the_answerer_sees_where_the_scorer_has_no_features(scorer, monkeypatch):
+    seen, real = [], scorers.Eyes.look
+    monkeypatch.setattr(scorers.Eyes, "look", lambda self, frames: seen.append(len(frames)) or real(self, frames))
+    options = [f"model.scorer.name={scorer}", "model.selector.name=mmr"]
+    with lavis_lstp.load("example", options=options) as loaded:
+        backbone = loaded.model.backbone
+        for method in ("mmr", "dpp"):
+            found = loaded.answer(EXAMPLE_CLIP, QUESTION, num_selected=5, selector=method)
+            shown = reading.read_frames(EXAMPLE_CLIP, num=64, size=backbone.image_size).frames
+            with torch.no_grad():
+                features = backbone.image_features(torch.from_numpy(shown)).mean(dim=1).numpy()
+            alone = selectors.select_from_scores(found.scores, 5, method, features=features)
+            assert found.frame_index == alone
+        assert seen == [32, 32]  # once, for both rules
+        backbone.vision_model.post_layernorm.bias.data += 1
+        loaded.model.chooser.features(
+            {"frames": torch.from_numpy(shown)[None], "frame_mask": torch.ones(1, 64, dtype=torch.long)}
+        )
+        assert seen == [32, 32, 32, 32]
 
 
 EXAMPLE_CLIP = ROOT / "lavis_lstp" / "example" / "clip.mp4"
@@ -354,6 +375,8 @@ def test_the_command_takes_a_scorer_and_ablate_has_it_as_a_way(hub, film, capsys
 
 
 def test_what_is_missing_or_does_not_fit_is_one_line(hub, film, tmp_path):
+    scored = {"name": "sampler", "prompt": None}
+    served = {"selector": {"name": "mmr"}, "scorer": scored, "backbone": {"source": "endpoint"}}
     (tmp_path / "empty").mkdir()
     for weights, said in ((str(tmp_path / "empty"), "preprocessor_config.json"), ("/nowhere/clip", "put it|path that")):
         with pytest.raises(WeightsError, match=said) as caught:
@@ -366,9 +389,8 @@ def test_what_is_missing_or_does_not_fit_is_one_line(hub, film, tmp_path):
         (lambda: build_scorer("itm", weights=str(hub / "clip")), "model.scorer.name: clip"),
         (lambda: build_scorer("clip", weights=str(hub / "clip"), arch="blip_image_text_matching"), "model.scorer.arch"),
         (lambda: lavis_lstp.select(film, QUESTION, method="lstp", scorer="clip"), "asks no scorer"),
-        (lambda: lavis_lstp.select(film, QUESTION, method="mmr"), "name a scorer that has some"),
         (lambda: lavis_lstp.select(film, QUESTION, method="topk", scorer="answerer"), "model.scorer.name=answerer"),
-        (lambda: lavis_lstp.load("example", options=["model.selector.name=mmr"]), "compares features of frames"),
+        (lambda: check_scorer(served), "neither scorer 'sampler' nor model.backbone.source endpoint has some"),
         (lambda: lavis_lstp.load("example", options=["model.scorer.prompt=what"]), "must contain {question}"),
     ):
         with pytest.raises(ConfigError) as refused:

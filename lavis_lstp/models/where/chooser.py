@@ -206,6 +206,7 @@ class Chooser:
         scorer: None where the selector asks for no logits and no loss trains it.
         signal: uint8 frames [B,T,3,H,W] -> flow [B,T,2,h,w]; None where there is no scorer.
         frame_scorer: gives the scores in place of the sampler; None = the sampler does.
+        eyes: gives features of frames where the scorer has none; None = the answerer looks at no frame by itself.
         seed: of selectors that draw, in evaluation.
     """
 
@@ -216,8 +217,10 @@ class Chooser:
         signal: FlowExtractor | None = None,
         seed: int = 0,
         frame_scorer: FrameScorer | None = None,
+        eyes: FrameScorer | None = None,
     ):
         self.frame_scorer = frame_scorer
+        self.eyes = frame_scorer if frame_scorer is not None and frame_scorer.has_features else eyes
         self.selector = selector
         self.scorer = scorer
         self.signal = signal
@@ -232,7 +235,7 @@ class Chooser:
 
     def keep_in(self, store: Store | None) -> None:
         """From now on flow and a frame scorer's features are kept on disk there; None = nowhere."""
-        for part in (self.signal, self.frame_scorer):
+        for part in (self.signal, self.frame_scorer, self.eyes):
             if part is not None:
                 part.store = store
 
@@ -244,7 +247,7 @@ class Chooser:
     @property
     def has_features(self) -> bool:
         """Return whether a selector that compares features of frames can choose."""
-        return self.frame_scorer is not None and self.frame_scorer.has_features
+        return self.eyes is not None
 
     def forget(self) -> None:
         """Drops the flow that is kept of the last video; weights or devices may have changed."""
@@ -277,7 +280,10 @@ class Chooser:
                 scores = self.lazy_scores(samples, clock)
             else:
                 with clock("scores"):
-                    scores, features = self.frame_scores(samples, selector.needs_features)
+                    scores = self.frame_scores(samples)
+        if selector.needs_features:
+            with clock("scores"):
+                features = self.features(samples)
         if self.asks_sampler(selector) and logits is None:
             with torch.no_grad():
                 if flow is None and moves(samples).any():
@@ -343,24 +349,28 @@ class Chooser:
 
     # ---- scores -------------------------------------------------------------------------------------------------
 
-    def frame_scores(self, samples: Batch, with_features: bool = False) -> tuple[Tensor, list[np.ndarray] | None]:
-        """Scores of the frame scorer, float32 [B,T], 0 where padded, and vectors [T,D] of each row's frames if asked.
+    def frame_scores(self, samples: Batch) -> Tensor:
+        """Scores of the frame scorer, float32 [B,T], 0 where padded."""
+        found = torch.zeros(samples["frame_mask"].shape)
+        for row, seen in enumerate(self._looked_at(samples, self.frame_scorer)):
+            if seen is not None:
+                found[row, : len(seen)] = self.frame_scorer.scores(seen, samples["text_input"][row])
+        return found
 
-        Frames that several questions are about are looked at once.
-        """
+    def features(self, samples: Batch) -> list[np.ndarray | None]:
+        """A vector for each frame of each row, [T,D]: of the scorer where it has some, else of the answerer's vision
+        tower."""
+        found = self._looked_at(samples, self.eyes)
+        return [None if seen is None else vectors(seen).numpy() for seen in found]
+
+    @staticmethod
+    def _looked_at(samples: Batch, scorer: FrameScorer) -> list[Tensor | None]:
+        """Features [T,...] of each row's frames, which are looked at once where several questions are about them."""
         first, which = distinct_media(samples)
         counts = samples["frame_mask"].sum(dim=1).tolist()
-        found = torch.zeros(samples["frame_mask"].shape)
-        seen = {}
-        for place, row in enumerate(first.tolist()):
-            if counts[row]:
-                seen[place] = self.frame_scorer.features_of(samples["frames"][row, : counts[row]])
-        for row, place in enumerate(which.tolist()):
-            if counts[row]:
-                found[row, : counts[row]] = self.frame_scorer.scores(seen[place], samples["text_input"][row])
-        if not with_features:
-            return found, None
-        return found, [vectors(seen[place]).numpy() if place in seen else None for place in which.tolist()]
+        rows = first.tolist()
+        seen = [scorer.features_of(samples["frames"][row, : counts[row]]) if counts[row] else None for row in rows]
+        return [seen[place] for place in which.tolist()]
 
     def lazy_scores(self, samples: Batch, clock: Clock) -> list[LazyScores]:
         """Scores of each row's frames by the frame scorer, which looks at those alone that a rule asks for."""

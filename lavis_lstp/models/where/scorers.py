@@ -429,6 +429,14 @@ def conse(**settings: Any) -> ConSE:
 # ---- any answerer ---------------------------------------------------------------------------------------------------
 
 
+def _refuse_divided(answerer: nn.Module, what: str) -> None:
+    if weights_are_divided(answerer):
+        raise ConfigError(
+            f"{what} asks ranks different numbers of times, and the answerer's weights are divided among them "
+            "(ZeRO-3); use ZeRO-2 (projects/lstp/deepspeed/zero2.json)"
+        )
+
+
 class AnswererScorer(FrameScorer):
     """The log-probability of "yes" to "does this frame help?", asked of an answerer about each frame by itself (SeViLA,
     arXiv 2305.06988). What it looks at depends on the question, so frames [N,3,H,W] are their own features.
@@ -458,16 +466,33 @@ class AnswererScorer(FrameScorer):
         return frames
 
     def compare(self, features: Tensor, text: str) -> Tensor:
-        if weights_are_divided(self.answerer):
-            raise ConfigError(
-                "model.scorer.name: answerer asks ranks different numbers of questions, and the answerer's weights "
-                "are divided among them (ZeRO-3); use ZeRO-2 (projects/lstp/deepspeed/zero2.json)"
-            )
+        _refuse_divided(self.answerer, "model.scorer.name: answerer")
         rows = list(range(len(features)))
         frames = features.to(next(self.answerer.parameters()).device)
         prompts = [self.template.replace("{question}", text)] * len(rows)
         reading = self.answerer.look(frames, torch.tensor(rows)[:, None], prompts)
         return reading.log_probs(rows, [self.yes] * len(rows))[0]
+
+
+class Eyes(FrameScorer):
+    """Features of frames by the vision tower of an answerer, for rules that compare frames behind a scorer that has
+    none: the sampler, or an answerer. It gives no scores.
+
+    Args:
+        answerer: the model's own, with `image_features`.
+    """
+
+    def __init__(self, answerer: nn.Module):
+        super().__init__()
+        self.model = answerer
+
+    def identity(self) -> dict[str, Any]:
+        self._weights = None  # they may be trained, or loaded
+        return super().identity()
+
+    def look(self, frames: Tensor) -> Tensor:
+        _refuse_divided(self.model, "a selector that compares frames by the answerer's features")
+        return vectors(self.model.image_features(frames.to(self.device)))
 
 
 # ---- by name --------------------------------------------------------------------------------------------------------
