@@ -111,7 +111,6 @@ OUR_NEEDS = [
     "torch>=2.6",  # before it, reading a .pt with weights_only can run code (CVE-2025-32434)
     "torchvision>=0.21",
     "tqdm>=4.66",
-    "webvtt-py>=0.6",  # subtitles; typed, pure Python, needs nothing, and knows comments and names of cues
     # LAVIS's own models fail on 5.0.0; 5.1 to 5.3 are untested.
     "transformers>=4.57.6,!=5.0.*,!=5.1.*,!=5.2.*,!=5.3.*,<6",
     # Both packages occupy the module `decord`; the first has no wheel for macOS on ARM.

@@ -8,7 +8,6 @@ a line is data: tags, escape codes and control characters are gone, and no angle
 from __future__ import annotations
 
 import html
-import io
 import logging
 import math
 import re
@@ -32,8 +31,15 @@ NOT_TEXT = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\{\\[^}]*\}|[<>]")
 JOINERS = "\u200c\u200d"
 """Characters without a width that scripts and emoji need."""
 CLOCK = re.compile(r"(\d{1,6}):(\d{1,2}):(\d{1,2}(?:[.,]\d{1,9})?)")
-CUE = re.compile(r"\s*(\d{1,6}:)?\d{1,2}:\d{1,2}[.,]\d{1,6}\s*-->\s*(\d{1,6}:)?\d{1,2}:\d{1,2}[.,]\d{1,6}(\s|$)")
-
+_TIME = r"\s*(?P<{0}_sign>-?)(?:(?P<{0}_h>\d{{1,6}}):)?(?P<{0}_m>\d{{1,2}}):(?P<{0}_s>\d{{1,2}}(?:[.,]\d{{1,9}})?)\s*"
+CUE = re.compile(_TIME.format("a") + "-->" + _TIME.format("b") + r"(?<=[\s\d])(?:[A-Za-z]\w*:\S*(?:\s+|$))*")
+"""Times with or without hours and fractions; behind them settings such as `align:start` or `X1:40`."""
+NEARLY = re.compile(r"\s*-?[\d:.,]*\d:\d[\d.,]*\s*[-\u2013\u2014=]+>?\s*-?\d+:\d[\d:.,]*\s*$")
+WRITE = "write times as 00:01:02,500 --> 00:01:04,000"
+COMMENT = re.compile(r"NOTE(\s|$)|(STYLE|REGION)\s*$")
+TAG = re.compile(r"</?[A-Za-z][^<>]*>|<[\d:.]+>|</>")
+INSTANT_S = 0.1
+"""Captions this near to one another follow directly, and one this short is only a step of the next."""
 
 NOT_PACKED = "its shard holds no subtitles; pack the set with --subtitles FOLDER"
 
@@ -60,9 +66,13 @@ def read_subtitles(path: Path, begin_s: float = 0.0) -> list[Line]:
     try:
         with path.open("rb") as file:
             content = file.read(MOST_BYTES + 1)
-        text = content.decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise AnnotationError(f"{path}: subtitles cannot be read as UTF-8 text ({error})") from None
+        text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        if "\0" in text:
+            raise ValueError("it has NUL characters")
+    except (OSError, ValueError) as error:
+        raise AnnotationError(
+            f"{path}: subtitles cannot be read as UTF-8 text ({error}); convert them: iconv -f ENCODING -t UTF-8"
+        ) from None
     if len(content) > MOST_BYTES:
         raise AnnotationError(f"{path}: has more than {MOST_BYTES >> 20} MB; subtitles have not")
     return parse_subtitles(text, path.suffix.lower(), path, begin_s)
@@ -82,6 +92,7 @@ def parse_subtitles(text: str, form: str, name: Path | str, begin_s: float = 0.0
         name: of the file, for messages.
     """
     of_json = form == ".json"
+    text = text.removeprefix("\ufeff")
     found = _of_json(parse(text, Path(name), "file"), name) if of_json else _of_cues(text, name, form)
     return _lines(found, begin_s)
 
@@ -90,11 +101,13 @@ def _lines(found: Iterable[tuple[str, float, float, str]], begin_s: float = 0.0)
     lines = []
     for place, start, end, said in found:
         if not (0 <= start <= end and start <= MOST_SECONDS):
-            raise AnnotationError(f"{place}: must begin before it ends, got {start:g} to {end:g} s")
+            raise AnnotationError(
+                f"{place}: must begin at 0 s or later and before it ends, got {start:g} to {end:g} s; correct its times"
+            )
         plain = _plain(said)
         if plain and end > begin_s:
             lines.append(Line(max(0.0, start - begin_s), end - begin_s, plain))
-    return sorted(lines)
+    return sorted(set(lines))  # converters write one twice
 
 
 def _plain(text: str) -> str:
@@ -104,34 +117,90 @@ def _plain(text: str) -> str:
 
 
 def _of_cues(text: str, path: Path | str, form: str) -> Iterable[tuple[str, float, float, str]]:
-    import webvtt  # reads comments, names of cues and odd breaks as the format's text has it
+    """Lines of SRT and VTT: a line with times, and what stands until the next one, blank lines or not."""
+    lines = re.split("\r\n|\r|\n", text)
+    vtt = form == ".vtt" or lines[0].startswith("WEBVTT")
+    if vtt:
+        _blank_comments(lines)
+    starts = [i for i, line in enumerate(lines) if "-->" in line or NEARLY.match(line)]
+    cues, number = [], None
+    for i in starts:
+        if (found := CUE.fullmatch(lines[i])) is None:
+            raise AnnotationError(
+                f"{path}, line {i + 1}: expected times 'START --> END', got {lines[i].strip()[:80]!r}; {WRITE}"
+            )
+        if cues:
+            _check_numbers(lines, cues[-1][0] + 1, i - 1, number, path)
+        number = _take_name(lines, i, vtt)
+        cues.append((i, found))
+    if cues:
+        _check_numbers(lines, cues[-1][0] + 1, len(lines), number, path)
+    first = next((i for i, line in enumerate(lines[: starts[0] if starts else None]) if line.strip()), None)
+    if first is not None:
+        what = "has text before its first times" if starts else f"is no {form[1:].upper()} file with times"
+        raise AnnotationError(f"{path}, line {first + 1}: {what}; {WRITE} above each subtitle")
+    ends = [*starts[1:], len(lines)] if starts else []
+    blocks = [
+        [" ".join(TAG.sub("", line).split()) for line in lines[i + 1 : end]]
+        for i, end in zip(starts, ends, strict=True)
+    ]
+    times = [(_clock(found, "a"), _clock(found, "b")) for _, found in cues]
+    said = _once(times, [[line for line in block if line] for block in blocks])
+    for (i, _), edges, block in zip(cues, times, said, strict=True):
+        yield f"{path}, line {i + 1}", *edges, " ".join(block)
 
-    _check_cues(text, path)
-    form = form[1:]
-    try:
-        cues = list(webvtt.from_buffer(io.StringIO(text), format=form)) if text.strip() else []
-    except (webvtt.errors.MalformedFileError, webvtt.errors.MalformedCaptionError) as error:
-        why = " ".join(str(error).split())[:120]
-        raise AnnotationError(f"{path}: is no {form.upper()} file with times ({why})") from None
-    if not cues and "-->" not in text and len(re.split(r"\n\s*\n", text.strip())) > 1:
-        raise AnnotationError(f"{path}: has text and no line with times; expected 'START --> END' above each")
-    for number, cue in enumerate(cues, 1):
-        clocks = (cue.start_time, cue.end_time)
-        edges = ((t.hours * 60 + t.minutes) * 60 + t.seconds + t.milliseconds / 1000 for t in clocks)
-        yield f"{path}, subtitle {number}", *edges, cue.text
 
-
-def _check_cues(text: str, path: Path | str) -> None:
-    """Refuses what the reader would take for a part of the text before: times that are none, and a cue without."""
-    lines, last = text.splitlines(), None
+def _blank_comments(lines: list[str]) -> None:
+    """Blanks what a VTT file says to players: its head, notes, styles and regions."""
+    inside = lines[0].startswith("WEBVTT")
     for i, line in enumerate(lines):
-        before, after = lines[i - 1].strip() if i else "", lines[i + 1] if i + 1 < len(lines) else ""
-        if "-->" in line:
-            if not CUE.match(line):
-                raise AnnotationError(f"{path}, line {i + 1}: expected times 'START --> END', got {line[:80]!r}")
-            last = int(before) if before.isdecimal() and len(before) < 10 else None
-        elif last is not None and line.strip() == str(last + 1) and not before and after.strip() and "-->" not in after:
-            raise AnnotationError(f"{path}, line {i + 1}: subtitle {line.strip()} has no times")
+        begins = not i or not lines[i - 1].strip()
+        inside = bool(line.strip()) and "-->" not in line and (inside or (begins and COMMENT.match(line) is not None))
+        lines[i] = "" if inside else line
+
+
+def _take_name(lines: list[str], i: int, vtt: bool) -> int | None:
+    """Blanks the name above the times in line `i`; returns it where it is a number."""
+    above = i - 1 if vtt or (i and lines[i - 1].strip()) else i - 2
+    if above < 0 or not (name := lines[above].strip()):
+        return None
+    begins, number = not above or not lines[above - 1].strip(), name.isdecimal() and len(name) < 10
+    if (begins and (number or vtt)) or (number and not vtt and above == i - 1):
+        lines[above] = ""
+        return int(name) if number else None
+    return None
+
+
+def _check_numbers(lines: Sequence[str], begin: int, end: int, number: int | None, path: Path | str) -> None:
+    """Refuses the next number with a text and no times, which would pass for a part of the text before."""
+    for i in range(begin, end):
+        after = lines[i + 1].strip() if i + 1 < end else ""
+        if number is not None and lines[i].strip() == str(number + 1) and not lines[i - 1].strip() and after:
+            raise AnnotationError(f"{path}, line {i + 1}: subtitle {number + 1} has no times; {WRITE} below it")
+
+
+def _clock(found: re.Match, edge: str) -> float:
+    hours, minutes, seconds = (found[f"{edge}_{part}"] for part in ("h", "m", "s"))
+    value = int(hours or 0) * 3600 + int(minutes) * 60 + float(seconds.replace(",", "."))
+    return -value if found[f"{edge}_sign"] else value
+
+
+def _once(times: Sequence[tuple[float, float]], said: list[list[str]]) -> list[list[str]]:
+    """Rolling captions with each line once, where it is first shown; others as they are.
+
+    Captions roll where at least half of the neighbours in time begin with the lines that the one before ends with, and
+    bring a new line or last for an instant, as YouTube's recognised speech does. A sentence said twice does not.
+    """
+    order = sorted((i for i in range(len(said)) if said[i]), key=lambda i: times[i])
+    repeated, rolling = {}, 0
+    for a, b in zip(order, order[1:], strict=False):
+        if times[b][0] <= times[a][1] + INSTANT_S:
+            shared = (n for n in range(min(len(said[a]), len(said[b])), 0, -1) if said[a][-n:] == said[b][:n])
+            repeated[b] = next(shared, 0)
+            rolling += bool(repeated[b]) and (repeated[b] < len(said[b]) or times[b][1] - times[b][0] <= INSTANT_S)
+    if 2 * rolling < len(order) - 1 or not rolling:
+        return said
+    return [block[repeated.get(i, 0) :] for i, block in enumerate(said)]
 
 
 def _of_json(rows: Any, path: Path | str) -> Iterable[tuple[str, float, float, str]]:

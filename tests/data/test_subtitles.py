@@ -22,6 +22,7 @@ second
 
 1984
 """
+ONE = "00:00:01,000 --> 00:00:02,000\nx\n\n"
 VTT = """WEBVTT - a title
 
 NOTE nobody says this
@@ -67,6 +68,99 @@ def test_lines_are_read_with_their_seconds_in_the_order_of_time(tmp_path, name, 
     assert lines == [Line(1.0, 2.5, texts[0]), Line(3603.25, 3604.0, texts[1])]
 
 
+@pytest.mark.parametrize(
+    ("content", "lines"),
+    [
+        ("1\n00:00:01 --> 00:00:02\na\n", [(1, 2, "a")]),  # no milliseconds
+        ("1\n00:01,5 --> 00:02.25\na\n", [(1.5, 2.25, "a")]),  # no hours, comma and point
+        (
+            "00:00:01,000 --> 00:00:02,000\na\n\n00:00:03,000 --> 00:00:04,000\nb\n",
+            [(1, 2, "a"), (3, 4, "b")],
+        ),  # no numbers
+        (
+            "1\n\n00:00:01,000 --> 00:00:02,000\na\n\nmore\n\n2\n00:00:03,000 --> 00:00:04,000\nb",
+            [(1, 2, "a more"), (3, 4, "b")],
+        ),
+        ("1\n00:00:01,000 --> 00:00:02,000\na\n2\n00:00:03,000 --> 00:00:04,000\nb", [(1, 2, "a"), (3, 4, "b")]),
+        ("1\n00:00:01,000-->00:00:02,000\n{\\an8}<font color='red'>a</font> <3 <i>b</i>\n", [(1, 2, "a 3 b")]),
+        ("1\n00:00:01,000 --> 00:00:02,000 X1:40 X2:600 Y1:20 Y2:50\na\n", [(1, 2, "a")]),
+        ("1\n00:00:01,000 --> 00:00:02,000\na\n\n2\n00:00:01,500 --> 00:00:03,000\nb\n", [(1, 2, "a"), (1.5, 3, "b")]),
+        (
+            "1\n00:00:01,000 --> 00:00:02,000\na\n\n2\n00:00:01,000 --> 00:00:02,000\na\n",
+            [(1, 2, "a")],
+        ),  # the same, twice
+        (
+            "1\n00:00:01,000 --> 00:00:02,000\nNo.\n\n2\n00:00:02,000 --> 00:00:03,000\nNo.\n",
+            [(1, 2, "No."), (2, 3, "No.")],
+        ),
+        ("WEBVTT\nKind: captions\n\n00:01.000 --> 00:02.000 align:start position:0%\na\n", [(1, 2, "a")]),
+        (
+            "WEBVTT\n\nREGION\nid:x\n\nNOTE a\nb\n\nNOTE\n\n00:01.000 --> 00:02.000\n<v Ann>a\n<v Bob>b\n",
+            [(1, 2, "a b")],
+        ),
+        ("WEBVTT\n00:01.000 --> 00:02.000\na\n\nb\n\nname\n00:03.000 --> 00:04.000\nc\n", [(1, 2, "a b"), (3, 4, "c")]),
+    ],
+)
+@pytest.mark.parametrize("ends", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_forms_that_files_have(tmp_path, content, lines, ends, encoding):
+    path = tmp_path / ("a.vtt" if content.startswith("WEBVTT") else "a.srt")
+    path.write_bytes(content.replace("\n", ends).encode(encoding))
+    assert read_subtitles(path) == lines
+
+
+ROLLING = """WEBVTT
+Kind: captions
+
+00:00:00.160 --> 00:00:02.430 align:start position:0%
+\x20
+hello<00:00:00.480><c> and</c><00:00:00.640><c> welcome</c>
+
+00:00:02.430 --> 00:00:02.440 align:start position:0%
+hello and welcome
+\x20
+
+00:00:02.440 --> 00:00:04.070 align:start position:0%
+hello and welcome
+to<00:00:02.560><c> the</c><00:00:02.720><c> show</c>
+
+00:00:04.070 --> 00:00:04.080 align:start position:0%
+to the show
+\x20
+
+00:00:04.080 --> 00:00:06.000 align:start position:0%
+to the show
+today
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.vtt", ROLLING),
+        ("a.srt", ROLLING.partition("\n\n")[2].replace(" align:start position:0%", "").replace("\x20\n", "")),
+        ("a.srt", "\n".join(  # two rows that roll, without steps
+            f"{a} --> {b}\n{text}\n" for a, b, text in (
+                ("00:00:00.160", "00:00:02.430", "hello and welcome"),
+                ("00:00:02.440", "00:00:04.070", "hello and welcome\nto the show"),
+                ("00:00:04.080", "00:00:06.000", "to the show\ntoday"),
+            )
+        )),
+    ],
+)  # fmt: skip
+def test_rolling_captions_show_each_line_once(tmp_path, name, content):
+    lines = [(0.16, 2.43, "hello and welcome"), (2.44, 4.07, "to the show"), (4.08, 6.0, "today")]
+    assert read_subtitles(written(tmp_path, name, content)) == lines
+
+
+def test_a_line_repeated_in_few_of_many_subtitles_stays(tmp_path):
+    texts = ["- No.\n- Yes.", "- Yes.\n- Why?", "a", "b", "c", "d"]
+    content = "\n".join(f"0:0{i}:00 --> 0:0{i + 1}:00\n{text}\n" for i, text in enumerate(texts))
+    assert [line.text for line in read_subtitles(written(tmp_path, "a.srt", content))] == [
+        t.replace("\n", " ") for t in texts
+    ]
+
+
 def test_a_video_may_begin_behind_its_subtitles_and_the_last_line_have_no_end(tmp_path):
     rows = [{"timestamp": [1.0, 3.0], "text": "before"}, {"timestamp": [4.0, 6.0], "text": "at the edge"}]
     rows.append({"timestamp": [8.0, None], "text": "last"})
@@ -106,9 +200,19 @@ def test_codes_and_marks_are_gone(tmp_path, said, kept):
             "1\n00:00:01,000 --> soon\nx\n",
             "line 2: expected times 'START --> END', got '00:00:01,000 --> soon'",
         ),
-        ("a.srt", "1\n00:00:03,000 --> 00:00:01,000\nx\n", "subtitle 1: must begin before it ends, got 3 to 1 s"),
-        ("a.vtt", "WEBVTT\n\nhello\n", "has text and no line with times"),
+        (
+            "a.srt",
+            "1\n00:00:03,000 --> 00:00:01,000\nx\n",
+            "line 2: must begin at 0 s or later and before it ends, got 3 to 1 s",
+        ),
+        ("a.vtt", "WEBVTT\n\nhello\n", "line 3: is no VTT file with times"),
         ("a.vtt", "hello\n", "is no VTT file with times"),
+        ("a.srt", "1\n-00:00:03,000 --> 00:00:01,000\nx\n", "line 2: must begin at 0 s or later"),
+        ("a.srt", "by me\n\n1\n00:01,000 --> 00:02,000\nx\n", "line 1: has text before its first times"),
+        ("a.srt", ONE + "00:00:05,000 -> 00:00:06,000\ny\n", "line 4: expected times 'START --> END', got"),
+        ("a.srt", ONE + "00:00:05,000 --> 00:00:06,000 hello\n", "line 4: expected times 'START --> END', got"),
+        ("a.srt", ONE + "00:00:05:12 --> 00:00:06:00\ny\n", "line 4: expected times 'START --> END', got"),
+        ("a.srt", "{1}{25}hello\n", "line 1: is no SRT file with times; write times as"),
         ("a.srt", f"1\n{'9' * 5000}:00:01,000 --> 00:00:02,000\nx\n", "line 2: expected times"),
         ("a.json", {"a": 1}, "subtitles must be a list, got dict"),
         ("a.json", [{"line": "x"}], "subtitle 0: has no times"),
