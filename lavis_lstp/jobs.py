@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -108,8 +109,11 @@ def _ray(function: Callable, jobs: Sequence[Any], address: str) -> Iterator[tupl
         raise ConfigError("--engine ray needs Ray; pip install ray") from None
     if not ray.is_initialized():
         try:
+            host, _, port = address.removeprefix("ray://").rpartition(":")
+            if host and port.isdigit():  # Ray itself would try an address where nobody listens for ten minutes
+                socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
             ray.init(address=address, log_to_driver=False)
-        except ConnectionError as error:
+        except (OSError, OverflowError) as error:
             raise ConfigError(
                 f"--engine ray: no cluster at '{address}' ({error}); start one with `ray start`"
             ) from None

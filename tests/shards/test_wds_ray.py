@@ -12,8 +12,9 @@ import pytest
 from test_wds_http import Server, locations, serving
 from test_wds_pack import content_of, media, packed  # noqa: F401 (a fixture)
 
+from lavis_lstp.commands import cli
 from lavis_lstp.data.shards import index
-from lavis_lstp.errors import ShardError
+from lavis_lstp.errors import ConfigError, ShardError
 from lavis_lstp.jobs import run_jobs
 from webdataset_tools.__main__ import main
 from webdataset_tools.pack import Settings
@@ -134,6 +135,40 @@ def test_verify(served, shards, losing):
     asked = len(server.served)
     losing(lambda: len(server.served), 1.3 * asked, 2 * asked)
     assert verify(addresses, decode=2, engine="ray") == whole and not whole["failed"]
+
+
+def test_select_goes_on(cluster, media, tmp_path, capsys):  # noqa: F811
+    rows = [row for row in json.loads((media / "annotation.json").read_text(encoding="utf-8")) if "video" in row]
+    (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+    words = [
+        "select",
+        "--questions",
+        str(tmp_path / "rows.json"),
+        "--root",
+        str(media),
+        "--method",
+        "motion",
+        "-k",
+        "2",
+    ]
+    assert cli.main([*words, "--out", str(tmp_path / "local.jsonl")]) == 0
+    whole = (tmp_path / "local.jsonl").read_text(encoding="utf-8").splitlines()
+    half = whole[: len(rows) // 2]
+    (tmp_path / "ray.jsonl").write_text("\n".join([*half, whole[-1][:30]]), encoding="utf-8")  # as a killed run left it
+    assert cli.main([*words, "--out", str(tmp_path / "ray.jsonl"), "--engine", "ray"]) == 0
+    assert f"{len(rows)} questions, {len(rows) - len(half)} of them selected now" in capsys.readouterr().out
+    found = (tmp_path / "ray.jsonl").read_text(encoding="utf-8").splitlines()
+    assert found[: len(half)] == half
+    for line, other in zip(found, whole, strict=True):
+        assert {**json.loads(line), "seconds": {}} == {**json.loads(other), "seconds": {}}
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://[::1]:99999"])
+def test_an_address_where_nobody_listens_is_refused_at_once(monkeypatch, address):
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("would wait"))
+    with pytest.raises(ConfigError, match=r"no cluster at .*ray start"):
+        run_jobs(print, [1], engine="ray", address=address)
 
 
 def test_an_error_of_a_job_is_that_of_the_job(cluster, tmp_path):
