@@ -77,7 +77,8 @@ class Selection:
 
     Attributes:
         video: the file's path as it was given; sha256: of its content.
-        question, method, settings: what they were chosen by.
+        question, method, settings: what they were chosen by; settings hold how candidates were read in fact, which is
+            exact where key frames were asked for and the file has too few.
         frame_index: K frame numbers in the file, ascending; times_s: their seconds since its start.
         candidate_index, candidate_times_s: the frames that were scored, all T candidates or the few that a rule like
             focus asks for; scores: one for each, None where nothing was scored, and then they are the chosen frames.
@@ -470,6 +471,7 @@ def _by_scorer(video, question, k, method, seed, num_candidates, given, settings
         numbers = every[uniform_centres(num_candidates, len(every))].tolist()
         if reading.get("frames") == "keyframe":
             numbers = key_frames(index, numbers)
+        frames = _read_as(reading.get("frames", "exact"), video, numbers)
 
     def features(asked: list[int]) -> Any:
         def read(first: int, end: int) -> Any:
@@ -489,9 +491,16 @@ def _by_scorer(video, question, k, method, seed, num_candidates, given, settings
         row = dataclasses.replace(row, features=vectors(features(numbers)).numpy())
     with _timed(seconds, "rule"):
         chosen = selectors.choose(method, row, **settings)
-    asked = {"k": k, "num_candidates": len(numbers), **reading, **used, "scorer": given}
+    asked = {"k": k, "num_candidates": len(numbers), "frames": frames, **used, "scorer": given}
     how = {"settings": asked, "num_filled": chosen.num_filled}
     return info, digest, how | _told(numbers, times, chosen.frames, scores.known)
+
+
+def _read_as(frames: str, video: str | os.PathLike, numbers: Sequence[int]) -> str:
+    """Return how candidates were read: exact, too, where a video has too few key frames to tell them apart."""
+    if frames == "keyframe" and not (os.path.isfile(video) and packet_costs(video).is_key[list(numbers)].all()):
+        return "exact"
+    return frames
 
 
 def _by_sampler(video, question, k, method, seed, read, predictor, settings, reading, clip_s, seconds):
@@ -513,7 +522,11 @@ def _by_sampler(video, question, k, method, seed, read, predictor, settings, rea
     for stage, value in asked.seconds.items():
         seconds[stage] = seconds.get(stage, 0.0) + value
     scores = None if choice.scores is None else choice.scores[0].double().numpy()
-    used = {"k": k, "num_candidates": len(times), **how.reading, **how.selector.settings}
+    read = {"frames": "exact" if predictor.reader.how["exact"] else "keyframe"}
+    read |= {} if media.flow is None else {"flow_pairs": predictor.reader.flow_pairs}
+    read |= {name: value for name, value in how.reading.items() if name in read}
+    read["frames"] = _read_as(read["frames"], video, media.numbers)
+    used = {"k": k, "num_candidates": len(times), **read, **how.selector.settings}
     num_filled = 0 if choice.num_filled is None else int(choice.num_filled[0])
     return (
         info,

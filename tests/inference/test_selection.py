@@ -72,6 +72,16 @@ def test_the_sampler_of_a_checkpoint_is_asked(predictor, method):
         assert all(gold[0] - 0.3 <= seconds <= gold[1] + 0.3 for seconds in found.times_s)
 
 
+@pytest.mark.parametrize(("gop", "read"), [(5, "keyframe"), (1000, "exact")])
+def test_settings_tell_how_candidates_were_read_in_fact(predictor, tmp_path, gop, read):
+    path = numbered_video(tmp_path / "film.mp4", 30, gop=gop)
+    how = {"predictor": predictor, "num_candidates": 5, "flow_pairs": "local"}
+    found = lavis_lstp.select(path, QUESTION, k=2, method="topk", frames="keyframe", **how)
+    assert (found.settings["frames"], found.settings["flow_pairs"]) == (read, "local")
+    assert all(i % 5 == 0 for i in found.candidate_index) == (read == "keyframe")
+    assert lavis_lstp.select(path, QUESTION, k=2, method="topk", **how).settings["frames"] == "exact"
+
+
 def test_a_rule_is_told_when_the_candidates_are(predictor, monkeypatch):
     """focus divides a video into arms of seconds, which candidates alone do not tell."""
     seen = []

@@ -347,7 +347,7 @@ def test_features_are_kept_for_the_next_question_and_the_next_process(hub, film,
     assert one != another
 
 
-def test_a_selection_by_a_scorer_sees_whole_frames_and_no_answering_model(hub, film, monkeypatch):
+def test_a_selection_by_a_scorer_sees_whole_frames_and_no_answering_model(hub, film, monkeypatch, tmp_path):
     monkeypatch.setattr("lavis_lstp.inference.predictor.load", lambda *_, **__: 1 / 0)
     found = lavis_lstp.select(film, QUESTION, 4, "topk", scorer={"name": "itm", "weights": str(hub / "blip2")})
     assert found.settings["scorer"]["name"] == "itm" and len(found.scores) == 60
@@ -360,6 +360,9 @@ def test_a_selection_by_a_scorer_sees_whole_frames_and_no_answering_model(hub, f
     assert part.candidate_index == [*range(25, 50)] and part.scores == pytest.approx(found.scores[25:50], abs=1e-4)
     keys = lavis_lstp.select(film, QUESTION, 2, "mmr", scorer=f"clip={hub / 'clip'}", frames="keyframe")
     assert keys.candidate_index == [0, 10, 20, 30, 40, 50] and keys.settings["frames"] == "keyframe"
+    one_key = numbered_video(tmp_path / "one_key.mp4", 20, gop=1000)
+    exact = lavis_lstp.select(one_key, QUESTION, 2, "topk", scorer=f"clip={hub / 'clip'}", frames="keyframe")
+    assert len(exact.candidate_index) == 20 and exact.settings["frames"] == "exact"
 
 
 def test_the_command_takes_a_scorer_and_ablate_has_it_as_a_way(hub, film, capsys):

@@ -218,9 +218,9 @@ def _small_greys(source: Source, index: VideoIndex, threads: int):
     """Yields (frame number, uint8 [h,w]) of the decoded pictures, in the order they are shown."""
     with reopen(source, index, threads) as (container, stream):
         context = stream.codec_context
+        context.options = dict(context.options) | {"skip_loop_filter": "all"}
         if not index.by_count and context.name in SKIPPABLE:
             context.skip_frame = "NONREF"
-            context.options = dict(context.options) | {"skip_loop_filter": "all"}
         try:
             for i, frame in enumerate(container.decode(stream)):
                 i = i if index.by_count else _number(index, frame)
