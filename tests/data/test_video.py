@@ -232,6 +232,19 @@ def test_a_cut_in_an_open_group_begins_where_players_begin(tmp_path, ending, cod
     assert video.times_s == pytest.approx(np.arange(len(shown)) / 25, abs=2e-3)
 
 
+@pytest.mark.parametrize("codec", ["libvpx", "libvpx-vp9"])
+def test_transparency_of_webm_is_ignored_by_every_backend_and_said(tmp_path, caplog, codec):
+    path = tmp_path / "a.webm"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25, options={"auto-alt-ref": "0"})
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuva420p"
+        clear = av.VideoFrame.from_ndarray(np.full((64, 64, 4), (200, 0, 0, 0), np.uint8), format="rgba")
+        for packet in [*stream.encode(clear.reformat(format="yuva420p")), *stream.encode(None)]:
+            container.mux(packet)
+    ours, theirs = (read_frames(path, num=1, backend=backend).frames for backend in ("pyav", "decord"))
+    assert abs(ours.astype(int) - theirs).max() <= 1 and "its transparency is ignored" in caplog.text
+
+
 def test_what_is_transparent_in_a_video_is_white(tmp_path):
     pixels = np.zeros((16, 16, 4), np.uint8)
     pixels[:8] = (200, 20, 20, 255)
@@ -243,6 +256,11 @@ def test_what_is_transparent_in_a_video_is_white(tmp_path):
             container.mux(packet)
     (frame,) = read_frames(tmp_path / "a.mov", num=1).frames
     assert [frame[:, y, x].tolist() for y, x in ((0, 0), (8, 0), (8, 8))] == [[200, 20, 20], [255] * 3, [204] * 3]
+    for backend in ("decord", "torchcodec"):
+        with pytest.raises(
+            VideoError, match=f"a.mov: stores transparency, which {backend} ignores; use backend 'pyav'"
+        ):
+            read_frames(tmp_path / "a.mov", num=1, backend=backend)
 
 
 @pytest.mark.parametrize("name", ["12:30.mp4", "file:other.mp4", "a%20b #1?.mp4", "-x.mp4", "concat:a|b.mp4"])

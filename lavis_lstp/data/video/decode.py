@@ -402,10 +402,15 @@ def picture(frame: Any, pixel_format: str, decode_size: int | None = None) -> np
     height, width = scaled(frame.height, frame.width, decode_size)
     smaller = {} if decode_size is None else {"width": width, "height": height, "interpolation": "AREA"}
     pixels = _REFORMATTER.value.reformat(frame, format=pixel_format, threads=1, **smaller).to_ndarray()
-    if pixel_format != "rgb24" or not any(part.is_alpha for part in frame.format.components):
+    if pixel_format != "rgb24" or not has_alpha(frame):
         return pixels
     alpha = _REFORMATTER.value.reformat(frame, format="rgba", threads=1, **smaller).to_ndarray()[..., 3:]
     return pixels if alpha.min() == 255 else _on_white(pixels, alpha)
+
+
+def has_alpha(frame: Any) -> bool:
+    """Whether a frame stores how transparent it is."""
+    return any(part.is_alpha for part in frame.format.components)
 
 
 def _on_white(pixels: np.ndarray, alpha: np.ndarray) -> np.ndarray:

@@ -334,6 +334,8 @@ def _index_of_track(source: Source, name: str, track: int | None, max_megapixels
         if formats & END_BEFORE_ANOTHER and len(packets) and _begins_again(source, int(packets["end"].max())):
             missing = f"another file begins behind frame {len(packets)}; join files with ffmpeg, not with cat"
         rate, tick = stream.average_rate or stream.guessed_rate, stream.time_base
+        if stream.metadata.get("alpha_mode", "0") != "0":  # VP8 and VP9 keep it beside the pictures
+            logger.warning("%s: its transparency is ignored, as by every decoder of %s here", name, facts["codec"])
     if not len(packets):
         raise VideoError(f"{name}: its video stream holds no frame" + (f"; {missing}" if missing else ""))
     packet_pts = packets["pts"]

@@ -38,6 +38,7 @@ from lavis_lstp.data.video.decode import (
     decode_decord,
     decode_pyav,
     decode_torchcodec,
+    has_alpha,
     orientation,
     stretches,
 )
@@ -180,13 +181,22 @@ def _refuse_incomplete(index: VideoIndex) -> None:
         raise VideoError(f"{index.name}: {index.missing}")
 
 
-def _info(source: Source, index: VideoIndex) -> tuple[VideoInfo, Orientation]:
-    """Size and rotation come from the first picture: headers of the container may be wrong about both."""
+def _info(source: Source, index: VideoIndex, backend: str = "pyav") -> tuple[VideoInfo, Orientation]:
+    """Size and rotation come from the first picture: headers of the container may be wrong about both.
+
+    Raises:
+        VideoError: there is none, or it is stored in a way that the backend ignores.
+    """
     with reopen(source, index) as (container, stream):
         first = next(container.decode(stream), None)
         if first is None:
             raise VideoError(f"{index.name}: its first frame cannot be decoded")
-        return _info_of(index, first), orientation(first)
+        turn = orientation(first)
+        if backend == "decord" and turn.mirrored:
+            raise VideoError(f"{index.name}: is stored mirrored, which decord ignores; use backend 'pyav'")
+        if backend != "pyav" and has_alpha(first):
+            raise VideoError(f"{index.name}: stores transparency, which {backend} ignores; use backend 'pyav'")
+        return _info_of(index, first), turn
 
 
 def _info_of(index: VideoIndex, frame: Any) -> VideoInfo:
@@ -544,10 +554,7 @@ def _decode(source, index, wanted: Sequence[int], how: _How, frames: np.ndarray 
             infos.append(_info(source, index)[0])
         pictures = decode_pyav(source, index, wanted, count=count, **given, **seen)
     else:
-        info, turn = _info(source, index)
-        infos.append(info)
-        if how.backend == "decord" and turn.mirrored:
-            raise VideoError(f"{index.name}: is stored mirrored, which decord ignores; use backend 'pyav'")
+        infos.append(_info(source, index, how.backend)[0])
         decode = decode_decord if how.backend == "decord" else decode_torchcodec
         pictures = decode(source, index, wanted, threads=how.threads)
     height, width = (None, None) if frames is None else frames.shape[2:]
