@@ -130,6 +130,11 @@ def _mute() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def no_value(text: object) -> str:
+    """A remedy for Python's None and the like, which are texts in YAML; empty for any other text."""
+    return "; no value is null there" if os.path.basename(str(text)) in ("None", "none", "nil", "NULL") else ""
+
+
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:
     """One line for a name that is not known: `unknown flow 'raftt'; did you mean 'raft_large'? known: ...`."""
     known, name = sorted(known), shortened(name)

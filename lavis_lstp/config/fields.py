@@ -96,6 +96,8 @@ class Rule:
             if not isinstance(value, bool):
                 raise self._wrong(value, where)
             return value
+        if isinstance(value, (Mapping, list)):
+            raise self._wrong(value, where)
         return self._text(value, where)
 
     def _wrong(self, value: Any, where: str) -> ConfigError:
@@ -125,7 +127,8 @@ class Rule:
             raise ConfigError(f"{where} must be {TEXT} without null bytes and broken characters, got {text!r}")
         names = self.limits.get("one_of")
         if names and text not in names:
-            raise ConfigError(unknown_name(self.limits.get("called", where), text, names))
+            called = self.limits.get("called")
+            raise ConfigError(unknown_name(called or where, text, names) + (f" ({where})" if called else ""))
         return text
 
     def _mapping(self, value: Any, where: str) -> dict:

@@ -471,7 +471,7 @@ def check_together(
     """
     for name, value in (("train", train), ("losses", losses)):
         if len(set(value)) < len(value):
-            raise ConfigError(f"model.{name} names something twice: {list(value)}")
+            raise ConfigError(f"model.{name} names something twice: {list(value)}; name each once")
     if in_loop and "span" not in losses:
         raise ConfigError("model.refinement.in_loop makes spans for the loss 'span'; add it to model.losses")
     learning = set(train)

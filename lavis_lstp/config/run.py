@@ -280,7 +280,10 @@ def check_splits(known: Mapping[str, Iterable[str]], wanted: Mapping[str, Iterab
         for split in splits:
             if split not in there:
                 has = "; ".join(f"{data} has {', '.join(own) or 'none'}" for data, own in known.items())
-                raise ConfigError(f"{unknown_name(f'split in run.{name}:', split, there)} ({has})")
+                raise ConfigError(
+                    f"{unknown_name(f'split in run.{name}:', split, there)} ({has}); name one of these, or "
+                    "give it a file in datasets.<name>.build_info.annotations"
+                )
 
 
 OLDEST_DEEPSPEED = (0, 19)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lavis_lstp.errors import AnnotationError
+from lavis_lstp.errors import AnnotationError, no_value
 from lavis_lstp.files import json_rows, strict_json
 
 SECTION = "datasets.<name>"
@@ -66,7 +66,7 @@ def read_text(path: Path, *, section: str = SECTION) -> str:
         AnnotationError: there is no such file, or it is not UTF-8.
     """
     if not path.is_file():
-        raise AnnotationError(f"{path}: no such annotation file ({section}.build_info.annotations)")
+        raise AnnotationError(f"{path}: no such annotation file ({section}.build_info.annotations){no_value(path)}")
     try:
         return path.read_text(encoding="utf-8-sig")  # Windows programs begin a file with a mark
     except (OSError, UnicodeDecodeError) as error:

@@ -33,7 +33,7 @@ from lavis_lstp.data.shards.questions import ShardQuestions, first_process_alone
 from lavis_lstp.data.shards.storage import Retry
 from lavis_lstp.data.spans import GOLD, read_spans
 from lavis_lstp.data.subtitles import NOT_PACKED, Subtitles
-from lavis_lstp.errors import ConfigError, unknown_name
+from lavis_lstp.errors import ConfigError, no_value, unknown_name
 from lavis_lstp.files import expanded
 
 logger = logging.getLogger(__name__)
@@ -121,7 +121,9 @@ class VideoQABuilder(BaseDatasetBuilder):
     def _folder(self, info: Mapping[str, Any]) -> Path:
         folder = (info.get(self.media) or {}).get("storage")
         if not folder or not os.path.isdir(local_path(folder)):
-            raise ConfigError(f"{self.section}.build_info.{self.media}.storage: no such folder: {folder}")
+            raise ConfigError(
+                f"{self.section}.build_info.{self.media}.storage: no such folder: {folder}{no_value(folder)}"
+            )
         return local_path(folder)
 
     def _annotation(
@@ -178,7 +180,7 @@ class VideoQABuilder(BaseDatasetBuilder):
             return Subtitles((), folder, *how)
         given = (config["build_info"].get("subtitles") or {}).get("storage")
         if given and not os.path.isdir(local_path(given)):
-            raise ConfigError(f"{self.section}.build_info.subtitles.storage: no such folder: {given}")
+            raise ConfigError(f"{self.section}.build_info.subtitles.storage: no such folder: {given}{no_value(given)}")
         root = local_path(given) if given else folder
         return Subtitles(annotation, root, *how)
 

@@ -32,7 +32,7 @@ from lavis_lstp.config.run import (
     checked_run,
     splits_of,
 )
-from lavis_lstp.errors import AnnotationError, ConfigError, WeightsError, unknown_name
+from lavis_lstp.errors import AnnotationError, ConfigError, WeightsError, no_value, unknown_name
 from lavis_lstp.files import expanded
 from lavis_lstp.models.variants import MODEL_TYPES, load_variant
 from lavis_lstp.models.weights.hub import require_weights, weights_file
@@ -144,10 +144,10 @@ def _check_files(section: str, info: Mapping[str, Any]) -> None:
     for media in {"videos", "images"} & info.keys() if files else ():
         folder = (info[media] or {}).get("storage")
         if not folder or not _exists(folder):
-            raise ConfigError(f"{section}.build_info.{media}.storage: no such folder: {folder}")
+            raise ConfigError(f"{section}.build_info.{media}.storage: no such folder: {folder}{no_value(folder)}")
     for path in files:
         if not _exists(path):
-            raise AnnotationError(f"{path}: no such annotation file ({section}.build_info.annotations)")
+            raise AnnotationError(f"{path}: no such annotation file ({section}.build_info.annotations){no_value(path)}")
 
 
 def _exists(path: str) -> bool:
@@ -172,7 +172,10 @@ def _check_shapes(model: Mapping[str, Any]) -> None:
     """Raise WeightsError for a run's checkpoint of other sizes than the model's; its header alone is read."""
     wanted, given = _shapes(model), model["checkpoint"] or []
     for path in [given] if isinstance(given, str) else given:
-        file = weights_file(path)
+        try:
+            file = weights_file(path)
+        except WeightsError as error:
+            raise WeightsError(f"model.checkpoint: {error}") from error
         if file.suffix != ".safetensors":
             continue
         for name, shape in sorted(_header(file).items()):

@@ -202,7 +202,7 @@ def parameter_groups(
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not named:
         raise ConfigError(
-            "no weight of the model is trained; name at least one part to train in the model's configuration"
+            "no weight of the model is trained; name at least one part to train in model.train, for instance [qformer]"
         )
     own = getattr(type(model), "get_optimizer_params", None)
     if own is not None and own is not getattr(BaseModel, "get_optimizer_params", None):

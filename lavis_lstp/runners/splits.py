@@ -99,9 +99,13 @@ def training_parts(datasets: Datasets, wanted: Sequence[str], ratios: Mapping[st
         raise ConfigError("run.train_splits names no split; for instance [train]")
     for name, dataset in found.items():
         if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-            raise ConfigError(f"runner_lstp wants map-style data, '{name}' is a {type(dataset).__name__}")
+            raise ConfigError(
+                f"runner_lstp needs data that have a length and an order, datasets.{name} is a {type(dataset).__name__}"
+            )
     if ratios is not None and set(ratios) != set(found):
-        raise ConfigError(f"run.train_dataset_ratios names {sorted(ratios)}, the data sets are {sorted(found)}")
+        raise ConfigError(
+            f"run.train_dataset_ratios names {sorted(ratios)}, the data sets are {sorted(found)}; give each a share"
+        )
     return found
 
 
@@ -115,5 +119,5 @@ def evaluation_dataset(datasets: Datasets, split: str, key: str = "test_splits")
     found = {name: splits[split] for name, splits in datasets.items() if split in splits}
     if len(found) != 1:
         what = f"{len(found)} data sets have it: {', '.join(found)}"
-        raise ConfigError(f"cannot evaluate split '{split}' of exactly one data set; {what}")
+        raise ConfigError(f"run.{key}: '{split}' must be of one data set, {what}; leave one of them in 'datasets'")
     return next(iter(found.values()))

@@ -165,6 +165,9 @@ def sample_ids(samples: Batch) -> list[str]:
     return [str(item) for item in (ids.tolist() if torch.is_tensor(ids) else ids)]
 
 
+MODELS = "take another run.task, or another model.arch, such as lstp_vicuna7b"
+
+
 def one_each(found: Mapping[str, Any], ids: list[str], model: torch.nn.Module) -> None:
     """Refuses what a model says of a batch if it is not of one row for each question.
 

@@ -24,7 +24,16 @@ from lavis_lstp.errors import ConfigError
 from lavis_lstp.files import expanded, write_json
 from lavis_lstp.models.where.pseudo_span import pseudo_span
 from lavis_lstp.schema import Batch, Prediction, Span
-from lavis_lstp.tasks.base import LSTPTask, gold_of, moment_scores, one_each, real_times, sample_ids, span_scores
+from lavis_lstp.tasks.base import (
+    MODELS,
+    LSTPTask,
+    gold_of,
+    moment_scores,
+    one_each,
+    real_times,
+    sample_ids,
+    span_scores,
+)
 
 
 @registry.register_task("pseudo_span")
@@ -40,7 +49,9 @@ class PseudoSpanTask(LSTPTask):
 
     def valid_step(self, model: torch.nn.Module, samples: Batch) -> list[Prediction]:
         if not hasattr(model, "pseudo_scores"):
-            raise ConfigError(f"task {self.name} needs a model with pseudo_scores(samples), got {type(model).__name__}")
+            raise ConfigError(
+                f"task {self.name} needs a model with pseudo_scores(samples), got {type(model).__name__}; {MODELS}"
+            )
         ids = sample_ids(samples)
         hidden = [name for name, answer in zip(ids, samples.get("answer", ids), strict=True) if answer is None]
         if hidden and not self.by_scores:

@@ -20,6 +20,7 @@ from lavis_lstp.errors import ConfigError, unknown_name
 from lavis_lstp.metrics.grounding import IOUS
 from lavis_lstp.schema import Batch, Prediction, Span
 from lavis_lstp.tasks.base import (
+    MODELS,
     LSTPTask,
     gold_of,
     moment_scores,
@@ -45,7 +46,9 @@ class TemporalGroundingTask(LSTPTask):
 
     def valid_step(self, model: torch.nn.Module, samples: Batch) -> list[Prediction]:
         if not hasattr(model, "locate"):
-            raise ConfigError(f"task {self.name} needs a model with locate(samples), got {type(model).__name__}")
+            raise ConfigError(
+                f"task {self.name} needs a model with locate(samples), got {type(model).__name__}; {MODELS}"
+            )
         found = model.locate(samples)
         ids = sample_ids(samples)
         one_each(found, ids, model)

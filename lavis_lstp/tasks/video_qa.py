@@ -21,7 +21,7 @@ from lavis_lstp.metrics.grounding import entropy_bits, evaluate_grounded_qa
 from lavis_lstp.metrics.qa import bleu_1, evaluate_answers, is_right, require_bleu, subtitles_shown
 from lavis_lstp.models.answer.lavis_frames import several_frames
 from lavis_lstp.schema import Batch, Prediction, Span
-from lavis_lstp.tasks.base import TIMINGS, LSTPTask, one_each, real_times, sample_ids, several_spans
+from lavis_lstp.tasks.base import MODELS, TIMINGS, LSTPTask, one_each, real_times, sample_ids, several_spans
 
 GENERATION = (
     "num_beams",
@@ -132,7 +132,7 @@ class VideoQATask(LSTPTask):
                 answers += model.generate({**asked, "prompt": prompts[-1]}, **kept)
             return {"prediction": answers, "prompt": prompts}
         raise ConfigError(
-            f"task {self.name} needs a model with predict_answers or generate, got {type(model).__name__}"
+            f"task {self.name} needs a model with predict_answers or generate, got {type(model).__name__}; {MODELS}"
         )
 
     def metrics(self, records: list[Prediction]) -> dict[str, Any]:

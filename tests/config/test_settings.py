@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from lavis_lstp.config.data import SETTINGS, settings_of
-from lavis_lstp.config.fields import rules
+from lavis_lstp.config.fields import ANY, LIST, TEXT, TEXTS, rules
 from lavis_lstp.config.load import parse, with_options
 from lavis_lstp.config.model import ModelSettings
 from lavis_lstp.config.run import RunSettings
@@ -214,6 +214,42 @@ def test_every_number_has_a_range(settings):
                     rule.checked(bad, name)
 
 
+def fields_of(settings: type, where: str):
+    """Each key, the keys inside of sections too, with its rule."""
+    for name, rule in rules(settings).items():
+        yield f"{where}.{name}", rule
+        inside = rule.section or rule.limits.get("keys") or (rule.item and rule.item.section)
+        if inside:
+            between = "" if rule.section or rule.limits.get("keys") else ".train"
+            yield from fields_of(inside, f"{where}.{name}{between}")
+
+
+SECTIONS = {"run": RunSettings, "model": ModelSettings} | {
+    f"datasets.{name}": found for name, found in SETTINGS.items()
+}
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_every_refusal_names_the_key_the_value_and_what_is_allowed(section):
+    counted = 0
+    for where, rule in fields_of(SECTIONS[section], section):
+        names = rule.limits.get("one_of")
+        if rule.kind == ANY or rule.section:
+            continue
+        bad = f"{sorted(names)[0]}q" if names else ["q"] if rule.kind == TEXT else "maybe"
+        with pytest.raises(ConfigError) as caught:
+            rule.checked(
+                [bad] if rule.kind in (LIST, TEXTS) and names else {"q": {"q": 1}} if rule.kind == TEXTS else bad, where
+            )
+        (line,) = str(caught.value).splitlines()
+        assert where in line and str(bad if names or rule.kind != TEXTS else "q") in line, line
+        assert (
+            all(name in line for name in names) and "did you mean" in line if names else f"must be {rule.kind}" in line
+        ), line
+        counted += 1
+    assert counted > 5
+
+
 # ---- splits
 
 
@@ -221,7 +257,7 @@ def test_every_number_has_a_range(settings):
 def test_every_split_that_is_named_exists(here, key):
     line = error(f"run.{key}=[train,trian]")
     assert f"unknown split in run.{key}: 'trian'; did you mean 'train'?" in line
-    assert "lstp_video_qa has train, test" in line
+    assert "(lstp_video_qa has train, test); name one of these, or give it a file in datasets.<name>.build_info" in line
 
 
 def test_an_evaluation_asks_for_the_splits_that_it_reads(here):
@@ -255,6 +291,7 @@ def test_a_split_of_one_data_set_alone_is_said(caplog):
     [
         (["run.max_epok=1"], "did you mean 'run.max_epoch'?"),
         (["model.checkpoint=2024"], "no weights at '2024'"),
+        (["model.checkpoint=None"], "owner/repository/file; no value is null there"),
         (["model.backbone.weights=weights/of/nobody"], "missing weights"),
         (
             ["model.checkpoint=narrow.safetensors", "model.selector.name=lstp"],
@@ -347,19 +384,10 @@ def test_names_in_a_file_that_are_no_texts(here, key):
 # ---- any value of any key
 
 
-def keys_of(settings: type, where: str):
-    for name, rule in rules(settings).items():
-        yield f"{where}.{name}"
-        inside = rule.section or rule.limits.get("keys") or (rule.item and rule.item.section)
-        if inside:
-            between = "" if rule.section or rule.limits.get("keys") else ".train"
-            yield from keys_of(inside, f"{where}.{name}{between}")
-
-
 KEYS = [
-    *keys_of(RunSettings, "run"),
-    *keys_of(ModelSettings, "model"),
-    *keys_of(settings_of("lstp_video_qa"), "datasets.lstp_video_qa"),
+    *dict(fields_of(RunSettings, "run")),
+    *dict(fields_of(ModelSettings, "model")),
+    *dict(fields_of(settings_of("lstp_video_qa"), "datasets.lstp_video_qa")),
     *(
         "run",
         "model",

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lavis_lstp.config.model import SCORERS, used_parts
-from lavis_lstp.errors import WeightsError, shortened
+from lavis_lstp.errors import WeightsError, no_value, shortened
 from lavis_lstp.files import expanded, read_record, strict_json
 from lavis_lstp.models.weights.saved_runs import checkpoint_of_run
 
@@ -182,7 +182,7 @@ def checkpoint_source(name: str | Path) -> Path:
         return hub_file("/".join(parts[:2]), "/".join(parts[2:]), f"no weights at '{name}'")
     raise WeightsError(
         f"no weights at '{name}': expected a run's folder, one of its checkpoint folders, a file "
-        f"({', '.join(SUFFIXES)}), or a file of the hub as owner/repository/file"
+        f"({', '.join(SUFFIXES)}), or a file of the hub as owner/repository/file{no_value(name)}"
     )
 
 
