@@ -24,7 +24,8 @@ SOURCES: dict[str, str] = {
 
 
 FIGURES = ("bit_cost", "motion_energy")
-"""The codec says these of each frame; a data set brings them where its keys of these names are true."""
+"""The codec says these of each frame; a data set brings them where its keys of these names are true, and a question
+alone brings those that its selector needs."""
 
 
 SEE_FRAMES = ("hub", "lavis")
@@ -51,7 +52,7 @@ class Kind(NamedTuple):
     @property
     def by_data(self) -> bool:
         """Return whether a data set must bring something, so that a question alone is not enough."""
-        return not {"span", "record", *FIGURES}.isdisjoint(self.needs)
+        return not {"span", "record"}.isdisjoint(self.needs)
 
 
 _OF_LOGITS, _OF_SCORES = "lavis_lstp.models.where.frame_selector", "lavis_lstp.models.where.selectors"

@@ -41,10 +41,9 @@ from lavis_lstp.data.published_flow import read_published_flow
 from lavis_lstp.data.selections import Recorded
 from lavis_lstp.data.shards.questions import ShardQuestions, unpack_frames
 from lavis_lstp.data.spans import GOLD, Spans
-from lavis_lstp.data.store import content_digest, default_store, kept_motion, read_kept
+from lavis_lstp.data.store import content_digest, default_store, kept_figures, read_kept
 from lavis_lstp.data.subtitles import Subtitles
-from lavis_lstp.data.video.codec_figures import of_candidates, packet_costs
-from lavis_lstp.data.video.reading import VideoFrames, check_inside, frames_between, read_frames
+from lavis_lstp.data.video.reading import VideoFrames, check_inside, read_frames
 from lavis_lstp.errors import AnnotationError, ConfigError, ShardError, VideoError
 from lavis_lstp.files import sha256_json
 from lavis_lstp.schema import NO_SPAN, Batch, Sample, Span
@@ -237,7 +236,7 @@ class VideoQADataset(Dataset):
         if own.flow == "motion_vectors" or own.flow_size:
             settings["flow_size"] = own.flow_size or own.image_size
         if "video" in self.kinds:
-            settings["num_frames"] = own.num_frames
+            settings |= {name: getattr(own, name) for name in ("num_frames", *FIGURES)}
         settings["vis_processor"] = "none" if self.vis_processor is None else "given"
         if self.subtitles is not None:
             settings["subtitles"] = self.subtitles.window_s
@@ -367,11 +366,7 @@ class VideoQADataset(Dataset):
             duration_s = video.info.duration_s
             if self._figures:
                 how = {"name": name, "max_megapixels": settings.max_megapixels}
-                costs, made = packet_costs(source, **how), {"bit_cost": lambda: costs.num_bytes}
-                made["motion_energy"] = lambda: kept_motion(store, content, source, **how)
-                inside = np.asarray(frames_between(costs.times_s, clip_s))
-                places = np.asarray(video.indices) - inside[0]
-                figures = {n: of_candidates(made[n]()[inside], places).astype(np.float32) for n in self._figures}
+                figures = kept_figures(self._figures, store, content, source, video.indices, clip_s, **how)
         if settings.flow == "precomputed":
             if clip_s:
                 raise ConfigError(_FLOW_OF_PARTS.format(section=self.section))

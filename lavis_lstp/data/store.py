@@ -328,6 +328,34 @@ def kept_motion(store: Store | None, content: str, source: Any, **how: Any) -> n
     return kept["energy"]
 
 
+def kept_figures(
+    names: Sequence[str],
+    store: Store | None,
+    content: str,
+    source: Any,
+    indices: Sequence[int],
+    between_s: tuple[float, float] | None = None,
+    **how: Any,
+) -> dict[str, np.ndarray]:
+    """Return what the codec says of the part of a video around each candidate: name of `FIGURES` -> float32 [T].
+
+    Args:
+        indices: T frame numbers in the file. between_s: the clip they are of; None = the whole video.
+        how: name and max_megapixels, as for `packet_costs`.
+
+    Raises:
+        VideoError: not a video file, such as a folder of pictures, or damaged.
+    """
+    from lavis_lstp.data.video.codec_figures import of_candidates, packet_costs
+    from lavis_lstp.data.video.reading import frames_between
+
+    costs = packet_costs(source, **how)
+    made = {"bit_cost": lambda: costs.num_bytes, "motion_energy": lambda: kept_motion(store, content, source, **how)}
+    inside = np.asarray(frames_between(costs.times_s, between_s))
+    places = np.asarray(indices) - inside[0]
+    return {name: of_candidates(made[name]()[inside], places).astype(np.float32) for name in names}
+
+
 def read_kept(store: Store | None, content: str, source: Any, *, name: str | None = None, **how: Any) -> VideoFrames:
     """Return what `read_frames` gives, without decoding where a store contains it; `count` is then None.
 

@@ -21,7 +21,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lavis_lstp.config.data import checked_dataset, complete_dataset, settings_of
 from lavis_lstp.config.load import find_config, first_line, lavis_root, load_recipe, sections_of, with_options
-from lavis_lstp.config.model import check_complete_model, checked_model, leave_unused_flow_out, used_parts
+from lavis_lstp.config.model import (
+    FIGURES,
+    SELECTORS,
+    check_complete_model,
+    checked_model,
+    leave_unused_flow_out,
+    used_parts,
+)
 from lavis_lstp.config.run import (
     RUNNERS,
     TASKS,
@@ -58,6 +65,8 @@ def check(args: argparse.Namespace, evaluate_only: bool = False) -> None:
         raise type(error)(f"{args.cfg_path}: {error}") from error
     leave_unused_flow_out(config["model"], config["datasets"])
     _check_data(config["datasets"], run, evaluate_only)
+    if run["task"] != "pseudo_span":  # which looks at every frame
+        _check_figures(config["model"]["selector"]["name"], config["datasets"])
     require_weights(config["model"])
     _check_shapes(config["model"])
 
@@ -126,6 +135,14 @@ def _check_data(datasets: Mapping[str, Mapping], run: Mapping[str, Any], alone: 
     for name, section in datasets.items():
         if name != "lstp_shapes":
             _check_files(f"datasets.{name}", section["build_info"] or {})
+
+
+def _check_figures(selector: str, datasets: Mapping[str, Mapping]) -> None:
+    """Raise ConfigError where a data set does not bring what the selector needs of the codec."""
+    for figure in set(FIGURES) & set(SELECTORS[selector].needs):
+        for name, section in datasets.items():
+            if section.get(figure) is False:
+                raise ConfigError(f"selector '{selector}' needs datasets.{name}.{figure}: true")
 
 
 def _splits(name: str, section: Mapping[str, Any]) -> list[str]:

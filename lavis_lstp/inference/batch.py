@@ -86,6 +86,8 @@ def _samples(model: Any, asked: Sequence[Asked]) -> dict[str, Any]:
         # what is drawn for a question depends on its seed and its text, and on no other row
         "question_id": [f"{one.settings.seed} {one.question}" for one in asked],
     }
+    if figure := asked[0].settings.selector.figure:
+        samples[figure] = torch.stack([_padded(torch.as_tensor(one.candidates.figure), longest) for one in asked])
     if any(one.subtitles is not None for one in asked):
         samples["subtitles"] = [list(one.subtitles or ()) for one in asked]
         samples["subtitles_window_s"] = [one.settings.subtitles_window_s for one in asked]

@@ -52,6 +52,7 @@ class Candidates:
         codec_flow: the same from the codec's motion vectors, where the model is set to take them.
         numbers: T frame numbers in the file of a video.
         info: what the video is; None of other media.
+        figure: float32 [T], that of `config.model.FIGURES` which the selector needs; None where it needs none.
     """
 
     media: str
@@ -63,12 +64,13 @@ class Candidates:
     codec_flow: Tensor | None
     numbers: Sequence[int] = ()
     info: VideoInfo | None = None
+    figure: np.ndarray | None = None
 
 
-def num_bytes(value: Candidates | Tensor) -> int:
+def num_bytes(value: Candidates | Tensor | np.ndarray) -> int:
     """Bytes of the tensors of a value that is kept."""
     parts = (value.frames, value.codec_flow) if isinstance(value, Candidates) else (value,)
-    return sum(part.numel() * part.element_size() for part in parts if part is not None)
+    return sum(part.nbytes for part in parts if part is not None)
 
 
 class Kept:
@@ -190,6 +192,7 @@ class Reader:
         num_frames: int,
         *,
         flow: bool,
+        figure: str | None = None,
         name: str | None = None,
         fps: float | None = None,
         reading: Mapping[str, str] | None = None,
@@ -200,7 +203,7 @@ class Reader:
         Args:
             source: see `Medium`; None is a text.
             num_frames: T, evenly spaced frames of a video.
-            flow: whether flow is needed.
+            flow: whether flow is needed. figure: which of `config.model.FIGURES` is; None = none.
             name: what errors call the medium; default: its path.
             fps: so many frames a second of a video, where these are at most T; None = T.
             reading: frames and flow_pairs, in place of the reader's own.
@@ -236,7 +239,24 @@ class Reader:
         if flow and len(found.frames) > 1:
             field = self.kept.get((key, "flow"), lambda: timed("flow", self._flow, found, source, how, pairs))
             found = replace(found, flow=field)
+        if figure is not None:
+            made = self.kept.get((key, figure), lambda: timed("codec", self._figure, found, source, how, figure))
+            found = replace(found, figure=made)
         return found, seconds
+
+    def _figure(self, found: Candidates, source: Medium, how: dict[str, Any], figure: str) -> np.ndarray:
+        import numpy as np
+
+        from lavis_lstp.data.store import kept_figures
+
+        if found.kind != "video":
+            return np.ones(len(found.frames), np.float32)
+        if isinstance(source, list | tuple):
+            raise VideoError(f"{how['name'] or 'pictures'}: {figure} is of a video file, and these are pictures")
+        store = self.store if isinstance(source, str | os.PathLike) else None
+        named = {key: how[key] for key in ("name", "max_megapixels")}
+        between_s = how.get("between_s")
+        return kept_figures([figure], store, found.media.split()[0], source, found.numbers, between_s, **named)[figure]
 
     def _text(self) -> Candidates:
         import numpy as np
@@ -244,7 +264,7 @@ class Reader:
 
         side = self.model.backbone.image_size
         nothing = torch.zeros(0, 3, side, side, dtype=torch.uint8)
-        return Candidates("", "text", nothing, np.zeros(0), 0.0, None, None)
+        return Candidates("", "text", nothing, np.zeros(0), 0.0, None, None, figure=np.zeros(0, np.float32))
 
     def _decode(self, source: Medium, media: str, how: dict[str, Any], flow_pairs: str) -> Candidates:
         import numpy as np

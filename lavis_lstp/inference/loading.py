@@ -46,8 +46,7 @@ def build_model(name: str, model_type: str | None, checkpoint: str | None, optio
         config.losses, config.refinement.in_loop = ["lm"], False
     model = model_class.from_config(config).eval()
     if model.selector.by_data:
-        used = model.selector
-        what = "spans" if used.needs_span else used.figure if used.figure else "frames"
+        what = "spans" if model.selector.needs_span else "frames"
         raise ConfigError(
             f"selector '{model.selector.name}' takes {what} from a data set, and a video alone has none; "
             "add --options model.selector.name=lstp"

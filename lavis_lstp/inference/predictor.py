@@ -144,10 +144,9 @@ class Predictor:
         cancel = cancel or threading.Event()
         _unless(cancel)
         lines = read_subtitles(Path(subtitles)) if isinstance(subtitles, str | Path) else subtitles
-        flow = self._open_model().chooser.asks_sampler(settings.selector)
-        candidates, seconds = self.reader.read(
-            video, settings.num_frames, flow=flow, name=name, fps=settings.fps, reading=settings.reading, clip_s=clip_s
-        )
+        needs = {"flow": self._open_model().chooser.asks_sampler(settings.selector), "figure": settings.selector.figure}
+        how = {"name": name, "fps": settings.fps, "reading": settings.reading, "clip_s": clip_s}
+        candidates, seconds = self.reader.read(video, settings.num_frames, **needs, **how)
         _unless(cancel)
         return Asked(question, tuple(history), candidates, settings, seconds, instructions, lines, on_text, cancel)
 

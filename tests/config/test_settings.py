@@ -300,6 +300,7 @@ def test_a_split_of_one_data_set_alone_is_said(caplog):
         (["model.losses=[span]"], "do not go together"),
         (["datasets.lstp_video_qa.build_info.videos.storage=gone"], "no such folder: gone"),
         (["run.runner=runner_deepspeed"], "needs run.deepspeed"),
+        (["model.selector.name=bitcost"], "selector 'bitcost' needs datasets.lstp_video_qa.bit_cost: true"),
     ],
 )
 def test_what_is_known_without_lavis_is_said_without_it(here, options, said):

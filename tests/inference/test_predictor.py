@@ -164,6 +164,21 @@ def test_draws_depend_on_the_seed_alone(predictor):
     assert drawn(1) == drawn(1) and len({drawn(seed) for seed in range(4)}) > 1
 
 
+@pytest.mark.parametrize("selector", ["bitcost", "motion"])
+@pytest.mark.parametrize("clip_s", [None, (0.5, 1.5)])
+def test_what_the_codec_says_is_read_of_a_video_alone(predictor, selector, clip_s):
+    """The frames of `lavis_lstp.select`, which asks nobody; a picture and a text in the same batch have one or none."""
+    given = predictor.settings(selector=selector, num_selected=3)
+    asked = [predictor.prepare(CLIP, ASKED, settings=given, clip_s=clip_s)]
+    asked += [predictor.prepare(medium, ASKED, settings=given) for medium in (picture_bytes(), None)]
+    found = predictor.answer_many(asked)
+    chosen = lavis_lstp.select(CLIP, ASKED, k=3, method=selector, num_candidates=predictor.num_frames, clip_s=clip_s)
+    assert [asked[0].candidates.numbers[i] for i in found[0].frame_index] == chosen.frame_index
+    assert [one.frame_index for one in found[1:]] == [[0], []]
+    with pytest.raises(VideoError, match="is of a video file"):
+        predictor.answer([picture_bytes(), picture_bytes()], ASKED, selector=selector)
+
+
 def test_settings_of_a_call_leave_the_next_call_alone(predictor):
     before = predictor.answer(CLIP, ASKED)
     uniform = predictor.answer(CLIP, ASKED, selector="uniform", num_selected=2)
