@@ -109,6 +109,13 @@ def run_command(command: Callable[[], int | None]) -> int:
             _mute()  # Python would try to flush it again at its end
         where = error.filename if error.filename is not None else "output"
         return _tell(f"{where}: {error.strerror}" if error.strerror else str(error) or type(error).__name__)
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "transformers"):
+            raise
+        return _tell(
+            f"this command needs {error.name}, which is not installed; pip install {error.name}. Without it: lavis-lstp "
+            "select VIDEO QUESTION --method uniform, with --answer-by MODEL for a server's answer"
+        )
     except UnicodeEncodeError as error:
         if error.encoding == "utf-8":
             raise

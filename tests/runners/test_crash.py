@@ -194,6 +194,12 @@ def test_a_folder_that_vanished_is_one_line(tmp_path, capsys):
             2,
             "error: 'caf\\xe9.mp4' cannot be written in this locale (ascii); set PYTHONUTF8=1\n",
         ),
+        (
+            ModuleNotFoundError("No module named 'torch'", name="torch"),
+            2,
+            "error: this command needs torch, which is not installed; pip install torch. Without it: lavis-lstp select "
+            "VIDEO QUESTION --method uniform, with --answer-by MODEL for a server's answer\n",
+        ),
         (KeyboardInterrupt(), STOPPED, "stopped\n"),
     ],
 )
