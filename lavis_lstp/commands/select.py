@@ -48,7 +48,8 @@ def table(found: Selection) -> str:
     filled = f"; {found.num_filled} of them were filled in by the best remaining scores" if found.num_filled else ""
     scored = "" if found.scores is None else f", {len(found.scores)} scored"
     if len(found.frame_index) < found.settings["k"]:
-        notes.append(f"{found.settings['k']} were asked for, and there are no more to choose among")
+        among = "in the span" if found.span_s else "to choose among"
+        notes.append(f"{found.settings['k']} were asked for, and there are no more {among}")
     told = f" ({'; '.join(filter(None, notes))})"
     lines.append(f"{len(found.frame_index)} of {found.num_frames} frames by {found.method}{scored}{filled}{told}")
     return "\n".join(lines)

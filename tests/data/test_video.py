@@ -556,9 +556,9 @@ def test_sound_with_a_cover_picture_is_no_video(tmp_path):
         probe(tmp_path / "song.m4a")
 
 
-@pytest.mark.parametrize("shown", [[0, 7, 14, 20, 21], [0, 5, 10, 15, 20]])
-def test_an_avi_with_dropped_pictures_is_whole(tmp_path, shown):
+def test_an_avi_with_dropped_pictures_is_whole(tmp_path):
     """Its header counts them, and empty chunks stand for them."""
+    shown = [0, 7, 14, 20, 21]
     path = numbered_video(tmp_path / "v.avi", 5, ticks=shown, fps=25, codec="mpeg4", options={})
     video = read_frames(path, num=5)
     assert [read_number(frame) for frame in video.frames] == list(range(5))

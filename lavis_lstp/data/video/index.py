@@ -465,11 +465,8 @@ def _read_packets(container: Any, stream: Any) -> tuple[np.ndarray, str | None]:
         packets = packets[:-1]
         missing = f"truncated: frame {len(packets)} is cut off"
     declared = _declared_frames(container, stream)
-    # AVI counts pictures that were dropped, too: empty chunks, which nothing but the stamps behind them tell. Where all
-    # pictures have as many behind them, so has the last.
-    steps = np.unique(np.diff(packets["dts"]))
-    held = int(packets["dts"].max(initial=0)) + (int(steps[0]) if len(steps) == 1 else 1)
-    held = held if container.format.name == "avi" else 0
+    # AVI counts pictures that were dropped, too: empty chunks, which nothing but the stamps behind them tell.
+    held = int(packets["dts"].max(initial=0)) + 1 if container.format.name == "avi" else 0
     if declared > max(held, len(packets)):
         missing = f"truncated: {len(packets)} of {declared} frames are in the file"
     elif (short_s := _missing_seconds(stream, packets)) > 0:
