@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _take_example(args)
     elif args.question is None:
         parser.error("name a video and a question, or --example")
-    if not Path(args.video).is_file():  # before the seconds that a model takes
+    if not Path(args.video).exists():  # before the seconds that a model takes
         raise LstpError(f"{args.video}: no such video file")
     found = built_predictor(args, store=default_store()).answer(args.video, args.question, subtitles=args.subtitles)
     picture = args.picture or Path(f"{Path(args.video).stem}_lstp.png")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from lavis_lstp.data.store import content_digest
-from lavis_lstp.errors import VideoError
+from lavis_lstp.errors import ConfigError, VideoError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -150,6 +150,22 @@ def _start(source: Medium, count: int) -> bytes:
     return source.read(count)
 
 
+def check_medium(source: Any) -> None:
+    """Raises ConfigError for what is no `Medium`, such as decoded frames or a file opened as text."""
+    if source is None or isinstance(source, str | os.PathLike | bytes | bytearray | memoryview):
+        return
+    if isinstance(source, list | tuple):
+        if source and all(isinstance(one, bytes | str | os.PathLike) for one in source):
+            return
+        got = f"a {type(source).__name__} of {', '.join(sorted({type(one).__name__ for one in source})) or 'nothing'}"
+    elif hasattr(source, "seek") and hasattr(source, "read") and isinstance(source.read(0), bytes):
+        return
+    else:
+        got = f"{type(source).__name__}, which is none of these"
+    known = "a path, bytes, a seekable file opened as binary, or a list of pictures' bytes"
+    raise ConfigError(f"a video or picture is {known}; got {got}")
+
+
 class Reader:
     """Reads candidates for one model and keeps them.
 
@@ -211,7 +227,9 @@ class Reader:
 
         Raises:
             VideoError: it is missing, not a readable video or picture, too long or too large.
+            ConfigError: it is no medium at all.
         """
+        check_medium(source)
         seconds: dict[str, float] = {}
         if source is None:
             return self._text(), seconds

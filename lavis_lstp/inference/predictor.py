@@ -135,6 +135,8 @@ class Predictor:
         """
         self._open_model()
         settings = settings or self.settings()
+        if not all(isinstance(turn, list | tuple) and len(turn) == 2 for turn in history):
+            raise ConfigError(f"history is a list of (question, answer), got {history!r:.80}")
         for text in (question, *(text for turn in history for text in turn)):
             if not isinstance(text, str):
                 raise ConfigError(f"a question and its history are texts, got {type(text).__name__}")
@@ -176,7 +178,7 @@ class Predictor:
 
         Raises:
             VideoError: the medium is missing or unreadable.
-            ConfigError: a setting or the question cannot be used.
+            ConfigError: a setting, the question, its history or the kind of medium cannot be used.
             Cancelled: `cancel` was set.
         """
         checked = self.settings(**settings)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import logging
-import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -112,12 +111,8 @@ class Media:
 
 
 def _of_video(source: Any, name: str, times_s: Sequence[float], limit: Mapping[str, float]) -> list[Image.Image]:
-    if isinstance(source, Path) and source.is_dir():  # of pictures, which are read by number alone
-        every = read_frames(source, num=sys.maxsize, name=name, **limit)
-        frames = every.frames[[int(np.abs(every.times_s - time).argmin()) for time in times_s]]
-    else:
-        later = [time + HALF_A_STEP_S for time in times_s]
-        frames = read_frames(source, times_s=later, name=name, **limit).frames
+    later = [time + HALF_A_STEP_S for time in times_s]
+    frames = read_frames(source, times_s=later, name=name, **limit).frames
     return [Image.fromarray(frame.transpose(1, 2, 0)) for frame in frames]
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from video_files import audio_file, numbered_video, read_number, write_video
+from video_files import audio_file, numbered_picture, numbered_video, read_number, write_video
 
 import lavis_lstp
 from lavis_lstp.commands import ask, cli
@@ -52,6 +52,11 @@ def test_any_video_gets_an_answer_a_span_and_a_picture(tmp_path, capsys):
     code, out, _ = run(capsys, *words[:-1], "--options", "model.selector.name=uniform")
     assert code == 0 and "frames    " in out and str(picture) in out
     assert "flow" not in out.split("time")[1]  # evenly spaced frames need neither flow nor sampler
+    (tmp_path / "frames").mkdir()
+    for number in range(7):
+        Image.fromarray(numbered_picture(number)).save(tmp_path / "frames" / f"{number}.png")
+    code, out, _ = run(capsys, str(tmp_path / "frames"), "what?", "--picture", str(picture), "--json")
+    assert code == 0 and json.loads(out)["frame_times_s"][-1] < 7 / 3  # a folder of pictures, three a second
 
 
 def test_a_runs_checkpoint_brings_its_config_and_the_weights_it_began_with(tmp_path):

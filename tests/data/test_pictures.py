@@ -349,6 +349,13 @@ def test_frames_of_a_folder_come_in_that_order(tmp_path):
         Image.new("L", (8, 8), 20 * number).save(tmp_path / f"frame_{number}.png")
     shown = read_frames(tmp_path, num=12).frames[:, 0, 0, 0] // 20
     assert shown.tolist() == list(range(1, 13))
+    listed = [(tmp_path / f"frame_{number}.png").read_bytes() for number in range(1, 13)]
+    for source, name in ((tmp_path, None), (listed, "pictures")):
+        by_time = read_frames(source, times_s=[3.9, 0.0, 1.0], name=name)  # three a second
+        assert (by_time.frames[:, 0, 0, 0] // 20).tolist() == [12, 1, 4] and by_time.indices == [11, 0, 3]
+        assert (read_frames(source, indices=[11, 2], name=name).frames[:, 0, 0, 0] // 20).tolist() == [12, 3]
+        with pytest.raises(VideoError, match="no frame 12, it has 12 frames"):
+            read_frames(source, indices=[12], name=name)
 
 
 def test_json_of_left_out_pictures(tmp_path):

@@ -212,6 +212,27 @@ def test_settings_that_cannot_be_used_are_named(predictor, settings, said):
     assert said in str(refused.value) and "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("medium", "got"),
+    [
+        ([], "a list of nothing"),
+        ([np.zeros((4, 4, 3), np.uint8)], "a list of ndarray"),
+        (np.zeros((4, 3, 64, 64), np.uint8), "ndarray"),
+        (io.StringIO("film.mp4"), "StringIO"),
+        (7, "int"),
+    ],
+)
+def test_what_is_no_medium_is_one_line(predictor, medium, got):
+    with pytest.raises(ConfigError, match=f"is a path, bytes, .* got {got}"):
+        predictor.answer(medium, ASKED)
+
+
+@pytest.mark.parametrize("history", ["a question", [("q", "a", "b")], [{"question": "q", "answer": "a"}, 3]])
+def test_a_history_that_is_no_list_of_pairs_is_one_line(predictor, history):
+    with pytest.raises(ConfigError, match=r"history is a list of \(question, answer\), got"):
+        predictor.answer(CLIP, ASKED, history=history)
+
+
 @pytest.mark.parametrize("medium", [b"", b"no video", b"\x89PNG\r\n\x1a\nbroken", io.BytesIO(b"#EXTM3U\nfile.ts\n")])
 def test_a_medium_that_cannot_be_read_is_named_and_not_kept(predictor, medium):
     held = len(predictor.reader.kept._found)

@@ -169,7 +169,7 @@ def probe(source: Source, *, name: str | None = None, max_megapixels: float = DE
         VideoError: not a video, no picture track, pictures too large, or less of it than the file promises.
     """
     if _is_pictures(source):
-        return _read_folder(source, name, num=1).info
+        return _read_folder(source, name, (None, None, 1, None, "keep", None)).info
     name = source_name(source, name)
     index = video_index(source, name, max_megapixels)
     _refuse_incomplete(index)
@@ -312,8 +312,8 @@ def read_frames(
     One picture is held in full size at a time; with `size` each is resized as it is decoded (SPEC 5).
 
     Args:
-        source: path, bytes, or seekable binary file; or, with `num`, a folder of pictures (`picture_folder`), or a
-            list of its pictures' bytes.
+        source: path, bytes, or seekable binary file; or a folder of pictures (`picture_folder`), or a list of its
+            pictures' bytes.
         indices: frame numbers from 0, in any order, repeats allowed.
         times_s: seconds since the start of the file; the frame on screen then.
         fps: with `num`: so many frames a second (`frames_at_rate`) where these are at most `num`; otherwise, and where
@@ -348,8 +348,8 @@ def read_frames(
         if with_next:
             name = name if isinstance(source, list) else source_name(source, name)
             raise ConfigError(f"{name}: flow_pairs local needs a video, and these are pictures")
-        chosen = {"num": num, "fps": fps, "short_videos": short_videos, "between_s": between_s}
-        return _read_folder(source, name, **chosen, size=size, motion_vectors=motion_vectors, limit=max_megapixels)
+        chosen = (indices, times_s, num, fps, short_videos, between_s)
+        return _read_folder(source, name, chosen, size=size, motion_vectors=motion_vectors, limit=max_megapixels)
     if backend not in BACKENDS:
         raise ConfigError(unknown_name("video backend", backend, BACKENDS))
     if short_videos not in SHORT_VIDEOS:
@@ -420,16 +420,13 @@ def _is_pictures(source: Source | Sequence[bytes]) -> bool:
 def _read_folder(
     source,
     name,
+    asked,
     *,
-    num,
-    fps=None,
-    short_videos="keep",
-    between_s=None,
     size=None,
     motion_vectors=False,
     limit=DEFAULT_MAX_MEGAPIXELS,
 ) -> VideoFrames:
-    """`num` frames of a folder of pictures, or of a list of them as bytes."""
+    """Frames of a folder of pictures, or of a list of them as bytes; `asked` as of `_choose`."""
     if isinstance(source, list):
         pictures = [(f"{name}, picture {number}", raw) for number, raw in enumerate(source)]
     else:
@@ -438,7 +435,7 @@ def _read_folder(
     if motion_vectors:
         raise ConfigError(f"{name}: pictures have no motion vectors; use flow none and let the model compute it")
     index = folder_index(name, len(pictures))
-    chosen = _choose(index, None, None, num, fps, short_videos, between_s)
+    chosen = _choose(index, *asked)
     wanted = [pictures[i] for i in chosen]
     frames = read_pictures(wanted, None if size is None else _height_width(size), _resize_picture, limit)
     info = VideoInfo(len(pictures), index.fps, index.duration_s, frames.shape[3], frames.shape[2], 0, index.codec)
