@@ -184,14 +184,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     common = {"k": args.k, "method": args.method, "seed": args.seed, "num_candidates": args.num_candidates}
     common["candidates_per_s"] = args.candidates_per_s
-    common |= {key: value for key in ("scorer", "frames", "flow_pairs") if (value := getattr(args, key)) is not None}
     settings = dict(_setting(word) for word in args.settings)
     if args.answer_by and (args.questions or args.json or args.format or not args.question.strip()):
         parser.error("--answer-by MODEL goes with one video and a question, and prints no JSON")
     if args.questions is None and (args.video is None) == (args.recorded is None):
         parser.error("name a video, --from FILE, or --questions FILE --out FILE")
-    if args.video is not None and not Path(args.video).is_file():
+    if args.questions is None and (args.root or args.workers != 1 or args.engine != "local"):
+        parser.error("--root, --workers and --engine go with --questions FILE")
+    of_choosing = [*common, "clip_s", "settings", "checkpoint", "scorer", "frames", "flow_pairs"]
+    asked_for = [name for name in of_choosing if getattr(args, name) != parser.get_default(name)]
+    if args.recorded is not None and asked_for:
+        parser.error(f"--from FILE takes frames as they were chosen; leave out {', '.join(asked_for)}")
+    if args.video is not None and not Path(args.video).exists():
         raise LstpError(f"{args.video}: no such video file")
+    common |= {key: value for key in ("scorer", "frames", "flow_pairs") if (value := getattr(args, key)) is not None}
     options = None if args.recorded is not None else load_options(args.method, args.scorer)
     asked = None if options is None else (args.checkpoint or "example", tuple(options))
     if asked:
@@ -220,8 +226,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = select(args.video, args.question, clip_s=args.clip_s, **common, **settings, **predictor)
     if args.save:
         save(found, args.save)
-    form = args.format or ("jsonl" if args.json else None)
-    print(text_of(form, [found.to_json()]).rstrip("\n") if form else printable(table(found)))
+    form = args.format or ("jsonl" if args.json or args.out else None)
+    written = text_of(form, [found.to_json()]) if form else ""
+    if args.out:
+        with atomic_writer(args.out) as file:
+            file.write(written)
+    shown = form and (args.json or not args.out)
+    print(written.rstrip("\n") if shown else printable(table(found)))
     if args.answer_by:
         print(printable(found.answer(args.answer_by)))
     return 0

@@ -211,6 +211,18 @@ def test_the_command_prints_a_table_and_saves_pictures(film, tmp_path, capsys):
     lines = {x for x in range(sheet.shape[1]) if (sheet[-90:, x] == contact_sheet.CHOSEN).all(axis=1).sum() > 40}
     assert lines == {int((sheet.shape[1] - 1) * seconds / 4.0) for seconds in found.times_s}, "100 frames last 4 s"
     assert (sheet[-100:] == contact_sheet.SCORES).all(axis=2).any(axis=0).mean() > 0.8
+    for form, kept in (([], found.to_json()), (["--format", "aks"], [found.frame_index])):
+        words = ["--method", "bitcost", "-k", "3", "--out", str(tmp_path / "kept.json"), *form]
+        assert cli.main(["select", str(film), *words]) == 0 and "3 of 100 frames" in capsys.readouterr().out
+        written = json.loads((tmp_path / "kept.json").read_text(encoding="utf-8"))
+        assert written["frame_index"] == found.frame_index if form == [] else written == kept
+    for words, said in (
+        (["--from", str(out / "selection.json"), "-k", "2"], "takes frames as they were chosen; leave out k"),
+        ([str(film), "--workers", "2"], "--workers and --engine go with --questions FILE"),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main(["select", *words])
+        assert said in capsys.readouterr().err
     assert cli.main(["select", str(film), "--method", "lstpp"]) == 2
     assert "did you mean 'lstp'" in capsys.readouterr().err
 
