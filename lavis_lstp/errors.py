@@ -113,8 +113,8 @@ def run_command(command: Callable[[], int | None]) -> int:
         if error.name not in ("torch", "transformers"):
             raise
         return _tell(
-            f"this command needs {error.name}, which is not installed; pip install {error.name}. Without it: lavis-lstp "
-            "select VIDEO QUESTION --method uniform, with --answer-by MODEL for a server's answer"
+            f"this command needs {error.name}, which is not installed; pip install {error.name}. Without it: "
+            "lavis-lstp select VIDEO QUESTION --method uniform, with --answer-by MODEL for a server's answer"
         )
     except UnicodeEncodeError as error:
         if error.encoding == "utf-8":

@@ -174,7 +174,7 @@ def test_what_the_codec_says_is_read_of_a_video_alone(predictor, selector, clip_
     found = predictor.answer_many(asked)
     chosen = lavis_lstp.select(CLIP, ASKED, k=3, method=selector, num_candidates=predictor.num_frames, clip_s=clip_s)
     assert [asked[0].candidates.numbers[i] for i in found[0].frame_index] == chosen.frame_index
-    assert [one.frame_index for one in found[1:]] == [[0], []]
+    assert [set(one.frame_index) for one in found[1:]] == [{0}, set()]
     with pytest.raises(VideoError, match="is of a video file"):
         predictor.answer([picture_bytes(), picture_bytes()], ASKED, selector=selector)
 
