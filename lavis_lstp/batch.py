@@ -42,17 +42,19 @@ def readable(samples: Batch) -> Batch:
 
 
 def with_equal_keys(samples: Iterable[Sample]) -> list[Sample]:
-    """The samples, each with the keys that only some bring: flow_mask, whose others have one field for each frame, and
-    no_moment."""
+    """The samples, each with the keys that only some bring: flow_mask, whose others have one field for each frame,
+    any_span, whose others have one span, and no_moment."""
 
     def filled(sample: Sample) -> Sample:
         own: Sample = {"no_moment": torch.tensor(0)} if "no_moment" in found else {}
         if "flow_mask" in found and "flow" in sample:
             own["flow_mask"] = sample["flow"].new_ones(len(sample["flow"])).long()
+        if "any_span" in found:
+            own["any_span"] = sample["span"][None]
         return {**own, **sample}
 
     samples = list(samples)
-    found = {key for sample in samples for key in ("no_moment", "flow_mask") if key in sample}
+    found = {key for sample in samples for key in ("no_moment", "flow_mask", "any_span") if key in sample}
     return [filled(sample) for sample in samples] if found else samples
 
 

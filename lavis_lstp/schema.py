@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 class _SampleWhereGiven(TypedDict, total=False):
     flow: Tensor  # float16 or float32 [L,2,h,w], where the data set brings it: (u, v) in px per frame, x right, y down
     flow_mask: Tensor  # int64 [L], only where flow is not one field a frame (the published files)
+    any_span: Tensor  # int64 [M,2], where several gold spans are learned: finding any one is right; (-1, -1) = none
     no_moment: Tensor  # int64 [], 1 where a row of a span file says that there is no span
     bit_cost: Tensor  # float32 [T], with datasets.<name>.bit_cost: the codec's bytes a picture around each frame
     motion_energy: Tensor  # float32 [T], with datasets.<name>.motion_energy: how much moves around each frame

@@ -130,7 +130,7 @@ class VideoSettings(PictureSettings):
     )  # candidates a second where these are at most num_frames; null = num_frames
     short_videos: str = key("keep", one_of=("keep", "double"))  # double: frames repeat to num_frames (published)
     # what the sampler learns, for the split train: a file of pseudo spans; "shards": span.json of shards; "gold": the
-    # annotation's own moments, of several the longest
+    # annotation's own moments, of several at each step the one that the sampler likes best
     spans: Any = key(kind=TEXT, per_split=True)
     span_weight: int | float = key(1.0, least=0, most=1_000)  # factor on the span loss of this data set's questions
     # recorded frames (`lavis-lstp select --questions`, AKS, BOLT, vLLM) in place of num_frames candidates, for selector

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import Dataset, default_collate
 
@@ -269,7 +270,7 @@ class VideoQADataset(Dataset):
             "span": self._span(row, times),
             "span_weight": torch.tensor(float(self.settings.span_weight)),
             "gold_span": self._gold_span(row, times),
-            "moments_s": row.get("moments_s") or ([row["span_s"]] if row.get("span_s") else []),
+            "moments_s": _gold_moments(row),
         }
         if self.subtitles is not None:
             sample["subtitles"], sample["subtitles_window_s"] = self.subtitles.of(row), self.subtitles.window_s
@@ -280,6 +281,8 @@ class VideoQADataset(Dataset):
             sample["flow_mask"] = torch.ones(len(flow), dtype=torch.long)
         if self._pseudo_span(row) is None and self.spans not in (None, GOLD) and kind_of(row) == "video":
             sample["no_moment"] = torch.tensor(1)
+        if self.spans == GOLD and len(sample["moments_s"]) > 1:
+            sample["any_span"] = torch.stack([self._frames_of(moment, times) for moment in sample["moments_s"]])
         if self.vis_processor is not None:
             sample["image"] = self._image(frames)
         return sample
@@ -319,8 +322,8 @@ class VideoQADataset(Dataset):
             self._decode = lru_cache(maxsize=max(1, self.settings.cache_videos))(self._read)
         clip_s = tuple(row.get("clip_s") or ()) or None
         frames, times, flow, figures, duration_s = self._decode(place, clip_s, self._chosen(row))
-        if row.get("span_s") and duration_s is not None:
-            check_inside(row["span_s"], "span_s", duration_s, str(row["video"]))
+        for start_s, end_s in () if duration_s is None else _gold_moments(row):
+            check_inside([max(0, start_s), end_s], "span_s", duration_s, str(row["video"]))
         return torch.from_numpy(frames), times, None if flow is None else torch.from_numpy(flow), figures
 
     @property
@@ -424,9 +427,11 @@ class VideoQADataset(Dataset):
         return torch.tensor(list(span or NO_SPAN), dtype=torch.long)
 
     def _gold_span(self, row: Mapping[str, Any], times: np.ndarray) -> torch.Tensor:
+        return self._frames_of(row["span_s"], times) if row.get("span_s") else torch.tensor(NO_SPAN)
+
+    def _frames_of(self, moment_s: Sequence[float], times: np.ndarray) -> torch.Tensor:
         # Not of float32 times: 1.8 s would become 1.79999995 and its frame fall out of a span that begins there.
-        span = Span.from_seconds(*row["span_s"], times.round(6).tolist()) if row.get("span_s") else NO_SPAN
-        return torch.tensor(list(span), dtype=torch.long)
+        return torch.tensor(list(Span.from_seconds(*moment_s, times.round(6).tolist())), dtype=torch.long)
 
     # ---- batches ----------------------------------------------------------------------------------------------
 
@@ -438,12 +443,15 @@ class VideoQADataset(Dataset):
         samples = with_equal_keys(samples)
         length = max(1, *(len(sample["frames"]) for sample in samples))
         flows = max([1, *(len(sample["flow_mask"]) for sample in samples if "flow_mask" in sample)])
+        spans = max([1, *(len(sample["any_span"]) for sample in samples if "any_span" in sample)])
         batch: dict[str, Any] = {}
         for key, first in samples[0].items():
             values = [sample[key] for sample in samples]
             if key in ("frames", "frame_times", "flow", "flow_mask", *FIGURES):
                 own = key.startswith("flow") and "flow_mask" in samples[0]
                 values = [_padded(value, flows if own else length) for value in values]
+            elif key == "any_span":
+                values = [F.pad(value, (0, 0, 0, spans - len(value)), value=NO_SPAN[0]) for value in values]
             batch[key] = self._stacked(key, values, samples) if torch.is_tensor(first) else values
         counts = torch.tensor([len(sample["frames"]) for sample in samples])
         batch["frame_mask"] = (torch.arange(length)[None] < counts[:, None]).long()
@@ -464,6 +472,10 @@ def _media_name(row: Mapping[str, Any]) -> str:
     """Of the frames a question is about: equal where they are the same; '' for a text."""
     kind, clip = kind_of(row), row.get("clip_s")
     return "" if kind == "text" else f"{row[kind]} {clip[0]:g} to {clip[1]:g} s" if clip else row[kind]
+
+
+def _gold_moments(row: Mapping[str, Any]) -> list[list[float]]:
+    return row.get("moments_s") or ([row["span_s"]] if row.get("span_s") else [])
 
 
 def _padded(value: torch.Tensor, length: int) -> torch.Tensor:

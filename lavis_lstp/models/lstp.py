@@ -33,7 +33,7 @@ from lavis_lstp.models.weights.recorded import recorded_model
 from lavis_lstp.models.weights.sharing import push_to_hub
 from lavis_lstp.models.where.chooser import Chooser
 from lavis_lstp.models.where.frame_selector import FrameSelector
-from lavis_lstp.models.where.temporal_sampler import span_loss, spans_in_flows
+from lavis_lstp.models.where.temporal_sampler import likeliest_span, span_loss, spans_in_flows
 from lavis_lstp.schema import NO_SPAN, Batch
 
 
@@ -228,14 +228,14 @@ class LSTP(BaseModel):
         logits = None
         if "span" in self.losses:
             logits = self.chooser.logits(samples, must_reach=self.losses == ("span",))
-            target, mask = self._target_span(samples), self.chooser.flow_mask(samples)
+            targets, mask = self._target_spans(samples), self.chooser.flow_mask(samples)
             if self.chooser.has_own_flow(samples):
-                counts = (m.sum(dim=1).to(target.device) for m in (samples["frame_mask"], mask))
-                target = spans_in_flows(target, *counts)
+                counts = [m.sum(dim=1).to(targets.device) for m in (samples["frame_mask"], mask)]
+                targets = torch.stack([spans_in_flows(span, *counts) for span in targets.unbind(1)], dim=1)
             losses["span_loss"] = span_loss(
                 logits.start_logits,
                 logits.end_logits,
-                target.to(self.device),
+                likeliest_span(logits.start_logits, logits.end_logits, targets.to(self.device)),
                 mask.to(self.device),
                 mask_padding=self.mask_padding,
                 weight=samples.get("span_weight"),
@@ -247,18 +247,18 @@ class LSTP(BaseModel):
             losses["lm_loss"] = self.look(samples, choice.frame_index, prompts).loss(answers)
         return {"loss": losses["lm_loss"] + losses["span_loss"], **losses}
 
-    def _target_span(self, samples: Batch) -> Tensor:
-        """The spans to learn, [B,2]: made here (self-refinement) or given; none for images and texts."""
+    def _target_spans(self, samples: Batch) -> Tensor:
+        """The spans to learn one of, [B,M,2]: made here (self-refinement) or given; none for images and texts."""
         if self.refinement:
-            span = self.refinement.spans(self, samples)
+            spans = self.refinement.spans(self, samples)[:, None]
         elif "span" in samples:
-            span = samples["span"]
+            spans = samples["any_span"] if "any_span" in samples else samples["span"][:, None]
         else:
             raise ConfigError(
                 "the span loss (model.losses) needs samples with 'span'; set datasets.<name>.spans, or "
                 "model.refinement.in_loop=true"
             )
-        return span.where(moves(samples)[:, None].to(span.device), span.new_tensor(NO_SPAN))
+        return spans.where(moves(samples)[:, None, None].to(spans.device), spans.new_tensor(NO_SPAN))
 
     def prompts(self, samples: Batch, template: str | None = None) -> list[str]:
         """What the language model reads: the data's own prompt where it has one (a conversation), else the template.

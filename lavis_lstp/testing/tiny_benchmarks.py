@@ -348,8 +348,8 @@ def _timelens(folder: Path) -> None:
 def _qvhighlights(folder: Path) -> None:
     rows = []
     for number, (clip, _, _, answer, _) in enumerate(_asked()):
-        windows = [[0, 1], [1.5, 2]][: 1 + number % 2]
-        row = {"qid": number, "query": f"A {answer} appears", "duration": 2, "vid": clip.name}
+        windows = [[0, 0.5], [0.75, 1]][: 1 + number % 2]
+        row = {"qid": number, "query": f"A {answer} appears", "duration": 1, "vid": clip.name}
         rows.append({**row, "relevant_windows": windows, "relevant_clip_ids": [0], "saliency_scores": [[4, 3, 2]]})
     for split in ("train", "val"):
         write_jsonl(folder / f"highlight_{split}_release.jsonl", rows)

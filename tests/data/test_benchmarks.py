@@ -100,6 +100,11 @@ def test_gold_moments_are_learned_where_a_data_set_says_so(here):
         assert sample["span"].tolist() == sample["gold_span"].tolist() == without["gold_span"].tolist() != [-1, -1]
         assert without["span"].tolist() == [-1, -1]
         assert (sample["span_weight"].item(), without["span_weight"].item()) == (0.5, 1)
+    assert "any_span" not in gold[0] and "any_span" not in plain[1]  # one moment is learned as ever
+    both = gold[1]["any_span"].tolist()
+    assert len(both) == 2 and gold[1]["span"].tolist() in both and both == sorted(both)
+    span = gold[0]["span"].tolist()
+    assert gold.collater([gold[0], gold[1]])["any_span"].tolist() == [[span, [-1, -1]], both]
     assert gold.fingerprint() != plain.fingerprint()
     assert gold.collater([gold[0], gold[1]])["span_weight"].tolist() == [0.5, 0.5]
     with pytest.raises(
@@ -126,7 +131,11 @@ def test_ids_kinds_and_names_are_the_published_ones(here):
     assert [row["category"] for row in tgif[:2]] == ["color", "object"]
     nextqa = build("nextqa")["val"].annotation
     assert nextqa[3]["question_id"] == "4001_1" and nextqa[3]["video"] == "0101/4001.mp4"
-    assert nextqa[3]["category"] == "TN" and len(nextqa[3]["options"]) == 5
+    assert (
+        nextqa[3]["categories"] == {"type": "TN", "group": "T"}
+        and nextqa[3]["category"] == "TN"
+        and len(nextqa[3]["options"]) == 5
+    )
     star = build("star")["val"].annotation
     assert star[0]["category"] == "Interaction" and star[0]["clip_s"] == [0.1, 0.6] and len(star[0]["options"]) == 4
     egoschema = build("egoschema")["subset"].annotation
@@ -164,12 +173,12 @@ def test_the_new_benchmarks_say_what_their_authors_files_say(here):
     [
         ("charades_sta", "charades_sta_test.txt", "0.1 0.6##", "0.6 0.1##", "'moment' must be .* start < end, got"),
         ("charades_sta", "charades_sta_test.txt", "##", "#", "line 1: expected 'VIDEO START END##SENTENCE'"),
-        ("qvhighlights", "highlight_val_release.jsonl", "[1.5, 2]", "[0.5, 2]", "overlap"),
-        ("qvhighlights", "highlight_val_release.jsonl", "[1.5, 2]", "[1.5, 9]", "ends behind its video of 2 s"),
+        ("qvhighlights", "highlight_val_release.jsonl", "[0.75, 1]", "[0.25, 1]", "overlap"),
+        ("qvhighlights", "highlight_val_release.jsonl", "[0.75, 1]", "[0.75, 9]", "ends behind its video of 1 s"),
         (
             "qvhighlights",
             "highlight_val_release.jsonl",
-            '"relevant_windows": [[0, 1]]',
+            '"relevant_windows": [[0, 0.5]]',
             '"x": 0',
             "3 of 6 .* no moment",
         ),
@@ -402,7 +411,7 @@ def test_a_missing_video_is_named_and_may_stay_open(here, caplog):
 def test_the_document_has_the_sizes_of_the_table():
     text = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
     for name, benchmark in BENCHMARKS.items():
-        line, _ = [line for line in text.splitlines() if line.startswith(f"| `{name}`")]
+        line = next(line for line in text.splitlines() if line.startswith(f"| `{name}`"))
         assert set(benchmark.sizes.values()) == {int(n.replace(",", "")) for n in re.findall(r"\d[\d,]{2,}", line)}
 
 

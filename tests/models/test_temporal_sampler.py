@@ -16,6 +16,7 @@ from lavis_lstp.models.where.temporal_sampler import (
     TemporalSampler,
     boundary_loss,
     boundary_targets,
+    likeliest_span,
     sinusoid_table,
     span_loss,
 )
@@ -416,3 +417,19 @@ def test_a_row_counts_as_much_as_its_weight_and_the_mean_stays_one_over_rows():
     found = span_loss(start, end, spans, weight=torch.tensor([1.0, 0.5, 0.0])).item()
     assert found == pytest.approx((alone[0] + 0.5 * alone[1]) / 3)
     assert torch.equal(span_loss(start, end, spans, weight=torch.ones(3)), span_loss(start, end, spans))
+
+
+def test_of_several_spans_the_likeliest_is_learned_and_no_end_of_another_one():
+    spans = torch.tensor([[[0, 2], [5, 7]], [[0, 2], [5, 7]], [[3, 4], [-1, -1]], [[-1, -1], [-1, -1]]])
+    start, end = torch.zeros(4, 8), torch.zeros(4, 8)
+    start[1, 5] = 1.0
+    start[2, 0] = 9.0
+    chosen = likeliest_span(start, end, spans)
+    assert chosen.tolist() == [[0, 2], [5, 7], [3, 4], [-1, -1]]  # of equal ones the first
+    start.requires_grad_(True)
+    learned = likeliest_span(start, end, spans[1:2].expand(4, -1, -1))
+    span_loss(start, end, learned).backward()
+    assert start.grad[1].argmin() == 5 and start.grad[1, 0] > 0  # towards one moment, away from the other's start
+    one = torch.tensor([[3, 5], [0, 2]])
+    assert torch.equal(likeliest_span(start[:2], end[:2], one[:, None]), one)  # one moment stays as it is
+    assert likeliest_span(torch.zeros(1, 0), torch.zeros(1, 0), spans[:1]).tolist() == [[0, 2]]  # a batch of texts

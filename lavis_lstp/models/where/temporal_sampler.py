@@ -413,7 +413,7 @@ class TemporalSampler(nn.Module):
 
 
 def boundary_targets(span: Tensor, num_flows: int) -> tuple[Tensor, Tensor]:
-    """Half-open spans [B,2] in flows -> start and end class [B], the last flow of the span included.
+    """Half-open spans [...,2] in flows -> start and end class [...], the last flow of the span included.
 
     Negative or empty spans give `num_flows`, the class that `boundary_loss` ignores.
     """
@@ -421,6 +421,26 @@ def boundary_targets(span: Tensor, num_flows: int) -> tuple[Tensor, Tensor]:
     known = (start >= 0) & (end > start)
     ignored = torch.full_like(start, num_flows)
     return torch.where(known, start, ignored), torch.where(known, end - 1, ignored)
+
+
+def likeliest_span(start_logits: Tensor, end_logits: Tensor, spans: Tensor) -> Tensor:
+    """Of M spans of each row, of which finding one is right, the one whose ends the logits like best: int64 [B,2].
+
+    Learning that one at each step (hard EM, arXiv 1909.04849) keeps one span as it is, and never joins the start of a
+    moment to the end of another one, as targets spread over all of them do.
+
+    Args:
+        start_logits, end_logits: [B,L].
+        spans: int64 [B,M,2], half-open in flows; (-1, -1) = no further span. Of equally good ones the first is taken.
+    """
+    length = start_logits.shape[-1]
+    if length == 0 or spans.shape[1] == 1:
+        return spans[:, 0]
+    start, end = boundary_targets(spans, length)
+    places = [(start_logits, start), (end_logits, end)]
+    score = sum(logits.detach().float().gather(1, place.clamp(max=length - 1)) for logits, place in places)
+    best = score.masked_fill(start == length, -torch.inf).argmax(dim=1)
+    return spans[torch.arange(len(spans), device=spans.device), best]
 
 
 def spans_in_flows(span: Tensor, num_frames: Tensor, num_flows: Tensor) -> Tensor:
