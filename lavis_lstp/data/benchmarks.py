@@ -162,7 +162,7 @@ def _lvbench(text: str, path: Path) -> list[tuple[str, Any]]:
         info = video.get("video_info")
         minutes = info.get("duration_minutes") if isinstance(info, dict) else None
         outer = {"key": video["key"], "type": video.get("type", "")}
-        outer["duration"] = minutes * 60 if type(minutes) in (int, float) else None
+        outer["duration"] = minutes * 60 if type(minutes) in (int, float) else minutes
         for number, row in enumerate(video["qa"] if isinstance(video["qa"], list) else [None]):
             where = f"{place}, qa {number}"
             check_object(row, where, ("uid", "question", "answer", "question_type", "time_reference"), ("question",))
@@ -526,7 +526,9 @@ def _moments(value: Any, duration_s: Any, column: str, place: str, *, allow_over
     for one, other in zip(moments, moments[1:], strict=False):
         if other[0] < one[1] and not allow_overlap:
             raise AnnotationError(f"{place}: '{column}' {one} and {other} overlap")
-    if type(duration_s) in (int, float) and moments[-1][1] > duration_s + MOMENT_SLACK_S:
+    if duration_s is not None and type(duration_s) not in (int, float):
+        raise AnnotationError(f"{place}: the video's length must be a number of seconds, got {duration_s!r:.80}")
+    if duration_s is not None and moments[-1][1] > duration_s + MOMENT_SLACK_S:
         raise AnnotationError(f"{place}: '{column}' {moments[-1]} ends behind its video of {duration_s:g} s")
     return moments
 
