@@ -145,6 +145,7 @@ def no_value(text: object) -> str:
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:
     """One line for a name that is not known: `unknown flow 'raftt'; did you mean 'raft_large'? known: ...`."""
     known, name = sorted(known), shortened(name)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"did you mean '{close[0]}'? " if close else ""
+    in_any_case = {one.lower(): one for one in known}
+    close = difflib.get_close_matches(name.lower(), in_any_case, n=1, cutoff=0.5)
+    hint = f"did you mean '{in_any_case[close[0]]}'? " if close else ""
     return f"unknown {kind} '{name}'; {hint}known: {', '.join(known)}"

@@ -8,6 +8,7 @@ what is recorded in a file instead of choosing, and --format writes the forms of
 from __future__ import annotations
 
 import argparse
+import inspect
 import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -242,6 +243,8 @@ def _setting(word: str) -> tuple[str, Any]:
     name, given, value = word.partition("=")
     if not given or not name.isidentifier():
         raise ConfigError(f"--settings {word}: expected NAME=VALUE")
+    if name in inspect.signature(select).parameters:
+        raise ConfigError(f"--settings {word}: is no setting of a method; `lavis-lstp select --help` lists the options")
     try:
         return name, strict_json(value)
     except ValueError:

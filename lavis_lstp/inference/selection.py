@@ -282,6 +282,8 @@ def select(
         raise ConfigError(unknown_name("method to select frames", method, METHODS))
     if type(k) is not int or k < 1:
         raise ConfigError(f"k must be a whole number of at least 1, got {k!r:.80}")
+    if type(seed) is not int or seed < 0:
+        raise ConfigError(f"seed must be a whole number of at least 0, got {seed!r:.80}")
     if num_candidates is not None and (type(num_candidates) is not int or num_candidates < 1):
         raise ConfigError(f"num_candidates must be a whole number of at least 1, got {num_candidates!r:.80}")
     if method == "lstp" and settings:
@@ -298,6 +300,11 @@ def select(
         raise ConfigError(unknown_name("way to read candidates (frames)", str(frames), ("exact", "keyframe")))
     reading = {name: value for name, value in (("frames", frames), ("flow_pairs", flow_pairs)) if value is not None}
     if is_picture(video):
+        rule, own = {"keyframes": "uniform"}.get(method, method), dict(settings)
+        if method in ("bitcost", "motion"):
+            rule = str(own.pop("rule", "inverse_transform"))
+        if method != "lstp":
+            selectors.selector_settings(rule, own)
         picture_size(Path(video), os.fspath(video))
         info, digest = VideoInfo(1, 1.0, 0.0, 0, 0, 0, ""), content_digest(video, default_store())
         found = {"settings": {"k": k, **settings}, "num_filled": 0} | _told([0], np.zeros(1), [0], None)

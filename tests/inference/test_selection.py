@@ -122,7 +122,9 @@ ASKED = {"method": "topk", "scorer": "clip", "question": "what moves?"}
     ("how", "said"),
     [
         ({"method": "unifrom"}, "did you mean 'uniform'"),
+        ({"method": "LSTP"}, "did you mean 'lstp'"),
         ({"k": 0}, "k must be a whole number of at least 1"),
+        ({"seed": -1}, "seed must be a whole number of at least 0"),
         ({"num_candidates": 0, "method": "motion"}, "num_candidates must be a whole number of at least 1"),
         ({"method": "lstp"}, "needs a question"),
         ({"method": "mmr", "scorer": "clip"}, "needs a question"),
@@ -283,6 +285,18 @@ def test_a_part_is_read_by_the_sampler_and_refused_where_it_is_none(predictor, f
             lavis_lstp.select(film, k=2, method="uniform", clip_s=clip_s)
     with pytest.raises(ConfigError, match="no key frame from 0.1 to 0.2 s"):
         lavis_lstp.select(film, k=2, method="keyframes", clip_s=(0.1, 0.2))
+
+
+def test_settings_that_are_none_are_one_line_also_of_a_picture(tmp_path, capsys):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    for word, said in (
+        ("k=3", "no setting of a method"),
+        ("predictor=1", "no setting"),
+        ("nonsense=1", "has no setting"),
+    ):
+        assert cli.main(["select", str(tmp_path / "a.png"), "--method", "motion", "--settings", word]) == 2
+        assert said in capsys.readouterr().err
+    assert cli.main(["select", str(tmp_path / "a.png"), "--method", "motion", "--settings", "power=2"]) == 0
 
 
 def test_every_method_has_a_name_in_the_help_and_costs_are_of_all_frames(film, capsys):
