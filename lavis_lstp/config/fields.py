@@ -81,7 +81,8 @@ class Rule:
                 return None
             raise ConfigError(f"{where} must be {self.expected}, got null")
         if self.limits.get("per_split") and isinstance(value, Mapping):
-            return {split: self.checked(one, f"{where}.{split}") for split, one in value.items()}
+            alone = dataclasses.replace(self, limits={**self.limits, "per_split": False})
+            return {split: alone.checked(one, f"{where}.{split}") for split, one in value.items()}
         if self.kind == ANY:
             return value
         if self.kind in (INTEGER, NUMBER):
