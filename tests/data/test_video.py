@@ -191,6 +191,20 @@ def test_pixels_of_a_shape_that_makes_pictures_huge_are_refused(tmp_path):
         probe(path, max_megapixels=0.1)
 
 
+@pytest.mark.parametrize(
+    ("transfer", "named"), [("smpte2084", "HDR (PQ)"), ("arib-std-b67", "HDR (HLG)"), ("bt709", "")]
+)
+def test_high_dynamic_range_is_told_once(tmp_path, caplog, monkeypatch, transfer, named):
+    """No reader maps its colours (rerun-io/rerun#7594, meta-pytorch/torchcodec#585)."""
+    monkeypatch.setattr("lavis_lstp.data.video.reading._TOLD", set())
+    for name in ("a.mp4", "b.mp4"):
+        options = {"bf": "2", "crf": "12", "x264-params": f"transfer={transfer}"}
+        video = read_frames(numbered_video(tmp_path / name, 4, options=options), indices=[2])
+        assert read_number(video.frames[0]) == 2
+    told = [record.getMessage() for record in caplog.records if "HDR" in record.getMessage()]
+    assert [named in line and "a.mp4" in line for line in told] == ([True] if named else [])
+
+
 def test_frames_hidden_by_an_edit_list_do_not_count(tmp_path):
     path = numbered_video(
         tmp_path / "trimmed.mp4", shift=-13, container_options={"avoid_negative_ts": "disabled", "use_editlist": "1"}

@@ -199,7 +199,15 @@ def _info(source: Source, index: VideoIndex, backend: str = "pyav") -> tuple[Vid
         return _info_of(index, first), turn
 
 
+HDR = {16: "PQ", 18: "HLG"}
+"""Transfer characteristics (H.273) of pictures that a player maps to what a screen can show."""
+
+
 def _info_of(index: VideoIndex, frame: Any) -> VideoInfo:
+    if (hdr := HDR.get(int(frame.color_trc))) and hdr not in _TOLD:
+        _TOLD.add(hdr)
+        line = "its colours are paler here than in a player, which maps them (FFmpeg: filters zscale and tonemap)"
+        logger.warning("%s: is HDR (%s): %s; further files like it are not named", index.name, hdr, line)
     turned = orientation(frame).transpose
     height, width = (frame.width, frame.height) if turned else (frame.height, frame.width)
     height, width = index.square(height, width, turned=turned)
@@ -443,7 +451,7 @@ def _read_folder(
 
 
 _TOLD: set[str] = set()
-"""Why exact frames were read in place of key frames; each cause is told of the first file."""
+"""What is told of the first file alone: kinds of HDR, and why exact frames were read in place of key frames."""
 
 
 def key_frames(index: VideoIndex, chosen: Sequence[int]) -> list[int]:
