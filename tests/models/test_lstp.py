@@ -253,6 +253,17 @@ def test_gold_spans_are_for_evaluation_only():
         model.eval().locate(samples)
 
 
+def test_one_gold_moment_is_learned_as_ever_and_of_several_the_likeliest():
+    model = LSTP.from_config(model_config(losses=["span"], train=["sampler"])).eval()  # no dropout
+    samples, none = {**batch((8, 8, 1)), "span": torch.tensor([[1, 3]] * 3)}, torch.full((3, 1, 2), -1)
+    one, other = (samples | {"span": torch.tensor([span] * 3)} for span in ([1, 3], [5, 8]))
+    losses = [model(row(alone, 0))["loss"].item() for alone in (one, other)]
+    alone = torch.cat([samples["span"][:, None], none], dim=1)
+    assert model(samples | {"any_span": alone})["loss"].item() == model(samples)["loss"].item()  # bit for bit
+    both = torch.tensor([[[1, 3], [5, 8]]])
+    assert model(row(samples, 0) | {"any_span": both})["loss"].item() == min(losses) < max(losses)
+
+
 def test_missing_spans_cost_nothing_but_samples_must_say_so():
     model = LSTP.from_config(model_config(losses=["span"], train=["sampler"])).train()
     samples = {**batch(), "span": torch.full((3, 2), -1)}
