@@ -20,16 +20,15 @@ import unicodedata
 from collections.abc import Sequence
 from decimal import Decimal
 
+from lavis_lstp.metrics.choice import NUMBERS
+
 ARTICLES = frozenset(("a", "an", "the"))
 _TOKEN = re.compile(r"(?<![\w-])-?\d+(?:[.,:/]\d+)*(?!\w)|[^\W_]+(?:'[^\W_]+)*|[%$€£+#°=<>]")
 _THOUSANDS = re.compile(r"-?\d{1,3}(,\d{3})+(\.\d+)?")
 _PLAIN_NUMBER = re.compile(r"-?\d+(\.\d+)?")
 
-_ONES = {w: n for n, w in enumerate("one two three four five six seven eight nine".split(), 1)}
-_TEENS = {"zero": 0} | {
-    w: n
-    for n, w in enumerate("ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split(), 10)
-}
+_ONES = {word: int(n) for word, n in NUMBERS.items() if 1 <= int(n) <= 9}
+_TEENS = {word: int(n) for word, n in NUMBERS.items() if int(n) == 0 or 10 <= int(n) <= 19}
 _TENS = {w: 10 * n for n, w in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)}
 _ORDINALS = {
     w: f"{n}{'st' if n == 1 else 'nd' if n == 2 else 'rd' if n == 3 else 'th'}"

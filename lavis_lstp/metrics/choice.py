@@ -91,6 +91,8 @@ _DENIED_BY = (
     r" (?:not|never|incorrect|wrong|false|impossible|unlikely|inaccurate|ruled out|eliminated|excluded)\b)"
     r"|cannot\b|can't\b"
 )
+_COUNTED = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
+NUMBERS = {word: str(n) for n, word in enumerate(f"{_COUNTED} seventeen eighteen nineteen twenty".split())}
 _AROUND = " \t\"'`*_()[]{}<>.,;:!?\u3002\u2026"
 
 
@@ -154,8 +156,8 @@ def _one(found: Collection[int], options: Sequence[str]) -> int | None:
 
 
 def _words_alone(text: str, options: Sequence[str]) -> list[int]:
-    """Options that are all of the text, in the strictest of four comparisons that any option passes."""
-    for same in (str.strip, folded, _bare, _normalised):
+    """Options that are all of the text, in the strictest of five comparisons that any option passes."""
+    for same in (str.strip, folded, _bare, _normalised, _in_digits):
         if (key := same(text)) and (found := [i for i, option in enumerate(options) if same(option) == key]):
             return found
     return []
@@ -170,6 +172,11 @@ def _normalised(text: str) -> str:
     """`normalise` of a text that does not begin with a letter of its own, which would pass for an article."""
     words = normalise(text)
     return "" if _LONE.fullmatch(words) or _LABEL.match(without_markup(text)) else words
+
+
+def _in_digits(text: str) -> str:
+    """`_normalised` with small numbers in digits: options are "3", and models write "Three"."""
+    return " ".join(NUMBERS.get(word, word) for word in _normalised(text).split())
 
 
 def _letter_alone(text: str, options: Sequence[str]) -> list[int]:
@@ -286,10 +293,13 @@ def _denied(text: str, option: str) -> bool:
 def _options_in(text: str, options: Sequence[str]) -> list[int]:
     """Options whose words stand in a normalised text, but for those that are a part of a longer one that does.
 
-    Of options that say the same, the first.
+    Of options that say the same, the first. Small numbers count in digits and words alike; "one" stands for too much.
     """
-    words = f" {text} "
-    plain = [f" {normalise(option)} " for option in options]
+
+    def words_of(text: str) -> str:
+        return f" {' '.join(word if word == 'one' else NUMBERS.get(word, word) for word in text.split())} "
+
+    words, plain = words_of(text), [words_of(normalise(option)) for option in options]
     found = [i for i, option in enumerate(plain) if option.strip() and option in words]
     longest = [i for i in found if not any(plain[i] in plain[j] and plain[i] != plain[j] for j in found)]
     return list({folded(options[i]): i for i in reversed(longest)}.values())[::-1]

@@ -155,3 +155,21 @@ def test_a_yes_or_no_in_doubt_is_none(text):
 )
 def test_long_answers_of_any_kind_are_read_or_not_but_end(text):
     assert parse_choice(text, OPTIONS) in (None, 0) and yes_or_no(text) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "number"),
+    [
+        ("three", ["2", "3", "4", "5"], 1),
+        ("Three.", ["2", "3", "4", "5"], 1),
+        ("There are three apples.", ["1", "3"], 1),
+        ("3", ["two", "three"], 1),
+        ("There are 2 dogs.", ["one", "two"], 1),
+        ("one", ["1", "2"], 0),
+        ("two or three", ["2", "3"], None),
+        ("No one is there.", ["1", "2"], None),
+        ("twenty-one", ["20", "1"], None),
+    ],
+)
+def test_small_numbers_are_read_in_digits_and_words(text, options, number):
+    assert parse_choice(text, options) == number
