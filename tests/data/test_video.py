@@ -551,6 +551,26 @@ def test_broken_files_are_one_clear_line(tmp_path, odd, backend):
         read_frames(tmp_path / "sound.mp4", num=1)
 
 
+@pytest.mark.parametrize("brand", ["avif", "avis", "heic", "heix", "hevc", "mif1", "msf1"])
+def test_heic_and_avif_are_refused_by_their_major_brand(tmp_path, odd, brand):
+    """FFmpeg reads them as videos: a photo of tiles gives one tile, and transparency is ignored."""
+    raw = odd["plain.mp4"].read_bytes()
+    for name in ("photo.heic", "photo.jpg", "photo.mp4"):
+        photo = tmp_path / name
+        photo.write_bytes(raw[:8] + brand.encode() + raw[12:])
+        for source in (photo, photo.read_bytes(), io.BytesIO(photo.read_bytes())):
+            for call in (probe, lambda given, **how: read_frames(given, num=1, backend="decord", **how)):
+                with pytest.raises(VideoError) as caught:
+                    call(source, name=name)
+                assert str(caught.value) == HEIF.format(name)
+    video = tmp_path / "compatible.mp4"
+    video.write_bytes(raw[:16] + brand.encode() + raw[20:])
+    assert probe(video).num_frames == COUNT
+
+
+HEIF = "{}: is a HEIC or AVIF picture, which is not read; convert it to JPEG or PNG"
+
+
 def test_sound_with_a_cover_picture_is_no_video(tmp_path):
     cover = numbered_picture(3, 64, 64)
     with av.open(str(tmp_path / "song.m4a"), "w", format="mp4") as container:

@@ -47,6 +47,9 @@ FORMATS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,ogg,asf,wmv,gif,h264,hevc,m4v,"
     "ivf,rm,vob,wtv,nut,mxf,dv,swf,apng,av1,obu"
 )
+# HEIF files are read by FFmpeg's `mov` as videos: of a photo of tiles one tile would be shown, without transparency.
+HEIF_BRANDS = {b"avif", b"avis", b"heic", b"heim", b"heis", b"heix", b"hevc", b"hevm", b"hevs", b"hevx"}
+HEIF_BRANDS |= {b"mif1", b"mif2", b"msf1"}
 REORDER = 16  # no codec here hands a picture out later than this many others
 TS_PACKET = (188, 192, 204)  # bytes
 NO_PRESENTATION_TIMES = {"avi", "h264", "hevc", "m4v", "mpegvideo", "obu"}
@@ -197,6 +200,18 @@ def check_source(source: Source, name: str) -> Source:
     return os.path.abspath(source)  # FFmpeg takes what stands before a colon of a relative name for a protocol
 
 
+def _refuse_heif(source: Source, name: str) -> None:
+    """Raises VideoError for a photo in HEIF's container, by the major brand in its first twelve bytes."""
+    source = check_source(source, name)
+    try:
+        with open(source, "rb") if isinstance(source, str) else nullcontext(source) as file:
+            first = file.read(12)
+    except OSError:  # FFmpeg will say why
+        return
+    if first[4:8] == b"ftyp" and first[8:] in HEIF_BRANDS:
+        raise VideoError(f"{name}: is a HEIC or AVIF picture, which is not read; convert it to JPEG or PNG")
+
+
 @contextmanager
 def open_video(
     source: Source,
@@ -215,6 +230,7 @@ def open_video(
         hardware: FFmpeg's name of the device that decodes, such as "cuda" or "vaapi". Where it cannot, the processor
             does, and a warning says so once for each device.
     """
+    _refuse_heif(source, name)
     options = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
     is_open = False
     if threads > 1:
