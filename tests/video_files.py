@@ -53,6 +53,7 @@ def write_video(
     rotation: int | None = None,
     hflip: bool = False,
     container_options: dict | None = None,
+    container_format: str | None = None,
     pixel_format: str = "yuv420p",
 ) -> Path:
     """Encodes uint8 [H,W,3] pictures.
@@ -63,7 +64,7 @@ def write_video(
     """
     pictures = list(pictures)
     height, width = pictures[0].shape[:2]
-    with av.open(str(path), "w", options=container_options or {}) as container:
+    with av.open(str(path), "w", container_format, options=container_options or {}) as container:
         stream = container.add_stream(codec, rate=fps)
         stream.width, stream.height, stream.pix_fmt = width, height, pixel_format
         stream.codec_context.time_base = Fraction(1, fps)

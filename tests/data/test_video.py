@@ -121,6 +121,35 @@ def test_times_start_at_zero_and_find_their_frames_again(odd, name):
     assert between.indices == video.indices  # the frame on screen, not the nearest one
 
 
+RAW = {
+    "bf.h264": {"options": {"bf": "2"}},
+    "no_bf.h264": {"options": {"bf": "0"}},
+    "s.hevc": {"codec": "libx265", "options": {"x265-params": "log-level=0"}},
+    "s.m4v": {"codec": "mpeg4", "options": {}, "container_format": "m4v"},
+}
+
+
+@pytest.mark.parametrize("name", RAW)
+def test_times_of_raw_streams_follow_the_rate_that_they_state(tmp_path, caplog, name):
+    path = numbered_video(tmp_path / name, 20, fps=10, **RAW[name])
+    info = probe(path)
+    assert (info.num_frames, info.fps, info.duration_s) == (20, 10, pytest.approx(2))
+    video = read_frames(path, times_s=[0, 1.01, 1.91])
+    assert video.indices == [0, 10, 19] and video.times_s == pytest.approx([0, 1, 1.9])
+    assert read_frames(path, num=20, fps=1).indices == [0, 10]
+    assert packet_costs(path).times_s == pytest.approx(np.arange(20) / 10)
+    assert read_frames(path.read_bytes(), indices=[19]).times_s == pytest.approx([1.9])
+    assert "guess" not in caplog.text
+
+
+def test_a_raw_stream_without_a_rate_is_guessed_with_a_warning(tmp_path, caplog):
+    coding = {"codec": "libx265", "options": {"x265-params": "log-level=0:vui-timing-info=0"}}
+    path = numbered_video(tmp_path / "s.hevc", 20, fps=10, **coding)
+    for _ in range(2):
+        assert (probe(path).fps, probe(path).duration_s) == (25, pytest.approx(0.8))
+    assert caplog.text.count("s.hevc: states no frame rate; its times are a guess, by 25 frames a second") == 1
+
+
 def test_frames_come_in_the_order_asked_for_with_repeats(odd):
     video = read_frames(odd["plain.mp4"], indices=[20, 3, 3, 11])
     assert [read_number(f) for f in video.frames] == [20, 3, 3, 11]

@@ -52,7 +52,9 @@ HEIF_BRANDS = {b"avif", b"avis", b"heic", b"heim", b"heis", b"heix", b"hevc", b"
 HEIF_BRANDS |= {b"mif1", b"mif2", b"msf1"}
 REORDER = 16  # no codec here hands a picture out later than this many others
 TS_PACKET = (188, 192, 204)  # bytes
-NO_PRESENTATION_TIMES = {"avi", "h264", "hevc", "m4v", "mpegvideo", "obu"}
+# Streams without a container: FFmpeg takes 25 frames a second unless told otherwise, also where their headers state it.
+RAW_STREAMS = {"h264", "hevc", "m4v", "mpegvideo", "obu"}
+NO_PRESENTATION_TIMES = {"avi", *RAW_STREAMS}
 # Where a clock may begin anew, a step of more than GAP_S is no pause but another clock: FFmpeg's dts_delta_threshold.
 CLOCKS_BEGIN_ANEW = {"mpegts", "mpeg", "ogg"}
 GAP_S = 10.0
@@ -350,6 +352,10 @@ def _index_of_track(source: Source, name: str, track: int | None, max_megapixels
         if formats & END_BEFORE_ANOTHER and len(packets) and _begins_again(source, int(packets["end"].max())):
             missing = f"another file begins behind frame {len(packets)}; join files with ffmpeg, not with cat"
         rate, tick = stream.average_rate or stream.guessed_rate, stream.time_base
+        if formats & RAW_STREAMS:
+            rate = stream.codec_context.framerate
+            if not rate:
+                logger.warning("%s: states no frame rate; its times are a guess, by 25 frames a second", name)
         if stream.metadata.get("alpha_mode", "0") != "0":  # VP8 and VP9 keep it beside the pictures
             logger.warning("%s: its transparency is ignored, as by every decoder of %s here", name, facts["codec"])
     if not len(packets):
