@@ -17,7 +17,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from lavis_lstp.data.video.index import VideoInfo, frame_rate
+from lavis_lstp.data.video.index import HEIF_BRANDS, VideoInfo, frame_rate
 
 CODECS = {b"avc1": "h264", b"avc3": "h264", b"hvc1": "hevc", b"hev1": "hevc"}
 UPRIGHT = (1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
@@ -38,7 +38,7 @@ def mp4_info(raw) -> VideoInfo | None:
     """
     try:
         top = _boxes(raw, (0, len(raw)))
-        if top[0][0] != b"ftyp" or any(kind == b"moof" for kind, _ in top):
+        if top[0][0] != b"ftyp" or bytes(raw[8:12]) in HEIF_BRANDS or any(kind == b"moof" for kind, _ in top):
             return None
         moov = _only(top, b"moov")
         boxes = _boxes(raw, moov)

@@ -18,11 +18,11 @@ from typing import Any
 from PIL import Image
 
 from lavis_lstp.data.folder import FolderQuestions
+from lavis_lstp.data.pictures import ENDINGS as IMAGE_ENDINGS
 from lavis_lstp.data.prompts import without_tokens
 from lavis_lstp.errors import ConfigError, VideoError, unknown_name
 from lavis_lstp.files import expanded
 
-IMAGE_ENDINGS = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 GENERATION = (
     "do_sample",
     "length_penalty",

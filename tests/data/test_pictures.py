@@ -337,19 +337,31 @@ def test_whatever_is_wrong_with_a_file_is_one_line():
 
 
 def test_folders_of_pictures_are_in_natural_order(tmp_path):
-    names = ["f1.png", "f2.png", "f09.png", "f9b.png", "f10.png", "f100.jpg", "g1.png"]
+    names = ["f1.png", "f2.webp", "f09.bmp", "f9b.TIF", "f10.tiff", "f99.ppm", "f100.jpg", "g1.png"]
     for name in names[::-1]:
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "._f1.png").write_bytes(b"")
     assert [path.name for path in pictures_in(tmp_path)] == names
 
 
+@pytest.mark.parametrize("odd", ["f2.gif", "f2.HEIC", "f2.avif"])
+def test_a_folder_with_pictures_that_would_be_left_out_is_refused(tmp_path, odd):
+    for name in ("f1.png", "f3.png", "notes.txt"):
+        (tmp_path / name).write_bytes(stored(noise(), "PNG"))
+    assert len(pictures_in(tmp_path)) == 2
+    (tmp_path / odd).write_bytes(b"")
+    for call in (pictures_in, lambda folder: read_frames(folder, num=1)):
+        with pytest.raises(VideoError, match=f"{odd}: is not read in a folder of pictures; take it away, or convert"):
+            call(tmp_path)
+
+
 def test_frames_of_a_folder_come_in_that_order(tmp_path):
     for number in range(1, 13):
-        Image.new("L", (8, 8), 20 * number).save(tmp_path / f"frame_{number}.png")
+        form = {3: "bmp", 5: "tif", 7: "webp", 8: "ppm"}.get(number, "png")
+        Image.new("L", (8, 8), 20 * number).save(tmp_path / f"frame_{number}.{form}")
     shown = read_frames(tmp_path, num=12).frames[:, 0, 0, 0] // 20
     assert shown.tolist() == list(range(1, 13))
-    listed = [(tmp_path / f"frame_{number}.png").read_bytes() for number in range(1, 13)]
+    listed = [path.read_bytes() for path in pictures_in(tmp_path)]
     for source, name in ((tmp_path, None), (listed, "pictures")):
         by_time = read_frames(source, times_s=[3.9, 0.0, 1.0], name=name)  # three a second
         assert (by_time.frames[:, 0, 0, 0] // 20).tolist() == [12, 1, 4] and by_time.indices == [11, 0, 3]

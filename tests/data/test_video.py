@@ -23,6 +23,7 @@ from lavis_lstp.data.frame_numbers import sample_indices, uniform_centres
 from lavis_lstp.data.video.codec_figures import packet_costs
 from lavis_lstp.data.video.reading import probe, read_frames, resize_frames
 from lavis_lstp.errors import ConfigError, VideoError
+from webdataset_tools.mp4_header import mp4_info
 
 # ---- which frames ---------------------------------------------------------------------------------------------
 
@@ -592,9 +593,31 @@ def test_heic_and_avif_are_refused_by_their_major_brand(tmp_path, odd, brand):
                 with pytest.raises(VideoError) as caught:
                     call(source, name=name)
                 assert str(caught.value) == HEIF.format(name)
+    assert mp4_info(photo.read_bytes()) is None and mp4_info(raw)
     video = tmp_path / "compatible.mp4"
     video.write_bytes(raw[:16] + brand.encode() + raw[20:])
     assert probe(video).num_frames == COUNT
+
+
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [(b"", r"empty \(0 bytes\), expected a picture"), (b"<html></html>" * 9, "cannot be read as a picture")],
+)
+def test_what_is_called_a_picture_is_refused_as_one(tmp_path, raw, said):
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(raw)
+    for source in (path, raw, io.BytesIO(raw)) if raw else (path, raw):
+        with pytest.raises(VideoError, match=f"photo.jpg: {said}") as caught:
+            read_frames(source, num=1, name="photo.jpg")
+        assert "video" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_mp4_without_its_table_looks_truncated(tmp_path, odd):
+    cut = tmp_path / "cut.mp4"
+    raw = odd["plain.mp4"].read_bytes()
+    cut.write_bytes(raw[: raw.index(b"moov") - 4])
+    with pytest.raises(VideoError, match=r"cut.mp4: cannot be read as a video \(.*; it looks truncated, or is no video"):
+        probe(cut)
 
 
 HEIF = "{}: is a HEIC or AVIF picture, which is not read; convert it to JPEG or PNG"

@@ -236,7 +236,7 @@ class StoredFrames(NamedTuple):
     """Frames of a video as they were read once, or a folder of pictures, byte for byte, that is a video itself.
 
     Attributes:
-        pictures: N JPEG or WebP files; of a folder JPEG or PNG.
+        pictures: N JPEG or WebP files; of a folder those of `pictures.ENDINGS`.
         times_s: float64 [N], seconds since the start of the video file.
         settings: how they were chosen: num_frames, fps, short_videos, size, encoding, as texts. Of a folder nothing
             was: num_frames is "all", and "names" are its files', parted by "/".

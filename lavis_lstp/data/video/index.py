@@ -34,7 +34,7 @@ from av.codec.context import Flags
 from av.codec.hwaccel import HWAccel
 from av.stream import Discard
 
-from lavis_lstp.data.pictures import DEFAULT_MAX_MEGAPIXELS, check_area
+from lavis_lstp.data.pictures import DEFAULT_MAX_MEGAPIXELS, ENDINGS, check_area, open_picture
 from lavis_lstp.errors import VideoError
 
 logger = logging.getLogger(__name__)
@@ -178,9 +178,10 @@ def check_source(source: Source, name: str) -> Source:
     Raises:
         VideoError: naming the file and what is wrong with it.
     """
+    kind = "picture" if os.path.splitext(name)[1].lower() in ENDINGS else "video"
     if isinstance(source, (bytes, bytearray, memoryview)):
         if not len(source):
-            raise VideoError(f"{name}: empty (0 bytes), expected a video")
+            raise VideoError(f"{name}: empty (0 bytes), expected a {kind}")
         return io.BytesIO(source)
     if not isinstance(source, (str, os.PathLike)):
         if not hasattr(source, "read") or not hasattr(source, "seek"):
@@ -190,15 +191,15 @@ def check_source(source: Source, name: str) -> Source:
     try:
         status = os.stat(source)
     except OSError as error:
-        raise VideoError(f"{name}: no such video ({error.strerror or error})") from None
+        raise VideoError(f"{name}: no such {kind} ({error.strerror or error})") from None
     except ValueError as error:  # a null byte in the path
-        raise VideoError(f"{name!r}: no such video ({error})") from None
+        raise VideoError(f"{name!r}: no such {kind} ({error})") from None
     if stat.S_ISDIR(status.st_mode):
-        raise VideoError(f"{name}: is a folder, expected a video file")
+        raise VideoError(f"{name}: is a folder, expected a {kind} file")
     if not stat.S_ISREG(status.st_mode):
-        raise VideoError(f"{name}: is not a regular file, expected a video file")
+        raise VideoError(f"{name}: is not a regular file, expected a {kind} file")
     if status.st_size == 0:
-        raise VideoError(f"{name}: empty (0 bytes), expected a video")
+        raise VideoError(f"{name}: empty (0 bytes), expected a {kind}")
     return os.path.abspath(source)  # FFmpeg takes what stands before a colon of a relative name for a protocol
 
 
@@ -263,12 +264,23 @@ def open_video(
             yield container, stream
     except av.ArgumentError as error:
         if not is_open:
+            _refuse_picture(source, name, max_megapixels)
             raise VideoError(f"{name}: is of a format that is not read as a video; expected one of {FORMATS}") from None
         # Among other causes, the decoder found larger pictures than the container had stated.
         larger = f"or its pictures are larger than {max_megapixels:g} megapixels (max_megapixels)"
         raise VideoError(f"{name}: cannot be read as a video ({error.strerror}), {larger}") from None
     except av.FFmpegError as error:
-        raise VideoError(f"{name}: cannot be read as a video ({error.strerror})") from None
+        if not is_open:
+            _refuse_picture(source, name, max_megapixels)
+        cause = "; it looks truncated, or is no video" if isinstance(error, av.InvalidDataError) else ""
+        raise VideoError(f"{name}: cannot be read as a video ({error.strerror}{cause})") from None
+
+
+def _refuse_picture(source: Source, name: str, max_megapixels: float) -> None:
+    """What is no video is refused as a picture where it is called one."""
+    if os.path.splitext(name)[1].lower() in ENDINGS:
+        given = check_source(source, name)
+        open_picture(given if isinstance(given, str) else given.read(), name, max_megapixels=max_megapixels)
 
 
 def reopen(source: Source, index: VideoIndex, threads: int = 1, hardware: str | None = None):

@@ -14,21 +14,25 @@ from pathlib import Path
 
 import numpy as np
 
-from lavis_lstp.data.pictures import DEFAULT_MAX_MEGAPIXELS, open_picture
+from lavis_lstp.data.pictures import DEFAULT_MAX_MEGAPIXELS, ENDINGS, open_picture
 from lavis_lstp.data.video.index import VideoIndex
 from lavis_lstp.errors import ConfigError, VideoError
 
 PICTURES_PER_SECOND = 3.0
-ENDINGS = (".jpg", ".jpeg", ".png")
+NOT_READ = (".avif", ".gif", ".heic", ".heif", ".jp2", ".jxl")
+"""Endings of pictures that would be missing among a folder's frames, which is refused for them."""
 
 
 def pictures_in(folder: Path) -> list[Path]:
     """Its pictures in the natural order of their names. Hidden files, such as macOS's `._1.jpg`, are none.
 
     Raises:
-        VideoError: it has none.
+        VideoError: it has none, or one of a kind that is not read.
     """
-    found = [path for path in folder.iterdir() if path.suffix.lower() in ENDINGS and not path.name.startswith(".")]
+    seen = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    if odd := sorted(path for path in seen if path.suffix.lower() in NOT_READ):
+        raise VideoError(f"{odd[0]}: is not read in a folder of pictures; take it away, or convert it to JPEG or PNG")
+    found = [path for path in seen if path.suffix.lower() in ENDINGS]
     if not found:
         raise VideoError(f"{folder}: a folder without pictures ({', '.join(ENDINGS)})")
     return sorted(found, key=lambda path: natural(path.name))
