@@ -31,8 +31,9 @@ from lavis_lstp.data.frame_numbers import uniform_centres
 from lavis_lstp.data.pictures import open_picture, picture_size
 from lavis_lstp.data.selections import FORMAT, VERSION, Recorded, timing
 from lavis_lstp.data.store import content_digest, default_store, kept_motion
-from lavis_lstp.data.video.codec_figures import of_candidates, packet_costs
-from lavis_lstp.data.video.index import VideoInfo, video_index
+from lavis_lstp.data.video.codec_figures import PacketCosts, of_candidates, packet_costs
+from lavis_lstp.data.video.index import VideoIndex, VideoInfo, video_index
+from lavis_lstp.data.video.picture_folder import folder_index, pictures_in
 from lavis_lstp.data.video.reading import (
     READING_VERSION,
     check_inside,
@@ -194,7 +195,7 @@ class Selection:
             ConfigError: the video is not the one that they were selected from, or has no such frame.
             VideoError: the file is missing or not a readable video.
         """
-        info, digest, times = probe(video), content_digest(video, default_store()), packet_costs(video).times_s
+        info, digest, times = probe(video), content_digest(video, default_store()), _costs(video).times_s
         found.check_video(lambda: digest, str(video))
         numbers = found.numbers
         if numbers is None:
@@ -248,6 +249,7 @@ def select(
     """Chooses k frames of a video for a question.
 
     Args:
+        video: a file, or a folder of pictures, three a second (not for keyframes, bitcost and motion).
         method: uniform, random, keyframes, bitcost, motion (none of which reads the question); lstp, the frames of the
             span that the temporal sampler predicts; or a rule over its scores: topk, aks, inverse_transform, focus,
             global_local; mmr and dpp, which also compare the frames, by the scorer's features or the answering model's.
@@ -375,10 +377,27 @@ def _inside(video, times_s: np.ndarray, clip_s: Sequence[float] | None, duration
     return np.asarray(frames_between(times_s, clip_s))
 
 
+def _index(video: str | os.PathLike) -> VideoIndex:
+    name = os.fspath(video)
+    return folder_index(name, len(pictures_in(Path(video)))) if os.path.isdir(video) else video_index(video, name)
+
+
+def _costs(video: str | os.PathLike) -> PacketCosts:
+    """Also of a folder of pictures, where only times are known."""
+    if not os.path.isdir(video):
+        return packet_costs(video)
+    index = _index(video)
+    return PacketCosts(index.times_s, index.frame_bytes, index.frame_key)
+
+
 def _by_codec(video, k, method, seed, parts, settings, clip_s, duration_s, digest, seconds) -> dict[str, Any]:
     """Frames by what the file says of itself."""
+    if os.path.isdir(video) and method not in ("uniform", "random"):
+        raise ConfigError(
+            f"{video}: method {method} reads a video file, and this is a folder of pictures; take uniform"
+        )
     with _timed(seconds, "codec"):
-        costs = packet_costs(video)
+        costs = _costs(video)
     every = _inside(video, costs.times_s, clip_s, duration_s)
     candidates, scores, rule = every, None, method
     if method == "keyframes":
@@ -473,7 +492,7 @@ def _by_scorer(video, question, k, method, seed, num_candidates, given, settings
         scorer = _scorer(json.dumps(given, sort_keys=True))
     with _timed(seconds, "index"):
         info, digest = probe(video), content_digest(video, default_store())
-        index = video_index(video, os.fspath(video))
+        index = _index(video)
         every = _inside(video, index.times_s, clip_s, info.duration_s)
         numbers = every[uniform_centres(num_candidates, len(every))].tolist()
         if reading.get("frames") == "keyframe":

@@ -616,7 +616,7 @@ def test_an_mp4_without_its_table_looks_truncated(tmp_path, odd):
     cut = tmp_path / "cut.mp4"
     raw = odd["plain.mp4"].read_bytes()
     cut.write_bytes(raw[: raw.index(b"moov") - 4])
-    with pytest.raises(VideoError, match=r"cut.mp4: cannot be read as a video \(.*; it looks truncated, or is no video"):
+    with pytest.raises(VideoError, match="cut.mp4: cannot be read as a video .*it looks truncated, or is no video"):
         probe(cut)
 
 
