@@ -41,6 +41,23 @@ def test_frames_and_times_are_those_of_the_file(film, method):
         assert all(i % 10 == 0 for i in found.frame_index)
 
 
+def test_a_folder_of_pictures_is_chosen_from_as_from_a_video(tmp_path):
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    for number in range(12):
+        Image.new("RGB", (32, 32), (20 * number,) * 3).save(folder / f"f{number}.png")
+    for method in WITHOUT_NETWORK[2:]:
+        with pytest.raises(ConfigError, match=f"frames: method {method} reads a video file, and this is a folder"):
+            lavis_lstp.select(folder, k=3, method=method)
+    for method in ("uniform", "random", "lstp", "topk"):
+        found = lavis_lstp.select(folder, QUESTION, k=3, method=method)
+        assert found.times_s == pytest.approx([i / 3 for i in found.frame_index], abs=1e-6) and found.duration_s == 4
+        assert [frame[0, 0, 0] // 20 for frame in found.frames()] == found.frame_index, method
+    assert lavis_lstp.select(folder, k=3, method="uniform", clip_s=(1, 3)).frame_index == [3, 5, 7]
+    assert cli.main(["select", str(folder), "--method", "uniform", "--save", str(tmp_path / "out")]) in (0, None)
+    assert (tmp_path / "out/sheet.png").is_file()
+
+
 def test_methods_without_a_network_import_neither_torch_nor_lavis(film):
     script = "import sys, lavis_lstp\n" + "".join(
         f"lavis_lstp.select(sys.argv[1], k=3, method={method!r})\n" for method in WITHOUT_NETWORK
