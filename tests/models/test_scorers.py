@@ -363,6 +363,11 @@ def test_a_selection_by_a_scorer_sees_whole_frames_and_no_answering_model(hub, f
     one_key = numbered_video(tmp_path / "one_key.mp4", 20, gop=1000)
     exact = lavis_lstp.select(one_key, QUESTION, 2, "topk", scorer=f"clip={hub / 'clip'}", frames="keyframe")
     assert len(exact.candidate_index) == 20 and exact.settings["frames"] == "exact"
+    (tmp_path / "frames").mkdir()
+    for number, frame in enumerate(found.frames()):
+        Image.fromarray(frame.transpose(1, 2, 0)).save(tmp_path / f"frames/{number}.png")
+    pictures = lavis_lstp.select(tmp_path / "frames", QUESTION, 2, "topk", scorer=found.settings["scorer"])
+    assert pictures.scores == pytest.approx(alone, abs=1e-4) and pictures.settings["frames"] == "exact"
 
 
 def test_the_command_takes_a_scorer_and_ablate_has_it_as_a_way(hub, film, capsys):
