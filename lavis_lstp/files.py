@@ -333,6 +333,9 @@ def strict_json(text: str | bytes, *, finite: bool = True) -> Any:
         value = (_FINITE if finite else _ANY_NUMBER).decode(plain)
         if "\\u" in text if isinstance(text, str) else b"\\u" in text:
             json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogateescape")
+    except _NotFinite as error:
+        place = _place_not_finite(_ANY_NUMBER.decode(plain))
+        raise ValueError(f"{place}: {error}" if place else str(error)) from None
     except RecursionError as error:
         raise ValueError(str(error)) from None
     return value
@@ -346,14 +349,31 @@ def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+class _NotFinite(ValueError):
+    """NaN, Infinity or 1e999."""
+
+
 def _no_number(name: str) -> Any:
-    raise ValueError(f"{name} is no number of JSON")
+    raise _NotFinite(f"{name} is no number of JSON; write null, as pandas' to_json does")
 
 
 def _number(text: str) -> float:
     if not math.isfinite(float(text)):
-        raise ValueError(f"{text[:40]} is larger than any number")
+        raise _NotFinite(f"{text[:40]} is larger than any number")
     return float(text)
+
+
+def _place_not_finite(value: Any) -> str:
+    """Where the first number is that is none, such as `entry 3, key 'duration'`; empty where it is all there is."""
+    if isinstance(value, dict | list):
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        word = "key" if isinstance(value, dict) else "entry"
+        for name, one in pairs:
+            if isinstance(one, dict | list) and (below := _place_not_finite(one)):
+                return f"{word} {name!r:.80}, {below}"
+            if isinstance(one, float) and not math.isfinite(one):
+                return f"{word} {name!r:.80}"
+    return ""
 
 
 _ANY_NUMBER = json.JSONDecoder(object_pairs_hook=_no_key_twice)

@@ -36,7 +36,14 @@ from lavis_lstp.config.other_keys import (
     is_ours,
     run_keys_of,
 )
-from lavis_lstp.config.run import LAVIS_RUNNER_DEFAULTS, WRITTEN, RunSettings, checked_run
+from lavis_lstp.config.run import (
+    ANSWERING,
+    LAVIS_RUNNER_DEFAULTS,
+    WRITTEN,
+    RunSettings,
+    check_run_generation,
+    checked_run,
+)
 from lavis_lstp.errors import ConfigError, shortened, unknown_name
 from lavis_lstp.files import expanded
 from lavis_lstp.redaction import recordable
@@ -96,6 +103,8 @@ def _checked(resolved: Mapping, roles: set[str], others: set[str]) -> dict[str, 
         check_complete_model(resolved["model"])
         check_recorded(resolved["model"], resolved["datasets"])
         found["model"] = checked_model(resolved["model"])
+        if roles & set(ANSWERING):
+            check_run_generation(found["run"], found["model"]["generation"] or {})
     data = resolved["datasets"]
     return found | {"datasets": {name: checked_dataset(name, data[name]) for name in data if settings_of(name)}}
 

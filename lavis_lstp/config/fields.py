@@ -90,6 +90,8 @@ class Rule:
         if self.kind == MAPPING:
             return self._mapping(value, where)
         if self.kind == LIST or (self.kind == TEXTS and isinstance(value, list)):
+            if isinstance(value, str) and not value.lstrip().startswith(("[", "{")):
+                raise ConfigError(f"{self._wrong(value, where)}; write [{shortened(value)}]")
             if not isinstance(value, list):
                 raise self._wrong(value, where)
             return [self._text(one, f"{where}[{place}]") for place, one in enumerate(value)]
@@ -229,10 +231,40 @@ def _defaults(settings: type) -> dict[str, Any]:
     return OmegaConf.to_container(OmegaConf.structured(settings))
 
 
-def check_sampling(given: Mapping | str, where: str) -> None:
-    """Raise ConfigError for a temperature of 0 where sampling divides by it; an interpolation is checked later."""
-    if isinstance(given, Mapping) and given.get("temperature") == 0 and given.get("do_sample", False) is True:
-        raise ConfigError(f"{where}.temperature must be a number above 0 where do_sample is true, got 0")
+SAMPLING = {
+    **{"temperature": 1.0, "top_h": None, "top_k": 0, "top_p": 1.0, "min_p": None, "typical_p": 1.0},
+    **{"epsilon_cutoff": 0.0, "eta_cutoff": 0.0},
+}
+"""Settings of generation that shape what tokens are drawn from, and the value that changes nothing; in the order of
+transformers."""
+
+
+def check_generation(given: Mapping[str, Any], where: str, names: Mapping[str, str] | None = None) -> None:
+    """Raise ConfigError for settings of generation that contradict each other.
+
+    Args:
+        given: all that are in force, named as in transformers.
+        where: what errors call their section; names: what they call single ones of another section.
+    """
+    called = {name: f"{where}.{name}" for name in given} | (names or {})
+    if given.get("temperature") == 0 and given.get("do_sample"):
+        raise ConfigError(f"{called['temperature']} must be a number above 0 where do_sample is true, got 0")
+    for name, neutral in SAMPLING.items():  # 0 asks for nothing, or, as a temperature, for the greedy answer
+        if given.get(name) and given[name] != neutral and not given.get("do_sample"):
+            raise ConfigError(
+                f"{called[name]}={given[name]!r} shapes what tokens are drawn from, and none are drawn (do_sample is "
+                "false); set model.generation.do_sample=true, or leave it out"
+            )
+    least, most = given.get("min_new_tokens") or 0, given.get("max_new_tokens")
+    if most is not None and least > most:
+        least_name, most_name = called["min_new_tokens"], called["max_new_tokens"].rpartition(".")[2]
+        raise ConfigError(f"{least_name} must be at most {most_name} ({most}), got {least}")
+
+
+def generation_over(own: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """`given` over a model's own settings of generation; what shapes its sampling goes where `given` turns that off."""
+    greedy = "do_sample" in given and not given["do_sample"]
+    return {**{name: value for name, value in own.items() if not (greedy and name in SAMPLING)}, **given}
 
 
 def reason(error: Exception) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lavis_lstp.config.data import CONFIGS as DATASETS
@@ -137,7 +137,7 @@ def _load(path: Path) -> DictConfig:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise ConfigError(f"not YAML: {where}{getattr(error, 'problem', None) or first_line(error)}") from error
+        raise ConfigError(f"not YAML: {where}{_problem(error)}") from error
     except OmegaConfBaseException as error:
         raise ConfigError(first_line(error)) from error
 
@@ -156,7 +156,9 @@ def options_to_dotlist(options: Sequence[str] | None) -> list[str]:
         if "=" not in option:
             value = next(rest, None)
             if value is None:
-                raise ConfigError(f"option '{option}' has no value; write --options {option}=VALUE")
+                name, colon, given = option.partition(":")
+                way = f"{name.strip()}={given.strip() or 'VALUE'}" if colon else f"{option}=VALUE"
+                raise ConfigError(f"option '{option}' has no value; write --options {way}")
             option = f"{option}={value}"
         dotlist.append(option)
     return dotlist
@@ -178,10 +180,34 @@ def with_options(config: DictConfig, options: Sequence[str] | None) -> DictConfi
             found = option_value(value, path)
             for part in reversed(path):
                 found = {part: found}
+            place = _list_above(config, path)
+            if place:
+                raise ConfigError(
+                    f"cannot apply --options {shortened(option)}: {place} is a list, which is set whole: "
+                    f"--options '{place}=[...]'"
+                )
             config.merge_with(found)  # OmegaConf.merge would copy all of it for each option
-        except (OmegaConfBaseException, yaml.YAMLError, TypeError) as error:
+        except yaml.YAMLError as error:
+            open_at = [bracket for bracket in "[{" if value.count(bracket) > value.count(PAIRS[bracket])]
+            what = f"'{open_at[0]}' is not closed by '{PAIRS[open_at[0]]}'" if open_at else _problem(error)
+            raise ConfigError(f"cannot apply --options {shortened(option)}: not YAML ({what})") from error
+        except (OmegaConfBaseException, TypeError) as error:
             raise ConfigError(f"cannot apply --options {shortened(option)}: {first_line(error)}") from error
     return config
+
+
+PAIRS = {"[": "]", "{": "}"}
+
+
+def _list_above(config: DictConfig, path: Sequence[str]) -> str | None:
+    """The list that `path` goes into, or a key that the settings say is one; None = none."""
+    found: Any = config
+    for count, part in enumerate(path[:-1], 1):
+        found = found._get_node(part) if isinstance(found, DictConfig) else None
+        rule = rule_at(tuple(path[:count]))
+        if isinstance(found, ListConfig) or (rule is not None and rule.kind == LIST):
+            return ".".join(path[:count])
+    return None
 
 
 def option_value(raw: str, path: tuple[str, ...]) -> Any:
@@ -350,6 +376,11 @@ def rule_at(path: tuple[str, ...]) -> Rule | None:
         elif name != "[]" and not rule.limits.get("per_split"):
             rule = rule.item
     return rule
+
+
+def _problem(error: yaml.YAMLError) -> str:
+    """What is wrong, where `first_line` tells what was being read."""
+    return getattr(error, "problem", None) or first_line(error)
 
 
 def first_line(error: Exception) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from lavis_lstp.config.fields import SEED, TEXTS, check_sampling, checked, key
+from lavis_lstp.config.fields import SEED, TEXTS, check_generation, checked, key
 from lavis_lstp.errors import ConfigError
 
 PARTS = ("sampler", "vision", "qformer", "query_tokens", "projection", "language_model", "lora")
@@ -419,9 +419,7 @@ def checked_model(given: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: a key that nobody reads, or a value that cannot be used.
     """
-    found = checked(given, ModelSettings, "model", MODEL_KEYS)
-    check_sampling(found.get("generation") or {}, "model.generation")
-    return found
+    return checked(given, ModelSettings, "model", MODEL_KEYS)
 
 
 class Used(NamedTuple):
@@ -524,5 +522,6 @@ def check_complete_model(model: Mapping[str, Any]) -> None:
     """Raise ConfigError for a value of a complete `model` section that cannot be used, or values that do not fit."""
     model = {**model, **checked_model(model)}  # an interpolation may stand for a number where text is expected
     check_scorer(model)
+    check_generation(model["generation"] or {}, "model.generation")
     together = {name: model[name] for name in ("losses", "prompt", "sampler_prompt", "answer_template")}
     check_together(train=model["train"] or (), in_loop=model["refinement"]["in_loop"], **together)

@@ -84,6 +84,8 @@ def _check_generation(given: Mapping) -> None:
     from transformers import GenerationConfig
 
     _check_known("model.generation", given, GenerationConfig().to_dict())
+    if (wanted := given.get("num_return_sequences") or 1) != 1:
+        raise ConfigError(f"model.generation.num_return_sequences={wanted}: a question has one answer; set it to 1")
     try:
         GenerationConfig(**given)
     except transformers_errors() as error:

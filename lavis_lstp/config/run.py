@@ -15,7 +15,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from lavis_lstp.config.fields import SEED, check_sampling, checked, key, rules, unknown_key
+from lavis_lstp.config.fields import SEED, check_generation, checked, key, rules, unknown_key
 from lavis_lstp.errors import ConfigError, unknown_name
 
 OPTIMIZERS = ("adamw", "adam")
@@ -24,6 +24,9 @@ TASKS = ("video_qa", "video_instruct", "temporal_grounding", "pseudo_span")
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 ANSWERING = ("video_qa", "video_instruct")
 """Runners and tasks of this package."""
+_SAME = ("num_beams", "length_penalty", "repetition_penalty", "temperature", "top_p", "top_k")
+GENERATION = {"max_len": "max_new_tokens", "min_len": "min_new_tokens"} | {name: name for name in _SAME}
+"""Generation keys of the section, which override the model's own, and their names in transformers."""
 RATE = {"least": 0, "most": 1_000_000}
 
 
@@ -242,8 +245,16 @@ def checked_run(given: Mapping[str, Any], roles: Iterable[str], extra: Iterable[
         if name not in legal:
             raise ConfigError(unknown_key("run", name, legal))
     found = checked({name: value for name, value in given.items() if value is not None}, RunSettings, "run", legal)
-    check_sampling(found, "run")
+    if roles & set(ANSWERING) and found.get("num_captions", 1) != 1:
+        raise ConfigError(f"run.num_captions={found['num_captions']}: a question has one answer; set it to 1")
     return found
+
+
+def check_run_generation(run: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Raise ConfigError where generation keys of a run section and the model's own settings contradict each other."""
+    given = {GENERATION[name]: run[name] for name in GENERATION if run.get(name) is not None}
+    names = {GENERATION[name]: f"run.{name}" for name in GENERATION if run.get(name) is not None}
+    check_generation({**own, **given}, "model.generation", names)
 
 
 def _precision(run: Mapping[str, Any]) -> str:

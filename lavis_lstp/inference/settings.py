@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lavis_lstp.config.data import VideoQA
-from lavis_lstp.config.fields import SEED, check_sampling, checked, key
+from lavis_lstp.config.fields import SEED, check_generation, checked, generation_over, key
 from lavis_lstp.config.model import SELECTORS, Generation
 from lavis_lstp.errors import ConfigError
 
@@ -95,11 +95,8 @@ def settings_of(model: Any, num_frames: int, given: Mapping[str, Any]) -> Settin
     for name, most in (("max_new_tokens", MOST_TOKENS), ("min_new_tokens", MOST_TOKENS), ("num_beams", MOST_BEAMS)):
         if generation.get(name, 0) > most:
             raise ConfigError(f"settings.{name} must be at most {most}, got {generation[name]}")
-    together = {**model.generation, **generation}
-    check_sampling(together, "settings")
-    least, most = together.get("min_new_tokens") or 0, together.get("max_new_tokens")
-    if most is not None and least > most:
-        raise ConfigError(f"settings.min_new_tokens must be at most max_new_tokens ({most}), got {least}")
+    together = generation_over(model.generation, generation)
+    check_generation(together, "settings")
     checked_generation(together, encoder_decoder=model.backbone.is_encoder_decoder)
     frames = own.get("num_frames", num_frames)
     selector = _selector(model.selector, own)

@@ -9,6 +9,7 @@ Source: LSTP, arXiv 2402.16050.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from lavis_lstp.batch import chosen_frames, moves, readable
+from lavis_lstp.config.fields import generation_over
 from lavis_lstp.data.subtitles import nearest_first
 from lavis_lstp.errors import ConfigError, WeightsError, unknown_name
 from lavis_lstp.models.answer.answerer import GivenUp, Reading
@@ -115,7 +117,7 @@ class LSTP(BaseModel):
         return model
 
     @classmethod
-    def from_pretrained(cls, model_type: str) -> LSTP:
+    def from_pretrained(cls, model_type: str | os.PathLike) -> LSTP:
         """Builds a type of this model, as in LAVIS; or a model as it was trained, with its weights.
 
         Args:
@@ -125,6 +127,7 @@ class LSTP(BaseModel):
         Raises:
             ConfigError, WeightsError: nothing of that name, or it cannot be built; one line on why.
         """
+        model_type = os.fspath(model_type)
         if model_type in cls.PRETRAINED_MODEL_CONFIG_DICT or ("/" not in model_type and not local_path(model_type)):
             return cls.from_config(cls.default_config(model_type).model)
         from lavis_lstp.config import complete_model
@@ -354,7 +357,7 @@ class LSTP(BaseModel):
             see `prompts_with_subtitles`; start_logits, end_logits, scores and num_scored where there are any, see
             `Choice`, flow [B,T,2,S,S] where it was needed, and seconds by stage (of the whole batch).
         """
-        settings = {**self.generation, **generation}
+        settings = generation_over(self.generation, generation)
         return answer(self, readable(samples), prompt, settings, given_up, selector=selector, flow=flow)
 
     def stream(
@@ -372,7 +375,7 @@ class LSTP(BaseModel):
         The pieces of a row are its prediction, cut. The generator returns what `answer` gives; closing it ends the
         generation. `flow` is [B,T,2,h,w].
         """
-        settings = {**self.generation, **generation}
+        settings = generation_over(self.generation, generation)
         return stream(self, readable(samples), prompt, settings, given_up, selector=selector, flow=flow)
 
     def score_options(self, samples: Batch, prompt: str | None = None) -> dict:

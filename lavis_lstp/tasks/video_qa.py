@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from lavis.common.registry import registry
 
+from lavis_lstp.config.run import GENERATION
 from lavis_lstp.errors import ConfigError, unknown_name
 from lavis_lstp.metrics.choice import LETTERS, accuracy, choice_prompt, parse_choice
 from lavis_lstp.metrics.coverage import join_by_id
@@ -23,19 +24,8 @@ from lavis_lstp.models.answer.lavis_frames import several_frames
 from lavis_lstp.schema import Batch, Prediction, Span
 from lavis_lstp.tasks.base import MODELS, TIMINGS, LSTPTask, one_each, real_times, sample_ids, several_spans
 
-GENERATION = (
-    "num_beams",
-    "max_len",
-    "min_len",
-    "length_penalty",
-    "repetition_penalty",
-    "temperature",
-    "top_p",
-    "top_k",
-)
 CHOOSE = ("generate", "likelihood")
 OPTION_SCORES = ("mean", "sum")
-TO_TRANSFORMERS = {"max_len": "max_new_tokens", "min_len": "min_new_tokens"}
 
 
 @registry.register_task("video_qa")
@@ -108,7 +98,7 @@ class VideoQATask(LSTPTask):
         """{"prediction"} and whatever else the model tells of an answer."""
         given = {name: self.run[name] for name in GENERATION if self.run.get(name) is not None}
         if hasattr(model, "answer"):
-            return model.answer(samples, **{TO_TRANSFORMERS.get(name, name): value for name, value in given.items()})
+            return model.answer(samples, **{GENERATION[name]: value for name, value in given.items()})
         with several_frames(model, samples.get("image")):
             return self._lavis_answer(model, samples, given)
 

@@ -256,7 +256,20 @@ def test_files_that_cannot_be_read(write, capsys, tmp_path):
         ("run.max_epoch=many", "run.max_epoch must be a whole number of at least 1, got 'many'"),
         ("run.max_epoch=1.5", "run.max_epoch must be a whole number of at least 1, got 1.5"),
         ("run.init_lr=fast", "run.init_lr must be a number of at least 0 and at most 1000000, got 'fast'"),
-        ("run.test_splits=test", "run.test_splits must be a list, got 'test'"),
+        ("run.test_splits=test", "run.test_splits must be a list, got 'test'; write [test]"),
+        ("run.test_splits=[test", "cannot apply --options run.test_splits=[test: not YAML ('[' is not closed by ']')"),
+        ("run.test_splits.0=test", "run.test_splits is a list, which is set whole: --options 'run.test_splits=[...]'"),
+        ("run.seed: 1", "option 'run.seed: 1' has no value; write --options run.seed=1"),
+        ("run.temperature=0.7", "run.temperature=0.7 shapes what tokens are drawn from"),
+        ("run.top_k=5", "set model.generation.do_sample=true"),
+        ("model.generation.top_p=0.9", "model.generation.top_p=0.9 shapes what tokens are drawn from"),
+        ("run.min_len=10000", "run.min_len must be at most max_new_tokens ("),
+        ("model.generation.min_new_tokens=10000", "model.generation.min_new_tokens must be at most max_new_tokens ("),
+        ("run.num_captions=2", "run.num_captions=2: a question has one answer; set it to 1"),
+        (
+            "model.generation.num_return_sequences=2",
+            "model.generation.num_return_sequences=2: a question has one answer; set it to 1",
+        ),
         ("run.evaluate=perhaps", "run.evaluate must be true or false, got 'perhaps'"),
         (
             "datasets.lstp_video_qa.num_frames=lots",
@@ -303,6 +316,11 @@ def test_misspelt_generation_settings(write, capsys):
     assert "model.generation must be a mapping, got 3" in error_line(capsys, write(), "model.generation=3")
 
 
+def test_sampling_of_the_run_section_goes_with_do_sample_and_neutral_values_without(write):
+    load(write(), "run.temperature=0.7", "run.top_p=0.9", "model.generation.do_sample=true")
+    load(write(), "run.temperature=1.0", "run.top_p=1.0", "run.num_captions=1")
+
+
 def test_keys_that_transformers_knows_are_accepted(write):
     # intermediate_size is LLaMA's and in the defaults, so it lies in the manifest of every run
     t5 = (
@@ -313,7 +331,7 @@ def test_keys_that_transformers_knows_are_accepted(write):
         "hidden_size=64",
         "decoder_start_token_id=0",
     )
-    load(write(), *(f"{BACKBONE}.text_config.{option}" for option in t5), "model.generation.top_p=0.9")
+    load(write(), *(f"{BACKBONE}.text_config.{option}" for option in t5), "model.generation.max_time=null")
     load(write(), f"{BACKBONE}.text_config.rope_theta=500.0", "model.generation=null")
     cfg = load(write(), f"{BACKBONE}=null", "model.backbone.weights=some/folder")
     assert cfg.model_cfg.backbone.config is None

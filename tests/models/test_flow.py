@@ -546,6 +546,10 @@ def test_annotations_name_the_videos(folder):
         ('[{"video_id": "a", "video": "a.mp4"}, {"video_id": "a", "video": "b.mp4"}]', "also belongs to"),
         ('[{"video": "a.mp4", "video": "b.mp4"}]', "'video' stands twice"),
         ('[{"video": "a.mp4", "clip_s": [0, 1e999]}]', "larger than any number"),
+        (
+            '[{"video": "a.mp4"}, {"video": "b.mp4", "s": NaN}]',
+            "entry 1, key 's': NaN is no number of JSON; write null",
+        ),
         ('[{"video": "a.mp4", "clip_s": [0, NaN]}]', "NaN is no number"),
         ("{", "not JSON"),
     ]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from lavis_lstp.config.fields import SAMPLING, generation_over
 from lavis_lstp.errors import ConfigError
 from lavis_lstp.models.answer.generation import DRAWING, FOLLOWED, HERE, REFUSED, _Drawn, checked
 from lavis_lstp.models.answer.language import PrefixReading
@@ -143,10 +144,18 @@ def test_every_setting_of_transformers_is_followed_or_refused():
     [
         ({"num_return_sequences": 2, "num_beams": 2}, "num_return_sequences=2 is not supported: a question has one"),
         ({"do_sample": True, "num_beams": 2}, "num_beams=2 is not supported with do_sample"),
-        ({"do_sample": True, "temperature": 0}, "temperature=0: "),
-        ({"do_sample": True, "top_k": -3}, "top_k=-3: "),
-        ({"repetition_penalty": -1}, "repetition_penalty=-1: "),
-        ({"repetition_penalty": "much"}, "repetition_penalty='much': "),
+        ({"do_sample": True, "temperature": 0}, "temperature must be a number above 0 where do_sample is true, got 0"),
+        ({"do_sample": True, "top_k": -3}, "top_k must be a whole number of at least 0 or null, got -3"),
+        ({"repetition_penalty": -1}, "repetition_penalty must be a number above 0 or null, got -1"),
+        ({"repetition_penalty": "much"}, "repetition_penalty must be a number above 0 or null, got 'much'"),
+        ({"num_beams": 0}, "num_beams must be a whole number of at least 1 or null, got 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be a whole number of at least 1 or null, got 0"),
+        ({"max_new_tokens": 5, "min_new_tokens": 10}, "min_new_tokens must be at most max_new_tokens (5), got 10"),
+        *(
+            ({name: 0.5 if name != "top_k" else 5}, f"generation.{name}=")
+            for name in DRAWING  # settings of sampling without sampling
+        ),
+        ({"temperature": 0.7, "do_sample": False}, "set model.generation.do_sample=true"),
         ({"num_beam": 2}, "unknown generation setting 'num_beam'"),
     ],
 )
@@ -154,6 +163,15 @@ def test_one_line_on_what_cannot_be(backbone, settings, line):
     with pytest.raises(ConfigError) as caught:
         ask(backbone, [0], **settings)
     assert line in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_asks_for_no_sampling_goes_without_it():
+    neutral = {name: value for name, value in SAMPLING.items() if value is not None} | {"min_p": 0}
+    assert checked(neutral, encoder_decoder=False) == neutral
+    assert checked({"temperature": 0}, encoder_decoder=False) == {"temperature": 0}  # greedy, as it says
+    own = {"do_sample": True, "temperature": 0.2, "num_beams": 1}
+    assert generation_over(own, {"do_sample": False}) == {"num_beams": 1, "do_sample": False}
+    assert generation_over(own, {"top_p": 0.9}) == own | {"top_p": 0.9}
 
 
 def test_a_begin_mark_is_forced_on_a_t5_alone():

@@ -197,7 +197,7 @@ def equal(mine, theirs):
 
 @pytest.mark.parametrize("sampler_only", [False, True])
 def test_a_model_goes_to_the_hub_as_it_is_now_and_comes_back(run, at_hub, sampler_only):
-    model = LSTP.from_pretrained(str(run))
+    model = LSTP.from_pretrained(run)  # a path
     with torch.no_grad():
         model.sampler.head.bias += 1  # learnt since the run
     how = {"license": "mit", "token": "hf_of_the_test", "sampler_only": sampler_only}
@@ -219,7 +219,7 @@ def test_a_sampler_alone_sees_flow_as_its_run_showed_it(run, tmp_path, caplog):
     for given, wanted in (({"flow_scale": 30, "subtract_camera": True}, (30, True)), ({}, (1.0, False))):
         manifest["config"]["model"]["sampler"] = given
         (where / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-        sampler = TemporalSampler.from_pretrained(str(where))
+        sampler = TemporalSampler.from_pretrained(where)
         assert (sampler.flow_scale, sampler.subtract_camera) == wanted
         LSTP.from_pretrained(str(run)).load_checkpoint(str(where))
         said = "was trained with flow_scale=30, and this model has 1.0; set model.sampler.flow_scale=30"

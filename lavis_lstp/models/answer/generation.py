@@ -13,6 +13,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from lavis_lstp.config.fields import SAMPLING, check_generation
+from lavis_lstp.config.fields import checked as in_range
+from lavis_lstp.config.model import Generation
 from lavis_lstp.errors import ConfigError, unknown_name
 
 if TYPE_CHECKING:  # settings of a served model are checked where there is no torch
@@ -32,16 +35,16 @@ FOLLOWED = frozenset(
 HERE = ("do_sample", "repetition_penalty")
 
 DRAWING = {
-    "temperature": ("TemperatureLogitsWarper", 1.0),
-    "top_h": ("TopHLogitsWarper", None),
-    "top_k": ("TopKLogitsWarper", 0),
-    "top_p": ("TopPLogitsWarper", 1.0),
-    "min_p": ("MinPLogitsWarper", None),
-    "typical_p": ("TypicalLogitsWarper", 1.0),
-    "epsilon_cutoff": ("EpsilonLogitsWarper", 0.0),
-    "eta_cutoff": ("EtaLogitsWarper", 0.0),
+    "temperature": "TemperatureLogitsWarper",
+    "top_h": "TopHLogitsWarper",
+    "top_k": "TopKLogitsWarper",
+    "top_p": "TopPLogitsWarper",
+    "min_p": "MinPLogitsWarper",
+    "typical_p": "TypicalLogitsWarper",
+    "epsilon_cutoff": "EpsilonLogitsWarper",
+    "eta_cutoff": "EtaLogitsWarper",
 }
-"""Setting -> transformers' class that applies it, and the value that changes nothing; in the order of transformers."""
+"""Setting of `SAMPLING` -> transformers' class that applies it; in the order of transformers."""
 TOP_K = 50
 """Default of transformers, in force wherever tokens are drawn."""
 
@@ -83,7 +86,8 @@ def checked(settings: Mapping[str, Any], *, encoder_decoder: bool) -> dict[str, 
         encoder_decoder: whether the language model is a T5 rather than a LLaMA.
 
     Raises:
-        ConfigError: a setting is not known, or a row of a batch would not be answered as it is alone.
+        ConfigError: a setting is not known, out of range or contradicts another, or a row of a batch would not be
+            answered as it is alone.
     """
     kept = {}
     for name, value in settings.items():
@@ -94,6 +98,8 @@ def checked(settings: Mapping[str, Any], *, encoder_decoder: bool) -> dict[str, 
             raise ConfigError(unknown_name("generation setting", name, (*FOLLOWED, *HERE, *DRAWING)))
         elif value is not None:
             kept[name] = value
+    kept = in_range(kept, Generation, "generation", open=True)
+    check_generation(kept, "generation")
     if not encoder_decoder and "forced_bos_token_id" in kept:
         raise ConfigError(
             f"generation setting forced_bos_token_id={kept['forced_bos_token_id']!r} is not supported: the answer of a "
@@ -136,9 +142,9 @@ def arguments(
         processors.append(_made(RepetitionPenaltyLogitsProcessor, "repetition_penalty", value("repetition_penalty")))
     if settings.get("do_sample"):  # never because a checkpoint asks for it: answers are drawn where a user says so
         warpers = LogitsProcessorList()
-        for name, (class_name, off) in DRAWING.items():
+        for name, class_name in DRAWING.items():
             wanted = TOP_K if name == "top_k" and value(name) is None else value(name)
-            if wanted is not None and wanted != off:
+            if wanted is not None and wanted != SAMPLING[name]:
                 more = {"device": device} if name == "eta_cutoff" else {}
                 warpers.append(_made(_class(class_name, name), name, wanted, **more))
         if generators is None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lavis_lstp.config.data import VideoSettings, settings_of
-from lavis_lstp.config.fields import checked
+from lavis_lstp.config.fields import checked, generation_over
 from lavis_lstp.errors import ConfigError, WeightsError, shortened
 from lavis_lstp.files import expanded, strict_json
 from lavis_lstp.models.weights.hub import HUB_MODELS, checkpoint_source, local_path, weights_file
@@ -82,6 +82,9 @@ def recorded_model(checkpoint: str, options: Sequence[str] = ()) -> dict[str, An
             f"{manifest}: model.backbone.endpoint.cache is {shortened(cache)!r}, and where answers are written is not "
             "for a file to say; where you want it name it: --options model.backbone.endpoint.cache=FILE, or =null"
         )
+    made = section.get("generation")
+    if isinstance(made, Mapping) and not made.get("do_sample") and "model.generation.do_sample" not in given:
+        section["generation"] = generation_over(made, {"do_sample": False})  # a temperature in it had no effect
     earlier = section.get("checkpoint") or []
     earlier = [earlier] if isinstance(earlier, str) else earlier
     return section | {"checkpoint": [_where_the_run_stood(manifest, path) for path in earlier if path]}

@@ -10,6 +10,7 @@ in the loss.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -295,7 +296,7 @@ class TemporalSampler(nn.Module):
             self.text_rotary.normal_(std=_INIT_STD)
 
     @classmethod
-    def from_pretrained(cls, name: str, **settings: Any) -> TemporalSampler:
+    def from_pretrained(cls, name: str | os.PathLike, **settings: Any) -> TemporalSampler:
         """Loads the sampler of a checkpoint, and nothing else of it; its sizes are read off the weights.
 
         Args:
@@ -307,6 +308,7 @@ class TemporalSampler(nn.Module):
         Raises:
             WeightsError: nothing is there, or it has no sampler or a damaged one.
         """
+        name = os.fspath(name)
         checkpoint = as_checkpoint(name)
         found = load_as_ours(checkpoint)
         state = {key.removeprefix("sampler."): value for key, value in found.items() if key.startswith("sampler.")}
