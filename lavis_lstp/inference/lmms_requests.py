@@ -17,6 +17,7 @@ from typing import Any
 
 from PIL import Image
 
+from lavis_lstp.config.fields import SAMPLING
 from lavis_lstp.data.folder import FolderQuestions
 from lavis_lstp.data.pictures import ENDINGS as IMAGE_ENDINGS
 from lavis_lstp.data.prompts import without_tokens
@@ -37,7 +38,6 @@ GENERATION = (
 )
 NOT_OURS = ("image_aspect_ratio", "seed", "skip_special_tokens")
 """Settings of lmms-eval's tasks that concern other models' pictures and tokens, or that lmms-eval sees to (seed)."""
-SAMPLING = ("temperature", "top_k", "top_p")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from lavis_lstp.config.fields import SAMPLING
 from lavis_lstp.data.prompts import without_tokens
 from lavis_lstp.errors import ConfigError, shortened, unknown_name
 from lavis_lstp.inference.prediction import Prediction, Turn
@@ -179,8 +180,8 @@ def _settings(request: ChatRequest) -> tuple[dict[str, Any], list[str]]:
         found["max_new_tokens"] = given
     if request.seed is not None:
         found["seed"] = request.seed
-    if request.temperature == 0:
-        found["do_sample"] = False
+    if request.temperature == 0:  # greedy, whatever else is said of sampling
+        found = {name: value for name, value in found.items() if name not in SAMPLING} | {"do_sample": False}
     elif request.temperature is not None:
         found.update(do_sample=True, temperature=request.temperature)
     if request.top_p is not None and found.get("do_sample"):

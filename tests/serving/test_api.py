@@ -112,6 +112,9 @@ def test_turns_settings_and_stops(client, predictor):
     drawn = {"temperature": 2.0, "top_p": 0.9, "seed": 5, "max_tokens": 6}
     pair = [client.chat.completions.create(model="m", messages=about(VIDEO), **drawn) for _ in range(2)]
     assert pair[0].choices[0].message.content == pair[1].choices[0].message.content
+    greedy = {"temperature": 0, "top_p": 0.9, "extra_body": {"top_k": 5}}
+    same = client.chat.completions.create(model="m", messages=about(VIDEO), **greedy)
+    assert same.choices[0].message.content == predictor.answer(CLIP, ASKED).prediction
     stopped = client.chat.completions.create(model="m", messages=about(VIDEO), stop=["ar", "x"])
     assert stopped.choices[0].message.content == "b"
     (text,) = [
