@@ -334,7 +334,9 @@ def strict_json(text: str | bytes, *, finite: bool = True) -> Any:
         if "\\u" in text if isinstance(text, str) else b"\\u" in text:
             json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogateescape")
     except _NotFinite as error:
-        place = _place_not_finite(_ANY_NUMBER.decode(plain))
+        place = ""
+        with contextlib.suppress(RecursionError, ValueError):  # nested too deep, or wrong behind the number, too
+            place = _place_not_finite(_ANY_NUMBER.decode(plain))
         raise ValueError(f"{place}: {error}" if place else str(error)) from None
     except RecursionError as error:
         raise ValueError(str(error)) from None
