@@ -256,7 +256,7 @@ def motion_energy(path: str) -> dict:
 
 @way
 def motion_energy_whole(path: str) -> dict:
-    """Of all pictures that others refer to; `agrees`, in --out: correlation with `motion_energy` over 64, 512 parts."""
+    """Measures all pictures that others refer to; `agrees`, in --out, is the correlation with `motion_energy`."""
     import numpy as np
 
     from lavis_lstp.data.video import codec_figures

@@ -32,13 +32,13 @@ NAMES = EfficientNet_B0_Weights.DEFAULT.meta["categories"]
 
 
 def seen(scorer: ConSE, frames: Tensor) -> str:
-    """The names of a shot's likeliest labels, by the mean over its frames uint8 [N,3,H,W]."""
+    """Return the names of a shot's likeliest labels, by the mean over its frames uint8 [N,3,H,W]."""
     pixels = torch.stack([scorer.transform(one) for one in pictures(frames)])
     return ", ".join(NAMES[i] for i in scorer.model["classifier"](pixels).softmax(-1).mean(0).topk(LABELS)[1].tolist())
 
 
 def log_probability(model: torch.nn.Module, tokenizer, before: str, text: str) -> float:
-    """Log-probability, in nats, of a text behind another."""
+    """Return the log-probability, in nats, of a text behind another."""
     start = tokenizer(before, return_tensors="pt").input_ids
     rest = tokenizer(f" {text}", return_tensors="pt", add_special_tokens=False).input_ids
     logits = model(torch.cat([start, rest], dim=1)).logits[0, start.shape[1] - 1 : -1]
@@ -46,7 +46,7 @@ def log_probability(model: torch.nn.Module, tokenizer, before: str, text: str) -
 
 
 def right(scores: np.ndarray, joined: int, rounds: int) -> float:
-    """Percent of questions whose shot has the best score; scores [question, shot]."""
+    """Return the percent of questions whose shot has the best score; scores [question, shot]."""
     hits = []
     for done in range(rounds):
         for group in np.random.default_rng([joined, done]).permutation(len(scores)).reshape(-1, joined):

@@ -138,7 +138,7 @@ def _mute() -> None:
 
 
 def no_value(text: object) -> str:
-    """A remedy for Python's None and the like, which are texts in YAML; empty for any other text."""
+    """Return a remedy for Python's None and the like, which are texts in YAML; empty for any other text."""
     return "; no value is null there" if os.path.basename(str(text)) in ("None", "none", "nil", "NULL") else ""
 
 

@@ -352,7 +352,7 @@ def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 class _NotFinite(ValueError):
-    """NaN, Infinity or 1e999."""
+    """A number stands there that is none: NaN, Infinity or 1e999."""
 
 
 def _no_number(name: str) -> Any:
@@ -366,7 +366,7 @@ def _number(text: str) -> float:
 
 
 def _place_not_finite(value: Any) -> str:
-    """Where the first number is that is none, such as `entry 3, key 'duration'`; empty where it is all there is."""
+    """Return where the first number is that is none, such as `entry 3, key 'duration'`; empty where it stands alone."""
     if isinstance(value, dict | list):
         pairs = value.items() if isinstance(value, dict) else enumerate(value)
         word = "key" if isinstance(value, dict) else "entry"

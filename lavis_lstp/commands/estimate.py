@@ -102,7 +102,7 @@ class Alive(TorchDispatchMode):
 
 
 def _places(index: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """An index as it is, or, of a mask, the places where it is set, of each dimension, as if it were set everywhere."""
+    """Return an index as it is, and a mask as the places, one tensor a dimension, of all its values."""
     if index is None or index.dtype != torch.bool:
         return [index]
     return [index.new_empty(index.numel(), dtype=torch.long) for _ in range(index.ndim)]

@@ -262,7 +262,7 @@ def check_generation(given: Mapping[str, Any], where: str, names: Mapping[str, s
 
 
 def generation_over(own: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """`given` over a model's own settings of generation; what shapes its sampling goes where `given` turns that off."""
+    """Lay `given` over a model's own settings of generation, less those of sampling where it turns that off."""
     greedy = "do_sample" in given and not given["do_sample"]
     return {**{name: value for name, value in own.items() if not (greedy and name in SAMPLING)}, **given}
 

@@ -200,7 +200,7 @@ PAIRS = {"[": "]", "{": "}"}
 
 
 def _list_above(config: DictConfig, path: Sequence[str]) -> str | None:
-    """The list that `path` goes into, or a key that the settings say is one; None = none."""
+    """Return the list that `path` goes into, or a key that the settings say is one; None where there is none."""
     found: Any = config
     for count, part in enumerate(path[:-1], 1):
         found = found._get_node(part) if isinstance(found, DictConfig) else None
@@ -379,7 +379,7 @@ def rule_at(path: tuple[str, ...]) -> Rule | None:
 
 
 def _problem(error: yaml.YAMLError) -> str:
-    """What is wrong, where `first_line` tells what was being read."""
+    """Return what is wrong in a YAML text; its first line tells only what was being read."""
     return getattr(error, "problem", None) or first_line(error)
 
 

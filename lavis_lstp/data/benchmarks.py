@@ -386,7 +386,7 @@ def _rows(path: Path, spec: Form, section: str, form: str) -> list[tuple[str, Ro
 
 
 def _named(row: Row, place: str, spec: Form) -> Row:
-    """The row, with whole numbers in columns that ids and names are made of: pandas makes 7.0 of 7 beside empty cells.
+    """Return the row, with whole numbers where ids and names are made of them: pandas makes 7.0 of 7 beside gaps.
 
     Raises:
         AnnotationError: nothing is asked, or nothing stands in such a column.

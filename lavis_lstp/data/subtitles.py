@@ -117,7 +117,7 @@ def _plain(text: str) -> str:
 
 
 def _of_cues(text: str, path: Path | str, form: str) -> Iterable[tuple[str, float, float, str]]:
-    """Lines of SRT and VTT: a line with times, and what stands until the next one, blank lines or not."""
+    """Yields lines of SRT and VTT: a line with times, and what stands until the next one, blank lines or not."""
     lines = re.split("\r\n|\r|\n", text)
     vtt = form == ".vtt" or lines[0].startswith("WEBVTT")
     if vtt:
@@ -186,7 +186,7 @@ def _clock(found: re.Match, edge: str) -> float:
 
 
 def _once(times: Sequence[tuple[float, float]], said: list[list[str]]) -> list[list[str]]:
-    """Rolling captions with each line once, where it is first shown; others as they are.
+    """Return rolling captions with each line once, where it is first shown, and others as they are.
 
     Captions roll where at least half of the neighbours in time begin with the lines that the one before ends with, and
     bring a new line or last for an instant, as YouTube's recognised speech does. A sentence said twice does not.

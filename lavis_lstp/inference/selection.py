@@ -383,7 +383,7 @@ def _index(video: str | os.PathLike) -> VideoIndex:
 
 
 def _costs(video: str | os.PathLike) -> PacketCosts:
-    """Also of a folder of pictures, where only times are known."""
+    """Return the packets' costs; of a folder of pictures only the times are known."""
     if not os.path.isdir(video):
         return packet_costs(video)
     index = _index(video)

@@ -123,12 +123,12 @@ def parse_choice(text: str, options: Sequence[str]) -> int | None:
 
 
 def _read(text: str, options: Sequence[str]) -> int | None:
-    """`parse_choice` of a text without tags."""
+    """Return what `parse_choice` does, of a text without tags."""
     text = _without_echo(text, options)
-    stated = (_ANSWER_LINE.sub("", line, count=1) for line in without_markup(text).splitlines())
+    plain = without_markup(text)
+    stated = (_ANSWER_LINE.sub("", line, count=1) for line in plain.splitlines())
     lines = [line for line in (text, *text.splitlines(), *stated) if line.strip()]
     alone = {i for line in lines for i in (*_words_alone(line, options), *_letter_alone(line, options))}
-    plain = without_markup(text)
     if not alone and (said := _polarity(plain, options)) is not None:
         return said
     marked = _without_denied(_marked(plain, options), options)
@@ -140,7 +140,7 @@ def _read(text: str, options: Sequence[str]) -> int | None:
 
 
 def _without_echo(text: str, options: Sequence[str]) -> str:
-    """The text without lines that only list every option with its letter, as they were asked."""
+    """Return the text without lines that only list every option with its letter, as they were asked."""
     lines = text.splitlines()
     labels = [{f"{a}{LETTERS[i]}{b} {option}".casefold() for a, b in (("(", ")"), ("", "."), ("", ")"), ("", ":"))}
               for i, option in enumerate(options)]  # fmt: skip
@@ -156,7 +156,7 @@ def _one(found: Collection[int], options: Sequence[str]) -> int | None:
 
 
 def _words_alone(text: str, options: Sequence[str]) -> list[int]:
-    """Options that are all of the text, in the strictest of five comparisons that any option passes."""
+    """Return the options that are all of the text, in the strictest of five comparisons that any option passes."""
     for same in (str.strip, folded, _bare, _normalised, _in_digits):
         if (key := same(text)) and (found := [i for i, option in enumerate(options) if same(option) == key]):
             return found
@@ -175,7 +175,7 @@ def _normalised(text: str) -> str:
 
 
 def _in_digits(text: str) -> str:
-    """`_normalised` with small numbers in digits: options are "3", and models write "Three"."""
+    """Return `_normalised` with small numbers in digits: options are "3", and models write "Three"."""
     return " ".join(NUMBERS.get(word, word) for word in _normalised(text).split())
 
 
@@ -196,7 +196,7 @@ def _polarity(text: str, options: Sequence[str]) -> int | None:
 
 
 def _marked(text: str, options: Sequence[str]) -> str:
-    """The text in lower case, with characters of private use for letters that stand for an option."""
+    """Return the text in lower case, with characters of private use for letters that stand for an option."""
     own = [
         match.span()
         for option in options
@@ -215,12 +215,12 @@ def _marked(text: str, options: Sequence[str]) -> str:
 
 
 def _numbers(text: str, *patterns: re.Pattern) -> set[int]:
-    """The numbers of the letters that the patterns find in a marked text."""
+    """Return the numbers of the letters that the patterns find in a marked text."""
     return {ord(match[match.lastindex]) - _MARK for pattern in patterns for match in pattern.finditer(text)}
 
 
 def _without_denied(text: str, options: Sequence[str]) -> str:
-    """A marked text without what it says not to be the answer: "not A", "rather than a dog", "B and C are wrong"."""
+    """Drop from a marked text what it says is not the answer: "not A", "rather than a dog", "B and C are wrong"."""
     if not re.search(rf"{_DENY}|{_V} (?:{_DENIED_BY})", text):
         return text
     words = [re.escape(folded(option)) for option in options]
@@ -239,7 +239,7 @@ def _without_denied(text: str, options: Sequence[str]) -> str:
 
 
 def _labelled(line: str, options: Sequence[str]) -> list[int]:
-    """The option whose letter and words are all of a marked line, or of its first sentence."""
+    """Return the option whose letter and words are all of a marked line, or of its first sentence."""
     first = re.match(rf" *{_V}[).:,;\u3001\u3002]* ?(?:- )?(.+?)(?:[.!?\u3002](?= |$)|$)", line)
     number = ord(first[1]) - _MARK if first else len(options)
     same = number < len(options) and any(
@@ -249,7 +249,7 @@ def _labelled(line: str, options: Sequence[str]) -> list[int]:
 
 
 def _inside(text: str, options: Sequence[str]) -> int | None:
-    """The option that a marked text names: a letter at its beginning or that it decides for, or an option's words."""
+    """Return the option that a marked text names by a letter in front, one that it decides for, or an option's words."""
     several = len({sign for line in text.splitlines() for sign in _numbers(line[:3].strip(), _FIRST)}) > 1
     first = None if several else _FIRST.match(text)
     said = [match for pattern in _DECIDING for match in pattern.finditer(text)]

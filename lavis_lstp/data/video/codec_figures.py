@@ -128,7 +128,7 @@ def _energy_of_all(source: Source, index: VideoIndex, threads: int) -> np.ndarra
 
 
 def _runs(index: VideoIndex, places: int) -> list[tuple[int, int]]:
-    """Packets [start, stop) to decode at evenly spread places: of the group of a key frame its first ones."""
+    """Return the packets [start, stop) to decode at evenly spread places: the first ones of a key frame's group."""
     centres = index.frame_packet[uniform_centres(places, index.num_frames)]
     keys = np.flatnonzero(index.packet_key)
     runs = []
@@ -139,7 +139,7 @@ def _runs(index: VideoIndex, places: int) -> list[tuple[int, int]]:
 
 
 def _measured(source: Source, index: VideoIndex, runs: Sequence[tuple[int, int]]) -> list[list[tuple[int, float]]]:
-    """Of each run the decoded frames' numbers, ascending, with their motion since the one before."""
+    """Return the numbers of each run's decoded frames, ascending, with the motion since the frame before."""
     found = []
     for (start, _), pictures in zip(runs, decode_runs(source, index, runs), strict=True):
         first, before, one = int(index.packet_frame[start]), None, []
@@ -155,7 +155,7 @@ def _measured(source: Source, index: VideoIndex, runs: Sequence[tuple[int, int]]
 
 
 def _between(index: VideoIndex, found: Sequence[Sequence[tuple[int, float]]]) -> np.ndarray:
-    """float32 [N]: measured energy, and where there is none what the bit cost says by the motion per byte nearby."""
+    """Return float32 [N]: measured energy, and elsewhere what the bit cost says by the motion per byte nearby."""
     every, keys = np.arange(index.num_frames), index.frame_key
     cost = np.ones(index.num_frames)
     if not keys.all():  # key frames cost much, whether anything moves or not
@@ -202,14 +202,14 @@ def _luma(frame: Any) -> np.ndarray:
 
 
 def _small(frame: Any) -> np.ndarray:
-    """uint8 [h,w], brightness at the size at which pictures are compared."""
+    """Return uint8 [h,w], the brightness at the size at which pictures are compared."""
     grey = _luma(frame)
     size = (ENERGY_WIDTH, max(1, round(ENERGY_WIDTH * grey.shape[0] / grey.shape[1])))
     return cv2.resize(grey, size, interpolation=cv2.INTER_AREA)
 
 
 def _number(index: VideoIndex, frame: Any) -> int:
-    """The number of a picture with a time; -1 of one that is hidden by an edit list or has an unknown time."""
+    """Return the number of a picture; -1 where an edit list hides it or its time is unknown."""
     packet = index.position(frame.pts)
     return -1 if packet is None else int(index.packet_frame[packet])
 

@@ -409,7 +409,7 @@ def picture(frame: Any, pixel_format: str, decode_size: int | None = None) -> np
 
 
 def has_alpha(frame: Any) -> bool:
-    """Whether a frame stores how transparent it is."""
+    """Return whether a frame stores how transparent it is."""
     return any(part.is_alpha for part in frame.format.components)
 
 

@@ -154,7 +154,7 @@ class VideoIndex:
         return {key: getattr(self, key) for key in (*kept, "max_megapixels")}
 
     def square(self, height: int, width: int, *, turned: bool) -> tuple[int, int]:
-        """Height and width of an upright picture whose pixels are square: one side grows, as in players.
+        """Return height and width of an upright picture whose pixels are square: one side grows, as in players.
 
         Args:
             turned: whether its rows and columns were swapped to make it upright.
@@ -277,7 +277,7 @@ def open_video(
 
 
 def _refuse_picture(source: Source, name: str, max_megapixels: float) -> None:
-    """What is no video is refused as a picture where it is called one."""
+    """Refuses as a picture what is no video and is called a picture."""
     if os.path.splitext(name)[1].lower() in ENDINGS:
         given = check_source(source, name)
         open_picture(given if isinstance(given, str) else given.read(), name, max_megapixels=max_megapixels)
