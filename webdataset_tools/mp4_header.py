@@ -17,7 +17,8 @@ from fractions import Fraction
 
 import numpy as np
 
-from lavis_lstp.data.video.index import HEIF_BRANDS, VideoInfo, frame_rate
+from lavis_lstp.data.video.container import HEIF_BRANDS
+from lavis_lstp.data.video.index import VideoInfo, frame_rate
 
 CODECS = {b"avc1": "h264", b"avc3": "h264", b"hvc1": "hevc", b"hev1": "hevc"}
 UPRIGHT = (1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)

@@ -548,11 +548,11 @@ def _by_sampler(video, question, k, method, seed, read, predictor, settings, rea
     for stage, value in asked.seconds.items():
         seconds[stage] = seconds.get(stage, 0.0) + value
     scores = None if choice.scores is None else choice.scores[0].double().numpy()
-    read = {"frames": "exact" if predictor.reader.how["exact"] else "keyframe"}
-    read |= {} if media.flow is None else {"flow_pairs": predictor.reader.flow_pairs}
-    read |= {name: value for name, value in how.reading.items() if name in read}
-    read["frames"] = _read_as(read["frames"], video, media.numbers)
-    used = {"k": k, "num_candidates": len(times), **read, **how.selector.settings}
+    took = {"frames": "exact" if predictor.reader.how["exact"] else "keyframe"}
+    took |= {} if media.flow is None else {"flow_pairs": predictor.reader.flow_pairs}
+    took |= {name: value for name, value in how.reading.items() if name in took}
+    took["frames"] = _read_as(took["frames"], video, media.numbers)
+    used = {"k": k, "num_candidates": len(times), **took, **how.selector.settings}
     num_filled = 0 if choice.num_filled is None else int(choice.num_filled[0])
     return (
         info,

@@ -249,7 +249,7 @@ def _labelled(line: str, options: Sequence[str]) -> list[int]:
 
 
 def _inside(text: str, options: Sequence[str]) -> int | None:
-    """Return the option that a marked text names by a letter in front, one that it decides for, or an option's words."""
+    """Return the option that a marked text names: by a letter in front, one that it decides for, or by words."""
     several = len({sign for line in text.splitlines() for sign in _numbers(line[:3].strip(), _FIRST)}) > 1
     first = None if several else _FIRST.match(text)
     said = [match for pattern in _DECIDING for match in pattern.finditer(text)]

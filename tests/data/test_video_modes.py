@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from video_files import moving_texture, numbered_video, read_number, write_video
 
-from lavis_lstp.data.video import decode, index, reading
+from lavis_lstp.data.video import container, decode, index, reading
 from lavis_lstp.data.video.reading import read_frames
 from lavis_lstp.errors import ConfigError, VideoError
 
@@ -228,7 +228,7 @@ def test_pictures_are_scaled_while_they_are_decoded(tmp_path, name):
 
 
 def test_a_device_that_is_absent_is_told_once_and_the_processor_decodes(files, caplog):
-    index._NO_HARDWARE.clear()
+    container._NO_HARDWARE.clear()
     with caplog.at_level(logging.WARNING):
         first = read_frames(files["closed.mp4"], num=3, hardware="d3d11va")
         read_frames(files["closed.mp4"], num=3, hardware="d3d11va")

@@ -22,8 +22,9 @@ import numpy as np
 
 from lavis_lstp.data.frame_numbers import uniform_centres
 from lavis_lstp.data.pictures import DEFAULT_MAX_MEGAPIXELS
+from lavis_lstp.data.video.container import Source, source_name
 from lavis_lstp.data.video.decode import SKIPPABLE, decode_runs, picture, start_for
-from lavis_lstp.data.video.index import Source, VideoIndex, reopen, source_name, video_index
+from lavis_lstp.data.video.index import VideoIndex, reopen, video_index
 from lavis_lstp.errors import VideoError
 
 LUMA_FIRST = ("yuv4", "yuvj4", "nv12", "nv21", "gray")  # pixel formats whose first plane is brightness

@@ -21,7 +21,8 @@ from av.sidedata.sidedata import SideDataContainer
 from av.video.frame import PictureType
 from av.video.reformatter import VideoReformatter
 
-from lavis_lstp.data.video.index import Source, VideoIndex, check_source, reopen
+from lavis_lstp.data.video.container import Source, check_source
+from lavis_lstp.data.video.index import VideoIndex, reopen
 from lavis_lstp.errors import VideoError
 
 # Codecs whose decoders honour `skip_frame` per packet and store one picture in each.

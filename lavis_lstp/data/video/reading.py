@@ -30,6 +30,7 @@ import numpy as np
 
 from lavis_lstp.data.frame_numbers import sample_indices, uniform_centres
 from lavis_lstp.data.pictures import DEFAULT_MAX_MEGAPIXELS, check_area
+from lavis_lstp.data.video.container import Source, source_name
 from lavis_lstp.data.video.decode import (
     LOWRES,
     DecodeCount,
@@ -42,15 +43,7 @@ from lavis_lstp.data.video.decode import (
     orientation,
     stretches,
 )
-from lavis_lstp.data.video.index import (
-    Source,
-    VideoIndex,
-    VideoInfo,
-    count_frames,
-    reopen,
-    source_name,
-    video_index,
-)
+from lavis_lstp.data.video.index import VideoIndex, VideoInfo, count_frames, reopen, video_index
 from lavis_lstp.data.video.picture_folder import folder_index, pictures_in, read_pictures
 from lavis_lstp.errors import ConfigError, VideoError, unknown_name
 from lavis_lstp.schema import Span
