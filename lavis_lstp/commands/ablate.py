@@ -172,10 +172,11 @@ def ablate(
     """Evaluates every cell that is not done yet; returns the rows of the table."""
     from lavis_lstp.commands.chain import Chain, Step
 
-    chain = Chain(out, options, launcher)
     rows, rights = [], {}
-    for cell in cells:
-        chain.run([Step(cell.name, "evaluate", cell.recipe, options=cell.options)])
+    by_name = {cell.name: cell for cell in cells}
+
+    def add_row(step: Step) -> None:
+        cell = by_name[step.name]
         row, rights[cell.name] = measure(out / cell.name / "result", f"{cell.split}_video_qa")
         compared = cell.baseline if cell.baseline != cell.name and cell.baseline in rights else None
         p_value = None if compared is None else paired_p(rights[compared], rights[cell.name])
@@ -184,6 +185,9 @@ def ablate(
         write_json(out / "table.json", {"rows": rows, "options": without_secrets_in(list(options))})
         with atomic_writer(out / "table.md") as file:
             file.write("\n".join([*table_lines(rows, "frames"), "", judge_line(rows)]) + "\n")
+
+    steps = [Step(cell.name, "evaluate", cell.recipe, options=cell.options) for cell in cells]
+    Chain(out, options, launcher).run(steps, add_row)
     with whole_file(out / "accuracy.png") as partial:
         partial.write_bytes(accuracy_plot(rows))
     return rows

@@ -26,7 +26,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,6 +36,7 @@ import yaml
 
 from lavis_lstp.errors import ConfigError, LstpError, unknown_name
 from lavis_lstp.files import owned, read_record, sha256_json, strict_json, sweep, write_json
+from lavis_lstp.host.warm import Warm
 from lavis_lstp.redaction import printable, without_secrets, without_secrets_in
 from lavis_lstp.untrusted import guard_log
 
@@ -86,19 +87,27 @@ class Chain:
         self.out = out
         self.options = list(options)
         self.launcher = list(launcher) or [sys.executable]
+        self.warm = Warm()
         self.seconds: dict[str, float] = {}
         self.about_s: dict[str, float] = {}  # how long a step takes, where that is known
 
-    def run(self, steps: Sequence[Step]) -> None:
+    def run(self, steps: Sequence[Step], then: Callable[[Step], None] = lambda step: None) -> None:
         """Each step that is not done yet; of several, each line of the log says which it is of how many.
+
+        Args:
+            then: called with each step when it is done.
 
         Raises:
             ConfigError: a folder holds a step with other options, or done by a recipe that was edited since.
             LstpError: a step failed.
         """
-        for number, step in enumerate(steps, 1):
-            place = f"step {number} of {len(steps)}, " if len(steps) > 1 else ""
-            self.step(step.name, self.command(step), launch=step.kind != "command", recipe=step.recipe, place=place)
+        try:
+            for number, step in enumerate(steps, 1):
+                place = f"step {number} of {len(steps)}, " if len(steps) > 1 else ""
+                self.step(step.name, self.command(step), launch=step.kind != "command", recipe=step.recipe, place=place)
+                then(step)
+        finally:
+            self.warm.close()
 
     def command(self, step: Step) -> list[str]:
         """What stands behind `python`."""
@@ -140,7 +149,8 @@ class Chain:
                 f"{folder} holds this step with other options ({started}); choose another --out, remove that folder, "
                 f"or in a chain run it and what follows again with --from {name}"
             )
-        digest = _digest(recipe) if recipe else None
+        content = _content(recipe) if recipe else {}
+        digest = sha256_json(content) if recipe else None
         if done.is_file():
             before = read_record(done, {"seconds": lambda value: type(value) in (int, float)}, error=ConfigError)
             if before.get("recipe", digest) != digest:  # files of earlier versions have none
@@ -151,7 +161,9 @@ class Chain:
             self.seconds[name] = before["seconds"]
             logger.info("%s: done before, in %.0f s", place + name, self.seconds[name])
             return
-        whole = [*(self.launcher if launch else [sys.executable]), *command]
+        launcher = self.launcher if launch else [sys.executable]
+        warm = self.warm if launch and launcher == [sys.executable] and _is_on_cpu(content, command) else None
+        whole = [*launcher, *command]
         logger.info("%s: %s", place + name, without_secrets(shlex.join(whole)))
         about = f", of about {self.about_s[name]:.0f} s" if name in self.about_s else ""
         if about:
@@ -161,7 +173,7 @@ class Chain:
             write_json(started, recorded)
             size = output.stat().st_size if output.is_file() else 0
             begin = time.perf_counter()
-            status, stopped = _call(whole, output, lock, f"{place}{name}: %.0f s so far{about}")
+            status, stopped = _call(whole, output, lock, f"{place}{name}: %.0f s so far{about}", warm)
             stopped = stopped or status in STOPS
             if status and not stopped:
                 raise LstpError(f"step {name} ended with status {status}: {_reason(output, size)} (see {output})")
@@ -203,14 +215,19 @@ def _command_of(started: Path) -> list[str] | None:
     return found if isinstance(found, list) else None
 
 
-def _digest(recipe: str) -> str:
-    """Of what the file says, not of its comments and blanks."""
+def _content(recipe: str) -> dict[str, Any]:
+    """What the file says, without its comments and blanks."""
     from omegaconf import OmegaConf
 
     from lavis_lstp.config import find_config, load_recipe
 
-    content = OmegaConf.to_container(load_recipe(find_config(recipe)))
-    return sha256_json(content)
+    return OmegaConf.to_container(load_recipe(find_config(recipe)))
+
+
+def _is_on_cpu(recipe: Mapping[str, Any], command: Sequence[str]) -> bool:
+    """Whether a run may be forked from a process that has imported LAVIS (host/warm.py)."""
+    told = [word.removeprefix("run.device=") for word in command if word.startswith("run.device=")]
+    return sys.platform == "linux" and [(recipe.get("run") or {}).get("device"), *told][-1] == "cpu"
 
 
 @contextlib.contextmanager
@@ -227,11 +244,12 @@ def _locked(folder: Path) -> Iterator[int]:
         yield lock.fileno()
 
 
-def _call(command: Sequence[str], output: Path, lock: int, going_on: str) -> tuple[int, bool]:
+def _call(command: Sequence[str], output: Path, lock: int, going_on: str, warm: Warm | None) -> tuple[int, bool]:
     """Exit status, and whether SIGTERM came; it is passed on, and the command may take its time to save.
 
     Args:
         going_on: what to log every `TELL_EVERY_S` seconds, with the seconds so far.
+        warm: starts `python -m ...` with LAVIS imported; None = as any other program.
     """
     begin = time.perf_counter()
     process, stopped = None, False
@@ -247,17 +265,19 @@ def _call(command: Sequence[str], output: Path, lock: int, going_on: str) -> tup
     try:
         with open(output, "a", encoding="utf-8") as log:
             try:
-                process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, pass_fds=[lock])
+                if warm:
+                    process = warm.start(command[2:], log.fileno(), lock)
+                else:
+                    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, pass_fds=[lock])
             except OSError as error:
                 raise ConfigError(f"cannot start {command[0]}: {error.strerror}; check --launcher") from error
-            with process:
-                if stopped:
-                    process.terminate()
-                while True:
-                    try:
-                        return process.wait(timeout=TELL_EVERY_S), stopped
-                    except subprocess.TimeoutExpired:
-                        logger.info(going_on, time.perf_counter() - begin)
+            if stopped:
+                process.terminate()
+            while True:
+                try:
+                    return process.wait(timeout=TELL_EVERY_S), stopped
+                except subprocess.TimeoutExpired:
+                    logger.info(going_on, time.perf_counter() - begin)
     finally:
         if main:
             signal.signal(signal.SIGTERM, before)

@@ -223,7 +223,7 @@ def in_process(monkeypatch) -> list[str]:
     """Evaluations run here; gives the steps that did."""
     ran = []
 
-    def call(whole, output, lock, going_on):
+    def call(whole, output, lock, going_on, warm):
         ran.append(whole)
         with open(output, "a", encoding="utf-8") as log, contextlib.redirect_stderr(log):
             return evaluate.main(whole[whole.index("--cfg-path") :]), False
