@@ -128,9 +128,7 @@ def _grouped(rows: Sequence[Mapping[str, Any]], root: Path, subtitles: Subtitles
         video_id = row["video_id"]
         unit = media.setdefault(key, (kind, video_id, source, []))
         if unit[:2] != (kind, video_id):
-            raise AnnotationError(
-                f"{source}: is a {unit[0]} '{unit[1]}' in one question, a {kind} '{video_id}' in another"
-            )
+            raise AnnotationError(f"{source}: is {unit[0]} '{unit[1]}' in one question, {kind} '{video_id}' in another")
         unit[3].append(question)
     for kind, _, source, _ in media.values():
         _check_file(kind, source, root)
@@ -148,7 +146,7 @@ def _check_file(kind: str, source: str, root: Path) -> None:
         raise VideoError(f"{root / source}: no such file; --root is the folder that paths are relative to")
     known = VIDEO_MEMBERS if kind == "video" else IMAGE_MEMBERS
     if member_of(source) not in known:
-        raise ConfigError(f"{root / source}: unknown ending of a {kind}; known: {', '.join(known)}")
+        raise ConfigError(f"{root / source}: unknown ending for {kind} files; known: {', '.join(known)}")
 
 
 def member_of(source: str) -> str:

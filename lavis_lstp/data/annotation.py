@@ -5,16 +5,24 @@ The form of this package's own files is told in `qa_dataset`; others' are read b
 
 from __future__ import annotations
 
+import difflib
+import logging
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lavis_lstp.errors import AnnotationError, no_value
 from lavis_lstp.files import json_rows, strict_json
+from lavis_lstp.redaction import printable
+
+log = logging.getLogger(__name__)
 
 SECTION = "datasets.<name>"
 """Where in a configuration the settings of a data set lie; builders know the name."""
 
+REQUIRED = ("question_id", "video", "image", "question", "answer")
+OPTIONAL = ("video_id", "span_s", "moments_s", "clip_s", "category", "categories", "options", "prompt")
 MOST_OPTIONS = 26
 MOST_SECONDS = 1e9
 """30 years, which no video has; JSON's 1e999 and a number of 400 digits are more."""
@@ -44,6 +52,7 @@ def read_annotation(path: str | Path, *, section: str = SECTION) -> list[dict[st
     seen: set[str] = set()
     for place, row in rows:
         _check_entry(row, place, seen)
+    _warn_of_misspelt(path, [row for _, row in rows])
     return [Entry(row, place) for place, row in rows]
 
 
@@ -133,23 +142,61 @@ def check_options(options: Any, answer: str | None, place: str, fewest: int = 1)
         raise AnnotationError(f"{place}: the answer {answer!r} is none of the options {options!r}")
 
 
+def check_optional(row: Mapping[str, Any], place: str) -> None:
+    """Raises AnnotationError for what may be left out of a question, or be null, and is there in another form."""
+    for key in ("prompt", "category"):
+        if not isinstance(row.get(key) or "", str):
+            raise AnnotationError(f"{place}: '{key}' must be a string, got {row[key]!r:.80}")
+    axes = {} if row.get("categories") is None else row["categories"]
+    if not isinstance(axes, dict) or not all(_is_kind(kind) for kind in axes.values()):
+        raise AnnotationError(f"{place}: 'categories' must be {{axis: kind or [kinds]}} of texts, got {axes!r:.80}")
+    for key in ("span_s", "clip_s"):
+        check_seconds(row.get(key), key, place)
+    moments = [] if row.get("moments_s") is None else row["moments_s"]
+    if not isinstance(moments, list):
+        raise AnnotationError(f"{place}: 'moments_s' must be [[start, end], ...] in seconds, got {moments!r:.80}")
+    for moment in moments:
+        check_moment(moment, "moments_s", place)
+    if row.get("options") is not None:
+        check_options(row["options"], row.get("answer"), place)
+
+
+def _is_kind(kind: Any) -> bool:
+    return isinstance(kind, str) or (isinstance(kind, list) and all(isinstance(one, str) for one in kind))
+
+
+def _warn_of_misspelt(path: Path, rows: list[dict[str, Any]]) -> None:
+    """One warning for each key that is not read and looks like one that may be left out and is."""
+    keys = Counter(key for row in rows for key in row)
+    for key in keys.keys() - {*REQUIRED, *OPTIONAL}:
+        close = difflib.get_close_matches(key.lower(), [one for one in OPTIONAL if one not in keys], n=1, cutoff=0.8)
+        if close:
+            log.warning(
+                "%s: '%s', in %d of %d entries, is not read; did you mean '%s'?",
+                *(path, printable(key), keys[key], len(rows), close[0]),
+            )
+
+
 def _check_entry(row: Any, place: str, seen: set[str]) -> None:
-    if isinstance(row, dict) and "question_id" in row:
-        place = f"{place} (question_id {row['question_id']!r})"
+    if isinstance(row, dict):
+        if "question_id" in row:
+            place = f"{place} (question_id {row['question_id']!r})"
+        for key in [key for key in OPTIONAL if row.get(key, "") is None]:
+            del row[key]
     media = "image" if isinstance(row, dict) and "image" in row else "video"
-    texts = ("question_id", "video_id", media, "question", "answer", "category")
+    texts = ("question_id", "video_id", media, "question", "answer")
     check_object(row, place, ("question_id", media, "question", "answer"), texts)
     if "image" in row and "video" in row:
         raise AnnotationError(f"{place}: has both 'image' and 'video'; a question is about one of them")
-    if not row["question"].strip():
-        raise AnnotationError(f"{place}: 'question' is empty")
+    for key in ("question_id", "question"):
+        if not row[key].strip():
+            raise AnnotationError(f"{place}: '{key}' is empty")
     if not Path(row[media]).name or not row[media].strip():
         raise AnnotationError(f"{place}: '{media}' must name a file (or a folder of pictures), got {row[media]!r}")
     row.setdefault("video_id", Path(row[media]).stem)
-    for key in ("span_s", "clip_s"):
-        check_seconds(row.get(key), key, place)
-    if row.get("options") is not None:
-        check_options(row["options"], row["answer"], place)
+    check_optional(row, place)
+    if row.get("moments_s") and "span_s" not in row:
+        row["span_s"] = max(row["moments_s"], key=lambda moment: moment[1] - moment[0])
     if row["question_id"] in seen:
         raise AnnotationError(f"{place}: 'question_id' {row['question_id']!r} occurs twice; ids must be unique")
     seen.add(row["question_id"])

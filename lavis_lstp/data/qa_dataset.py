@@ -257,7 +257,7 @@ class VideoQADataset(Dataset):
             "frames": frames,
             "frame_times": torch.from_numpy(times.astype(np.float32)),
             "text_input": self.text_processor(row["question"]) if self.text_processor else row["question"],
-            "prompt": row.get("prompt", ""),
+            "prompt": row.get("prompt") or "",
             "options": row.get("options") or [],
             "category": row.get("category") or "",
             "categories": row.get("categories") or {},

@@ -49,7 +49,8 @@ from lavis_lstp.inference.candidates import DECODE_THREADS, is_picture
 from lavis_lstp.models.where import selectors
 from lavis_lstp.schema import Span
 
-WITHOUT_NETWORK = ("uniform", "random", "keyframes", "bitcost", "motion")
+SCORELESS = ("uniform", "random", "keyframes")
+WITHOUT_NETWORK = (*SCORELESS, "bitcost", "motion")
 RULES = tuple(name for name, kind in SELECTORS.items() if "scores" in kind.needs and "features" not in kind.needs)
 """Rules over scores: of the temporal sampler, of another scorer, or of what the codec says."""
 BY_SCORER = (*RULES, *(name for name, kind in SELECTORS.items() if "features" in kind.needs))
@@ -255,7 +256,7 @@ def select(
             global_local; mmr and dpp, which also compare the frames, by the scorer's features or the answering model's.
         seed: of methods that draw.
         num_candidates: T, evenly spaced frames that are scored; default 512 parts for bitcost and motion, else as many
-            as the sampler's run read, or 64 for a scorer.
+            as the sampler's run read, or 64 for a scorer. uniform, random and keyframes score none and take none.
         candidates_per_s: of methods by the sampler: so many frames a second, where these are at most num_candidates.
         predictor: of `lavis_lstp.load`, whose sampler is asked; None = the shipped tiny example's.
         scorer: in place of the sampler: a name of `config.model.SCORERS`, "NAME=WEIGHTS", or a mapping of its settings
@@ -288,6 +289,8 @@ def select(
         raise ConfigError(f"seed must be a whole number of at least 0, got {seed!r:.80}")
     if num_candidates is not None and (type(num_candidates) is not int or num_candidates < 1):
         raise ConfigError(f"num_candidates must be a whole number of at least 1, got {num_candidates!r:.80}")
+    if num_candidates is not None and method in SCORELESS:
+        raise ConfigError(f"num_candidates is of methods that score frames, the method is {method}; leave it out")
     if method == "lstp" and settings:
         raise ConfigError(f"method lstp has no settings, got {', '.join(settings)}")
     if method not in WITHOUT_NETWORK and not question.strip():

@@ -93,6 +93,14 @@ def test_a_list_and_json_lines_are_the_same(tmp_path):
         ([entry(0, span_s=[True, 2])], ["'q0'", "'span_s'"]),
         ([entry(0), entry(1, question=" ")], ["entry 1", "'q1'", "'question' is empty"]),
         ([entry(0, image="still.png")], ["entry 0", "'q0'", "both 'image' and 'video'"]),
+        ([entry(0, question_id=" ")], ["entry 0", "'question_id' is empty"]),
+        ([entry(0, prompt=["a"])], ["'q0'", "'prompt' must be a string, got ['a']"]),
+        ([entry(0, category=7)], ["'q0'", "'category' must be a string, got 7"]),
+        ([entry(0, categories=["red"])], ["'q0'", "'categories' must be {axis: kind or [kinds]}", "['red']"]),
+        ([entry(0, categories={"colour": [7]})], ["'q0'", "'categories' must be", "[7]"]),
+        ([entry(0, moments_s="0-1")], ["'q0'", "'moments_s' must be [[start, end], ...]", "'0-1'"]),
+        ([entry(0, moments_s=[0.5, 1])], ["'q0'", "'moments_s' must be [start, end]", "0.5"]),
+        ([entry(0, moments_s=[[0, 1], [3, 2]])], ["'q0'", "'moments_s'", "[3, 2]"]),
         ([], ["holds no question"]),
     ],
 )
@@ -104,6 +112,24 @@ def test_what_is_wrong_with_an_entry(tmp_path, rows, said):
     assert "\n" not in str(error.value)
     for part in [str(path), *said]:
         assert part in str(error.value)
+
+
+def test_null_is_as_if_left_out_and_the_longest_moment_is_the_gold_span(tmp_path):
+    nulls = dict.fromkeys(("span_s", "moments_s", "clip_s", "category", "categories", "options", "prompt", "video_id"))
+    rows = [{**entry(0), **nulls}, entry(1, moments_s=[[0, 1], [0.5, 2.5]])]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    found = read_annotation(tmp_path / "a.json")
+    assert found == [entry(0, video_id="long"), entry(1, moments_s=[[0, 1], [0.5, 2.5]], span_s=[0.5, 2.5])]
+
+
+def test_a_key_that_is_nearly_one_that_is_read_is_warned_of(tmp_path, caplog):
+    rows = [entry(0, spans_s=[0, 1], Options=["a"], mine=1, video_path="x"), entry(1, spans_s=[0, 1])]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    read_annotation(tmp_path / "a.json")
+    assert sorted(record.getMessage() for record in caplog.records) == [
+        f"{tmp_path / 'a.json'}: 'Options', in 1 of 2 entries, is not read; did you mean 'options'?",
+        f"{tmp_path / 'a.json'}: 'spans_s', in 2 of 2 entries, is not read; did you mean 'span_s'?",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -143,6 +143,10 @@ ASKED = {"method": "topk", "scorer": "clip", "question": "what moves?"}
         ({"k": 0}, "k must be a whole number of at least 1"),
         ({"seed": -1}, "seed must be a whole number of at least 0"),
         ({"num_candidates": 0, "method": "motion"}, "num_candidates must be a whole number of at least 1"),
+        (
+            {"num_candidates": 8, "method": "uniform"},
+            "num_candidates is of methods that score frames, the method is un",
+        ),
         ({"method": "lstp"}, "needs a question"),
         ({"method": "mmr", "scorer": "clip"}, "needs a question"),
         (ASKED | {"candidates_per_s": 1}, "ask the sampler, the scorer is clip"),

@@ -20,8 +20,9 @@ from urllib.parse import unquote_to_bytes
 
 import numpy as np
 
-from lavis_lstp.data.annotation import check_moment, check_options, check_seconds
+from lavis_lstp.data.annotation import check_optional
 from lavis_lstp.data.flow_files import is_finite
+from lavis_lstp.data.pictures import ENDINGS
 from lavis_lstp.data.prompts import conversation_prompt
 from lavis_lstp.data.shards import flow_code
 from lavis_lstp.data.subtitles import from_stored
@@ -42,7 +43,7 @@ FLOW_SHARE = 50
 
 KINDS = ("video", "image", "text")
 VIDEO_MEMBERS = tuple(ending[1:] for ending in VIDEO_ENDINGS)
-IMAGE_MEMBERS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+IMAGE_MEMBERS = (*(ending[1:] for ending in ENDINGS), "gif")
 MEDIA_MEMBERS = tuple(dict.fromkeys(VIDEO_MEMBERS + IMAGE_MEMBERS))  # a GIF is either
 MEMBERS = (*MEDIA_MEMBERS, "frames", "flow", "json", "span.json")
 """Every member there is, in the order in which a sample's members stand in the tar: the medium first, because its
@@ -206,24 +207,13 @@ def _check_question(row: Any, place: str) -> None:
         hidden = name == "answer" and name in row and row[name] is None  # a test set's
         if not isinstance(row.get(name), str) and not hidden:
             raise ShardError(f"{place}: '{name}' must be a string, got {row.get(name)!r}", "schema")
-    for name in ("prompt", "category"):
-        if not isinstance(row.get(name, ""), str):
-            raise ShardError(f"{place}: '{name}' must be a string, got {row[name]!r}", "schema")
-    for name, kind in (("categories", dict), ("moments_s", list)):
-        if not isinstance(row.get(name, kind()), kind):
-            raise ShardError(f"{place}: '{name}' must be {kind.__name__}, got {row[name]!r:.80}", "schema")
     turns = row.get("conversations")
     if "conversations" in row and not (isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns)):
         raise ShardError(f"{place}: 'conversations' must be a list of {{from, value}}", "schema")
     try:
         if turns is not None:
             conversation_prompt(turns)  # what a data set makes of it
-        for name in ("span_s", "clip_s"):
-            check_seconds(row.get(name), name, place)
-        for moment in row.get("moments_s", []):
-            check_moment(moment, "moments_s", place)
-        if row.get("options"):
-            check_options(row["options"], row.get("answer"), place)
+        check_optional(row, place)
     except AnnotationError as error:
         said = str(error)
         raise ShardError(said if said.startswith(place) else f"{place}: {said}", "schema") from None
