@@ -154,3 +154,9 @@ def blank_video(samples: Batch) -> dict:
     if "flow" in samples:
         blank["flow"] = samples["flow"].new_zeros(1, 2, *samples["flow"].shape[2:])
     return blank
+
+
+def is_hidden(samples: Batch, row: int) -> bool:
+    """Whether the data say that the answer is not known; LAVIS's data sets have other things under this key."""
+    answers = samples.get("answer")
+    return isinstance(answers, list) and len(answers) == len(samples["text_output"]) and answers[row] is None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ def read_annotation(path: str | Path, *, section: str = SECTION) -> list[dict[st
     seen: set[str] = set()
     for place, row in rows:
         _check_entry(row, place, seen)
+    warn_of_hidden([row["question_id"] for _, row in rows if row["answer"] is None], len(rows), str(path), section)
     _warn_of_misspelt(path, [row for _, row in rows])
     return [Entry(row, place) for place, row in rows]
 
@@ -96,6 +97,23 @@ def _parse(text: str, place: str) -> Any:
         return strict_json(text)
     except ValueError as error:
         raise AnnotationError(f"{place}: not JSON ({error}); expected a list or JSON lines") from None
+
+
+def warn_of_hidden(unknown: Sequence[str], count: int, files: str, section: str, what: str = "answer") -> None:
+    """Warns where none of `count` questions has an answer, as in a test set.
+
+    Raises:
+        AnnotationError: some have one, and `unknown` have none: a score would be over part of the data.
+    """
+    if unknown and len(unknown) < count:
+        raise AnnotationError(f"{files}: {len(unknown)} of {count} questions have no {what}: {some(unknown)}")
+    if unknown:
+        log.warning("%s: the %d questions have no %ss; predictions are written, not scored", section, count, what)
+
+
+def some(keys: Sequence[object]) -> str:
+    """The first five keys, for a message; "none" where there are none."""
+    return ", ".join(map(str, keys[:5])) + (", ..." if len(keys) > 5 else "") or "none"
 
 
 def check_object(row: Any, place: str, required: tuple[str, ...], texts: tuple[str, ...] = ()) -> None:
@@ -183,8 +201,11 @@ def _check_entry(row: Any, place: str, seen: set[str]) -> None:
             place = f"{place} (question_id {row['question_id']!r})"
         for key in [key for key in OPTIONAL if row.get(key, "") is None]:
             del row[key]
+        if isinstance(row.get("answer"), str) and not row["answer"].strip():
+            row["answer"] = None
     media = "image" if isinstance(row, dict) and "image" in row else "video"
-    texts = ("question_id", "video_id", media, "question", "answer")
+    hidden = isinstance(row, dict) and row.get("answer", "") is None
+    texts = ("question_id", "video_id", media, "question", *(() if hidden else ("answer",)))
     check_object(row, place, ("question_id", media, "question", "answer"), texts)
     if "image" in row and "video" in row:
         raise AnnotationError(f"{place}: has both 'image' and 'video'; a question is about one of them")

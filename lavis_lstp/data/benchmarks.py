@@ -30,6 +30,8 @@ from lavis_lstp.data.annotation import (
     parse,
     parse_rows,
     read_text,
+    some,
+    warn_of_hidden,
 )
 from lavis_lstp.data.tables import delimited_rows, parquet_rows
 from lavis_lstp.data.video.reading import ENDINGS_IN_ANY_CASE, VIDEO_ENDINGS
@@ -262,7 +264,7 @@ def read_benchmark(
     broken = [key for key in spec.left_out if by_id.pop(key, None)]
     if broken:
         lost = "questions have no right option; they are not asked, and the score says partial"
-        logger.warning("%s: %d of %d %s: %s", section, len(broken), count, lost, _some(broken))
+        logger.warning("%s: %d of %d %s: %s", section, len(broken), count, lost, some(broken))
     grounding = spec.answer_is == "none"
     unknown = [
         key
@@ -270,16 +272,10 @@ def read_benchmark(
         if (row.get(spec.moments_s) if grounding else _answer(row, spec, place)) is None
     ]
     what = "moment" if grounding else "answer"
-    if unknown and len(unknown) < len(by_id):
-        raise AnnotationError(
-            f"{', '.join(map(str, paths))}: {len(unknown)} of {len(by_id)} questions have no {what}: {_some(unknown)}"
-        )
-    if unknown:
-        lost = f"have no {what}s; predictions are written, not scored"
-        logger.warning("%s: the %d questions %s", section, len(by_id), lost)
+    warn_of_hidden(unknown, len(by_id), ", ".join(map(str, paths)), section, what)
     unseen = [key for key, (_, row) in by_id.items() if spec.moments_s and row.get(spec.moments_s) is None]
     if unseen and not grounding:
-        logger.warning("%s: %d of %d questions have no gold moment: %s", section, len(unseen), count, _some(unseen))
+        logger.warning("%s: %d of %d questions have no gold moment: %s", section, len(unseen), count, some(unseen))
     if split in benchmark.sizes and benchmark.sizes[split] != count:
         published = benchmark.sizes[split]
         logger.warning("%s: split %s has %d questions, published are %d", section, split, count, published)
@@ -450,14 +446,10 @@ def _with_answers(
     missing = [key for key in questions if key not in answers]
     if extra or (missing and not choose):
         raise AnnotationError(
-            f"{path}: {len(missing)} questions have no answer here ({_some(missing)}) and {len(extra)} answers no "
-            f"question ({_some(extra)}); these files do not belong together"
+            f"{path}: {len(missing)} questions have no answer here ({some(missing)}) and {len(extra)} answers no "
+            f"question ({some(extra)}); these files do not belong together"
         )
     return {key: (place, {**row, **answers[key]}) for key, (place, row) in questions.items() if key in answers}
-
-
-def _some(keys: Sequence[str]) -> str:
-    return ", ".join(keys[:5]) + (", ..." if len(keys) > 5 else "") or "none"
 
 
 def _entry(key: str, row: Row, spec: Form, place: str, root: Path, names: Mapping[str, str], files: dict) -> Row:
@@ -539,7 +531,12 @@ def _answer(row: Row, spec: Form, place: str) -> str | None:
     if answer is not None and type(answer) not in (str, int, float):
         raise AnnotationError(f"{place}: '{spec.answer}' must be a text or a number, got {answer!r}")
     hidden = answer is None or not str(answer).strip() or (spec.answer_is == "index" and answer in (-1, "-1"))
-    return None if hidden else str(answer)
+    return None if hidden else _text_of(answer)
+
+
+def _text_of(value: Any) -> str:
+    """A text as it is, a number as people write it: pandas makes 7.0 of 7 beside gaps."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def _options(row: Row, spec: Form, place: str) -> list[str]:
@@ -556,7 +553,7 @@ def _options(row: Row, spec: Form, place: str) -> list[str]:
             found.pop()
     if None in found:
         raise AnnotationError(f"{place}: an option before others is empty, got {found!r:.200}")
-    texts = [str(one) for one in found]
+    texts = [_text_of(one) for one in found]
     if not spec.lettered:
         return texts
     marks = [re.match(r"\(?([A-Z])[.):]\s*(?=\S)", text) for text in texts]

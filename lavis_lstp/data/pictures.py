@@ -167,15 +167,16 @@ def _orientation(picture: Image.Image, name: str) -> int:
     return found if isinstance(found, int) else 1
 
 
-_TRANSPARENCY = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}
+_TRANSPARENCY = {"L;2": 85, "L;4": 17}
 """PIL scales a PNG's pixels by these factors, by how it stores them, and not the colour that is transparent."""
 
 
 def _scale_transparency(picture: Image.Image, stored: str) -> None:
     clear, factor = picture.info.get("transparency"), _TRANSPARENCY.get(stored)
-    if factor is not None and isinstance(clear, int | tuple):
-        scaled = tuple(int(one * factor) for one in (clear if isinstance(clear, tuple) else (clear,)))
-        picture.info["transparency"] = scaled if isinstance(clear, tuple) else scaled[0]
+    if stored == "RGB;16B" and clear is not None:  # PIL has kept the upper half of each value
+        raise ValueError("a colour of 16 bits is transparent in it; store it with 8 bits, or with an alpha channel")
+    if factor is not None and isinstance(clear, int):
+        picture.info["transparency"] = clear * factor
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:

@@ -19,10 +19,10 @@ from lavis.models.base_model import BaseModel
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from lavis_lstp.batch import chosen_frames, moves, readable
+from lavis_lstp.batch import chosen_frames, is_hidden, moves, readable
 from lavis_lstp.config.fields import generation_over
 from lavis_lstp.data.subtitles import nearest_first
-from lavis_lstp.errors import ConfigError, WeightsError, unknown_name
+from lavis_lstp.errors import AnnotationError, ConfigError, WeightsError, unknown_name
 from lavis_lstp.models.answer.answerer import GivenUp, Reading
 from lavis_lstp.models.answering import answer, score_options, stream
 from lavis_lstp.models.building import build_parts, check_settings
@@ -244,6 +244,9 @@ class LSTP(BaseModel):
                 weight=samples.get("span_weight"),
             )
         if "lm" in self.losses:
+            if unknown := [row for row in range(len(samples["text_output"])) if is_hidden(samples, row)]:
+                name = samples["question_id"][unknown[0]]
+                raise AnnotationError(f"question {name!r} has no answer to learn; train on a split with answers")
             choice = self.chooser(samples, logits=logits)
             answers = [self.answer_template.replace("{answer}", a) for a in samples["text_output"]]
             prompts, _ = self.prompts_with_subtitles(samples, choice.frame_index)

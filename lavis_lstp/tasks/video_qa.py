@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from lavis.common.registry import registry
 
+from lavis_lstp.batch import is_hidden
 from lavis_lstp.config.run import GENERATION
 from lavis_lstp.errors import ConfigError, unknown_name
 from lavis_lstp.metrics.choice import LETTERS, accuracy, choice_prompt, parse_choice
@@ -68,7 +69,7 @@ class VideoQATask(LSTPTask):
             if samples.get("moments_s") and samples["moments_s"][row]:
                 record["moments_s"] = samples["moments_s"][row]
             if "text_output" in samples:
-                record["answer"] = None if _is_hidden(samples, row) else samples["text_output"][row]
+                record["answer"] = None if is_hidden(samples, row) else samples["text_output"][row]
             record["prediction"] = predicted["prediction"][row]
             if options[row]:
                 record.update(_choice(record, options[row], predicted, row))
@@ -216,7 +217,7 @@ class VideoInstructTask(VideoQATask):
     def valid_step(self, model: torch.nn.Module, samples: Batch) -> list[Prediction]:
         if self.valid_on == "answers":
             return super().valid_step(model, samples)
-        loss = float(self.train_step(model, samples)["loss"])  # the mean over the batch, so of each of its samples
+        loss = float(self.train_step(model, samples)["loss"].detach())  # the mean over the batch, so of each of its samples
         return [{"question_id": name, "loss": loss} for name in sample_ids(samples)]
 
     def metrics(self, records: list[Prediction]) -> dict[str, Any]:
@@ -228,12 +229,6 @@ class VideoInstructTask(VideoQATask):
 
 def _by_row(value: Any) -> bool:
     return isinstance(value, list) or (torch.is_tensor(value) and value.ndim > 0)
-
-
-def _is_hidden(samples: Batch, row: int) -> bool:
-    """The data say that the answer is not known; LAVIS's data sets have other things under this key."""
-    answers = samples.get("answer")
-    return isinstance(answers, list) and len(answers) == len(samples["text_output"]) and answers[row] is None
 
 
 def _evidence(predicted: Mapping[str, Any], samples: Batch, row: int) -> Prediction:

@@ -231,6 +231,14 @@ def test_the_times_of_lvbench_are_read_as_they_are_written(here, caplog, said, m
     assert ("1 of 6 questions have no gold moment" in caplog.text) == (moment is None)
 
 
+@pytest.mark.parametrize(("answer", "text"), [(2.0, "2"), (1e3, "1000"), (2, "2"), (0.5, "0.5"), ("2.0", "2.0")])
+def test_a_whole_number_is_written_as_people_write_it(here, answer, text):
+    """pandas makes 2.0 of 2 where a row of the column has none."""
+    path = next((here / "msvd_qa").rglob("test*.json"))
+    change(path, lambda rows: rows[0].update(answer=answer))
+    assert build("msvd_qa")["test"].annotation[0]["answer"] == text
+
+
 def test_a_number_of_minus_one_is_a_hidden_answer(here, caplog):
     """As in LongVideoBench's test split."""
     path = here / "longvideobench/lvb_val.json"

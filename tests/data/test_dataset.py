@@ -122,6 +122,17 @@ def test_null_is_as_if_left_out_and_the_longest_moment_is_the_gold_span(tmp_path
     assert found == [entry(0, video_id="long"), entry(1, moments_s=[[0, 1], [0.5, 2.5]], span_s=[0.5, 2.5])]
 
 
+@pytest.mark.parametrize("hidden", [None, "", " \n"])
+def test_no_answer_is_hidden_in_all_questions_or_in_none(tmp_path, caplog, hidden):
+    rows = [{**entry(number), "answer": hidden} for number in range(2)]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    assert [row["answer"] for row in read_annotation(tmp_path / "a.json")] == [None, None]
+    assert "the 2 questions have no answers; predictions are written, not scored" in caplog.text
+    (tmp_path / "a.json").write_text(json.dumps([*rows, entry(2)]))
+    with pytest.raises(AnnotationError, match="a.json: 2 of 3 questions have no answer: q0, q1$"):
+        read_annotation(tmp_path / "a.json")
+
+
 def test_a_key_that_is_nearly_one_that_is_read_is_warned_of(tmp_path, caplog):
     rows = [entry(0, spans_s=[0, 1], Options=["a"], mine=1, video_path="x"), entry(1, spans_s=[0, 1])]
     (tmp_path / "a.json").write_text(json.dumps(rows))

@@ -123,6 +123,21 @@ def test_a_setting_changes_answers(backbone, name):
     assert [text for text, *_ in ask(backbone, range(4), **settings)] != [text for text, *_ in ask(backbone, range(4))]
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("stop_strings", ["e"]), ("max_time", 1e-9), ("num_return_sequences", 3), ("prompt_lookup_num_tokens", 2)),
+        *(("guidance_scale", 3.0), ("token_healing", True), ("min_length", 30), ("max_length", 1)),
+        *(("encoder_repetition_penalty", 2.0), ("encoder_no_repeat_ngram_size", 1), ("penalty_alpha", 0.6)),
+    ],
+)
+def test_what_is_refused_counts_no_more_where_a_checkpoint_brings_it(backbone, monkeypatch, name, value):
+    plain, model = ask(backbone, range(4)), backbone.language_model
+    monkeypatch.setattr(model.generation_config, name, value, raising=False)
+    assert ask(backbone, range(4)) == plain
+    assert getattr(model.generation_config, name) == value  # it is the checkpoint's, and is saved with it
+
+
 def test_every_setting_of_transformers_is_followed_or_refused():
     """Those that neither list names are unknown, and refused as such."""
     for name in GenerationConfig().to_dict():

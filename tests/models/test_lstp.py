@@ -108,6 +108,12 @@ def test_loss_reaches_every_trained_part(family, language):
     assert reached == {"sampler", "vision", "qformer", "query_tokens", "projection", "language_model"}
 
 
+def test_a_hidden_answer_is_not_learnt(tiny):
+    """The data set gives '' for its text, which would be learnt as the answer."""
+    with pytest.raises(AnnotationError, match="^question 'q1' has no answer to learn; train on a split with answers$"):
+        tiny({**batch((4, 4)), "answer": ["red", None], "text_output": ["red", ""]})
+
+
 @pytest.mark.parametrize(("family", "language"), BACKBONES)
 @pytest.mark.parametrize("fusion", ["concat", "mean"])
 def test_answers_do_not_depend_on_the_batch(family, language, fusion):

@@ -10,7 +10,9 @@ rows in the second. Settings that depend on the padding, on the clock or on the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lavis_lstp.config.fields import SAMPLING, check_generation
@@ -161,6 +163,22 @@ def arguments(
         "num_return_sequences": 1,
         "logits_processor": processors,
     }
+
+
+@contextlib.contextmanager
+def without_refused(model: torch.nn.Module) -> Iterator[None]:
+    """The model's generation config without what `checked` refuses, which a checkpoint may bring along."""
+    from transformers import GenerationConfig
+
+    own, usual = model.generation_config, GenerationConfig()
+    model.generation_config = copy.deepcopy(own)
+    for name, why in REFUSED.items():
+        if why != _OURS and hasattr(own, name):
+            setattr(model.generation_config, name, getattr(usual, name, None))
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _class(class_name: str, setting: str) -> type:

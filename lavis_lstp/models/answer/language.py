@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lavis_lstp.errors import ConfigError
 from lavis_lstp.models.answer.answerer import Answers, GivenUp
-from lavis_lstp.models.answer.generation import arguments, checked
+from lavis_lstp.models.answer.generation import arguments, checked, without_refused
 from lavis_lstp.models.answer.loading import checkpoint_gradients, untie_as_in
 from lavis_lstp.models.answer.lora import add_lora, matched, merge_lora
 from lavis_lstp.models.answer.streaming import EndsGivenUp, Pieces, refuse_beams
@@ -176,7 +176,8 @@ class LanguageAnswerer(nn.Module):
         wanted |= {"return_dict_in_generate": scored, "output_logits": scored, "streamer": streamer}
         if given_up:
             wanted["stopping_criteria"] = [EndsGivenUp(given_up, rows)]
-        made = generate(wanted)
+        with without_refused(model):
+            made = generate(wanted)
         if not scored:
             return Answers(self._texts(made), None, None)
         scores = model.compute_transition_scores(
