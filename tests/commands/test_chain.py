@@ -175,6 +175,30 @@ def test_sigterm_reaches_a_step_that_then_ends_well(tmp_path):
     assert Chain(tmp_path).is_done("one")  # its work is done and is not to be done again
 
 
+@pytest.mark.slow
+def test_a_chain_of_forked_runs_that_was_stopped_ends_with_the_weights_of_the_commands_typed(tmp_path):
+    sizes = {"train_videos": 1, "val_videos": 1, "test_videos": 1, "train_images": 600}
+    options = [f"datasets.lstp_shapes.generate.{key}={value}" for key, value in sizes.items()]
+    options += [f"datasets.lstp_shapes.root={tmp_path / 'shapes'}", "run.max_epoch=4", "run.log_freq=1"]
+    evaluation = {"evaluate": "projects/lstp/tiny_eval.yaml", "options": ["model.checkpoint={out}/base"]}
+    evaluation["options"] += ["model.selector.name=uniform", "model.flow.name=none", "datasets.lstp_shapes.flow=none"]
+    steps = {"base": {"train": "projects/lstp/tiny_base.yaml"}, "eval": evaluation}
+    file = write(tmp_path / "c.yaml", json.dumps({"options": options, "steps": steps}))
+    for step in read_chain(file):  # as they would be typed
+        subprocess.run([sys.executable, *Chain(tmp_path / "typed").command(step)], check=True)
+    output = tmp_path / "chain/base/output.txt"
+    command = [sys.executable, "-m", "lavis_lstp", "chain", str(file), "--out", str(tmp_path / "chain")]
+    process = subprocess.Popen(command)
+    wait_for(lambda: process.poll() is not None or (output.exists() and "step 3:" in output.read_text()))
+    process.terminate()
+    assert process.wait(timeout=300) == 143 and not Chain(tmp_path / "chain").is_done("base")
+    subprocess.run(command, check=True)
+    assert "starting at step" in output.read_text()
+    for name in ("base/checkpoints/*/model.safetensors", "eval/result/test_video_qa.jsonl"):
+        typed, chained = (next((tmp_path / out).glob(name)).read_bytes() for out in ("typed", "chain"))
+        assert typed == chained, name
+
+
 # ---- chain files
 
 FILE = """
