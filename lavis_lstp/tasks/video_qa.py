@@ -217,7 +217,7 @@ class VideoInstructTask(VideoQATask):
     def valid_step(self, model: torch.nn.Module, samples: Batch) -> list[Prediction]:
         if self.valid_on == "answers":
             return super().valid_step(model, samples)
-        loss = float(self.train_step(model, samples)["loss"].detach())  # the mean over the batch, so of each of its samples
+        loss = self.train_step(model, samples)["loss"].item()  # the mean over the batch, so of each of its samples
         return [{"question_id": name, "loss": loss} for name in sample_ids(samples)]
 
     def metrics(self, records: list[Prediction]) -> dict[str, Any]:
