@@ -8,7 +8,9 @@ likely option is taken. Both tasks work with LAVIS's own models (blip2_t5 on `im
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -107,15 +109,14 @@ class VideoQATask(LSTPTask):
         """{"prediction", "prompt"} of one of LAVIS's own models."""
         prompt = {"prompt": self.run["prompt"]} if self.run.get("prompt") else {}
         if hasattr(model, "predict_answers"):
-            lavis_keys = ("num_beams", "max_len", "min_len", "length_penalty")
-            kept = {name: given[name] for name in lavis_keys if name in given}
+            kept = _read_by(model.predict_answers, given)
             asked = [(self.run.get("prompt") or "{}").format(question) for question in samples["text_input"]]
             found = model.predict_answers(samples=samples, inference_method="generate", **kept, **prompt)
             return {"prediction": found, "prompt": asked}
         if hasattr(model, "generate"):
             names = {"max_len": "max_length", "min_len": "min_length"}
             template = self.run.get("prompt") or "{}"
-            kept = {names.get(name, name): value for name, value in given.items()}
+            kept = _read_by(model.generate, given, names)
             answers, prompts = [], []
             for row, question in enumerate(samples["text_input"]):  # LAVIS's OPT takes one prompt for the whole batch
                 asked = {name: value[row : row + 1] for name, value in samples.items() if _by_row(value)}
@@ -225,6 +226,27 @@ class VideoInstructTask(VideoQATask):
             return super().metrics(records)
         loss = sum(record["loss"] for record in records) / max(1, len(records))
         return {"loss": loss, "agg_metrics": -loss}
+
+
+def _read_by(function: Callable, given: Mapping[str, Any], names: Mapping[str, str] = MappingProxyType({})) -> dict:
+    """The settings as arguments of a method of LAVIS's, which swallows in `**kwargs` what it does not read.
+
+    Args:
+        names: of settings that are called otherwise there.
+
+    Raises:
+        ConfigError: it does not read one of them.
+    """
+    known = inspect.signature(function).parameters
+    of_lavis = function.__module__.startswith("lavis.")
+    for name in given:
+        if names.get(name, name) not in known and (of_lavis or not _takes_any(known)):
+            raise ConfigError(f"run.{name} is not read by {function.__qualname__}, which answers here; leave it out")
+    return {names.get(name, name): value for name, value in given.items()}
+
+
+def _takes_any(parameters: Mapping[str, inspect.Parameter]) -> bool:
+    return any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())
 
 
 def _by_row(value: Any) -> bool:

@@ -175,6 +175,9 @@ def test_models_that_only_generate_are_asked_one_question_at_a_time():
     samples = {"question_id": ["a", "b"], "text_input": ["who?", "what?"], "image": torch.tensor([7, 8]), "epoch": 0}
     predictions = [record["prediction"] for record in task.valid_step(Captioner(), samples)]
     assert predictions == ["Question: who? Answer:/7/5", "Question: what? Answer:/8/5"]
+    hotter = VideoQATask({"max_len": 5, "temperature": 0.5})
+    with pytest.raises(ConfigError, match="run.temperature is not read by .*Captioner.generate, which answers here"):
+        hotter.valid_step(Captioner(), samples)
     with pytest.raises(ConfigError, match="needs a model with predict_answers or generate, got Linear"):
         task.valid_step(torch.nn.Linear(1, 1), samples)
 
