@@ -33,6 +33,7 @@ class Sample(_SampleWhereGiven):
 
     frames: Tensor  # uint8 [T,3,H,W], RGB, 0..255, not normalised (models normalise, so flow sees pixels)
     frame_times: Tensor  # float32 [T], seconds from the start of the video
+    end_s: float | None  # when the last frame ends: the end of the video or of its clip, None = unknown or no video
     text_input: str  # the question alone
     prompt: str  # the whole prompt where the data bring one (a conversation), '' = the model makes it
     options: list[str]  # what to choose from, [] = the answer is open
@@ -153,19 +154,21 @@ class Span:
         nearest = min(range(len(frame_times)), key=lambda i: abs(frame_times[i] - middle))
         return cls(nearest, nearest + 1)
 
-    def to_seconds(self, frame_times: Sequence[float], duration_s: float | None = None) -> tuple[float, float]:
-        """Time of the first frame and of the frame behind the last one (the end of the video where none is).
+    def to_seconds(self, frame_times: Sequence[float], end_s: float | None) -> tuple[float, float]:
+        """Time of the first frame and of the frame behind the last one, `end_s` where none is.
 
-        Round trip: `Span.from_seconds(*span.to_seconds(times, d), times) == span` for ascending times and a
-        duration greater than the last one.
+        Round trip: `Span.from_seconds(*span.to_seconds(times, end_s), times) == span` for ascending times.
+
+        Args:
+            end_s: when the last of the frames ends, at the end of the video or of its clip; None where nobody knows,
+                and then it is taken to last as long as the one before, or a second.
         """
         start_s = float(frame_times[self.start])
         if self.end < len(frame_times):
             return start_s, float(frame_times[self.end])
-        if duration_s is None:
-            step = float(frame_times[-1] - frame_times[-2]) if len(frame_times) > 1 else 1.0
-            duration_s = float(frame_times[-1]) + max(step, 1e-3)
-        return start_s, float(duration_s)
+        if end_s is None:
+            end_s = float(frame_times[-1] + (frame_times[-1] - frame_times[-2] if len(frame_times) > 1 else 1.0))
+        return start_s, max(float(end_s), float(frame_times[-1]) + 1e-3)
 
     def iou(self, other: Span) -> float:
         """Intersection over union, 0..1; two empty spans give 0."""

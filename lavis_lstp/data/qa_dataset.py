@@ -249,13 +249,14 @@ class VideoQADataset(Dataset):
         """A sample without the batch axis; None for one that cannot be decoded, while those are few enough."""
         try:
             row = self.annotation[index]
-            frames, times, flow, figures = self._media(row)
+            frames, times, flow, figures, end_s = self._media(row)
         except (VideoError, ShardError) as error:
             self.left_out.add(index, self.annotation.question_id(index), self.annotation.where(index), error)
             return None
         sample: Sample = {
             "frames": frames,
             "frame_times": torch.from_numpy(times.astype(np.float32)),
+            "end_s": end_s,
             "text_input": self.text_processor(row["question"]) if self.text_processor else row["question"],
             "prompt": row.get("prompt") or "",
             "options": row.get("options") or [],
@@ -309,22 +310,27 @@ class VideoQADataset(Dataset):
         pictures = [self.vis_processor(Image.fromarray(frames[i].permute(1, 2, 0).numpy())) for i in chosen]
         return torch.stack(pictures) if count > 1 else pictures[0]
 
-    def _media(self, row: Mapping[str, Any]) -> tuple[torch.Tensor, np.ndarray, torch.Tensor | None, dict]:
-        """frames uint8 [T,3,H,W], seconds float64 [T], flow float16 [T,2,h,w], or as published [L,2,h,w], or None, and
-        of FIGURES those that are asked for, float32 [T]."""
+    def _media(
+        self, row: Mapping[str, Any]
+    ) -> tuple[torch.Tensor, np.ndarray, torch.Tensor | None, dict[str, np.ndarray], float | None]:
+        """frames uint8 [T,3,H,W], seconds float64 [T], flow float16 [T,2,h,w], or as published [L,2,h,w], or None, of
+        FIGURES those that are asked for, float32 [T], and `Sample.end_s`."""
         kind, place = kind_of(row), self.annotation.place(row)
         if kind != "video":
             side = self.settings.image_size
             frames = self._read_image(place) if kind == "image" else torch.zeros(0, 3, side, side).byte()
             figures = dict.fromkeys(self._figures, np.ones(len(frames), np.float32))
-            return frames, np.zeros(len(frames)), self._no_flow(frames), figures
+            return frames, np.zeros(len(frames)), self._no_flow(frames), figures, None
         if self._decode is None:  # the last video is kept always: questions about it may come one after the other
             self._decode = lru_cache(maxsize=max(1, self.settings.cache_videos))(self._read)
         clip_s = tuple(row.get("clip_s") or ()) or None
         frames, times, flow, figures, duration_s = self._decode(place, clip_s, self._chosen(row))
         for start_s, end_s in () if duration_s is None else _gold_moments(row):
             check_inside([max(0, start_s), end_s], "span_s", duration_s, str(row["video"]))
-        return torch.from_numpy(frames), times, None if flow is None else torch.from_numpy(flow), figures
+        end_s = None if duration_s is None else round(duration_s, 6)
+        if clip_s and end_s is not None and clip_s[1] > times[-1]:  # recorded frames may lie behind it
+            end_s = min(end_s, clip_s[1])
+        return torch.from_numpy(frames), times, None if flow is None else torch.from_numpy(flow), figures, end_s
 
     @property
     def _figures(self) -> list[str]:
@@ -357,6 +363,7 @@ class VideoQADataset(Dataset):
                     what = f"{'flow: motion_vectors' if codec else self._figures[0]} needs"
                 raise ConfigError(f"{self.annotation.name(place)}: {self.section}: {what} the video, not stored frames")
             frames, times_s = unpack_frames(stored, self.annotation.name(place), self.section, **chosen), stored.times_s
+            duration_s = self.annotation.duration_s(place, times_s[-1])
         else:
             source, name = self.annotation.medium(place)
             codec_flow = {"motion_vectors": codec, "flow_size": settings.flow_size if codec else None}

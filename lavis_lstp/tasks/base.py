@@ -8,7 +8,7 @@ video, and knows nothing of optimizers; the runner does the rest. Records go by 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +190,12 @@ def real_times(samples: Batch, row: int) -> list[float]:
     return [round(time, 6) for time in samples["frame_times"][row][: int(samples["frame_mask"][row].sum())].tolist()]
 
 
+def seconds_of(span: Sequence[int], samples: Batch, row: int) -> list[float]:
+    """Start and end in seconds, to 1 ms, of a half-open span of a sample's frames, which have times."""
+    end_s = samples["end_s"][row] if "end_s" in samples else None
+    return [round(edge, 3) for edge in Span(*span).to_seconds(real_times(samples, row), end_s)]
+
+
 def gold_of(samples: Batch, row: int) -> dict[str, Any]:
     """gold_span and moments_s of a sample, where the data have them."""
     found: dict[str, Any] = {}
@@ -222,15 +228,13 @@ def moment_scores(records: list[Prediction]) -> dict[str, Any]:
     return {"moments": {name: value for name, value in scores.items() if name.startswith(("r1_", "miou", "map"))}}
 
 
-def several_spans(found: Mapping[str, Any], row: int, times: list[float]) -> dict[str, Any]:
+def several_spans(found: Mapping[str, Any], samples: Batch, row: int) -> dict[str, Any]:
     """spans in frames and spans_s in seconds of a sample, the likeliest first, where the model gives several."""
     if not found.get("spans"):
         return {}
     spans = [list(span) for span in found["spans"][row]]
-    return {
-        "spans": spans,
-        "spans_s": [[round(edge, 3) for edge in Span(*s).to_seconds(times)] for s in spans if times],
-    }
+    timed = spans if real_times(samples, row) else []
+    return {"spans": spans, "spans_s": [seconds_of(span, samples, row) for span in timed]}
 
 
 def plain(value: Any) -> Any:

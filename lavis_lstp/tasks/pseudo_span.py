@@ -23,7 +23,7 @@ from lavis_lstp.data.spans import SPANS_FORMAT, SPANS_VERSION
 from lavis_lstp.errors import ConfigError
 from lavis_lstp.files import expanded, write_json
 from lavis_lstp.models.where.pseudo_span import pseudo_span
-from lavis_lstp.schema import Batch, Prediction, Span
+from lavis_lstp.schema import Batch, Prediction
 from lavis_lstp.tasks.base import (
     MODELS,
     LSTPTask,
@@ -32,6 +32,7 @@ from lavis_lstp.tasks.base import (
     one_each,
     real_times,
     sample_ids,
+    seconds_of,
     span_scores,
 )
 
@@ -69,7 +70,7 @@ class PseudoSpanTask(LSTPTask):
             record: Prediction = {"question_id": question_id, "span": span, "scores": [round(s, 4) for s in own]}
             gold, times = gold_of(samples, row), real_times(samples, row)
             if gold and times and span and span[0] < span[1]:
-                record["span_s"] = [round(edge, 3) for edge in Span(*span).to_seconds(times)]
+                record["span_s"] = seconds_of(span, samples, row)
             records.append({**record, **gold})
         return records
 

@@ -18,7 +18,7 @@ from lavis.common.registry import registry
 
 from lavis_lstp.errors import ConfigError, unknown_name
 from lavis_lstp.metrics.grounding import IOUS
-from lavis_lstp.schema import Batch, Prediction, Span
+from lavis_lstp.schema import Batch, Prediction
 from lavis_lstp.tasks.base import (
     MODELS,
     LSTPTask,
@@ -27,6 +27,7 @@ from lavis_lstp.tasks.base import (
     one_each,
     real_times,
     sample_ids,
+    seconds_of,
     several_spans,
     span_scores,
 )
@@ -60,8 +61,8 @@ class TemporalGroundingTask(LSTPTask):
             record["span"] = [int(edge) for edge in found["span"][row]]
             times = real_times(samples, row)
             if times and 0 <= record["span"][0] < record["span"][1] <= len(times):
-                record["span_s"] = [round(edge, 3) for edge in Span(*record["span"]).to_seconds(times)]
-            record.update(several_spans(found, row, times))
+                record["span_s"] = seconds_of(record["span"], samples, row)
+            record.update(several_spans(found, samples, row))
             record.update(gold_of(samples, row))
             if "span" in samples and int(samples["span"][row][0]) >= 0:
                 record["pseudo_span"] = [int(edge) for edge in samples["span"][row]]

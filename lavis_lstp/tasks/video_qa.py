@@ -24,8 +24,17 @@ from lavis_lstp.metrics.coverage import join_by_id
 from lavis_lstp.metrics.grounding import entropy_bits, evaluate_grounded_qa
 from lavis_lstp.metrics.qa import bleu_1, evaluate_answers, is_right, require_bleu, subtitles_shown
 from lavis_lstp.models.answer.lavis_frames import several_frames
-from lavis_lstp.schema import Batch, Prediction, Span
-from lavis_lstp.tasks.base import MODELS, TIMINGS, LSTPTask, one_each, real_times, sample_ids, several_spans
+from lavis_lstp.schema import Batch, Prediction
+from lavis_lstp.tasks.base import (
+    MODELS,
+    TIMINGS,
+    LSTPTask,
+    one_each,
+    real_times,
+    sample_ids,
+    seconds_of,
+    several_spans,
+)
 
 CHOOSE = ("generate", "likelihood")
 OPTION_SCORES = ("mean", "sum")
@@ -264,8 +273,8 @@ def _evidence(predicted: Mapping[str, Any], samples: Batch, row: int) -> Predict
         found["span"] = [int(edge) for edge in predicted["span"][row]]
         if times:
             found["num_frames"] = len(times)
-            found["span_s"] = [round(edge, 3) for edge in Span(*found["span"]).to_seconds(times)]
-    found.update(several_spans(predicted, row, times))
+            found["span_s"] = seconds_of(found["span"], samples, row)
+    found.update(several_spans(predicted, samples, row))
     if predicted.get("start_logits") is not None and len(times) > 1:
         logits = {edge: predicted[f"{edge}_logits"][row] for edge in ("start", "end")}
         mask = samples.get("flow_mask")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from video_files import numbered_picture, numbered_video, read_number
 
@@ -15,6 +16,7 @@ from lavis_lstp.data.annotation import read_annotation
 from lavis_lstp.data.qa_dataset import VideoQADataset
 from lavis_lstp.data.video.reading import read_frames
 from lavis_lstp.errors import AnnotationError, ConfigError, VideoError
+from lavis_lstp.tasks.temporal_grounding import TemporalGroundingTask
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +53,29 @@ def test_frames_come_from_the_clip_alone_and_say_their_time_in_the_video(videos,
     sample = VideoQADataset([row(0, clip_s=clip)], videos, num_frames=frames)[0]
     assert numbers(sample) == numbered
     assert sample["frame_times"].tolist() == pytest.approx([number / 10 for number in numbered], abs=1e-4)
+
+
+class UpToTheLastFrame(torch.nn.Module):
+    def locate(self, samples):
+        spans = [(1, int(count)) for count in samples["frame_mask"].sum(1)]
+        return {"span": torch.tensor(spans), "spans": [[span] for span in spans]}
+
+
+def test_the_last_frame_ends_with_the_video_or_the_clip(videos, tmp_path):
+    rows = [row(0), row(1, clip_s=[1.0, 2.0]), row(2, clip_s=[2.0, 3.4]), row(3, video="pictures")]
+    dataset = VideoQADataset(rows, videos, num_frames=4, image_size=32)
+    ends_s = [3.0, 2.0, 3.0, 3.0]
+    batch = dataset.collater([dataset[i] for i in range(4)])
+    assert batch["end_s"] == pytest.approx(ends_s)
+    records = TemporalGroundingTask().valid_step(UpToTheLastFrame(), batch)
+    assert [record["span_s"][1] for record in records] == ends_s
+    assert [record["spans_s"] for record in records] == [[record["span_s"]] for record in records]
+    # an old shard of frames does not say how long its video is: the last lasts as long as the one before
+    (record,) = TemporalGroundingTask().valid_step(
+        UpToTheLastFrame(), dataset.collater([{**dataset[0], "end_s": None}])
+    )
+    times = dataset[0]["frame_times"]
+    assert record["span_s"][1] == pytest.approx(float(2 * times[-1] - times[-2]), abs=1e-3)
 
 
 def test_fps_counts_within_the_clip(videos):

@@ -98,6 +98,9 @@ def test_stored_frames_are_those_of_the_video(media, tmp_path):  # noqa: F811
         one, other = files[number], shards[number]
         assert (one["frames"].int() - other["frames"].int()).abs().float().mean() < 3
         assert_same({**one, "frames": 0}, {**other, "frames": 0})
+        assert one["end_s"] > one["frame_times"][-1]
+    unseen = packed(media, tmp_path / "unseen", settings=Settings(frames=4, size=32, probe=False))
+    assert of_shards(unseen)[0]["end_s"] is None, "nobody looked how long the video is"
     for key, value in (("num_frames", 5), ("image_size", 16), ("short_videos", "double"), ("fps", 2.0)):
         with pytest.raises(ConfigError, match=f"stored with {key}"):
             of_shards(stored, **{key: value})[0]

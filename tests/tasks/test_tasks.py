@@ -435,13 +435,14 @@ def test_labels_are_measured_against_gold_spans_beside_labelling_everything():
         "question_id": ["a", "b", "c"],
         "frame_mask": torch.ones(3, 8).long(),
         "frame_times": torch.arange(8.0).repeat(3, 1),
+        "end_s": [7.25] * 3,
         "gold_span": torch.tensor([[2, 8], [0, 2], [-1, -1]]),
-        "moments_s": [[[2.0, 8.0]], [[0.0, 2.0]], []],
+        "moments_s": [[[2.0, 7.25]], [[0.0, 2.0]], []],
         "answer": ["red", "green", "blue"],
     }
     task = PseudoSpanTask()
     records = task.valid_step(FrameScorer(), samples)  # labels [2, 8) everywhere
-    assert [record.get("span_s") for record in records] == [[2.0, 8.0], [2.0, 8.0], None]
+    assert [record.get("span_s") for record in records] == [[2.0, 7.25], [2.0, 7.25], None]
     found = task.metrics(records)
     assert (found["iou"], found["recall_0.5"], found["num_gold_spans"]) == (0.5, 0.5, 2)
     assert found["iou_of_whole_video"] == pytest.approx((6 / 8 + 2 / 8) / 2)

@@ -308,6 +308,17 @@ class ShardQuestions(Sequence):
         stored = self._stored(place) if "frames" in self.content(place) else None
         return None if stored is None or stored.folder else stored
 
+    def duration_s(self, place: Place, last_s: float) -> float | None:
+        """Of the video that stored frames are of, the last of them at `last_s`; None where packing did not look.
+
+        Raises:
+            ShardError: it ends before that frame.
+        """
+        duration_s = parse_json(self.content(place)["json"], self.name(place)).get("duration_s")
+        if duration_s is not None and duration_s < last_s:
+            raise ShardError(f"{self.name(place)}: lasts {duration_s:g} s, and a frame is at {last_s:g} s", "schema")
+        return duration_s
+
     def _stored(self, place: Place) -> StoredFrames:
         return parse_frames(self.content(place)["frames"], f"{self.name(place)}.frames")
 
