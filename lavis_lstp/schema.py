@@ -8,6 +8,7 @@ Axis letters used in every shape comment of this package:
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -142,17 +143,15 @@ class Span:
 
     @classmethod
     def from_seconds(cls, start_s: float, end_s: float, frame_times: Sequence[float]) -> Span:
-        """Frames whose time lies in [start_s, end_s); the nearest single frame where none does.
+        """Frames whose time lies in [start_s, end_s); where none does, the one that is on screen all the while.
+
+        A frame is on screen from its time to that of the next one, the first also before.
 
         Args:
             frame_times: seconds of the T decoded frames, ascending, not empty.
         """
-        inside = [i for i, t in enumerate(frame_times) if start_s <= t < end_s]
-        if inside:
-            return cls(inside[0], inside[-1] + 1)
-        middle = (start_s + end_s) / 2
-        nearest = min(range(len(frame_times)), key=lambda i: abs(frame_times[i] - middle))
-        return cls(nearest, nearest + 1)
+        start, end = bisect_left(frame_times, start_s), bisect_left(frame_times, end_s)
+        return cls(start, end) if start < end else cls(max(0, start - 1), max(1, start))
 
     def to_seconds(self, frame_times: Sequence[float], end_s: float | None) -> tuple[float, float]:
         """Time of the first frame and of the frame behind the last one, `end_s` where none is.

@@ -1,4 +1,8 @@
-"""Which frames of a video: evenly spaced numbers, as published and as a rule of everything that chooses frames."""
+"""Which frames of a video: evenly spaced numbers, as published and as a rule of everything that chooses frames.
+
+Numbers are as good as times where frames come at a constant rate. Of a screen recording, which has a picture only when
+something changes, frames are taken by time: those on screen at evenly spaced moments.
+"""
 
 from __future__ import annotations
 
@@ -31,3 +35,32 @@ def sample_indices(num: int, length: int) -> list[int]:
     while len(indices) < num:
         indices = [i for i in indices for _ in range(2)]
     return [indices[i] for i in uniform_centres(num, len(indices))]
+
+
+VARIES = 0.05
+"""Share of a video's duration by which a frame is off the place that its number has at a constant rate."""
+
+
+def rate_varies(times_s: np.ndarray, end_s: float) -> bool:
+    """Whether numbers say too little of times: a frame is off by VARIES of the duration, and by 1.5 short steps.
+
+    A clock that rounds, one dropped frame, or a few of a longer video, are less than that.
+
+    Args:
+        times_s: float64 [N], ascending. end_s: when the last frame ends.
+    """
+    edges = np.append(times_s, end_s)
+    off_s = np.abs(edges - np.linspace(edges[0], end_s, len(edges))).max()
+    return bool(off_s > max(VARIES * (end_s - edges[0]), 1.5 * np.percentile(np.diff(edges), 25)))
+
+
+def on_screen(times_s: np.ndarray, end_s: float, first_s: float, step_s: float) -> list[int]:
+    """Frames that are on screen at first_s, first_s + step_s, ... before `end_s`, each once.
+
+    >>> on_screen(np.array([0.0, 0.1, 0.2, 5.0]), 8.0, first_s=0, step_s=2)
+    [0, 2, 3]
+    """
+    edges = np.append(times_s, end_s)
+    edges[0] = min(edges[0], first_s)  # before the first one begins it is shown, too
+    moments = np.ceil((edges - first_s) / step_s - 1e-6).clip(0)
+    return np.flatnonzero(np.diff(moments)).tolist()

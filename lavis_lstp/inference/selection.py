@@ -27,7 +27,6 @@ from lavis_lstp.config.fields import checked
 from lavis_lstp.config.model import SELECTORS, scorer_settings
 from lavis_lstp.config.model import Served as ServedSettings
 from lavis_lstp.data.annotation import MOST_SECONDS, check_seconds
-from lavis_lstp.data.frame_numbers import uniform_centres
 from lavis_lstp.data.pictures import open_picture, picture_size
 from lavis_lstp.data.selections import FORMAT, VERSION, Recorded, timing
 from lavis_lstp.data.store import content_digest, default_store, kept_motion
@@ -42,6 +41,7 @@ from lavis_lstp.data.video.reading import (
     probe,
     read_frames,
     resize_frames,
+    spread_evenly,
 )
 from lavis_lstp.errors import ConfigError, VideoError, unknown_name
 from lavis_lstp.files import read_record, strict_json, write_json
@@ -402,6 +402,7 @@ def _by_codec(video, k, method, seed, parts, settings, clip_s, duration_s, diges
     with _timed(seconds, "codec"):
         costs = _costs(video)
     every = _inside(video, costs.times_s, clip_s, duration_s)
+    clock = costs.times_s, duration_s, os.fspath(video), clip_s
     candidates, scores, rule = every, None, method
     if method == "keyframes":
         candidates, rule = every[costs.is_key[every]], "uniform"
@@ -412,11 +413,13 @@ def _by_codec(video, k, method, seed, parts, settings, clip_s, duration_s, diges
             threads = min(DECODE_THREADS, os.cpu_count() or 1)
             given = default_store(), digest, video
             figure = costs.num_bytes if method == "bitcost" else kept_motion(*given, threads=threads)
-            places = np.asarray(uniform_centres(min(parts, len(every)), len(every)))
-            candidates, scores = every[places], of_candidates(figure[every], places)
+            candidates = np.asarray(spread_evenly(parts, every, *clock))
+            scores = of_candidates(figure[every], candidates - every[0])
         rule = settings.pop("rule", "inverse_transform")
         if rule not in RULES:
             raise ConfigError(unknown_name(f"rule of method {method}", str(rule), RULES))
+    if rule == "uniform":
+        candidates = np.asarray(spread_evenly(k, candidates, *clock))
     row = selectors.Row(
         scores=scores,
         num_selected=k,
@@ -497,9 +500,10 @@ def _by_scorer(video, question, k, method, seed, num_candidates, given, settings
         info, digest = probe(video), content_digest(video, default_store())
         index = _index(video)
         every = _inside(video, index.times_s, clip_s, info.duration_s)
-        numbers = every[uniform_centres(num_candidates, len(every))].tolist()
+        clock = index.times_s, info.duration_s, os.fspath(video), clip_s
+        numbers = [int(i) for i in spread_evenly(num_candidates, every, *clock)]
         if reading.get("frames") == "keyframe":
-            numbers = key_frames(index, numbers)
+            numbers = key_frames(index, numbers, clip_s)
         frames = _read_as(reading.get("frames", "exact"), video, numbers)
 
     def features(asked: list[int]) -> Any:

@@ -12,9 +12,13 @@ import numpy as np
 import pytest
 from video_files import numbered_picture, numbered_video, read_number
 
+from lavis_lstp.data.frame_numbers import rate_varies
 from lavis_lstp.data.qa_dataset import VideoQADataset
-from lavis_lstp.data.video.reading import frames_at_rate, probe, read_frames
+from lavis_lstp.data.video import reading
+from lavis_lstp.data.video.reading import frames_at_rate, frames_between, probe, read_frames
 from lavis_lstp.errors import VideoError
+from lavis_lstp.inference.selection import select
+from lavis_lstp.schema import Span
 from webdataset_tools.mp4_header import mp4_info
 
 
@@ -357,3 +361,133 @@ def test_the_decoder_holds_the_limit_whatever_a_header_says(tmp_path, ending, co
         with pytest.raises(VideoError, match=f"^v: {said}$") as caught:
             read_frames(raw, num=1, max_megapixels=0.05, backend=backend, name="v")
         assert "\n" not in str(caught.value)
+
+
+# ---- pictures that come when something changes ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def slides(tmp_path_factory) -> Path:
+    """A slide from 0, 5, 21 and 59 s, each two or three pictures (0-2, 3-4, 5-6, 7-8)."""
+    ticks = [0, 1, 2, 150, 151, 630, 631, 1770, 1771]
+    return numbered_video(tmp_path_factory.mktemp("slides") / "slides.mp4", 9, fps=30, ticks=ticks)
+
+
+@pytest.fixture(scope="module")
+def burst(tmp_path_factory) -> Path:
+    """Two seconds of 30 pictures a second (0-59), then one every two seconds, the last at 14 s (60-65)."""
+    ticks = [*range(60), *range(120, 480, 60)]
+    return numbered_video(tmp_path_factory.mktemp("burst") / "burst.mkv", 66, fps=30, ticks=ticks, width=64, height=64)
+
+
+@pytest.mark.parametrize(
+    ("clip", "expected"),
+    [
+        ([8, 20], [4]),
+        ([15, 22], [4, 5, 6]),
+        ([0.1, 5.01], [2, 3]),
+        ([5.02, 5.03], [3]),
+        ([25, 58], [6]),
+        ([21, 60], [5, 6, 7, 8]),
+        ([59.02, 59.04], [8]),
+    ],
+)
+def test_the_picture_on_screen_when_a_clip_starts_is_of_the_clip(slides, clip, expected):
+    assert read_frames(slides, num=9, between_s=clip).indices == expected
+    assert select(slides, k=9, method="uniform", clip_s=clip).frame_index == expected
+    for method in ("bitcost", "motion"):
+        assert set(select(slides, k=2, method=method, clip_s=clip).candidate_index) == set(expected)
+
+
+def test_a_clip_of_one_slide_a_picture_begins_with_the_one_on_screen():
+    times_s = [0.0, 5.0, 21.0, 59.0]
+    assert frames_between(times_s, [15, 22]) == [1, 2] and frames_between(times_s, [20.5, 22]) == [2]
+    assert frames_between(times_s, [8, 20]) == [1] and frames_between(times_s, [60, 61]) == [3]
+
+
+@pytest.mark.parametrize("rate", [24000 / 1001, 25, 30, 3, 1])
+def test_a_clip_at_a_constant_rate_has_the_frames_that_begin_in_it(rate):
+    times_s = (np.arange(200) / rate).round(3)
+    for start in np.arange(0.0, 100 / rate, 0.37 / rate):
+        end = start + 8 / rate
+        assert frames_between(times_s, [start, end]) == [i for i, t in enumerate(times_s) if start <= t < end]
+
+
+def test_gold_seconds_between_two_frames_are_the_frame_on_screen():
+    times_s = [1.0, 5.0, 21.0, 59.0]
+    assert [list(Span.from_seconds(a, a + 3, times_s)) for a in (12, 17, 0, 5, 70)] == [
+        *([1, 2], [1, 2], [0, 1], [1, 2], [3, 4]),
+    ]
+    assert list(Span.from_seconds(0.1, 0.5, times_s)) == [0, 1]
+
+
+def test_key_frames_of_a_clip_lie_in_it(tmp_path):
+    path = numbered_video(tmp_path / "keys.mp4", 40, gop=10)
+    found = read_frames(path, num=8, between_s=[0.6, 1.4], exact=False)  # frames 15 to 34
+    assert found.indices == [20, 30]
+    figures = VideoQADataset(
+        [
+            {
+                "question_id": "q",
+                "video_id": "v",
+                "video": path.name,
+                "question": "?",
+                "answer": "a",
+                "clip_s": [0.6, 1.4],
+            }
+        ],
+        tmp_path,
+        num_frames=8,
+        frames="keyframe",
+        bit_cost=True,
+    )[0]
+    assert figures["frame_times"].tolist() == pytest.approx([0.8, 1.2]) and len(figures["bit_cost"]) == 2
+
+
+def test_of_a_variable_rate_frames_are_taken_by_time(burst, monkeypatch, caplog):
+    monkeypatch.setattr(reading, "_TOLD", set())
+    duration_s = probe(burst).duration_s
+
+    def shown(times_s) -> list[int]:
+        return sorted(set(read_frames(burst, times_s=list(times_s)).indices))
+
+    for num in (1, 3, 8, 40):
+        moments = [duration_s * (i + 0.5) / num for i in range(num)]
+        assert read_frames(burst, num=num).indices == shown(moments)
+        assert select(burst, k=num, method="uniform").frame_index == shown(moments)
+        assert select(burst, k=1, method="bitcost", num_candidates=num).candidate_index == shown(moments)
+    assert sum(t < 2 for t in read_frames(burst, num=8).times_s) <= 2
+    assert read_frames(burst, num=66).indices == list(range(66)), "all, where there are no more"
+    assert read_frames(burst, num=16, fps=1).indices == shown(range(15)) == [0, 30, 59, *range(60, 66)]
+    assert read_frames(burst, num=16, fps=2).indices == shown(np.arange(0, duration_s, 0.5))
+    moments = [3 + 10 * (i + 0.5) / 4 for i in range(4)]
+    assert read_frames(burst, num=4, between_s=[3, 13]).indices == shown(moments)
+    assert read_frames(burst, num=16, fps=0.5, between_s=[3, 13]).indices == [59, 60, 61, 62, 63, 64]
+    assert len(read_frames(burst, num=8, short_videos="double").indices) == 8
+    assert sum("its rate varies" in line for line in caplog.messages) == 1
+
+
+def test_a_clock_that_rounds_and_a_dropped_frame_are_no_variable_rate():
+    for rate in (24000 / 1001, 30000 / 1001, 25, 50, 3):
+        for count in (2, 3, 5, 12, 40, 300):
+            for digits in (2, 3, 6):
+                times_s = (np.arange(count + 1) / rate).round(digits)
+                assert not rate_varies(times_s[:-1], times_s[-1])
+                for dropped in range(1, count, 1 + count // 20):
+                    assert not rate_varies(np.delete(times_s[:-1], dropped), times_s[-1])
+    assert not rate_varies(np.zeros(1), 0.04)
+
+
+@pytest.mark.parametrize(
+    "times_s",
+    [
+        [0, 5, 21, 59],
+        [0, 0.033, 0.066, 5, 5.033, 21, 21.033, 59, 59.033],
+        [*np.arange(300) / 30, *range(10, 60, 10)],
+        [*range(0, 50, 10), *(50 + np.arange(300) / 30)],
+        [*np.arange(300) / 30],  # and the last one stays
+        [*np.arange(600) / 30, *(20 + np.arange(300) / 15)],
+    ],
+)
+def test_a_variable_rate_is_seen(times_s):
+    assert rate_varies(np.asarray(times_s, dtype=float), 60.0)

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lavis_lstp.data.frame_numbers import sample_indices, uniform_centres
+from lavis_lstp.data.frame_numbers import on_screen, rate_varies, sample_indices, uniform_centres
 from lavis_lstp.data.pictures import DEFAULT_MAX_MEGAPIXELS, check_area
 from lavis_lstp.data.video.container import Source, source_name
 from lavis_lstp.data.video.decode import (
@@ -65,7 +65,7 @@ VIDEO_ENDINGS = (
 )
 ENDINGS_IN_ANY_CASE = (*VIDEO_ENDINGS, *(ending.upper() for ending in VIDEO_ENDINGS))
 """Cameras write .MP4 and .MOV."""
-READING_VERSION = 4
+READING_VERSION = 5
 """A change of pixels, times or numbers by this module raises it: frames that stores keep are of one version."""
 
 
@@ -228,12 +228,50 @@ def _spread(
     _refuse_incomplete(index)
     if between_s is not None:
         check_inside(between_s, "clip_s", index.duration_s, index.name)
-    chosen = frames_between(index.times_s, between_s)
-    if fps is not None and fps < index.fps:
-        at_fps = sorted(set(frames_at_rate(index.num_frames, index.fps, fps)) & set(chosen))
-        chosen = at_fps if 0 < len(at_fps) <= num else chosen
+    clock = index.times_s, index.duration_s
+    chosen, at_fps = frames_between(index.times_s, between_s), []
+    if fps is not None and _by_time(*clock, index.name):
+        at_fps = on_screen(*clock, 0, 1 / fps)
+    elif fps is not None and fps < index.fps:
+        at_fps = frames_at_rate(index.num_frames, index.fps, fps)
+    at_fps = sorted(set(at_fps) & set(chosen))
+    chosen = at_fps if 0 < len(at_fps) <= num else spread_evenly(num, chosen, *clock, index.name, between_s)
     spread = sample_indices if short_videos == "double" else uniform_centres
     return [chosen[i] for i in spread(num, len(chosen))]
+
+
+def spread_evenly(
+    num: int,
+    frames: Sequence[int],
+    times_s: np.ndarray,
+    end_s: float,
+    name: str,
+    between_s: Sequence[float] | None = None,
+) -> list[int]:
+    """At most `num` of a video's frames: uniform centres by number; by time where the rate varies (`rate_varies`).
+
+    By time they are those on screen at the centres of `num` equal parts of the video or clip, each once.
+
+    Args:
+        frames: numbers to choose among, ascending, such as those of a clip.
+        times_s, end_s: of all frames of the video, and when the last one ends.
+        name: what messages call the video.
+        between_s: the clip, None = the whole video.
+    """
+    if len(frames) <= num or not _by_time(times_s, end_s, name):
+        return [frames[i] for i in uniform_centres(num, len(frames))]
+    start_s, end_s = max(0.0, times_s[0], (between_s or [0])[0]), min(end_s, (between_s or [end_s])[-1])
+    step_s = (end_s - start_s) / num
+    return [frames[i] for i in on_screen(times_s[list(frames)], end_s, start_s + step_s / 2, step_s)]
+
+
+def _by_time(times_s: np.ndarray, end_s: float, name: str) -> bool:
+    """`rate_varies`, told of the first file."""
+    varies = rate_varies(times_s, end_s)
+    if varies and "rate" not in _TOLD:
+        _TOLD.add("rate")
+        logger.warning("%s: its rate varies, so frames are taken by time; further files like it are not named", name)
+    return varies
 
 
 def frames_at_rate(length: int, rate: float, fps: float) -> list[int]:
@@ -264,11 +302,22 @@ def check_inside(span_s: Sequence[float], key: str, duration_s: float, name: str
 
 
 def frames_between(times_s: Sequence[float], between_s: Sequence[float] | None) -> list[int]:
-    """Frames whose time lies in [start, end) seconds; the nearest to the middle where none does; None = all frames."""
+    """Frames of the clip [start, end) seconds, in a row: those that begin in it, and maybe the one before; None = all.
+
+    The frame that is on screen when the clip starts is one of it where no other begins in it, or where it stays longer
+    than frames usually do: for more than 1.5 times their median, or for more than a second. So a clip at a constant
+    rate does not begin with the frame that is just going.
+
+    Args:
+        times_s: [N] seconds of all frames of the video.
+    """
     if between_s is None:
         return list(range(len(times_s)))
-    span = Span.from_seconds(*between_s, np.asarray(times_s).round(6).tolist())
-    return list(range(*span))
+    times_s = np.asarray(times_s).round(6)
+    start, end = Span.from_seconds(*between_s, times_s.tolist())
+    if start and times_s[start] - between_s[0] > min(1.0, 1.5 * float(np.median(np.diff(times_s)))):
+        start -= 1
+    return list(range(start, end))
 
 
 def _choose(index: VideoIndex, indices, times_s, num, fps, short_videos, between_s) -> list[int]:
@@ -308,7 +357,7 @@ def read_frames(
     max_megapixels: float = DEFAULT_MAX_MEGAPIXELS,
     name: str | None = None,
 ) -> VideoFrames:
-    """Reads frames given by number, by time, or `num` uniform centres (fewer in a shorter video).
+    """Reads frames given by number, by time, or `num` evenly spaced ones (fewer in a shorter video).
 
     One picture is held in full size at a time; with `size` each is resized as it is decoded (SPEC 5).
 
@@ -317,11 +366,12 @@ def read_frames(
             pictures' bytes.
         indices: frame numbers from 0, in any order, repeats allowed.
         times_s: seconds since the start of the file; the frame on screen then.
-        fps: with `num`: so many frames a second (`frames_at_rate`) where these are at most `num`; otherwise, and where
-            the video has no more frames a second than that, `num` uniform centres of all frames.
+        fps: with `num`: so many frames a second (`frames_at_rate`; where the rate varies those on screen at 0, 1/fps,
+            2/fps, ...) where these are at most `num`; otherwise, and where the video has no more frames a second than
+            that, `num` uniform centres of all frames (`spread_evenly`).
         short_videos: with `num`: "keep" gives fewer frames where there are fewer; "double" repeats them in order to
             exactly `num`, as published training did (`sample_indices`).
-        between_s: with `num`: choose among the frames of [start, end) seconds, not of the whole video.
+        between_s: with `num`: choose among the frames of [start, end) seconds (`frames_between`), not of all.
         size: S, or (height, width); None keeps the video's own, stretched where its pixels are not square.
         exact: False takes, in place of each frame, the nearest one at which decoding can begin (a key frame), each
             once: fewer frames, at the times and under the numbers that are theirs. Exact frames are read, with a
@@ -444,21 +494,24 @@ def _read_folder(
 
 
 _TOLD: set[str] = set()
-"""What is told of the first file alone: kinds of HDR, and why exact frames were read in place of key frames."""
+"""What is told of the first file alone: kinds of HDR, a rate that varies, why exact frames are read, not key ones."""
 
 
-def key_frames(index: VideoIndex, chosen: Sequence[int]) -> list[int]:
-    """The key frames nearest to chosen frames, in time; each once, ascending.
+def key_frames(index: VideoIndex, chosen: Sequence[int], between_s: Sequence[float] | None = None) -> list[int]:
+    """The key frames nearest to chosen frames, in time, of the clip that these are of; each once, ascending.
 
     Returns: the chosen frames themselves, with a warning, where the file does not tell which are key frames, or has too
     few to tell the chosen ones apart, such as a short clip that begins with its only one.
     """
     keys = np.flatnonzero(index.frame_key)
+    if between_s is not None:
+        inside = frames_between(index.times_s, between_s)
+        keys = keys[(keys >= inside[0]) & (keys <= inside[-1])]
     found: list[int] = []
     if index.by_count:
         why = "stores no times to seek to"
     elif not len(keys):
-        why = "has no key frame that is shown"
+        why = "has no key frame that is shown" + (" in a clip" if between_s else "")
     else:
         keys_s = index.times_s[keys]
         at = np.searchsorted((keys_s[1:] + keys_s[:-1]) / 2, index.times_s[list(chosen)])  # the earlier of two as near
@@ -477,7 +530,7 @@ def _read(source, index, asked, how: _How) -> VideoFrames:
     if not chosen:
         raise VideoError(f"{index.name}: no frames were asked for")
     if not how.exact:
-        chosen = key_frames(index, chosen)
+        chosen = key_frames(index, chosen, asked[-1])
     if how.with_next:
         chosen = [number for i in chosen for number in (i, min(i + 1, index.num_frames - 1))]
     wanted = sorted(set(chosen))
