@@ -244,7 +244,9 @@ class LSTP(BaseModel):
                 weight=samples.get("span_weight"),
             )
         if "lm" in self.losses:
-            if unknown := [row for row in range(len(samples["text_output"])) if is_hidden(samples, row)]:
+            if unknown := [
+                row for row, text in enumerate(samples["text_output"]) if not text and is_hidden(samples, row)
+            ]:
                 name = samples["question_id"][unknown[0]]
                 raise AnnotationError(f"question {name!r} has no answer to learn; train on a split with answers")
             choice = self.chooser(samples, logits=logits)
