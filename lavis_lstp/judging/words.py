@@ -16,25 +16,14 @@ from __future__ import annotations
 
 import functools
 import re
-import unicodedata
 from collections.abc import Sequence
 from decimal import Decimal
 
-from lavis_lstp.metrics.choice import NUMBERS
+from lavis_lstp.metrics.numbers import UNIT, counted, plain_characters
 
 ARTICLES = frozenset(("a", "an", "the"))
-_TOKEN = re.compile(r"(?<![\w-])-?\d+(?:[.,:/]\d+)*(?!\w)|[^\W_]+(?:'[^\W_]+)*|[%$€£+#°=<>]")
-_THOUSANDS = re.compile(r"-?\d{1,3}(,\d{3})+(\.\d+)?")
-_PLAIN_NUMBER = re.compile(r"-?\d+(\.\d+)?")
-
-_ONES = {word: int(n) for word, n in NUMBERS.items() if 1 <= int(n) <= 9}
-_TEENS = {word: int(n) for word, n in NUMBERS.items() if int(n) == 0 or 10 <= int(n) <= 19}
-_TENS = {w: 10 * n for n, w in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)}
-_ORDINALS = {
-    w: f"{n}{'st' if n == 1 else 'nd' if n == 2 else 'rd' if n == 3 else 'th'}"
-    for n, w in enumerate("first second third fourth fifth sixth seventh eighth ninth tenth".split(), 1)
-}
-
+_TOKEN = re.compile(rf"(?:{UNIT.pattern})(?!\w)|[^\W_]+(?:'[^\W_]+)*|[%$€£+#°=<>]")
+_PLAIN_NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(?:\.\d*[1-9])?")
 # What the base form would turn into another thing, or is no form of a verb.
 _KEPT = frozenset(
     "arms batting bowling boxing building being ceiling clothes clothing customs evening everything anything fencing "
@@ -95,69 +84,20 @@ SYNONYMS: tuple[tuple[str, ...], ...] = (
 
 def units(text: str) -> list[str]:
     """Words and numbers of a text; articles stay where there is nothing else ("A", as a choice)."""
-    text = unicodedata.normalize("NFKC", text).lower().replace("\u2019", "'").replace("\u2212", "-")
     words: list[str] = []
-    for token in _TOKEN.findall(text):
-        if token.endswith("n't"):
+    for token in _TOKEN.findall(counted(" ".join(plain_characters(text).lower().split()))):
+        if _PLAIN_NUMBER.fullmatch(token):
+            words.append(f"#{token}")
+        elif token.endswith("n't"):
             words += [token[:-3], "not"]
         else:
             words.append(token.removesuffix("'s").replace("'", ""))
-    words = [word for word in words if word not in ARTICLES] or words
-    return _with_numbers(words)
+    return [word for word in words if word not in ARTICLES] or words
 
 
 def number(unit: str) -> Decimal | None:
     """Value of a unit that is a number."""
     return Decimal(unit[1:]) if unit.startswith("#") and unit != "#" else None
-
-
-def _with_numbers(words: Sequence[str]) -> list[str]:
-    result: list[str] = []
-    i = 0
-    while i < len(words):
-        value, after = _spoken(words, i)
-        if after > i:
-            result.append(f"#{value}")
-            i = after
-            continue
-        result.append(_written(words[i]))
-        i += 1
-    return result
-
-
-def _written(word: str) -> str:
-    if _THOUSANDS.fullmatch(word):
-        word = word.replace(",", "")
-    if _PLAIN_NUMBER.fullmatch(word):
-        value = Decimal(word)
-        return f"#{value.to_integral_value() if value == value.to_integral_value() else value.normalize()}"
-    return _ORDINALS.get(word, "percent" if word == "%" else word)
-
-
-def _spoken(words: Sequence[str], i: int) -> tuple[int, int]:
-    """Value of the number in words that begins at `i`, and where it ends; (0, i) where none begins."""
-    total = current = 0
-    last = ""
-    j = i
-    while j < len(words):
-        word = words[j]
-        if word in _ONES and last in ("", "tens", "hundred", "thousand"):
-            current, last = current + _ONES[word], "ones"
-        elif word in _TEENS and last in ("", "hundred", "thousand"):
-            current, last = current + _TEENS[word], "teens"
-        elif word in _TENS and last in ("", "hundred", "thousand"):
-            current, last = current + _TENS[word], "tens"
-        elif word == "hundred" and last in ("", "ones") and current < 10:
-            current, last = (current or 1) * 100, "hundred"
-        elif word == "thousand" and last != "thousand" and not total:
-            total, current, last = (current or 1) * 1000, 0, "thousand"
-        elif word == "and" and last in ("hundred", "thousand") and words[j + 1 : j + 2]:
-            if words[j + 1] not in _ONES and words[j + 1] not in _TEENS and words[j + 1] not in _TENS:
-                break
-        else:
-            break
-        j += 1
-    return total + current, j
 
 
 @functools.lru_cache(maxsize=100_000)

@@ -6,10 +6,12 @@ An answer that names no option, several, or a letter and another option's words,
 
 from __future__ import annotations
 
+import functools
 import re
 import string
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
+from lavis_lstp.metrics.numbers import counted, written
 from lavis_lstp.metrics.qa import (
     accuracy_interval,
     folded,
@@ -91,8 +93,6 @@ _DENIED_BY = (
     r" (?:not|never|incorrect|wrong|false|impossible|unlikely|inaccurate|ruled out|eliminated|excluded)\b)"
     r"|cannot\b|can't\b"
 )
-_COUNTED = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
-NUMBERS = {word: str(n) for n, word in enumerate(f"{_COUNTED} seventeen eighteen nineteen twenty".split())}
 _AROUND = " \t\"'`*_()[]{}<>.,;:!?\u3002\u2026"
 
 
@@ -165,18 +165,23 @@ def _words_alone(text: str, options: Sequence[str]) -> list[int]:
 
 def _bare(text: str) -> str:
     """Without outer blanks, punctuation and brackets; a sign in front of a number stays."""
-    return folded(text).strip(_AROUND)
+    return written(folded(text)).strip(_AROUND)
 
 
-def _normalised(text: str) -> str:
+def _normalised(text: str, numbers: Callable[[str], str] = written) -> str:
     """`normalise` of a text that does not begin with a letter of its own, which would pass for an article."""
-    words = normalise(text)
+    words = normalise(text, numbers)
     return "" if _LONE.fullmatch(words) or _LABEL.match(without_markup(text)) else words
 
 
 def _in_digits(text: str) -> str:
-    """Return `_normalised` with small numbers in digits: options are "3", and models write "Three"."""
-    return " ".join(NUMBERS.get(word, word) for word in _normalised(text).split())
+    """Return `_normalised` with numbers in digits: options are "3", and models write "Three"."""
+    return _normalised(text, counted)
+
+
+def _in_text(text: str) -> str:
+    """Return `normalise` with numbers in digits but a lone "one", which stands for too much."""
+    return normalise(text, functools.partial(counted, one=False))
 
 
 def _letter_alone(text: str, options: Sequence[str]) -> list[int]:
@@ -191,7 +196,7 @@ def _polarity(text: str, options: Sequence[str]) -> int | None:
     said = yes_or_no(text)
     kinds = [yes_or_no(option) if len(option.split()) == 1 else None for option in options]
     meant = [i for i, kind in enumerate(kinds) if kind is not None and kind is said]
-    named = {i for i in _options_in(normalise(text), options) if kinds[i] is not said}
+    named = {i for i in _options_in(text, options) if kinds[i] is not said}
     return _one(meant, options) if meant and not named else None
 
 
@@ -263,7 +268,7 @@ def _inside(text: str, options: Sequence[str]) -> int | None:
     else:
         numbers = set() if several else _numbers(text, _MENTIONED)
         numbers |= _numbers(text, _OR) if numbers else set()
-    named = _options_in(normalise(rest), options)
+    named = _options_in(rest, options)
     if not numbers:
         if several or len(named) != 1 or _denied(rest, options[named[0]]):
             return None
@@ -279,27 +284,23 @@ def _inside(text: str, options: Sequence[str]) -> int | None:
         at = said[0].start(said[0].lastindex)
         begin = max(text.rfind(mark, 0, at) for mark in ".!?\u3002\n") + 1
         end = re.compile(r"[.!?\u3002\n]|$").search(text, at + 1).end()
-        named = _options_in(normalise(text[begin:end]), options)
+        named = _options_in(text[begin:end], options)
     # words that are another option's contradict the letter
     return number if all(folded(options[i]) == folded(options[number]) for i in named) else None
 
 
 def _denied(text: str, option: str) -> bool:
     """Whether "not" or the like stands beside the words of an option: "it is not red"."""
-    beside = f" {normalise(text)} ".replace(f" {normalise(option)} ", " ")
+    beside = f" {_in_text(text)} ".replace(f" {_in_text(option)} ", " ")
     return not _DENIES.isdisjoint(beside.split())
 
 
 def _options_in(text: str, options: Sequence[str]) -> list[int]:
-    """Options whose words stand in a normalised text, but for those that are a part of a longer one that does.
+    """Options whose words stand in a text, but for those that are a part of a longer one that does.
 
-    Of options that say the same, the first. Small numbers count in digits and words alike; "one" stands for too much.
+    Of options that say the same, the first. Numbers count in digits and words alike, and as a whole only.
     """
-
-    def words_of(text: str) -> str:
-        return f" {' '.join(word if word == 'one' else NUMBERS.get(word, word) for word in text.split())} "
-
-    words, plain = words_of(text), [words_of(normalise(option)) for option in options]
+    words, *plain = (f" {_in_text(part)} " for part in (text, *options))
     found = [i for i, option in enumerate(plain) if option.strip() and option in words]
     longest = [i for i in found if not any(plain[i] in plain[j] and plain[i] != plain[j] for j in found)]
     return list({folded(options[i]): i for i in reversed(longest)}.values())[::-1]

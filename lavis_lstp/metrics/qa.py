@@ -12,21 +12,16 @@ import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from lavis_lstp.errors import ConfigError
 from lavis_lstp.metrics.coverage import Items, join_by_id
+from lavis_lstp.metrics.numbers import UNIT, plain_characters, written
 from lavis_lstp.schema import Prediction
 
-_QUOTES_AND_DASHES = str.maketrans(
-    {**dict.fromkeys("\u2018\u2019\u201b\u2032\u02bc", "'"), **dict.fromkeys("\u201c\u201d\u201e\u2033", '"')}
-    | dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2015\u2212", "-")
-)
 _ARTICLES = re.compile(r"(?<!\S)(a|an|the)(?!\S)")
 _SIGNS = frozenset("%$\u20ac\u00a3+#\u00b0=<>")
 """Symbols that make another answer: 5% is not 5, C# is not C++."""
-_OF_NUMBERS = re.compile(r"(?<=\d)[.\-/:](?=\d)|(?<![^\W_])-(?=\d)|(?<![^\W_])-(?=[.]\d)")
-"""The point, dash, slash or colon between digits (1.5, 2-3, 1/2, 10:30), and the minus of a number."""
 _WORD = re.compile(r"[^\W_]+")
 _COMMAND = re.compile(r"\\(?:fbox|boxed|text\w*|math\w+|bf|bm|emph|operatorname)\s*\{([^{}]*)\}")
 _MARKUP = re.compile(
@@ -87,7 +82,7 @@ def token_recall(gold: str, prediction: str) -> float:
 
 def folded(text: str) -> str:
     """One spelling of equal characters: NFKC, straight quotes, one dash, lower case, single blanks."""
-    return " ".join(unicodedata.normalize("NFKC", text).translate(_QUOTES_AND_DASHES).lower().split())
+    return " ".join(plain_characters(text).lower().split())
 
 
 def without_thoughts(text: str) -> str:
@@ -124,18 +119,17 @@ def _without_commands(text: str, keep: str = "") -> str:
 
 def without_markup(text: str) -> str:
     """A text without bold marks, tags, bullets and boxes around words; in NFKC, its case and lines as they were."""
-    text = unicodedata.normalize("NFKC", text).translate(_QUOTES_AND_DASHES)
-    return _MARKUP.sub(lambda match: match[1] or "", _without_commands(text)).strip()
+    return _MARKUP.sub(lambda match: match[1] or "", _without_commands(plain_characters(text))).strip()
 
 
-def normalise(answer: str) -> str:
+def normalise(answer: str, numbers: Callable[[str], str] = written) -> str:
     """Lower case, no punctuation, no articles, single blanks, as in SQuAD; equal characters are spelt alike.
 
     What makes another answer stays: marks inside numbers (1.5, 1/2, 2-3), a minus, symbols such as % and #, and an
-    answer made of articles alone ("A", as a choice).
+    answer made of articles alone ("A", as a choice). `numbers` spells each number one way ("1,000" is "1000").
     """
-    text = folded(answer)
-    inside = {match.start() for match in _OF_NUMBERS.finditer(text)}
+    text = numbers(folded(answer))
+    inside = {place for match in UNIT.finditer(text) for place in range(*match.span())}
 
     def kept(match: re.Match) -> str:
         return match[0] if match.start() in inside or match[0] in _SIGNS or not _is_punctuation(match[0]) else ""
