@@ -43,10 +43,17 @@ _FIRST = re.compile(
 )
 _MORE = re.compile(r"\(([\ue000-\ue019])\)|([\ue000-\ue019])(?=[).:,]|$)", re.MULTILINE)
 """Letters after the one that an answer begins with: "(A) or (B)", "A, B"."""
+_WEIGHS = re.compile(
+    r"\b(?:each|every|all|any)(?: of)?(?: the)?(?: [a-z]+)? (?:options?|choices?|answers?|letters?|candidates?|statements?)\b"
+    r"|\b(?:find|determine|identify|figure out|evaluate|analy[sz]e|consider|look at|check|compare|examine|review|go through"
+    r"|assess|eliminate|break down|verify) (?:out )?(?:the |which |them|these |our |one )*(?:[a-z]+ ){0,2}?"
+    r"(?:answer choices|answer|options?|choices?|one by one)\b"
+)
+"""What announces that options are weighed: "Let's look at each option: A. ..." says no A."""
 _FILL = r"(?:(?:the|option|choice|answer|letter|clearly|definitely|most|likely|probably|obviously|simply|still) )*"
 _SAID = re.compile(
     r"(?:\b(?:ans|answer|assistant|prediction|response|output|result|option|choice|letter|correct|right|best|accurate|appropriate|suitable|likely|plausible"
-    r"|respuesta|opci\u00f3n|r\u00e9ponse|antwort|resposta|risposta)\b(?:(?! (?:options|choices)\b) [a-z]+){0,6}?"
+    r"|respuesta|opci\u00f3n|r\u00e9ponse|antwort|resposta|risposta)\b(?:(?! (?:options|choices|each|every|all)\b) [a-z]+){0,6}?"
     r"(?:(?:'s| (?:is|be|es|est|ist|\u00e9|\u00e8)\b) ?:?| ?(?:[:=]|-+>?))\s*"
     r"|\b(?:it|that)(?:'s| is| (?:must|should|would|could|might|may|has to|appears to|seems to)"
     r" be) "
@@ -82,6 +89,8 @@ _OR = re.compile(
     rf"|[\u6216\u548c\u4e0e]\u8005?|\u8fd8\u662f) ?{_FILL}{_V}"
 )
 """A letter beside the one that is said: "B or A", "B, A"."""
+_OPTION_AHEAD = re.compile(r"^ ?(?:option|choice) (?=\(?[\ue000-\ue019]\)?(?:[).:,]| - ))", re.MULTILINE)
+_ENDS = re.compile(r"[!?\u3002\n]|[.](?!\d)")
 _DENIES = frozenset("no not never neither nor isnt arent wasnt werent doesnt dont didnt cannot cant".split())
 _DENY = (
     r"(?:\b(?:not|never|neither|nor|rather than|instead of|unlike|except|over|versus|vs\.?|anything but|cannot"
@@ -126,17 +135,22 @@ def _read(text: str, options: Sequence[str]) -> int | None:
     """Return what `parse_choice` does, of a text without tags."""
     text = _without_echo(text, options)
     plain = without_markup(text)
-    stated = (_ANSWER_LINE.sub("", line, count=1) for line in plain.splitlines())
-    lines = [line for line in (text, *text.splitlines(), *stated) if line.strip()]
-    alone = {i for line in lines for i in (*_words_alone(line, options), *_letter_alone(line, options))}
-    if not alone and (said := _polarity(plain, options)) is not None:
+    stated = [_ANSWER_LINE.sub("", line, count=1) for line in plain.splitlines() if _ANSWER_LINE.match(line)]
+    lines = [line for line in (text, *text.splitlines(), *plain.splitlines(), *stated) if line.strip()]
+    marked = _marked(plain, options)
+    weighed = _WEIGHS.search(marked) is not None  # then a line with an option is an item, unless it says "answer"
+    marked = _without_denied(_OPTION_AHEAD.sub("", _WEIGHS.sub(" ", marked)), options)
+    listed = weighed or len({sign for line in marked.splitlines() for sign in _numbers(line[:3].strip(), _FIRST)}) > 1
+    alone = {i for line in lines for i in _letter_alone(line, options)}
+    alone |= {i for line in (stated if weighed else lines) for i in _words_alone(line, options)}
+    if not alone and not weighed and (said := _polarity(plain, options)) is not None:
         return said
-    marked = _without_denied(_marked(plain, options), options)
-    alone |= {i for line in marked.splitlines() for i in _labelled(line, options)}
+    if not listed:
+        alone |= {i for line in marked.splitlines() for i in _labelled(line, options)}
     if alone:
         said = {n for n in _numbers(marked, *_DECIDING, _OR) if n < len(options)}
         return _one(alone | said, options)
-    return _inside(marked, options)
+    return _inside(marked, options, listed)
 
 
 def _without_echo(text: str, options: Sequence[str]) -> str:
@@ -239,7 +253,7 @@ def _without_denied(text: str, options: Sequence[str]) -> str:
     denied = listed
     if not any(re.search(_DENY, folded(option)) for option in options):
         spoken = "|".join(sorted((word for word in words if word), key=len, reverse=True))
-        denied = rf"(?:{listed}|(?:{spoken})(?!\w))"
+        denied = rf"(?:{listed}|(?:{spoken})(?!\w|[.,:/-]\d))"
     return re.sub(rf"(?:,? (?:and|but))? ?{_DENY}{helpers},? {denied}", " ", text).strip()
 
 
@@ -253,10 +267,12 @@ def _labelled(line: str, options: Sequence[str]) -> list[int]:
     return [number] if same else []
 
 
-def _inside(text: str, options: Sequence[str]) -> int | None:
-    """Return the option that a marked text names: by a letter in front, one that it decides for, or by words."""
-    several = len({sign for line in text.splitlines() for sign in _numbers(line[:3].strip(), _FIRST)}) > 1
-    first = None if several else _FIRST.match(text)
+def _inside(text: str, options: Sequence[str], listed: bool) -> int | None:
+    """Return the option that a marked text names: by a letter in front, one that it decides for, or by words.
+
+    Of options that are `listed` and weighed only what decides names one.
+    """
+    first = None if listed else _FIRST.match(text)
     said = [match for pattern in _DECIDING for match in pattern.finditer(text)]
     rest = text[first.end() :] if first else text
     if first:
@@ -266,11 +282,11 @@ def _inside(text: str, options: Sequence[str]) -> int | None:
     elif said:
         numbers = _numbers(text, *_DECIDING) | _numbers(text[min(match.start() for match in said) :], _OR)
     else:
-        numbers = set() if several else _numbers(text, _MENTIONED)
+        numbers = set() if listed else _numbers(text, _MENTIONED)
         numbers |= _numbers(text, _OR) if numbers else set()
     named = _options_in(rest, options)
     if not numbers:
-        if several or len(named) != 1 or _denied(rest, options[named[0]]):
+        if listed or len(named) != 1 or _denied(rest, options[named[0]]):
             return None
         # "no" in "there is no doubt" is no answer no
         plain = len(options[named[0]].split()) == 1 and yes_or_no(options[named[0]]) is not None
@@ -279,14 +295,19 @@ def _inside(text: str, options: Sequence[str]) -> int | None:
         return None
     if any(folded(option) == LETTERS[number].lower() for i, option in enumerate(options) if i != number):
         return None
-    if said and not first and number in named:
-        # "A shows red, B blue. The answer is B.": what is weighed in other sentences contradicts nothing
-        at = said[0].start(said[0].lastindex)
-        begin = max(text.rfind(mark, 0, at) for mark in ".!?\u3002\n") + 1
-        end = re.compile(r"[.!?\u3002\n]|$").search(text, at + 1).end()
-        named = _options_in(text[begin:end], options)
+    if said and not first:  # "A shows red, B blue. The answer is B.": other sentences contradict nothing
+        named = _options_in(" ".join(_sentence(text, match.start(match.lastindex)) for match in said), options)
+    elif first and number in _options_in(sentence := _sentence(rest, 0), options):
+        named = _options_in(sentence, options)
     # words that are another option's contradict the letter
     return number if all(folded(options[i]) == folded(options[number]) for i in named) else None
+
+
+def _sentence(text: str, at: int) -> str:
+    """The sentence around a place: points and commas inside of numbers end none."""
+    begin = max((match.end() for match in _ENDS.finditer(text, 0, at)), default=0)
+    end = _ENDS.search(text, at + 1)
+    return text[begin : end.end() if end else len(text)]
 
 
 def _denied(text: str, option: str) -> bool:

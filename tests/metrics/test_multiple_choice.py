@@ -173,7 +173,7 @@ YES_NO, THREE = ["yes", "no", "not sure"], ["a dog", "a person", "a car"]
         (OPTIONS, "A shows red, B the blue one. The correct answer is (B).", 1),
         (OPTIONS, "Red comes first, then the blue one. Answer: B", 1),
         (OPTIONS, "Red comes first, then the blue one. The answer is (B), red.", None),
-        (OPTIONS, "Red comes first, then a dog. The answer is (B).", None),  # not weighed
+        (OPTIONS, "Red comes first, then a dog. The answer is (B).", 1),
         (OPTIONS, "Red, then the blue one. The answer is (A). The answer is (B).", None),
         (OPTIONS, "Red comes first, then the blue one. Option B is wrong.", None),
         # an explanation behind the line that answers (openai/simple-evals#33, jundot/omlx#3668)
