@@ -45,7 +45,7 @@ _MORE = re.compile(r"\(([\ue000-\ue019])\)|([\ue000-\ue019])(?=[).:,]|$)", re.MU
 """Letters after the one that an answer begins with: "(A) or (B)", "A, B"."""
 _WEIGHS = re.compile(
     r"\b(?:each|every|all|any)(?: of)?(?: the)?(?: [a-z]+)? (?:options?|choices?|answers?|letters?|candidates?|statements?)\b"
-    r"|\b(?:find|determine|identify|figure out|evaluate|analy[sz]e|consider|look at|check|compare|examine|review|go through"
+    r"|\b(?:find|determine|identify|figure out|evaluate|analy[sz]e|consider|look(?:ing)? at|check|compare|examine|review|go(?:ing)? through"
     r"|assess|eliminate|break down|verify) (?:out )?(?:the |which |them|these |our |one )*(?:[a-z]+ ){0,2}?"
     r"(?:answer choices|answer|options?|choices?|one by one)\b"
 )
@@ -66,7 +66,8 @@ _SAID = re.compile(
 _ANSWER_LINE = re.compile(
     r"(?i:(?:(?:so|thus|hence|therefore|the|my|final|correct|right|best),? )*(?:answer|choice|ans)\.?(?: is)?[: ]+)"
 )
-"""What a line that states the answer begins with."""
+"""What a line or sentence that states the answer begins with."""
+_STATED = re.compile(r"\n|(?<=[.!?])\s+")
 _THUS = re.compile(
     r"(?:^|[.,;:!] )(?:so|thus|therefore|hence|finally|(?:in )?conclusion|overall|probably|(?:most )?likely"
     rf"|definitely|clearly|certainly)[,:]? {_FILL}{_V}(?=[.,;:!]| because\b|\s*$)",
@@ -76,11 +77,12 @@ _RIGHT = re.compile(
     rf"{_V}(?: (?:is|seems|appears|looks|would be|should be|must be)(?: [a-z]+){{0,4}}? "
     r"(?:correct|right|best|true|accurate|answer|choice|appropriate|likely|suitable|plausible)"
     r"(?= (?:answer|option|choice|one|because|since|as|and|given|here)\b|\)?[.,;:!\s]*(?:\n|$)|[.,;:!])"
-    r"| (?:best|most (?:accurately|closely)) "
+    r"| (?:fits|matches) best\b| (?:best|most (?:accurately|closely)) "
     r"(?:describes|matches|fits|answers|represents|captures|explains|reflects)\b"
     r"|(?:\u9009\u9879)?[\u662f\u4e3a]?\u6700?(?:\u6b63\u786e|\u5bf9\u7684|\u7b54\u6848|\u5408\u9002))"
 )
-_DECIDING = (_SAID, _THUS, _RIGHT)
+_TICKED = re.compile(rf"^ ?{_V}.*(?:[-:(] ?(?:this is )?(?:correct\b|right\b(?! )|\u2713)|\u2705|\u2714)", re.MULTILINE)
+_DECIDING = (_SAID, _THUS, _RIGHT, _TICKED)
 """What decides for a letter: in front of it, and behind it."""
 _MENTIONED = re.compile(rf"\b(?:answer|option|choice|letter) {_V}")
 _OR = re.compile(
@@ -90,6 +92,7 @@ _OR = re.compile(
 )
 """A letter beside the one that is said: "B or A", "B, A"."""
 _OPTION_AHEAD = re.compile(r"^ ?(?:option|choice) (?=\(?[\ue000-\ue019]\)?(?:[).:,]| - ))", re.MULTILINE)
+_CLAUSE = re.compile(r"(?<=[\ue000-\ue019)]),? (?:because|since|as|although|though|while|whereas) ")
 _ENDS = re.compile(r"[!?\u3002\n]|[.](?!\d)")
 _DENIES = frozenset("no not never neither nor isnt arent wasnt werent doesnt dont didnt cannot cant".split())
 _DENY = (
@@ -103,6 +106,7 @@ _DENIED_BY = (
     r"|cannot\b|can't\b"
 )
 _AROUND = " \t\"'`*_()[]{}<>.,;:!?\u3002\u2026"
+_BEFORE = re.compile(rf"[{re.escape(_AROUND)}]*?(?=[<>]?\d|[^{re.escape(_AROUND)}]|$)")
 
 
 def choice_prompt(question: str, options: Sequence[str]) -> str:
@@ -135,12 +139,14 @@ def _read(text: str, options: Sequence[str]) -> int | None:
     """Return what `parse_choice` does, of a text without tags."""
     text = _without_echo(text, options)
     plain = without_markup(text)
-    stated = [_ANSWER_LINE.sub("", line, count=1) for line in plain.splitlines() if _ANSWER_LINE.match(line)]
+    stated = [_ANSWER_LINE.sub("", line, count=1) for line in _STATED.split(plain) if _ANSWER_LINE.match(line)]
     lines = [line for line in (text, *text.splitlines(), *plain.splitlines(), *stated) if line.strip()]
     marked = _marked(plain, options)
-    weighed = _WEIGHS.search(marked) is not None  # then a line with an option is an item, unless it says "answer"
-    marked = _without_denied(_OPTION_AHEAD.sub("", _WEIGHS.sub(" ", marked)), options)
+    announced = _WEIGHS.search(marked)  # then a line with an option is an item, unless it says "answer"
+    weighed = announced is not None and re.search(r"[:\n]", marked[announced.end() :]) is not None
+    marked = _OPTION_AHEAD.sub("", _WEIGHS.sub(" ", marked))
     listed = weighed or len({sign for line in marked.splitlines() for sign in _numbers(line[:3].strip(), _FIRST)}) > 1
+    marked = _without_denied(marked, options)
     alone = {i for line in lines for i in _letter_alone(line, options)}
     alone |= {i for line in (stated if weighed else lines) for i in _words_alone(line, options)}
     if not alone and not weighed and (said := _polarity(plain, options)) is not None:
@@ -179,7 +185,8 @@ def _words_alone(text: str, options: Sequence[str]) -> list[int]:
 
 def _bare(text: str) -> str:
     """Without outer blanks, punctuation and brackets; a sign in front of a number stays."""
-    return written(folded(text)).strip(_AROUND)
+    text = written(folded(text))
+    return text[_BEFORE.match(text).end() :].rstrip(_AROUND)
 
 
 def _normalised(text: str, numbers: Callable[[str], str] = written) -> str:
@@ -254,7 +261,7 @@ def _without_denied(text: str, options: Sequence[str]) -> str:
     if not any(re.search(_DENY, folded(option)) for option in options):
         spoken = "|".join(sorted((word for word in words if word), key=len, reverse=True))
         denied = rf"(?:{listed}|(?:{spoken})(?!\w|[.,:/-]\d))"
-    return re.sub(rf"(?:,? (?:and|but))? ?{_DENY}{helpers},? {denied}", " ", text).strip()
+    return re.sub(rf"(?:,? (?:and|but))? ?{_DENY}{helpers},? {denied}(?:,? but(?= ))? ?", " ", text).strip()
 
 
 def _labelled(line: str, options: Sequence[str]) -> list[int]:
@@ -296,7 +303,7 @@ def _inside(text: str, options: Sequence[str], listed: bool) -> int | None:
     if any(folded(option) == LETTERS[number].lower() for i, option in enumerate(options) if i != number):
         return None
     if said and not first:  # "A shows red, B blue. The answer is B.": other sentences contradict nothing
-        named = _options_in(" ".join(_sentence(text, match.start(match.lastindex)) for match in said), options)
+        named = _options_in(" ".join(_CLAUSE.split(_sentence(text, match.start(match.lastindex)))[0] for match in said), options)
     elif first and number in _options_in(sentence := _sentence(rest, 0), options):
         named = _options_in(sentence, options)
     # words that are another option's contradict the letter

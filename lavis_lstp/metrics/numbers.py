@@ -54,6 +54,7 @@ _SAID = (  # in this order: what is joined in words
     (re.compile(r"\b(5|10|20|25)(?: minutes)? past (one|\d\d?)\b"), lambda m: f"{_one(m[2])}:{m[1]:0>2}"),
     (re.compile(r"\b(one|\d\d?) o'?clock\b"), lambda m: _one(m[1]) + ":00"),
     (re.compile(r"(?<=\d) per ?cent\b"), lambda m: "%"),
+    (re.compile(rf"({_ONE}) or (more|less|fewer)\b"), lambda m: ("\u2265" if m[2] == "more" else "\u2264") + _one(m[1])),
     (re.compile(rf"\bbetween ({_ONE}) and ({_ONE})"), lambda m: f"{_one(m[1])}-{_one(m[2])}"),
     (re.compile(rf"({_ONE}) (?:to|or) ({_ONE})"), lambda m: f"{_one(m[1])}-{_one(m[2])}"),
     (re.compile(rf"\b(?:at most|up to|no more than) ({_ONE})"), lambda m: "\u2264" + _one(m[1])),
