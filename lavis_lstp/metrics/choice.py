@@ -6,6 +6,7 @@ An answer that names no option, several, or a letter and another option's words,
 
 from __future__ import annotations
 
+import bisect
 import functools
 import re
 import string
@@ -34,7 +35,7 @@ _LETTER = re.compile(
     r"|([AI])(?=[).:,;!\u3001\u3002](?![A-Za-z]\.)|[^\x00-\x7f]|\s*$| - "
     r"|\s+(?:because|since|as|and|or|nor|but|for|is|are|seems|best|over|rather|instead)\b)"
     r"|(?<=ption |hoice |etter )([AI])\b"
-    r"|([a-z])(?=[.\u3002]?\s*\Z)|\A([a-z])(?=[).:,](?![A-Za-z]\.)))",
+    r"|(?<!\d )([a-z])(?=[.\u3002]?\s*\Z)|\A([a-z])(?=[).:,](?![A-Za-z]\.)))",
     re.MULTILINE,
 )
 """A letter that stands for an option: "A" and "I" are words before most others, and so is a small letter in a text."""
@@ -43,17 +44,29 @@ _FIRST = re.compile(
 )
 _MORE = re.compile(r"\(([\ue000-\ue019])\)|([\ue000-\ue019])(?=[).:,]|$)", re.MULTILINE)
 """Letters after the one that an answer begins with: "(A) or (B)", "A, B"."""
+_AHEAD = r"(?=\(?[\ue000-\ue019])"
 _WEIGHS = re.compile(
-    r"\b(?:each|every|all|any)(?: of)?(?: the)?(?: [a-z]+)? (?:options?|choices?|answers?|letters?|candidates?|statements?)\b"
-    r"|\b(?:find|determine|identify|figure out|evaluate|analy[sz]e|consider|look(?:ing)? at|check|compare|examine|review|go(?:ing)? through"
-    r"|assess|eliminate|break down|verify) (?:out )?(?:the |which |them|these |our |one )*(?:[a-z]+ ){0,2}?"
-    r"(?:answer choices|answer|options?|choices?|one by one)\b"
+    r"\b(?:each|every|all|any)(?: of)?(?: the)?(?: [a-z]+)?"
+    r" (?:options?|choices?|answers?|letters?|candidates?|statements?)\b"
+    r"|\b(?:find|determine|identify|figure out|evaluate|analy[sz]e|consider|look(?:ing)? at|check|compare|examine"
+    r"|review|go(?:ing)? through|assess|eliminate|break down|verify) (?:out )?(?:the |which |them|these |our |one )*"
+    r"(?:[a-z]+ ){0,2}?(?:answer choices|answer|options?|choices?|one by one)\b(?! is\b)"
+    r"|\bone of the following\b"
+    r"|\bwhich(?: [a-z]+){0,3} (?:right|correct|best|true|accurate|appropriate)\b"
+    rf"|\b(?:if|for) (?:the )?(?:[a-z]+ )?(?:answer|option|choice) (?:is|were|was|to be)\b ?{_AHEAD}"
+    r"|\b(?:one|some(?:one)?|you|people|they) (?:could|might|may|would|can)"
+    rf" (?:say|think|believe|choose|pick) {_AHEAD}"
+    r"|\b(?:(?:check|start|consider|examin|look|evaluat|analy[sz])[a-z]*(?: with| at)?|first|regarding|as for)"
+    rf" (?:option|choice) {_AHEAD}"
+    rf"|\b(?:option|choice) (?={_V} (?:says|shows|mentions|states|describes|suggests|claims|depicts|refers|is an?)\b)"
+    rf"|\b(?:first|second|third|next|last) (?:option|choice) is {_AHEAD}"
 )
 """What announces that options are weighed: "Let's look at each option: A. ..." says no A."""
 _FILL = r"(?:(?:the|option|choice|answer|letter|clearly|definitely|most|likely|probably|obviously|simply|still) )*"
 _SAID = re.compile(
-    r"(?:\b(?:ans|answer|assistant|prediction|response|output|result|option|choice|letter|correct|right|best|accurate|appropriate|suitable|likely|plausible"
-    r"|respuesta|opci\u00f3n|r\u00e9ponse|antwort|resposta|risposta)\b(?:(?! (?:options|choices|each|every|all)\b) [a-z]+){0,6}?"
+    r"(?:\b(?:ans|answer|assistant|prediction|response|output|result|option|choice|letter|correct|right|best|accurate"
+    r"|appropriate|suitable|likely|plausible|respuesta|opci\u00f3n|r\u00e9ponse|antwort|resposta|risposta)\b"
+    r"(?:(?! (?:options|choices|each|every|all)\b) [a-z]+){0,6}?"
     r"(?:(?:'s| (?:is|be|es|est|ist|\u00e9|\u00e8)\b) ?:?| ?(?:[:=]|-+>?))\s*"
     r"|\b(?:it|that)(?:'s| is| (?:must|should|would|could|might|may|has to|appears to|seems to)"
     r" be) "
@@ -143,7 +156,13 @@ def _read(text: str, options: Sequence[str]) -> int | None:
     lines = [line for line in (text, *text.splitlines(), *plain.splitlines(), *stated) if line.strip()]
     marked = _marked(plain, options)
     announced = _WEIGHS.search(marked)  # then a line with an option is an item, unless it says "answer"
-    weighed = announced is not None and re.search(r"[:\n]", marked[announced.end() :]) is not None
+    first = announced and _FIRST.match(marked)
+    if first:  # "B. Here is each option: ..."
+        if _numbers(marked[announced.end() :], *_DECIDING) - _numbers(first[0], _FIRST):
+            return None
+        marked = marked[: announced.start()]
+    weighed = announced is not None and not first
+    weighed = weighed and re.match(r"\(?[\ue000-\ue019]|.*?[:\n]", marked[announced.end() :]) is not None
     marked = _OPTION_AHEAD.sub("", _WEIGHS.sub(" ", marked))
     listed = weighed or len({sign for line in marked.splitlines() for sign in _numbers(line[:3].strip(), _FIRST)}) > 1
     marked = _without_denied(marked, options)
@@ -303,18 +322,13 @@ def _inside(text: str, options: Sequence[str], listed: bool) -> int | None:
     if any(folded(option) == LETTERS[number].lower() for i, option in enumerate(options) if i != number):
         return None
     if said and not first:  # "A shows red, B blue. The answer is B.": other sentences contradict nothing
-        named = _options_in(" ".join(_CLAUSE.split(_sentence(text, match.start(match.lastindex)))[0] for match in said), options)
-    elif first and number in _options_in(sentence := _sentence(rest, 0), options):
-        named = _options_in(sentence, options)
+        ends = [0, *(match.end() for match in _ENDS.finditer(text)), len(text)]
+        places = sorted({bisect.bisect_right(ends, match.start(match.lastindex)) for match in said})
+        named = _options_in(" ".join(_CLAUSE.split(text[ends[i - 1] : ends[i]])[0] for i in places), options)
+    elif first and number in (beside := _options_in(_ENDS.split(rest, maxsplit=1)[0], options)):
+        named = beside
     # words that are another option's contradict the letter
     return number if all(folded(options[i]) == folded(options[number]) for i in named) else None
-
-
-def _sentence(text: str, at: int) -> str:
-    """The sentence around a place: points and commas inside of numbers end none."""
-    begin = max((match.end() for match in _ENDS.finditer(text, 0, at)), default=0)
-    end = _ENDS.search(text, at + 1)
-    return text[begin : end.end() if end else len(text)]
 
 
 def _denied(text: str, option: str) -> bool:

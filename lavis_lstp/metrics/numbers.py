@@ -19,7 +19,11 @@ _VULGAR = re.compile(r"(\d?)([\u00bc-\u00be\u2150-\u215e])|(\d?)\\[dt]?frac\{(\d
 _THOUSANDS = re.compile(r"\d{1,3}(?:[ ']\d{3})+(?:[.,]\d+)?|[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?")
 _THOUSANDS_BY_POINT = re.compile(r"[1-9]\d{0,2}(?:(?:\.\d{3})+,\d+|(?:\.\d{3}){2,})")
 _DECIMAL = re.compile(r"(\d*)(?:[.,](\d+))?")
-_N = r"(?:(?<![\d.,])(?<!\d )\d{1,3}(?: \d{3}){1,4}(?! ?\d)(?:[.,]\d+)?|\d+(?:[.,]\d+|'\d{3}(?!\d))*|(?<![\w.,])\.\d+)"
+_N = (
+    r"(?:(?<![\d.,])(?<!\d )\d{1,3}(?: \d{3}){1,4}(?! ?\d)(?:[.,]\d+)?"
+    r"|(?<!\d)(?<!\d[.,])\d+(?:[.,]\d+|'\d{3}(?!\d))*|(?<![\w.,])\.\d+)"
+)
+"""Digits with marks: thousands parted by blanks, points, commas, apostrophes, and the leading point."""
 _JOIN = r"(?:[-/:]|\^[-+]?| - | / | : )"
 _AFTER = "mm|cm|km|m|ft|kg|mg|lbs?|oz|ml|ms|s|secs?|mins?|h|hrs?|mph|kmh|fps|px|am|pm"
 UNIT = re.compile(
@@ -36,33 +40,44 @@ _SMALL = {word: n for n, word in enumerate(f"{_COUNTED} seventeen eighteen ninet
 _TENS = {w: 10 * n for n, w in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)}
 _SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9}
 _NTH = "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth fourteenth"
-_ORDINALS = {word: n for n, word in enumerate(f"{_NTH} fifteenth sixteenth seventeenth eighteenth nineteenth".split(), 1)}
+_ORDINALS = {
+    word: n for n, word in enumerate(f"{_NTH} fifteenth sixteenth seventeenth eighteenth nineteenth".split(), 1)
+}
 _ORDINALS |= {word[:-1] + "ieth": n for word, n in _TENS.items()}
 _WORD = "|".join((*_ORDINALS, *sorted((*_SMALL, *_TENS, *_SCALES, "hundred"), key=len, reverse=True)))
 _RUN = re.compile(rf"(?<![\w'])(?:{_WORD})(?:(?: and |[ -])(?:{_WORD}))*(?![\w'])")
-_PARTS = {"half": 2, "halve": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6, "eighth": 8, "tenth": 10}
+_PARTS = {word: n for n, words in {2: "half halve", 4: "quarter"}.items() for word in words.split()}
+_PARTS |= {word: _ORDINALS[word] for word in "third fourth fifth sixth eighth tenth".split()}
 _PART_OF = re.compile(rf"\b(one|two|three|four|five|seven|nine|\d+)[ -]({'|'.join(_PARTS)})(s?)\b")
 _BIG = re.compile(rf"({_N}) (hundred|thousand|million|billion)\b")
 _ONE = rf"(?:{_N}|\bone\b)"
-_SAID = (  # in this order: what is joined in words
-    (re.compile(r"\b(?:minus|negative) (?=\d|one\b)"), lambda m: "-"),
-    (re.compile(rf"\b(?:(half) )?(?:({_ONE}|a) )?dozen\b"), lambda m: _scaled(_one(m[2]), 6 if m[1] else 12)),
-    (re.compile(r"(?<=\d) point (?=\d)"), lambda m: "."),
-    (re.compile(r"\b(one|\d+) and (?:a |an |one )?(half|quarter)\b"), lambda m: _one(m[1]) + (".5" if m[2] == "half" else ".25")),
-    (re.compile(r"\b(?:a )?(half|quarter) past (one|\d\d?)\b"), lambda m: _one(m[2]) + (":30" if m[1] == "half" else ":15")),
-    (re.compile(r"\b(?:a )?quarter to (one|\d\d?)\b"), lambda m: f"{(int(_one(m[1])) - 2) % 12 + 1}:45"),
-    (re.compile(r"\b(5|10|20|25)(?: minutes)? past (one|\d\d?)\b"), lambda m: f"{_one(m[2])}:{m[1]:0>2}"),
-    (re.compile(r"\b(one|\d\d?) o'?clock\b"), lambda m: _one(m[1]) + ":00"),
-    (re.compile(r"(?<=\d) per ?cent\b"), lambda m: "%"),
-    (re.compile(rf"({_ONE}) or (more|less|fewer)\b"), lambda m: ("\u2265" if m[2] == "more" else "\u2264") + _one(m[1])),
-    (re.compile(rf"\bbetween ({_ONE}) and ({_ONE})"), lambda m: f"{_one(m[1])}-{_one(m[2])}"),
-    (re.compile(rf"({_ONE}) (?:to|or) ({_ONE})"), lambda m: f"{_one(m[1])}-{_one(m[2])}"),
-    (re.compile(rf"\b(?:at most|up to|no more than) ({_ONE})"), lambda m: "\u2264" + _one(m[1])),
-    (re.compile(rf"\b(?:at least|no less than|no fewer than) ({_ONE})"), lambda m: "\u2265" + _one(m[1])),
-    (re.compile(rf"\bmore than ({_ONE})"), lambda m: ">" + _one(m[1])),
-    (re.compile(r"\bof (?:the|these|those) (?=\d)"), lambda m: "of-"),  # "one of the two" is not two
-    (re.compile(rf"\b(?:less|fewer) than ({_ONE})"), lambda m: "<" + _one(m[1])),
-)  # fmt: skip
+_RANGE = rf"({_ONE})((?: ?%| [a-z]+)?) (?:to|or|AND) ({_ONE})\2(?!\w)"
+_JOINED = [  # in this order; what is joined in words
+    (re.compile(pattern), joined)
+    for pattern, joined in (
+        (r"\b(?:minus|negative) (?=\d|one\b)", "-"),
+        (rf"\b(half )?(?:({_ONE}|a) )?dozen\b", lambda m: _scaled(_digits(m[2]), 6 if m[1] else 12)),
+        (r"(?<=\d) point (?=\d)", "."),
+        (r"\b(one|\d+) and (?:a |one )?half\b", r"\1.5"),
+        (r"\b(one|\d+) and (?:a |one )?quarter\b", r"\1.25"),
+        (r"\bhalf past (one|\d\d?)\b", r"\1:30"),
+        (r"\b(?:a )?quarter past (one|\d\d?)\b", r"\1:15"),
+        (r"\b(?:a )?quarter to (one|\d\d?)\b", lambda m: f"{(int(_digits(m[1])) - 2) % 12 + 1}:45"),
+        (r"\b(5|10|20|25)(?: minutes)? past (one|\d\d?)\b", lambda m: f"{m[2]}:{m[1]:0>2}"),
+        (r"\b(one|\d\d?) o'?clock\b", r"\1:00"),
+        (r"(?<=\d) per ?cent\b", "%"),
+        (rf"({_ONE}) or more\b", "\u2265\\1"),
+        (rf"({_ONE}) or (?:less|fewer)\b", "\u2264\\1"),
+        (rf"\bbetween {_RANGE.replace('AND', 'and')}", r"\1-\3\2"),
+        (_RANGE, r"\1-\3\2"),
+        (rf"\b(?:at most|up to|no more than) ({_ONE})", "\u2264\\1"),
+        (rf"\b(?:at least|no less than|no fewer than) ({_ONE})", "\u2265\\1"),
+        (rf"\bmore than ({_ONE})", r">\1"),
+        (rf"\b(?:(?:less|fewer) than|nearly|almost) ({_ONE})", r"<\1"),
+        (r"\bof (?:the|these|those) (?=\d)", "of-"),  # "one of the two" is not two
+        (r"\bone(?=[-:.\u00b7]\d)|(?<=[-<>\u2264\u2265])one\b", "1"),
+    )
+]
 
 
 def plain_characters(text: str) -> str:
@@ -88,7 +103,7 @@ def counted(text: str, one: bool = True) -> str:
     text = re.sub(r"\ban? (?=hundred|thousand|million|billion)", "", text)
     text = _BIG.sub(lambda match: _scaled(match[1], _SCALES.get(match[2], 100)), text)
     text = _RUN.sub(_run, _PART_OF.sub(_part, text))
-    for pattern, joined in _SAID:
+    for pattern, joined in _JOINED:
         text = pattern.sub(joined, text)
     return written(re.sub(r"\bone\b", "1", text) if one else text)
 
@@ -110,7 +125,11 @@ def _canonical(match: re.Match) -> str:
     text = match[0]
     if match.start() and match.string[match.start() - 1].isalpha():
         return text  # a part of a word: v1.50
-    text = re.sub(rf"{_N}", lambda number: number[0] if text[number.start() - 1 : number.start()] == ":" else _plain(number[0]), text)
+    text = re.sub(
+        rf"{_N}",
+        lambda number: number[0] if text[number.start() - 1 : number.start()] == ":" else _plain(number[0]),
+        text,
+    )
     return re.sub(r"^0:0?(?=\d+:)", "", re.sub(r"(?<=\D) | (?=\D)", "", text))
 
 
@@ -127,7 +146,7 @@ def _part(match: re.Match) -> str:
     return f"{number}/{_PARTS[match[2]]}" if (number == "1") != bool(match[3]) else match[0]
 
 
-def _one(word: str | None) -> str:
+def _digits(word: str | None) -> str:
     return "1" if word in (None, "a", "one") else word
 
 
@@ -153,7 +172,7 @@ def _run(match: re.Match) -> str:
 
 
 def _spoken(words: list[str], i: int) -> tuple[str, int]:
-    """The number in words that begins at `i`, in digits, and where it ends; words and what is between them take turns."""
+    """The number in words that begins at `i`, in digits, and where it ends; words and what parts them take turns."""
     total = current = 0
     last, scale = "", 10**12
     while True:

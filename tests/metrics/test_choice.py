@@ -118,6 +118,78 @@ def test_words_around_a_letter_are_read_and_nothing_is_guessed(text, number):
     assert parse_choice(text, OPTIONS) == number
 
 
+VEHICLES = ["a red car", "a blue bus", "a green bike", "a yellow truck"]
+LISTED = "A. a red car - not visible\nB. a blue bus - visible throughout\nC. a green bike - not visible"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"Let's look at each option:\n{LISTED}\n\nSo the answer is B.",
+        f"Let's look at each option:\n{LISTED}\n\nAnswer: B",
+        f"Let's go through the options:\n{LISTED}\n\n**B**",
+        f"Let's check the options:\n{LISTED}\n\nFinal Answer: a blue bus",
+        f"**B. a blue bus**\n\nHere is each option:\n{LISTED}",
+        f"The answer is B.\n\n{LISTED}",
+        "Let's analyze each option:\n\n### A. a red car\nNo.\n\n### B. a blue bus\nYes.\n\n### So\nThe answer is B.",
+        "Option A: a red car. Not visible.\nOption B: a blue bus. Visible.\nAnswer: B",
+        "A) a red car - incorrect\nB) a blue bus - correct\nC) a green bike - incorrect",
+        "A) a red car \u274c\nB) a blue bus \u2705\nC) a green bike \u274c",
+        "A red car is parked at the start. The answer is B.",
+        "The answer is B. A red car is only seen in the background.",
+        "The correct answer is B. Here's why: option A shows a red car, which is not in the clip. Option B is correct "
+        "because the bus is blue.",
+        "The answer is B because option A (a red car) is never seen.",
+        "Correct answer is B, since the red car doesn't appear.",
+        "The answer: B\n\nReason: a red car is never seen.",
+        "**B. a blue bus**\n\nThe red car is parked, not moving.",
+        "B. A blue bus passes. A red car is behind it.",
+        "I see a red car first. The correct answer is a blue bus.",
+        "Of all the options, B fits best.",
+        "After considering all options, the answer is a blue bus.",
+        "After analyzing each option, B is the correct answer.",
+        "Not A, but B",
+        "It's not A but B.",
+        "Choose the correct option: B",
+        "The answer that best matches the video is B.",
+    ],
+)
+def test_an_outright_answer_decides_beside_options_that_are_weighed(text):
+    assert parse_choice(text, VEHICLES) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"Let's look at each option:\n{LISTED}",
+        "Let's analyze each option:\n\nA. The car is not in the clip.\nB. The bus passes at",
+        "To find the correct answer, let's look at each option:\n\n**A. a red car:** The video does not",
+        "To find the best answer we check each option: A. a red car",
+        "Let's evaluate each option:\n\nA) a red car - the video",
+        "Let me consider each choice:\nA. The car",
+        "Let's go through the options:\n\n* **A. a red car**: not shown",
+        "Looking at the options:\n- A: a red car is not shown\n- B: a blue bus",
+        "Let's look at each option:\n- a red car\n",
+        "To determine the correct answer, we need to analyze the video:\nA. a red car - not shown",
+        "The correct answer could be one of the following:\nA. a red car",
+        "We are asked which is right: A. a red car",
+        "First, consider option A: a red car is",
+        "Let's start with option A: a red car. The",
+        "Option A is a red car. The video",
+        "Option A: a red car. Not visible.\nOption B: a blue",
+        "If the answer is A, the car",
+        "For the answer to be A, a red car must be visible",
+        "Someone might think A",
+        "The answer is B, a red car.",
+        f"B. a blue bus\n\nHere is each option:\n{LISTED}\nSo the answer is A.",
+        "The answer is A. Wait, actually the answer is B.",
+        "The answer is A. A red car is seen. The answer is B.",
+    ],
+)
+def test_options_that_are_weighed_and_cut_off_name_none(text):
+    assert parse_choice(text, VEHICLES) is None
+
+
 @pytest.mark.parametrize("form", WRAPPERS)
 def test_yes_and_no_are_read_in_every_wrapper(form):
     for word, said in (("Yes", True), ("no", False), ("\uff39\uff45\uff53", True), ("No, there isn't", False)):
@@ -151,7 +223,17 @@ def test_a_yes_or_no_in_doubt_is_none(text):
 
 
 @pytest.mark.parametrize(
-    "text", ["<answer>" * 9999, r"\text{" * 9999, '"a_' * 9999, "not A, " * 9999, "so the " * 9999, "B " * 9999]
+    "text",
+    [
+        "<answer>" * 9999,
+        r"\text{" * 9999,
+        '"a_' * 9999,
+        "not A, " * 9999,
+        "so the " * 9999,
+        "B " * 9999,
+        "1," * 9999,
+        "2 hundred " * 999,
+    ],
 )
 def test_long_answers_of_any_kind_are_read_or_not_but_end(text):
     assert parse_choice(text, OPTIONS) in (None, 0) and yes_or_no(text) is None
