@@ -40,7 +40,7 @@ _LETTER = re.compile(
 )
 """A letter that stands for an option: "A" and "I" are words before most others, and so is a small letter in a text."""
 _FIRST = re.compile(
-    r"\(([\ue000-\ue019])\)|([\ue000-\ue019])(?:[).:,;\u3001\u3002]|(?= - | because\b|$))", re.MULTILINE
+    r"\(([\ue000-\ue019])\)|([\ue000-\ue019])(?:[).:,;\u3001\u3002]|(?= - | [(\[]| because\b|$))", re.MULTILINE
 )
 _MORE = re.compile(r"\(([\ue000-\ue019])\)|([\ue000-\ue019])(?=[).:,]|$)", re.MULTILINE)
 """Letters after the one that an answer begins with: "(A) or (B)", "A, B"."""
@@ -94,9 +94,10 @@ _RIGHT = re.compile(
     r"(?:describes|matches|fits|answers|represents|captures|explains|reflects)\b"
     r"|(?:\u9009\u9879)?[\u662f\u4e3a]?\u6700?(?:\u6b63\u786e|\u5bf9\u7684|\u7b54\u6848|\u5408\u9002))"
 )
-_TICKED = re.compile(rf"^ ?{_V}.*(?:[-:(] ?(?:this is )?(?:correct\b|right\b(?! )|\u2713)|\u2705|\u2714)", re.MULTILINE)
+_TICKED = re.compile(rf"^ ?{_V}.*(?:[-:(] ?(?:this is )?(?:correct\b|\u2713)|\u2705|\u2714)", re.MULTILINE)
 _DECIDING = (_SAID, _THUS, _RIGHT, _TICKED)
 """What decides for a letter: in front of it, and behind it."""
+_BRACKETED = re.compile(r"\(([\ue000-\ue019])\)")
 _MENTIONED = re.compile(rf"\b(?:answer|option|choice|letter) {_V}")
 _OR = re.compile(
     r"(?:\b(?:or|no|wait|maybe|perhaps|possibly|either|otherwise|could be),?"
@@ -152,7 +153,8 @@ def _read(text: str, options: Sequence[str]) -> int | None:
     """Return what `parse_choice` does, of a text without tags."""
     text = _without_echo(text, options)
     plain = without_markup(text)
-    stated = [_ANSWER_LINE.sub("", line, count=1) for line in _STATED.split(plain) if _ANSWER_LINE.match(line)]
+    parts = (*plain.splitlines(), *_STATED.split(plain))
+    stated = [_ANSWER_LINE.sub("", part, count=1) for part in parts if _ANSWER_LINE.match(part)]
     lines = [line for line in (text, *text.splitlines(), *plain.splitlines(), *stated) if line.strip()]
     marked = _marked(plain, options)
     announced = _WEIGHS.search(marked)  # then a line with an option is an item, unless it says "answer"
@@ -312,7 +314,7 @@ def _inside(text: str, options: Sequence[str], listed: bool) -> int | None:
         numbers |= _numbers(text, _OR) if numbers else set()
     named = _options_in(rest, options)
     if not numbers:
-        if listed or len(named) != 1 or _denied(rest, options[named[0]]):
+        if listed or len(named) != 1 or _denied(rest, options[named[0]]) or _numbers(text, _BRACKETED) - set(named):
             return None
         # "no" in "there is no doubt" is no answer no
         plain = len(options[named[0]].split()) == 1 and yes_or_no(options[named[0]]) is not None

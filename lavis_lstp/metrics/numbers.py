@@ -31,7 +31,7 @@ UNIT = re.compile(
     rf"|{_N}(?:{_JOIN}{_N})*"
 )
 """A number with its sign, what it is joined with (2-3, 1/2, 10:30, 2026-11-28, 10^2), and its percent."""
-_MIXED = re.compile(r"(?<![\w.,/:^-])(\d+)[ -](\d+)/(\d+)(?![\w/]|[.,]\d)")
+_MIXED = re.compile(r"(?<![\w.,/:^-])(\d{1,9})[ -](\d{1,2})/(\d{1,2})(?![\w/]|[.,]\d)")
 _STUCK = re.compile(rf"(?<![\w.,:])(?<!\bthe )(?!\d{{4}}s\b)([\d.,:]*\d)(?=(?:{_AFTER})\b)")
 """A number that its unit is stuck to: 5m, but neither mp3s nor the 90s."""
 
@@ -70,12 +70,13 @@ _JOINED = [  # in this order; what is joined in words
         (rf"({_ONE}) or (?:less|fewer)\b", "\u2264\\1"),
         (rf"\bbetween {_RANGE.replace('AND', 'and')}", r"\1-\3\2"),
         (_RANGE, r"\1-\3\2"),
+        (rf"({_ONE}) out of ({_ONE})", r"\1/\2"),
         (rf"\b(?:at most|up to|no more than) ({_ONE})", "\u2264\\1"),
         (rf"\b(?:at least|no less than|no fewer than) ({_ONE})", "\u2265\\1"),
         (rf"\bmore than ({_ONE})", r">\1"),
         (rf"\b(?:(?:less|fewer) than|nearly|almost) ({_ONE})", r"<\1"),
         (r"\bof (?:the|these|those) (?=\d)", "of-"),  # "one of the two" is not two
-        (r"\bone(?=[-:.\u00b7]\d)|(?<=[-<>\u2264\u2265])one\b", "1"),
+        (r"\bone(?=[-:./]\d)|(?<=[-/<>\u2264\u2265])one\b", "1"),
     )
 ]
 

@@ -84,6 +84,7 @@ def test_numbers_in_words_are_those_in_digits():
         ("5cm", ["5 m", "5 cm"], 1),
         ("two dozen", ["2", "12"], None),
         ("one of the two leaves", ["1", "2"], None),
+        ("4 out of 5", ["5", "4/5"], 1),
         ("one hundred and one", ["1", "100", "101"], 2),
         ("There are 3 men and 2 women. The answer is 5.", ["2", "3", "5"], 2),
     ],
