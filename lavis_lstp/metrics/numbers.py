@@ -46,6 +46,7 @@ _ORDINALS = {
 _ORDINALS |= {word[:-1] + "ieth": n for word, n in _TENS.items()}
 _WORD = "|".join((*_ORDINALS, *sorted((*_SMALL, *_TENS, *_SCALES, "hundred"), key=len, reverse=True)))
 _RUN = re.compile(rf"(?<![\w'])(?:{_WORD})(?:(?: and |[ -])(?:{_WORD}))*(?![\w'])")
+_DIGIT, _ANY = re.compile(r"\d"), re.compile(rf"\d|\b(?:{_WORD}|dozen)\b")
 _PARTS = {word: n for n, words in {2: "half halve", 4: "quarter"}.items() for word in words.split()}
 _PARTS |= {word: _ORDINALS[word] for word in "third fourth fifth sixth eighth tenth".split()}
 _PART_OF = re.compile(rf"\b(one|two|three|four|five|seven|nine|\d+)[ -]({'|'.join(_PARTS)})(s?)\b")
@@ -83,6 +84,8 @@ _JOINED = [  # in this order; what is joined in words
 
 def plain_characters(text: str) -> str:
     """NFKC with straight quotes, one dash and one slash; powers stay powers (10^2), fractions fractions (2 1/2)."""
+    if text.isascii() and "^" not in text and "frac" not in text:
+        return text
     text = _POWER.sub(lambda match: "^" + (match[1] or match[2]), text)
     text = _VULGAR.sub(_fraction, text)
     return unicodedata.normalize("NFKC", text).translate(_CHARACTERS)
@@ -95,12 +98,16 @@ def _fraction(match: re.Match) -> str:
 
 def written(text: str) -> str:
     """A text of plain characters in lower case, its numbers in digits as units: "about 1,000.50 m" has 1000.5."""
+    if not _DIGIT.search(text):
+        return text
     text = _MIXED.sub(_mixed, _STUCK.sub(r"\1 ", text))
     return UNIT.sub(_canonical, text)
 
 
 def counted(text: str, one: bool = True) -> str:
     """`written`, and numbers in words as well; without `one` a lone "one", which stands for too much, stays a word."""
+    if not _ANY.search(text):
+        return text
     text = re.sub(r"\ban? (?=hundred|thousand|million|billion)", "", text)
     text = _BIG.sub(lambda match: _scaled(match[1], _SCALES.get(match[2], 100)), text)
     text = _RUN.sub(_run, _PART_OF.sub(_part, text))
