@@ -366,8 +366,9 @@ class VideoQADataset(Dataset):
             duration_s = self.annotation.duration_s(place, times_s[-1])
         else:
             source, name = self.annotation.medium(place)
-            codec_flow = {"motion_vectors": codec, "flow_size": settings.flow_size if codec else None}
-            codec_flow |= {"flow_pairs": settings.flow_pairs, "exact": settings.frames == "exact"}
+            codec_flow = {"motion_vectors": codec, "exact": settings.frames == "exact"}
+            if codec:  # other flow decides nothing of what is read here, and kept
+                codec_flow |= {"flow_size": settings.flow_size, "flow_pairs": settings.flow_pairs}
             store = default_store() if settings.store and isinstance(source, Path) else None
             content = content_digest(source, store) if store else ""
             how = {**chosen, **codec_flow, **self._decoding(), "between_s": clip_s}

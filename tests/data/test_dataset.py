@@ -27,6 +27,7 @@ from lavis_lstp.data.frame_numbers import sample_indices, uniform_centres
 from lavis_lstp.data.qa_dataset import VideoQADataset, read_annotation
 from lavis_lstp.data.shapes import shapes_qa
 from lavis_lstp.data.spans import read_spans
+from lavis_lstp.data.store import Store
 from lavis_lstp.data.video import reading
 from lavis_lstp.data.video.codec_figures import motion_energy, packet_costs
 from lavis_lstp.data.video.reading import read_frames, read_pairs
@@ -311,13 +312,17 @@ def test_flow_written_by_the_command_is_what_a_sample_holds(videos, tmp_path):
 
 
 @pytest.mark.parametrize("extractor", ["motion_vectors", "dis"])
-def test_flow_to_the_next_picture_of_the_file_is_told_apart(videos, tmp_path, extractor):
+def test_flow_to_the_next_picture_of_the_file_is_told_apart(videos, tmp_path, extractor, monkeypatch):
     (tmp_path / "a.json").write_text(json.dumps([entry(0)]))
     source, out = str(tmp_path / "a.json"), str(tmp_path / "flow")
     command = [source, out, "--videos", str(videos), "--flow", extractor, "--num-frames", "6", "--size", "32"]
     assert flow_files.main([*command, "--flow-pairs", "local"]) == 0
     rows, made = read_annotation(source), {"num_frames": 6, "image_size": 32, "flow": "precomputed", "flow_root": out}
     stored = VideoQADataset(rows, videos, flow_pairs="local", **made)[0]["flow"]
+    monkeypatch.setenv("LAVIS_LSTP_STORE", str(tmp_path / "store"))
+    for how in ({"flow_pairs": "local", **made}, {"num_frames": 6, "image_size": 32}):  # frames are kept once for both
+        VideoQADataset(rows, videos, store=True, **how)[0]
+        assert sum(entry.what == "frames" for entry in Store(tmp_path / "store").entries()) == 1
     if extractor == "motion_vectors":
         read = VideoQADataset(rows, videos, num_frames=6, image_size=32, flow=extractor, flow_pairs="local")
         assert torch.equal(stored, read[0]["flow"])
