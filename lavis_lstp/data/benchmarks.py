@@ -540,12 +540,12 @@ def _text_of(value: Any) -> str:
 
 
 def _options(row: Row, spec: Form, place: str) -> list[str]:
-    if not isinstance(spec.options, str):
+    if isinstance(spec.options, str):
+        if not isinstance(row[spec.options], list):
+            raise AnnotationError(f"{place}: '{spec.options}' must be a list, got {row[spec.options]!r:.80}")
+        found = [_option(item, spec, place) for item in row[spec.options]]
+    else:  # columns of a table, in which an empty cell is no option
         found = [row[column] for column in spec.options]
-    elif not isinstance(row[spec.options], list):
-        raise AnnotationError(f"{place}: '{spec.options}' must be a list, got {row[spec.options]!r:.80}")
-    else:
-        found = [item.get("choice") if isinstance(item, dict) else item for item in row[spec.options]]
     if spec.answer_is == "text":
         found = [one for one in found if one is not None and one != spec.padding]
     else:  # others keep their number and letter
@@ -562,6 +562,17 @@ def _options(row: Row, spec: Form, place: str) -> list[str]:
             f"{place}: '{spec.options}' must begin with their letters, as 'A. ...', got {texts!r:.200}"
         )
     return [text[match.end() :] for text, match in zip(texts, marks, strict=True)]
+
+
+def _option(item: Any, spec: Form, place: str) -> Any:
+    if isinstance(item, dict):
+        check_object(item, f"{place}: '{spec.options}'", ("choice",))
+        item = item["choice"]
+    if item is None:  # pandas makes it of the text "None"
+        raise AnnotationError(f"{place}: an option of '{spec.options}' is null; write its text, or leave it out")
+    if type(item) not in (str, int, float):
+        raise AnnotationError(f"{place}: an option of '{spec.options}' must be a text or a number, got {item!r:.80}")
+    return item
 
 
 def _chosen(answer: str | None, options: Sequence[str], spec: Form, place: str) -> str | None:

@@ -33,7 +33,7 @@ _LETTER = re.compile(
     rf"{_OPEN}([A-Za-z]){_CLOSE}(?!\?)"
     r"|(?<![A-Za-z0-9_'.+#/-])(?:([B-HJ-Z])(?![A-Za-z0-9_'+#?]|[-/][A-Za-z0-9]|\.[A-Za-z]\.)"
     r"|([AI])(?=[).:,;!\u3001\u3002](?![A-Za-z]\.)|[^\x00-\x7f]|\s*$| - "
-    r"|\s+(?:because|since|as|and|or|nor|but|for|is|are|seems|best|over|rather|instead)\b)"
+    r"|\s+(?:because|since|is|seems|best|over|rather|instead)\b|(?<=A)\s+(?:as|and|or|nor|but|for|are)\b)"
     r"|(?<=ption |hoice |etter )([AI])\b"
     r"|(?<!\d )([a-z])(?=[.\u3002]?\s*\Z)|\A([a-z])(?=[).:,](?![A-Za-z]\.)))",
     re.MULTILINE,
@@ -65,12 +65,12 @@ _WEIGHS = re.compile(
 _FILL = r"(?:(?:the|option|choice|answer|letter|clearly|definitely|most|likely|probably|obviously|simply|still) )*"
 _SAID = re.compile(
     r"(?:\b(?:ans|answer|assistant|prediction|response|output|result|option|choice|letter|correct|right|best|accurate"
-    r"|appropriate|suitable|likely|plausible|respuesta|opci\u00f3n|r\u00e9ponse|antwort|resposta|risposta)\b"
+    r"|appropriate|suitable|likely|plausible|closest|nearest|respuesta|opci\u00f3n|r\u00e9ponse|antwort|resposta|risposta)\b"
     r"(?:(?! (?:options|choices|each|every|all)\b) [a-z]+){0,6}?"
     r"(?:(?:'s| (?:is|be|es|est|ist|\u00e9|\u00e8)\b) ?:?| ?(?:[:=]|-+>?))\s*"
     r"|\b(?:it|that)(?:'s| is| (?:must|should|would|could|might|may|has to|appears to|seems to)"
     r" be) "
-    r"|\b(?:go(?:ing)? (?:with|for)|choos(?:e|ing)|chose|select(?:ing|ed)?|pick(?:ing|ed)?|opt(?:ing)? for"
+    r"|\b(?:go(?:ing)? (?:with|for)|choos(?:e|ing):?|chose|select(?:ing|ed)?|pick(?:ing|ed)?|opt(?:ing)? for"
     r"|answer with|say|guess|think|believe)(?: that| it is| it's)* "
     r"|(?:\u7b54\u6848|\u9009\u9879|\u9009\u62e9?|\u7b54\u3048|\u6b63\u89e3|\uc815\ub2f5|\u043e\u0442\u0432\u0435\u0442)"
     rf"(?:\u5e94\u8be5?|\u662f|\u4e3a|\u9009|\u306f|\uc740|:|\s)*){_FILL}{_V}",
@@ -97,7 +97,7 @@ _RIGHT = re.compile(
 _TICKED = re.compile(rf"^ ?{_V}.*(?:[-:(] ?(?:this is )?(?:correct\b|\u2713)|\u2705|\u2714)", re.MULTILINE)
 _DECIDING = (_SAID, _THUS, _RIGHT, _TICKED)
 """What decides for a letter: in front of it, and behind it."""
-_BRACKETED = re.compile(r"\(([\ue000-\ue019])\)")
+_ANY_LETTER = re.compile(r"([\ue000-\ue019])")
 _MENTIONED = re.compile(rf"\b(?:answer|option|choice|letter) {_V}")
 _OR = re.compile(
     r"(?:\b(?:or|no|wait|maybe|perhaps|possibly|either|otherwise|could be),?"
@@ -108,7 +108,8 @@ _OR = re.compile(
 _OPTION_AHEAD = re.compile(r"^ ?(?:option|choice) (?=\(?[\ue000-\ue019]\)?(?:[).:,]| - ))", re.MULTILINE)
 _CLAUSE = re.compile(r"(?<=[\ue000-\ue019)]),? (?:because|since|as|although|though|while|whereas) ")
 _ENDS = re.compile(r"[!?\u3002\n]|[.](?!\d)")
-_DENIES = frozenset("no not never neither nor isnt arent wasnt werent doesnt dont didnt cannot cant".split())
+_DENIES = "no not never neither nor isnt arent wasnt werent doesnt dont didnt cannot cant wrong incorrect false"
+_DENIES = frozenset(f"{_DENIES} untrue impossible unlikely inaccurate".split())
 _DENY = (
     r"(?:\b(?:not|never|neither|nor|rather than|instead of|unlike|except|over|versus|vs\.?|anything but|cannot"
     r"|eliminat\w+|exclud\w+|reject\w*|dismiss\w*|rul(?:e|es|ed|ing) out)|n't)"
@@ -314,7 +315,7 @@ def _inside(text: str, options: Sequence[str], listed: bool) -> int | None:
         numbers |= _numbers(text, _OR) if numbers else set()
     named = _options_in(rest, options)
     if not numbers:
-        if listed or len(named) != 1 or _denied(rest, options[named[0]]) or _numbers(text, _BRACKETED) - set(named):
+        if listed or len(named) != 1 or _denied(rest, options[named[0]]) or _numbers(text, _ANY_LETTER) - set(named):
             return None
         # "no" in "there is no doubt" is no answer no
         plain = len(options[named[0]].split()) == 1 and yes_or_no(options[named[0]]) is not None

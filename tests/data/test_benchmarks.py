@@ -196,6 +196,28 @@ def test_the_new_benchmarks_say_what_their_authors_files_say(here):
         ),
         ("timelens", "charades-timelens.json", '"duration": 2.0', '"duration": [2]', "length must be a number"),
         ("cgbench", "cgbench_mini.json", '"clue_intervals": [', '"clue_intervals": [null, ', "has null in place of"),
+        (
+            "cgbench",
+            "cgbench_mini.json",
+            '"choices": [',
+            '"choices": [null, ',
+            "an option of 'choices' is null; write its",
+        ),
+        (
+            "cgbench",
+            "cgbench_mini.json",
+            '"choices": [',
+            '"choices": [["x"], ',
+            "must be a text or a number, got .'x'.",
+        ),
+        (
+            "mvbench",
+            "json/action_count.json",
+            '"candidates": [',
+            '"candidates": [null, ',
+            "an option of 'candidates' is null",
+        ),
+        ("star", "STAR_val.json", '"choice": ', '"Choice": ', "'choices': key 'choice' is missing; it has choice_id"),
         ("timelens", "charades-timelens.json", '"queries": [', '"queries": ["more", ', "must be lists of one length"),
     ],
 )

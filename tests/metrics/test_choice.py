@@ -87,6 +87,14 @@ def test_an_answer_that_names_two_options_is_unparsable(form):
         ("- A. a dog: none is seen.\n- B. a person: one walks.\n- C. a car: no car.\n\nTherefore, the answer is B.", 1),
         ("The answer is (B) a dog", None),
         ("A. a dog\nB. a person\nC. a car", None),
+        # the words of one, and the letter of another
+        ("It looks like a dog, but the closest is B.", None),
+        ("It looks like a dog, but if I must choose: B", None),
+        ("A dog. If forced, B.", None),
+        ("The closest is B.", 1),
+        ("If I must choose: B", 1),
+        ("a dog is wrong.", None),
+        ("a dog: incorrect", None),
         # letters that are words, or stand for nothing
         ("The answer is A cat", None),
         ("A cat sits", None),
@@ -192,6 +200,19 @@ def test_an_outright_answer_decides_beside_options_that_are_weighed(text):
 )
 def test_options_that_are_weighed_and_cut_off_name_none(text):
     assert parse_choice(text, VEHICLES) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("Answer: I as an AI cannot see", None),
+        ("ANSWER: I and my colleagues", None),
+        ("Answer: I", 8),
+        ("I is right", 8),
+    ],
+)
+def test_the_word_i_is_no_option(text, number):
+    assert parse_choice(text, [f"car {n}" for n in range(9)]) == number
 
 
 @pytest.mark.parametrize("form", WRAPPERS)
