@@ -8,9 +8,10 @@ In: a chain file, for instance projects/lstp/chains/vicuna7b.yaml:
       sampler: {train: projects/lstp/sampler_vicuna7b.yaml, options: [...]}
       flow: {command: [flow, VIDEOS, "{out}/flow"]}    # any other `lavis-lstp ...`
 
-Out: a folder for each step in DIR. A step is the command a user would type, in a process of its own; its words are kept
-in command.json, what it prints in output.txt; done.json, with a digest of its recipe, comes last. A done step is not
-run again; one that was stopped goes on: training from its last checkpoint, everything else as its command does.
+Out: a folder for each step in DIR. A step is the command a user would type, in a process of its own (`host.warm` says
+which is forked); its words are kept in command.json, what it prints in output.txt; done.json, with a digest of its
+recipe, comes last. A done step is not run again; one that was stopped goes on: training from its last checkpoint,
+everything else as its command does.
 """
 
 from __future__ import annotations
