@@ -244,11 +244,10 @@ class LSTP(BaseModel):
                 weight=samples.get("span_weight"),
             )
         if "lm" in self.losses:
-            if unknown := [
-                row for row, text in enumerate(samples["text_output"]) if not text and is_hidden(samples, row)
-            ]:
-                name = samples["question_id"][unknown[0]]
-                raise AnnotationError(f"question {name!r} has no answer to learn; train on a split with answers")
+            for row, text in enumerate(samples["text_output"]):
+                if not text and is_hidden(samples, row):
+                    name = samples["question_id"][row]
+                    raise AnnotationError(f"question {name!r} has no answer to learn; train on a split with answers")
             choice = self.chooser(samples, logits=logits)
             answers = [self.answer_template.replace("{answer}", a) for a in samples["text_output"]]
             prompts, _ = self.prompts_with_subtitles(samples, choice.frame_index)
