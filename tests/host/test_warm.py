@@ -58,7 +58,10 @@ def warm(folder):
 
 def run(warm, folder, *words, do=lambda command: None):
     """Exit status and output of one command."""
-    with open(folder / "output.txt", "w+", encoding="utf-8") as output, open(folder / "lock", "w") as lock:
+    with (
+        open(folder / "output.txt", "w+", encoding="utf-8") as output,
+        open(folder / "lock", "w", encoding="utf-8") as lock,
+    ):
         command = warm.start(["a_step", *map(str, words)], output.fileno(), lock.fileno())
         do(command)
         status = command.wait(timeout=300)
@@ -125,7 +128,7 @@ def test_a_command_outlives_who_asked_for_it_and_holds_its_lock(folder, tmp_path
     appears(tmp_path / "up")
     asker.kill()
     asker.wait()
-    with open(folder / "held") as lock:
+    with open(folder / "held", encoding="utf-8") as lock:
         with pytest.raises(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         (tmp_path / "go").touch()
