@@ -107,6 +107,13 @@ _OR = re.compile(
 """A letter beside the one that is said: "B or A", "B, A"."""
 _OPTION_AHEAD = re.compile(r"^ ?(?:option|choice) (?=\(?[\ue000-\ue019]\)?(?:[).:,]| - ))", re.MULTILINE)
 _CLAUSE = re.compile(r"(?<=[\ue000-\ue019)]),? (?:because|since|as|although|though|while|whereas) ")
+_CORRECTS = re.compile(
+    r"\b(?:correction|corrected|revis(?:ed|ion)|actually|meant|sorry|apolog\w+|rather|h+m+|wait|on (?:second|further)"
+    r"|on reflection|(?:edit|updated?|final)(?= ?[:-])"
+    r"|((?:this|that|it) (?:is|was) (?:wrong|incorrect|false|a mistake)|scratch that|take (?:that|it) back|i was wrong"
+    r"|(?:a|my) mistake))\b"
+)
+"""Where a text corrects itself; the group says that what was before is wrong."""
 _ENDS = re.compile(r"[!?\u3002\n]|[.](?!\d)")
 _DENIES = "no not never neither nor isnt arent wasnt werent doesnt dont didnt cannot cant wrong incorrect false"
 _DENIES = frozenset(f"{_DENIES} untrue impossible unlikely inaccurate".split())
@@ -177,8 +184,19 @@ def _read(text: str, options: Sequence[str]) -> int | None:
         alone |= {i for line in marked.splitlines() for i in _labelled(line, options)}
     if alone:
         said = {n for n in _numbers(marked, *_DECIDING, _OR) if n < len(options)}
-        return _one(alone | said, options)
-    return _inside(marked, options, listed)
+        found = _one(alone | said, options)
+    else:
+        found = _inside(marked, options, listed)
+    return None if found is None or _is_taken_back(marked, found, options) else found
+
+
+def _is_taken_back(text: str, number: int, options: Sequence[str]) -> bool:
+    """Whether a marked text corrects itself, and then names another option, or only says that it was wrong."""
+    match = _CORRECTS.search(text)
+    after = text[match.end() :] if match else ""
+    named = {n for n in (*_numbers(after, _ANY_LETTER), *_options_in(after, options)) if n < len(options)}
+    same = {n for n in named if folded(options[n]) == folded(options[number])}
+    return match is not None and (named != same or (match[1] is not None and not same))
 
 
 def _without_echo(text: str, options: Sequence[str]) -> str:
