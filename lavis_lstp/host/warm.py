@@ -10,7 +10,6 @@ For runs on the CPU, and on Linux: a process that has looked for a GPU cannot be
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import runpy
 import signal
@@ -40,7 +39,7 @@ class Warm:
             with theirs:
                 command = [sys.executable, "-m", __name__, str(theirs.fileno())]
                 self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdout=output, stderr=output)
-        socket.send_fds(self._asked, [json.dumps(list(words)).encode()], [output, held])
+        socket.send_fds(self._asked, [os.fsencode("\0".join(words))], [output, held])
         return Forked(self._asked)
 
     def close(self) -> None:
@@ -110,7 +109,7 @@ def main(descriptor: int) -> None:
                 asked.send(str(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])).encode())
     signal.pthread_sigmask(signal.SIG_UNBLOCK, stops)
     os.close(output)
-    module, *arguments = json.loads(words)
+    module, *arguments = os.fsdecode(words).split("\0")  # which no word of a command holds
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 

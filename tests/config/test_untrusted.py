@@ -263,7 +263,7 @@ OPEN = "ShardQuestions ShardSet expand open_stream open_scan read_all read_at Po
 OWN = {
     "the configuration on the command line": """
         load_recipe _load with_options _complete _complete_run complete_model _complete_datasets _plain plain
-        _digest _call _section_of explain complete _load_defaults sections_of _own_sections
+        _content _call Warm.start _section_of explain complete _load_defaults sections_of _own_sections
         VideoQABuilder.__init__ VideoQABuilder.build VideoQABuilder._split ShapesBuilder.build
         ShardQuestions.__init__ ShardQuestions.spans _copy
     """,

@@ -87,9 +87,9 @@ def appears(path):
     ],
 )
 def test_a_command_ends_as_a_program_would(warm, folder, what, status, said):
-    found, output = run(warm, folder, what, "two words")
+    found, output = run(warm, folder, what, "two words", "")
     assert found == status and said in output
-    assert output.startswith(f"['{what}', 'two words'] True nothing __main__ True\n")  # with LAVIS, nothing of others
+    assert output.startswith(f"['{what}', 'two words', ''] True nothing __main__ True\n")  # LAVIS is there
 
 
 def test_a_module_that_is_not_there_is_said(warm, folder):

@@ -234,7 +234,7 @@ def test_a_chain_and_own_videos_run_by_the_lines_of_the_readme(tmp_path, monkeyp
     section = (PROJECT / "README.md").read_text().split("## On a laptop")[1].split("##")[0]
     lines = [line.strip() for line in section.splitlines() if line.startswith("    ")]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(chains, "_call", lambda command, output, lock, going_on: (typed(list(command)), False))
+    monkeypatch.setattr(chains, "_call", lambda command, output, lock, going_on, warm: (typed(list(command)), False))
     variables = {}
     for line in lines:
         if line.startswith("export "):
