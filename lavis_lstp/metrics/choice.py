@@ -118,14 +118,15 @@ _ENDS = re.compile(r"[!?\u3002\n]|[.](?!\d)")
 _DENIES = "no not never neither nor isnt arent wasnt werent doesnt dont didnt cannot cant wrong incorrect false"
 _DENIES = frozenset(f"{_DENIES} untrue impossible unlikely inaccurate".split())
 _DENY = (
-    r"(?:\b(?:not|never|neither|nor|rather than|instead of|unlike|except|over|versus|vs\.?|anything but|cannot"
-    r"|eliminat\w+|exclud\w+|reject\w*|dismiss\w*|rul(?:e|es|ed|ing) out)|n't)"
+    r"(?:\b(?:not|never|neither|nor|nobody|doubt|unlikely|rather than|instead of|unlike|except|over|versus|vs\.?"
+    r"|anything but|cannot|eliminat\w+|exclud\w+|reject\w*|dismiss\w*|rul(?:e|es|ed|ing) out)|n't)"
 )
 _DENIED_BY = (
     r"(?:is|are|was|were|can|could|would|will|should|seems?|looks?|appears?|does|do|did|has|have)(?:n't\b"
     r"|(?: (?:clearly|also|definitely|probably|most|likely|therefore|both|all|be|simply|the|an?|very|obviously))*"
     r" (?:not|never|incorrect|wrong|false|impossible|unlikely|inaccurate|ruled out|eliminated|excluded)\b)"
-    r"|cannot\b|can't\b"
+    r"|cannot\b|can't\b|fails\b|is (?:out|a distractor)\b"
+    r"|(?:ruled out|excluded|eliminated|rejected|discarded|dismissed)\b"
 )
 _AROUND = " \t\"'`*_()[]{}<>.,;:!?\u3002\u2026"
 _BEFORE = re.compile(rf"[{re.escape(_AROUND)}]*?(?=[<>]?\d|[^{re.escape(_AROUND)}]|$)")
@@ -294,7 +295,8 @@ def _without_denied(text: str, options: Sequence[str]) -> str:
     items = "|".join([*letters, _V.replace("([", "[").replace("])", "]")])
     listed = rf"(?:{items})(?:(?:,? (?:and|or|nor)|,|/) ?(?:option )?(?:{items}))*"
     helpers = (
-        r"(?: (?:think|believe|say|be|that|it|it's|is|the|an?|options?|choice|answer|correct|choose|go|with|both))*"
+        r"(?: (?:think|believe|say|be|that|it|it's|is|the|an?|options?|choice|answer|correct|choose|go|going|to|would"
+        r"|with|both))*"
     )
     text = re.sub(rf"{listed} (?:{_DENIED_BY})", " ", text)
     denied = listed

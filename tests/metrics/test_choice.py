@@ -115,6 +115,13 @@ def test_an_answer_that_names_two_options_is_unparsable(form):
         ("I don't think it's B", None),
         ("B is not correct", None),
         ("B isn't right.", None),
+        *(
+            (f"Answer: B {out}", None)
+            for out in ("ruled out", "excluded", "rejected", "is out", "fails", "is a distractor")
+        ),
+        *((f"Option B {out}, leaving C", None) for out in ("discarded", "dismissed", "eliminated")),
+        *((f"{doubt} B.", None) for doubt in ("The answer is not going to be", "The answer is unlikely to be")),
+        *((f"{doubt} B.", None) for doubt in ("I doubt it is", "Nobody would say the answer is")),
         ("B cannot be the answer", None),
         ("no person", None),
         ("B?", None),
