@@ -157,6 +157,6 @@ def blank_video(samples: Batch) -> dict:
 
 
 def is_hidden(samples: Batch, row: int) -> bool:
-    """Whether the data say that the answer is not known; LAVIS's data sets have other things under this key."""
+    """Return True where the data say that the answer is not known; LAVIS's data have other things under this key."""
     answers = samples.get("answer")
     return isinstance(answers, list) and len(answers) == len(samples["text_output"]) and answers[row] is None

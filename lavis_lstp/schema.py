@@ -143,7 +143,7 @@ class Span:
 
     @classmethod
     def from_seconds(cls, start_s: float, end_s: float, frame_times: Sequence[float]) -> Span:
-        """Frames whose time lies in [start_s, end_s); where none does, the one that is on screen all the while.
+        """Return the frames whose time lies in [start_s, end_s); where none does, the one that is on screen then.
 
         A frame is on screen from its time to that of the next one, the first also before.
 
@@ -154,7 +154,7 @@ class Span:
         return cls(start, end) if start < end else cls(max(0, start - 1), max(1, start))
 
     def to_seconds(self, frame_times: Sequence[float], end_s: float | None) -> tuple[float, float]:
-        """Time of the first frame and of the frame behind the last one, `end_s` where none is.
+        """Return the time of the first frame and of the frame behind the last one, `end_s` where none is.
 
         Round trip: `Span.from_seconds(*span.to_seconds(times, end_s), times) == span` for ascending times.
 

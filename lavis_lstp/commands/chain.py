@@ -217,7 +217,7 @@ def _command_of(started: Path) -> list[str] | None:
 
 
 def _content(recipe: str) -> dict[str, Any]:
-    """What the file says, without its comments and blanks."""
+    """Return what the file says, without its comments and blanks."""
     from omegaconf import OmegaConf
 
     from lavis_lstp.config import find_config, load_recipe
@@ -226,7 +226,7 @@ def _content(recipe: str) -> dict[str, Any]:
 
 
 def _is_on_cpu(recipe: Mapping[str, Any], command: Sequence[str]) -> bool:
-    """Whether a run may be forked from a process that has imported LAVIS (host/warm.py)."""
+    """Return True where a run may be forked from a process that has imported LAVIS (host/warm.py)."""
     told = [word.removeprefix("run.device=") for word in command if word.startswith("run.device=")]
     return sys.platform == "linux" and [(recipe.get("run") or {}).get("device"), *told][-1] == "cpu"
 

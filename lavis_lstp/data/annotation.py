@@ -112,7 +112,7 @@ def warn_of_hidden(unknown: Sequence[str], count: int, files: str, section: str,
 
 
 def some(keys: Sequence[object]) -> str:
-    """The first five keys, for a message; "none" where there are none."""
+    """Return the first five keys, for a message; "none" where there are none."""
     return ", ".join(map(str, keys[:5])) + (", ..." if len(keys) > 5 else "") or "none"
 
 
@@ -184,7 +184,7 @@ def _is_kind(kind: Any) -> bool:
 
 
 def _warn_of_misspelt(path: Path, rows: list[dict[str, Any]]) -> None:
-    """One warning for each key that is not read and looks like one that may be left out and is."""
+    """Warn once of each key that is not read and looks like one that may be left out and is."""
     keys = Counter(key for row in rows for key in row)
     for key in keys.keys() - {*REQUIRED, *OPTIONAL}:
         close = difflib.get_close_matches(key.lower(), [one for one in OPTIONAL if one not in keys], n=1, cutoff=0.8)

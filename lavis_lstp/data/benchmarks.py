@@ -535,7 +535,7 @@ def _answer(row: Row, spec: Form, place: str) -> str | None:
 
 
 def _text_of(value: Any) -> str:
-    """A text as it is, a number as people write it: pandas makes 7.0 of 7 beside gaps."""
+    """Return a text as it is, and a number as people write it: pandas makes 7.0 of 7 beside gaps."""
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 

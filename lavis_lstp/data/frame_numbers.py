@@ -42,7 +42,7 @@ VARIES = 0.05
 
 
 def rate_varies(times_s: np.ndarray, end_s: float) -> bool:
-    """Whether numbers say too little of times: a frame is off by VARIES of the duration, and by 1.5 short steps.
+    """Return True where numbers say too little of times: a frame is off by VARIES of the duration and 1.5 short steps.
 
     A clock that rounds, one dropped frame, or a few of a longer video, are less than that.
 
@@ -55,7 +55,7 @@ def rate_varies(times_s: np.ndarray, end_s: float) -> bool:
 
 
 def on_screen(times_s: np.ndarray, end_s: float, first_s: float, step_s: float) -> list[int]:
-    """Frames that are on screen at first_s, first_s + step_s, ... before `end_s`, each once.
+    """Return the frames that are on screen at first_s, first_s + step_s, ... before `end_s`, each once.
 
     >>> on_screen(np.array([0.0, 0.1, 0.2, 5.0]), 8.0, first_s=0, step_s=2)
     [0, 2, 3]

@@ -66,7 +66,7 @@ class Forked:
                 os.kill(self._pid, signal.SIGTERM)
 
     def wait(self, timeout: float) -> int:
-        """Exit status, negative for a signal; 1 where it could not be forked, of which the output tells.
+        """Return the exit status, negative for a signal; 1 where it could not be forked, of which the output tells.
 
         Raises:
             subprocess.TimeoutExpired: it is still at work after `timeout` seconds.

@@ -192,7 +192,7 @@ def _read(text: str, options: Sequence[str]) -> int | None:
 
 
 def _is_taken_back(text: str, number: int, options: Sequence[str]) -> bool:
-    """Whether a marked text corrects itself, and then names another option, or only says that it was wrong."""
+    """Return True where a marked text corrects itself, and names another option then or says only that it was wrong."""
     match = _CORRECTS.search(text)
     after = text[match.end() :] if match else ""
     named = {n for n in (*_numbers(after, _ANY_LETTER), *_options_in(after, options)) if n < len(options)}
@@ -361,7 +361,7 @@ def _denied(text: str, option: str) -> bool:
 
 
 def _options_in(text: str, options: Sequence[str]) -> list[int]:
-    """Options whose words stand in a text, but for those that are a part of a longer one that does.
+    """Return the options whose words stand in a text, but for those that are a part of a longer one that does.
 
     Of options that say the same, the first. Numbers count in digits and words alike, and as a whole only.
     """

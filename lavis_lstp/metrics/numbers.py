@@ -83,7 +83,7 @@ _JOINED = [  # in this order; what is joined in words
 
 
 def plain_characters(text: str) -> str:
-    """NFKC with straight quotes, one dash and one slash; powers stay powers (10^2), fractions fractions (2 1/2)."""
+    """Return NFKC with straight quotes, one dash and one slash; powers (10^2) and fractions (2 1/2) stay such."""
     if text.isascii() and "^" not in text and "frac" not in text:
         return text
     text = _POWER.sub(lambda match: "^" + (match[1] or match[2]), text)
@@ -97,7 +97,7 @@ def _fraction(match: re.Match) -> str:
 
 
 def written(text: str) -> str:
-    """A text of plain characters in lower case, its numbers in digits as units: "about 1,000.50 m" has 1000.5."""
+    """Return a text of plain characters in lower case, its numbers in digits as units: "1,000.50 m" has 1000.5."""
     if not _DIGIT.search(text):
         return text
     text = _MIXED.sub(_mixed, _STUCK.sub(r"\1 ", text))
@@ -105,7 +105,7 @@ def written(text: str) -> str:
 
 
 def counted(text: str, one: bool = True) -> str:
-    """`written`, and numbers in words as well; without `one` a lone "one", which stands for too much, stays a word."""
+    """Return `written` with numbers in words as well; without `one` a lone "one", which means much, stays."""
     if not _ANY.search(text):
         return text
     text = re.sub(r"\ban? (?=hundred|thousand|million|billion)", "", text)
@@ -117,7 +117,7 @@ def counted(text: str, one: bool = True) -> str:
 
 
 def _plain(number: str) -> str:
-    """A number without marks of thousands and needless zeros; as it is where it is none (1.2.3, the list 1,2,3)."""
+    """Return a number without marks of thousands and needless zeros; as it is where it is none (1.2.3, a list)."""
     if _THOUSANDS.fullmatch(number):
         number = re.sub(r"[ ']" if re.search(r"[ ']", number) else ",", "", number)
     elif _THOUSANDS_BY_POINT.fullmatch(number):
@@ -164,7 +164,7 @@ def _scaled(number: str, scale: int) -> str:
 
 
 def _run(match: re.Match) -> str:
-    """Words of numbers that stand side by side: two hundred (and) five, twenty-first; two thirty is a time."""
+    """Return words of numbers side by side in digits: two hundred (and) five, twenty-first; two thirty is a time."""
     words = re.split(r"( and |[ -])", match[0])
     said, before, i = "", "", 0
     while i < len(words):
@@ -180,7 +180,7 @@ def _run(match: re.Match) -> str:
 
 
 def _spoken(words: list[str], i: int) -> tuple[str, int]:
-    """The number in words that begins at `i`, in digits, and where it ends; words and what parts them take turns."""
+    """Return in digits the number in words at `i`, and where it ends; words and what parts them take turns."""
     total = current = 0
     last, scale = "", 10**12
     while True:

@@ -191,7 +191,7 @@ def real_times(samples: Batch, row: int) -> list[float]:
 
 
 def seconds_of(span: Sequence[int], samples: Batch, row: int) -> list[float]:
-    """Start and end in seconds, to 1 ms, of a half-open span of a sample's frames, which have times."""
+    """Return start and end in seconds, to 1 ms, of a half-open span of a sample's frames, which have times."""
     end_s = samples["end_s"][row] if "end_s" in samples else None
     return [round(edge, 3) for edge in Span(*span).to_seconds(real_times(samples, row), end_s)]
 

@@ -238,7 +238,7 @@ class VideoInstructTask(VideoQATask):
 
 
 def _read_by(function: Callable, given: Mapping[str, Any], names: Mapping[str, str] = MappingProxyType({})) -> dict:
-    """The settings as arguments of a method of LAVIS's, which swallows in `**kwargs` what it does not read.
+    """Return the settings as arguments of a method of LAVIS's, which swallows in `**kwargs` what it does not read.
 
     Args:
         names: of settings that are called otherwise there.

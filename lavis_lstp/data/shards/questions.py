@@ -309,7 +309,7 @@ class ShardQuestions(Sequence):
         return None if stored is None or stored.folder else stored
 
     def duration_s(self, place: Place, last_s: float) -> float | None:
-        """Of the video that stored frames are of, the last of them at `last_s`; None where packing did not look.
+        """Return how long the video lasts of which frames are stored, the last at `last_s`; None where nobody looked.
 
         Raises:
             ShardError: it ends before that frame.

@@ -248,7 +248,7 @@ def spread_evenly(
     name: str,
     between_s: Sequence[float] | None = None,
 ) -> list[int]:
-    """At most `num` of a video's frames: uniform centres by number; by time where the rate varies (`rate_varies`).
+    """Return at most `num` of a video's frames: uniform centres, or by time where `rate_varies`.
 
     By time they are those on screen at the centres of `num` equal parts of the video or clip, each once.
 
@@ -266,7 +266,7 @@ def spread_evenly(
 
 
 def _by_time(times_s: np.ndarray, end_s: float, name: str) -> bool:
-    """`rate_varies`, told of the first file."""
+    """Return `rate_varies`, and warn of the first such file."""
     varies = rate_varies(times_s, end_s)
     if varies and "rate" not in _TOLD:
         _TOLD.add("rate")
@@ -302,7 +302,7 @@ def check_inside(span_s: Sequence[float], key: str, duration_s: float, name: str
 
 
 def frames_between(times_s: Sequence[float], between_s: Sequence[float] | None) -> list[int]:
-    """Frames of the clip [start, end) seconds, in a row: those that begin in it, and maybe the one before; None = all.
+    """Return the frames of the clip [start, end) seconds, in a row: those that begin in it, maybe one more; or all.
 
     The frame that is on screen when the clip starts is one of it where no other begins in it, or where it stays longer
     than frames usually do: for more than 1.5 times their median, or for more than a second. So a clip at a constant
@@ -498,7 +498,7 @@ _TOLD: set[str] = set()
 
 
 def key_frames(index: VideoIndex, chosen: Sequence[int], between_s: Sequence[float] | None = None) -> list[int]:
-    """The key frames nearest to chosen frames, in time, of the clip that these are of; each once, ascending.
+    """Return the key frames nearest in time to chosen frames, of the clip that these are of; each once, ascending.
 
     Returns: the chosen frames themselves, with a warning, where the file does not tell which are key frames, or has too
     few to tell the chosen ones apart, such as a short clip that begins with its only one.

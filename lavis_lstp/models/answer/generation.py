@@ -167,7 +167,7 @@ def arguments(
 
 @contextlib.contextmanager
 def without_refused(model: torch.nn.Module) -> Iterator[None]:
-    """The model's generation config without what `checked` refuses, which a checkpoint may bring along."""
+    """Set the model's generation config for a while, without what `checked` refuses."""
     from transformers import GenerationConfig
 
     own, usual = model.generation_config, GenerationConfig()
