@@ -6,6 +6,8 @@ something changes, frames are taken by time: those on screen at evenly spaced mo
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 
@@ -35,6 +37,19 @@ def sample_indices(num: int, length: int) -> list[int]:
     while len(indices) < num:
         indices = [i for i in indices for _ in range(2)]
     return [indices[i] for i in uniform_centres(num, len(indices))]
+
+
+def frames_at_rate(length: int, rate: float, fps: float) -> list[int]:
+    """About `fps` frames a second of `length` frames that come at `rate`, counted as the published code counts them.
+
+    A second is taken for int(rate) frames, so fps=1 gives every int(rate)-th one; below one frame a second, for `rate`.
+
+    >>> frames_at_rate(70, 23.976, 1)
+    [0, 23, 46, 69]
+    """
+    second = int(rate + 1e-6) or rate
+    found = (int(k * second / fps + 1e-9) for k in range(math.ceil(length * fps / second)))
+    return sorted({i for i in found if i < length})
 
 
 VARIES = 0.05

@@ -44,7 +44,8 @@ from lavis_lstp.data.shards.questions import ShardQuestions, unpack_frames
 from lavis_lstp.data.spans import GOLD, Spans
 from lavis_lstp.data.store import content_digest, default_store, kept_figures, read_kept
 from lavis_lstp.data.subtitles import Subtitles
-from lavis_lstp.data.video.reading import VideoFrames, check_inside, read_frames
+from lavis_lstp.data.video.choosing import check_inside
+from lavis_lstp.data.video.reading import VideoFrames, read_frames
 from lavis_lstp.errors import AnnotationError, ConfigError, ShardError, VideoError
 from lavis_lstp.files import sha256_json
 from lavis_lstp.schema import NO_SPAN, Batch, Sample, Span

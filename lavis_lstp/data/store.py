@@ -346,8 +346,8 @@ def kept_figures(
     Raises:
         VideoError: not a video file, such as a folder of pictures, or damaged.
     """
+    from lavis_lstp.data.video.choosing import frames_between
     from lavis_lstp.data.video.codec_figures import of_candidates, packet_costs
-    from lavis_lstp.data.video.reading import frames_between
 
     costs = packet_costs(source, **how)
     made = {"bit_cost": lambda: costs.num_bytes, "motion_energy": lambda: kept_motion(store, content, source, **how)}

@@ -30,18 +30,15 @@ from lavis_lstp.data.annotation import MOST_SECONDS, check_seconds
 from lavis_lstp.data.pictures import open_picture, picture_size
 from lavis_lstp.data.selections import FORMAT, VERSION, Recorded, timing
 from lavis_lstp.data.store import content_digest, default_store, kept_motion
+from lavis_lstp.data.video.choosing import check_inside, frames_between, key_frames, spread_evenly
 from lavis_lstp.data.video.codec_figures import PacketCosts, of_candidates, packet_costs
 from lavis_lstp.data.video.index import VideoIndex, VideoInfo, video_index
 from lavis_lstp.data.video.picture_folder import folder_index, pictures_in
 from lavis_lstp.data.video.reading import (
     READING_VERSION,
-    check_inside,
-    frames_between,
-    key_frames,
     probe,
     read_frames,
     resize_frames,
-    spread_evenly,
 )
 from lavis_lstp.errors import ConfigError, VideoError, unknown_name
 from lavis_lstp.files import read_record, strict_json, write_json

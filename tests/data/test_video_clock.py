@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from video_files import numbered_picture, numbered_video, read_number
 
-from lavis_lstp.data.frame_numbers import rate_varies
+from lavis_lstp.data.frame_numbers import frames_at_rate, rate_varies
 from lavis_lstp.data.qa_dataset import VideoQADataset
-from lavis_lstp.data.video import reading
-from lavis_lstp.data.video.reading import frames_at_rate, frames_between, probe, read_frames
+from lavis_lstp.data.video.choosing import frames_between
+from lavis_lstp.data.video.reading import probe, read_frames
 from lavis_lstp.errors import VideoError
 from lavis_lstp.inference.selection import select
 from lavis_lstp.schema import Span
@@ -445,7 +445,7 @@ def test_key_frames_of_a_clip_lie_in_it(tmp_path):
 
 
 def test_of_a_variable_rate_frames_are_taken_by_time(burst, monkeypatch, caplog):
-    monkeypatch.setattr(reading, "_TOLD", set())
+    monkeypatch.setattr("lavis_lstp.data.video.choosing._TOLD", set())
     duration_s = probe(burst).duration_s
 
     def shown(times_s) -> list[int]:

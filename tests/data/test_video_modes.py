@@ -172,7 +172,7 @@ def test_key_frames_are_ascending_distinct_and_real(files, name):
 
 
 def test_where_key_frames_are_no_help_exact_frames_are_read_and_that_is_told_once(files, caplog, monkeypatch):
-    monkeypatch.setattr(reading, "_TOLD", set())
+    monkeypatch.setattr("lavis_lstp.data.video.choosing._TOLD", set())
     for _ in range(2):
         for name in ("one_key.mp4", "counted.avi"):
             video = read_frames(files[name], num=4, exact=False)

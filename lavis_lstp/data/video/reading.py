@@ -16,7 +16,6 @@ rounding of the colour conversion, because it uses the FFmpeg of the system, whi
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,8 +27,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lavis_lstp.data.frame_numbers import on_screen, rate_varies, sample_indices, uniform_centres
 from lavis_lstp.data.pictures import DEFAULT_MAX_MEGAPIXELS, check_area
+from lavis_lstp.data.video.choosing import chosen_frames, key_frames, refuse_incomplete
 from lavis_lstp.data.video.container import Source, source_name
 from lavis_lstp.data.video.decode import (
     LOWRES,
@@ -46,7 +45,6 @@ from lavis_lstp.data.video.decode import (
 from lavis_lstp.data.video.index import VideoIndex, VideoInfo, count_frames, reopen, video_index
 from lavis_lstp.data.video.picture_folder import folder_index, pictures_in, read_pictures
 from lavis_lstp.errors import ConfigError, VideoError, unknown_name
-from lavis_lstp.schema import Span
 
 logger = logging.getLogger(__name__)
 
@@ -165,13 +163,8 @@ def probe(source: Source, *, name: str | None = None, max_megapixels: float = DE
         return _read_folder(source, name, (None, None, 1, None, "keep", None)).info
     name = source_name(source, name)
     index = video_index(source, name, max_megapixels)
-    _refuse_incomplete(index)
+    refuse_incomplete(index)
     return _info(source, index)[0]
-
-
-def _refuse_incomplete(index: VideoIndex) -> None:
-    if index.missing:
-        raise VideoError(f"{index.name}: {index.missing}")
 
 
 def _info(source: Source, index: VideoIndex, backend: str = "pyav") -> tuple[VideoInfo, Orientation]:
@@ -192,6 +185,8 @@ def _info(source: Source, index: VideoIndex, backend: str = "pyav") -> tuple[Vid
         return _info_of(index, first), turn
 
 
+_TOLD: set[str] = set()
+"""Kinds of HDR that were told of the first file."""
 HDR = {16: "PQ", 18: "HLG"}
 """Transfer characteristics (H.273) of pictures that a player maps to what a screen can show."""
 
@@ -208,131 +203,6 @@ def _info_of(index: VideoIndex, frame: Any) -> VideoInfo:
     rotation = int(frame.rotation) % 360
     track = index.track if len(index.tracks) > 1 else None
     return VideoInfo(index.num_frames, index.fps, index.duration_s, width, height, rotation, index.codec, track)
-
-
-def _at_times(index: VideoIndex, times_s: Sequence[float]) -> list[int]:
-    """The frame on screen at each time; before the first one begins it, as `ffmpeg -ss` has it, at the end the last."""
-    for t in times_s:
-        if not 0 <= t <= index.duration_s + 1e-3:
-            raise VideoError(f"{index.name}: no frame at {t:g} s; it lasts from 0 to {index.duration_s:.3f} s")
-    # Some slack, so that the time a frame was given out with, even as float32, finds the same frame again.
-    slack = min(1e-4, 0.25 / index.fps)
-    at = np.searchsorted(index.times_s, np.asarray(times_s, dtype=np.float64) + slack, side="right")
-    return [max(0, int(i) - 1) for i in at]
-
-
-def _spread(
-    index: VideoIndex, num: int, fps: float | None, short_videos: str, between_s: Sequence[float] | None
-) -> list[int]:
-    """At most `num` frames, or exactly that many where short videos are doubled; see `read_frames`."""
-    _refuse_incomplete(index)
-    if between_s is not None:
-        check_inside(between_s, "clip_s", index.duration_s, index.name)
-    clock = index.times_s, index.duration_s
-    chosen, at_fps = frames_between(index.times_s, between_s), []
-    if fps is not None and _by_time(*clock, index.name):
-        at_fps = on_screen(*clock, 0, 1 / fps)
-    elif fps is not None and fps < index.fps:
-        at_fps = frames_at_rate(index.num_frames, index.fps, fps)
-    at_fps = sorted(set(at_fps) & set(chosen))
-    chosen = at_fps if 0 < len(at_fps) <= num else spread_evenly(num, chosen, *clock, index.name, between_s)
-    spread = sample_indices if short_videos == "double" else uniform_centres
-    return [chosen[i] for i in spread(num, len(chosen))]
-
-
-def spread_evenly(
-    num: int,
-    frames: Sequence[int],
-    times_s: np.ndarray,
-    end_s: float,
-    name: str,
-    between_s: Sequence[float] | None = None,
-) -> list[int]:
-    """Return at most `num` of a video's frames: uniform centres, or by time where `rate_varies`.
-
-    By time they are those on screen at the centres of `num` equal parts of the video or clip, each once.
-
-    Args:
-        frames: numbers to choose among, ascending, such as those of a clip.
-        times_s, end_s: of all frames of the video, and when the last one ends.
-        name: what messages call the video.
-        between_s: the clip, None = the whole video.
-    """
-    if len(frames) <= num or not _by_time(times_s, end_s, name):
-        return [frames[i] for i in uniform_centres(num, len(frames))]
-    start_s, end_s = max(0.0, times_s[0], (between_s or [0])[0]), min(end_s, (between_s or [end_s])[-1])
-    step_s = (end_s - start_s) / num
-    return [frames[i] for i in on_screen(times_s[list(frames)], end_s, start_s + step_s / 2, step_s)]
-
-
-def _by_time(times_s: np.ndarray, end_s: float, name: str) -> bool:
-    """Return `rate_varies`, and warn of the first such file."""
-    varies = rate_varies(times_s, end_s)
-    if varies and "rate" not in _TOLD:
-        _TOLD.add("rate")
-        logger.warning("%s: its rate varies, so frames are taken by time; further files like it are not named", name)
-    return varies
-
-
-def frames_at_rate(length: int, rate: float, fps: float) -> list[int]:
-    """About `fps` frames a second of `length` frames that come at `rate`, counted as the published code counts them.
-
-    A second is taken for int(rate) frames, so fps=1 gives every int(rate)-th one; below one frame a second, for `rate`.
-
-    >>> frames_at_rate(70, 23.976, 1)
-    [0, 23, 46, 69]
-    """
-    second = int(rate + 1e-6) or rate
-    found = (int(k * second / fps + 1e-9) for k in range(math.ceil(length * fps / second)))
-    return sorted({i for i in found if i < length})
-
-
-def check_inside(span_s: Sequence[float], key: str, duration_s: float, name: str) -> None:
-    """Raises VideoError for a span that begins behind the video's end, or ends far behind it.
-
-    Annotators round, and videos are cut again: an end may lie a second, or a tenth of the video, behind the last frame.
-    An infinite end means the end of the video.
-    """
-    start, end = span_s
-    if start >= duration_s or (math.isfinite(end) and end > duration_s + max(1.0, 0.1 * duration_s)):
-        raise VideoError(
-            f"{name}: '{key}' [{start:g}, {end:g}] lies outside of the video, which lasts {duration_s:.3f} s; seconds "
-            "are counted from its start"
-        )
-
-
-def frames_between(times_s: Sequence[float], between_s: Sequence[float] | None) -> list[int]:
-    """Return the frames of the clip [start, end) seconds, in a row: those that begin in it, maybe one more; or all.
-
-    The frame that is on screen when the clip starts is one of it where no other begins in it, or where it stays longer
-    than frames usually do: for more than 1.5 times their median, or for more than a second. So a clip at a constant
-    rate does not begin with the frame that is just going.
-
-    Args:
-        times_s: [N] seconds of all frames of the video.
-    """
-    if between_s is None:
-        return list(range(len(times_s)))
-    times_s = np.asarray(times_s).round(6)
-    start, end = Span.from_seconds(*between_s, times_s.tolist())
-    if start and times_s[start] - between_s[0] > min(1.0, 1.5 * float(np.median(np.diff(times_s)))):
-        start -= 1
-    return list(range(start, end))
-
-
-def _choose(index: VideoIndex, indices, times_s, num, fps, short_videos, between_s) -> list[int]:
-    if sum(x is not None for x in (indices, times_s, num)) != 1:
-        raise TypeError("give exactly one of indices, times_s and num")
-    if times_s is not None:
-        return _at_times(index, list(times_s))
-    if num is not None:
-        return _spread(index, num, fps, short_videos, between_s)
-    chosen = [int(i) for i in indices]
-    for i in chosen:
-        if not 0 <= i < index.num_frames:
-            cause = f" ({index.missing})" if index.missing else ""
-            raise VideoError(f"{index.name}: no frame {i}, it has {index.num_frames} frames{cause}")
-    return chosen
 
 
 def read_frames(
@@ -477,7 +347,7 @@ def _read_folder(
     motion_vectors=False,
     limit=DEFAULT_MAX_MEGAPIXELS,
 ) -> VideoFrames:
-    """Frames of a folder of pictures, or of a list of them as bytes; `asked` as of `_choose`."""
+    """Frames of a folder of pictures, or of a list of them as bytes; `asked` as of `chosen_frames`."""
     if isinstance(source, list):
         pictures = [(f"{name}, picture {number}", raw) for number, raw in enumerate(source)]
     else:
@@ -486,47 +356,15 @@ def _read_folder(
     if motion_vectors:
         raise ConfigError(f"{name}: pictures have no motion vectors; use flow none and let the model compute it")
     index = folder_index(name, len(pictures))
-    chosen = _choose(index, *asked)
+    chosen = chosen_frames(index, *asked)
     wanted = [pictures[i] for i in chosen]
     frames = read_pictures(wanted, None if size is None else _height_width(size), _resize_picture, limit)
     info = VideoInfo(len(pictures), index.fps, index.duration_s, frames.shape[3], frames.shape[2], 0, index.codec)
     return VideoFrames(frames, index.times_s[chosen], chosen, info)
 
 
-_TOLD: set[str] = set()
-"""What is told of the first file alone: kinds of HDR, a rate that varies, why exact frames are read, not key ones."""
-
-
-def key_frames(index: VideoIndex, chosen: Sequence[int], between_s: Sequence[float] | None = None) -> list[int]:
-    """Return the key frames nearest in time to chosen frames, of the clip that these are of; each once, ascending.
-
-    Returns: the chosen frames themselves, with a warning, where the file does not tell which are key frames, or has too
-    few to tell the chosen ones apart, such as a short clip that begins with its only one.
-    """
-    keys = np.flatnonzero(index.frame_key)
-    if between_s is not None:
-        inside = frames_between(index.times_s, between_s)
-        keys = keys[(keys >= inside[0]) & (keys <= inside[-1])]
-    found: list[int] = []
-    if index.by_count:
-        why = "stores no times to seek to"
-    elif not len(keys):
-        why = "has no key frame that is shown" + (" in a clip" if between_s else "")
-    else:
-        keys_s = index.times_s[keys]
-        at = np.searchsorted((keys_s[1:] + keys_s[:-1]) / 2, index.times_s[list(chosen)])  # the earlier of two as near
-        found = sorted(set(keys[at].tolist()))
-        why = "all frames asked for lie nearest to one key frame"
-    if len(found) > 1 or len(found) == len(set(chosen)):
-        return found
-    if why not in _TOLD:
-        _TOLD.add(why)
-        logger.warning("%s: %s, so exact frames are read; further files like it are not named", index.name, why)
-    return list(chosen)
-
-
 def _read(source, index, asked, how: _How) -> VideoFrames:
-    chosen = _choose(index, *asked)
+    chosen = chosen_frames(index, *asked)
     if not chosen:
         raise VideoError(f"{index.name}: no frames were asked for")
     if not how.exact:
