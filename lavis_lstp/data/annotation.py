@@ -150,6 +150,12 @@ def check_moment(moment: Any, key: str, place: str) -> None:
     check_seconds([0, *moment[1:]] if early else moment, key, place)
 
 
+def longest(moments: Sequence[Sequence[float]]) -> list[float]:
+    """Return the longest of checked moments as a `span_s`, of equally long ones the earliest."""
+    start, end = max(moments, key=lambda moment: (moment[1] - moment[0], -moment[0]))
+    return [max(0, start), end]
+
+
 def check_options(options: Any, answer: str | None, place: str, fewest: int = 1) -> None:
     """Raises AnnotationError for options that cannot be told apart by what they say, or lack the answer."""
     if not isinstance(options, list) or len(options) < fewest or not all(isinstance(o, str) and o for o in options):
@@ -217,7 +223,7 @@ def _check_entry(row: Any, place: str, seen: set[str]) -> None:
     row.setdefault("video_id", Path(row[media]).stem)
     check_optional(row, place)
     if row.get("moments_s") and "span_s" not in row:
-        row["span_s"] = max(row["moments_s"], key=lambda moment: moment[1] - moment[0])
+        row["span_s"] = longest(row["moments_s"])
     if row["question_id"] in seen:
         raise AnnotationError(f"{place}: 'question_id' {row['question_id']!r} occurs twice; ids must be unique")
     seen.add(row["question_id"])

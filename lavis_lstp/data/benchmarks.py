@@ -27,6 +27,7 @@ from lavis_lstp.data.annotation import (
     check_object,
     check_options,
     check_seconds,
+    longest,
     parse,
     parse_rows,
     read_text,
@@ -475,8 +476,7 @@ def _entry(key: str, row: Row, spec: Form, place: str, root: Path, names: Mappin
         entry["moments_s"] = _moments(
             row[spec.moments_s], row.get(spec.duration_s or ""), spec.moments_s, place, allow_overlap=spec.overlap
         )
-        start, end = max(entry["moments_s"], key=lambda moment: (moment[1] - moment[0], -moment[0]))
-        entry["span_s"] = [max(0, start), end]
+        entry["span_s"] = longest(entry["moments_s"])
     return entry
 
 

@@ -121,6 +121,8 @@ def test_null_is_as_if_left_out_and_the_longest_moment_is_the_gold_span(tmp_path
     (tmp_path / "a.json").write_text(json.dumps(rows))
     found = read_annotation(tmp_path / "a.json")
     assert found == [entry(0, video_id="long"), entry(1, moments_s=[[0, 1], [0.5, 2.5]], span_s=[0.5, 2.5])]
+    (tmp_path / "a.json").write_text(json.dumps([entry(0, moments_s=[[2, 3.5], [-0.5, 1]])]))
+    assert read_annotation(tmp_path / "a.json")[0]["span_s"] == [0, 1]  # authors round; shards take no less than 0
 
 
 @pytest.mark.parametrize("hidden", [None, "", " \n"])
