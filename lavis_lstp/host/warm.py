@@ -10,6 +10,7 @@ For runs on the CPU, and on Linux: a process that has looked for a GPU cannot be
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import runpy
 import signal
@@ -99,6 +100,7 @@ def main(descriptor: int) -> None:
                 os.dup2(output, stream)
             import lavis  # noqa: F401
 
+            gc.freeze()  # what is imported is garbage in no command, and looking for it copies its memory
             pid = os.fork()
             if not pid:
                 break
