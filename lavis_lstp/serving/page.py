@@ -32,6 +32,7 @@ from lavis_lstp.inference.contact_sheet import pictures_at
 from lavis_lstp.inference.loading import EXAMPLE
 from lavis_lstp.inference.prediction import Cancelled, Prediction
 from lavis_lstp.serving.app import Server
+from lavis_lstp.serving.line import Ticket
 from lavis_lstp.serving.timeline import evidence_html
 
 DECODING = ("beam search", "nucleus sampling")
@@ -114,6 +115,7 @@ class Page:
     def __init__(self, server: Server, *, example: bool, feedback: Path | None):
         self.server, self.example, self.feedback = server, example, feedback
         self._feedback_lock = threading.Lock()
+        self._waiting: dict[str, list[Ticket]] = {}  # by browser
         self.selectors = selectors_of(server.predictor.model)
         self.folder: Any = None
 
@@ -206,29 +208,43 @@ class Page:
     def _connect(self, settings: list[Any]) -> None:
         shown = [self.chat, self.evidence, self.question]
         private = {"api_visibility": "private", "concurrency_limit": None}
+        ending = {"fn": self.end, "queue": False} | private
+        begun = {"js": "(...inputs) => { window.lstpEmptied = false; return inputs; }"} | private
         inputs = [self.video, self.question, self.chat, *settings]
-        started = [
-            self.ask_button.click(self.ask, inputs, shown, **private),
-            self.question.submit(self.ask, inputs, shown, **private),
-            self.again_button.click(self.again, [self.video, self.chat, *settings], shown, **private),
-            self.chat.edit(self.edited, [self.video, self.chat, *settings], shown, **private),
-            self.compare_button.click(
-                self.compare, [self.video, self.question, self.chat, self.third, *settings], [self.compared], **private
-            ),
+        earlier = [self.video, self.chat, *settings]
+        compared = [*inputs[:3], self.third, *settings]
+        asked = [
+            self.ask_button.click(self.ask, inputs, shown, **begun),
+            self.question.submit(self.ask, inputs, shown, **begun),
+            self.again_button.click(self.again, earlier, shown, **begun),
+            self.chat.edit(self.edited, earlier, shown, **begun),
+            self.compare_button.click(self.compare, compared, [self.compared], **begun),
         ]
-        self.stop_button.click(None, None, None, cancels=started, api_visibility="private")
-        # first the end of what is under way, so that nothing of it arrives behind; and in the browser, at once
-        empty = {"fn": None, "js": f"() => [[], {json.dumps(NOTHING_YET)}, '', '']", "api_visibility": "private"}
-        nothing = [self.chat, self.evidence, self.compared, self.question]
-        ended = self.reset_button.click(None, None, None, cancels=started, api_visibility="private")
-        ended.then(outputs=nothing, **empty)
-        self.video.change(outputs=nothing[:3], **empty | {"js": empty["js"].replace(", '']", "]")})
+        self.stop_button.click(**ending)
+        # First the server ends what is under way, so that a question to the empty page is not ended with it. Pieces of
+        # the answer may arrive behind: the page is emptied again when it has ended. Gradio's own `cancels` would show
+        # "Error" on parts whose answer is cut off.
+        empty = {self.chat: [], self.evidence: NOTHING_YET, self.compared: "", self.question: ""}
+        for happens, parts in ((self.reset_button.click, list(empty)), (self.video.change, list(empty)[:3])):
+            emptied = json.dumps([empty[part] for part in parts])
+            happens(**ending)
+            happens(js=f"() => {{ window.lstpEmptied = true; return {emptied}; }}", fn=None, outputs=parts, **private)
+        emptied = json.dumps(list(empty.values())[:3])
+        for one in asked:
+            one.then(js=f"() => window.lstpEmptied ? {emptied} : []", fn=None, outputs=list(empty)[:3], **private)
         if self.feedback:
             self.chat.like(self.liked, [self.chat], None, **private)
 
     # ---- what happens -----------------------------------------------------------------------------------------------
 
-    async def ask(self, video: str | None, question: str, chat: Messages, *settings: Any) -> AsyncIterator[tuple]:
+    async def end(self, request: gr.Request) -> None:
+        """End what this browser has asked."""
+        for ticket in self._waiting.get(request.session_hash, ()):
+            self.server.line.give_up(ticket)
+
+    async def ask(
+        self, request: gr.Request, video: str | None, question: str, chat: Messages, *settings: Any
+    ) -> AsyncIterator[tuple]:
         """Yields the conversation, the evidence and the question's box as the answer is written."""
         earlier = plain(chat)
         turns = [*earlier, {"role": "user", "content": question}, {"role": "assistant", "content": ""}]
@@ -236,7 +252,7 @@ class Page:
         keep = gr.skip()
         ticket = None
         try:
-            ticket = self._join(video, question, earlier, settings, stream=True)
+            ticket = self._join(request, video, question, earlier, settings, stream=True)
             await ticket.ready
             yield turns, keep, ""
             async for piece in ticket.pieces():
@@ -251,29 +267,31 @@ class Page:
             raise _told(error) from None
         finally:
             if ticket is not None:
-                self.server.line.give_up(ticket)
+                self._leave(request, ticket)
 
-    async def again(self, video: str | None, chat: Messages, *settings: Any) -> AsyncIterator[tuple]:
+    async def again(
+        self, request: gr.Request, video: str | None, chat: Messages, *settings: Any
+    ) -> AsyncIterator[tuple]:
         """Ask the last question once more."""
         earlier = plain(chat)
         places = [number for number, turn in enumerate(earlier) if turn["role"] == "user"]
         if not places:
             raise _told(LstpError("nothing has been asked yet"))
         last = places[-1]
-        async for shown in self.ask(video, earlier[last]["content"], earlier[:last], *settings):
+        async for shown in self.ask(request, video, earlier[last]["content"], earlier[:last], *settings):
             yield shown
 
     async def edited(
-        self, event: gr.EditData, video: str | None, chat: Messages, *settings: Any
+        self, event: gr.EditData, request: gr.Request, video: str | None, chat: Messages, *settings: Any
     ) -> AsyncIterator[tuple]:
         """Ask an earlier question in other words; the turns after it are dropped."""
         earlier = plain(chat)
         place = event.index if isinstance(event.index, int) else event.index[0]
-        async for shown in self.ask(video, str(event.value), earlier[:place], *settings):
+        async for shown in self.ask(request, video, str(event.value), earlier[:place], *settings):
             yield shown
 
     async def compare(
-        self, video: str | None, question: str, chat: Messages, third: str, *settings: Any
+        self, request: gr.Request, video: str | None, question: str, chat: Messages, third: str, *settings: Any
     ) -> AsyncIterator[str]:
         """The question, or else the last one, answered from frames that are chosen in three ways."""
         asked = [turn["content"] for turn in plain(chat) if turn["role"] == "user"]
@@ -281,7 +299,7 @@ class Page:
         names, tickets = [name for name in ("uniform", "lstp", third) if name in self.selectors], []
         try:
             for name in names:
-                tickets.append(self._join(video, question, [], (*settings[:2], name, *settings[3:])))
+                tickets.append(self._join(request, video, question, [], (*settings[:2], name, *settings[3:])))
             parts = []
             for name, ticket in zip(names, tickets, strict=True):
                 found = await ticket.result
@@ -296,7 +314,7 @@ class Page:
             raise _told(error) from None
         finally:
             for ticket in tickets:
-                self.server.line.give_up(ticket)
+                self._leave(request, ticket)
 
     def liked(self, event: gr.LikeData, chat: Messages) -> None:
         """Store a thumb with its question and answer."""
@@ -315,8 +333,15 @@ class Page:
     # ---- the line ---------------------------------------------------------------------------------------------------
 
     def _join(
-        self, video: str | None, question: str, earlier: Messages, widgets: tuple, *, stream: bool = False
-    ) -> Any:
+        self,
+        request: gr.Request,
+        video: str | None,
+        question: str,
+        earlier: Messages,
+        widgets: tuple,
+        *,
+        stream: bool = False,
+    ) -> Ticket:
         given, reads_history = settings_of_widgets(widgets)
         pairs = [
             (earlier[i]["content"], earlier[i + 1]["content"])
@@ -325,9 +350,18 @@ class Page:
         ]
         settings = self.server.predictor.settings(**given)
         history = pairs if reads_history else []
-        return self.server.line.join(
+        ticket = self.server.line.join(
             video, question or "", history=history, settings=settings, name=MEDIUM, stream=stream
         )
+        self._waiting.setdefault(request.session_hash, []).append(ticket)
+        return ticket
+
+    def _leave(self, request: gr.Request, ticket: Ticket) -> None:
+        waiting = self._waiting[request.session_hash]
+        waiting.remove(ticket)
+        if not waiting:
+            del self._waiting[request.session_hash]
+        self.server.line.give_up(ticket)
 
     async def _evidence(self, video: str | None, found: Prediction) -> str:
         def draw() -> str:

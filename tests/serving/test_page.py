@@ -172,6 +172,20 @@ def test_an_upload_streams_is_stopped_and_regenerated(visitor, tmp_path, gate, s
     visitor.until(lambda: not visitor.has_video())
 
 
+@pytest.mark.parametrize("letters", [0, 1, 2])
+def test_nothing_arrives_behind_a_reset(visitor, gate, server, letters):
+    """The page is emptied between two pieces of an answer, or as it ends."""
+    gate.set()
+    visitor.ask("first?")
+    visitor.until(lambda: visitor.said() and len(visitor.said()[0]) >= letters)
+    visitor.reset()
+    visitor.until(lambda: len(server.line) == 0)
+    for _ in range(5):
+        time.sleep(0.05)
+        assert not visitor.said() and not visitor.times()
+    assert "Error" not in visitor.window.texts("body")[0]
+
+
 def test_a_question_is_edited_and_what_followed_it_is_dropped(visitor):
     for row in ROWS[:2]:
         visitor.ask(row["question"])
