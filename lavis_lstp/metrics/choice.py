@@ -115,8 +115,29 @@ _CORRECTS = re.compile(
 )
 """Where a text corrects itself; the group says that what was before is wrong."""
 _ENDS = re.compile(r"[!?\u3002\n]|[.](?!\d)")
-_DENIES = "no not never neither nor isnt arent wasnt werent doesnt dont didnt cannot cant wrong incorrect false"
-_DENIES = frozenset(f"{_DENIES} untrue impossible unlikely inaccurate".split())
+_TURNS = re.compile(
+    r"\b(?:no|not|never|neither|nor|none|nobody|nothing|nowhere|cannot|hardly|barely|scarcely|rarely|without|lack(?:s|ed|ing)?"
+    r"|absent|missing|unclear|uncertain|unsure|ambiguous|whether|if|unless|wrong|incorrect|false|untrue|inaccurate|invalid"
+    r"|impossible|unlikely|improbable|least|worst|doubt\w*|except|excluding|excludes?|other than|far from)\b|n't\b"
+)
+"""What makes a sentence say something else than that its option is the answer."""
+_AFFIRMS = re.compile(
+    r"\b(?:without|no|beyond)(?: an?| any| the shadow of a| all)? (?:doubt|question)(?: that)?\b|\bundoubted(?:ly)?\b"
+    r"|\bif (?:i|one|we|you)(?: (?:had|have|were|must|could|was|am)\b|'m\b)|\bif (?:forced|pressed|asked)\b"
+)
+"""What looks like it, and says nothing of the kind."""
+_TURNED = re.compile(
+    rf"(?:{_TURNS.pattern})(?:(?!\b(?:but|so|then|thus|hence|therefore|because|since)\b)[^,;.!?\n\ue000-\ue019]){{0,100}}{_V}"
+    r"(?:,? (?:or|and|nor) \(?[\ue000-\ue019]\)?)*"
+)
+"""A letter behind it in the same clause: "the wrong answer is A", "unclear whether it is A"."""
+_TIMES = re.compile(
+    r"(?<= )(?:frames?|scenes?|images?|pictures?|figures?|shots?|clips?|steps?|seconds?|minutes?|first|last|next|final)"
+    r" \d+(?= )|(?<= )\d+ (?:s|sec|secs|seconds?|min|mins|minutes?|hours?|ms|frames?|fps|percent)(?= )"
+)
+"""Numbers of a normalised text that count frames and seconds, which an option that is a number alone does not."""
+_SETTING = re.compile(r"(?:^|(?<=[.!?] ))(?:after|before|first|during|while) [^,.!?]+,", re.MULTILINE | re.IGNORECASE)
+"""The clause in front of a sentence: the word that it begins with is no answer "after"."""
 _DENY = (
     r"(?:\b(?:not|never|neither|nor|nobody|doubt|unlikely|rather than|instead of|unlike|except|over|versus|vs\.?"
     r"|anything but|cannot|eliminat\w+|exclud\w+|reject\w*|dismiss\w*|rul(?:e|es|ed|ing) out)|n't)"
@@ -124,7 +145,7 @@ _DENY = (
 _DENIED_BY = (
     r"(?:is|are|was|were|can|could|would|will|should|seems?|looks?|appears?|does|do|did|has|have)(?:n't\b"
     r"|(?: (?:clearly|also|definitely|probably|most|likely|therefore|both|all|be|simply|the|an?|very|obviously))*"
-    r" (?:not|never|incorrect|wrong|false|impossible|unlikely|inaccurate|ruled out|eliminated|excluded)\b)"
+    r" (?:not|never|incorrect|wrong|false|impossible|unlikely|inaccurate|least|worst|ruled out|eliminated|excluded)\b)"
     r"|cannot\b|can't\b|fails\b|is (?:out|a distractor)\b"
     r"|(?:ruled out|excluded|eliminated|rejected|discarded|dismissed)\b"
 )
@@ -176,7 +197,7 @@ def _read(text: str, options: Sequence[str]) -> int | None:
     weighed = weighed and re.match(r"\(?[\ue000-\ue019]|.*?[:\n]", marked[announced.end() :]) is not None
     marked = _OPTION_AHEAD.sub("", _WEIGHS.sub(" ", marked))
     listed = weighed or len({sign for line in marked.splitlines() for sign in _numbers(line[:3].strip(), _FIRST)}) > 1
-    marked = _without_denied(marked, options)
+    marked = _TURNED.sub(" ", _without_denied(_AFFIRMS.sub(" ", marked), options))
     alone = {i for line in lines for i in _letter_alone(line, options)}
     alone |= {i for line in (stated if weighed else lines) for i in _words_alone(line, options)}
     if not alone and not weighed and (said := _polarity(plain, options)) is not None:
@@ -288,7 +309,7 @@ def _numbers(text: str, *patterns: re.Pattern) -> set[int]:
 
 def _without_denied(text: str, options: Sequence[str]) -> str:
     """Drop from a marked text what it says is not the answer: "not A", "rather than a dog", "B and C are wrong"."""
-    if not re.search(rf"{_DENY}|{_V} (?:{_DENIED_BY})", text):
+    if not re.search(rf"{_DENY}|{_V}(?: (?:{_DENIED_BY})|:? ?-* ?\(?(?:incorrect|wrong|false)\b)", text):
         return text
     words = [re.escape(folded(option)) for option in options]
     letters = [rf"\(?{chr(_MARK + i)}\)?(?:[.:]? {word}(?!\w))?" for i, word in enumerate(words)]
@@ -298,11 +319,12 @@ def _without_denied(text: str, options: Sequence[str]) -> str:
         r"(?: (?:think|believe|say|be|that|it|it's|is|the|an?|options?|choice|answer|correct|choose|go|going|to|would"
         r"|with|both))*"
     )
-    text = re.sub(rf"{listed} (?:{_DENIED_BY})", " ", text)
+    text = re.sub(rf"{listed}(?: (?:{_DENIED_BY})|:? ?-* ?\(?(?:incorrect|wrong|false|not)\b)", " ", text)
     denied = listed
     if not any(re.search(_DENY, folded(option)) for option in options):
         spoken = "|".join(sorted((word for word in words if word), key=len, reverse=True))
-        denied = rf"(?:{listed}|(?:{spoken})(?!\w|[.,:/-]\d))"
+        spoken = rf"(?:{spoken})(?!\w|[.,:/-]\d)"
+        denied = rf"(?:{listed}|{spoken}(?:(?:, {spoken})*,? (?:or|nor|and) {spoken})?)"
     return re.sub(rf"(?:,? (?:and|but))? ?{_DENY}{helpers},? {denied}(?:,? but(?= ))? ?", " ", text).strip()
 
 
@@ -355,9 +377,8 @@ def _inside(text: str, options: Sequence[str], listed: bool) -> int | None:
 
 
 def _denied(text: str, option: str) -> bool:
-    """Whether "not" or the like stands beside the words of an option: "it is not red"."""
-    beside = f" {_in_text(text)} ".replace(f" {_in_text(option)} ", " ")
-    return not _DENIES.isdisjoint(beside.split())
+    """Whether a text says "not" or the like, and its option does not: "it is not red"."""
+    return len(_TURNS.findall(_AFFIRMS.sub(" ", folded(text)))) > len(_TURNS.findall(folded(option)))
 
 
 def _options_in(text: str, options: Sequence[str]) -> list[int]:
@@ -366,7 +387,9 @@ def _options_in(text: str, options: Sequence[str]) -> list[int]:
     Of options that say the same, the first. Numbers count in digits and words alike, and as a whole only.
     """
     words, *plain = (f" {_in_text(part)} " for part in (text, *options))
-    found = [i for i, option in enumerate(plain) if option.strip() and option in words]
+    counts, said = _TIMES.sub("", words), f" {_in_text(_SETTING.sub(' ', text))} "
+    within = [counts if option.strip().isdigit() else words if " " in option.strip() else said for option in plain]
+    found = [i for i, option in enumerate(plain) if option.strip() and option in within[i]]
     longest = [i for i in found if not any(plain[i] in plain[j] and plain[i] != plain[j] for j in found)]
     return list({folded(options[i]): i for i in reversed(longest)}.values())[::-1]
 

@@ -137,13 +137,21 @@ def test_no_answer_is_hidden_in_all_questions_or_in_none(tmp_path, caplog, hidde
 
 
 def test_a_key_that_is_nearly_one_that_is_read_is_warned_of(tmp_path, caplog):
-    rows = [entry(0, spans_s=[0, 1], Options=["a"], mine=1, video_path="x"), entry(1, spans_s=[0, 1])]
+    rows = [entry(0, spans_s=[0, 1], Options=["a"], mine=1, video_path="x"), entry(1, spans_s=[0, 1], start=3)]
     (tmp_path / "a.json").write_text(json.dumps(rows))
     read_annotation(tmp_path / "a.json")
     assert sorted(record.getMessage() for record in caplog.records) == [
         f"{tmp_path / 'a.json'}: 'Options', in 1 of 2 entries, is not read; did you mean 'options'?",
         f"{tmp_path / 'a.json'}: 'spans_s', in 2 of 2 entries, is not read; did you mean 'span_s'?",
+        f"{tmp_path / 'a.json'}: 'start', in 1 of 2 entries, is not read; did you mean 'clip_s'?",
     ]
+
+
+@pytest.mark.parametrize("name", ["choices", "candidates"])
+def test_a_key_of_other_projects_is_warned_of(tmp_path, caplog, name):
+    (tmp_path / "a.json").write_text(json.dumps([entry(0, **{name: ["a", "b"]})]))
+    read_annotation(tmp_path / "a.json")
+    assert f"'{name}', in 1 of 1 entries, is not read; did you mean 'options'?" in caplog.text
 
 
 @pytest.mark.parametrize(

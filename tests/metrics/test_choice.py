@@ -209,6 +209,106 @@ def test_options_that_are_weighed_and_cut_off_name_none(text):
     assert parse_choice(text, VEHICLES) is None
 
 
+COLOURS, ANIMALS, DEEDS = ["red", "blue", "green", "yellow"], ["a dog", "a cat", "a horse"], ["walk", "run", "sit"]
+COUNTS, ORDER = ["1", "2", "3", "4"], ["before", "after", "at the same time"]
+
+
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        ("The car is not red or blue.", COLOURS),
+        ("The car isn't red or blue.", COLOURS),
+        ("It's not blue or green.", COLOURS),
+        ("It isn't a dog or a cat.", ANIMALS),
+        ("The man did not walk or run.", DEEDS),
+        ("None of the cars are red.", COLOURS),
+        ("None of the people wear green.", COLOURS),
+        ("Nobody wears blue.", COLOURS),
+        ("Nothing in the video is blue.", COLOURS),
+        ("There is hardly any green.", COLOURS),
+        ("The man is without a dog", ANIMALS),
+        ("No one is wearing red.", COLOURS),
+        ("The wrong answer is A.", COLOURS),
+        ("The incorrect option is C.", COLOURS),
+        ("The least likely option is A.", COLOURS),
+        ("The worst choice is D.", COLOURS),
+        ("The only option that is not shown is B.", COLOURS),
+        ("The least plausible answer would be C.", COLOURS),
+        ("The option that doesn't match is (B).", COLOURS),
+        ("In frame 2, the man jumps.", COUNTS),
+        ("Frame 3 shows the man jumping.", COUNTS),
+        ("Sorry, I can only see frame 1.", COUNTS),
+        ("In the first 3 seconds of the video, several people walk.", COUNTS),
+        ("The video is 4 seconds long.", COUNTS),
+        ("At 2 seconds a man appears.", COUNTS),
+        ("At 0:02 a man appears.", COUNTS),
+        ("After analyzing the frames, the door is closed.", ORDER),
+        ("Before the end, he leaves.", ORDER),
+        ("It is unclear if the car is red.", COLOURS),
+        ("It is hard to say whether the man feeds a dog.", ANIMALS),
+        ("I cannot tell whether it is blue.", COLOURS),
+        ("It is unclear whether the answer is B.", COLOURS),
+        ("I am not sure if it is B.", COLOURS),
+        ("I can't tell if it's A", COLOURS),
+        ("It's hard to tell whether the answer is A or B", COLOURS),
+        ("It is not only red but blue", COLOURS),
+        ("Nobody would say B.", COLOURS),
+        ("The answer is hardly B.", COLOURS),
+        ("Hardly red.", COLOURS),
+        ("The car is anything but red.", COLOURS),
+        ("The car lacks red paint", COLOURS),
+        ("red is missing", COLOURS),
+        ("There is no red car", COLOURS),
+        ("Everything except red", COLOURS),
+        ("every color except for red", COLOURS),
+        ("other than red", COLOURS),
+        ("B seems unlikely", COLOURS),
+        ("B would be wrong", COLOURS),
+        ("B is least likely", COLOURS),
+        ("B is the least likely", COLOURS),
+        ("B is the wrong answer", COLOURS),
+        ("B is the worst option", COLOURS),
+        ("B: incorrect", COLOURS),
+        ("Option B is not supported.", COLOURS),
+        ("(B) is a distractor", COLOURS),
+    ],
+)
+def test_a_sentence_that_says_something_else_of_an_option_names_none(text, options):
+    """Denied in a list, by nobody, unclear, the wrong one; a count of frames or seconds; a clause in front."""
+    assert parse_choice(text, options) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "number"),
+    [
+        ("It's not red or blue but green.", COLOURS, 2),
+        ("Not a dog or a cat, but a horse.", ANIMALS, 2),
+        ("The wrong answer is A. The right answer is B.", COLOURS, 1),
+        ("The least likely option is A, so the answer is B.", COLOURS, 1),
+        ("There are 3 people.", COUNTS, 2),
+        ("The man jumps 4 times in the video.", COUNTS, 3),
+        ("He leaves before the meal.", ORDER, 0),
+        ("There is no doubt that the answer is B.", COLOURS, 1),
+        ("Without a doubt, the answer is B.", COLOURS, 1),
+        ("If I had to choose, I'd say B.", COLOURS, 1),
+        ("Not sure, but the answer is B", COLOURS, 1),
+        ("I'm not sure but I think it's B", COLOURS, 1),
+        ("There is no car, so the answer is B.", COLOURS, 1),
+        ("Since A is not correct, the answer is B.", COLOURS, 1),
+        ("The answer is B because the man does not run.", COLOURS, 1),
+        ("It might be red.", COLOURS, 0),
+        ("There is no one.", ["a man", "no one", "without a hat"], 1),
+        ("While it is hard to tell, B is the best answer.", COLOURS, 1),
+        ("A is wrong, B is wrong, C is wrong, so D.", COLOURS, 3),
+        ("None of the other options match, so B", COLOURS, 1),
+        ("There are 2 in the first frame and 2 in the last.", COUNTS, 1),
+        ("He does it after he sits down.", ORDER, 1),
+    ],
+)
+def test_beside_such_a_clause_an_answer_is_read(text, options, number):
+    assert parse_choice(text, options) == number
+
+
 @pytest.mark.parametrize(
     ("text", "number"),
     [
