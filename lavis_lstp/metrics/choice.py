@@ -29,6 +29,7 @@ _V = r"\(?([\ue000-\ue019])\)?"
 _OPEN, _CLOSE = r"""[(\[{<"'\u300c\u300e\u3010\u300a\u201c]""", r"""[)\]}>"'\u300d\u300f\u3011\u300b\u201d]"""
 _LONE = re.compile(r"[^\w?+#/~%$\u20ac\u00a3\u00b0=-]*([A-Za-z])[^\w?+#/~%$\u20ac\u00a3\u00b0=-]*")
 _LABEL = re.compile(r"\([A-Za-z]\)|\[[A-Za-z]\]|[A-Za-z][).:,](?![A-Za-z]\.)|[A-Z] - ")
+_LABEL_BEHIND = re.compile(r"[(\[][A-Za-z][)\]]\W*$")
 _LETTER = re.compile(
     rf"{_OPEN}([A-Za-z]){_CLOSE}(?!\?)"
     r"|(?<![A-Za-z0-9_'.+#/-])(?:([B-HJ-Z])(?![A-Za-z0-9_'+#?]|[-/][A-Za-z0-9]|\.[A-Za-z]\.)"
@@ -88,7 +89,7 @@ _THUS = re.compile(
 )
 _RIGHT = re.compile(
     rf"{_V}(?: (?:is|seems|appears|looks|would be|should be|must be)(?: [a-z]+){{0,4}}? "
-    r"(?:correct|right|best|true|accurate|answer|choice|appropriate|likely|suitable|plausible)"
+    r"(?:correct|right|best|better|true|accurate|answer|choice|appropriate|likely|suitable|plausible)"
     r"(?= (?:answer|option|choice|one|because|since|as|and|given|here)\b|\)?[.,;:!\s]*(?:\n|$)|[.,;:!])"
     r"| (?:fits|matches) best\b| (?:best|most (?:accurately|closely)) "
     r"(?:describes|matches|fits|answers|represents|captures|explains|reflects)\b"
@@ -118,7 +119,8 @@ _ENDS = re.compile(r"[!?\u3002\n]|[.](?!\d)")
 _TURNS = re.compile(
     r"\b(?:no|not|never|neither|nor|none|nobody|nothing|nowhere|cannot|hardly|barely|scarcely|rarely|without|lack(?:s|ed|ing)?"
     r"|absent|missing|unclear|uncertain|unsure|ambiguous|whether|if|unless|wrong|incorrect|false|untrue|inaccurate|invalid"
-    r"|impossible|unlikely|improbable|least|worst|doubt\w*|except|excluding|excludes?|other than|far from)\b|n't\b"
+    r"|impossible|unlikely|improbable|least|worst|doubt\w*|except|excluding|excludes?|other than|far from"
+    r"|used to|(?:fail|refuse)(?:s|d|ed)? to)\b|n't\b"
 )
 """What makes a sentence say something else than that its option is the answer."""
 _AFFIRMS = re.compile(
@@ -127,17 +129,25 @@ _AFFIRMS = re.compile(
 )
 """What looks like it, and says nothing of the kind."""
 _TURNED = re.compile(
-    rf"(?:{_TURNS.pattern})(?:(?!\b(?:but|so|then|thus|hence|therefore|because|since)\b)[^,;.!?\n\ue000-\ue019]){{0,100}}{_V}"
+    rf"(?:{_TURNS.pattern}|\b(?:initially|originally|at first|previous(?:ly)?|earlier)\b)"
+    r"(?:(?!\b(?:but|so|then|thus|hence|therefore|because|since)\b)[^,;.!?\n\ue000-\ue019])"
+    rf"{{0,100}}{_V}"
     r"(?:,? (?:or|and|nor) \(?[\ue000-\ue019]\)?)*"
 )
-"""A letter behind it in the same clause: "the wrong answer is A", "unclear whether it is A"."""
+"""A letter behind it in the same clause: "the wrong answer is A", "unclear whether it is A", "at first I chose A"."""
 _TIMES = re.compile(
-    r"(?<= )(?:frames?|scenes?|images?|pictures?|figures?|shots?|clips?|steps?|seconds?|minutes?|first|last|next|final)"
+    r"(?<= )(?:frames?|scenes?|images?|pictures?|figures?|shots?|clips?|steps?|seconds?|minutes?|first|last|next|final"
+    r"|chapters?|episodes?|versions?|levels?|pages?|parts?)"
     r" \d+(?= )|(?<= )\d+ (?:s|sec|secs|seconds?|min|mins|minutes?|hours?|ms|frames?|fps|percent)(?= )"
 )
 """Numbers of a normalised text that count frames and seconds, which an option that is a number alone does not."""
-_SETTING = re.compile(r"(?:^|(?<=[.!?] ))(?:after|before|first|during|while) [^,.!?]+,", re.MULTILINE | re.IGNORECASE)
-"""The clause in front of a sentence: the word that it begins with is no answer "after"."""
+_SETTING = re.compile(
+    r"(?:^|(?<=[.!?] ))(?:after|before|first|during|while) [^,.!?]+,"
+    r"|\b(?:you're|you are|that's|that is|all) right\b|\bright (?:now|away|answer|option|choice)\b",
+    re.MULTILINE | re.IGNORECASE,
+)
+"""The clause in front of a sentence, and idioms: the word that it begins with is no answer "after", "You're right" none
+"right"."""
 _DENY = (
     r"(?:\b(?:not|never|neither|nor|nobody|doubt|unlikely|rather than|instead of|unlike|except|over|versus|vs\.?"
     r"|anything but|cannot|eliminat\w+|exclud\w+|reject\w*|dismiss\w*|rul(?:e|es|ed|ing) out)|n't)"
@@ -252,9 +262,9 @@ def _bare(text: str) -> str:
 
 
 def _normalised(text: str, numbers: Callable[[str], str] = written) -> str:
-    """`normalise` of a text that does not begin with a letter of its own, which would pass for an article."""
-    words = normalise(text, numbers)
-    return "" if _LONE.fullmatch(words) or _LABEL.match(without_markup(text)) else words
+    """`normalise` of a text without a letter of its own in front or behind, which would pass for an article."""
+    words, plain = normalise(text, numbers), without_markup(text)
+    return "" if _LONE.fullmatch(words) or _LABEL.match(plain) or _LABEL_BEHIND.search(plain) else words
 
 
 def _in_digits(text: str) -> str:

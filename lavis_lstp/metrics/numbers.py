@@ -46,6 +46,7 @@ _ORDINALS = {
 _ORDINALS |= {word[:-1] + "ieth": n for word, n in _TENS.items()}
 _WORD = "|".join((*_ORDINALS, *sorted((*_SMALL, *_TENS, *_SCALES, "hundred"), key=len, reverse=True)))
 _RUN = re.compile(rf"(?<![\w'])(?:{_WORD})(?:(?: and |[ -])(?:{_WORD}))*(?![\w'])")
+_NTH_ONE = re.compile(rf"\b({'|'.join(_ORDINALS)}) one\b")
 _DIGIT, _ANY = re.compile(r"\d"), re.compile(rf"\d|\b(?:{_WORD}|dozen)\b")
 _PARTS = {word: n for n, words in {2: "half halve", 4: "quarter"}.items() for word in words.split()}
 _PARTS |= {word: _ORDINALS[word] for word in "third fourth fifth sixth eighth tenth".split()}
@@ -108,7 +109,7 @@ def counted(text: str, one: bool = True) -> str:
     """Return `written` with numbers in words as well; without `one` a lone "one", which means much, stays."""
     if not _ANY.search(text):
         return text
-    text = re.sub(r"\ban? (?=hundred|thousand|million|billion)", "", text)
+    text = re.sub(r"\ban? (?=hundred|thousand|million|billion)", "", _NTH_ONE.sub(r"\1", text))  # "the third one"
     text = _BIG.sub(lambda match: _scaled(match[1], _SCALES.get(match[2], 100)), text)
     text = _RUN.sub(_run, _PART_OF.sub(_part, text))
     for pattern, joined in _JOINED:

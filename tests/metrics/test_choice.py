@@ -271,6 +271,12 @@ COUNTS, ORDER = ["1", "2", "3", "4"], ["before", "after", "at the same time"]
         ("B: incorrect", COLOURS),
         ("Option B is not supported.", COLOURS),
         ("(B) is a distractor", COLOURS),
+        ("He used to run but now sits", DEEDS),
+        ("He refuses to sit.", DEEDS),
+        ("run (A)", DEEDS),
+        ("You're right.", ["left", "right"]),
+        ("the third one", COUNTS),
+        ("See chapter 3.", COUNTS),
     ],
 )
 def test_a_sentence_that_says_something_else_of_an_option_names_none(text, options):
@@ -297,6 +303,10 @@ def test_a_sentence_that_says_something_else_of_an_option_names_none(text, optio
         ("Since A is not correct, the answer is B.", COLOURS, 1),
         ("The answer is B because the man does not run.", COLOURS, 1),
         ("It might be red.", COLOURS, 0),
+        ("run (B)", DEEDS, 1),
+        ("The right answer is left.", ["left", "right"], 0),
+        ("I initially chose A but B is better", COLOURS, 1),
+        ("At first A seemed right, but B is correct.", COLOURS, 1),
         ("There is no one.", ["a man", "no one", "without a hat"], 1),
         ("While it is hard to tell, B is the best answer.", COLOURS, 1),
         ("A is wrong, B is wrong, C is wrong, so D.", COLOURS, 3),
