@@ -49,6 +49,7 @@ _TURNS = {
 }
 """EXIF orientation -> what makes the picture upright."""
 _ORIENTATION, _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 0x0112, 258, 262, 0
+_NEW_SUBFILE_TYPE, _REDUCED, _SUBFILE_TYPE, _REDUCED_BEFORE = 254, 1, 255, 2
 _STATED = (340, 341)
 """TIFF's SMinSampleValue and SMaxSampleValue."""
 
@@ -56,7 +57,7 @@ _STATED = (340, 341)
 def open_picture(
     source: str | Path | bytes, name: str, *, max_megapixels: float = DEFAULT_MAX_MEGAPIXELS
 ) -> Image.Image:
-    """The picture (of several in a file the first), RGB, upright.
+    """The picture (of several in a file the first that is no preview of another), RGB, upright.
 
     Args:
         source: file or its bytes.
@@ -102,8 +103,22 @@ def is_animated(source: str | os.PathLike | bytes | BinaryIO) -> bool:
 @contextlib.contextmanager
 def _opened(source: str | Path | bytes, name: str, max_megapixels: float) -> Iterator[Image.Image]:
     with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as picture:
+        _skip_previews(picture, name)
         check_area(picture.width, picture.height, name, max_megapixels)
         yield picture
+
+
+def _skip_previews(picture: Image.Image, name: str) -> None:
+    """Go on to the first page of a TIFF that is no smaller copy of another: camera raws begin with one."""
+    while picture.format == "TIFF" and (
+        picture.tag_v2.get(_NEW_SUBFILE_TYPE, 0) & _REDUCED or picture.tag_v2.get(_SUBFILE_TYPE) == _REDUCED_BEFORE
+    ):
+        try:
+            picture.seek(picture.tell() + 1)
+        except EOFError:
+            raise VideoError(
+                f"{name}: only a preview of the picture can be read (a camera raw?); export it as JPEG or PNG"
+            ) from None
 
 
 def check_area(width: int, height: int, name: str, max_megapixels: float) -> None:

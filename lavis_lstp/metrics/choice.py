@@ -26,6 +26,7 @@ from lavis_lstp.metrics.qa import (
 LETTERS = string.ascii_uppercase
 _MARK = 0xE000  # from here on, characters of private use stand for letters of options
 _V = r"\(?([\ue000-\ue019])\)?"
+_L = r"\(?[\ue000-\ue019]\)?"
 _OPEN, _CLOSE = r"""[(\[{<"'\u300c\u300e\u3010\u300a\u201c]""", r"""[)\]}>"'\u300d\u300f\u3011\u300b\u201d]"""
 _LONE = re.compile(r"[^\w?+#/~%$\u20ac\u00a3\u00b0=-]*([A-Za-z])[^\w?+#/~%$\u20ac\u00a3\u00b0=-]*")
 _LABEL = re.compile(r"\([A-Za-z]\)|\[[A-Za-z]\]|[A-Za-z][).:,](?![A-Za-z]\.)|[A-Z] - ")
@@ -117,9 +118,9 @@ _CORRECTS = re.compile(
 """Where a text corrects itself; the group says that what was before is wrong."""
 _ENDS = re.compile(r"[!?\u3002\n]|[.](?!\d)")
 _TURNS = re.compile(
-    r"\b(?:no|not|never|neither|nor|none|nobody|nothing|nowhere|cannot|hardly|barely|scarcely|rarely|without|lack(?:s|ed|ing)?"
-    r"|absent|missing|unclear|uncertain|unsure|ambiguous|whether|if|unless|wrong|incorrect|false|untrue|inaccurate|invalid"
-    r"|impossible|unlikely|improbable|least|worst|doubt\w*|except|excluding|excludes?|other than|far from"
+    r"\b(?:no|not|never|neither|nor|none|nobody|nothing|nowhere|cannot|hardly|barely|scarcely|rarely|without"
+    r"|lack(?:s|ed|ing)?|absent|missing|unclear|uncertain|unsure|ambiguous|whether|which of|if|unless|wrong|incorrect|false"
+    r"|untrue|inaccurate|invalid|impossible|unlikely|improbable|least|worst|doubt\w*|except|excluding|excludes?|other than|far from"
     r"|used to|(?:fail|refuse)(?:s|d|ed)? to)\b|n't\b"
 )
 """What makes a sentence say something else than that its option is the answer."""
@@ -132,9 +133,11 @@ _TURNED = re.compile(
     rf"(?:{_TURNS.pattern}|\b(?:initially|originally|at first|previous(?:ly)?|earlier)\b)"
     r"(?:(?!\b(?:but|so|then|thus|hence|therefore|because|since)\b)[^,;.!?\n\ue000-\ue019])"
     rf"{{0,100}}{_V}"
-    r"(?:,? (?:or|and|nor) \(?[\ue000-\ue019]\)?)*"
+    rf"(?:(?:,? (?:or|and|nor)|,|/) ?{_L})*"
 )
 """A letter behind it in the same clause: "the wrong answer is A", "unclear whether it is A", "at first I chose A"."""
+_LIST = re.compile(rf"{_L}(?:[,/] ?{_L})+,? (?:or|and|nor) {_L}|{_L}(?:[,/] ?{_L}){{2,}}")
+"""Three letters or more in a row: "one of A, B, C, D is correct" says no D."""
 _TIMES = re.compile(
     r"(?<= )(?:frames?|scenes?|images?|pictures?|figures?|shots?|clips?|steps?|seconds?|minutes?|first|last|next|final"
     r"|chapters?|episodes?|versions?|levels?|pages?|parts?)"
@@ -207,7 +210,7 @@ def _read(text: str, options: Sequence[str]) -> int | None:
     weighed = weighed and re.match(r"\(?[\ue000-\ue019]|.*?[:\n]", marked[announced.end() :]) is not None
     marked = _OPTION_AHEAD.sub("", _WEIGHS.sub(" ", marked))
     listed = weighed or len({sign for line in marked.splitlines() for sign in _numbers(line[:3].strip(), _FIRST)}) > 1
-    marked = _TURNED.sub(" ", _without_denied(_AFFIRMS.sub(" ", marked), options))
+    marked = _LIST.sub(" ", _TURNED.sub(" ", _without_denied(_AFFIRMS.sub(" ", marked), options)))
     alone = {i for line in lines for i in _letter_alone(line, options)}
     alone |= {i for line in (stated if weighed else lines) for i in _words_alone(line, options)}
     if not alone and not weighed and (said := _polarity(plain, options)) is not None:

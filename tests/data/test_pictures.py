@@ -83,6 +83,27 @@ def test_switches_of_pil_are_set_aside_for_threads_that_overlap(lenient):
     assert not problems and ImageFile.LOAD_TRUNCATED_IMAGES is True
 
 
+def pages(*kinds: dict[int, int]) -> bytes:
+    """A TIFF whose first page is 4 x 4 and the others 8 x 8 px, of these tags."""
+    stream = io.BytesIO()
+    with TiffImagePlugin.AppendingTiffWriter(stream) as writer:
+        for side, tags in zip((4, *[8] * len(kinds)), kinds, strict=False):
+            Image.new("RGB", (side, side)).save(writer, "TIFF", tiffinfo=tags)
+            writer.newFrame()
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("preview", [{254: 1}, {255: 2}])
+def test_a_preview_in_front_of_the_picture_is_passed_over(preview):
+    """Camera raws and some scanners begin with a small copy; a first page of several is a picture."""
+    both = pages(preview, {254: 0})
+    assert open_picture(both, "x").size == picture_size(both, "x") == (8, 8)
+    assert open_picture(pages({254: 2}, {254: 2}), "x").size == (4, 4)
+    for opens in (open_picture, picture_size):
+        with pytest.raises(VideoError, match=r"^x.dng: only a preview .*; export it as JPEG or PNG$"):
+            opens(pages(preview), "x.dng")
+
+
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "TIFF", "WEBP"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_orientation_of_a_camera_is_applied(orientation, form):
