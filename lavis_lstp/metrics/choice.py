@@ -119,9 +119,9 @@ _CORRECTS = re.compile(
 _ENDS = re.compile(r"[!?\u3002\n]|[.](?!\d)")
 _TURNS = re.compile(
     r"\b(?:no|not|never|neither|nor|none|nobody|nothing|nowhere|cannot|hardly|barely|scarcely|rarely|without"
-    r"|lack(?:s|ed|ing)?|absent|missing|unclear|uncertain|unsure|ambiguous|whether|which of|if|unless|wrong|incorrect|false"
-    r"|untrue|inaccurate|invalid|impossible|unlikely|improbable|least|worst|doubt\w*|except|excluding|excludes?|other than|far from"
-    r"|used to|(?:fail|refuse)(?:s|d|ed)? to)\b|n't\b"
+    r"|lack(?:s|ed|ing)?|absent|missing|unclear|uncertain|unsure|ambiguous|whether|which of|if|unless"
+    r"|wrong|incorrect|false|untrue|inaccurate|invalid|impossible|unlikely|improbable|least|worst|doubt\w*"
+    r"|except|excluding|excludes?|other than|far from|used to|(?:fail|refuse)(?:s|d|ed)? to)\b|n't\b"
 )
 """What makes a sentence say something else than that its option is the answer."""
 _AFFIRMS = re.compile(
