@@ -10,10 +10,12 @@ import shutil
 import subprocess
 import sys
 import threading
+from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
+from av.bitstream import BitStreamFilterContext
 from hypothesis import given
 from hypothesis import strategies as st
 from video_files import audio_file, corners, numbered_picture, numbered_video, read_number, write_video
@@ -652,6 +654,45 @@ def test_an_avi_with_dropped_pictures_is_whole(tmp_path):
     (tmp_path / "cut.avi").write_bytes(path.read_bytes()[:-400])
     with pytest.raises(VideoError, match="cut.avi: truncated"):
         probe(tmp_path / "cut.avi")
+
+
+@pytest.mark.parametrize("shown", [range(30), [*range(10), *range(14, 30)], range(0, 60, 2)])
+def test_h264_in_an_avi_is_on_screen_where_the_file_has_it(tmp_path, shown):
+    """FFmpeg stamps it a picture late where nothing is reordered, as cameras write it."""
+    path = numbered_video(tmp_path / "v.avi", len(shown), ticks=shown, options={"g": "10", "bf": "0", "crf": "12"})
+    video = read_frames(path, num=len(shown))
+    assert [read_number(frame) for frame in video.frames] == list(range(len(shown)))
+    assert video.times_s == pytest.approx([tick / 25 for tick in shown], abs=1e-6)
+    assert probe(path).duration_s == pytest.approx((shown[-1] + shown[1] - shown[0]) / 25, abs=0.041)
+
+
+def test_an_avi_whose_clock_is_finer_than_its_pictures_is_whole(tmp_path):
+    plain, copy = numbered_video(tmp_path / "v.mp4", 20, options={"bf": "0", "crf": "12"}), tmp_path / "v.avi"
+    with av.open(str(plain)) as source, av.open(str(copy), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        stream.time_base = Fraction(1, 50)
+        in_avi = BitStreamFilterContext("h264_mp4toannexb", source.streams.video[0])
+        for read in source.demux(video=0):
+            for packet in in_avi.filter(read if read.dts is not None else None):
+                packet.stream = stream
+                target.mux(packet)
+    info = probe(copy)
+    assert (info.num_frames, info.duration_s) == (20, pytest.approx(0.8))
+    assert read_frames(copy, num=20).times_s == pytest.approx(np.arange(20) / 25, abs=1e-6)
+    (tmp_path / "cut.avi").write_bytes(copy.read_bytes()[:-1500])
+    with pytest.raises(VideoError, match="cut.avi: truncated"):
+        probe(tmp_path / "cut.avi")
+
+
+def test_pictures_dropped_from_an_avi_with_b_frames_do_not_shift_the_others(tmp_path, caplog):
+    """Beside each gap two may be on its other side: which, only the encoder knew."""
+    shown = [*range(12), 15, 16, *range(40, 56)]
+    path = numbered_video(tmp_path / "v.avi", len(shown), ticks=shown, options={"g": "30", "bf": "2", "crf": "12"})
+    video = read_frames(path, num=len(shown))
+    assert [read_number(frame) for frame in video.frames] == list(range(len(shown)))
+    off = np.abs(np.asarray(video.times_s) - np.array(shown) / 25)
+    assert (off > 0.081).sum() <= 4 and probe(path).duration_s == pytest.approx(56 / 25, abs=0.05)
+    assert "v.avi: pictures are missing" in caplog.text
 
 
 @pytest.mark.parametrize("ending", ["mp4", "mkv", "avi", "ts"])

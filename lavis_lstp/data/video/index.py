@@ -41,6 +41,7 @@ TS_PACKET = (188, 192, 204)  # bytes
 # Streams without a container: FFmpeg takes 25 frames a second unless told otherwise, also where their headers state it.
 RAW_STREAMS = {"h264", "hevc", "m4v", "mpegvideo", "obu"}
 NO_PRESENTATION_TIMES = {"avi", *RAW_STREAMS}
+DELAY = 2  # pictures by which an encoder with B-frames begins late
 # Where a clock may begin anew, a step of more than GAP_S is no pause but another clock: FFmpeg's dts_delta_threshold.
 CLOCKS_BEGIN_ANEW = {"mpegts", "mpeg", "ogg"}
 GAP_S = 10.0
@@ -220,7 +221,8 @@ def _index_of_track(source: Source, name: str, track: int | None, max_megapixels
         raise VideoError(f"{name}: {missing or 'its edit list hides every frame'}")
     visible = np.flatnonzero(shown)
     frame_packet = visible[np.argsort(packet_pts[visible])]
-    ticks = packet_pts[frame_packet]
+    # Without B-frames the place in an AVI is the time; FFmpeg's stamps of H.264 there are later, by a picture.
+    ticks = (packets["dts"] if "avi" in formats else packet_pts)[frame_packet]
     begins_s = _seconds_after(start, int(ticks[0]) * tick)
     times_s = (ticks - ticks[0]) * facts["time_base"] + begins_s
     fps = frame_rate(times_s, rate)
@@ -329,8 +331,13 @@ def _read_packets(container: Any, stream: Any) -> tuple[np.ndarray, str | None]:
         packets = packets[:-1]
         missing = f"truncated: frame {len(packets)} is cut off"
     declared = _declared_frames(container, stream)
-    # AVI counts pictures that were dropped, too: empty chunks, which nothing but the stamps behind them tell.
-    held = int(packets["dts"].max(initial=0)) + 1 if container.format.name == "avi" else 0
+    held = 0
+    if container.format.name == "avi" and len(packets):
+        # AVI counts pictures that were dropped, too: empty chunks, which nothing but the stamps behind them tell; and
+        # where its clock is finer than its pictures the last one is followed by some.
+        step = _usual_step(packets["dts"])
+        held = int(packets["dts"].max()) + step
+        packets["ticks"] = np.maximum(packets["ticks"], step)
     if declared > max(held, len(packets)):
         missing = f"truncated: {len(packets)} of {declared} frames are in the file"
     elif (short_s := _missing_seconds(stream, packets)) > 0:
@@ -389,6 +396,7 @@ def count_frames(
     ticks: list[int | None] = []
     sizes: list[int] = []
     keys: list[bool] = []
+    dts: list[int | None] = []
     name, track, most = facts["name"], facts["track"], facts["max_megapixels"]
     with open_video(source, name, track=track, max_megapixels=most) as (container, stream):
         tick = stream.time_base
@@ -397,7 +405,12 @@ def count_frames(
         stream.codec_context.options = dict(stream.codec_context.options) | {"skip_loop_filter": "all"}
         try:
             for packet in container.demux(stream):
-                packet.opaque = [packet.size]  # PyAV keeps it by identity, and small numbers are all the same object
+                packet.opaque = [
+                    packet.size,
+                    len(dts),
+                ]  # PyAV keeps it by identity, and small numbers are all the same object
+                if packet.size:
+                    dts.append(packet.dts)
                 for frame in packet.decode():
                     ticks.append(frame.pts)
                     sizes.append(frame.opaque[0] if frame.opaque else 0)
@@ -412,7 +425,11 @@ def count_frames(
     known = next((n for n, pts in enumerate(ticks) if pts is not None), None)
     first = None if known is None else ticks[known] * tick - known * step_s
     first = first if first_dts is None else first_dts * tick
-    times_s = _joined_times(ticks, facts["time_base"], float(step_s), joints) + _seconds_after(facts["start"], first)
+    times_s = _joined_times(ticks, facts["time_base"], float(step_s), joints)
+    if times_s is None and first_dts is not None and len(dts) == len(ticks) and None not in dts:
+        times_s = _places_s(dts, facts["time_base"], name)
+    times_s = np.arange(len(ticks)) * float(step_s) if times_s is None else times_s
+    times_s = times_s + _seconds_after(facts["start"], first)
     fps = frame_rate(times_s, rate)
     none = np.zeros(0, dtype=np.int64)
     return VideoIndex(
@@ -431,18 +448,35 @@ def count_frames(
     )
 
 
-def _joined_times(ticks: Sequence[int | None], tick_s: float, step_s: float, joints: int) -> np.ndarray:
+def _places_s(dts: Sequence[int], tick_s: float, name: str) -> np.ndarray | None:
+    """float64 [N], seconds since the first frame at which an AVI stores frames: pictures that were dropped are gaps.
+
+    None where gaps are no longer than DELAY: then frames are evenly spaced.
+    """
+    stored = np.sort(np.asarray(dts, dtype=np.int64))
+    if stored[-1] - stored[0] <= (len(stored) - 1 + DELAY) * _usual_step(stored):
+        return None
+    logger.warning(
+        "%s: pictures are missing, and B-frames have no times; those beside a gap may belong behind it", name
+    )
+    return (stored - stored[0]) * tick_s
+
+
+def _usual_step(stamps: np.ndarray) -> int:
+    return int(np.median(np.diff(stamps))) if len(stamps) > 1 else 1
+
+
+def _joined_times(ticks: Sequence[int | None], tick_s: float, step_s: float, joints: int) -> np.ndarray | None:
     """float64 [N], seconds since the first frame: as stamped, going on by one step where another clock begins.
 
-    Where the stamps cannot be told from accidents, frames are evenly spaced.
+    None where the stamps cannot be told from accidents.
     """
-    even = np.arange(len(ticks)) * step_s
     if None in ticks:
-        return even
+        return None
     steps_s = np.diff(np.asarray(ticks, dtype=np.int64)) * tick_s
     anew = (steps_s <= 0) | (steps_s > GAP_S) if joints else steps_s <= 0
     if anew.sum() > joints:
-        return even
+        return None
     return np.concatenate([[0.0], np.cumsum(np.where(anew, step_s, steps_s))])
 
 
