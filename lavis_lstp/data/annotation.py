@@ -193,7 +193,7 @@ def _is_kind(kind: Any) -> bool:
 
 
 def _warn_of_misspelt(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Warn once of each key that is not read, and looks or elsewhere means like one that may be left out and is."""
+    """Warn once of each key that is not read, and looks like one that is left out or stands for it elsewhere."""
     keys = Counter(key for row in rows for key in row)
     for key in keys.keys() - {*REQUIRED, *OPTIONAL}:
         close = difflib.get_close_matches(key.lower(), [one for one in OPTIONAL if one not in keys], n=1, cutoff=0.8)

@@ -131,9 +131,8 @@ _AFFIRMS = re.compile(
 """What looks like it, and says nothing of the kind."""
 _TURNED = re.compile(
     rf"(?:{_TURNS.pattern}|\b(?:initially|originally|at first|previous(?:ly)?|earlier)\b)"
-    r"(?:(?!\b(?:but|so|then|thus|hence|therefore|because|since)\b)[^,;.!?\n\ue000-\ue019])"
-    rf"{{0,100}}{_V}"
-    rf"(?:(?:,? (?:or|and|nor)|,|/) ?{_L})*"
+    r"(?:(?!\b(?:but|so|then|thus|hence|therefore|because|since)\b)[^,;.!?\n\ue000-\ue019]){0,100}"
+    rf"{_V}(?:(?:,? (?:or|and|nor)|,|/) ?{_L})*"
 )
 """A letter behind it in the same clause: "the wrong answer is A", "unclear whether it is A", "at first I chose A"."""
 _LIST = re.compile(rf"{_L}(?:[,/] ?{_L})+,? (?:or|and|nor) {_L}|{_L}(?:[,/] ?{_L}){{2,}}")
@@ -149,8 +148,7 @@ _SETTING = re.compile(
     r"|\b(?:you're|you are|that's|that is|all) right\b|\bright (?:now|away|answer|option|choice)\b",
     re.MULTILINE | re.IGNORECASE,
 )
-"""The clause in front of a sentence, and idioms: the word that it begins with is no answer "after", "You're right" none
-"right"."""
+"""Idioms and clauses in front: "After watching it, ..." is no answer "after", and "You're right" none "right"."""
 _DENY = (
     r"(?:\b(?:not|never|neither|nor|nobody|doubt|unlikely|rather than|instead of|unlike|except|over|versus|vs\.?"
     r"|anything but|cannot|eliminat\w+|exclud\w+|reject\w*|dismiss\w*|rul(?:e|es|ed|ing) out)|n't)"

@@ -222,7 +222,8 @@ def _index_of_track(source: Source, name: str, track: int | None, max_megapixels
     visible = np.flatnonzero(shown)
     frame_packet = visible[np.argsort(packet_pts[visible])]
     # Without B-frames the place in an AVI is the time; FFmpeg's stamps of H.264 there are later, by a picture.
-    ticks = (packets["dts"] if "avi" in formats else packet_pts)[frame_packet]
+    by_place = "avi" in formats and (packets["dts"] != NO_TIME).all()
+    ticks = (packets["dts"] if by_place else packet_pts)[frame_packet]
     begins_s = _seconds_after(start, int(ticks[0]) * tick)
     times_s = (ticks - ticks[0]) * facts["time_base"] + begins_s
     fps = frame_rate(times_s, rate)
@@ -405,10 +406,7 @@ def count_frames(
         stream.codec_context.options = dict(stream.codec_context.options) | {"skip_loop_filter": "all"}
         try:
             for packet in container.demux(stream):
-                packet.opaque = [
-                    packet.size,
-                    len(dts),
-                ]  # PyAV keeps it by identity, and small numbers are all the same object
+                packet.opaque = [packet.size]  # PyAV keeps it by identity, and small numbers are all the same object
                 if packet.size:
                     dts.append(packet.dts)
                 for frame in packet.decode():
@@ -449,26 +447,24 @@ def count_frames(
 
 
 def _places_s(dts: Sequence[int], tick_s: float, name: str) -> np.ndarray | None:
-    """float64 [N], seconds since the first frame at which an AVI stores frames: pictures that were dropped are gaps.
+    """Return float64 [N], seconds since the first frame at which an AVI stores frames: dropped pictures are gaps.
 
-    None where gaps are no longer than DELAY: then frames are evenly spaced.
+    None where there are no more of them than DELAY: then frames are evenly spaced.
     """
     stored = np.sort(np.asarray(dts, dtype=np.int64))
     if stored[-1] - stored[0] <= (len(stored) - 1 + DELAY) * _usual_step(stored):
         return None
-    logger.warning(
-        "%s: pictures are missing, and B-frames have no times; those beside a gap may belong behind it", name
-    )
+    logger.warning("%s: an AVI with B-frames from which pictures were dropped; two beside a gap may be behind it", name)
     return (stored - stored[0]) * tick_s
 
 
 def _usual_step(stamps: np.ndarray) -> int:
-    return int(np.median(np.diff(stamps))) if len(stamps) > 1 else 1
+    """Return the ticks from a packet to the next in most cases."""
+    return max(1, int(np.median(np.diff(stamps)))) if len(stamps) > 1 else 1
 
 
 def _joined_times(ticks: Sequence[int | None], tick_s: float, step_s: float, joints: int) -> np.ndarray | None:
-    """float64 [N], seconds since the first frame: as stamped, going on by one step where another clock begins.
-
+    """Return float64 [N], seconds since the first frame: as stamped, going on by one step where another clock begins;
     None where the stamps cannot be told from accidents.
     """
     if None in ticks:
