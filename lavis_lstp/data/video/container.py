@@ -142,7 +142,9 @@ def open_video(
             if refused:
                 formats = f"expected one of {FORMATS}"
                 raise VideoError(f"{name}: is of a format that is not read as a video; {formats}") from None
-        if refused:  # among other causes, the decoder found larger pictures than the container had stated
+        if refused and (container.format.name, stream.codec_context.name) == ("avi", "rawvideo"):
+            why = "; its header names no codec, as FFmpeg writes HEVC into AVI: make an MP4 from its source"
+        elif refused:  # among other causes, the decoder found larger pictures than the container had stated
             why = f", or its pictures are larger than {max_megapixels:g} megapixels (max_megapixels)"
         elif isinstance(error, av.InvalidDataError):
             why = "; it looks truncated, or is no video"

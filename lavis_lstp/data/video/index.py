@@ -41,7 +41,7 @@ TS_PACKET = (188, 192, 204)  # bytes
 # Streams without a container: FFmpeg takes 25 frames a second unless told otherwise, also where their headers state it.
 RAW_STREAMS = {"h264", "hevc", "m4v", "mpegvideo", "obu"}
 NO_PRESENTATION_TIMES = {"avi", *RAW_STREAMS}
-DELAY = 2  # pictures by which an encoder with B-frames begins late
+DELAY = 2  # pictures by which XviD with B-frames begins late
 # Where a clock may begin anew, a step of more than GAP_S is no pause but another clock: FFmpeg's dts_delta_threshold.
 CLOCKS_BEGIN_ANEW = {"mpegts", "mpeg", "ogg"}
 GAP_S = 10.0
@@ -336,7 +336,7 @@ def _read_packets(container: Any, stream: Any) -> tuple[np.ndarray, str | None]:
     if container.format.name == "avi" and len(packets):
         # AVI counts pictures that were dropped, too: empty chunks, which nothing but the stamps behind them tell; and
         # where its clock is finer than its pictures the last one is followed by some.
-        step = _usual_step(packets["dts"])
+        step = _common_step(packets["dts"])
         held = int(packets["dts"].max()) + step
         packets["ticks"] = np.maximum(packets["ticks"], step)
     if declared > max(held, len(packets)):
@@ -397,6 +397,7 @@ def count_frames(
     ticks: list[int | None] = []
     sizes: list[int] = []
     keys: list[bool] = []
+    decoded: list[int | None] = []
     dts: list[int | None] = []
     name, track, most = facts["name"], facts["track"], facts["max_megapixels"]
     with open_video(source, name, track=track, max_megapixels=most) as (container, stream):
@@ -411,10 +412,13 @@ def count_frames(
                     dts.append(packet.dts)
                 for frame in packet.decode():
                     ticks.append(frame.pts)
+                    decoded.append(frame.dts)
                     sizes.append(frame.opaque[0] if frame.opaque else 0)
                     keys.append(bool(frame.key_frame))
         except av.FFmpegError as error:
             facts = facts | {"missing": f"decoding stops after {len(ticks)} frames ({error.strerror})"}
+    if facts["container"] == "avi" and facts["codec"] == "h264":  # FFmpeg stamps these in the order of decoding
+        ticks = _shown_when_decoded(decoded) or ticks
     if facts["missing"]:
         ticks = ticks[:-REORDER]  # a frame shown earlier may lie behind the cut, and shift the count
     if not ticks:
@@ -424,7 +428,7 @@ def count_frames(
     first = None if known is None else ticks[known] * tick - known * step_s
     first = first if first_dts is None else first_dts * tick
     times_s = _joined_times(ticks, facts["time_base"], float(step_s), joints)
-    if times_s is None and first_dts is not None and len(dts) == len(ticks) and None not in dts:
+    if times_s is None and facts["container"] == "avi" and len(dts) == len(ticks) and None not in dts:
         times_s = _places_s(dts, facts["time_base"], name)
     times_s = np.arange(len(ticks)) * float(step_s) if times_s is None else times_s
     times_s = times_s + _seconds_after(facts["start"], first)
@@ -446,21 +450,35 @@ def count_frames(
     )
 
 
-def _places_s(dts: Sequence[int], tick_s: float, name: str) -> np.ndarray | None:
-    """Return float64 [N], seconds since the first frame at which an AVI stores frames: dropped pictures are gaps.
+def _shown_when_decoded(decoded: Sequence[int | None]) -> list[int] | None:
+    """Return times of pictures from those of the packets that made the decoder hand them out; None where these fall.
 
-    None where there are no more of them than DELAY: then frames are evenly spaced.
+    A decoder that puts pictures in order hands each out a fixed number of packets later, and encoders stamp packets
+    so: gaps of dropped pictures stand where they were. The last pictures, behind the last packet, follow evenly.
+    """
+    known = np.asarray([dts for dts in decoded if dts is not None], dtype=np.int64)
+    tail = len(decoded) - len(known)
+    if len(known) < 2 or None in decoded[: len(known)] or (np.diff(known) <= 0).any():
+        return None
+    step = round(float(np.median(np.diff(known))))
+    return [*known.tolist(), *(int(known[-1]) + n * step for n in range(1, tail + 1))]
+
+
+def _places_s(dts: Sequence[int], tick_s: float, name: str) -> np.ndarray | None:
+    """Return float64 [N], seconds since the first frame at which an AVI of XviD's packed B-frames stores frames.
+
+    None where no more than DELAY are missing: then frames are evenly spaced, and the encoder began late.
     """
     stored = np.sort(np.asarray(dts, dtype=np.int64))
-    if stored[-1] - stored[0] <= (len(stored) - 1 + DELAY) * _usual_step(stored):
+    if stored[-1] - stored[0] <= (len(stored) - 1 + DELAY) * _common_step(stored):
         return None
-    logger.warning("%s: an AVI with B-frames from which pictures were dropped; two beside a gap may be behind it", name)
+    logger.warning("%s: pictures were dropped from it, and its B-frames have no times; two beside a gap may be behind it", name)
     return (stored - stored[0]) * tick_s
 
 
-def _usual_step(stamps: np.ndarray) -> int:
-    """Return the ticks from a packet to the next in most cases."""
-    return max(1, int(np.median(np.diff(stamps)))) if len(stamps) > 1 else 1
+def _common_step(ticks: np.ndarray) -> int:
+    """Return the largest step that divides all distances of stamps: 2 where a clock runs at twice the rate."""
+    return int(np.gcd.reduce(np.diff(ticks))) or 1 if len(ticks) > 1 else 1
 
 
 def _joined_times(ticks: Sequence[int | None], tick_s: float, step_s: float, joints: int) -> np.ndarray | None:
