@@ -472,7 +472,7 @@ def _places_s(dts: Sequence[int], tick_s: float, name: str) -> np.ndarray | None
     stored = np.sort(np.asarray(dts, dtype=np.int64))
     if stored[-1] - stored[0] <= (len(stored) - 1 + DELAY) * _common_step(stored):
         return None
-    logger.warning("%s: pictures were dropped from it, and its B-frames have no times; two beside a gap may be behind it", name)
+    logger.warning("%s: pictures were dropped, and its B-frames have no times; two beside a gap may be behind it", name)
     return (stored - stored[0]) * tick_s
 
 
