@@ -159,7 +159,7 @@ setup(
             "openai>=2.39",
             "psutil>=5.9",
             "pytest>=8",
-            "pytest-xdist>=3.5",
+            "pytest-xdist>=3.7",
             "ray>=2.40",
             "ruff>=0.6",
             "sacrebleu>=2.4",

@@ -310,7 +310,7 @@ def test_a_thread_writes_while_another_does(tmp_path):
 
 
 def test_a_piece_of_the_campaign():
-    """`make chaos` has ten times as many trials; in a process of its own, as it forks."""
+    """`make chaos` has many times as many trials; in a process of its own, as it forks."""
     env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "tests/chaos.py", "--trials", "8"], cwd=ROOT, env=env, capture_output=True)
+    done = subprocess.run([sys.executable, "tests/chaos.py", "--trials", "6"], cwd=ROOT, env=env, capture_output=True)
     assert done.returncode == 0, done.stdout.decode() + done.stderr.decode()
