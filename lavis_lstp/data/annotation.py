@@ -25,7 +25,7 @@ REQUIRED = ("question_id", "video", "image", "question", "answer")
 OPTIONAL = ("video_id", "span_s", "moments_s", "clip_s", "category", "categories", "options", "prompt")
 ELSEWHERE = dict.fromkeys(("choices", "candidates", "answer_choices", "mc_options", "a0", "option0"), "options")
 ELSEWHERE |= dict.fromkeys(("start", "end", "start_time", "end_time"), "clip_s")
-"""What other projects call a key that may be left out, where it is not spelled alike."""
+"""Other projects have these names for a key that may be left out, and they are not spelled alike."""
 MOST_OPTIONS = 26
 MOST_SECONDS = 1e9
 """30 years, which no video has; JSON's 1e999 and a number of 400 digits are more."""
@@ -197,11 +197,11 @@ def _warn_of_misspelt(path: Path, rows: list[dict[str, Any]]) -> None:
     keys = Counter(key for row in rows for key in row)
     for key in keys.keys() - {*REQUIRED, *OPTIONAL}:
         close = difflib.get_close_matches(key.lower(), [one for one in OPTIONAL if one not in keys], n=1, cutoff=0.8)
-        close = close or [one for one in [ELSEWHERE.get(key.lower())] if one and one not in keys]
-        if close:
+        meant = close[0] if close else ELSEWHERE.get(key.lower())
+        if meant and meant not in keys:
             log.warning(
                 "%s: '%s', in %d of %d entries, is not read; did you mean '%s'?",
-                *(path, printable(key), keys[key], len(rows), close[0]),
+                *(path, printable(key), keys[key], len(rows), meant),
             )
 
 

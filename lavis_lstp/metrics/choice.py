@@ -123,12 +123,12 @@ _TURNS = re.compile(
     r"|wrong|incorrect|false|untrue|inaccurate|invalid|impossible|unlikely|improbable|least|worst|doubt\w*"
     r"|except|excluding|excludes?|other than|far from|used to|(?:fail|refuse)(?:s|d|ed)? to)\b|n't\b"
 )
-"""What makes a sentence say something else than that its option is the answer."""
+"""A sentence with one of these says something else than that its option is the answer."""
 _AFFIRMS = re.compile(
     r"\b(?:without|no|beyond)(?: an?| any| the shadow of a| all)? (?:doubt|question)(?: that)?\b|\bundoubted(?:ly)?\b"
     r"|\bif (?:i|one|we|you)(?: (?:had|have|were|must|could|was|am)\b|'m\b)|\bif (?:forced|pressed|asked)\b"
 )
-"""What looks like it, and says nothing of the kind."""
+"""These look like it, and say nothing of the kind."""
 _TURNED = re.compile(
     rf"(?:{_TURNS.pattern}|\b(?:initially|originally|at first|previous(?:ly)?|earlier)\b)"
     r"(?:(?!\b(?:but|so|then|thus|hence|therefore|because|since)\b)[^,;.!?\n\ue000-\ue019]){0,100}"
@@ -154,11 +154,12 @@ _DENY = (
     r"|anything but|cannot|eliminat\w+|exclud\w+|reject\w*|dismiss\w*|rul(?:e|es|ed|ing) out)|n't)"
 )
 _DENIED_BY = (
-    r"(?:is|are|was|were|can|could|would|will|should|seems?|looks?|appears?|does|do|did|has|have)(?:n't\b"
+    r"(?: (?:(?:is|are|was|were|can|could|would|will|should|seems?|looks?|appears?|does|do|did|has|have)(?:n't\b"
     r"|(?: (?:clearly|also|definitely|probably|most|likely|therefore|both|all|be|simply|the|an?|very|obviously))*"
     r" (?:not|never|incorrect|wrong|false|impossible|unlikely|inaccurate|least|worst|ruled out|eliminated|excluded)\b)"
     r"|cannot\b|can't\b|fails\b|is (?:out|a distractor)\b"
-    r"|(?:ruled out|excluded|eliminated|rejected|discarded|dismissed)\b"
+    r"|(?:ruled out|excluded|eliminated|rejected|discarded|dismissed)\b)"
+    r"|:? ?-* ?\(?(?:incorrect|wrong|false|not)\b)"
 )
 _AROUND = " \t\"'`*_()[]{}<>.,;:!?\u3002\u2026"
 _BEFORE = re.compile(rf"[{re.escape(_AROUND)}]*?(?=[<>]?\d|[^{re.escape(_AROUND)}]|$)")
@@ -320,7 +321,7 @@ def _numbers(text: str, *patterns: re.Pattern) -> set[int]:
 
 def _without_denied(text: str, options: Sequence[str]) -> str:
     """Drop from a marked text what it says is not the answer: "not A", "rather than a dog", "B and C are wrong"."""
-    if not re.search(rf"{_DENY}|{_V}(?: (?:{_DENIED_BY})|:? ?-* ?\(?(?:incorrect|wrong|false)\b)", text):
+    if not re.search(rf"{_DENY}|{_V}{_DENIED_BY}", text):
         return text
     words = [re.escape(folded(option)) for option in options]
     letters = [rf"\(?{chr(_MARK + i)}\)?(?:[.:]? {word}(?!\w))?" for i, word in enumerate(words)]
@@ -330,7 +331,7 @@ def _without_denied(text: str, options: Sequence[str]) -> str:
         r"(?: (?:think|believe|say|be|that|it|it's|is|the|an?|options?|choice|answer|correct|choose|go|going|to|would"
         r"|with|both))*"
     )
-    text = re.sub(rf"{listed}(?: (?:{_DENIED_BY})|:? ?-* ?\(?(?:incorrect|wrong|false|not)\b)", " ", text)
+    text = re.sub(rf"{listed}{_DENIED_BY}", " ", text)
     denied = listed
     if not any(re.search(_DENY, folded(option)) for option in options):
         spoken = "|".join(sorted((word for word in words if word), key=len, reverse=True))
@@ -388,7 +389,7 @@ def _inside(text: str, options: Sequence[str], listed: bool) -> int | None:
 
 
 def _denied(text: str, option: str) -> bool:
-    """Whether a text says "not" or the like, and its option does not: "it is not red"."""
+    """Return True where a text says "not" or the like, and its option does not: "it is not red"."""
     return len(_TURNS.findall(_AFFIRMS.sub(" ", folded(text)))) > len(_TURNS.findall(folded(option)))
 
 

@@ -225,13 +225,17 @@ class Page:
         # the answer may arrive behind: the page is emptied again when it has ended. Gradio's own `cancels` would show
         # "Error" on parts whose answer is cut off.
         empty = {self.chat: [], self.evidence: NOTHING_YET, self.compared: "", self.question: ""}
-        for happens, parts in ((self.reset_button.click, list(empty)), (self.video.change, list(empty)[:3])):
-            emptied = json.dumps([empty[part] for part in parts])
+        answered = list(empty)[:3]
+
+        def emptied(parts: list[Any]) -> str:
+            return json.dumps([empty[part] for part in parts])
+
+        for happens, parts in ((self.reset_button.click, list(empty)), (self.video.change, answered)):
+            js = f"() => {{ window.lstpEmptied = true; return {emptied(parts)}; }}"
             happens(**ending)
-            happens(js=f"() => {{ window.lstpEmptied = true; return {emptied}; }}", fn=None, outputs=parts, **private)
-        emptied = json.dumps(list(empty.values())[:3])
+            happens(js=js, fn=None, outputs=parts, **private)
         for one in asked:
-            one.then(js=f"() => window.lstpEmptied ? {emptied} : []", fn=None, outputs=list(empty)[:3], **private)
+            one.then(js=f"() => window.lstpEmptied ? {emptied(answered)} : []", fn=None, outputs=answered, **private)
         if self.feedback:
             self.chat.like(self.liked, [self.chat], None, **private)
 

@@ -20,7 +20,7 @@ from lavis_lstp.schema import Span
 logger = logging.getLogger(__name__)
 
 _TOLD: set[str] = set()
-"""What is told of the first file alone: a rate that varies, why exact frames are read and not key frames."""
+"""These messages have been told, each of the first file alone: of a varying rate, of exact frames for key frames."""
 
 
 def chosen_frames(

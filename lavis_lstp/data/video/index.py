@@ -478,7 +478,7 @@ def _places_s(dts: Sequence[int], tick_s: float, name: str) -> np.ndarray | None
 
 def _common_step(ticks: np.ndarray) -> int:
     """Return the largest step that divides all distances of stamps: 2 where a clock runs at twice the rate."""
-    return int(np.gcd.reduce(np.diff(ticks))) or 1 if len(ticks) > 1 else 1
+    return int(np.gcd.reduce(np.diff(ticks))) or 1  # of no distances 0
 
 
 def _joined_times(ticks: Sequence[int | None], tick_s: float, step_s: float, joints: int) -> np.ndarray | None:

@@ -186,7 +186,7 @@ def _info(source: Source, index: VideoIndex, backend: str = "pyav") -> tuple[Vid
 
 
 _TOLD: set[str] = set()
-"""Kinds of HDR that were told of the first file."""
+"""These kinds of HDR have been warned of, each with the first file."""
 HDR = {16: "PQ", 18: "HLG"}
 """Transfer characteristics (H.273) of pictures that a player maps to what a screen can show."""
 
