@@ -34,6 +34,7 @@ if what == "until":
 if what == "raises":
     1 / 0
 if what == "interrupted":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell in the background has switched off
     signal.raise_signal(signal.SIGINT)
 sys.exit(int(what) if what.isdecimal() else 0)
 """
