@@ -47,7 +47,7 @@ _ORDINALS |= {word[:-1] + "ieth": n for word, n in _TENS.items()}
 _WORD = "|".join((*_ORDINALS, *sorted((*_SMALL, *_TENS, *_SCALES, "hundred"), key=len, reverse=True)))
 _RUN = re.compile(rf"(?<![\w'])(?:{_WORD})(?:(?: and |[ -])(?:{_WORD}))*(?![\w'])")
 _NTH_ONE = re.compile(rf"\b({'|'.join(_ORDINALS)}) one\b")
-_DIGIT, _ANY = re.compile(r"\d"), re.compile(rf"\d|\b(?:{_WORD}|dozen)\b")
+_DIGIT, _ANY = re.compile(r"\d"), re.compile(rf"\d|\b(?:{_WORD}|dozen|once|twice|thrice)\b")
 _PARTS = {word: n for n, words in {2: "half halve", 4: "quarter"}.items() for word in words.split()}
 _PARTS |= {word: _ORDINALS[word] for word in "third fourth fifth sixth eighth tenth".split()}
 _PART_OF = re.compile(rf"\b(one|two|three|four|five|seven|nine|\d+)[ -]({'|'.join(_PARTS)})(s?)\b")
@@ -59,6 +59,10 @@ _JOINED = [  # in this order; what is joined in words
     for pattern, joined in (
         (r"\b(?:minus|negative) (?=\d|one\b)", "-"),
         (rf"\b(half )?(?:({_ONE}|a) )?dozen\b", lambda m: _scaled(_digits(m[2]), 6 if m[1] else 12)),
+        (r"\bonce or twice\b", "1-2 times"),
+        (r"(?<!\bat )\bonce(?=\W*$|[.,;!])", "1 time"),  # neither "at once" nor "once he sits"
+        (r"\btwice\b(?! (?:as|the|a|that|his|her|its|their|more)\b)", "2 times"),
+        (r"\bthrice\b", "3 times"),
         (r"(?<=\d) point (?=\d)", "."),
         (r"\b(one|\d+) and (?:a |one )?half\b", r"\1.5"),
         (r"\b(one|\d+) and (?:a |one )?quarter\b", r"\1.25"),

@@ -25,6 +25,7 @@ SPOKEN = """
 1st = first | 21st = twenty-first | 2-3 = two to three = 2 or 3 = between two and three | 1-2 = one or two
 0:35-0:45 = 0:35 to 0:45 | 5-10 m = 5 m to 10 m | >2 = more than two | \u22655 = at least five = five or more
 <10 = fewer than ten | -5 = minus five | 12 = a dozen | 24 = two dozen | 6 = half a dozen | 1-2-3 = one two three
+1 time = once = one time | 2 times = twice = two times | 3 times = thrice | 1-2 times = once or twice
 """
 
 
@@ -83,6 +84,12 @@ def test_numbers_in_words_are_those_in_digits():
         ("It costs $5.50", ["$5", "$5.50"], 1),
         ("5cm", ["5 m", "5 cm"], 1),
         ("two dozen", ["2", "12"], None),
+        ("He jumps twice.", ["1", "2"], 1),
+        ("Two times", ["Once", "Twice", "Three times"], 1),
+        ("Only once, at the start.", ["1", "2"], 0),
+        ("Once he jumps, all at once.", ["1", "2"], None),
+        ("twice as many", ["1", "2"], None),
+        ("once or twice", ["Once", "Twice"], None),
         ("one of the two leaves", ["1", "2"], None),
         ("4 out of 5", ["5", "4/5"], 1),
         ("one hundred and one", ["1", "100", "101"], 2),
