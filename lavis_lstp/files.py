@@ -395,14 +395,32 @@ def no_collection() -> Iterator[None]:
             gc.enable()
 
 
+def _spans_lines(text: str) -> bool:
+    """Return whether a text that begins with an object goes on with it behind its first line, as editors indent it."""
+    first, _, rest = text.partition("\n")
+    if not rest.strip() or rest.startswith("{"):
+        return False
+    try:
+        json.loads(first)
+    except json.JSONDecodeError:
+        return True
+    except RecursionError:
+        pass
+    return False
+
+
 def json_rows(text: str, path: str | os.PathLike, parse: Callable[[str, str], Any]) -> list[tuple[str, Any]]:
     """(place, row) of each row of a JSON list or of JSON lines; `place` names file and row, for messages.
+
+    An object that spans several lines is one row.
 
     Args:
         parse: (text, place) -> the value, or an error that names the place.
     """
     if text.lstrip()[:1] == "[":
         return [(f"{path}, entry {n}", row) for n, row in enumerate(parse(text, f"{path}, file"))]
+    if text.lstrip()[:1] == "{" and _spans_lines(text.lstrip()):
+        return [(place := f"{path}, its one object", parse(text, place))]
     lines = enumerate(text.split("\n"), 1)  # not splitlines: a JSON string may hold U+2028
     places = ((f"{path}, line {n}", line) for n, line in lines if line.strip())
     return [(place, parse(line, place)) for place, line in places]

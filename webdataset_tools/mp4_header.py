@@ -18,7 +18,7 @@ from fractions import Fraction
 import numpy as np
 
 from lavis_lstp.data.video.container import HEIF_BRANDS
-from lavis_lstp.data.video.index import VideoInfo, frame_rate
+from lavis_lstp.data.video.index import VideoInfo, end_in_mp4, frame_rate
 
 CODECS = {b"avc1": "h264", b"avc3": "h264", b"hvc1": "hevc", b"hev1": "hevc"}
 UPRIGHT = (1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
@@ -76,7 +76,7 @@ def _video(raw, tracks: list[dict[bytes, Part]], movie_timescale: int) -> VideoI
         raise Unclear  # seconds count from the earliest track
     tick_s, total = 1 / timescale, int(ticks.sum())
     fps = frame_rate((shown - first) * tick_s, Fraction(timescale * len(shown), total))
-    duration_s = (int((pts + ticks).max()) - first) * tick_s
+    duration_s = (end_in_mp4(last, int(ticks[pts.argmax()]), first + total) - first) * tick_s
     return VideoInfo(len(shown), fps, duration_s, width, height, 0, codec)
 
 

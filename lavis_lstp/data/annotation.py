@@ -125,7 +125,7 @@ def check_object(row: Any, place: str, required: tuple[str, ...], texts: tuple[s
         raise AnnotationError(f"{place}: expected an object, got {type(row).__name__}")
     for key in required:
         if key not in row:
-            raise AnnotationError(f"{place}: key '{key}' is missing; it has {', '.join(row) or 'none'}")
+            raise AnnotationError(f"{place}: key '{key}' is missing; it has {some(list(row))}")
     for key in texts:
         if key in row and not isinstance(row[key], str):
             raise AnnotationError(f"{place}: '{key}' must be a string, got {type(row[key]).__name__} {row[key]!r}")

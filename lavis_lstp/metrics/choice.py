@@ -42,7 +42,8 @@ _LETTER = re.compile(
 )
 """A letter that stands for an option: "A" and "I" are words before most others, and so is a small letter in a text."""
 _FIRST = re.compile(
-    r"\(([\ue000-\ue019])\)|([\ue000-\ue019])(?:[).:,;\u3001\u3002]|(?= - | [(\[]| because\b|$))", re.MULTILINE
+    r"\(([\ue000-\ue019])\)|([\ue000-\ue019])(?:[).:,;\u3001\u3002]|(?= - | [(\[]| (?:because|since)\b|$))",
+    re.MULTILINE,
 )
 _MORE = re.compile(r"\(([\ue000-\ue019])\)|([\ue000-\ue019])(?=[).:,]|$)", re.MULTILINE)
 """Letters after the one that an answer begins with: "(A) or (B)", "A, B"."""
@@ -64,16 +65,20 @@ _WEIGHS = re.compile(
     rf"|\b(?:first|second|third|next|last) (?:option|choice) is {_AHEAD}"
 )
 """What announces that options are weighed: "Let's look at each option: A. ..." says no A."""
-_FILL = r"(?:(?:the|option|choice|answer|letter|clearly|definitely|most|likely|probably|obviously|simply|still) )*"
+_FILL = (
+    r"(?:(?:the|la|el|le|die|opci\u00f3n|option|choice|answer|letter|clearly|definitely|most|likely|probably|obviously"
+    r"|simply|still) )*"
+)
 _SAID = re.compile(
     r"(?:\b(?:ans|answer|assistant|prediction|response|output|result|option|choice|letter|correct|right|best|accurate"
     r"|appropriate|suitable|likely|plausible|closest|nearest|respuesta|opci\u00f3n|r\u00e9ponse|antwort|resposta|risposta)\b"
     r"(?:(?! (?:options|choices|each|every|all)\b) [a-z]+){0,6}?"
-    r"(?:(?:'s| (?:is|be|es|est|ist|\u00e9|\u00e8)\b) ?:?| ?(?:[:=]|-+>?))\s*"
+    r"(?:(?:'s| (?:is|be|es|est|ist|\u00e9|\u00e8)\b) ?:?| ?(?:[:=]>?|-+>?))\s*"
     r"|\b(?:it|that)(?:'s| is| (?:must|should|would|could|might|may|has to|appears to|seems to)"
     r" be) "
     r"|\b(?:go(?:ing)? (?:with|for)|choos(?:e|ing):?|chose|select(?:ing|ed)?|pick(?:ing|ed)?|opt(?:ing)? for"
-    r"|answer with|say|guess|think|believe)(?: that| it is| it's)* "
+    r"|answer with|say|guess|think|believe)(?:,? that|,? it is|,? it's)*,? "
+    rf"|\bonly (?=(?:option |choice |answer )?{_V} (?:matches|fits|is|describes|explains|can|could|makes|remains)\b)"
     r"|(?:\u7b54\u6848|\u9009\u9879|\u9009\u62e9?|\u7b54\u3048|\u6b63\u89e3|\uc815\ub2f5|\u043e\u0442\u0432\u0435\u0442)"
     rf"(?:\u5e94\u8be5?|\u662f|\u4e3a|\u9009|\u306f|\uc740|:|\s)*){_FILL}{_V}",
     re.MULTILINE,
@@ -88,15 +93,22 @@ _THUS = re.compile(
     rf"|definitely|clearly|certainly)[,:]? {_FILL}{_V}(?=[.,;:!]| because\b|\s*$)",
     re.MULTILINE,
 )
+_BESIDE = r"(?: \((?!incorrect|correct|right|wrong|true|false|not\b)[^()\n]*\))"
 _RIGHT = re.compile(
-    rf"{_V}(?: (?:is|seems|appears|looks|would be|should be|must be)(?: [a-z]+){{0,4}}? "
+    rf"{_V}{_BESIDE}?(?: (?:is|seems|appears|looks|would be|should be|must be)(?: [a-z]+){{0,4}}? "
     r"(?:correct|right|best|better|true|accurate|answer|choice|appropriate|likely|suitable|plausible)"
     r"(?= (?:answer|option|choice|one|because|since|as|and|given|here)\b|\)?[.,;:!\s]*(?:\n|$)|[.,;:!])"
+    r"| is (?:the )?closest\b"
+    r"| is the only (?:option|choice|answer|one) (?:that|which)\b(?! (?:[a-z]+ )?(?:not|never)\b| [a-z]+n't)"
     r"| (?:fits|matches) best\b| (?:best|most (?:accurately|closely)) "
     r"(?:describes|matches|fits|answers|represents|captures|explains|reflects)\b"
     r"|(?:\u9009\u9879)?[\u662f\u4e3a]?\u6700?(?:\u6b63\u786e|\u5bf9\u7684|\u7b54\u6848|\u5408\u9002))"
 )
-_TICKED = re.compile(rf"^ ?{_V}.*(?:[-:(] ?(?:this is )?(?:correct\b|\u2713)|\u2705|\u2714)", re.MULTILINE)
+_TICKED = re.compile(
+    rf"(?:^ ?{_V}.*|(?<=[.;,] ){_V} ?)"
+    r"(?:[-:(] ?(?:this is )?(?:correct\b|(?:right|true)(?=[.;,)]|$)|\u2713)|\u2705|\u2714)",
+    re.MULTILINE,
+)
 _DECIDING = (_SAID, _THUS, _RIGHT, _TICKED)
 """What decides for a letter: in front of it, and behind it."""
 _ANY_LETTER = re.compile(r"([\ue000-\ue019])")
@@ -108,7 +120,14 @@ _OR = re.compile(
 )
 """A letter beside the one that is said: "B or A", "B, A"."""
 _OPTION_AHEAD = re.compile(r"^ ?(?:option|choice) (?=\(?[\ue000-\ue019]\)?(?:[).:,]| - ))", re.MULTILINE)
+_CONCEDED = re.compile(
+    r"(?:^|(?<=[.!?] ))(?:(?:even )?(?:although|though|if|while|whereas) [^.!?\n,]+, "
+    r"|([^.!?\n]*(?:,? but|[,;.] ?however),? ))(?=[^.!?\n]*[\w\ue000-\ue019])",
+    re.MULTILINE,
+)
+"""What a sentence grants before it says something: "Although A seems right, ...", "I am not sure, but ..."."""
 _CLAUSE = re.compile(r"(?<=[\ue000-\ue019)]),? (?:because|since|as|although|though|while|whereas) ")
+_REASON = re.compile(r"\b(?:because|since) [^.!?\n]*")
 _CORRECTS = re.compile(
     r"\b(?:correction|corrected|revis(?:ed|ion)|actually|meant|sorry|apolog\w+|rather|h+m+|wait|on (?:second|further)"
     r"|on reflection|(?:edit|updated?|final)(?= ?[:-])"
@@ -161,6 +180,8 @@ _DENIED_BY = (
     r"|(?:ruled out|excluded|eliminated|rejected|discarded|dismissed)\b)"
     r"|:? ?-* ?\(?(?:incorrect|wrong|false|not)\b)"
 )
+_FORMULA = re.compile(r"\\f?box(?:ed)?\s*\{([^A-Za-z{}]*|[^{}]*[\\=<>^][^{}]*)\}")
+"""A box around a number or a formula, which is the answer only where an option is."""
 _AROUND = " \t\"'`*_()[]{}<>.,;:!?\u3002\u2026"
 _BEFORE = re.compile(rf"[{re.escape(_AROUND)}]*?(?=[<>]?\d|[^{re.escape(_AROUND)}]|$)")
 
@@ -187,7 +208,8 @@ def parse_choice(text: str, options: Sequence[str]) -> int | None:
     """
     if exact := _words_alone(text, options):  # before tags are looked for: an option may be one
         return _one({*exact, *_letter_alone(text, options)}, options)
-    found = {_read(part, options) for part in wrapped(without_thoughts(text))}
+    text = _FORMULA.sub(lambda box: box[0] if _read(box[1], options) is not None else box[1], without_thoughts(text))
+    found = {_read(part, options) for part in wrapped(text)}
     return None if None in found else _one({i for i in found if i is not None}, options)
 
 
@@ -209,7 +231,8 @@ def _read(text: str, options: Sequence[str]) -> int | None:
     weighed = weighed and re.match(r"\(?[\ue000-\ue019]|.*?[:\n]", marked[announced.end() :]) is not None
     marked = _OPTION_AHEAD.sub("", _WEIGHS.sub(" ", marked))
     listed = weighed or len({sign for line in marked.splitlines() for sign in _numbers(line[:3].strip(), _FIRST)}) > 1
-    marked = _LIST.sub(" ", _TURNED.sub(" ", _without_denied(_AFFIRMS.sub(" ", marked), options)))
+    marked = _without_denied(_without_conceded(_AFFIRMS.sub(" ", marked), options), options)
+    marked = _LIST.sub(" ", _TURNED.sub(" ", marked))
     alone = {i for line in lines for i in _letter_alone(line, options)}
     alone |= {i for line in (stated if weighed else lines) for i in _words_alone(line, options)}
     if not alone and not weighed and (said := _polarity(plain, options)) is not None:
@@ -319,23 +342,38 @@ def _numbers(text: str, *patterns: re.Pattern) -> set[int]:
     return {ord(match[match.lastindex]) - _MARK for pattern in patterns for match in pattern.finditer(text)}
 
 
+def _without_conceded(text: str, options: Sequence[str]) -> str:
+    """Drop from a marked text what it grants, but for "not A, but ..." and what else names an option before "but"."""
+
+    def kept(match: re.Match) -> str:
+        said = match[1] and (_numbers(match[1], _ANY_LETTER) or _options_in(match[1], options))
+        return match[0] if said or (match[1] and not _TURNS.search(match[1])) else ""
+
+    return _CONCEDED.sub(kept, text)
+
+
 def _without_denied(text: str, options: Sequence[str]) -> str:
     """Drop from a marked text what it says is not the answer: "not A", "rather than a dog", "B and C are wrong"."""
-    if not re.search(rf"{_DENY}|{_V}{_DENIED_BY}", text):
+    if not re.search(rf"{_DENY}|{_DENIED_BY}", text):
         return text
     words = [re.escape(folded(option)) for option in options]
-    letters = [rf"\(?{chr(_MARK + i)}\)?(?:[.:]? {word}(?!\w))?" for i, word in enumerate(words)]
-    items = "|".join([*letters, _V.replace("([", "[").replace("])", "]")])
+    letters = [rf"\(?{chr(_MARK + i)}\)?(?:[.:]? {word}(?!\w)|{_BESIDE})?" for i, word in enumerate(words)]
+    items = "|".join([*letters, _L])
     listed = rf"(?:{items})(?:(?:,? (?:and|or|nor)|,|/) ?(?:option )?(?:{items}))*"
+    spoken = "|".join(sorted((word for word in words if word), key=len, reverse=True))
+    spoken = rf"(?:{spoken})(?!\w|[.,:/-]\d)(?: {_L})?"
     helpers = (
         r"(?: (?:think|believe|say|be|that|it|it's|is|the|an?|options?|choice|answer|correct|choose|go|going|to|would"
         r"|with|both))*"
     )
-    text = re.sub(rf"{listed}{_DENIED_BY}", " ", text)
+
+    denied_by = rf"(?!\W*not{helpers} (?:{_L}|{spoken})){_DENIED_BY}"  # "B (not A)" denies no B
+    text = re.sub(
+        rf"((?:\b(?:is|be|chose|choose|pick|select)|[:=]) ?{_L}),?(?: and)? {listed}{denied_by}", r"\1. ", text
+    )
+    text = re.sub(rf"{listed}{denied_by}", " ", text)
     denied = listed
     if not any(re.search(_DENY, folded(option)) for option in options):
-        spoken = "|".join(sorted((word for word in words if word), key=len, reverse=True))
-        spoken = rf"(?:{spoken})(?!\w|[.,:/-]\d)"
         denied = rf"(?:{listed}|{spoken}(?:(?:, {spoken})*,? (?:or|nor|and) {spoken})?)"
     return re.sub(rf"(?:,? (?:and|but))? ?{_DENY}{helpers},? {denied}(?:,? but(?= ))? ?", " ", text).strip()
 
@@ -360,7 +398,8 @@ def _inside(text: str, options: Sequence[str], listed: bool) -> int | None:
     rest = text[first.end() :] if first else text
     if first:
         numbers = _numbers(first[0], _FIRST)
-        others = _numbers(rest, _MORE, _OR, *_DECIDING)  # a letter that no option has is a word's: "A. in the U.S."
+        others = _numbers(_REASON.sub(" ", rest), _MORE, _OR) | _numbers(rest, *_DECIDING)
+        # a letter that no option has is a word's: "A. in the U.S."
         numbers |= {number for number in others if number < len(options)}
     elif said:
         numbers = _numbers(text, *_DECIDING) | _numbers(text[min(match.start() for match in said) :], _OR)

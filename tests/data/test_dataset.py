@@ -115,6 +115,30 @@ def test_what_is_wrong_with_an_entry(tmp_path, rows, said):
         assert part in str(error.value)
 
 
+def test_an_object_over_several_lines_is_one_row_and_its_own_words_say_what_is_wrong(tmp_path):
+    path = tmp_path / "a.json"
+
+    def said(text: str) -> str:
+        path.write_text(text)
+        with pytest.raises(AnnotationError) as error:
+            read_annotation(path)
+        return str(error.value).removeprefix(str(path))
+
+    one = json.dumps(entry(0), indent=2)
+    path.write_text(one)
+    assert [row["question_id"] for row in read_annotation(path)] == ["q0"]
+    assert said(json.dumps({"data": [entry(0)]}, indent=2)).endswith(
+        "one object: key 'question_id' is missing; it has data"
+    )
+    many = {f"q{i}": entry(i) for i in range(1000)}
+    assert said(json.dumps(many, indent=4)).endswith("it has q0, q1, q2, q3, q4, ...")
+    assert "one object: not JSON" in (cut := said(one[:-20])) and "line 6" in cut
+    assert "Extra data: line 8" in said(f"{one}\n{one}")
+    lines = [json.dumps(entry(i)) for i in range(2)]
+    assert said(f"{lines[0][:-5]}\n{lines[1]}").startswith(", line 1: not JSON")
+    assert said(f"{lines[0]}\n{lines[1][:-5]}").startswith(", line 2: not JSON")
+
+
 def test_null_is_as_if_left_out_and_the_longest_moment_is_the_gold_span(tmp_path):
     nulls = dict.fromkeys(("span_s", "moments_s", "clip_s", "category", "categories", "options", "prompt", "video_id"))
     rows = [{**entry(0), **nulls}, entry(1, moments_s=[[0, 1], [0.5, 2.5]])]

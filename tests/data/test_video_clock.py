@@ -162,6 +162,31 @@ def test_the_header_of_an_mp4_says_the_same_of_a_late_picture_or_nothing(tmp_pat
     assert mp4_info(path.read_bytes()) == (None if late else probe(path))
 
 
+@pytest.mark.parametrize("frames", [2, 0])
+@pytest.mark.parametrize("ending", ["mp4", "mov", "mkv", "flv"])
+@pytest.mark.parametrize(
+    "ticks",
+    [
+        [*range(60), *range(240, 300)],
+        [*range(30), *range(90, 120), *range(300, 303)],
+        [*range(60), 299],
+        [0, *range(200, 260)],
+        [*range(0, 240, 60), 241, 242],
+    ],
+)
+def test_a_pause_does_not_make_a_video_longer(tmp_path, ticks, ending, frames):
+    """A selection of frames or a recorded screen: MP4 stores a pause beside the wrong picture where there are B."""
+    options = {"bf": str(frames), "g": "50", "b_strategy": "0"}
+    path = tmp_path / f"pause.{ending}"
+    numbered_video(path, len(ticks), fps=30, ticks=ticks, width=64, height=64, options=options)
+    found = probe(path)
+    assert found.duration_s == pytest.approx((ticks[-1] + 1) / 30, abs=0.035)
+    if ending in ("mp4", "mov"):
+        assert mp4_info(path.read_bytes()) == found
+    with pytest.raises(VideoError, match="no frame at"):
+        read_frames(path, times_s=[ticks[-1] / 30 + 1])
+
+
 # ---- which track ---------------------------------------------------------------------------------------------------
 
 THUMBNAIL, FILM = Track(1, 30, "mjpeg"), Track(30)

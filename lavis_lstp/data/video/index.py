@@ -227,7 +227,11 @@ def _index_of_track(source: Source, name: str, track: int | None, max_megapixels
     begins_s = _seconds_after(start, int(ticks[0]) * tick)
     times_s = (ticks - ticks[0]) * facts["time_base"] + begins_s
     fps = frame_rate(times_s, rate)
-    end_s = ((ticks + packets["ticks"][frame_packet]).max() - ticks[0]) * facts["time_base"] + begins_s
+    lasts = packets["ticks"][frame_packet]
+    end = (ticks + lasts).max()
+    if "mov" in formats:
+        end = end_in_mp4(ticks[-1], lasts[-1], packet_pts.min() + packets["ticks"].sum())
+    end_s = (end - ticks[0]) * facts["time_base"] + begins_s
     return VideoIndex(
         packet_pts=packet_pts,
         packet_key=packets["key"],
@@ -243,6 +247,19 @@ def _index_of_track(source: Source, name: str, track: int | None, max_megapixels
         missing=missing,
         **facts,
     )
+
+
+def end_in_mp4(last: int, ticks: int, at_most: int) -> int:
+    """When the last picture of an MP4 ends, in ticks.
+
+    It stores the time to the next decoding, so that a pause may be stored with another picture than the one that stays.
+
+    Args:
+        last: when that picture is shown.
+        ticks: what is stored with it.
+        at_most: when the first is shown, and the sum of all that is stored behind it.
+    """
+    return min(last + ticks, at_most) if at_most > last else last + ticks
 
 
 def _first_decodable(source: Source, facts: dict[str, Any]) -> int | None:
