@@ -30,7 +30,7 @@ _L = r"\(?[\ue000-\ue019]\)?"
 _OPEN, _CLOSE = r"""[(\[{<"'\u300c\u300e\u3010\u300a\u201c]""", r"""[)\]}>"'\u300d\u300f\u3011\u300b\u201d]"""
 _LONE = re.compile(r"[^\w?+#/~%$\u20ac\u00a3\u00b0=-]*([A-Za-z])[^\w?+#/~%$\u20ac\u00a3\u00b0=-]*")
 _LABEL = re.compile(r"\([A-Za-z]\)|\[[A-Za-z]\]|[A-Za-z][).:,](?![A-Za-z]\.)|[A-Z] - ")
-_LABEL_BEHIND = re.compile(r"[(\[][A-Za-z][)\]]\W*$")
+_LABEL_BEHIND = re.compile(r"(?:[(\[][A-Za-z][)\]]|, [A-Z])\W*$")
 _LETTER = re.compile(
     rf"{_OPEN}([A-Za-z]){_CLOSE}(?!\?)"
     r"|(?<![A-Za-z0-9_'.+#/-])(?:([B-HJ-Z])(?![A-Za-z0-9_'+#?]|[-/][A-Za-z0-9]|\.[A-Za-z]\.)"
@@ -41,6 +41,11 @@ _LETTER = re.compile(
     re.MULTILINE,
 )
 """A letter that stands for an option: "A" and "I" are words before most others, and so is a small letter in a text."""
+_ACTS = re.compile(
+    r"'s\b|,? (?:who|the|is|was|then|also|first)\b(?! (?:the )?(?:correct|right|best|most|answer))"
+    r"| [a-z]+(?:s|ed|ing)\b"
+)
+"""What follows a letter that is somebody's name: "C is cooking"."""
 _FIRST = re.compile(
     r"\(([\ue000-\ue019])\)|([\ue000-\ue019])(?:[).:,;\u3001\u3002]|(?= - | [(\[]| (?:because|since)\b|$))",
     re.MULTILINE,
@@ -67,19 +72,19 @@ _WEIGHS = re.compile(
 """What announces that options are weighed: "Let's look at each option: A. ..." says no A."""
 _FILL = (
     r"(?:(?:the|la|el|le|die|opci\u00f3n|option|choice|answer|letter|clearly|definitely|most|likely|probably|obviously"
-    r"|simply|still) )*"
+    r"|simply|still|indeed|thus|actually|therefore|hence) )*"
 )
 _SAID = re.compile(
-    r"(?:\b(?:ans|answer|assistant|prediction|response|output|result|option|choice|letter|correct|right|best|accurate"
-    r"|appropriate|suitable|likely|plausible|closest|nearest|respuesta|opci\u00f3n|r\u00e9ponse|antwort|resposta|risposta)\b"
+    r"(?:\b(?:ans|answer|assistant|prediction|response|output|result|guess|selection|verdict|solution|option|choice|letter|correct|right|best|accurate"
+    r"|appropriate|suitable|likely|plausible|closest|nearest|respuesta|opci\u00f3n|antwoord|jawaban|r\u00e9ponse|antwort|resposta|risposta)\b"
     r"(?:(?! (?:options|choices|each|every|all)\b) [a-z]+){0,6}?"
-    r"(?:(?:'s| (?:is|be|es|est|ist|\u00e9|\u00e8)\b) ?:?| ?(?:[:=]>?|-+>?))\s*"
+    r"(?:(?:'s| (?:is|be|es|est|ist|lautet|adalah|\u00e9|\u00e8)\b) ?:?| ?(?:[:=]>?|-+>?)) *"
     r"|\b(?:it|that)(?:'s| is| (?:must|should|would|could|might|may|has to|appears to|seems to)"
     r" be) "
     r"|\b(?:go(?:ing)? (?:with|for)|choos(?:e|ing):?|chose|select(?:ing|ed)?|pick(?:ing|ed)?|opt(?:ing)? for"
-    r"|answer with|say|guess|think|believe)(?:,? that|,? it is|,? it's)*,? "
+    r"|lean(?:ing)? towards?|answer with|say|guess|think|believe)(?:,? that|,? it is|,? it's)*,? "
     rf"|\bonly (?=(?:option |choice |answer )?{_V} (?:matches|fits|is|describes|explains|can|could|makes|remains)\b)"
-    r"|(?:\u7b54\u6848|\u9009\u9879|\u9009\u62e9?|\u7b54\u3048|\u6b63\u89e3|\uc815\ub2f5|\u043e\u0442\u0432\u0435\u0442)"
+    r"|(?<![\u4e0d\u6ca1\u522b])(?:\u7b54\u6848|\u9009\u9879|\u9009\u62e9?|\u7b54\u3048|\u6b63\u89e3|\uc815\ub2f5|\u043e\u0442\u0432\u0435\u0442)"
     rf"(?:\u5e94\u8be5?|\u662f|\u4e3a|\u9009|\u306f|\uc740|:|\s)*){_FILL}{_V}",
     re.MULTILINE,
 )
@@ -87,7 +92,7 @@ _ANSWER_LINE = re.compile(
     r"(?i:(?:(?:so|thus|hence|therefore|the|my|final|correct|right|best),? )*(?:answer|choice|ans)\.?(?: is)?[: ]+)"
 )
 """What a line or sentence that states the answer begins with."""
-_STATED = re.compile(r"\n|(?<=[.!?])\s+")
+_STATED = re.compile(r"\n|(?<=[.!?])(?<!\b[A-Z]\.)\s+")
 _THUS = re.compile(
     r"(?:^|[.,;:!] )(?:so|thus|therefore|hence|finally|(?:in )?conclusion|overall|probably|(?:most )?likely"
     rf"|definitely|clearly|certainly)[,:]? {_FILL}{_V}(?=[.,;:!]| because\b|\s*$)",
@@ -95,27 +100,30 @@ _THUS = re.compile(
 )
 _BESIDE = r"(?: \((?!incorrect|correct|right|wrong|true|false|not\b)[^()\n]*\))"
 _RIGHT = re.compile(
-    rf"{_V}{_BESIDE}?(?: (?:is|seems|appears|looks|would be|should be|must be)(?: [a-z]+){{0,4}}? "
+    rf"{_V}{_BESIDE}?(?: (?:is|seems|appears|looks|would be|should be|must be)"
+    r"(?: (?!(?:rarely|hardly|almost|nearly|partly|partially|less|far|anything|too|hard|second)\b)[a-z]+){0,4}? "
     r"(?:correct|right|best|better|true|accurate|answer|choice|appropriate|likely|suitable|plausible)"
     r"(?= (?:answer|option|choice|one|because|since|as|and|given|here)\b|\)?[.,;:!\s]*(?:\n|$)|[.,;:!])"
     r"| is (?:the )?closest\b"
     r"| is the only (?:option|choice|answer|one) (?:that|which)\b(?! (?:[a-z]+ )?(?:not|never)\b| [a-z]+n't)"
+    r"| (?:fits|matches|is consistent with|is supported by|corresponds to) the (?:video|clip|footage|scene)\b"
     r"| (?:fits|matches) best\b| (?:best|most (?:accurately|closely)) "
     r"(?:describes|matches|fits|answers|represents|captures|explains|reflects)\b"
     r"|(?:\u9009\u9879)?[\u662f\u4e3a]?\u6700?(?:\u6b63\u786e|\u5bf9\u7684|\u7b54\u6848|\u5408\u9002))"
 )
 _TICKED = re.compile(
     rf"(?:^ ?{_V}.*|(?<=[.;,] ){_V} ?)"
-    r"(?:[-:(] ?(?:this is )?(?:correct\b|(?:right|true)(?=[.;,)]|$)|\u2713)|\u2705|\u2714)",
+    r"(?:[-:(.] ?(?:this is )?(?:correct\b|(?:right|true)(?=[.;,)]|$)|\u2713)|\u2705|\u2714)",
     re.MULTILINE,
 )
-_DECIDING = (_SAID, _THUS, _RIGHT, _TICKED)
-"""What decides for a letter: in front of it, and behind it."""
+_HEADED = re.compile(rf"\A[^\n:\ue000-\ue019]{{1,30}}: ?{_V}\W*\Z")
+_DECIDING = (_SAID, _THUS, _RIGHT, _TICKED, _HEADED)
+"""What decides for a letter: in front of it, behind it, and a heading in any language that is all else of the text."""
 _ANY_LETTER = re.compile(r"([\ue000-\ue019])")
 _MENTIONED = re.compile(rf"\b(?:answer|option|choice|letter) {_V}")
 _OR = re.compile(
     r"(?:\b(?:or|no|wait|maybe|perhaps|possibly|either|otherwise|could be),?"
-    r"|[\ue000-\ue019]\)?(?:,|\u3001| ?[&/+]| and)"
+    r"|[\ue000-\ue019]\)?(?:,? and|,|\u3001| ?[&/+;]| as well as| ->)"
     rf"|[\u6216\u548c\u4e0e]\u8005?|\u8fd8\u662f) ?{_FILL}{_V}"
 )
 """A letter beside the one that is said: "B or A", "B, A"."""
@@ -140,6 +148,8 @@ _TURNS = re.compile(
     r"\b(?:no|not|never|neither|nor|none|nobody|nothing|nowhere|cannot|hardly|barely|scarcely|rarely|without"
     r"|lack(?:s|ed|ing)?|absent|missing|unclear|uncertain|unsure|ambiguous|whether|which of|if|unless"
     r"|wrong|incorrect|false|untrue|inaccurate|invalid|impossible|unlikely|improbable|least|worst|doubt\w*"
+    r"|suppose|supposing|assum(?:e|ing)|imagine|implausible|contradict\w*|ruled out|eliminated|excluded|dismissed"
+    r"|discard\w*|(?:all|any|anything|any [a-z]+|everything) but"
     r"|except|excluding|excludes?|other than|far from|used to|(?:fail|refuse)(?:s|d|ed)? to)\b|n't\b"
 )
 """A sentence with one of these says something else than that its option is the answer."""
@@ -149,7 +159,8 @@ _AFFIRMS = re.compile(
 )
 """These look like it, and say nothing of the kind."""
 _TURNED = re.compile(
-    rf"(?:{_TURNS.pattern}|\b(?:initially|originally|at first|previous(?:ly)?|earlier)\b)"
+    rf"(?:{_TURNS.pattern}|\b(?:initially|originally|at first|previous(?:ly)?|earlier"
+    r"|almost|nearly|tempting|trap|naive|careless|stop)\b)"
     r"(?:(?!\b(?:but|so|then|thus|hence|therefore|because|since)\b)[^,;.!?\n\ue000-\ue019]){0,100}"
     rf"{_V}(?:(?:,? (?:or|and|nor)|,|/) ?{_L})*"
 )
@@ -175,10 +186,16 @@ _DENY = (
 _DENIED_BY = (
     r"(?: (?:(?:is|are|was|were|can|could|would|will|should|seems?|looks?|appears?|does|do|did|has|have)(?:n't\b"
     r"|(?: (?:clearly|also|definitely|probably|most|likely|therefore|both|all|be|simply|the|an?|very|obviously))*"
-    r" (?:not|never|incorrect|wrong|false|impossible|unlikely|inaccurate|least|worst|ruled out|eliminated|excluded)\b)"
-    r"|cannot\b|can't\b|fails\b|is (?:out|a distractor)\b"
+    r" (?:not|never|incorrect|wrong|false|impossible|unlikely|inaccurate|least|worst|ruled out|eliminated|excluded"
+    r"|dismissed|rejected|discarded|unsupported|contradicted|irrelevant|implausible)\b)"
+    r"|cannot\b|can't\b|(?:fails|contradicts|lacks|ignores|overlooks|misses|exaggerates)\b|is (?:out|a distractor)\b"
     r"|(?:ruled out|excluded|eliminated|rejected|discarded|dismissed)\b)"
-    r"|:? ?-* ?\(?(?:incorrect|wrong|false|not)\b)"
+    r"|:? ?-* ?\(?(?:(?:incorrect|wrong|false|not|eliminated|ruled out|unlikely|mismatch|impossible|rejected)\b"
+    r"|[\u274c\u2717\u00d7]))"
+)
+_VERDICT = (
+    r"(?:[.):;]*(?: -)? (?:no|incorrect|wrong|false)(?=[.;,\n]|$)"
+    r"|(?::| -)(?= (?:there is )?(?:no|does not|doesn't)\b))"
 )
 _FORMULA = re.compile(r"\\f?box(?:ed)?\s*\{([^A-Za-z{}]*|[^{}]*[\\=<>^][^{}]*)\}")
 """A box around a number or a formula, which is the answer only where an option is."""
@@ -230,13 +247,14 @@ def _read(text: str, options: Sequence[str]) -> int | None:
     weighed = announced is not None and not first
     weighed = weighed and re.match(r"\(?[\ue000-\ue019]|.*?[:\n]", marked[announced.end() :]) is not None
     marked = _OPTION_AHEAD.sub("", _WEIGHS.sub(" ", marked))
-    listed = weighed or len({sign for line in marked.splitlines() for sign in _numbers(line[:3].strip(), _FIRST)}) > 1
+    firsts = [first for line in marked.splitlines() if (first := _FIRST.match(line.strip()))]
+    listed = weighed or len({sign for first in firsts for sign in _numbers(first[0], _FIRST)}) > 1
     marked = _without_denied(_without_conceded(_AFFIRMS.sub(" ", marked), options), options)
     marked = _LIST.sub(" ", _TURNED.sub(" ", marked))
     alone = {i for line in lines for i in _letter_alone(line, options)}
     alone |= {i for line in (stated if weighed else lines) for i in _words_alone(line, options)}
     if not alone and not weighed and (said := _polarity(plain, options)) is not None:
-        return said
+        return said if _numbers(marked, _ANY_LETTER) <= {said} else None
     if not listed:
         alone |= {i for line in marked.splitlines() for i in _labelled(line, options)}
     if alone:
@@ -327,8 +345,12 @@ def _marked(text: str, options: Sequence[str]) -> str:
         for match in re.finditer(re.escape(option), text)
     ]
 
+    begin = [option[:2] for option in options]  # in EgoSchema, C is the one who wears the camera
+
     def mark(match: re.Match) -> str:
         if any(a <= match.start() and match.end() <= b for a, b in own):
+            return match[0]
+        if begin.count(f"{match[0]} ") > 1 and _ACTS.match(text, match.end()):
             return match[0]
         sign = chr(_MARK + LETTERS.index(match[match.lastindex].upper()))
         return f"({sign})" if match[1] else sign
@@ -347,15 +369,16 @@ def _without_conceded(text: str, options: Sequence[str]) -> str:
 
     def kept(match: re.Match) -> str:
         said = match[1] and (_numbers(match[1], _ANY_LETTER) or _options_in(match[1], options))
-        return match[0] if said or (match[1] and not _TURNS.search(match[1])) else ""
+        return match[0] if said or (match[1] and not _TURNS.search(match[1].rpartition("but")[0] or match[1])) else ""
 
     return _CONCEDED.sub(kept, text)
 
 
 def _without_denied(text: str, options: Sequence[str]) -> str:
     """Drop from a marked text what it says is not the answer: "not A", "rather than a dog", "B and C are wrong"."""
-    if not re.search(rf"{_DENY}|{_DENIED_BY}", text):
+    if not re.search(rf"{_DENY}|{_DENIED_BY}|{_VERDICT}", text):
         return text
+    is_said = any(yes_or_no(option) is False or folded(option) in ("false", "wrong", "incorrect") for option in options)
     words = [re.escape(folded(option)) for option in options]
     letters = [rf"\(?{chr(_MARK + i)}\)?(?:[.:]? {word}(?!\w)|{_BESIDE})?" for i, word in enumerate(words)]
     items = "|".join([*letters, _L])
@@ -367,7 +390,8 @@ def _without_denied(text: str, options: Sequence[str]) -> str:
         r"|with|both))*"
     )
 
-    denied_by = rf"(?!\W*not{helpers} (?:{_L}|{spoken})){_DENIED_BY}"  # "B (not A)" denies no B
+    denied_by = _DENIED_BY if is_said else f"(?:{_DENIED_BY}|{_VERDICT})"
+    denied_by = rf"(?!\W*not{helpers} (?:{_L}|{spoken})){denied_by}"  # "B (not A)" denies no B
     text = re.sub(
         rf"((?:\b(?:is|be|chose|choose|pick|select)|[:=]) ?{_L}),?(?: and)? {listed}{denied_by}", r"\1. ", text
     )
@@ -410,6 +434,8 @@ def _inside(text: str, options: Sequence[str], listed: bool) -> int | None:
     if not numbers:
         if listed or len(named) != 1 or _denied(rest, options[named[0]]) or _numbers(text, _ANY_LETTER) - set(named):
             return None
+        if text.rstrip().endswith("?"):  # "Is it the kitchen?"
+            return None
         # "no" in "there is no doubt" is no answer no
         plain = len(options[named[0]].split()) == 1 and yes_or_no(options[named[0]]) is not None
         return None if plain and not normalise(rest).endswith(normalise(options[named[0]])) else named[0]
@@ -420,11 +446,27 @@ def _inside(text: str, options: Sequence[str], listed: bool) -> int | None:
     if said and not first:  # "A shows red, B blue. The answer is B.": other sentences contradict nothing
         ends = [0, *(match.end() for match in _ENDS.finditer(text)), len(text)]
         places = sorted({bisect.bisect_right(ends, match.start(match.lastindex)) for match in said})
+        behind = [_ENDS.split(text[match.end() :].lstrip(" .)"), maxsplit=1)[0] for match in said]
+        if any(i != number for words in behind for i in _words_alone(words, options)):  # "The answer is C. Blue"
+            return None
         named = _options_in(" ".join(_CLAUSE.split(text[ends[i - 1] : ends[i]])[0] for i in places), options)
+    elif first and _begins_with(rest, options[number]):  # "C. A child plays with a dog."
+        named = [number]
     elif first and number in (beside := _options_in(_ENDS.split(rest, maxsplit=1)[0], options)):
         named = beside
     # words that are another option's contradict the letter
     return number if all(folded(options[i]) == folded(options[number]) for i in named) else None
+
+
+def _begins_with(text: str, option: str) -> bool:
+    """Return True where a text begins with an option's words, and none is put beside them or given as a reason."""
+    words, start = _in_text(text), _in_text(option)
+    behind = words.removeprefix(start)
+    return (
+        bool(start)
+        and words.startswith(start)
+        and re.match(r"$| (?!or\b|and\b|[&/]|.*\b(?:because|since)\b)", behind) is not None
+    )
 
 
 def _denied(text: str, option: str) -> bool:
