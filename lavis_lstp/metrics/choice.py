@@ -75,8 +75,9 @@ _FILL = (
     r"|simply|still|indeed|thus|actually|therefore|hence) )*"
 )
 _SAID = re.compile(
-    r"(?:\b(?:ans|answer|assistant|prediction|response|output|result|guess|selection|verdict|solution|option|choice|letter|correct|right|best|accurate"
-    r"|appropriate|suitable|likely|plausible|closest|nearest|respuesta|opci\u00f3n|antwoord|jawaban|r\u00e9ponse|antwort|resposta|risposta)\b"
+    r"(?:\b(?:ans|answer|assistant|prediction|response|output|result|guess|selection|verdict|solution"
+    r"|option|choice|letter|correct|right|best|accurate|appropriate|suitable|likely|plausible|closest|nearest"
+    r"|respuesta|opci\u00f3n|antwoord|jawaban|r\u00e9ponse|antwort|resposta|risposta)\b"
     r"(?:(?! (?:options|choices|each|every|all)\b) [a-z]+){0,6}?"
     r"(?:(?:'s| (?:is|be|es|est|ist|lautet|adalah|\u00e9|\u00e8)\b) ?:?| ?(?:[:=]>?|-+>?)) *"
     r"|\b(?:it|that)(?:'s| is| (?:must|should|would|could|might|may|has to|appears to|seems to)"
