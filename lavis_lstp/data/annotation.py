@@ -83,7 +83,7 @@ def read_text(path: Path, *, section: str = SECTION) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")  # Windows programs begin a file with a mark
     except (OSError, UnicodeDecodeError) as error:
-        raise AnnotationError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+        raise AnnotationError(f"{path}: cannot be read as UTF-8 text ({error}); save it as UTF-8") from None
 
 
 def parse(text: str, path: Path, place: str) -> Any:
