@@ -398,14 +398,12 @@ def no_collection() -> Iterator[None]:
 def _spans_lines(text: str) -> bool:
     """Return whether a text that begins with an object goes on with it behind its first line, as editors indent it."""
     first, _, rest = text.partition("\n")
-    if not rest.strip() or rest.startswith("{"):
+    if not rest.strip() or rest.lstrip("\r\n").startswith("{"):
         return False
     try:
-        json.loads(first)
-    except json.JSONDecodeError:
+        strict_json(first, finite=False)
+    except ValueError:
         return True
-    except RecursionError:
-        pass
     return False
 
 
