@@ -144,7 +144,7 @@ _CORRECTS = re.compile(
     r"|(?:a|my) mistake))\b"
 )
 """Where a text corrects itself; the group says that what was before is wrong."""
-_ENDS = re.compile(r"[!?\u3002\n]|[.](?!\d)")
+_ENDS = re.compile(r"[!?;\u3002\n]|[.](?!\d)")
 _TURNS = re.compile(
     r"\b(?:no|not|never|neither|nor|none|nobody|nothing|nowhere|cannot|hardly|barely|scarcely|rarely|without"
     r"|lack(?:s|ed|ing)?|absent|missing|unclear|uncertain|unsure|ambiguous|whether|which of|if|unless"
@@ -396,7 +396,9 @@ def _without_denied(text: str, options: Sequence[str]) -> str:
     text = re.sub(
         rf"((?:\b(?:is|be|chose|choose|pick|select)|[:=]) ?{_L}),?(?: and)? {listed}{denied_by}", r"\1. ", text
     )
-    text = re.sub(rf"{listed}{denied_by}", " ", text)
+    # a reason up to the next letter: "A is wrong because no red is seen, and B is right"
+    reason = rf"(?: (?:because|since) [^.;!?\n]*?(?=,? (?:and|but|so|while|whereas) (?:the )?(?:option |answer )?{_L}))"
+    text = re.sub(rf"{listed}{denied_by}{reason}?", " ", text)
     denied = listed
     if not any(re.search(_DENY, folded(option)) for option in options):
         denied = rf"(?:{listed}|{spoken}(?:(?:, {spoken})*,? (?:or|nor|and) {spoken})?)"

@@ -361,6 +361,9 @@ def test_a_sentence_that_says_something_else_of_an_option_names_none(text, optio
         ("A: incorrect. B: incorrect. C: correct. D: incorrect.", COLOURS, 2),
         ("A: wrong, B: right, C: wrong, D: wrong", COLOURS, 1),
         ("A (incorrect), B (correct), C (incorrect), D (incorrect)", COLOURS, 1),
+        ("The answer is B; A is wrong because red never appears.", COLOURS, 1),
+        ("B is right; A is not, since no red is seen.", COLOURS, 1),
+        ("A is wrong because red never appears, and option B is correct because blue does.", COLOURS, 1),
         # what is granted first
         ("Although A seems right, the correct answer is B.", COLOURS, 1),
         ("While A is plausible, B is the best answer.", COLOURS, 1),
