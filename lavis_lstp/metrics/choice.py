@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 from lavis_lstp.metrics.numbers import counted, written
 from lavis_lstp.metrics.qa import (
+    REASON,
     accuracy_interval,
     folded,
     normalise,
@@ -45,7 +46,7 @@ _ACTS = re.compile(
     r"'s\b|,? (?:who|the|is|was|then|also|first)\b(?! (?:the )?(?:correct|right|best|most|answer))"
     r"| [a-z]+(?:s|ed|ing)\b"
 )
-"""What follows a letter that is somebody's name: "C is cooking"."""
+"""These words follow a letter that is somebody's name: "C is cooking"."""
 _FIRST = re.compile(
     r"\(([\ue000-\ue019])\)|([\ue000-\ue019])(?:[).:,;\u3001\u3002]|(?= - | [(\[]| (?:because|since)\b|$))",
     re.MULTILINE,
@@ -117,9 +118,9 @@ _TICKED = re.compile(
     r"(?:[-:(.] ?(?:this is )?(?:correct\b|(?:right|true)(?=[.;,)]|$)|\u2713)|\u2705|\u2714)",
     re.MULTILINE,
 )
-_HEADED = re.compile(rf"\A[^\n:\ue000-\ue019]{{1,30}}: ?{_V}\W*\Z")
+_HEADED = re.compile(rf"\A[^\n:\ue000-\ue019]{{1,30}}: ?{_V}[^\w\ue000-\ue019]*\Z")
 _DECIDING = (_SAID, _THUS, _RIGHT, _TICKED, _HEADED)
-"""What decides for a letter: in front of it, behind it, and a heading in any language that is all else of the text."""
+"""These decide for a letter: words in front of it or behind it, or a heading in any language that is all else."""
 _ANY_LETTER = re.compile(r"([\ue000-\ue019])")
 _MENTIONED = re.compile(rf"\b(?:answer|option|choice|letter) {_V}")
 _OR = re.compile(
@@ -134,9 +135,9 @@ _CONCEDED = re.compile(
     r"|([^.!?\n]*(?:,? but|[,;.] ?however),? ))(?=[^.!?\n]*[\w\ue000-\ue019])",
     re.MULTILINE,
 )
-"""What a sentence grants before it says something: "Although A seems right, ...", "I am not sure, but ..."."""
+"""A sentence grants this before it says something: "Although A seems right, ...", "I am not sure, but ..."."""
 _CLAUSE = re.compile(r"(?<=[\ue000-\ue019)]),? (?:because|since|as|although|though|while|whereas) ")
-_REASON = re.compile(r"\b(?:because|since) [^.!?\n]*")
+_REASON = rf"{REASON.pattern} [^.;!?\n]{{0,200}}"  # the bound keeps the time of hostile texts linear
 _CORRECTS = re.compile(
     r"\b(?:correction|corrected|revis(?:ed|ion)|actually|meant|sorry|apolog\w+|rather|h+m+|wait|on (?:second|further)"
     r"|on reflection|(?:edit|updated?|final)(?= ?[:-])"
@@ -379,7 +380,9 @@ def _without_denied(text: str, options: Sequence[str]) -> str:
     """Drop from a marked text what it says is not the answer: "not A", "rather than a dog", "B and C are wrong"."""
     if not re.search(rf"{_DENY}|{_DENIED_BY}|{_VERDICT}", text):
         return text
-    is_said = any(yes_or_no(option) is False or folded(option) in ("false", "wrong", "incorrect") for option in options)
+    names_verdict = any(
+        yes_or_no(option) is False or folded(option) in ("false", "wrong", "incorrect") for option in options
+    )
     words = [re.escape(folded(option)) for option in options]
     letters = [rf"\(?{chr(_MARK + i)}\)?(?:[.:]? {word}(?!\w)|{_BESIDE})?" for i, word in enumerate(words)]
     items = "|".join([*letters, _L])
@@ -390,14 +393,13 @@ def _without_denied(text: str, options: Sequence[str]) -> str:
         r"(?: (?:think|believe|say|be|that|it|it's|is|the|an?|options?|choice|answer|correct|choose|go|going|to|would"
         r"|with|both))*"
     )
-
-    denied_by = _DENIED_BY if is_said else f"(?:{_DENIED_BY}|{_VERDICT})"
+    denied_by = _DENIED_BY if names_verdict else f"(?:{_DENIED_BY}|{_VERDICT})"
     denied_by = rf"(?!\W*not{helpers} (?:{_L}|{spoken})){denied_by}"  # "B (not A)" denies no B
     text = re.sub(
         rf"((?:\b(?:is|be|chose|choose|pick|select)|[:=]) ?{_L}),?(?: and)? {listed}{denied_by}", r"\1. ", text
     )
-    # a reason up to the next letter: "A is wrong because no red is seen, and B is right"
-    reason = rf"(?: (?:because|since) [^.;!?\n]*?(?=,? (?:and|but|so|while|whereas) (?:the )?(?:option |answer )?{_L}))"
+    # A reason goes with it, lazily up to the next letter: "A is wrong because no red is seen, and B is right"
+    reason = rf"(?: {_REASON}?(?=,? (?:and|but|so|while|whereas) (?:the )?(?:option |answer )?{_L}))"
     text = re.sub(rf"{listed}{denied_by}{reason}?", " ", text)
     denied = listed
     if not any(re.search(_DENY, folded(option)) for option in options):
@@ -425,7 +427,7 @@ def _inside(text: str, options: Sequence[str], listed: bool) -> int | None:
     rest = text[first.end() :] if first else text
     if first:
         numbers = _numbers(first[0], _FIRST)
-        others = _numbers(_REASON.sub(" ", rest), _MORE, _OR) | _numbers(rest, *_DECIDING)
+        others = _numbers(re.sub(_REASON, " ", rest), _MORE, _OR) | _numbers(rest, *_DECIDING)
         # a letter that no option has is a word's: "A. in the U.S."
         numbers |= {number for number in others if number < len(options)}
     elif said:
@@ -468,7 +470,7 @@ def _begins_with(text: str, option: str) -> bool:
     return (
         bool(start)
         and words.startswith(start)
-        and re.match(r"$| (?!or\b|and\b|[&/]|.*\b(?:because|since)\b)", behind) is not None
+        and re.match(rf"$| (?!or\b|and\b|[&/]|.*{REASON.pattern})", behind) is not None
     )
 
 

@@ -53,7 +53,7 @@ _WRAPPERS = (
 _YES = frozenset(("yes", "yeah", "yep", "\u662f", "\u662f\u7684"))
 _NO = frozenset(("no", "nope", "nah", "\u5426", "\u4e0d", "\u4e0d\u662f"))
 _DOUBT = frozenset("but not never however maybe perhaps or unless except nobody none neither nor".split())
-_REASON = re.compile(r"\b(?:because|since)\b")
+REASON = re.compile(r"\b(?:because|since)\b")
 _SPOKEN = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
 _POLAR = r"(?:yes|yeah|yep|nope|nah|no|\u662f\u7684?|\u5426|\u4e0d\u662f?)"
 _EDGE = re.compile(r"^[^\w]+")
@@ -165,7 +165,7 @@ def _polarity(text: str) -> bool | None:
         match = decided and _FIRST_WORD.match(text, decided.end())
     if match is None:
         return None
-    said = _REASON.split(text[match.end(1) :], maxsplit=1)[0]
+    said = REASON.split(text[match.end(1) :], maxsplit=1)[0]
     words = [part for word in _SPOKEN.findall(said) for part in word.replace("n't", " not").split()]
     positive = match[1] in _YES
     opposite, doubt = (_NO, _DOUBT) if positive else (_YES, _DOUBT - {"not"})

@@ -227,10 +227,12 @@ def _index_of_track(source: Source, name: str, track: int | None, max_megapixels
     begins_s = _seconds_after(start, int(ticks[0]) * tick)
     times_s = (ticks - ticks[0]) * facts["time_base"] + begins_s
     fps = frame_rate(times_s, rate)
-    lasts = packets["ticks"][frame_packet]
-    end = (ticks + lasts).max()
-    if "mov" in formats:
-        end = end_in_mp4(ticks[-1], lasts[-1], packet_pts.min() + packets["ticks"].sum())
+    stay = packets["ticks"][frame_packet]
+    end = (
+        end_in_mp4(ticks[-1], stay[-1], packet_pts.min() + packets["ticks"].sum())
+        if "mov" in formats
+        else (ticks + stay).max()
+    )
     end_s = (end - ticks[0]) * facts["time_base"] + begins_s
     return VideoIndex(
         packet_pts=packet_pts,
@@ -250,14 +252,14 @@ def _index_of_track(source: Source, name: str, track: int | None, max_megapixels
 
 
 def end_in_mp4(last: int, ticks: int, at_most: int) -> int:
-    """When the last picture of an MP4 ends, in ticks.
+    """Return when the last picture of an MP4 ends, in ticks.
 
-    It stores the time to the next decoding, so that a pause may be stored with another picture than the one that stays.
+    An MP4 stores the time to the next decoding, so a pause may be stored with another picture than the one that stays.
 
     Args:
-        last: when that picture is shown.
-        ticks: what is stored with it.
-        at_most: when the first is shown, and the sum of all that is stored behind it.
+        last: the time at which that picture is shown.
+        ticks: the time that is stored with it.
+        at_most: the time at which the first picture is shown, plus all times that are stored.
     """
     return min(last + ticks, at_most) if at_most > last else last + ticks
 
