@@ -36,8 +36,9 @@ def key(default: Any = None, **rule: Any) -> Any:
 
     Args:
         default: a value, or the dataclass of a section.
-        rule: any of `least`, `above`, `most`, `below`: limits of a number. `one_of`: the texts it may be; `called`:
-            what an error calls it. `word`: a text that is legal in place of a number (int | str). `keys`: the settings
+        rule: any of `least`, `above`, `most`, `below`: limits of a number, or of each in a list; one inside is given by
+            Annotated[int, ("least", 0)]. `one_of`: the texts it may be; `called`: what an error calls it. `word`: a
+            text that is legal in place of a number (int | str) or of true and false (bool | str). `keys`: the settings
             class that a mapping's values are checked by, `open`: that class does not know all keys. `kind`: for a
             field of type Any. `per_split`: {split: value} is legal, too. `only`: tasks or runners that read the key.
     """
@@ -56,6 +57,7 @@ class Rule:
     nullable: bool
     section: type | None = None
     item: Rule | None = None
+    items: tuple[Rule, ...] = ()
     limits: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -66,7 +68,21 @@ class Rule:
         said = " and".join(f" {words[name]} {value}" for name, value in found.items())
         word = f" or {self.limits['word']}" if "word" in self.limits else ""
         optional = " or null" if self.nullable and self.kind in (INTEGER, NUMBER) else ""
-        return f"{self.kind}{said}{word}{optional}"
+        kind = self.kind
+        if self.is_list_of_others:
+            inside = [rule.expected for rule in self.items] or [self.item.expected, "..."]
+            kind = f"a list [{', '.join(inside)}]"
+        return f"{kind}{said}{word}{optional}"
+
+    @property
+    def is_list_of_others(self) -> bool:
+        """Return True for a list of other things than texts."""
+        return self.kind == LIST and (self.item is None or self.item.kind != TEXT)
+
+    @property
+    def is_of_texts(self) -> bool:
+        """Return True for a text, and for a list of texts."""
+        return self.kind in (TEXT, TEXTS, LIST) and not self.is_list_of_others
 
     def checked(self, value: Any, where: str) -> Any:
         """`value` as its field declares it.
@@ -90,13 +106,9 @@ class Rule:
         if self.kind == MAPPING:
             return self._mapping(value, where)
         if self.kind == LIST or (self.kind == TEXTS and isinstance(value, list)):
-            if isinstance(value, str) and not value.lstrip().startswith(("[", "{")):
-                raise ConfigError(f"{self._wrong(value, where)}; write [{shortened(value)}]")
-            if not isinstance(value, list):
-                raise self._wrong(value, where)
-            return [self._text(one, f"{where}[{place}]") for place, one in enumerate(value)]
+            return self._list(value, where)
         if self.kind == BOOLEAN:
-            if not isinstance(value, bool):
+            if not isinstance(value, bool) and value != self.limits.get("word", self):
                 raise self._wrong(value, where)
             return value
         if isinstance(value, (Mapping, list)):
@@ -105,6 +117,26 @@ class Rule:
 
     def _wrong(self, value: Any, where: str) -> ConfigError:
         return ConfigError(f"{where} must be {self.expected}, got {reprlib.repr(value)}")
+
+    def _list(self, value: Any, where: str) -> list:
+        wrong = self._wrong(value, where)
+        if isinstance(value, tuple):  # of a call in Python
+            value = list(value)
+        if not isinstance(value, list):
+            kind = self.item.kind if self.item else None
+            alone = kind == TEXT and isinstance(value, str) and not value.lstrip().startswith(("[", "{"))
+            alone = alone or (kind in (INTEGER, NUMBER) and as_number(value) is not None)
+            raise ConfigError(f"{wrong}; write [{shortened(value)}]") if alone else wrong
+        if not value and self.is_list_of_others and not self.nullable:
+            raise wrong
+        if self.items and len(value) != len(self.items):
+            raise wrong
+        if self.kind == TEXTS:
+            return [self._text(one, f"{where}[{place}]") for place, one in enumerate(value)]
+        inside = self.items or (self.item,) * len(value)
+        return [
+            rule.checked(one, f"{where}[{place}]") for place, (rule, one) in enumerate(zip(inside, value, strict=True))
+        ]
 
     def _number(self, value: Any, where: str) -> int | float:
         found = as_number(value)
@@ -171,7 +203,7 @@ def as_number(value: Any) -> int | float | None:
 @functools.cache
 def rules(settings: type) -> dict[str, Rule]:
     """The rule of each field of a settings class."""
-    hints = typing.get_type_hints(settings)
+    hints = typing.get_type_hints(settings, include_extras=True)
     return {field.name: _rule(hints[field.name], field.metadata) for field in dataclasses.fields(settings)}
 
 
@@ -183,18 +215,27 @@ def _rule(hint: Any, limits: Mapping[str, Any]) -> Rule:
         return Rule(NUMBER, nullable, limits=limits)
     if set(kinds) == {int, str}:
         return Rule(INTEGER, nullable, limits=limits)
+    if set(kinds) == {bool, str}:
+        return Rule(BOOLEAN, nullable, limits=limits)
     (kind,) = kinds
     if kind is Any:
         return Rule(limits.get("kind", ANY), True, limits=limits)
     if dataclasses.is_dataclass(kind):
         return Rule(MAPPING, nullable, section=kind, limits=limits)
     origin = typing.get_origin(kind) or kind
+    if origin is typing.Annotated:
+        inside, *more = typing.get_args(kind)
+        return dataclasses.replace(_rule(inside, {**limits, **dict(more)}), nullable=nullable)
+    if origin is tuple:
+        return Rule(LIST, nullable, items=tuple(_rule(one, {}) for one in typing.get_args(kind)), limits=limits)
+    if origin is list:
+        return Rule(LIST, nullable, item=_rule((typing.get_args(kind) or (str,))[0], limits), limits=limits)
     if origin is dict:
         inside = (typing.get_args(kind) or (str, Any))[1]
         return Rule(
             MAPPING, nullable, item=_rule(inside, {} if dataclasses.is_dataclass(inside) else limits), limits=limits
         )
-    return Rule({bool: BOOLEAN, int: INTEGER, float: NUMBER, str: TEXT, list: LIST}[origin], nullable, limits=limits)
+    return Rule({bool: BOOLEAN, int: INTEGER, float: NUMBER, str: TEXT}[origin], nullable, limits=limits)
 
 
 def checked(

@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lavis_lstp.config.data import CONFIGS as DATASETS
 from lavis_lstp.config.data import VideoQA, benchmark_names, settings_of
-from lavis_lstp.config.fields import LIST, TEXT, TEXTS, Rule, nearest, rules
+from lavis_lstp.config.fields import LIST, TEXT, Rule, nearest, rules
 from lavis_lstp.config.model import ModelSettings
 from lavis_lstp.config.run import RunSettings
 from lavis_lstp.errors import ConfigError, shortened, unknown_name
@@ -213,7 +213,7 @@ def _list_above(config: DictConfig, path: Sequence[str]) -> str | None:
 def option_value(raw: str, path: tuple[str, ...]) -> Any:
     """The value that the text behind `=` stands for, at the key `path`."""
     rule = rule_at(path)
-    if rule is None or rule.kind not in (TEXT, TEXTS, LIST):
+    if rule is None or not rule.is_of_texts:
         return parse(raw, path)
     begin = raw.lstrip()[:1]
     if begin in ("'", '"'):
@@ -328,7 +328,7 @@ def _construct(loader: Loader, node: yaml.Node, path: tuple[str, ...]) -> Any:
     if isinstance(node, yaml.MappingNode):
         return _mapping(loader, node, path)
     rule = rule_at(path)
-    if rule is not None and rule.kind in (TEXT, TEXTS, LIST) and node.tag != "tag:yaml.org,2002:binary":
+    if rule is not None and rule.is_of_texts and node.tag != "tag:yaml.org,2002:binary":
         plain = node.style is None
         return None if plain and node.value in NULL else node.value
     try:

@@ -1,14 +1,14 @@
 """The section `model`: every key, its type, its default, its range and its meaning.
 
 A YAML file of configs/models holds what differs. A section of transformers' own keys (`backbone.config`, `generation`)
-is open: transformers says which keys there are, and the numbers listed here have a range.
+is open: transformers says which keys there are, and those listed here have a range or a form.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from lavis_lstp.config.fields import SEED, TEXTS, check_generation, checked, key
 from lavis_lstp.errors import ConfigError
@@ -326,9 +326,12 @@ class Backbone:
     config: dict[str, Any] | None = key(None, keys=BackboneConfig, open=True)  # random weights: sizes; lavis: overrides
 
 
+Token = Annotated[int, ("least", 0)]
+
+
 @dataclass
 class Generation:
-    """Numbers of transformers' GenerationConfig that have a range; its other keys are legal, too."""
+    """Settings of transformers' GenerationConfig that have a range or a form; its other keys are legal, too."""
 
     max_new_tokens: int | None = key(None, least=1)
     min_new_tokens: int | None = key(None, least=0)
@@ -355,6 +358,17 @@ class Generation:
     diversity_penalty: int | float | None = key(None, least=0)
     repetition_penalty: int | float | None = key(None, above=0)
     encoder_repetition_penalty: int | float | None = key(None, above=0)
+    early_stopping: bool | str | None = key(None, word="never")
+    remove_invalid_values: bool | None = key()
+    renormalize_logits: bool | None = key()
+    bad_words_ids: list[list[Token]] | None = key()  # sequences of tokens that no answer holds
+    sequence_bias: list[tuple[list[Token], int | float]] | None = key()  # what is added to the score of a sequence
+    suppress_tokens: list[Token] | None = key()
+    begin_suppress_tokens: list[Token] | None = key()
+    forced_bos_token_id: Token | None = key()
+    forced_eos_token_id: Token | None = key()
+    # tokens after which it begins, and the factor for each further one
+    exponential_decay_length_penalty: tuple[Token, Annotated[int | float, ("above", 0)]] | None = key()
 
 
 @dataclass

@@ -175,7 +175,8 @@ def check_settings(model: nn.Module) -> None:
     for loss in model.losses:
         if loss not in LOSSES:
             raise ConfigError(unknown_name("loss (model.losses)", loss, LOSSES))
-    checked(model.generation, encoder_decoder=model.backbone.is_encoder_decoder)
+    own = model.backbone
+    checked(model.generation, encoder_decoder=own.is_encoder_decoder, num_tokens=own.num_tokens)
     check_together(
         train=model.train_parts,
         losses=model.losses,

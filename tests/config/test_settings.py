@@ -141,6 +141,12 @@ def test_numbers_are_those_of_python():
             "model.generation.top_p must be a number above 0 and at most 1 or null, got 1.5",
         ),
         ("model.generation.max_new_tokens=0", "model.generation.max_new_tokens must be a whole number of at least 1"),
+        ("model.generation.bad_words_ids=[3,4]", "model.generation.bad_words_ids[0] must be a list [a whole number of"),
+        (
+            "model.generation.sequence_bias={3: 2.0}",
+            "model.generation.sequence_bias must be a list [a list [a list [a whole number of at least 0, ...], a numb",
+        ),
+        ("model.generation.renormalize_logits=maybe", "model.generation.renormalize_logits must be true or false, got"),
         ("model.sampler.dropout=1", "model.sampler.dropout must be a number of at least 0 and below 1, got 1"),
         (
             "model.flow.flow_size=0",

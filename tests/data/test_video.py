@@ -250,17 +250,29 @@ def test_frames_hidden_by_an_edit_list_do_not_count(tmp_path):
         read_frames(path, indices=[0], backend="decord")
 
 
+# Behind the key frame of an open group these say what becomes of pictures before it, which FFmpeg calls an error.
+OPEN_H264 = [
+    f"keyint={every}:open-gop=1:bframes=3:b-adapt=0:scenecut=0:{more}"
+    for every, more in ((16, "ref=3"), (18, "ref=4:slices=4"), (16, "tff=1"))
+]
+
+
 @pytest.mark.parametrize(
     ("ending", "codec", "options"),
     [
         ("ts", "libx265", {"x265-params": "keyint=10:min-keyint=10:bframes=3:open-gop=1:scenecut=0:log-level=0"}),
         ("mkv", "libx265", {"x265-params": "keyint=10:min-keyint=10:bframes=3:open-gop=1:scenecut=0:log-level=0"}),
         ("ts", "mpeg2video", {"g": "10", "bf": "2", "b": "8M"}),
+        *(
+            (ending, "libx264", {"x264-params": params})
+            for ending in ("ts", "mkv", "mp4", "h264")
+            for params in OPEN_H264
+        ),
     ],
 )
 def test_a_cut_in_an_open_group_begins_where_players_begin(tmp_path, ending, codec, options):
     """As `ffmpeg -ss -c copy` and receivers write it: pictures before the first key frame refer to what was cut off."""
-    whole = numbered_video(tmp_path / "whole.ts", 38, codec=codec, options=options)
+    whole = numbered_video(tmp_path / "whole.ts", 60, codec=codec, options=options)
     path = tmp_path / f"cut.{ending}"
     with av.open(str(whole)) as source, av.open(str(path), "w") as out:
         stream = out.add_stream_from_template(source.streams.video[0])
@@ -277,6 +289,45 @@ def test_a_cut_in_an_open_group_begins_where_players_begin(tmp_path, ending, cod
     video = read_frames(path, indices=range(len(shown)))
     assert (video.frames == np.stack(shown)).all() and video.info.num_frames == len(shown) < packets
     assert video.times_s == pytest.approx(np.arange(len(shown)) / 25, abs=2e-3)
+    for i in range(1, len(shown), 3):
+        assert (read_frames(path, indices=[i]).frames[0] == shown[i]).all()
+
+
+def test_an_open_group_is_read_from_its_own_key_frame(tmp_path):
+    """Going back to the first key frame of the file would decode a film of two hours for one frame near its end."""
+    path = numbered_video(tmp_path / "a.mp4", 160, options={"x264-params": OPEN_H264[0]})
+    for i in (150, 151):
+        video = read_frames(path, indices=[i])
+        assert read_number(video.frames[0]) == i % 38 and video.count.packets < 3 * 40
+
+
+@pytest.mark.parametrize("lost", [20, 30])
+def test_what_is_lost_inside_an_open_group_is_not_passed_over(tmp_path, lost):
+    """A decoder complains in the same words about pictures that a cut removed and about those that are damaged."""
+    whole = numbered_video(tmp_path / "a.mp4", 60, options={"x264-params": OPEN_H264[1]})
+    path = tmp_path / "cut.mkv"
+    with av.open(str(whole)) as source, av.open(str(path), "w") as out:
+        stream = out.add_stream_from_template(source.streams.video[0])
+        keys = kept = 0
+        for packet in source.demux(video=0):
+            keys += packet.is_keyframe
+            if packet.size and keys > 1:
+                kept += 1
+                if kept == lost:
+                    packet = spoilt(packet)
+                packet.stream = stream
+                out.mux(packet)
+    shown = read_frames(path, indices=range(8)).frames
+    assert len({read_number(frame) for frame in shown}) == 8
+    with pytest.raises(VideoError, match="cut.mkv: frame .* cannot be decoded"):
+        read_frames(path, indices=range(probe(path).num_frames))
+
+
+def spoilt(packet):
+    """The packet of a picture without the second half of its data."""
+    half = av.Packet(bytes(packet)[: packet.size // 2].ljust(packet.size, b"\0"))
+    half.pts, half.dts, half.time_base = packet.pts, packet.dts, packet.time_base
+    return half
 
 
 @pytest.mark.parametrize("codec", ["libvpx", "libvpx-vp9"])

@@ -172,12 +172,46 @@ def test_every_setting_of_transformers_is_followed_or_refused():
         ),
         ({"temperature": 0.7, "do_sample": False}, "set model.generation.do_sample=true"),
         ({"num_beam": 2}, "unknown generation setting 'num_beam'"),
+        (
+            {"bad_words_ids": [3, 4]},
+            "bad_words_ids[0] must be a list [a whole number of at least 0, ...], got 3; write",
+        ),
+        ({"bad_words_ids": [[5], [999]]}, "bad_words_ids: token 999 is not one of the language model's"),
+        ({"sequence_bias": [[[5, 999], 2.0]]}, "sequence_bias: token 999 is not one of the language model's"),
+        ({"suppress_tokens": [999]}, "suppress_tokens: token 999 is not one of the language model's"),
+        ({"forced_eos_token_id": 999}, "forced_eos_token_id: token 999 is not one of the language model's"),
+        ({"exponential_decay_length_penalty": [3]}, "exponential_decay_length_penalty must be a list [a whole number"),
+        ({"early_stopping": "maybe"}, "early_stopping must be true or false or never, got 'maybe'"),
     ],
 )
 def test_one_line_on_what_cannot_be(backbone, settings, line):
     with pytest.raises(ConfigError) as caught:
         ask(backbone, [0], **settings)
     assert line in str(caught.value) and "\n" not in str(caught.value)
+
+
+NUMBERS = [0, 1, 3, 10**6, 10**30, -1, 0.5, -2.5, 1e300, float("nan"), float("inf")]
+ODD = [*NUMBERS, True, False, "", "never", "3", [], {}, [None], ["a"], [[]], [[[]]], {3: 2.0}, {(3,): 2.0}, {"a": 1}]
+ODD += [wrapped for number in NUMBERS[:8] for wrapped in ([number], [[number]], [number, 2.0], [[[number], number]])]
+ODD += [[1, 2, 3], [[1], [2, 3]], [[[1], 2.0], [[2, 3], -1]], (1, 2.0), torch.tensor([1])]
+
+
+@pytest.mark.parametrize("name", sorted({*FOLLOWED, *HERE, *DRAWING}))
+def test_any_value_is_followed_or_refused_in_one_line(backbone, name):
+    """What transformers would refuse in the middle of an answer, and what it would index its scores by."""
+    kinds = set()
+    for value in ODD:
+        more = {"do_sample": True} if name in DRAWING else {}
+        more |= {"max_new_tokens": 2} if name != "max_new_tokens" else {}
+        if value == 10**6 and name in ("max_new_tokens", "num_beams"):
+            continue  # legal, and long
+        try:
+            ask(backbone, [1], **more, **{name: value})
+            kinds.add("followed")
+        except ConfigError as error:
+            assert "\n" not in str(error)
+            kinds.add("refused")
+    assert kinds == {"followed", "refused"} or (name == "forced_bos_token_id" and kinds == {"refused"})
 
 
 def test_what_asks_for_no_sampling_goes_without_it():

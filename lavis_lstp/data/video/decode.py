@@ -10,8 +10,11 @@ are skipped. A picture is handed out only under its own time stamp, so a damaged
 from __future__ import annotations
 
 import re
+import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,7 +25,7 @@ from av.video.frame import PictureType
 from av.video.reformatter import VideoReformatter
 
 from lavis_lstp.data.video.container import Source, check_source
-from lavis_lstp.data.video.index import VideoIndex, reopen
+from lavis_lstp.data.video.index import REORDER, VideoIndex, reopen
 from lavis_lstp.errors import VideoError
 
 # Codecs whose decoders honour `skip_frame` per packet and store one picture in each.
@@ -33,6 +36,8 @@ TORCHCODEC_CONTAINERS = {"mov", "matroska"}
 DECORD_CONTAINERS = {"mov", "matroska"}
 
 Visit = Callable[[Any, int, bool], None]  # picture, frame number, may others refer to it
+OPEN = 16
+"""In H.264 so many packets behind the key frame of an open group may name pictures from before it (5 were seen)."""
 PATIENCE = 8  # key frames behind a frame that are passed over in search of a picture that tells its motion
 LOWRES = {"mpeg1video", "mpeg2video", "mpeg4", "mjpeg"}  # decoders that give pictures of 1/2, 1/4 or 1/8 of the side
 
@@ -92,17 +97,21 @@ def decode_pyav(
         IndexMismatch: where the table of packets cannot be trusted.
     """
     count = count if count is not None else DecodeCount()
-    with reopen(source, index, threads, hardware) as (container, stream):
-        options = dict(stream.codec_context.options)
-        options["err_detect"] = "explode"  # a damaged picture is an error, not a patched-up neighbour
-        if decode_size and stream.codec_context.name in LOWRES:
-            side = min(stream.codec_context.width, stream.codec_context.height)
-            options["lowres"] = str(max(n for n in range(4) if n == 0 or side >> n >= decode_size))
-        if visit or around:
-            options["flags2"] = "+export_mvs"
-        stream.codec_context.options = options
+    with ExitStack() as opened:
+
+        def opening(**more: str) -> tuple[Any, Any]:
+            container, stream = opened.enter_context(reopen(source, index, threads, hardware))
+            options = dict(stream.codec_context.options) | more
+            if decode_size and stream.codec_context.name in LOWRES:
+                side = min(stream.codec_context.width, stream.codec_context.height)
+                options["lowres"] = str(max(n for n in range(4) if n == 0 or side >> n >= decode_size))
+            if visit or around:
+                options["flags2"] = "+export_mvs"
+            stream.codec_context.options = options
+            return container, stream
+
         walk = _by_count if index.by_count else _by_time
-        for i, frame in walk(container, stream, index, wanted, visit, around, count):
+        for i, frame in walk(opening, index, wanted, visit, around, count):
             if frame.is_corrupt:
                 raise VideoError(f"{index.name}: frame {i} is damaged")
             see(frame)
@@ -115,34 +124,35 @@ def scaled(height: int, width: int, decode_size: int | None) -> tuple[int, int]:
     return max(1, round(height / shrink)), max(1, round(width / shrink))
 
 
-def _by_count(container, stream, index, wanted, visit, around, count) -> Iterator[tuple[int, Any]]:
+STRICT = {"err_detect": "explode"}  # a damaged picture is an error, not a patched-up neighbour
+
+
+def _by_count(opening, index, wanted, visit, around, count) -> Iterator[tuple[int, Any]]:
     """From the start of the file to the last wanted frame."""
     left = set(wanted)
-    visit = around.add if around else visit
-    position = 0
-    try:
-        for position, frame in enumerate(container.decode(stream)):
-            count.pictures += 1
-            if visit:
-                visit(frame, position, False)
+    reader = _Reader(opening, index, [], visit, around, count)
+    ended, seen = 0, -1
+    for pictures in reader.attempts(0, sys.maxsize):
+        for ended, frame in enumerate(pictures, 1):
+            position = ended - 1
+            if position <= seen:  # by the attempt before
+                continue
+            seen = position
+            if reader.visit:
+                reader.visit(frame, position, False)
             if position in left:
                 left.discard(position)
                 yield position, frame
             if not left and not (around.waits if around else visit and frame.pict_type == PictureType.B):
                 return
-    except av.FFmpegError as error:
-        if isinstance(error, av.ArgumentError) and not count.pictures:
-            raise  # larger than max_megapixels: `open_video` says so
-        if left:
-            raise VideoError(f"{index.name}: frame {min(left)} cannot be decoded ({error.strerror})") from None
-    if not left:
-        return
-    raise VideoError(f"{index.name}: frame {min(left)} cannot be decoded, the video ends after {position + 1}")
+    if left:
+        cause = f" ({reader.failure})" if reader.failure else f", the video ends after {ended}"
+        raise VideoError(f"{index.name}: frame {min(left)} cannot be decoded{cause}")
 
 
-def _by_time(container, stream, index, wanted, visit, around, count) -> Iterator[tuple[int, Any]]:
+def _by_time(opening, index, wanted, visit, around, count) -> Iterator[tuple[int, Any]]:
     """Stretch by stretch, each from a key frame to the last frame wanted before another key frame helps."""
-    reader = _Reader(container, stream, index, wanted, visit, around, count)
+    reader = _Reader(opening, index, wanted, visit, around, count)
     for stretch in stretches(index, wanted, jump=visit is None, anchor=around is not None):
         yield from reader.read(stretch)
 
@@ -216,7 +226,7 @@ def decode_runs(
     """
     with reopen(source, index, threads) as (container, stream):
         stream.codec_context.options = dict(stream.codec_context.options) | {"skip_loop_filter": "all"}
-        reader = _Reader(container, stream, index, [], None, None, DecodeCount())
+        reader = _Reader(lambda **_: (container, stream), index, [], None, None, DecodeCount())
         for start, stop in runs:
             yield reader._decode(start, stop)
 
@@ -238,18 +248,25 @@ SEEK_US = {True: 300, False: 8000}
 
 
 class _Reader:
-    """Decodes stretches of packets, in the order of the file, by one decoder."""
+    """Decodes stretches of packets, in the order of the file, by one decoder; by a lenient one where `attempts` may.
 
-    def __init__(self, container, stream, index, wanted, visit, around, count):
-        self.container, self.stream, self.index = container, stream, index
+    Args:
+        opening: a container and its stream, anew, with the decoder's options.
+    """
+
+    def __init__(self, opening, index, wanted, visit, around, count, *, strict=True):
+        self.opening, self.index = opening, index
+        self.container, self.stream = container, stream = opening(**(STRICT if strict else {}))
         self.visit, self.around, self.count = around.add if around else visit, around, count
         self.wanted_pts = {int(index.packet_pts[index.frame_packet[i]]) for i in wanted}
-        self.skip = stream.codec_context.name in SKIPPABLE
+        self.skip = stream.codec_context.name in SKIPPABLE and not index.by_count
         self.packets: Iterator[Any] = container.demux(stream)
         self.next_packet = 0  # position of what `packets` gives next
         self.last_visited: int | None = None
         self.referred: dict[int, bool] = {}
         self.failure: str | None = None
+        self.starts_open = False  # the last stretch begins at a key frame that refers to nothing, but forgets nothing
+        self.given, self.lenient = (index, wanted, visit, around, count), None
 
     def read(self, stretch: Stretch) -> Iterator[tuple[int, Any]]:
         """(frame number, picture) of each frame wanted of a stretch.
@@ -266,18 +283,20 @@ class _Reader:
                 self.around.restart()
                 self.last_visited = None
             damaged = np.flatnonzero(self.index.packet_damaged[start:stop]) + start
-            pictures = self._decode(start, stop)
-            for frame in pictures:
-                if self.index.position(frame.pts) is None:
-                    raise IndexMismatch(f"a picture at {frame.pts}")
-                self._visit(frame)
-                if frame.pts == int(self.index.packet_pts[packets[0]]):
-                    if len(damaged) and damaged[0] <= packets[0]:
-                        self._refuse(left[0], "damaged data before it")
-                    yield left.pop(0), frame
-                    packets.pop(0)
-                    if not left:
-                        break
+            for pictures in self.attempts(start, stop):
+                for frame in pictures:
+                    if self.index.position(frame.pts) is None:
+                        raise IndexMismatch(f"a picture at {frame.pts}")
+                    self._visit(frame)
+                    if frame.pts == int(self.index.packet_pts[packets[0]]):
+                        if len(damaged) and damaged[0] <= packets[0]:
+                            self._refuse(left[0], "damaged data before it")
+                        yield left.pop(0), frame
+                        packets.pop(0)
+                        if not left:
+                            break
+                if not left:
+                    break
             if left and len(damaged) and damaged[0] <= packets[0]:
                 self._refuse(left[0], "damaged data before it")
             if left and start == 0:
@@ -307,9 +326,28 @@ class _Reader:
             if not self.around.waits if self.around else frame.pict_type != PictureType.B:
                 break
 
-    def _decode(self, start: int, stop: int) -> Iterator[Any]:
+    def attempts(self, start: int, stop: int) -> Iterator[Iterator[Any]]:
+        """Pictures of the packets [start, stop); and once more by a lenient decoder, where the first refuses an open
+        group of H.264 for nothing.
+
+        The first pictures behind its key frame say what becomes of pictures before it, which nobody has. The decoder
+        calls that an error and keeps a picture back. It is none where all other packets decode without one.
+        """
+        yield self._decode(start, stop)
+        if self.failure and self.starts_open:
+            strict = _Reader(self.opening, *self.given) if self.index.by_count else self  # no times to seek by
+            refused = self.failure
+            for _ in strict._decode(start, stop, passed_over=OPEN):
+                pass
+            if strict.failure is None:
+                if self.lenient is None:
+                    self.lenient = _Reader(self.opening, *self.given, strict=False)
+                yield _whole(self.lenient._decode(start, stop))
+            self.failure = refused
+
+    def _decode(self, start: int, stop: int, passed_over: int = 0) -> Iterator[Any]:
         """Pictures of the packets [start, stop) in the order they are shown; ends early, with `failure` set, where
-        decoding fails.
+        decoding fails behind the first `passed_over` of them.
 
         Behind `stop` the decoder is emptied: waiting for it to hand out what it holds back would decode further
         pictures, eight of these for each frame wanted in H.264 with two B-frames. A chain of motion vectors
@@ -325,11 +363,19 @@ class _Reader:
                     continue
                 if item.size:
                     self.count.packets += 1
+                    if self.next_packet == start + 1:
+                        self.starts_open = context.name == "h264" and not h264_forgets(bytes(item), context.extradata)
                     if self.visit and context.name == "h264":
                         self.referred[item.pts] = h264_is_referred(bytes(item), context.extradata)
                     if self.skip:
                         context.skip_frame = "DEFAULT" if item.pts in self.wanted_pts else "NONREF"
-                for frame in item.decode():
+                try:
+                    frames = item.decode()
+                except av.InvalidDataError:
+                    if self.next_packet > start + passed_over:
+                        raise
+                    continue
+                for frame in frames:
                     self.count.pictures += 1
                     yield frame
                 if self.next_packet >= stop and empties:
@@ -420,8 +466,30 @@ def _on_white(pixels: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     return ((pixels * share + 255 * (255 - share) + 127) // 255).astype(np.uint8)
 
 
+def _whole(pictures: Iterable[Any]) -> Iterator[Any]:
+    """Pictures before the first that is marked as damaged, each once all that it may refer to have come out."""
+    held: deque[Any] = deque()
+    for frame in pictures:
+        if frame.is_corrupt:
+            return
+        held.append(frame)
+        if len(held) > REORDER:
+            yield held.popleft()
+    yield from held
+
+
 def h264_is_referred(data: bytes, extradata: bytes | None) -> bool:
     """Whether other pictures may refer to the one in this packet: nal_ref_idc of its first slice (H.264 7.4.1)."""
+    return any(unit >> 5 & 3 for unit in _h264_slices(data, extradata)[:1])
+
+
+def h264_forgets(data: bytes, extradata: bytes | None) -> bool:
+    """Return True for a key frame behind which nothing refers to what is before it: an IDR picture (H.264 7.4.1)."""
+    return any(unit & 31 == 5 for unit in _h264_slices(data, extradata))
+
+
+def _h264_slices(data: bytes, extradata: bytes | None) -> list[int]:
+    """Return the first byte of each unit of a packet that holds a part of a picture."""
     if extradata and extradata[0] == 1:  # MP4 and Matroska: each unit after its length
         width, at = (extradata[4] & 3) + 1, 0
         starts = []
@@ -433,10 +501,7 @@ def h264_is_referred(data: bytes, extradata: bytes | None) -> bool:
         while 0 <= at < len(data) - 3:
             starts.append(at + 3)
             at = data.find(b"\0\0\1", at + 3)
-    for start in starts:
-        if 1 <= data[start] & 31 <= 5:
-            return bool(data[start] >> 5 & 3)
-    return False
+    return [data[start] for start in starts if 1 <= data[start] & 31 <= 5]
 
 
 @dataclass(frozen=True)

@@ -203,7 +203,7 @@ def _index_of_track(source: Source, name: str, track: int | None, max_megapixels
             logger.warning("%s: its transparency is ignored, as by every decoder of %s here", name, facts["codec"])
     if not len(packets):
         raise VideoError(f"{name}: its video stream holds no frame" + (f"; {missing}" if missing else ""))
-    packet_pts = packets["pts"]
+    packet_pts = packets["pts"] if untimed else _with_times(packets["pts"], packets["key"])
     anew = _clocks_begin(packets["dts"], GAP_S / facts["time_base"] if formats & CLOCKS_BEGIN_ANEW else None)
     if untimed or anew or (packet_pts == NO_TIME).any() or not np.diff(np.sort(packet_pts)).all():
         # FFmpeg takes what stands before a joint for damaged: the counters of MPEG-TS packets begin anew there, too.
@@ -249,6 +249,20 @@ def _index_of_track(source: Source, name: str, track: int | None, max_megapixels
         missing=missing,
         **facts,
     )
+
+
+def _with_times(pts: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """Return times with made-up ones for pictures right behind the first key frame that have none.
+
+    Matroska stores no times before zero, which is where pictures are that refer to what a cut removed. They get times
+    before all others, in the order of the file, and are hidden as such.
+    """
+    lost = np.flatnonzero(pts == NO_TIME)
+    if not 0 < len(lost) <= REORDER or lost[0] == 0 or lost[-1] != len(lost) or not key[0]:
+        return pts
+    pts = pts.copy()
+    pts[lost] = pts[pts != NO_TIME].min() - len(lost) + np.arange(len(lost))
+    return pts
 
 
 def end_in_mp4(last: int, ticks: int, at_most: int) -> int:

@@ -115,12 +115,14 @@ class Answerer(Protocol):
 
     PARTS: names of `config.model.PARTS` that it has -> how the keys of their weights begin. image_size: side of the
     frames that it takes, in px. is_encoder_decoder: whether an answer goes on from the prompt (False) or has a begin
-    mark of its own. max_text_tokens: prompts and answers are cut to so many tokens. `LanguageAnswerer` has the rest.
+    mark of its own. num_tokens: how many tokens it has scores for; None = nobody can tell. max_text_tokens: prompts and
+    answers are cut to so many. `LanguageAnswerer` has the rest.
     """
 
     PARTS: Mapping[str, tuple[str, ...]]
     image_size: int
     is_encoder_decoder: bool
+    num_tokens: int | None
     max_text_tokens: int
 
     def look(self, frames: Tensor, which: Tensor, prompts: list[str], times_s: Tensor | None = None) -> Reading:

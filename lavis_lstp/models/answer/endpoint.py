@@ -27,6 +27,7 @@ class EndpointAnswerer(nn.Module):
 
     PARTS: Mapping[str, tuple[str, ...]] = {}
     is_encoder_decoder = False
+    num_tokens = None
 
     def __init__(self, served: Served, *, max_text_tokens: int = 512):
         super().__init__()

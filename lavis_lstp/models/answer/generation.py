@@ -81,11 +81,19 @@ NEUTRAL: Mapping[str, tuple] = {"num_return_sequences": (1,), "num_beam_groups":
 """Values of refused settings that ask for nothing, beside null, false and 0."""
 
 
-def checked(settings: Mapping[str, Any], *, encoder_decoder: bool) -> dict[str, Any]:
+TOKENS = (
+    *("bad_words_ids", "sequence_bias", "suppress_tokens", "begin_suppress_tokens"),
+    *("forced_bos_token_id", "forced_eos_token_id"),
+)
+"""Settings that name tokens by their numbers."""
+
+
+def checked(settings: Mapping[str, Any], *, encoder_decoder: bool, num_tokens: int | None = None) -> dict[str, Any]:
     """The settings without those that ask for nothing.
 
     Args:
         encoder_decoder: whether the language model is a T5 rather than a LLaMA.
+        num_tokens: how many it knows; None = nobody can tell.
 
     Raises:
         ConfigError: a setting is not known, out of range or contradicts another, or a row of a batch would not be
@@ -98,10 +106,17 @@ def checked(settings: Mapping[str, Any], *, encoder_decoder: bool) -> dict[str, 
                 raise ConfigError(f"generation setting {name}={value!r} is not supported: {REFUSED[name]}")
         elif name not in FOLLOWED and name not in HERE and name not in DRAWING:
             raise ConfigError(unknown_name("generation setting", name, (*FOLLOWED, *HERE, *DRAWING)))
-        elif value is not None:
+        elif value is not None and not (isinstance(value, (Mapping, list)) and not value):
             kept[name] = value
+    if isinstance(kept.get("sequence_bias"), Mapping):  # the form of a call in Python; YAML has no such keys
+        kept["sequence_bias"] = list(kept["sequence_bias"].items())
     kept = in_range(kept, Generation, "generation", open=True)
     check_generation(kept, "generation")
+    if "sequence_bias" in kept:  # transformers takes no whole number
+        kept["sequence_bias"] = [[ids, float(bias)] for ids, bias in kept["sequence_bias"]]
+    for name in TOKENS if num_tokens is not None else ():
+        if unknown := [token for token in _tokens(name, kept.get(name)) if token >= num_tokens]:
+            raise ConfigError(f"generation.{name}: token {unknown[0]} is not one of the language model's {num_tokens}")
     if not encoder_decoder and "forced_bos_token_id" in kept:
         raise ConfigError(
             f"generation setting forced_bos_token_id={kept['forced_bos_token_id']!r} is not supported: the answer of a "
@@ -113,6 +128,15 @@ def checked(settings: Mapping[str, Any], *, encoder_decoder: bool) -> dict[str, 
             "are drawn together; set num_beams to 1, or do_sample to false"
         )
     return kept
+
+
+def _tokens(name: str, value: Any) -> Iterator[int]:
+    if name == "sequence_bias":
+        value = [ids for ids, _ in value or ()]
+    if isinstance(value, int):
+        yield value
+    for one in value if isinstance(value, list) else ():
+        yield from _tokens("", one)
 
 
 def arguments(

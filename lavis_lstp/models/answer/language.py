@@ -47,6 +47,11 @@ class LanguageAnswerer(nn.Module):
         """T5 is; LLaMA, which goes on from the prompt, is not."""
         return self.language_model.config.is_encoder_decoder
 
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens the language model has scores for."""
+        return self.writer.config.get_text_config().vocab_size
+
     # ---- text -------------------------------------------------------------------------------------------------
 
     def _tokenize(self, tokenizer, texts: list[str], side: str):
@@ -170,7 +175,7 @@ class LanguageAnswerer(nn.Module):
         Raises:
             ConfigError: a setting is not known or not supported.
         """
-        settings = checked(settings, encoder_decoder=self.is_encoder_decoder)
+        settings = checked(settings, encoder_decoder=self.is_encoder_decoder, num_tokens=self.num_tokens)
         model, device = self.writer, self.writer.get_input_embeddings().weight.device
         wanted = arguments(settings, model.generation_config, rows, generators, device)
         wanted |= {"return_dict_in_generate": scored, "output_logits": scored, "streamer": streamer}
