@@ -26,7 +26,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lavis_lstp.config.data import checked_dataset, complete_dataset, settings_of
-from lavis_lstp.config.load import find_config, first_line, load_recipe, sections_of, with_options
+from lavis_lstp.config.load import find_config, load_recipe, omegaconf_line, sections_of, with_options
 from lavis_lstp.config.model import check_complete_model, check_recorded, checked_model
 from lavis_lstp.config.names import resolve_model
 from lavis_lstp.config.other_keys import (
@@ -86,7 +86,7 @@ def _complete(user: DictConfig) -> DictConfig:
         config = OmegaConf.merge(run, complete_model(user), _complete_datasets(plain["datasets"]))
         resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(first_line(error)) from error
+        raise ConfigError(omegaconf_line(error)) from error
     _take(config, resolved, _checked(resolved, roles, others))
     config.run.output_dir = os.path.abspath(expanded(config.run.output_dir))
     return config

@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from lavis_lstp.config.data import CONFIGS as DATASETS
 from lavis_lstp.config.data import VideoQA, benchmark_names, settings_of
@@ -139,7 +139,7 @@ def _load(path: Path) -> DictConfig:
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise ConfigError(f"not YAML: {where}{_problem(error)}") from error
     except OmegaConfBaseException as error:
-        raise ConfigError(first_line(error)) from error
+        raise ConfigError(omegaconf_line(error)) from error
 
 
 # ---- options -----------------------------------------------------------------------------------------------------
@@ -260,7 +260,9 @@ def sections_of(user: DictConfig) -> dict[str, Any]:
             hint = f"did you mean '{near}'? " if near else ""
             raise ConfigError(f"unknown section '{name}'; {hint}known: {', '.join(SECTIONS)}")
     for section in SECTIONS:
-        if not isinstance(plain.get(section), Mapping):
+        if plain.get(section) is not None and not isinstance(plain[section], Mapping):
+            raise ConfigError(f"section '{section}' must be a mapping, got {shortened(repr(plain[section]))}")
+        if plain.get(section) is None:
             raise ConfigError(f"section '{section}' is missing; expected the sections model, datasets and run")
     for section, name in (("model", "arch"), ("model", "model_type"), ("run", "task"), ("run", "runner")):
         if not isinstance(plain[section].get(name), str | None):
@@ -381,6 +383,13 @@ def rule_at(path: tuple[str, ...]) -> Rule | None:
 def _problem(error: yaml.YAMLError) -> str:
     """Return what is wrong in a YAML text; its first line tells only what was being read."""
     return getattr(error, "problem", None) or first_line(error)
+
+
+def omegaconf_line(error: OmegaConfBaseException) -> str:
+    """Return an error of OmegaConf in one line, with the key that it is about."""
+    remedy = "; write \\${ where it is no interpolation" if isinstance(error, InterpolationResolutionError) else ""
+    key = f"{error.full_key}: " if error.full_key else ""
+    return f"{key}{first_line(error)}{remedy}"
 
 
 def first_line(error: Exception) -> str:

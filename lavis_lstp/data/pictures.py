@@ -138,6 +138,8 @@ def _one_line(name: str, source: str | Path | bytes) -> Iterator[None]:
     except VideoError:
         raise
     except UnidentifiedImageError:
+        if isinstance(source, bytes) and not source:
+            raise VideoError(f"{name}: empty (0 bytes), expected a picture") from None
         known = ", ".join(FORMATS)
         raise VideoError(f"{name}: cannot be read as a picture (it is none of {known}); convert it to one") from None
     except BROKEN as error:

@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lavis_lstp.config.data import checked_dataset, complete_dataset, settings_of
-from lavis_lstp.config.load import find_config, first_line, lavis_root, load_recipe, sections_of, with_options
+from lavis_lstp.config.load import find_config, lavis_root, load_recipe, omegaconf_line, sections_of, with_options
 from lavis_lstp.config.model import (
     FIGURES,
     SELECTORS,
@@ -52,7 +52,7 @@ def check(args: argparse.Namespace, evaluate_only: bool = False) -> None:
         user = with_options(load_recipe(path), args.options)
         config = _own_sections(user)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{args.cfg_path}: {first_line(error)}") from error
+        raise ConfigError(f"{args.cfg_path}: {omegaconf_line(error)}") from error
     except ConfigError as error:
         raise type(error)(f"{args.cfg_path}: {error}") from error
     if config is None:

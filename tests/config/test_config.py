@@ -205,9 +205,9 @@ def test_evaluate_reports_in_the_same_way(write, capsys):
         ("just text", "section"),
         ("run: {task: [\n", "line 2"),
         ("run: {a: 1, a: 2}", "duplicate key a"),
-        ("model: {arch: lstp_tiny}\nrun: {task: video_qa}", "section 'datasets' is missing"),
+        ("model: {arch: lstp_tiny}\nrun: {task: video_qa}", "section 'datasets' must be a mapping, got 3"),
         ("model: {arch: lstp_tiny}\ndatasets: {}\nrun: {task: video_qa}", "names no data set"),
-        ("model: {arch: lstp_tiny}\ndatasets: 3\nrun: {task: video_qa}", "section 'datasets' is missing"),
+        ("model: {arch: lstp_tiny}\ndatasets: 3\nrun: {task: video_qa}", "section 'datasets' must be a mapping, got 3"),
         ("model: {arch: lstp_tiny}\ndatasets: {lstp_video_qa: 3}\nrun: {task: video_qa}", "must be a mapping, got 3"),
         ("model: {}\ndatasets: {lstp_video_qa: {}}\nrun: {task: video_qa}", "model.arch is missing; known:"),
         ("model: {arch: lstp_tiny}\ndatasets: {lstp_video_qa: {}}\nrun: {}", "run.task is missing; known:"),
@@ -280,6 +280,8 @@ def test_files_that_cannot_be_read(write, capsys, tmp_path):
         ("run.seed", "option 'run.seed' has no value"),
         ("run.seed=[1", "cannot apply --options run.seed=[1"),
         ("runn.seed=1", "unknown section 'runn'; did you mean 'run'?"),
+        ("model=3", "section 'model' must be a mapping, got 3"),
+        ("run.output_dir=${y}", "run.output_dir: Interpolation key 'y' not found; write \\${ where it is no"),
     ],
 )
 def test_names_and_keys_nobody_knows(write, capsys, option, said):

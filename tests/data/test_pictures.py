@@ -339,6 +339,11 @@ def test_a_postscript_file_called_jpg_goes_to_no_interpreter(tmp_path, monkeypat
         open_picture(tmp_path / "a.jpg", "a.jpg")
 
 
+def test_nothing_at_all_is_called_empty():
+    with pytest.raises(VideoError, match=r"^x: empty \(0 bytes\), expected a picture$"):
+        open_picture(b"", "x")
+
+
 def test_whatever_is_wrong_with_a_file_is_one_line():
     """Bytes of whole pictures changed, removed and doubled at random: a picture, or a `VideoError`."""
     rng = np.random.default_rng(1)
