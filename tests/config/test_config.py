@@ -205,7 +205,7 @@ def test_evaluate_reports_in_the_same_way(write, capsys):
         ("just text", "section"),
         ("run: {task: [\n", "line 2"),
         ("run: {a: 1, a: 2}", "duplicate key a"),
-        ("model: {arch: lstp_tiny}\nrun: {task: video_qa}", "section 'datasets' must be a mapping, got 3"),
+        ("model: {arch: lstp_tiny}\nrun: {task: video_qa}", "section 'datasets' is missing"),
         ("model: {arch: lstp_tiny}\ndatasets: {}\nrun: {task: video_qa}", "names no data set"),
         ("model: {arch: lstp_tiny}\ndatasets: 3\nrun: {task: video_qa}", "section 'datasets' must be a mapping, got 3"),
         ("model: {arch: lstp_tiny}\ndatasets: {lstp_video_qa: 3}\nrun: {task: video_qa}", "must be a mapping, got 3"),

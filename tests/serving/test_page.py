@@ -85,6 +85,7 @@ class Visitor:
         return [float(text.split()[0]) for text in self.window.texts(f"{place} .frame span")]
 
     def example(self, number=1):
+        self.until(lambda: len(self.window.texts("#examples button")) > number)
         self.window.script("document.querySelectorAll('#examples button')[arguments[0]].click()", number)
         self.until(
             lambda: (
