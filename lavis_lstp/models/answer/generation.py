@@ -112,8 +112,6 @@ def checked(settings: Mapping[str, Any], *, encoder_decoder: bool, num_tokens: i
         kept["sequence_bias"] = list(kept["sequence_bias"].items())
     kept = in_range(kept, Generation, "generation", open=True)
     check_generation(kept, "generation")
-    if "sequence_bias" in kept:  # transformers takes no whole number
-        kept["sequence_bias"] = [[ids, float(bias)] for ids, bias in kept["sequence_bias"]]
     for name in TOKENS if num_tokens is not None else ():
         if unknown := [token for token in _tokens(name, kept.get(name)) if token >= num_tokens]:
             raise ConfigError(f"generation.{name}: token {unknown[0]} is not one of the language model's {num_tokens}")
@@ -178,6 +176,8 @@ def arguments(
         assert len(generators) == rows
         processors.append(_Drawn(warpers, generators))
     passed = {name: given for name, given in settings.items() if name in FOLLOWED}
+    if "sequence_bias" in passed:  # in its list transformers takes no whole numbers, and 4.x no token 0
+        passed["sequence_bias"] = {tuple(ids): float(bias) for ids, bias in passed["sequence_bias"]}
     return {
         "use_cache": True,
         "max_new_tokens": MAX_NEW_TOKENS,
