@@ -126,6 +126,7 @@ class Rule:
             kind = self.item.kind if self.item else None
             alone = kind == TEXT and isinstance(value, str) and not value.lstrip().startswith(("[", "{"))
             alone = alone or (kind in (INTEGER, NUMBER) and as_number(value) is not None)
+            alone = alone and not where.endswith("]")  # [3] inside a list of lists is what somebody wrote
             raise ConfigError(f"{wrong}; write [{shortened(value)}]") if alone else wrong
         if not value and self.is_list_of_others and not self.nullable:
             raise wrong

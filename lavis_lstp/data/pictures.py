@@ -121,12 +121,16 @@ def _skip_previews(picture: Image.Image, name: str) -> None:
             ) from None
 
 
+SMALLER = (
+    "make it smaller, or raise the limit (max_megapixels in the data set's section, --max-megapixels of a command)"
+)
+
+
 def check_area(width: int, height: int, name: str, max_megapixels: float) -> None:
     """Raises VideoError where a picture has more than `max_megapixels` millions of pixels."""
     if width * height > max_megapixels * 1e6:
         raise VideoError(
-            f"{name}: is {width} x {height} px, more than max_megapixels: {max_megapixels:g} allows; make it smaller, "
-            "or raise the limit (max_megapixels in the data set's section, --max-megapixels of a command)"
+            f"{name}: is {width} x {height} px, more than max_megapixels: {max_megapixels:g} allows; {SMALLER}"
         )
 
 
@@ -142,6 +146,8 @@ def _one_line(name: str, source: str | Path | bytes) -> Iterator[None]:
             raise VideoError(f"{name}: empty (0 bytes), expected a picture") from None
         known = ", ".join(FORMATS)
         raise VideoError(f"{name}: cannot be read as a picture (it is none of {known}); convert it to one") from None
+    except Image.DecompressionBombError:  # PIL's own limit, of twice as much
+        raise VideoError(f"{name}: is of far more pixels than max_megapixels allows; {SMALLER}") from None
     except BROKEN as error:
         text = " ".join(str(error).split()) or type(error).__name__
         text = text if isinstance(source, bytes) else text.replace(str(source), name)

@@ -201,14 +201,66 @@ _VERDICT = (
 )
 _FORMULA = re.compile(r"\\f?box(?:ed)?\s*\{([^A-Za-z{}]*|[^{}]*[\\=<>^][^{}]*)\}")
 """A box around a number or a formula, which is the answer only where an option is."""
+_OPENS = re.compile(r"\W*(?:yes|no)\b[,.;:]? ", re.IGNORECASE)
+_SHORT_ANSWER = re.compile(
+    r"\W*(?:yes|no)(?:\W+(?:it|he|she|they|there|that|this|these|those|i|we|you)"
+    r" (?:is|are|was|were|does|do|did|has|have|had|can|could|will|would)(?: not)?)?\W*",
+    re.IGNORECASE,
+)
+"""It says "no" or "No, he does not", and nothing of its own."""
 _AROUND = " \t\"'`*_()[]{}<>.,;:!?\u3002\u2026"
 _BEFORE = re.compile(rf"[{re.escape(_AROUND)}]*?(?=[<>]?\d|[^{re.escape(_AROUND)}]|$)")
 
 
+_ITEM = re.compile(
+    r"[(\[]?(?:([A-Za-z])(?: ?[).:\]\u3001]+\s*|\s+[-\u2013]\s+)(?![A-Za-z]\.)|(\d{1,2})(?: ?[).:\]\u3001]+\s+))(?=\S)"
+)
+"""The letter or the number in front of an option: "A. dog", "(b) dog", "2) dog"."""
+_SHORT_FORMS = (
+    (re.compile(r"\b(c)(?:an't|annot)\b", re.IGNORECASE), r"\1an not"),
+    (re.compile(r"\b(w)on't\b", re.IGNORECASE), r"\1ill not"),
+    (re.compile(r"\b(s)han't\b", re.IGNORECASE), r"\1hall not"),
+    (re.compile(r"(?<=[a-z])n't\b", re.IGNORECASE), " not"),
+    (re.compile(r"\b(it|he|she|that|this|there|here|what|who|where|how)'s\b", re.IGNORECASE), r"\1 is"),
+    (re.compile(r"\b(i)'m\b", re.IGNORECASE), r"\1 am"),
+    (re.compile(r"\b(i|you|we|they|there|who|what|he|she|it)'re\b", re.IGNORECASE), r"\1 are"),
+    (re.compile(r"\b(i|you|we|they|who)'ve\b", re.IGNORECASE), r"\1 have"),
+    (re.compile(r"\b(i|you|we|they|he|she|it|there|that|who)'ll\b", re.IGNORECASE), r"\1 will"),
+)
+"""Short forms and what they are written as; "the man's" may be whose it is, and stays."""
+
+
 def choice_prompt(question: str, options: Sequence[str]) -> str:
     """The question as the language model reads it, options and all. Held by a snapshot in the tests."""
+    options = without_labels(options)
     listed = "\n".join(f"({letter}) {option}" for letter, option in zip(LETTERS[: len(options)], options, strict=True))
     return f"{question}\n{listed}\nAnswer with the letter of the right option."
+
+
+def without_labels(options: Sequence[str]) -> list[str]:
+    """The options without letters or numbers in front, where all have one and these are in order: "A. dog", "B. cat".
+
+    >>> without_labels(["A. dog", "B. cat"]), without_labels(["A. dog", "C. cat"])
+    (['dog', 'cat'], ['A. dog', 'C. cat'])
+    """
+    found = [_ITEM.match(option) for option in options]
+    if len(options) < 2 or None in found:
+        return list(options)
+    labels = [(match[1] or match[2]).upper() for match in found]
+    orders = (list(LETTERS), [str(n) for n in range(1, 100)], [str(n) for n in range(100)])
+    texts = [option[match.end() :] for option, match in zip(options, found, strict=True)]
+    in_order = any(labels == order[: len(labels)] for order in orders)
+    return texts if in_order and len(set(texts)) == len(set(options)) else list(options)
+
+
+def _written_out(text: str) -> str:
+    """The text with its short forms written out: "doesn't" is "does not"."""
+    if "'" not in text and "\u2019" not in text and "annot" not in text:
+        return text
+    text = re.sub(r"(?<=\w)\u2019(?=\w)", "'", text)
+    for pattern, long in _SHORT_FORMS:
+        text = pattern.sub(long, text)
+    return text
 
 
 def parse_choice(text: str, options: Sequence[str]) -> int | None:
@@ -225,7 +277,10 @@ def parse_choice(text: str, options: Sequence[str]) -> int | None:
     >>> parse_choice("A red one or a blue one", ["red", "blue"]) is None
     True
     """
-    if exact := _words_alone(text, options):  # before tags are looked for: an option may be one
+    if exact := _words_alone(text, options):  # before tags and labels are looked for: an option may be one
+        return _one({*exact, *_letter_alone(text, options)}, options)
+    text, options = _written_out(text), [_written_out(option) for option in without_labels(options)]
+    if exact := _words_alone(text, options):
         return _one({*exact, *_letter_alone(text, options)}, options)
     text = _FORMULA.sub(lambda box: box[0] if _read(box[1], options) is not None else box[1], without_thoughts(text))
     found = {_read(part, options) for part in wrapped(text)}
@@ -333,6 +388,10 @@ def _polarity(text: str, options: Sequence[str]) -> int | None:
     """The option yes or no that a text says in a sentence, as the rules of `lavis-lstp judge` read it."""
     said = yes_or_no(text)
     kinds = [yes_or_no(option) if len(option.split()) == 1 else None for option in options]
+    if said not in kinds and _SHORT_ANSWER.fullmatch(text):
+        kinds = [yes_or_no(option) if _OPENS.match(option) else None for option in options]
+        if kinds.count(said) > 1:
+            return None
     meant = [i for i, kind in enumerate(kinds) if kind is not None and kind is said]
     named = {i for i in _options_in(text, options) if kinds[i] is not said}
     return _one(meant, options) if meant and not named else None

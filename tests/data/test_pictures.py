@@ -299,7 +299,7 @@ def empty_png(width: int, height: int) -> bytes:
 @pytest.mark.parametrize("width, height", [(30000, 30000), (8001, 8000), (12000, 9000), (2**31 - 1, 2**31 - 1)])
 def test_a_picture_of_too_large_an_area_is_one_line(width, height):
     for look in (open_picture, picture_size):
-        with pytest.raises(VideoError, match="^x: .*(max_megapixels: 64|pixels)") as caught:
+        with pytest.raises(VideoError, match="^x: .* max_megapixels.*make it smaller") as caught:
             look(empty_png(width, height), "x")
         assert "\n" not in str(caught.value)
 

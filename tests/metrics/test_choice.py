@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lavis_lstp.metrics.choice import LETTERS, parse_choice
+from lavis_lstp.metrics.choice import LETTERS, choice_prompt, parse_choice, without_labels
 from lavis_lstp.metrics.qa import yes_or_no
 
 OPTIONS = ["a dog", "a person", "a car"]
@@ -478,4 +478,67 @@ def test_long_answers_of_any_kind_are_read_or_not_but_end(text):
     ],
 )
 def test_small_numbers_are_read_in_digits_and_words(text, options, number):
+    assert parse_choice(text, options) == number
+
+
+PLACES = ["kitchen", "bedroom", "living room", "garden"]
+
+
+@pytest.mark.parametrize("form", ["{}. {}", "{}) {}", "({}) {}", "{}: {}", "[{}] {}", "{} - {}", "{}.{}"])
+@pytest.mark.parametrize("labels", ["ABCD", "abcd", "1234", "0123"])
+def test_letters_and_numbers_in_front_of_options_are_no_words_of_theirs(form, labels):
+    """Files of Video-MME's form have them; before, "a" alone went, as an article, and A was favoured."""
+    if labels.isdigit() and form in ("{}.{}", "{} - {}"):
+        pytest.skip("may be numbers themselves")
+    options = [form.format(label, place) for label, place in zip(labels, PLACES, strict=True)]
+    assert choice_prompt("where?", options) == choice_prompt("where?", PLACES)
+    for answer in ("{}", "{}.", "The answer is {}.", "It is the {}."):
+        assert [parse_choice(answer.format(place), options) for place in PLACES] == [0, 1, 2, 3]
+    for answer in ("{}", "({})", "The answer is {}."):
+        assert [parse_choice(answer.format(letter), options) for letter in "ABCD"] == [0, 1, 2, 3]
+    assert [parse_choice(option, options) for option in options] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["A.D.", "B.C."],
+        ["1.5", "2.5"],
+        ["1:30", "2:30"],
+        ["A. dog", "C. cat"],
+        ["B. dog", "A. cat"],
+        ["A. dog", "cat"],
+        ["A. x", "B. x"],
+        ["A", "B"],
+        ["I. one", "II. two"],
+        ["1. dog"],
+    ],
+)
+def test_what_only_looks_like_a_label_stays(options):
+    assert without_labels(options) == options
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "number"),
+    [
+        ("He doesn't move.", ["He does not move.", "He runs."], 0),
+        ("It is raining.", ["It's raining.", "It\u2019s snowing."], 0),
+        ("It\u2019s snowing", ["It is raining.", "It is snowing."], 1),
+        ("He can't swim.", ["He can swim", "He cannot swim"], 1),
+        ("He can not swim.", ["He can swim", "He can't swim"], 1),
+        ("She won't come", ["She will come", "She will not come"], 1),
+        ("They're running", ["They are running", "They are walking"], 0),
+        ("There is a dog.", ["There's a cat", "There's a dog"], 1),
+        ("No, he does not.", ["Yes, he does.", "No, he doesn't."], 1),
+        ("The man's hat", ["The man is hat", "The man's hat"], 1),
+        ("A. That's wrong.", ["red", "blue"], None),
+        ("No", ["Yes, two people work together", "No, she is alone"], 1),
+        ("Yes.", ["Yes, he opens the door.", "No, he closes it.", "Not mentioned"], 0),
+        ("Yes, he does.", ["Yes, he opens the door.", "No, he does not open the door.", "Not mentioned"], 0),
+        ("Yes", ["Yes, by car", "Yes, by bus", "No, on foot"], None),
+        ("No, he runs", ["Yes, he walks", "No, he stands"], None),
+        ("No, he walks", ["Yes, he walks", "No, he stands"], None),
+    ],
+)
+def test_short_forms_are_what_they_stand_for(text, options, number):
     assert parse_choice(text, options) == number

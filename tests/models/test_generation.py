@@ -174,7 +174,7 @@ def test_every_setting_of_transformers_is_followed_or_refused():
         ({"num_beam": 2}, "unknown generation setting 'num_beam'"),
         (
             {"bad_words_ids": [3, 4]},
-            "bad_words_ids[0] must be a list [a whole number of at least 0, ...], got 3; write",
+            "bad_words_ids[0] must be a list [a whole number of at least 0, ...], got 3",
         ),
         ({"bad_words_ids": [[5], [999]]}, "bad_words_ids: token 999 is not one of the language model's"),
         ({"sequence_bias": [[[5, 999], 2.0]]}, "sequence_bias: token 999 is not one of the language model's"),
