@@ -212,8 +212,8 @@ _AROUND = " \t\"'`*_()[]{}<>.,;:!?\u3002\u2026"
 _BEFORE = re.compile(rf"[{re.escape(_AROUND)}]*?(?=[<>]?\d|[^{re.escape(_AROUND)}]|$)")
 
 
-_ITEM = re.compile(
-    r"[(\[]?(?:([A-Za-z])(?: ?[).:\]\u3001]+\s*|\s+[-\u2013]\s+)(?![A-Za-z]\.)|(\d{1,2})(?: ?[).:\]\u3001]+\s+))(?=\S)"
+_NUMBERED = re.compile(
+    r"[(\[]?(?:([A-Za-z])(?: ?[).:\]\u3001]+\s*|\s+[-\u2013]\s+(?=[^\W\d_]{2}))(?![A-Za-z]\.)|(\d{1,2})(?: ?[).:\]\u3001]+\s+))(?=\S)"
 )
 """The letter or the number in front of an option: "A. dog", "(b) dog", "2) dog"."""
 _SHORT_FORMS = (
@@ -243,7 +243,7 @@ def without_labels(options: Sequence[str]) -> list[str]:
     >>> without_labels(["A. dog", "B. cat"]), without_labels(["A. dog", "C. cat"])
     (['dog', 'cat'], ['A. dog', 'C. cat'])
     """
-    found = [_ITEM.match(option) for option in options]
+    found = [_NUMBERED.match(option) for option in options]
     if len(options) < 2 or None in found:
         return list(options)
     labels = [(match[1] or match[2]).upper() for match in found]

@@ -512,6 +512,7 @@ def test_letters_and_numbers_in_front_of_options_are_no_words_of_theirs(form, la
         ["A", "B"],
         ["I. one", "II. two"],
         ["1. dog"],
+        ["a - b", "b - a"],
     ],
 )
 def test_what_only_looks_like_a_label_stays(options):

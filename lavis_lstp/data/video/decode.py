@@ -38,6 +38,7 @@ DECORD_CONTAINERS = {"mov", "matroska"}
 Visit = Callable[[Any, int, bool], None]  # picture, frame number, may others refer to it
 OPEN = 16
 """In H.264 so many packets behind the key frame of an open group may name pictures from before it (5 were seen)."""
+STRICT = {"err_detect": "explode"}  # a damaged picture is an error, not a patched-up neighbour
 PATIENCE = 8  # key frames behind a frame that are passed over in search of a picture that tells its motion
 LOWRES = {"mpeg1video", "mpeg2video", "mpeg4", "mjpeg"}  # decoders that give pictures of 1/2, 1/4 or 1/8 of the side
 
@@ -122,9 +123,6 @@ def scaled(height: int, width: int, decode_size: int | None) -> tuple[int, int]:
     """Height and width of a picture whose shorter side is brought down to `decode_size` px."""
     shrink = max(1.0, min(height, width) / decode_size) if decode_size else 1.0
     return max(1, round(height / shrink)), max(1, round(width / shrink))
-
-
-STRICT = {"err_detect": "explode"}  # a damaged picture is an error, not a patched-up neighbour
 
 
 def _by_count(opening, index, wanted, visit, around, count) -> Iterator[tuple[int, Any]]:
