@@ -213,7 +213,8 @@ _BEFORE = re.compile(rf"[{re.escape(_AROUND)}]*?(?=[<>]?\d|[^{re.escape(_AROUND)
 
 
 _NUMBERED = re.compile(
-    r"[(\[]?(?:([A-Za-z])(?: ?[).:\]\u3001]+\s*|\s+[-\u2013]\s+(?=[^\W\d_]{2}))(?![A-Za-z]\.)|(\d{1,2})(?: ?[).:\]\u3001]+\s+))(?=\S)"
+    r"[(\[]?(?:([A-Za-z])(?: ?[).:\]\u3001]+\s*|\s+[-\u2013]\s+(?=[^\W\d_]{2}))(?![A-Za-z]\.)"
+    r"|(\d{1,2})(?: ?[).:\]\u3001]+\s+))(?=\S)"
 )
 """The letter or the number in front of an option: "A. dog", "(b) dog", "2) dog"."""
 _SHORT_FORMS = (
