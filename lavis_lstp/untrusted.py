@@ -108,7 +108,7 @@ def why_no_path(name: str) -> str | None:
     if not parts:
         return "is empty"
     if "\\" in name or "\0" in name or PureWindowsPath(parts[0]).drive:
-        return "has a backslash, a drive letter or a null in it"
+        return "has a backslash, a drive letter or a null in it; folders are parted by /"
     if name.startswith("/") or ".." in parts:
         return "leads out of its folder"
     if size > LONGEST_PATH or any(len(os.fsencode(part)) > 255 for part in parts):

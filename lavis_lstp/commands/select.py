@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from lavis_lstp.data.annotation import read_annotation
+from lavis_lstp.data.folder import check_name
 from lavis_lstp.data.selections import FORMS, Recorded, read_recorded, text_of
 from lavis_lstp.data.store import default_store
-from lavis_lstp.errors import AnnotationError, ConfigError, LstpError
+from lavis_lstp.errors import AnnotationError, ConfigError, LstpError, VideoError
 from lavis_lstp.files import (
     atomic_writer,
     find_path,
@@ -33,7 +34,6 @@ from lavis_lstp.files import (
 from lavis_lstp.inference.selection import METHODS, Selection, load_options, select
 from lavis_lstp.jobs import ENGINES, done_jobs, how
 from lavis_lstp.redaction import printable
-from lavis_lstp.untrusted import why_no_path
 
 
 def table(found: Selection) -> str:
@@ -137,14 +137,16 @@ def _selected(job: tuple[Mapping[str, Any], Path, Mapping[str, Any], Recorded | 
     row, root, arguments, recorded, asked = job
     if "video" not in row:
         raise AnnotationError(f"question {row['question_id']}: has no video to select frames of")
-    if why := why_no_path(row["video"]):
-        raise AnnotationError(f"question {row['question_id']}: video {row['video'][:80]!r} {why}")
+    check_name(row["video"], root, f"question {row['question_id']}")
     path = find_path(root, row["video"])
-    if recorded is not None:
-        found = Selection.recorded(path, row["question"], recorded)
-    else:
-        predictor = {} if asked is None else {"predictor": _predictor(*asked)}
-        found = select(path, row["question"], clip_s=row.get("clip_s"), **arguments, **predictor)
+    try:
+        if recorded is not None:
+            found = Selection.recorded(path, row["question"], recorded)
+        else:
+            predictor = {} if asked is None else {"predictor": _predictor(*asked)}
+            found = select(path, row["question"], clip_s=row.get("clip_s"), **arguments, **predictor)
+    except VideoError as error:
+        raise VideoError(f"question {row['question_id']}: {error}") from None
     return {"question_id": row["question_id"], **found.to_json()}
 
 

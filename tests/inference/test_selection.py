@@ -274,11 +274,15 @@ def test_a_file_of_questions_is_gone_on_with(film, tmp_path, capsys):
     for other in ([*words[:-1], "3"], [*words, "--num-candidates", "20"], [*words, "--seed", "1"]):
         assert cli.main(other) == 2
         assert "holds selections made otherwise" in capsys.readouterr().err
-    rows[0]["video"] = "../film.mp4"
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
-    out.unlink()
-    assert cli.main(words) == 2
-    assert "error: " in capsys.readouterr().err
+    for change, line in (
+        ({"video": "../film.mp4"}, "question q2: path '../film.mp4' is absolute or leads out of"),
+        ({"video": "sub\\film.mp4"}, "question q2: path 'sub\\\\film.mp4' has a backslash"),
+        ({"clip_s": [900, 901]}, f"question q2: {film}: 'clip_s' [900, 901] lies outside of the video"),
+    ):
+        (tmp_path / "rows.json").write_text(json.dumps([*rows[:2], {**rows[2], **change}, rows[3]]))
+        out.unlink(missing_ok=True)
+        assert cli.main(words) == 2
+        assert f"error: {line}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", WITHOUT_NETWORK)
