@@ -34,8 +34,8 @@ _LABEL = re.compile(r"\([A-Za-z]\)|\[[A-Za-z]\]|[A-Za-z][).:,](?![A-Za-z]\.)|[A-
 _LABEL_BEHIND = re.compile(r"(?:[(\[][A-Za-z][)\]]|, [A-Z])\W*$")
 _LETTER = re.compile(
     rf"{_OPEN}([A-Za-z]){_CLOSE}(?!\?)"
-    r"|(?<![A-Za-z0-9_'.+#/-])(?:([B-HJ-Z])(?![A-Za-z0-9_'+#?]|[-/][A-Za-z0-9]|\.[A-Za-z]\.)"
-    r"|([AI])(?=[).:,;!\u3001\u3002](?![A-Za-z]\.)|[^\x00-\x7f]|\s*$| - "
+    r"|(?<![A-Za-z0-9_'.+#/\u00c0-\u024f-])(?:([B-HJ-Z])(?![A-Za-z0-9_'+#?\u00c0-\u024f]|[-/][A-Za-z0-9]|\.[A-Za-z]\.)"
+    r"|([AI])(?=[).:,;!\u3001\u3002](?![A-Za-z]\.)|[^\x00-\x7f\u00c0-\u024f]|\s*$| - "
     r"|\s+(?:because|since|is|seems|best|over|rather|instead)\b|(?<=A)\s+(?:as|and|or|nor|but|for|are)\b)"
     r"|(?<=ption |hoice |etter )([AI])\b"
     r"|(?<!\d )([a-z])(?=[.\u3002]?\s*\Z)|\A([a-z])(?=[).:,](?![A-Za-z]\.)))",
@@ -155,6 +155,14 @@ _TURNS = re.compile(
     r"|except|excluding|excludes?|other than|far from|used to|(?:fail|refuse)(?:s|d|ed)? to)\b|n't\b"
 )
 """A sentence with one of these says something else than that its option is the answer."""
+_OF_OTHERS = re.compile(
+    r"^\W*(?:no|not|never|wait|but|however)\b|\b(?:wrong|incorrect|false|untrue|inaccurate|invalid|implausible|whether|if"
+    r"|unless|unclear|uncertain|unsure|ambiguous|doubt\w*|impossible|unlikely|suppos\w+|assum\w+|imagine|contradict\w*"
+    r"|(?:not|never)(?: [a-z]+)? (?:sure|certain|correct|right|true|clear|enough|possible|the|be|it|that|this)"
+    r"|none of the|unable|(?:can|could|do|does) ?not (?:tell|say|know|determine|be|see|answer))\b"
+    r"|\b(?:no|not|never)\W*\Z"
+)
+"""A sentence with one of these may deny what another one says: "The car is red. That is not true."""
 _AFFIRMS = re.compile(
     r"\b(?:without|no|beyond)(?: an?| any| the shadow of a| all)? (?:doubt|question)(?: that)?\b|\bundoubted(?:ly)?\b"
     r"|\bif (?:i|one|we|you)(?: (?:had|have|were|must|could|was|am)\b|'m\b)|\bif (?:forced|pressed|asked)\b"
@@ -175,6 +183,13 @@ _TIMES = re.compile(
     r" \d+(?= )|(?<= )\d+ (?:s|sec|secs|seconds?|min|mins|minutes?|hours?|ms|frames?|fps|percent)(?= )"
 )
 """Numbers of a normalised text that count frames and seconds, which an option that is a number alone does not."""
+_ONE = re.compile(
+    r"(?:(?<=\bis )|(?<=\bare )|(?<=\bwas )|(?<=\bwere )|(?<=\bonly )|(?<=\bjust )|(?<=\bexactly )|(?<=\btotal of )"
+    r"|(?<=\bsee )|(?<=\bshows )|(?<=\btakes )|\A\W*(?=\w+(?: \w+){0,2}\W*\Z))"
+    r"one\b(?! (?:of|or|another|more|by|after|who|that|side|day)\b)",
+    re.IGNORECASE,
+)
+"""These are the number 1; "the last one" and "one of them" are not."""
 _SETTING = re.compile(
     r"(?:^|(?<=[.!?] ))(?:after|before|first|during|while) [^,.!?]+,"
     r"|\b(?:you're|you are|that's|that is|all) right\b|\bright (?:now|away|answer|option|choice)\b",
@@ -535,8 +550,14 @@ def _begins_with(text: str, option: str) -> bool:
 
 
 def _denied(text: str, option: str) -> bool:
-    """Return True where a text says "not" or the like, and its option does not: "it is not red"."""
-    return len(_TURNS.findall(_AFFIRMS.sub(" ", folded(text)))) > len(_TURNS.findall(folded(option)))
+    """Return True where a text says "not" or the like, and its option does not: "it is not red".
+
+    Of other sentences than those that name the option only what says that this is wrong or unsure counts.
+    """
+    sentences = _ENDS.split(_AFFIRMS.sub(" ", folded(text)))
+    naming = [part for part in sentences if _options_in(part, [option])]
+    about = [part for part in sentences if not naming or part in naming or _OF_OTHERS.search(part)]
+    return len(_TURNS.findall(". ".join(about))) > len(_TURNS.findall(folded(option))) * max(1, len(naming))
 
 
 def _options_in(text: str, options: Sequence[str]) -> list[int]:
@@ -544,6 +565,8 @@ def _options_in(text: str, options: Sequence[str]) -> list[int]:
 
     Of options that say the same, the first. Numbers count in digits and words alike, and as a whole only.
     """
+    if any(re.search(r"\b1\b", option) for option in options) and not any("one" in folded(o).split() for o in options):
+        text = _ONE.sub("1", text)
     words, *plain = (f" {_in_text(part)} " for part in (text, *options))
     counts, said = _TIMES.sub("", words), f" {_in_text(_SETTING.sub(' ', text))} "
     within = [counts if option.strip().isdigit() else words if " " in option.strip() else said for option in plain]

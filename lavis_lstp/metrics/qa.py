@@ -52,7 +52,14 @@ _WRAPPERS = (
 
 _YES = frozenset(("yes", "yeah", "yep", "\u662f", "\u662f\u7684"))
 _NO = frozenset(("no", "nope", "nah", "\u5426", "\u4e0d", "\u4e0d\u662f"))
-_DOUBT = frozenset("but not never however maybe perhaps or unless except nobody none neither nor".split())
+_DOUBT = frozenset("but not never however maybe perhaps unless except nobody none neither nor".split())
+_NEGATIONS = frozenset("not never nobody none neither nor".split())
+"""Behind a no they say it once more."""
+_NOT_BUT = re.compile(r"\b(?:not\b|\w+n't\b)[^,.;]*?,? but\b")
+_SENTENCE = re.compile(r"[.!?;\n]+(?:\s+|$)")
+_UNSURE = re.compile(
+    r"\b(?:maybe|perhaps|however|unsure|uncertain|unclear|(?:not|isn't|aren't|'m not) (?:sure|certain|clear))\b"
+)
 REASON = re.compile(r"\b(?:because|since)\b")
 _SPOKEN = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
 _POLAR = r"(?:yes|yeah|yep|nope|nah|no|\u662f\u7684?|\u5426|\u4e0d\u662f?)"
@@ -165,12 +172,17 @@ def _polarity(text: str) -> bool | None:
         match = decided and _FIRST_WORD.match(text, decided.end())
     if match is None:
         return None
-    said = REASON.split(text[match.end(1) :], maxsplit=1)[0]
-    words = [part for word in _SPOKEN.findall(said) for part in word.replace("n't", " not").split()]
     positive = match[1] in _YES
-    opposite, doubt = (_NO, _DOUBT) if positive else (_YES, _DOUBT - {"not"})
+    opposite, doubt = (_NO, _DOUBT) if positive else (_YES, _DOUBT - _NEGATIONS)
+    said, *others = _SENTENCE.split(REASON.split(text[match.end(1) :], maxsplit=1)[0].lstrip(" .!?"))
+    if not positive:
+        said = _NOT_BUT.sub(" ", said)
+    words = [part for word in _SPOKEN.findall(said) for part in word.replace("n't", " not").split()]
+    words += [word for other in others for word in _SPOKEN.findall(other)[:1]]  # "Yes, there is. But ..."
+    unsure = any(_UNSURE.search(other) for other in others)
     before = _SPOKEN.findall(text[: match.start()])
-    return None if any(word in opposite or word in doubt for word in words) or opposite & set(before) else positive
+    unsure = unsure or any(word in opposite or word in doubt for word in words)
+    return None if unsure or opposite & set(before) else positive
 
 
 def exact_match(gold: str, prediction: str) -> float:

@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from lavis_lstp.errors import LstpError, WeightsError
+from lavis_lstp.errors import LstpError, WeightsError, no_value
 from lavis_lstp.files import sha256_file, temporary, write_json, writing_to
 from lavis_lstp.models.weights.reading import load_torch
 from lavis_lstp.models.weights.saved_runs import (
@@ -180,7 +180,8 @@ def find(path: str | os.PathLike) -> Path:
         return latest
     folder = (checkpoint_of_run(path) or path).resolve()
     if not os.path.isdir(folder):
-        raise WeightsError(f"no checkpoint at {path}; expected a folder such as <output_dir>/checkpoints/step_00000100")
+        expected = "expected a folder such as <output_dir>/checkpoints/step_00000100"
+        raise WeightsError(f"run.resume_ckpt_path: no checkpoint at {path}; {expected}{no_value(path)}")
     reason = what_is_torn(folder)
     if reason:
         raise WeightsError(f"{path} is not a complete checkpoint: {reason}")

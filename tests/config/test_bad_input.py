@@ -203,6 +203,8 @@ def test_a_checkpoint_of_another_shape_or_none_at_all(error, here):
     torch.save(torch.nn.Linear(1, 1), here / "code.pth")
     assert "code.pth" in error("shapes.yaml", "model.checkpoint=code.pth")
     assert "no checkpoint at nowhere" in error("shapes.yaml", "run.resume_ckpt_path=nowhere")
+    line = error("shapes.yaml", "run.resume_ckpt_path=None")
+    assert "run.resume_ckpt_path: no checkpoint at None" in line and "no value is null there" in line
 
 
 # ---- data

@@ -543,3 +543,70 @@ def test_what_only_looks_like_a_label_stays(options):
 )
 def test_short_forms_are_what_they_stand_for(text, options, number):
     assert parse_choice(text, options) == number
+
+
+PLACES_TOO, COLOURS = ["kitchen", "bathroom", "living room", "bedroom"], ["red", "blue"]
+ACTS = ["He stands", "He sits on the sofa", "He leaves"]
+TRUTHS, YES_NO, COUNTS = ["True", "False"], ["yes", "no"], ["1", "2", "3", "4"]
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "number"),
+    [
+        ("The answer is Cézanne.", ["Monet", "Dürer", "Goya", "Degas"], None),
+        ("The answer is Dürer.", ["Monet", "Picasso", "Goya", "Degas"], None),
+        ("Réponse: B", ["chien", "chat"], 1),
+        ("Réponse : B", ["chien", "chat"], 1),
+        ("I think it is Béyonce singing.", ["Adele", "Shakira", "Rihanna"], None),
+        ("Kitchen. There is no bed in the room.", PLACES_TOO, 0),
+        ("The car is red. It does not move.", COLOURS, 0),
+        ("Red. It does not change colour.", COLOURS, 0),
+        ("The video takes place in a kitchen. No other room is shown.", PLACES_TOO, None),
+        ("He sits on the sofa. He does not leave.", ACTS, 1),
+        ("False. The man does not sit.", TRUTHS, 1),
+        ("False. There is no dog in the video.", TRUTHS, 1),
+        ("True. The man is not wearing a hat.", TRUTHS, 0),
+        ("The car is red. That is not true.", COLOURS, None),
+        ("The car is red. No, it is not.", COLOURS, None),
+        ("It is not red.", COLOURS, None),
+        ("Red. Wrong.", COLOURS, None),
+        ("The car is red. I am not sure.", COLOURS, None),
+        ("No, there is no dog or cat in the video.", YES_NO, 1),
+        ("No, nobody is in the room.", YES_NO, 1),
+        ("No, he does not have a beard or a mustache.", YES_NO, 1),
+        ("No, the man never opens the door.", YES_NO, 1),
+        ("No, none of the people are wearing hats.", YES_NO, 1),
+        ("No, neither of them is running.", YES_NO, 1),
+        ("No, the man is not in the kitchen but in the living room.", YES_NO, 1),
+        ("No, the dog is not sitting. It is standing next to a chair or table.", YES_NO, 1),
+        ("Yes, she waits for a minute or two.", YES_NO, 0),
+        ("Yes, there are two or three dogs.", YES_NO, 0),
+        ("Yes, there is a dog in the image. It is sitting on a couch, but it is partially hidden.", YES_NO, 0),
+        ("Yes, but not now", YES_NO, None),
+        ("Yes or no", YES_NO, None),
+        ("Yes, or maybe no", YES_NO, None),
+        ("Yes. But I am not sure.", YES_NO, None),
+        ("No, but he did later", YES_NO, None),
+        ("Yes, there is not", YES_NO, None),
+        ("No. Yes.", YES_NO, None),
+        ("Yes. No, wait.", YES_NO, None),
+        ("No, perhaps", YES_NO, None),
+        ("Yes, he never stops", YES_NO, None),
+        ("There is one person in the video.", COUNTS, 0),
+        ("One person", COUNTS, 0),
+        ("Only one.", COUNTS, 0),
+        ("Just one.", COUNTS, 0),
+        ("I can see one dog.", COUNTS, 0),
+        ("The number of people is one.", COUNTS, 0),
+        ("There is a total of one car in the video.", COUNTS, 0),
+        ("It takes one minute.", ["1 minute", "2 minutes"], 0),
+        ("the last one", COUNTS, None),
+        ("one of them", COUNTS, None),
+        ("There is one person.", ["one person", "two people"], 0),
+        ("the one on the left", ["1", "2"], None),
+        ("This is one of two", ["1", "2"], 1),
+    ],
+)
+def test_what_else_an_answer_says_denies_it_where_it_is_about_it(text, options, number):
+    """A letter with an accent is none; other sentences explain; "no, or" and "no, never" are a no; "one" is counted."""
+    assert parse_choice(text, options) == number
