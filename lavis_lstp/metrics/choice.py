@@ -162,7 +162,7 @@ _OF_OTHERS = re.compile(
     r"|none of the|unable|(?:can|could|do|does) ?not (?:tell|say|know|determine|be|see|answer))\b"
     r"|\b(?:no|not|never)\W*\Z"
 )
-"""A sentence with one of these may deny what another one says: "The car is red. That is not true."""
+"""A sentence with one of these may deny what another says, as in "The car is red. That is not true"."""
 _AFFIRMS = re.compile(
     r"\b(?:without|no|beyond)(?: an?| any| the shadow of a| all)? (?:doubt|question)(?: that)?\b|\bundoubted(?:ly)?\b"
     r"|\bif (?:i|one|we|you)(?: (?:had|have|were|must|could|was|am)\b|'m\b)|\bif (?:forced|pressed|asked)\b"

@@ -55,7 +55,7 @@ _NO = frozenset(("no", "nope", "nah", "\u5426", "\u4e0d", "\u4e0d\u662f"))
 _DOUBT = frozenset("but not never however maybe perhaps unless except nobody none neither nor".split())
 _NEGATIONS = frozenset("not never nobody none neither nor".split())
 """Behind a no they say it once more."""
-_NOT_BUT = re.compile(r"\b(?:not\b|\w+n't\b)[^,.;]*?,? but\b")
+_NOT_BUT = re.compile(r"\b(?:not\b|\w+n't\b)[^,.;]{0,100}?,? but\b")
 _SENTENCE = re.compile(r"[.!?;\n]+(?:\s+|$)")
 _UNSURE = re.compile(
     r"\b(?:maybe|perhaps|however|unsure|uncertain|unclear|(?:not|isn't|aren't|'m not) (?:sure|certain|clear))\b"

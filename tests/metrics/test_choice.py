@@ -457,6 +457,8 @@ def test_a_yes_or_no_in_doubt_is_none(text):
         "B " * 9999,
         "1," * 9999,
         "2 hundred " * 999,
+        "no, maybe " + "not " * 9999,
+        "no" + " " * 9999 + "no",
     ],
 )
 def test_long_answers_of_any_kind_are_read_or_not_but_end(text):
