@@ -154,7 +154,11 @@ def options_to_dotlist(options: Sequence[str] | None) -> list[str]:
     dotlist, rest = [], iter(options or [])
     for option in rest:
         if "=" not in option:
+            if dotlist and dotlist[-1].endswith("=") and option.partition(".")[0] not in SECTIONS:
+                raise ConfigError(_with_blanks(dotlist[-1].rstrip("="), option))
             value = next(rest, None)
+            if value is not None and value.startswith("="):
+                raise ConfigError(_with_blanks(option, value.lstrip("=") or next(rest, "VALUE")))
             if value is None:
                 name, colon, given = option.partition(":")
                 way = f"{name.strip()}={given.strip() or 'VALUE'}" if colon else f"{option}=VALUE"
@@ -162,6 +166,10 @@ def options_to_dotlist(options: Sequence[str] | None) -> list[str]:
             option = f"{option}={value}"
         dotlist.append(option)
     return dotlist
+
+
+def _with_blanks(name: str, value: str) -> str:
+    return f"option '{shortened(name)}' has blanks around '='; write --options {shortened(name)}={shortened(value)}"
 
 
 def with_options(config: DictConfig, options: Sequence[str] | None) -> DictConfig:

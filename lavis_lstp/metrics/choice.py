@@ -137,6 +137,8 @@ _CONCEDED = re.compile(
 )
 """A sentence grants this before it says something: "Although A seems right, ...", "I am not sure, but ..."."""
 _CLAUSE = re.compile(r"(?<=[\ue000-\ue019)]),? (?:because|since|as|although|though|while|whereas) ")
+_WITH_REASON = re.compile(rf"({_L}[^\n]{{0,200}}?),? {REASON.pattern}[^\n]*")
+_STATES = re.compile(r"[^.!?\n]*\b(?:answer|choice|option)\b[^.!?\n]* is\b")
 _REASON = rf"{REASON.pattern} [^.;!?\n]{{0,200}}"  # the bound keeps the time of hostile texts linear
 _CORRECTS = re.compile(
     r"\b(?:correction|corrected|revis(?:ed|ion)|actually|meant|sorry|apolog\w+|rather|h+m+|wait|on (?:second|further)"
@@ -510,6 +512,9 @@ def _inside(text: str, options: Sequence[str], listed: bool) -> int | None:
     else:
         numbers = set() if listed else _numbers(text, _MENTIONED)
         numbers |= _numbers(text, _OR) if numbers else set()
+    explains = not any(REASON.search(folded(option)) for option in options) and REASON.search(_ENDS.split(rest)[0])
+    if explains and not numbers and _STATES.match(rest[: explains.start()]):  # "The answer is red because no blue ..."
+        rest = rest[: explains.start()]
     named = _options_in(rest, options)
     if not numbers:
         if listed or len(named) != 1 or _denied(rest, options[named[0]]) or _numbers(text, _ANY_LETTER) - set(named):
@@ -529,9 +534,14 @@ def _inside(text: str, options: Sequence[str], listed: bool) -> int | None:
         behind = [_ENDS.split(text[match.end() :].lstrip(" .)"), maxsplit=1)[0] for match in said]
         if any(i != number for words in behind for i in _words_alone(words, options)):  # "The answer is C. Blue"
             return None
-        named = _options_in(" ".join(_CLAUSE.split(text[ends[i - 1] : ends[i]])[0] for i in places), options)
+        claims = (text[ends[i - 1] : ends[i]] for i in places)
+        if not any(REASON.search(folded(option)) for option in options):
+            claims = (_WITH_REASON.sub(r"\1", claim) for claim in claims)
+        named = _options_in(" ".join(_CLAUSE.split(claim)[0] for claim in claims), options)
     elif first and _begins_with(rest, options[number]):  # "C. A child plays with a dog."
         named = [number]
+    elif first and explains:  # "(B) blue because the red car leaves first"
+        named = _options_in(rest[: explains.start()], options)
     elif first and number in (beside := _options_in(_ENDS.split(rest, maxsplit=1)[0], options)):
         named = beside
     # words that are another option's contradict the letter

@@ -288,6 +288,14 @@ def test_names_and_keys_nobody_knows(write, capsys, option, said):
     assert said in error_line(capsys, write(), option)
 
 
+@pytest.mark.parametrize(
+    "words", ["run.init_lr = 1e-4", "run.init_lr= 1e-4", "run.init_lr= 1e-4 run.seed=1", "run.init_lr =1e-4"]
+)
+def test_blanks_around_the_sign(write, capsys, words):
+    line = error_line(capsys, write(), *words.split())
+    assert "option 'run.init_lr' has blanks around '='; write --options run.init_lr=1e-4" in line
+
+
 BACKBONE = "model.backbone.config"
 
 

@@ -612,3 +612,35 @@ TRUTHS, YES_NO, COUNTS = ["True", "False"], ["yes", "no"], ["1", "2", "3", "4"]
 def test_what_else_an_answer_says_denies_it_where_it_is_about_it(text, options, number):
     """A letter with an accent is none; other sentences explain; "no, or" and "no, never" are a no; "one" is counted."""
     assert parse_choice(text, options) == number
+
+
+FOUR, NUMBERS_TOO = ["red", "blue", "green", "yellow"], ["3", "4", "5", "6"]
+ROOMS, REASONS = ["Kitchen", "Garden", "Garage", "Street"], ["Because he is tired", "Because he is hungry"]
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "number"),
+    [
+        ("The answer is B because the red car leaves first.", FOUR, 1),
+        ("The correct answer is B. blue, because the red car leaves first.", FOUR, 1),
+        ("The answer is B: blue, because the red car leaves first.", FOUR, 1),
+        ("The answer is (B) blue because the red car leaves first.", FOUR, 1),
+        ("The answer is (B) Garden, since the man leaves the kitchen.", ROOMS, 1),
+        ("The best answer is B) Garden because he walks out of the garage.", ROOMS, 1),
+        ("The answer is (C) 5 because there are 3 men and 2 women.", NUMBERS_TOO, 2),
+        ("(B) blue because the red car leaves first.", FOUR, 1),
+        ("B because he walks out of the garage.", ROOMS, 1),
+        ("The answer is blue because the red car is behind it.", FOUR, 1),
+        ("The answer is 5 because I see three red cars and two blue ones.", NUMBERS_TOO, 2),
+        ("Garden. He walks out of the garage.", ROOMS, None),
+        ("B. Because he is tired", REASONS, None),
+        ("B. Because he is hungry", REASONS, 1),
+        ("The answer is (B) red because the red car leaves.", FOUR, None),
+        ("The answer is B or C because it is red", FOUR, None),
+        ("(B) red because it is so", FOUR, None),
+        ("The answer is red or blue because both", FOUR, None),
+        ("B because A is wrong", FOUR, 1),
+    ],
+)
+def test_a_reason_behind_the_answer_may_name_other_options(text, options, number):
+    assert parse_choice(text, options) == number

@@ -70,7 +70,7 @@ def test_the_prompt_is_changed_on_purpose_only():
         ("A, B", None),
         ("A) or C)", None),
         ("(B) the blue one (A) red", None),
-        ("A: red because the blue one is wrong", None),
+        ("A: red because the blue one is wrong", 0),
         ("it is not red", None),
         ("It isn't red", None),
         ("Red.", 0),
