@@ -137,9 +137,12 @@ _CONCEDED = re.compile(
 )
 """A sentence grants this before it says something: "Although A seems right, ...", "I am not sure, but ..."."""
 _CLAUSE = re.compile(r"(?<=[\ue000-\ue019)]),? (?:because|since|as|although|though|while|whereas) ")
-_WITH_REASON = re.compile(rf"({_L}[^\n]{{0,200}}?),? {REASON.pattern}[^\n]*")
-_STATES = re.compile(r"[^.!?\n]*\b(?:answer|choice|option)\b[^.!?\n]* is\b")
-_REASON = rf"{REASON.pattern} [^.;!?\n]{{0,200}}"  # the bound keeps the time of hostile texts linear
+_EXPLAINED = re.compile(
+    rf"(?<=[^\s.;:!?]),? {REASON.pattern} [^.;!?\n]{{0,300}}?"  # the bound keeps the time of hostile texts linear
+    rf"(?=,? (?:so|thus|therefore|hence|but|while|whereas) |,? and (?:the )?(?:option |answer )?{_L}|[.;!?](?!\d)|\n|$)",
+    re.MULTILINE,
+)
+"""The reason behind a statement, up to the next one: "B, because the red car leaves first, and A is wrong"."""
 _CORRECTS = re.compile(
     r"\b(?:correction|corrected|revis(?:ed|ion)|actually|meant|sorry|apolog\w+|rather|h+m+|wait|on (?:second|further)"
     r"|on reflection|(?:edit|updated?|final)(?= ?[:-])"
@@ -313,6 +316,8 @@ def _read(text: str, options: Sequence[str]) -> int | None:
     stated = [_ANSWER_LINE.sub("", part, count=1) for part in parts if _ANSWER_LINE.match(part)]
     lines = [line for line in (text, *text.splitlines(), *plain.splitlines(), *stated) if line.strip()]
     marked = _marked(plain, options)
+    if not any(REASON.search(folded(option)) for option in options):
+        marked = _EXPLAINED.sub("", marked)
     announced = _WEIGHS.search(marked)  # then a line with an option is an item, unless it says "answer"
     first = announced and _FIRST.match(marked)
     if first:  # "B. Here is each option: ..."
@@ -475,9 +480,7 @@ def _without_denied(text: str, options: Sequence[str]) -> str:
     text = re.sub(
         rf"((?:\b(?:is|be|chose|choose|pick|select)|[:=]) ?{_L}),?(?: and)? {listed}{denied_by}", r"\1. ", text
     )
-    # A reason goes with it, lazily up to the next letter: "A is wrong because no red is seen, and B is right"
-    reason = rf"(?: {_REASON}?(?=,? (?:and|but|so|while|whereas) (?:the )?(?:option |answer )?{_L}))"
-    text = re.sub(rf"{listed}{denied_by}{reason}?", " ", text)
+    text = re.sub(rf"{listed}{denied_by}", " ", text)
     denied = listed
     if not any(re.search(_DENY, folded(option)) for option in options):
         denied = rf"(?:{listed}|{spoken}(?:(?:, {spoken})*,? (?:or|nor|and) {spoken})?)"
@@ -504,7 +507,7 @@ def _inside(text: str, options: Sequence[str], listed: bool) -> int | None:
     rest = text[first.end() :] if first else text
     if first:
         numbers = _numbers(first[0], _FIRST)
-        others = _numbers(re.sub(_REASON, " ", rest), _MORE, _OR) | _numbers(rest, *_DECIDING)
+        others = _numbers(rest, _MORE, _OR, *_DECIDING)
         # a letter that no option has is a word's: "A. in the U.S."
         numbers |= {number for number in others if number < len(options)}
     elif said:
@@ -512,9 +515,6 @@ def _inside(text: str, options: Sequence[str], listed: bool) -> int | None:
     else:
         numbers = set() if listed else _numbers(text, _MENTIONED)
         numbers |= _numbers(text, _OR) if numbers else set()
-    explains = not any(REASON.search(folded(option)) for option in options) and REASON.search(_ENDS.split(rest)[0])
-    if explains and not numbers and _STATES.match(rest[: explains.start()]):  # "The answer is red because no blue ..."
-        rest = rest[: explains.start()]
     named = _options_in(rest, options)
     if not numbers:
         if listed or len(named) != 1 or _denied(rest, options[named[0]]) or _numbers(text, _ANY_LETTER) - set(named):
@@ -534,14 +534,9 @@ def _inside(text: str, options: Sequence[str], listed: bool) -> int | None:
         behind = [_ENDS.split(text[match.end() :].lstrip(" .)"), maxsplit=1)[0] for match in said]
         if any(i != number for words in behind for i in _words_alone(words, options)):  # "The answer is C. Blue"
             return None
-        claims = (text[ends[i - 1] : ends[i]] for i in places)
-        if not any(REASON.search(folded(option)) for option in options):
-            claims = (_WITH_REASON.sub(r"\1", claim) for claim in claims)
-        named = _options_in(" ".join(_CLAUSE.split(claim)[0] for claim in claims), options)
+        named = _options_in(" ".join(_CLAUSE.split(text[ends[i - 1] : ends[i]])[0] for i in places), options)
     elif first and _begins_with(rest, options[number]):  # "C. A child plays with a dog."
         named = [number]
-    elif first and explains:  # "(B) blue because the red car leaves first"
-        named = _options_in(rest[: explains.start()], options)
     elif first and number in (beside := _options_in(_ENDS.split(rest, maxsplit=1)[0], options)):
         named = beside
     # words that are another option's contradict the letter
@@ -549,14 +544,9 @@ def _inside(text: str, options: Sequence[str], listed: bool) -> int | None:
 
 
 def _begins_with(text: str, option: str) -> bool:
-    """Return True where a text begins with an option's words, and none is put beside them or given as a reason."""
+    """Return True where a text begins with an option's words, and none is put beside them."""
     words, start = _in_text(text), _in_text(option)
-    behind = words.removeprefix(start)
-    return (
-        bool(start)
-        and words.startswith(start)
-        and re.match(rf"$| (?!or\b|and\b|[&/]|.*{REASON.pattern})", behind) is not None
-    )
+    return bool(start) and re.match(rf"{re.escape(start)}(?:$| (?!or\b|and\b|[&/]))", words) is not None
 
 
 def _denied(text: str, option: str) -> bool:
