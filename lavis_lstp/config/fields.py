@@ -68,21 +68,15 @@ class Rule:
         said = " and".join(f" {words[name]} {value}" for name, value in found.items())
         word = f" or {self.limits['word']}" if "word" in self.limits else ""
         optional = " or null" if self.nullable and self.kind in (INTEGER, NUMBER) else ""
-        kind = self.kind
-        if self.is_list_of_others:
+        if self.kind == LIST and not self.is_of_texts:
             inside = [rule.expected for rule in self.items] or [self.item.expected, "..."]
-            kind = f"a list [{', '.join(inside)}]"
-        return f"{kind}{said}{word}{optional}"
-
-    @property
-    def is_list_of_others(self) -> bool:
-        """Return True for a list of other things than texts."""
-        return self.kind == LIST and (self.item is None or self.item.kind != TEXT)
+            return f"a list [{', '.join(inside)}]"
+        return f"{self.kind}{said}{word}{optional}"
 
     @property
     def is_of_texts(self) -> bool:
         """Return True for a text, and for a list of texts."""
-        return self.kind in (TEXT, TEXTS, LIST) and not self.is_list_of_others
+        return self.kind in (TEXT, TEXTS) or (self.kind == LIST and self.item is not None and self.item.kind == TEXT)
 
     def checked(self, value: Any, where: str) -> Any:
         """`value` as its field declares it.
@@ -128,9 +122,8 @@ class Rule:
             alone = alone or (kind in (INTEGER, NUMBER) and as_number(value) is not None)
             alone = alone and not where.endswith("]")  # [3] inside a list of lists is what somebody wrote
             raise ConfigError(f"{wrong}; write [{shortened(value)}]") if alone else wrong
-        if not value and self.is_list_of_others and not self.nullable:
-            raise wrong
-        if self.items and len(value) != len(self.items):
+        is_empty = not (value or self.is_of_texts or self.nullable)
+        if is_empty or (self.items and len(value) != len(self.items)):
             raise wrong
         if self.kind == TEXTS:
             return [self._text(one, f"{where}[{place}]") for place, one in enumerate(value)]

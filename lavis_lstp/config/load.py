@@ -268,10 +268,10 @@ def sections_of(user: DictConfig) -> dict[str, Any]:
             hint = f"did you mean '{near}'? " if near else ""
             raise ConfigError(f"unknown section '{name}'; {hint}known: {', '.join(SECTIONS)}")
     for section in SECTIONS:
-        if plain.get(section) is not None and not isinstance(plain[section], Mapping):
-            raise ConfigError(f"section '{section}' must be a mapping, got {shortened(repr(plain[section]))}")
         if plain.get(section) is None:
             raise ConfigError(f"section '{section}' is missing; expected the sections model, datasets and run")
+        if not isinstance(plain[section], Mapping):
+            raise ConfigError(f"section '{section}' must be a mapping, got {shortened(repr(plain[section]))}")
     for section, name in (("model", "arch"), ("model", "model_type"), ("run", "task"), ("run", "runner")):
         if not isinstance(plain[section].get(name), str | None):
             raise ConfigError(f"{section}.{name} must be {TEXT}, got {shortened(repr(plain[section][name]))}")

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 from lavis_lstp.metrics.numbers import counted, written
 from lavis_lstp.metrics.qa import (
+    DENIES_ANOTHER,
     REASON,
     accuracy_interval,
     folded,
@@ -21,6 +22,7 @@ from lavis_lstp.metrics.qa import (
     without_markup,
     without_thoughts,
     wrapped,
+    written_out,
     yes_or_no,
 )
 
@@ -139,7 +141,8 @@ _CONCEDED = re.compile(
 _CLAUSE = re.compile(r"(?<=[\ue000-\ue019)]),? (?:because|since|as|although|though|while|whereas) ")
 _EXPLAINED = re.compile(
     rf"(?<=[^\s.;:!?]),? {REASON.pattern} [^.;!?\n]{{0,300}}?"  # the bound keeps the time of hostile texts linear
-    rf"(?=,? (?:so|thus|therefore|hence|but|while|whereas) |,? and (?:the )?(?:option |answer )?{_L}|[.;!?](?!\d)|\n|$)",
+    rf"(?=,? (?:so|thus|therefore|hence|but|while|whereas) |,? and (?:the )?(?:option |answer )?{_L}"
+    r"|[.;!?](?!\d)|\n|$)",
     re.MULTILINE,
 )
 """The reason behind a statement, up to the next one: "B, because the red car leaves first, and A is wrong"."""
@@ -160,14 +163,6 @@ _TURNS = re.compile(
     r"|except|excluding|excludes?|other than|far from|used to|(?:fail|refuse)(?:s|d|ed)? to)\b|n't\b"
 )
 """A sentence with one of these says something else than that its option is the answer."""
-_OF_OTHERS = re.compile(
-    r"^\W*(?:no|not|never|wait|but|however)\b|\b(?:wrong|incorrect|false|untrue|inaccurate|invalid|implausible|whether|if"
-    r"|unless|unclear|uncertain|unsure|ambiguous|doubt\w*|impossible|unlikely|suppos\w+|assum\w+|imagine|contradict\w*"
-    r"|(?:not|never)(?: [a-z]+)? (?:sure|certain|correct|right|true|clear|enough|possible|the|be|it|that|this)"
-    r"|none of the|unable|(?:can|could|do|does) ?not (?:tell|say|know|determine|be|see|answer))\b"
-    r"|\b(?:no|not|never)\W*\Z"
-)
-"""A sentence with one of these may deny what another says, as in "The car is red. That is not true"."""
 _AFFIRMS = re.compile(
     r"\b(?:without|no|beyond)(?: an?| any| the shadow of a| all)? (?:doubt|question)(?: that)?\b|\bundoubted(?:ly)?\b"
     r"|\bif (?:i|one|we|you)(?: (?:had|have|were|must|could|was|am)\b|'m\b)|\bif (?:forced|pressed|asked)\b"
@@ -237,18 +232,6 @@ _NUMBERED = re.compile(
     r"|(\d{1,2})(?: ?[).:\]\u3001]+\s+))(?=\S)"
 )
 """The letter or the number in front of an option: "A. dog", "(b) dog", "2) dog"."""
-_SHORT_FORMS = (
-    (re.compile(r"\b(c)(?:an't|annot)\b", re.IGNORECASE), r"\1an not"),
-    (re.compile(r"\b(w)on't\b", re.IGNORECASE), r"\1ill not"),
-    (re.compile(r"\b(s)han't\b", re.IGNORECASE), r"\1hall not"),
-    (re.compile(r"(?<=[a-z])n't\b", re.IGNORECASE), " not"),
-    (re.compile(r"\b(it|he|she|that|this|there|here|what|who|where|how)'s\b", re.IGNORECASE), r"\1 is"),
-    (re.compile(r"\b(i)'m\b", re.IGNORECASE), r"\1 am"),
-    (re.compile(r"\b(i|you|we|they|there|who|what|he|she|it)'re\b", re.IGNORECASE), r"\1 are"),
-    (re.compile(r"\b(i|you|we|they|who)'ve\b", re.IGNORECASE), r"\1 have"),
-    (re.compile(r"\b(i|you|we|they|he|she|it|there|that|who)'ll\b", re.IGNORECASE), r"\1 will"),
-)
-"""Short forms and what they are written as; "the man's" may be whose it is, and stays."""
 
 
 def choice_prompt(question: str, options: Sequence[str]) -> str:
@@ -259,7 +242,7 @@ def choice_prompt(question: str, options: Sequence[str]) -> str:
 
 
 def without_labels(options: Sequence[str]) -> list[str]:
-    """The options without letters or numbers in front, where all have one and these are in order: "A. dog", "B. cat".
+    """Return options without letters or numbers in front, where all have one and these are in order.
 
     >>> without_labels(["A. dog", "B. cat"]), without_labels(["A. dog", "C. cat"])
     (['dog', 'cat'], ['A. dog', 'C. cat'])
@@ -272,16 +255,6 @@ def without_labels(options: Sequence[str]) -> list[str]:
     texts = [option[match.end() :] for option, match in zip(options, found, strict=True)]
     in_order = any(labels == order[: len(labels)] for order in orders)
     return texts if in_order and len(set(texts)) == len(set(options)) else list(options)
-
-
-def _written_out(text: str) -> str:
-    """The text with its short forms written out: "doesn't" is "does not"."""
-    if "'" not in text and "\u2019" not in text and "annot" not in text:
-        return text
-    text = re.sub(r"(?<=\w)\u2019(?=\w)", "'", text)
-    for pattern, long in _SHORT_FORMS:
-        text = pattern.sub(long, text)
-    return text
 
 
 def parse_choice(text: str, options: Sequence[str]) -> int | None:
@@ -300,7 +273,7 @@ def parse_choice(text: str, options: Sequence[str]) -> int | None:
     """
     if exact := _words_alone(text, options):  # before tags and labels are looked for: an option may be one
         return _one({*exact, *_letter_alone(text, options)}, options)
-    text, options = _written_out(text), [_written_out(option) for option in without_labels(options)]
+    text, options = written_out(text), [written_out(option) for option in without_labels(options)]
     if exact := _words_alone(text, options):
         return _one({*exact, *_letter_alone(text, options)}, options)
     text = _FORMULA.sub(lambda box: box[0] if _read(box[1], options) is not None else box[1], without_thoughts(text))
@@ -556,7 +529,7 @@ def _denied(text: str, option: str) -> bool:
     """
     sentences = _ENDS.split(_AFFIRMS.sub(" ", folded(text)))
     naming = [part for part in sentences if _options_in(part, [option])]
-    about = [part for part in sentences if not naming or part in naming or _OF_OTHERS.search(part)]
+    about = [part for part in sentences if not naming or part in naming or DENIES_ANOTHER.search(part)]
     return len(_TURNS.findall(". ".join(about))) > len(_TURNS.findall(folded(option))) * max(1, len(naming))
 
 

@@ -55,11 +55,29 @@ _NO = frozenset(("no", "nope", "nah", "\u5426", "\u4e0d", "\u4e0d\u662f"))
 _DOUBT = frozenset("but not never however maybe perhaps unless except nobody none neither nor".split())
 _NEGATIONS = frozenset("not never nobody none neither nor".split())
 """Behind a no they say it once more."""
-_NOT_BUT = re.compile(r"\b(?:not\b|\w+n't\b)[^,.;]{0,100}?,? but\b")
-_SENTENCE = re.compile(r"[.!?;\n]+(?:\s+|$)")
-_UNSURE = re.compile(
-    r"\b(?:maybe|perhaps|however|unsure|uncertain|unclear|(?:not|isn't|aren't|'m not) (?:sure|certain|clear))\b"
+_NOT_BUT = re.compile(r"\bnot\b[^,.;]{0,100}?,? but\b")
+_SENTENCE = re.compile(r"[.!?;]+(?:\s+|$)")
+_UNSURE = re.compile(r"\b(?:maybe|perhaps|however|unsure|uncertain|unclear|not (?:sure|certain|clear))\b")
+DENIES_ANOTHER = re.compile(
+    r"^\W*(?:no|not|never|wait|but|however)\b|\b(?:wrong|incorrect|false|untrue|inaccurate|invalid|implausible|whether|if"
+    r"|unless|unclear|uncertain|unsure|ambiguous|doubt\w*|impossible|unlikely|suppos\w+|assum\w+|imagine|contradict\w*"
+    r"|(?:not|never)(?: [a-z]+)? (?:sure|certain|correct|right|true|clear|enough|possible|the|be|it|that|this)"
+    r"|none of the|unable|(?:can|could|do|does) ?not (?:tell|say|know|determine|be|see|answer))\b"
+    r"|\b(?:no|not|never)\W*\Z"
 )
+"""A sentence with one of these may deny what another says, as in "The car is red. That is not true"."""
+_SHORT_FORMS = (
+    (re.compile(r"\b(c)(?:an't|annot)\b", re.IGNORECASE), r"\1an not"),
+    (re.compile(r"\b(w)on't\b", re.IGNORECASE), r"\1ill not"),
+    (re.compile(r"\b(s)han't\b", re.IGNORECASE), r"\1hall not"),
+    (re.compile(r"(?<=[a-z])n't\b", re.IGNORECASE), " not"),
+    (re.compile(r"\b(it|he|she|that|this|there|here|what|who|where|how)'s\b", re.IGNORECASE), r"\1 is"),
+    (re.compile(r"\b(i)'m\b", re.IGNORECASE), r"\1 am"),
+    (re.compile(r"(?<=[a-z])'re\b", re.IGNORECASE), " are"),
+    (re.compile(r"(?<=[a-z])'ve\b", re.IGNORECASE), " have"),
+    (re.compile(r"(?<=[a-z])'ll\b", re.IGNORECASE), " will"),
+)
+"""Short forms and what they are written as; "the man's" may be whose it is, and stays."""
 REASON = re.compile(r"\b(?:because|since)\b")
 _SPOKEN = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
 _POLAR = r"(?:yes|yeah|yep|nope|nah|no|\u662f\u7684?|\u5426|\u4e0d\u662f?)"
@@ -91,6 +109,16 @@ def token_recall(gold: str, prediction: str) -> float:
 def folded(text: str) -> str:
     """One spelling of equal characters: NFKC, straight quotes, one dash, lower case, single blanks."""
     return " ".join(plain_characters(text).lower().split())
+
+
+def written_out(text: str) -> str:
+    """Return the text with its short forms written out: "doesn't" is "does not"."""
+    if "'" not in text and "\u2019" not in text and "annot" not in text:
+        return text
+    text = re.sub(r"(?<=\w)\u2019(?=\w)", "'", text)
+    for pattern, long in _SHORT_FORMS:
+        text = pattern.sub(long, text)
+    return text
 
 
 def without_thoughts(text: str) -> str:
@@ -165,7 +193,7 @@ def yes_or_no(text: str) -> bool | None:
 
 def _polarity(text: str) -> bool | None:
     """`yes_or_no` of a text without tags: its first word behind "I think" and the like, or what "the answer is"."""
-    text = _EDGE.sub("", folded(without_markup(text)))
+    text = _EDGE.sub("", written_out(folded(without_markup(text))))
     match = _FIRST_WORD.match(text, _LEADS.match(text).end())
     if match is None:
         decided = _DECIDED.search(text)
@@ -173,16 +201,12 @@ def _polarity(text: str) -> bool | None:
     if match is None:
         return None
     positive = match[1] in _YES
-    opposite, doubt = (_NO, _DOUBT) if positive else (_YES, _DOUBT - _NEGATIONS)
+    opposite, doubt, denies = (_NO, _DOUBT, DENIES_ANOTHER) if positive else (_YES, _DOUBT - _NEGATIONS, _UNSURE)
     said, *others = _SENTENCE.split(REASON.split(text[match.end(1) :], maxsplit=1)[0].lstrip(" .!?"))
-    if not positive:
-        said = _NOT_BUT.sub(" ", said)
-    words = [part for word in _SPOKEN.findall(said) for part in word.replace("n't", " not").split()]
+    words = _SPOKEN.findall(said if positive else _NOT_BUT.sub(" ", said))
     words += [word for other in others for word in _SPOKEN.findall(other)[:1]]  # "Yes, there is. But ..."
-    unsure = any(_UNSURE.search(other) for other in others)
-    before = _SPOKEN.findall(text[: match.start()])
-    unsure = unsure or any(word in opposite or word in doubt for word in words)
-    return None if unsure or opposite & set(before) else positive
+    unsure = any(word in opposite or word in doubt for word in words) or any(denies.search(other) for other in others)
+    return None if unsure or opposite & set(_SPOKEN.findall(text[: match.start()])) else positive
 
 
 def exact_match(gold: str, prediction: str) -> float:

@@ -198,7 +198,7 @@ ODD += [[1, 2, 3], [[1], [2, 3]], [[[1], 2.0], [[2, 3], -1]], (1, 2.0), torch.te
 
 @pytest.mark.parametrize("name", sorted({*FOLLOWED, *HERE, *DRAWING}))
 def test_any_value_is_followed_or_refused_in_one_line(backbone, name):
-    """What transformers would refuse in the middle of an answer, and what it would index its scores by."""
+    """Nothing is left to transformers to refuse in the middle of an answer, nor to torch as a place in the scores."""
     kinds = set()
     for value in ODD:
         more = {"do_sample": True} if name in DRAWING else {}

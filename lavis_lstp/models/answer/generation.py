@@ -113,7 +113,8 @@ def checked(settings: Mapping[str, Any], *, encoder_decoder: bool, num_tokens: i
     kept = in_range(kept, Generation, "generation", open=True)
     check_generation(kept, "generation")
     for name in TOKENS if num_tokens is not None else ():
-        if unknown := [token for token in _tokens(name, kept.get(name)) if token >= num_tokens]:
+        ids = [one[0] for one in kept.get(name, ())] if name == "sequence_bias" else kept.get(name)
+        if unknown := [token for token in _flat(ids) if token >= num_tokens]:
             raise ConfigError(f"generation.{name}: token {unknown[0]} is not one of the language model's {num_tokens}")
     if not encoder_decoder and "forced_bos_token_id" in kept:
         raise ConfigError(
@@ -128,13 +129,12 @@ def checked(settings: Mapping[str, Any], *, encoder_decoder: bool, num_tokens: i
     return kept
 
 
-def _tokens(name: str, value: Any) -> Iterator[int]:
-    if name == "sequence_bias":
-        value = [ids for ids, _ in value or ()]
-    if isinstance(value, int):
-        yield value
-    for one in value if isinstance(value, list) else ():
-        yield from _tokens("", one)
+def _flat(ids: Any) -> Iterator[int]:
+    if isinstance(ids, list):
+        for one in ids:
+            yield from _flat(one)
+    elif ids is not None:
+        yield ids
 
 
 def arguments(

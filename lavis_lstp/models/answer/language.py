@@ -49,7 +49,7 @@ class LanguageAnswerer(nn.Module):
 
     @property
     def num_tokens(self) -> int:
-        """How many tokens the language model has scores for."""
+        """Return how many tokens the language model has scores for."""
         return self.writer.config.get_text_config().vocab_size
 
     # ---- text -------------------------------------------------------------------------------------------------
