@@ -37,6 +37,10 @@ DEFAULT_MAX_MEGAPIXELS = 64
 BROKEN = (OSError, SyntaxError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RuntimeError)
 BROKEN += (EOFError, MemoryError, AssertionError, struct.error, zlib.error, Image.DecompressionBombError)
 """Errors that PIL's readers raise for damaged files; they document no common class."""
+SMALLER = (
+    "make it smaller, or raise the limit (max_megapixels in the data set's section, --max-megapixels of a command)"
+)
+"""A remedy for a picture of too large an area."""
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -119,11 +123,6 @@ def _skip_previews(picture: Image.Image, name: str) -> None:
             raise VideoError(
                 f"{name}: only a preview of the picture can be read (a camera raw?); export it as JPEG or PNG"
             ) from None
-
-
-SMALLER = (
-    "make it smaller, or raise the limit (max_megapixels in the data set's section, --max-megapixels of a command)"
-)
 
 
 def check_area(width: int, height: int, name: str, max_megapixels: float) -> None:

@@ -1,4 +1,4 @@
-"""Multiple choice: what is asked, which option an answer names, and the share of right ones by kind of question.
+"""Multiple choice: what is asked, and which option an answer names.
 
 An answer that names no option, several, or a letter and another option's words, or that says what it is not, is
 *unparsable*: wrong, counted, and never guessed at.
@@ -10,13 +10,12 @@ import bisect
 import functools
 import re
 import string
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from lavis_lstp.metrics.numbers import counted, written
 from lavis_lstp.metrics.qa import (
     DENIES_ANOTHER,
     REASON,
-    accuracy_interval,
     folded,
     normalise,
     without_markup,
@@ -546,45 +545,3 @@ def _options_in(text: str, options: Sequence[str]) -> list[int]:
     found = [i for i, option in enumerate(plain) if option.strip() and option in within[i]]
     longest = [i for i in found if not any(plain[i] in plain[j] and plain[i] != plain[j] for j in found)]
     return list({folded(options[i]): i for i in reversed(longest)}.values())[::-1]
-
-
-def accuracy(
-    correct: Mapping[str, bool],
-    categories: Mapping[str, str] | None = None,
-    axes: Mapping[str, Mapping[str, str | Sequence[str]]] | None = None,
-) -> dict:
-    """Share of right answers with its 95 % interval, and the same for each kind of question.
-
-    Args:
-        correct: by question id.
-        categories: kind of each question; '' counts in the whole alone.
-        axes: {axis: kind or kinds} of each question; one of several kinds counts in each of them (`by_axis`).
-    """
-    result: dict = _share(list(correct.values()))
-    kinds: dict[str, list[bool]] = {}
-    for key, right in correct.items():
-        if categories and categories.get(key):
-            kinds.setdefault(categories[key], []).append(right)
-    if kinds:
-        result["by_category"] = {kind: _share(kinds[kind]) for kind in sorted(kinds)}
-        shares = [value["accuracy"] for value in result["by_category"].values()]
-        result["mean_of_categories"] = sum(shares) / len(shares)
-    found: dict[str, dict[str, list[bool]]] = {}
-    for key, right in correct.items():
-        for axis, named in (axes or {}).get(key, {}).items():
-            for kind in [named] if isinstance(named, str) else named:
-                if kind:
-                    found.setdefault(axis, {}).setdefault(kind, []).append(right)
-    if found:
-        by_axis = {axis: {kind: _share(kinds[kind]) for kind in sorted(kinds)} for axis, kinds in found.items()}
-        result["by_axis"] = by_axis
-    return result
-
-
-def _share(rights: Sequence[bool]) -> dict:
-    right, count = sum(rights), len(rights)
-    return {
-        "accuracy": right / count if count else 0.0,
-        "accuracy_interval": accuracy_interval(right, count),
-        "questions": count,
-    }

@@ -12,7 +12,7 @@ import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from lavis_lstp.errors import ConfigError
 from lavis_lstp.metrics.coverage import Items, join_by_id
@@ -294,6 +294,48 @@ def accuracy_interval(successes: float, n: int, z: float = 1.959964) -> tuple[fl
     half = z / (1 + slack) * math.sqrt(share * (1 - share) / n + slack / (4 * n))
     # the exact ends, which rounding would miss
     return (centre - half if successes > 0 else 0.0), (centre + half if successes < n else 1.0)
+
+
+def accuracy(
+    correct: Mapping[str, bool],
+    categories: Mapping[str, str] | None = None,
+    axes: Mapping[str, Mapping[str, str | Sequence[str]]] | None = None,
+) -> dict:
+    """Share of right answers with its 95 % interval, and the same for each kind of question.
+
+    Args:
+        correct: by question id.
+        categories: kind of each question; '' counts in the whole alone.
+        axes: {axis: kind or kinds} of each question; one of several kinds counts in each of them (`by_axis`).
+    """
+    result: dict = _share(list(correct.values()))
+    kinds: dict[str, list[bool]] = {}
+    for key, right in correct.items():
+        if categories and categories.get(key):
+            kinds.setdefault(categories[key], []).append(right)
+    if kinds:
+        result["by_category"] = {kind: _share(kinds[kind]) for kind in sorted(kinds)}
+        shares = [value["accuracy"] for value in result["by_category"].values()]
+        result["mean_of_categories"] = sum(shares) / len(shares)
+    found: dict[str, dict[str, list[bool]]] = {}
+    for key, right in correct.items():
+        for axis, named in (axes or {}).get(key, {}).items():
+            for kind in [named] if isinstance(named, str) else named:
+                if kind:
+                    found.setdefault(axis, {}).setdefault(kind, []).append(right)
+    if found:
+        by_axis = {axis: {kind: _share(kinds[kind]) for kind in sorted(kinds)} for axis, kinds in found.items()}
+        result["by_axis"] = by_axis
+    return result
+
+
+def _share(rights: Sequence[bool]) -> dict:
+    right, count = sum(rights), len(rights)
+    return {
+        "accuracy": right / count if count else 0.0,
+        "accuracy_interval": accuracy_interval(right, count),
+        "questions": count,
+    }
 
 
 def _scores(gold: str, prediction: str) -> dict[str, float]:

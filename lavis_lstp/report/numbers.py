@@ -20,9 +20,8 @@ from lavis_lstp.judging.compare import ITSELF, Judged, compare
 from lavis_lstp.judging.scores import score_verdicts
 from lavis_lstp.judging.verdict import JUDGED, OPEN
 from lavis_lstp.metrics.calibration import reliability
-from lavis_lstp.metrics.choice import accuracy
 from lavis_lstp.metrics.grounding import RECALL_AT, evaluate_spans, moment_iou
-from lavis_lstp.metrics.qa import subtitles_shown
+from lavis_lstp.metrics.qa import accuracy, subtitles_shown
 from lavis_lstp.metrics.resampling import RESAMPLES
 from lavis_lstp.report.evaluations import EXACT, Evaluation
 from lavis_lstp.schema import Prediction, Span

@@ -19,10 +19,10 @@ from lavis.common.registry import registry
 from lavis_lstp.batch import is_hidden
 from lavis_lstp.config.run import GENERATION
 from lavis_lstp.errors import ConfigError, unknown_name
-from lavis_lstp.metrics.choice import LETTERS, accuracy, choice_prompt, parse_choice
+from lavis_lstp.metrics.choice import LETTERS, choice_prompt, parse_choice
 from lavis_lstp.metrics.coverage import join_by_id
 from lavis_lstp.metrics.grounding import entropy_bits, evaluate_grounded_qa
-from lavis_lstp.metrics.qa import bleu_1, evaluate_answers, is_right, require_bleu, subtitles_shown
+from lavis_lstp.metrics.qa import accuracy, bleu_1, evaluate_answers, is_right, require_bleu, subtitles_shown
 from lavis_lstp.models.answer.lavis_frames import several_frames
 from lavis_lstp.schema import Batch, Prediction
 from lavis_lstp.tasks.base import (

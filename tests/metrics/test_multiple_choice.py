@@ -21,8 +21,8 @@ from lavis_lstp.data.video import reading
 from lavis_lstp.errors import ConfigError
 from lavis_lstp.files import read_jsonl
 from lavis_lstp.host import evaluate
-from lavis_lstp.metrics.choice import accuracy, choice_prompt, parse_choice
-from lavis_lstp.metrics.qa import accuracy_interval
+from lavis_lstp.metrics.choice import choice_prompt, parse_choice
+from lavis_lstp.metrics.qa import accuracy, accuracy_interval
 from lavis_lstp.models.answer.language import IGNORED, _left_padded
 from lavis_lstp.models.lstp import LSTP
 from lavis_lstp.runners.data_order import eval_units

@@ -9,13 +9,13 @@ are skipped. A picture is handed out only under its own time stamp, so a damaged
 
 from __future__ import annotations
 
-import re
 import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Protocol
 
 import av
@@ -24,16 +24,12 @@ from av.sidedata.sidedata import SideDataContainer
 from av.video.frame import PictureType
 from av.video.reformatter import VideoReformatter
 
-from lavis_lstp.data.video.container import Source, check_source
+from lavis_lstp.data.video.container import Source
 from lavis_lstp.data.video.index import REORDER, VideoIndex, reopen
 from lavis_lstp.errors import VideoError
 
 # Codecs whose decoders honour `skip_frame` per packet and store one picture in each.
 SKIPPABLE = {"h264", "hevc", "mpeg4", "mpeg2video"}
-# Where TorchCodec 0.17 was found to seek to the right frame; in MPEG it passes over pictures.
-TORCHCODEC_CONTAINERS = {"mov", "matroska"}
-# Where decord 0.6.0 was found to seek to the right frame; in MPEG-TS it shows broken ones without a word.
-DECORD_CONTAINERS = {"mov", "matroska"}
 
 Visit = Callable[[Any, int, bool], None]  # picture, frame number, may others refer to it
 OPEN = 16
@@ -129,13 +125,12 @@ def _by_count(opening, index, wanted, visit, around, count) -> Iterator[tuple[in
     """From the start of the file to the last wanted frame."""
     left = set(wanted)
     reader = _Reader(opening, index, [], visit, around, count)
-    ended, seen = 0, -1
+    seen = 0
     for pictures in reader.attempts(0, sys.maxsize):
-        for ended, frame in enumerate(pictures, 1):
-            position = ended - 1
-            if position <= seen:  # by the attempt before
+        for position, frame in enumerate(pictures):
+            if position < seen:  # by the attempt before
                 continue
-            seen = position
+            seen = position + 1
             if reader.visit:
                 reader.visit(frame, position, False)
             if position in left:
@@ -144,7 +139,7 @@ def _by_count(opening, index, wanted, visit, around, count) -> Iterator[tuple[in
             if not left and not (around.waits if around else visit and frame.pict_type == PictureType.B):
                 return
     if left:
-        cause = f" ({reader.failure})" if reader.failure else f", the video ends after {ended}"
+        cause = f" ({reader.failure})" if reader.failure else f", the video ends after {seen}"
         raise VideoError(f"{index.name}: frame {min(left)} cannot be decoded{cause}")
 
 
@@ -281,20 +276,18 @@ class _Reader:
                 self.around.restart()
                 self.last_visited = None
             damaged = np.flatnonzero(self.index.packet_damaged[start:stop]) + start
-            for pictures in self.attempts(start, stop):
-                for frame in pictures:
-                    if self.index.position(frame.pts) is None:
-                        raise IndexMismatch(f"a picture at {frame.pts}")
-                    self._visit(frame)
-                    if frame.pts == int(self.index.packet_pts[packets[0]]):
-                        if len(damaged) and damaged[0] <= packets[0]:
-                            self._refuse(left[0], "damaged data before it")
-                        yield left.pop(0), frame
-                        packets.pop(0)
-                        if not left:
-                            break
-                if not left:
-                    break
+            pictures = chain.from_iterable(self.attempts(start, stop))
+            for frame in pictures:
+                if self.index.position(frame.pts) is None:
+                    raise IndexMismatch(f"a picture at {frame.pts}")
+                self._visit(frame)
+                if frame.pts == int(self.index.packet_pts[packets[0]]):
+                    if len(damaged) and damaged[0] <= packets[0]:
+                        self._refuse(left[0], "damaged data before it")
+                    yield left.pop(0), frame
+                    packets.pop(0)
+                    if not left:
+                        break
             if left and len(damaged) and damaged[0] <= packets[0]:
                 self._refuse(left[0], "damaged data before it")
             if left and start == 0:
@@ -325,8 +318,8 @@ class _Reader:
                 break
 
     def attempts(self, start: int, stop: int) -> Iterator[Iterator[Any]]:
-        """Pictures of the packets [start, stop); and once more by a lenient decoder, where the first refuses an open
-        group of H.264 for nothing.
+        """Yield the pictures of the packets [start, stop); once more by a lenient decoder, where the first refuses an
+        open group of H.264 for nothing.
 
         The first pictures behind its key frame say what becomes of pictures before it, which nobody has. The decoder
         calls that an error and keeps a picture back. It is none where all other packets decode without one.
@@ -465,7 +458,7 @@ def _on_white(pixels: np.ndarray, alpha: np.ndarray) -> np.ndarray:
 
 
 def _whole(pictures: Iterable[Any]) -> Iterator[Any]:
-    """Pictures before the first that is marked as damaged, each once all that it may refer to have come out."""
+    """Yield pictures before the first that is marked as damaged, each once all that it may refer to have come out."""
     held: deque[Any] = deque()
     for frame in pictures:
         if frame.is_corrupt:
@@ -535,90 +528,3 @@ def upright(pixels: np.ndarray, turn: Orientation) -> np.ndarray:
     if turn.transpose:
         pixels = pixels.swapaxes(0, 1)
     return pixels[:: -1 if turn.mirror_y else 1, :: -1 if turn.mirror_x else 1]
-
-
-def decode_decord(
-    source: Source, index: VideoIndex, wanted: Sequence[int], *, threads: int = 1
-) -> Iterator[tuple[int, np.ndarray]]:
-    """The same frames by decord, each checked against the time the index gives it.
-
-    The reader is made here, in the calling process: readers made before a fork deadlock. decord's bridge, a global
-    setting which LAVIS turns to torch, is left as it is. Unlike PyAV here, decord patches up damaged pictures
-    without a word (0.6.0, whatever its `fault_tol`), so data that may be damaged are better read by PyAV.
-    """
-    try:
-        import decord
-    except ImportError:
-        raise VideoError("backend 'decord' is not installed; `pip install decord` or use backend 'pyav'") from None
-    if index.by_count:
-        raise VideoError(f"{index.name}: stores no presentation times, which decord needs; use backend 'pyav'")
-    if index.num_frames != len(index.packet_pts):
-        raise VideoError(f"{index.name}: has frames hidden by an edit list, which decord shows; use backend 'pyav'")
-    if not DECORD_CONTAINERS & set(index.container.split(",")):
-        raise VideoError(f"{index.name}: decord seeks wrongly in {index.container} files; use backend 'pyav'")
-    try:
-        reader = decord.VideoReader(check_source(source, index.name), num_threads=threads)
-        if len(reader) != index.num_frames:
-            line = f"decord counts {len(reader)} frames, not {index.num_frames}"
-            raise VideoError(f"{index.name}: {line}; use backend 'pyav'")
-        stamps = reader.get_frame_timestamp([0, *wanted])[:, 0].astype(np.float64)
-        off_s = np.abs((stamps[1:] - stamps[0]) - (index.times_s[list(wanted)] - index.times_s[0]))
-        if off_s.size and off_s.max() > 0.5 / index.fps:
-            raise VideoError(f"{index.name}: decord places frames at other times; use backend 'pyav'")
-        if len(index.tracks) > 1:
-            _check_track(source, index, reader, sorted({wanted[0], wanted[-1]}))
-        for i in wanted:
-            yield i, _decord_picture(reader, i)
-    except (decord.DECORDError, RuntimeError) as error:
-        if isinstance(error, VideoError):
-            raise
-        line = re.sub(r"\[\d+:\d+:\d+\] \S+: ?", "", str(error).strip().splitlines()[0]).strip()[:120]
-        raise VideoError(f"{index.name}: cannot be read by decord ({line}); use backend 'pyav'") from None
-
-
-def _decord_picture(reader: Any, i: int) -> np.ndarray:
-    batch = reader.get_batch([i])  # one at a time: a batch holds all in full size
-    return (batch.asnumpy() if hasattr(batch, "asnumpy") else np.asarray(batch))[0]
-
-
-def _check_track(source: Source, index: VideoIndex, reader: Any, some: Sequence[int]) -> None:
-    """Refuses a file of which decord takes another track: it cannot be told which, and its FFmpeg is an older one."""
-    for i, ours in decode_pyav(source, index, some):
-        theirs = _decord_picture(reader, i)
-        if theirs.shape != ours.shape or np.abs(theirs.astype(np.int16) - ours).mean() > 1:
-            raise VideoError(f"{index.name}: decord does not read track {index.track} of it; use backend 'pyav'")
-
-
-def decode_torchcodec(
-    source: Source, index: VideoIndex, wanted: Sequence[int], *, threads: int = 1
-) -> Iterator[tuple[int, np.ndarray]]:
-    """The same frames by TorchCodec and the system's FFmpeg, each checked against the time the index gives it."""
-    try:
-        from torchcodec.decoders import VideoDecoder
-    except (ImportError, RuntimeError, OSError):
-        raise VideoError(
-            "backend 'torchcodec' is not usable; `pip install torchcodec` and install FFmpeg's libraries, or use "
-            "backend 'pyav'"
-        ) from None
-    if index.by_count:
-        raise VideoError(f"{index.name}: stores no presentation times, which torchcodec needs; use backend 'pyav'")
-    if not TORCHCODEC_CONTAINERS & set(index.container.split(",")):
-        raise VideoError(f"{index.name}: torchcodec seeks wrongly in {index.container} files; use backend 'pyav'")
-    try:
-        given = check_source(source, index.name)
-        reader = VideoDecoder(given, stream_index=index.track, dimension_order="NHWC", num_ffmpeg_threads=threads)
-        if len(reader) != index.num_frames:
-            line = f"torchcodec counts {len(reader)} frames, not {index.num_frames}"
-            raise VideoError(f"{index.name}: {line}; use backend 'pyav'")
-        first_s = reader.get_frame_at(0).pts_seconds
-        for i in wanted:
-            frame = reader.get_frame_at(i)
-            off_s = (frame.pts_seconds - first_s) - (index.times_s[i] - index.times_s[0])
-            if abs(off_s) > 0.5 / index.fps:
-                raise VideoError(f"{index.name}: torchcodec places frames at other times; use backend 'pyav'")
-            yield i, frame.data.numpy()
-    except (RuntimeError, ValueError, IndexError) as error:
-        if isinstance(error, VideoError):
-            raise
-        line = str(error).strip().splitlines()[0][:120]
-        raise VideoError(f"{index.name}: cannot be read by torchcodec ({line}); use backend 'pyav'") from None

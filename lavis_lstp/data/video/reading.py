@@ -35,14 +35,13 @@ from lavis_lstp.data.video.decode import (
     DecodeCount,
     IndexMismatch,
     Orientation,
-    decode_decord,
     decode_pyav,
-    decode_torchcodec,
     has_alpha,
     orientation,
     stretches,
 )
 from lavis_lstp.data.video.index import VideoIndex, VideoInfo, count_frames, reopen, video_index
+from lavis_lstp.data.video.other_backends import decode_decord, decode_torchcodec
 from lavis_lstp.data.video.picture_folder import folder_index, pictures_in, read_pictures
 from lavis_lstp.errors import ConfigError, VideoError, unknown_name
 
