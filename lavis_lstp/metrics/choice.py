@@ -35,7 +35,7 @@ _LABEL = re.compile(r"\([A-Za-z]\)|\[[A-Za-z]\]|[A-Za-z][).:,](?![A-Za-z]\.)|[A-
 _LABEL_BEHIND = re.compile(r"(?:[(\[][A-Za-z][)\]]|, [A-Z])\W*$")
 _LETTER = re.compile(
     rf"{_OPEN}([A-Za-z]){_CLOSE}(?!\?)"
-    r"|(?<![A-Za-z0-9_'.+#/\u00c0-\u024f-])(?:([B-HJ-Z])(?![A-Za-z0-9_'+#?\u00c0-\u024f]|[-/][A-Za-z0-9]|\.[A-Za-z]\.)"
+    r"|(?<![A-Za-z0-9_.+#/\u00c0-\u024f-])(?<!\w')(?:([B-HJ-Z])(?![A-Za-z0-9_'+#?\u00c0-\u024f]|[-/][A-Za-z0-9]|\.[A-Za-z]\.)"
     r"|([AI])(?=[).:,;!\u3001\u3002](?![A-Za-z]\.)|[^\x00-\x7f\u00c0-\u024f]|\s*$| - "
     r"|\s+(?:because|since|is|seems|best|over|rather|instead)\b|(?<=A)\s+(?:as|and|or|nor|but|for|are)\b)"
     r"|(?<=ption |hoice |etter )([AI])\b"
@@ -52,6 +52,8 @@ _FIRST = re.compile(
     r"\(([\ue000-\ue019])\)|([\ue000-\ue019])(?:[).:,;\u3001\u3002]|(?= - | [(\[]| (?:because|since)\b|$))",
     re.MULTILINE,
 )
+_BELOW = re.compile(rf"(?<=[^:]\n)(?:{_FIRST.pattern})", re.MULTILINE)
+"""The same below what is said of the video, but no heading: "The man is at the stove.", then "B. He stirs a pot."."""
 _MORE = re.compile(r"\(([\ue000-\ue019])\)|([\ue000-\ue019])(?=[).:,]|$)", re.MULTILINE)
 """Letters after the one that an answer begins with: "(A) or (B)", "A, B"."""
 _AHEAD = r"(?=\(?[\ue000-\ue019])"
@@ -74,10 +76,10 @@ _WEIGHS = re.compile(
 """What announces that options are weighed: "Let's look at each option: A. ..." says no A."""
 _FILL = (
     r"(?:(?:the|la|el|le|die|opci\u00f3n|option|choice|answer|letter|clearly|definitely|most|likely|probably|obviously"
-    r"|simply|still|indeed|thus|actually|therefore|hence) )*"
+    r"|simply|still|indeed|thus|actually|therefore|hence) )*[\"'\u2018\u201c]?"
 )
 _SAID = re.compile(
-    r"(?:\b(?:ans|answer|assistant|prediction|response|output|result|guess|selection|verdict|solution"
+    r"(?:\b(?:ans|answer|assistant|prediction|response|output|result|guess|selection|selected|verdict|solution|conclusion"
     r"|option|choice|letter|correct|right|best|accurate|appropriate|suitable|likely|plausible|closest|nearest"
     r"|respuesta|opci\u00f3n|antwoord|jawaban|r\u00e9ponse|antwort|resposta|risposta)\b"
     r"(?:(?! (?:options|choices|each|every|all)\b) [a-z]+){0,6}?"
@@ -92,9 +94,20 @@ _SAID = re.compile(
     re.MULTILINE,
 )
 _ANSWER_LINE = re.compile(
-    r"(?i:(?:(?:so|thus|hence|therefore|the|my|final|correct|right|best),? )*(?:answer|choice|ans)\.?(?: is)?[: ]+)"
+    r"(?i:(?:(?:so|thus|hence|therefore|the|my|final|correct|right|best),? )*(?:answer|choice|ans)\.?"
+    r"(?: to (?:the|this|your) question)?(?: is)?[: ]+)"
 )
 """What a line or sentence that states the answer begins with."""
+_ANSWER_IS = r"\b(?:answer|choice|option)(?: [a-z]+){0,6} (?:is|be)"
+_ITEMS = re.compile(rf"\(?[\ue000-\ue019]|(?:(?!{_ANSWER_IS} ?:).)*?[:\n]")
+"""Options follow what announces them: behind a colon that is not the answer's, or on lines of their own."""
+_HEADING = re.compile(
+    r"(?im)((?:^[ #]*|(?<=[.,;:!?]) +)(?:(?:so|thus|hence|therefore|the|my|final|correct|right|best|most|likely|chosen"
+    r"|selected),? )*(?:answer|ans|choice|option|selection|verdict|conclusion)"
+    rf"|{_ANSWER_IS})[ ]*[:.]?[ ]*\n\s*(?=\S)"
+    r"(?!\W*[a-z][).:].*\n\s*\W?[a-z][).:])"
+)
+"""A heading that the answer stands below, but no list."""
 _STATED = re.compile(r"\n|(?<=[.!?])(?<!\b[A-Z]\.)\s+")
 _THUS = re.compile(
     r"(?:^|[.,;:!] )(?:so|thus|therefore|hence|finally|(?:in )?conclusion|overall|probably|(?:most )?likely"
@@ -130,6 +143,7 @@ _OR = re.compile(
     rf"|[\u6216\u548c\u4e0e]\u8005?|\u8fd8\u662f) ?{_FILL}{_V}"
 )
 """A letter beside the one that is said: "B or A", "B, A"."""
+_OPTION = re.compile(r"\W*(?:option|choice)\s+(?=\W?[A-Za-z]\W*\Z)", re.IGNORECASE)
 _OPTION_AHEAD = re.compile(r"^ ?(?:option|choice) (?=\(?[\ue000-\ue019]\)?(?:[).:,]| - ))", re.MULTILINE)
 _CONCEDED = re.compile(
     r"(?:^|(?<=[.!?] ))(?:(?:even )?(?:although|though|if|while|whereas) [^.!?\n,]+, "
@@ -283,9 +297,10 @@ def parse_choice(text: str, options: Sequence[str]) -> int | None:
 def _read(text: str, options: Sequence[str]) -> int | None:
     """Return what `parse_choice` does, of a text without tags."""
     text = _without_echo(text, options)
-    plain = without_markup(text)
+    plain = _HEADING.sub(r"\1: ", without_markup(text))
     parts = (*plain.splitlines(), *_STATED.split(plain))
     stated = [_ANSWER_LINE.sub("", part, count=1) for part in parts if _ANSWER_LINE.match(part)]
+    end = _OPTION.sub("", parts[-1] if parts else "")  # "The man cooks. Option B."
     lines = [line for line in (text, *text.splitlines(), *plain.splitlines(), *stated) if line.strip()]
     marked = _marked(plain, options)
     if not any(REASON.search(folded(option)) for option in options):
@@ -297,13 +312,16 @@ def _read(text: str, options: Sequence[str]) -> int | None:
             return None
         marked = marked[: announced.start()]
     weighed = announced is not None and not first
-    weighed = weighed and re.match(r"\(?[\ue000-\ue019]|.*?[:\n]", marked[announced.end() :]) is not None
+    weighed = weighed and _ITEMS.match(marked, announced.end()) is not None
     marked = _OPTION_AHEAD.sub("", _WEIGHS.sub(" ", marked))
     firsts = [first for line in marked.splitlines() if (first := _FIRST.match(line.strip()))]
     listed = weighed or len({sign for first in firsts for sign in _numbers(first[0], _FIRST)}) > 1
+    letters = _numbers(marked, _ANY_LETTER)
     marked = _without_denied(_without_conceded(_AFFIRMS.sub(" ", marked), options), options)
     marked = _LIST.sub(" ", _TURNED.sub(" ", marked))
     alone = {i for line in lines for i in _letter_alone(line, options)}
+    last = set(_letter_alone(end, options))
+    alone |= last if letters <= last else set()  # of "A is not shown. B" the rest is cut off
     alone |= {i for line in (stated if weighed else lines) for i in _words_alone(line, options)}
     if not alone and not weighed and (said := _polarity(plain, options)) is not None:
         return said if _numbers(marked, _ANY_LETTER) <= {said} else None
@@ -474,11 +492,11 @@ def _inside(text: str, options: Sequence[str], listed: bool) -> int | None:
 
     Of options that are `listed` and weighed only what decides names one.
     """
-    first = None if listed else _FIRST.match(text)
+    first = None if listed else _FIRST.match(text) or _BELOW.search(text)
     said = [match for pattern in _DECIDING for match in pattern.finditer(text)]
-    rest = text[first.end() :] if first else text
+    rest = text[: first.start()] + text[first.end() :] if first else text
     if first:
-        numbers = _numbers(first[0], _FIRST)
+        numbers = _numbers(first[0], _FIRST, _BELOW)
         others = _numbers(rest, _MORE, _OR, *_DECIDING)
         # a letter that no option has is a word's: "A. in the U.S."
         numbers |= {number for number in others if number < len(options)}
@@ -526,7 +544,7 @@ def _denied(text: str, option: str) -> bool:
 
     Of other sentences than those that name the option only what says that this is wrong or unsure counts.
     """
-    sentences = _ENDS.split(_AFFIRMS.sub(" ", folded(text)))
+    sentences = [folded(part) for part in _ENDS.split(_AFFIRMS.sub(" ", text))]
     naming = [part for part in sentences if _options_in(part, [option])]
     about = [part for part in sentences if not naming or part in naming or DENIES_ANOTHER.search(part)]
     return len(_TURNS.findall(". ".join(about))) > len(_TURNS.findall(folded(option))) * max(1, len(naming))

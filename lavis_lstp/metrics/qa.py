@@ -62,7 +62,7 @@ DENIES_ANOTHER = re.compile(
     r"^\W*(?:no|not|never|wait|but|however)\b|\b(?:wrong|incorrect|false|untrue|inaccurate|invalid|implausible|whether|if"
     r"|unless|unclear|uncertain|unsure|ambiguous|doubt\w*|impossible|unlikely|suppos\w+|assum\w+|imagine|contradict\w*"
     r"|(?:not|never)(?: [a-z]+)? (?:sure|certain|correct|right|true|clear|enough|possible|the|be|it|that|this)"
-    r"|none of the|unable|(?:can|could|do|does) ?not (?:tell|say|know|determine|be|see|answer))\b"
+    r"|none of the(?! others?\b)|unable|(?:can|could|do|does) ?not (?:tell|say|know|determine|be|see|answer))\b"
     r"|\b(?:no|not|never)\W*\Z"
 )
 """A sentence with one of these may deny what another says, as in "The car is red. That is not true"."""

@@ -644,3 +644,59 @@ ROOMS, REASONS = ["Kitchen", "Garden", "Garage", "Street"], ["Because he is tire
 )
 def test_a_reason_behind_the_answer_may_name_other_options(text, options, number):
     assert parse_choice(text, options) == number
+
+
+OPENINGS = (
+    *("", "After reviewing all the options, ", "Based on the video, ", "Let's check each option.\n"),
+    *("To determine the correct answer, let's go step by step.\n\n", "The video shows a street.\n", "Okay, "),
+)
+STATEMENTS = (
+    *(
+        "the answer is {L}.",
+        "the correct answer is:\n\n{L}. {O}",
+        "the correct answer is: {O}",
+        "option {L} is correct.",
+    ),
+    *("the right answer is '{L}. {O}'.", "the answer would be:\n**({L}) {O}**", "I'd go with option {L}."),
+    *("the best option is:\n\n- {L}: {O}", "my final answer is\n{L}", "the answer to the question is:\n{O}."),
+)
+LINES = (
+    *("### Final Answer\n\n{L}. {O}", "**Answer:**\n\n**{L}. {O}**", "Selected: {L}", "Option {L}.", "Option ({L})"),
+    *("Conclusion:\n({L}) {O}", "Answer\n{L}", "Correct answer:\n{O}", "{L}"),
+)
+CLOSINGS = (
+    "",
+    "\n\nExplanation: it is shown in the third frame.",
+    "\n\nNone of the others fits.",
+    "\n\nI hope this helps!",
+)
+
+
+@pytest.mark.parametrize("closing", CLOSINGS)
+@pytest.mark.parametrize("form", STATEMENTS + LINES)
+def test_an_opening_a_statement_and_a_closing_are_read_together(form, closing):
+    """What is read alone is read behind each opening and in front of each closing."""
+    for options, number in ((["red car", "blue bus", "green bike"], 1), (["to dance", "to sing", "to open it"], 2)):
+        answer = form.format(L="ABC"[number], O=options[number])
+        for opening in OPENINGS:
+            if opening.endswith(" ") and form in LINES:
+                continue
+            text = opening + (answer if opening.endswith(" ") else answer[:1].upper() + answer[1:]) + closing
+            if form in ("Option {L}.", "Option ({L})") and closing and opening.startswith(("Let's", "To determine")):
+                assert parse_choice(text, options) in (None, number), text  # may be the first of a list
+                continue
+            assert parse_choice(text, options) == number, text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("The correct answer is:\nA. red car\nB. blue bus", "Answer:\nA. red car: no\nB. blue bus: yes"),
+        *("To find the answer:\nA. red car: not shown\nB. blue bus: not shown", "The wrong answer is: blue bus"),
+        *("The answer is:\nA. red car or\nB. blue bus", "Possible answer:\nA. red car\nB. blue bus"),
+        *("A. red car is not shown. B. blue bus is not shown. C", "A man enters. Plan B.", "Is it A or B? B."),
+        *("Let's check each option.\n\nOption A.\nIt is red.", "The red car comes first.\nB. It is overtaken."),
+    ],
+)
+def test_a_heading_or_a_letter_at_the_end_is_no_answer_beside_others(text):
+    assert parse_choice(text, ["red car", "blue bus", "green bike", "yellow truck"]) is None
