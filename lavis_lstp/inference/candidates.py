@@ -289,17 +289,18 @@ class Reader:
         import torch
 
         from lavis_lstp.data.pictures import open_picture
+        from lavis_lstp.data.video.container import source_name
         from lavis_lstp.data.video.reading import probe, resize_frames
 
         named = {key: how[key] for key in ("name", "max_megapixels")}
         if is_picture(source):
             given = Path(source) if isinstance(source, str | os.PathLike) else _all_bytes(source)
-            picture = open_picture(given, how["name"] or str(source), max_megapixels=how["max_megapixels"])
+            picture = open_picture(given, source_name(source, how["name"]), max_megapixels=how["max_megapixels"])
             frames = resize_frames(np.asarray(picture).transpose(2, 0, 1)[None], how["size"])
             return Candidates(media, "image", torch.from_numpy(frames), np.zeros(1), 0.0, None, None)
         source = list(source) if isinstance(source, tuple) else source
         if self.max_seconds is not None and not isinstance(source, list):
-            self._refuse_long(probe(source, **named).duration_s, how["name"] or str(source))
+            self._refuse_long(probe(source, **named).duration_s, source_name(source, how["name"]))
         codec = self.model.chooser.flow_from_data == "motion_vectors"
         if codec:
             how = {**how, "motion_vectors": True, "flow_pairs": flow_pairs}

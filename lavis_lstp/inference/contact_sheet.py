@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from lavis_lstp.data.pictures import open_picture
+from lavis_lstp.data.video.container import source_name
 from lavis_lstp.data.video.reading import probe, read_frames
 from lavis_lstp.inference.candidates import Medium, is_picture
 
@@ -35,7 +36,7 @@ def pictures_at(source: Medium, times_s: Sequence[float], *, name: str | None = 
         return []
     if is_picture(source):
         given = source if isinstance(source, bytes) else Path(source) if isinstance(source, str | os.PathLike) else None
-        return [_small(open_picture(given or source.read(), name or str(source)))]
+        return [_small(open_picture(given or source.read(), source_name(source, name)))]
     if isinstance(source, list | tuple):  # pictures that stand for a video, a third of a second each
         return [_small(open_picture(source[round(time * 3)], name or "picture")) for time in times_s]
     info = probe(source, name=name)

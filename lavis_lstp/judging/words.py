@@ -105,6 +105,8 @@ def lemma(word: str) -> str:
     """Base form of an English word; the word itself where none is known."""
     if word in _KEPT or not word.isalpha():
         return word
+    if word == "people":  # a noun of its own for the dictionary
+        return "person"
     import simplemma
 
     found = simplemma.lemmatize(word, lang="en").lower()

@@ -406,7 +406,7 @@ def _polarity(text: str, options: Sequence[str]) -> int | None:
         if kinds.count(said) > 1:
             return None
     meant = [i for i, kind in enumerate(kinds) if kind is not None and kind is said]
-    named = {i for i in _options_in(text, options) if kinds[i] is not said}
+    named = {i for i in _options_in(text, options) if kinds[i] is None}  # "no" in "there are no people" is no answer
     return _one(meant, options) if meant and not named else None
 
 

@@ -58,14 +58,19 @@ _NEGATIONS = frozenset("not never nobody none neither nor".split())
 _NOT_BUT = re.compile(r"\bnot\b[^,.;]{0,100}?,? but\b")
 _SENTENCE = re.compile(r"[.!?;]+(?:\s+|$)")
 _UNSURE = re.compile(r"\b(?:maybe|perhaps|however|unsure|uncertain|unclear|not (?:sure|certain|clear))\b")
+_ANSWERS_NO = r"no\b(?=\W*$|[,.;:!]| (?:it|he|she|they|there|that|this|these|those|i|we|you|wait|sorry|actually)\b)"
 DENIES_ANOTHER = re.compile(
-    r"^\W*(?:no|not|never|wait|but|however)\b|\b(?:wrong|incorrect|false|untrue|inaccurate|invalid|implausible|whether|if"
+    rf"^\W*(?:{_ANSWERS_NO}|(?:not|never|wait|but|however)\b)"
+    r"|\b(?:wrong|incorrect|false|untrue|inaccurate|invalid|implausible|whether|if"
     r"|unless|unclear|uncertain|unsure|ambiguous|doubt\w*|impossible|unlikely|suppos\w+|assum\w+|imagine|contradict\w*"
     r"|(?:not|never)(?: [a-z]+)? (?:sure|certain|correct|right|true|clear|enough|possible|the|be|it|that|this)"
     r"|none of the(?! others?\b)|unable|(?:can|could|do|does) ?not (?:tell|say|know|determine|be|see|answer))\b"
     r"|\b(?:no|not|never)\W*\Z"
 )
 """A sentence with one of these may deny what another says, as in "The car is red. That is not true"."""
+_NO_SUCH = re.compile(rf"\W*(?:(?!{_ANSWERS_NO})no|nobody|none|neither)\b")
+"""Such a sentence says that something is not there, and denies no other one: "No other person is visible."."""
+_WAIT = re.compile(r"\A(?:(?:actually|wait|well|sorry|h+m+|oh)\W+)+")
 _SHORT_FORMS = (
     (re.compile(r"\b(c)(?:an't|annot)\b", re.IGNORECASE), r"\1an not"),
     (re.compile(r"\b(w)on't\b", re.IGNORECASE), r"\1ill not"),
@@ -202,9 +207,10 @@ def _polarity(text: str) -> bool | None:
         return None
     positive = match[1] in _YES
     opposite, doubt, denies = (_NO, _DOUBT, DENIES_ANOTHER) if positive else (_YES, _DOUBT - _NEGATIONS, _UNSURE)
-    said, *others = _SENTENCE.split(REASON.split(text[match.end(1) :], maxsplit=1)[0].lstrip(" .!?"))
+    said, *others = _SENTENCE.split(REASON.split(text[match.end(1) :], maxsplit=1)[0].lstrip())
     words = _SPOKEN.findall(said if positive else _NOT_BUT.sub(" ", said))
-    words += [word for other in others for word in _SPOKEN.findall(other)[:1]]  # "Yes, there is. But ..."
+    later = [_WAIT.sub("", other) for other in others if not _NO_SUCH.match(other)]
+    words += [word for other in later for word in _SPOKEN.findall(other)[:1]]  # "Yes, there is. But ..."
     unsure = any(word in opposite or word in doubt for word in words) or any(denies.search(other) for other in others)
     return None if unsure or opposite & set(_SPOKEN.findall(text[: match.start()])) else positive
 

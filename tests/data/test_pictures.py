@@ -451,3 +451,19 @@ def test_spans_that_are_none(key, span, tmp_path):
     (tmp_path / "a.json").write_text(text, encoding="utf-8")
     with pytest.raises(AnnotationError, match="a.json, (entry 0|file: not JSON)"):
         read_annotation(tmp_path / "a.json")
+
+
+def test_a_damaged_picture_is_called_by_a_name_however_it_is_given(predictor):
+    """Never by its own bytes, nor by an address in memory."""
+    whole = stored(noise(), "JPEG")
+    half = whole[: len(whole) // 2]
+    for given, name in (
+        (half, "<bytes>"),
+        (bytearray(half), "<bytearray>"),
+        (io.BytesIO(half), "<BytesIO>"),
+        ([whole, half], "pictures, picture 1"),
+        ((whole, half), "pictures, picture 1"),
+    ):
+        with pytest.raises(VideoError) as caught:
+            predictor.answer(given, "What is shown?")
+        assert str(caught.value).startswith(f"{name}: cannot be read as a picture") and len(str(caught.value)) < 200

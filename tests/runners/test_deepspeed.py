@@ -139,12 +139,17 @@ def assert_equal_runs(left: Path, right: Path) -> None:
 
 def test_a_checkpoint_holds_what_was_trained_and_nothing_frozen(ranks, tmp_path):
     """Its weights are read without DeepSpeed; what is larger is one file of the optimizer per process."""
-    for precision, keys in (("fp32", ["exp_avg", "exp_avg_sq"]), ("bf16", ["exp_avg", "exp_avg_sq", "master"])):
+    kinds = {"fp32": ["exp_avg", "exp_avg_sq"], "bf16": ["exp_avg", "exp_avg_sq", "master"]}
+    common = {**PLAIN, **batch(2), "max_steps": 2}
+    runs = [
+        {**common, **zero(stage), "precision": precision, "output_dir": str(tmp_path / f"{precision}{stage}")}
+        for precision in kinds
+        for stage in range(4)
+    ]
+    assert ranks.run(2, "toy", runs) == [0, 0]
+    for precision, keys in kinds.items():
         for stage in range(4):
-            folder = tmp_path / f"{precision}{stage}"
-            options = {**PLAIN, **batch(2), **zero(stage), "max_steps": 2, "precision": precision}
-            assert ranks.run(2, "toy", {**options, "output_dir": str(folder)}) == [0, 0]
-            last = checkpoint.find(folder)
+            last = checkpoint.find(tmp_path / f"{precision}{stage}")
             names = ["head.0.bias", "head.0.weight", "head.2.bias", "head.2.weight"]
             assert sorted(checkpoint.load_weights(last)) == names
             files = sorted(path.name for path in last.glob("optimizer*"))
@@ -187,10 +192,9 @@ def test_resumed_on_another_number_of_processes(ranks, tmp_path, sizes):
     common = {**PLAIN, "max_epoch": 8, "max_steps": 24, "resume_ckpt_path": "auto"}
     stages = [(1, 1), (2, 2), (3, 3), (1, 3), (3, 0)]
     for turn, size in enumerate(sizes):
-        for pair in stages:
-            part = {"save_every_steps": 1, "output_dir": str(tmp_path / f"{pair}"), **({} if turn else {"raise_at": 4})}
-            options = {**common, **batch(size), **zero(pair[turn]), **part}
-            assert ranks.run(size, "toy", options) == [0] * size, pair
+        part = {**common, **batch(size), **({} if turn else {"save_every_steps": 1, "raise_at": 4})}
+        runs = [{**part, **zero(pair[turn]), "output_dir": str(tmp_path / f"{pair}")} for pair in stages]
+        assert ranks.run(size, "toy", runs) == [0] * size
     assert ranks.run(1, "toy", {**common, **batch(1), "output_dir": str(tmp_path / "whole")}) == [0]
     expected = curve(tmp_path / "whole")
     assert len(expected) == 24

@@ -348,7 +348,8 @@ def _read_folder(
 ) -> VideoFrames:
     """Frames of a folder of pictures, or of a list of them as bytes; `asked` as of `chosen_frames`."""
     if isinstance(source, list):
-        pictures = [(f"{name}, picture {number}", raw) for number, raw in enumerate(source)]
+        called = "pictures" if name is None else name
+        pictures = [(f"{called}, picture {number}", raw) for number, raw in enumerate(source)]
     else:
         pictures = [(str(path), path) for path in pictures_in(Path(source))]
     name = source_name(source, name)
