@@ -8,6 +8,7 @@ that waits for ever is ended too, and that is told apart. As a script, it is tha
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import os
 import signal
@@ -36,7 +37,7 @@ class Ranks:
         """Exit statuses by rank, negative for a signal; `HUNG` for one that had to be ended.
 
         Args:
-            job: name of a function in this module that is given `options`.
+            job: name of a function in this module that is given `options`, or "module:function" of a test's.
         """
         row = {"world_size": world_size, "job": job, "options": options, "timeout_s": timeout_s}
         self.server.stdin.write(json.dumps(row) + "\n")
@@ -93,7 +94,8 @@ def lavis_run(options: dict) -> None:
 def launched(options: dict) -> None:
     """`lavis.train` of one rank, told where it is by nothing but what its launcher gives: {"folder", "given"}.
 
-    `given` is [variables, words] of each rank.
+    `given` is [variables, words] of each rank. `killed` is [file, count, seconds]: another process ends this one so
+    many seconds after the file holds so many rows of training.
     """
     from lavis_lstp.host import launch
 
@@ -102,7 +104,23 @@ def launched(options: dict) -> None:
         del os.environ[name]
     os.environ.update(variables)
     os.chdir(options["folder"])
+    if "killed" in options:
+        kill_later(*options["killed"])
     raise SystemExit(launch.main(words))
+
+
+def kill_later(log: str, count: int, seconds: float) -> None:
+    """Fork a process that kills this one, at whatever it does then."""
+    mine = os.getpid()
+    if os.fork():
+        return
+    while os.getppid() == mine:
+        if os.path.exists(log) and Path(log).read_text(encoding="utf-8").count('"kind": "train"') >= count:
+            time.sleep(seconds)
+            os.kill(mine, signal.SIGKILL)
+            break
+        time.sleep(0.002)
+    os._exit(0)
 
 
 def draws(options: dict) -> None:
@@ -217,7 +235,8 @@ def child(row: dict, rank: int, store: str) -> None:
             torch.distributed.init_process_group(
                 "gloo", init_method=f"file://{store}", rank=rank, world_size=row["world_size"]
             )
-        globals()[row["job"]](row["options"])
+        module, _, name = row["job"].rpartition(":")
+        getattr(importlib.import_module(module), name)(row["options"]) if module else globals()[name](row["options"])
     except SystemExit as error:
         status = error.code
     except BaseException:

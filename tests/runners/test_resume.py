@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import random
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -188,7 +184,6 @@ def lstp_command(tmp_path_factory) -> list[str]:
     data.update({f"spans.{split}": root / f"{split}.json" for split in ("train", "val")})
     run = {"max_epoch": 2, "batch_size_train": 2, "save_every_steps": 1, "log_freq": 1, "resume_ckpt_path": "auto"}
     return [
-        *(sys.executable, "-m", "lavis.train"),
         *("--cfg-path", str(HERE.parent / "projects" / "lstp" / "tiny_sampler.yaml"), "--options"),
         "model.sampler.dropout=0.3",
         *(f"datasets.lstp_shapes.{name}={value}" for name, value in data.items()),
@@ -196,37 +191,21 @@ def lstp_command(tmp_path_factory) -> list[str]:
     ]
 
 
-def start(command: list[str], folder: Path) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [*command, f"run.output_dir={folder}"], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
-
-
-def finish(process: subprocess.Popen) -> None:
-    _, said = process.communicate(timeout=300)
-    assert process.returncode == 0, said.decode()[-3000:]
-
-
-def test_lstp_killed_at_a_random_moment_ends_with_the_weights_of_an_unbroken_run(lstp_command, tmp_path):
+def test_lstp_killed_at_a_random_moment_ends_with_the_weights_of_an_unbroken_run(ranks, lstp_command, tmp_path):
     """The kill comes from outside, so it may also hit a checkpoint that is being written."""
-    unbroken = start(lstp_command, tmp_path / "unbroken")
-    killed = start(lstp_command, tmp_path / "killed")
-    at, deadline = random.SystemRandom().randrange(2, LSTP_STEPS - 4), time.monotonic() + 300
-    log = tmp_path / "killed" / "log.jsonl"
-    while killed.poll() is None and time.monotonic() < deadline:
-        if log.is_file() and log.read_text().count('"kind": "train"') >= at:
-            break
-        time.sleep(0.002)
-    time.sleep(random.SystemRandom().uniform(0, 0.05))
-    killed.kill()
-    _, said = killed.communicate(timeout=300)
-    finish(unbroken)
-    assert killed.returncode == -signal.SIGKILL, said.decode()[-3000:]
+
+    def start(name: str, **options) -> list[int]:
+        given = [[{}, [*lstp_command, f"run.output_dir={tmp_path / name}"]]]
+        return ranks.run(1, "launched", {"folder": str(tmp_path), "given": given, **options})
+
+    assert start("unbroken") == [0]
+    at, seconds = random.SystemRandom().randrange(2, LSTP_STEPS - 4), random.SystemRandom().uniform(0, 0.05)
+    killed = [str(tmp_path / "killed" / "log.jsonl"), at, seconds]
+    assert start("killed", killed=killed) == [-signal.SIGKILL]
     done = len(losses(tmp_path / "killed"))
     assert at <= done < LSTP_STEPS
 
-    finish(start(lstp_command, tmp_path / "killed"))
+    assert start("killed") == [0]
     manifest = json.loads((tmp_path / "killed" / "run_manifest.json").read_text())
     assert "step_" in manifest["resumed_from"][0]
     assert_equal_runs(tmp_path / "unbroken", tmp_path / "killed")

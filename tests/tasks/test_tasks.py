@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -284,31 +283,27 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(tmp_path):
     assert not (tmp_path / "parts/result/.parts/train_video_qa").exists()
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tasks"]
-from test_tasks import evaluator
-runner, batches = evaluator(Path(sys.argv[2]), test_splits=["train"]), []
-plain = runner.task.valid_step
-def step(model, samples):
-    batches.append(samples["question_id"])
-    if len(batches) > int(sys.argv[3]):
-        os.kill(os.getpid(), signal.SIGKILL)
-    with open("asked.txt", "a") as file:
-        file.writelines(f"{key}\\n" for key in samples["question_id"])
-    return plain(model, samples)
-runner.task.valid_step = step
-runner.evaluate()
-"""
+def killed(options: dict) -> None:
+    """Evaluate in a process of its own, which dies before a batch."""
+    folder, batches = Path(options["folder"]), []
+    runner = evaluator(folder / "run", test_splits=["train"])
+    plain = runner.task.valid_step
+
+    def step(model, samples):
+        batches.append(samples["question_id"])
+        if len(batches) > options["batches"]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        with open(folder / "asked.txt", "a", encoding="utf-8") as file:
+            file.writelines(f"{key}\n" for key in samples["question_id"])
+        return plain(model, samples)
+
+    runner.task.valid_step = step
+    runner.evaluate()
 
 
-def test_a_killed_evaluation_asks_nothing_twice(tmp_path):
-    tests = str(Path(__file__).resolve().parents[1])
+def test_a_killed_evaluation_asks_nothing_twice(ranks, tmp_path):
     for batches, status in ((3, -signal.SIGKILL), (2, -signal.SIGKILL), (99, 0)):
-        command = [sys.executable, "-c", KILLED, tests, str(tmp_path / "run"), str(batches)]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-        assert done.returncode == status, done.stderr[-2000:]
+        assert ranks.run(1, "test_tasks:killed", {"folder": str(tmp_path), "batches": batches}) == [status]
     evaluator(tmp_path / "whole", test_splits=["train"]).evaluate()
     name = "result/train_video_qa.jsonl"
     assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
