@@ -302,7 +302,7 @@ def _read(text: str, options: Sequence[str]) -> int | None:
     stated = [_ANSWER_LINE.sub("", part, count=1) for part in parts if _ANSWER_LINE.match(part)]
     end = _OPTION.sub("", parts[-1] if parts else "")  # "The man cooks. Option B."
     lines = [line for line in (text, *text.splitlines(), *plain.splitlines(), *stated) if line.strip()]
-    marked = _marked(plain, options)
+    marked = _without_own_denial(_marked(plain, options), options)
     if not any(REASON.search(folded(option)) for option in options):
         marked = _EXPLAINED.sub("", marked)
     announced = _WEIGHS.search(marked)  # then a line with an option is an item, unless it says "answer"
@@ -431,6 +431,17 @@ def _marked(text: str, options: Sequence[str]) -> str:
 
     text = re.sub(r"[\ue000-\uf8ff]", " ", text)
     return re.sub(r"[ \t]+", " ", _LETTER.sub(mark, text).lower())
+
+
+def _without_own_denial(text: str, options: Sequence[str]) -> str:
+    """Drop the words of an option beside its letter where they deny something: "(D) Not sure" denies no D."""
+    for i, option in enumerate(options):
+        words = _bare(option)
+        if _TURNS.search(words) and text.find(words) >= 0:
+            letter, words = chr(_MARK + i), re.escape(words)
+            ahead = rf"\(?{letter}\)?[).:,]*(?: -)? ?[(\"']?{words}(?!\w)[)\"']?"
+            text = re.sub(rf"{ahead}|(?<!\w){words}[.,:\"']* ?-? ?\(?{letter}\)?", f"({letter})", text)
+    return text
 
 
 def _numbers(text: str, *patterns: re.Pattern) -> set[int]:

@@ -301,6 +301,40 @@ def test_three_parts_and_their_sound(tmp_path):
     assert np.diff(video.times_s) == pytest.approx(0.04, abs=1e-3)
 
 
+@pytest.mark.parametrize("back", [0, 2])
+def test_where_cut_parts_were_joined_the_other_pictures_keep_their_times(tmp_path, back):
+    """`ffmpeg -f concat -c copy` squeezes the pictures in front of a cut into ticks, behind some shown later."""
+    clip = numbered_video(tmp_path / "clip.mp4", 30, gop=30)
+    with av.open(str(clip)) as source:
+        packets = [packet for packet in source.demux(video=0) if packet.size]
+        tick = 1 / (25 * packets[0].time_base)
+        with av.open(str(tmp_path / "joined.mp4"), "w") as joined:
+            stream = joined.add_stream_from_template(source.streams.video[0])
+            times = [(packet.pts, packet.dts) for packet in packets]
+            end = next(n for n in range(20, 30) if {pts for pts, _ in times[:n]} == {k * tick for k in range(n)})
+            squeezed = next(n for n in range(9, 20) if {pts for pts, _ in times[:n]} == {k * tick for k in range(n)})
+            for n, packet in enumerate([*packets[:end], *packets]):
+                own = n - end
+                if 0 <= own < squeezed:
+                    packet = av.Packet(bytes(packet))
+                    packet.pts = packet.dts = times[end - 1][1] + own + 1
+                    packet.is_keyframe = own == 0
+                elif own >= squeezed:
+                    packet.pts, packet.dts = (int(at + (end - squeezed - back) * tick) for at in times[own])
+                    packet.dts = max(packet.dts, times[end - 1][1] + own + 1)
+                packet.stream = stream
+                packet.time_base = stream.time_base or packet.time_base
+                joined.mux(packet)
+    video = read_frames(tmp_path / "joined.mp4", indices=range(end + 30))
+    numbers = [read_number(frame) for frame in video.frames]
+    assert numbers == [*range(end), *range(30)], (end, squeezed, numbers)
+    assert video.times_s[:end] == pytest.approx(np.arange(end) / 25, abs=1e-4)
+    behind = np.arange(end - back, end - back + 30 - squeezed) / 25
+    assert video.times_s[end + squeezed + back + 1 :] == pytest.approx(behind[back + 1 :], abs=1e-2)
+    assert (np.diff(video.times_s) > 0).all()
+    assert read_frames(tmp_path / "joined.mp4", times_s=[0.5]).indices == [12]
+
+
 def test_a_pause_in_a_recording_is_kept(tmp_path):
     """Up to ten seconds a step forward is time that passed; further, as FFmpeg has it, another clock."""
     raw = b"".join(part(tmp_path / "p.ts", 20 * n, 1 + 6 * n, "libx264").read_bytes() for n in range(2))

@@ -712,3 +712,29 @@ def test_an_opening_a_statement_and_a_closing_are_read_together(form, closing):
 )
 def test_a_heading_or_a_letter_at_the_end_is_no_answer_beside_others(text):
     assert parse_choice(text, ["red car", "blue bus", "green bike", "yellow truck"]) is None
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        *("({}) {}", "{}) {}", "{}: {}", "{}. {}", "{} - {}", "{} ({})", "Option {}: {}", "The answer is ({}) {}."),
+        *("The correct answer is {}: {}", "**{}) {}**", "Answer: ({}) {}"),
+    ],
+)
+@pytest.mark.parametrize(
+    "option",
+    [
+        *("Not sure", "Cannot be determined", "Not shown", "None of the above", "I don't know", "Nobody", "False"),
+        *("He does not open the door", "It is not shown", "Impossible to tell", "No one", "Never"),
+    ],
+)
+def test_an_option_that_denies_something_denies_not_its_own_letter(option, form):
+    options = ["red", "blue", "green", option]
+    assert parse_choice(form.format("D", option), options) == 3
+    assert parse_choice(f"{option} (D)", options) == parse_choice(f"The answer is {option} (D).", options) == 3
+    assert parse_choice(form.format("A", option), [option, "red", "blue"]) == 0
+
+
+@pytest.mark.parametrize("text", ["(D) not shown", "D: not visible", "C is not shown (D)", "(D) Not sure, or (A)"])
+def test_words_that_deny_another_option_still_do(text):
+    assert parse_choice(text, ["red", "blue", "green", "Not sure" if "sure" in text else "yellow"]) is None

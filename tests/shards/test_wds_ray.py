@@ -112,8 +112,8 @@ SPANS = {"format": "lavis_lstp.spans", "version": 1, "num_frames": 4, "spans": {
     [
         ["flow", "--num-frames", "4", "--size", "64"],
         ["spans", "--spans", "spans.json"],
-        ["reshard", "--max-count", "1", "--shuffle", "7"],
-        ["repair", "--decode", "1"],
+        pytest.param(["reshard", "--max-count", "1", "--shuffle", "7"], marks=pytest.mark.slow),
+        pytest.param(["repair", "--decode", "1"], marks=pytest.mark.slow),
     ],
     ids=lambda words: words[0],
 )

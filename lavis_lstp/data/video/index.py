@@ -7,7 +7,8 @@ Reading packets costs about a hundredth of decoding them, and gives what headers
 frame rate, frames hidden by an edit list, the place where a cut-off file ends. Where a container stores no
 presentation times (AVI with B-frames, raw streams) or contradicts itself, the table is made by decoding once. A file
 whose clock begins anew, as in recordings joined with `cat`, contradicts itself, too: its frames follow the order of
-decoding, and their times go on where the part before ends.
+decoding, and their times go on where the part before ends. Where parts that were cut without encoding them again were
+joined, pictures at the joint are stamped before others that are shown earlier: only their times are moved.
 
 Seconds count from the start of the file, as players and `ffmpeg -ss` count them: FFmpeg's `start_time`, the earliest
 of all its tracks. Pictures of a file whose sound begins earlier, or of one that was cut without encoding it again,
@@ -205,7 +206,8 @@ def _index_of_track(source: Source, name: str, track: int | None, max_megapixels
         raise VideoError(f"{name}: its video stream holds no frame" + (f"; {missing}" if missing else ""))
     packet_pts = packets["pts"] if untimed else _with_times(packets["pts"], packets["key"])
     anew = _clocks_begin(packets["dts"], GAP_S / facts["time_base"] if formats & CLOCKS_BEGIN_ANEW else None)
-    if untimed or anew or (packet_pts == NO_TIME).any() or not np.diff(np.sort(packet_pts)).all():
+    told = not (packet_pts == NO_TIME).any() and np.diff(np.sort(packet_pts)).all()
+    if untimed or anew or not told or _falls_at_a_key(packet_pts, packets["key"]):
         # FFmpeg takes what stands before a joint for damaged: the counters of MPEG-TS packets begin anew there, too.
         joints = {n - back for n in anew for back in (1, 2)}
         damaged = (f"packet {n} is damaged" for n in np.flatnonzero(packets["damaged"]).tolist() if n not in joints)
@@ -315,6 +317,12 @@ def _seconds_after(start: Fraction | None, first: Fraction | None) -> float:
 
 def _known(ticks: np.int64) -> int | None:
     return None if ticks == NO_TIME else int(ticks)
+
+
+def _falls_at_a_key(pts: np.ndarray, key: np.ndarray) -> bool:
+    """Return True where a key frame is stamped before a picture that is decoded before it, as behind a bad joint."""
+    keys = np.flatnonzero(key)[1:]
+    return bool((pts[keys] < np.maximum.accumulate(pts)[keys - 1]).any()) if len(keys) and keys[0] else False
 
 
 def _clocks_begin(dts: np.ndarray, gap: float | None) -> list[int]:
@@ -461,6 +469,8 @@ def count_frames(
     first = None if known is None else ticks[known] * tick - known * step_s
     first = first if first_dts is None else first_dts * tick
     times_s = _joined_times(ticks, facts["time_base"], float(step_s), joints)
+    if times_s is None and first_dts is None:
+        times_s = _rising_times(ticks, facts["time_base"], float(step_s))
     if times_s is None and facts["container"] == "avi" and len(dts) == len(ticks) and None not in dts:
         times_s = _places_s(dts, facts["time_base"], name)
     times_s = np.arange(len(ticks)) * float(step_s) if times_s is None else times_s
@@ -525,6 +535,24 @@ def _joined_times(ticks: Sequence[int | None], tick_s: float, step_s: float, joi
     if anew.sum() > joints:
         return None
     return np.concatenate([[0.0], np.cumsum(np.where(anew, step_s, steps_s))])
+
+
+def _rising_times(ticks: Sequence[int | None], tick_s: float, step_s: float) -> np.ndarray | None:
+    """Return float64 [N], seconds since the first frame: as stamped, but for those that are not behind the one before.
+
+    Where parts were joined that had been cut without encoding them again, FFmpeg squeezes the pictures in front of a
+    cut into ticks, behind pictures that are shown later. None where most frames are so, or one by more than REORDER
+    steps: such stamps say nothing.
+    """
+    if None in ticks:
+        return None
+    stamped = np.asarray(ticks, dtype=np.int64)
+    place = np.arange(len(stamped))
+    rising = np.maximum.accumulate(stamped - place) + place  # at least one tick behind the frame before
+    moved = rising - stamped
+    if np.count_nonzero(moved) > len(moved) / 2 or moved.max() * tick_s > REORDER * step_s:
+        return None
+    return (rising - rising[0]) * tick_s
 
 
 def frame_rate(times_s: np.ndarray, stated: Fraction | None) -> float:
