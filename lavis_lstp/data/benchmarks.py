@@ -319,7 +319,8 @@ def read_answers(path: Path, section: str = SECTION) -> dict[str, Row]:
             read: nobody could say whether they belong to these questions.
     """
     text = read_text(path, section=section)
-    if text.lstrip()[:1] == "{" and '"question_id"' not in text.splitlines()[0]:
+    first = text.lstrip().split("\n", 1)[0]  # a line of one brace is an indented object's
+    if first[:1] == "{" and '"question_id"' not in (text if first.strip() == "{" else first):
         content = parse(text, path, "file")
         if all(isinstance(value, dict) and isinstance(value.get("location"), dict) for value in content.values()):
             return {  # NExT-GQA's moments; the answers stand beside the questions

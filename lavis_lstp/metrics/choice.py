@@ -190,6 +190,15 @@ _TURNED = re.compile(
 """A letter behind it in the same clause: "the wrong answer is A", "unclear whether it is A", "at first I chose A"."""
 _LIST = re.compile(rf"{_L}(?:[,/] ?{_L})+,? (?:or|and|nor) {_L}|{_L}(?:[,/] ?{_L}){{2,}}")
 """Three letters or more in a row: "one of A, B, C, D is correct" says no D."""
+_PAIR = re.compile(
+    rf"(?:\b(?:options|choices|answers|letters) |^|(?<=[.!?;] )|(?<=tion: )|(?<=reasoning: ))"
+    rf"(?:both )?{_L},? (?:and|or|nor) (?:(?:option|choice) )?{_L}"
+    r"(?= (?!(?:(?:are|were|seem|look|appear|could|may|might|can|would|should|must)(?: (?!less|not)[a-z]+){0,3}?"
+    r" (?:correct|right|true|plausible|possible|likely|valid|answers?|choices?|fit|match|acceptable|best)"
+    r"|fit|match)\b)[a-z])",
+    re.MULTILINE,
+)
+"""A sentence about two others says neither is the answer: "Options A and C happen later." """
 _TIMES = re.compile(
     r"(?<= )(?:frames?|scenes?|images?|pictures?|figures?|shots?|clips?|steps?|seconds?|minutes?|first|last|next|final"
     r"|chapters?|episodes?|versions?|levels?|pages?|parts?)"
@@ -318,7 +327,7 @@ def _read(text: str, options: Sequence[str]) -> int | None:
     listed = weighed or len({sign for first in firsts for sign in _numbers(first[0], _FIRST)}) > 1
     letters = _numbers(marked, _ANY_LETTER)
     marked = _without_denied(_without_conceded(_AFFIRMS.sub(" ", marked), options), options)
-    marked = _LIST.sub(" ", _TURNED.sub(" ", marked))
+    marked = _PAIR.sub(" ", _LIST.sub(" ", _TURNED.sub(" ", marked)))
     alone = {i for line in lines for i in _letter_alone(line, options)}
     last = set(_letter_alone(end, options))
     alone |= last if letters <= last else set()  # of "A is not shown. B" the rest is cut off

@@ -18,7 +18,7 @@ from lavis.datasets.builders import load_dataset
 from test_wds_verify import rewritten
 
 from lavis_lstp.config import Config
-from lavis_lstp.data.benchmarks import BENCHMARKS, described, read_benchmark
+from lavis_lstp.data.benchmarks import BENCHMARKS, described, read_answers, read_benchmark
 from lavis_lstp.data.shards.format import dump_frames, parse_frames
 from lavis_lstp.data.subtitles import read_subtitles
 from lavis_lstp.errors import AnnotationError, ConfigError, ShardError, VideoError
@@ -706,3 +706,19 @@ def test_evaluation_over_shards_answers_as_over_files(here, name):
 
 def drop_times(line: str) -> dict:
     return {key: value for key, value in json.loads(line).items() if "time" not in key or key == "frame_times"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"answer": "a man\u2028a dog", "question_id": "q0"}\n{"answer": "b", "question_id": "q1"}\n',
+        '\n{"question_id": "q0", "answer": "a man\u2028a dog"}\n{"question_id": "q1", "answer": "b"}\n',
+        '{\n  "question_id": "q0",\n  "answer": "a man\u2028a dog"\n}\n',
+        '{"q0": "a man\u2028a dog"}',
+        '{\n  "q0": "a man\u2028a dog"\n}',
+    ],
+)
+def test_answers_are_told_from_rows_however_they_are_laid_out(tmp_path, text):
+    (tmp_path / "answers.json").write_text(text, encoding="utf-8")
+    read = read_answers(tmp_path / "answers.json")
+    assert read["q0"]["answer"] == "a man\u2028a dog" and set(read) <= {"q0", "q1"}

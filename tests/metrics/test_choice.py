@@ -714,6 +714,35 @@ def test_a_heading_or_a_letter_at_the_end_is_no_answer_beside_others(text):
     assert parse_choice(text, ["red car", "blue bus", "green bike", "yellow truck"]) is None
 
 
+STORY = ["He is happy", "He wants to open the door", "To greet his friend", "He dropped the keys"]
+
+
+@pytest.mark.parametrize(
+    "answer", ["The correct answer is B. {}", "Answer: B\n\n{}", "B\n\nExplanation: {}", "B. {}", "{}\n\nAnswer: B"]
+)
+@pytest.mark.parametrize(
+    "other",
+    [
+        *("Options A and C happen later.", "Options C and D never appear.", "A and C are shown later."),
+        *("Options (A) and (C) are visible only later.", "Options A or C refer to the start.", "A or D would not fit."),
+        *("Options A and C are less likely.", "Both A and C contradict the video.", "A and C are incorrect."),
+    ],
+)
+def test_what_a_sentence_says_of_two_others_changes_no_answer(answer, other):
+    assert parse_choice(answer.format(other), STORY) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("A and C", "The answer is A or C.", "Options A and C are correct.", "A and C happen later.", "Both A and C"),
+        *("The answer is B. Options A and C are also correct.", "The answer is: A and C because both are shown."),
+    ],
+)
+def test_two_options_that_are_said_are_none(text):
+    assert parse_choice(text, STORY) is None
+
+
 @pytest.mark.parametrize(
     "form",
     [
