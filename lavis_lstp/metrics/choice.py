@@ -198,7 +198,7 @@ _PAIR = re.compile(
     r"|fit|match)\b)[a-z])",
     re.MULTILINE,
 )
-"""A sentence about two others says neither is the answer: "Options A and C happen later." """
+"""A sentence about two others says that neither is the answer: "Options A and C happen later."."""
 _TIMES = re.compile(
     r"(?<= )(?:frames?|scenes?|images?|pictures?|figures?|shots?|clips?|steps?|seconds?|minutes?|first|last|next|final"
     r"|chapters?|episodes?|versions?|levels?|pages?|parts?)"
@@ -516,7 +516,7 @@ def _inside(text: str, options: Sequence[str], listed: bool) -> int | None:
     said = [match for pattern in _DECIDING for match in pattern.finditer(text)]
     rest = text[: first.start()] + text[first.end() :] if first else text
     if first:
-        numbers = _numbers(first[0], _FIRST, _BELOW)
+        numbers = _numbers(first[0], _FIRST)
         others = _numbers(rest, _MORE, _OR, *_DECIDING)
         # a letter that no option has is a word's: "A. in the U.S."
         numbers |= {number for number in others if number < len(options)}
