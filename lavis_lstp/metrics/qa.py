@@ -30,6 +30,8 @@ _MARKUP = re.compile(
     re.MULTILINE,
 )
 """Bold, italic and code marks, tags and ends of texts, LaTeX's signs around a letter, bullets and headings."""
+_THIN_SPACE = re.compile(r"\\[,;:](?=\s*[\\\w])|(?<=\d)~(?=\\?[A-Za-z])")
+"""LaTeX's between a number and its unit."""
 _THOUGHT_ENDS = re.compile(r"</think(?:ing)?>|\u25c1/think\u25b7", re.IGNORECASE)
 _THOUGHT = re.compile(r"<think(?:ing)?>|\u25c1think\u25b7", re.IGNORECASE)
 _KEY = (
@@ -153,6 +155,7 @@ def _unwrapped(pattern: re.Pattern, text: str) -> list[str]:
 
 def _without_commands(text: str, keep: str = "") -> str:
     """The text without LaTeX's commands around words, but for those with `keep` in their names."""
+    text = _THIN_SPACE.sub(" ", text)
     for _ in range(4):  # as deep as they are nested
         text = _COMMAND.sub(lambda match: match[0] if keep and keep in match[0].partition("{")[0] else match[1], text)
     return text
@@ -216,8 +219,8 @@ def _polarity(text: str) -> bool | None:
 
 
 def exact_match(gold: str, prediction: str) -> float:
-    """1.0 where both are equal after `normalise`, else 0.0."""
-    return float(normalise(gold) == normalise(prediction))
+    """1.0 where both are equal after `normalise`, and without the thoughts of a model that thinks aloud, else 0.0."""
+    return float(normalise(gold) == normalise(without_thoughts(prediction)))
 
 
 def is_right(record: Prediction) -> bool:
@@ -267,7 +270,9 @@ def bleu_1(golds: Sequence[str], predictions: Sequence[str]) -> float:
     from sacrebleu.metrics import BLEU
 
     bleu = BLEU(max_ngram_order=1, tokenize="none", smooth_method="none")
-    return min(1.0, bleu.corpus_score(list(predictions), [list(golds)]).score / 100)  # by logarithms, so 1 + 4e-16
+    return min(
+        1.0, bleu.corpus_score(list(map(without_thoughts, predictions)), [list(golds)]).score / 100
+    )  # by logarithms, so 1 + 4e-16
 
 
 def require_bleu() -> None:
@@ -364,6 +369,7 @@ def evaluate_answers(predictions: Items[str], answers: Items[str], *, allow_part
         CoverageError: predictions and questions are not one to one.
     """
     ids, predicted, gold, coverage = join_by_id(predictions, answers, allow_partial=allow_partial)
+    predicted = {key: without_thoughts(text) for key, text in predicted.items()}
     known: dict[tuple[str, str], dict[str, float]] = {}  # short answers are often the same
     rows = [
         known.get(pair) or known.setdefault(pair, _scores(*pair)) for pair in ((gold[k], predicted[k]) for k in ids)

@@ -54,6 +54,8 @@ RIDING, BEFORE = "what is the man riding?", "what does he do before he runs?"
         ("how many people are there?", "1", "There is one person.", "number +"),
         ("how many people are in the video?", "3", "There are three persons in the video.", "number +"),
         ("how many people are there?", "2", "One person.", "number -"),
+        ("what is it?", "dog", "<think>It barks.</think>\n\ndog", "exact +"),
+        ("what is it?", "dog", "<think>It is a dog", "empty -"),
         ("q", "3", "-3", "number -"),
         ("q", "yes", "Yes, it is.", "yes_no +"),
         ("q", "yes", "no", "yes_no -"),

@@ -767,3 +767,11 @@ def test_an_option_that_denies_something_denies_not_its_own_letter(option, form)
 @pytest.mark.parametrize("text", ["(D) not shown", "D: not visible", "C is not shown (D)", "(D) Not sure, or (A)"])
 def test_words_that_deny_another_option_still_do(text):
     assert parse_choice(text, ["red", "blue", "green", "Not sure" if "sure" in text else "yellow"]) is None
+
+
+@pytest.mark.parametrize(
+    "form", [r"\boxed{{12{}\text{{cm}}}}", r"$\boxed{{12{}\mathrm{{cm}}}}$", r"So it is \boxed{{12{}\text{{cm}}}}."]
+)
+@pytest.mark.parametrize("space", [r"\,", r"\, ", "~", " ", r"\;"])
+def test_a_unit_in_a_box_stands_behind_any_space_of_latex(form, space):
+    assert parse_choice(form.format(space), ["15 cm", "12 cm", "20 cm"]) == 1

@@ -151,6 +151,13 @@ def test_without_sacrebleu_one_line_says_what_to_install(monkeypatch):
         VideoQATask({"metric": "bleu1"})
 
 
+def test_thoughts_count_in_no_score():
+    thought = "<think>It barks, so no cat.</think>\n\ndog"
+    assert exact_match("dog", thought) == bleu_1(["dog"], [thought]) == 1.0
+    found = evaluate_answers({"a": thought, "b": "<think>a dog"}, {"a": "dog", "b": "dog"})
+    assert found["exact_match"] == found["token_f1"] == found["rouge_1"] == found["rouge_l"] == 0.5
+
+
 @pytest.mark.parametrize(
     ("prediction", "gold", "iou"),
     [  # half-open here, inclusive there: a frame more than the end says
