@@ -81,7 +81,7 @@ _FILL = (
 _SAID = re.compile(
     r"(?:\b(?:ans|answer|assistant|prediction|response|output|result|guess|selection|selected|verdict|solution|conclusion"
     r"|option|choice|letter|correct|right|best|accurate|appropriate|suitable|likely|plausible|closest|nearest"
-    r"|respuesta|opci\u00f3n|antwoord|jawaban|r\u00e9ponse|antwort|resposta|risposta)\b"
+    r"|respuesta|opci\u00f3n|antwoord|jawaban(?:nya)?|r\u00e9ponse|antwort|resposta|risposta)\b"
     r"(?:(?! (?:options|choices|each|every|all)\b) [a-z]+){0,6}?"
     r"(?:(?:'s| (?:is|be|es|est|ist|lautet|adalah|\u00e9|\u00e8)\b) ?:?| ?(?:[:=]>?|-+>?)) *"
     r"|\b(?:it|that)(?:'s| is| (?:must|should|would|could|might|may|has to|appears to|seems to)"
@@ -136,7 +136,10 @@ _HEADED = re.compile(rf"\A[^\n:\ue000-\ue019]{{1,30}}: ?{_V}[^\w\ue000-\ue019]*\
 _DECIDING = (_SAID, _THUS, _RIGHT, _TICKED, _HEADED)
 """These decide for a letter: words in front of it or behind it, or a heading in any language that is all else."""
 _ANY_LETTER = re.compile(r"([\ue000-\ue019])")
-_MENTIONED = re.compile(rf"\b(?:answer|option|choice|letter) {_V}")
+_MENTIONED = re.compile(
+    r"\b(?:answer|option|choice|letter|antwort|antwoord|jawaban|respuesta|opci\u00f3n|r\u00e9ponse|resposta|risposta)"
+    rf" {_V}"
+)
 _OR = re.compile(
     r"(?:\b(?:or|no|wait|maybe|perhaps|possibly|either|otherwise|could be),?"
     r"|[\ue000-\ue019]\)?(?:,? and|,|\u3001| ?[&/+;]| as well as| ->)"

@@ -775,3 +775,14 @@ def test_words_that_deny_another_option_still_do(text):
 @pytest.mark.parametrize("space", [r"\,", r"\, ", "~", " ", r"\;"])
 def test_a_unit_in_a_box_stands_behind_any_space_of_latex(form, space):
     assert parse_choice(form.format(space), ["15 cm", "12 cm", "20 cm"]) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("Jawabannya adalah C", "Jadi, jawabannya adalah **C**.", "Jawaban: Jawaban: C", "Antwort:\n\nAntwort: C"),
+        *("Antwort C", "Antwort C ist richtig.", "Ich w\u00e4hle Antwort (C)", "Respuesta C", "R\u00e9ponse C"),
+    ],
+)
+def test_other_languages_name_an_answer_too(text):
+    assert parse_choice(text, ["Bern", "Rom", "Wien", "Paris"]) == 2
