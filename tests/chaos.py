@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
-import importlib
 import io
 import json
 import logging
@@ -40,6 +39,7 @@ from lavis_lstp.host import evaluate
 from lavis_lstp.inference.loading import EXAMPLE
 from lavis_lstp.judging.words import lemma
 from lavis_lstp.models.weights.reading import load_state_dict_file, weights_file
+from lavis_lstp.report import page  # noqa: F401, imported once and not in each child
 from lavis_lstp.testing.tiny_checkpoints import write_all
 from webdataset_tools import __main__ as tools
 
@@ -441,7 +441,6 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     total, wrong = 0, 0
-    importlib.import_module("lavis_lstp.report.page")
     lemma("dogs")  # loads the dictionary, half a second that no child is to spend again
     for command in COMMANDS:
         if command.name not in (args.commands or [one.name for one in COMMANDS if not one.slow or args.trials >= FEW]):

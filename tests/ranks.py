@@ -158,10 +158,8 @@ def draws(options: dict) -> None:
         losses = engine.accumulate(lambda m, pair=pair: m(mixed(pair[rank])), weight=1.0, last=True)
         found.append([float(losses["lm_loss"]), float(losses["span_loss"]), float(engine.clip())])
     engine.model.eval()
-    if not options.get("model"):
-        kinds = [kinds[0], kinds[1], kinds[-1]]  # the last holds what the others do, and answers are slow
     with torch.no_grad():
-        lengths = {"max_new_tokens": 2 if rank else 4, "num_beams": 2}  # one rank's answers end sooner
+        lengths = {"max_new_tokens": 2 if rank else 6, "num_beams": 2}  # one rank's answers end sooner
         for pair in kinds:
             found.append(engine.apply(lambda m, pair=pair: m.answer(mixed(pair[rank]), **lengths)["prediction"]))
         for pair in kinds:

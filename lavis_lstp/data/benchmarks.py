@@ -319,9 +319,9 @@ def read_answers(path: Path, section: str = SECTION) -> dict[str, Row]:
             read: nobody could say whether they belong to these questions.
     """
     text = read_text(path, section=section)
-    first = text.lstrip().split("\n", 1)[0]  # a line of one brace is an indented object's
-    if first[:1] == "{" and '"question_id"' not in (text if first.strip() == "{" else first):
-        content = parse(text, path, "file")
+    rows = parse_rows(text, path)
+    if len(rows) == 1 and text.lstrip()[:1] == "{" and "question_id" not in rows[0][1]:
+        content = rows[0][1]
         if all(isinstance(value, dict) and isinstance(value.get("location"), dict) for value in content.values()):
             return {  # NExT-GQA's moments; the answers stand beside the questions
                 f"{video}_{question}": {"moments": moments, "duration": row.get("duration")}
@@ -330,7 +330,7 @@ def read_answers(path: Path, section: str = SECTION) -> dict[str, Row]:
             }
         return {str(key): {"answer": value} for key, value in content.items()}
     found: dict[str, Row] = {}
-    for place, row in parse_rows(text, path):
+    for place, row in rows:
         check_object(row, place, ("question_id", "answer"))
         key = str(row["question_id"])
         if key in found:

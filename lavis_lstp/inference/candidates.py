@@ -266,11 +266,12 @@ class Reader:
         import numpy as np
 
         from lavis_lstp.data.store import kept_figures
+        from lavis_lstp.data.video.container import source_name
 
         if found.kind != "video":
             return np.ones(len(found.frames), np.float32)
         if isinstance(source, list | tuple):
-            raise VideoError(f"{how['name'] or 'pictures'}: {figure} is of a video file, and these are pictures")
+            raise VideoError(f"{source_name(source, how['name'])}: {figure} is of a video file, and these are pictures")
         store = self.store if isinstance(source, str | os.PathLike) else None
         named = {key: how[key] for key in ("name", "max_megapixels")}
         between_s = how.get("between_s")

@@ -78,10 +78,12 @@ _FILL = (
     r"(?:(?:the|la|el|le|die|opci\u00f3n|option|choice|answer|letter|clearly|definitely|most|likely|probably|obviously"
     r"|simply|still|indeed|thus|actually|therefore|hence) )*[\"'\u2018\u201c]?"
 )
+_OTHER_ANSWERS = r"respuesta|opci\u00f3n|antwoord|jawaban(?:nya)?|r\u00e9ponse|antwort|resposta|risposta"
+"""An answer in Spanish, Dutch, Indonesian, French, German, Portuguese and Italian."""
 _SAID = re.compile(
     r"(?:\b(?:ans|answer|assistant|prediction|response|output|result|guess|selection|selected|verdict|solution|conclusion"
     r"|option|choice|letter|correct|right|best|accurate|appropriate|suitable|likely|plausible|closest|nearest"
-    r"|respuesta|opci\u00f3n|antwoord|jawaban(?:nya)?|r\u00e9ponse|antwort|resposta|risposta)\b"
+    rf"|{_OTHER_ANSWERS})\b"
     r"(?:(?! (?:options|choices|each|every|all)\b) [a-z]+){0,6}?"
     r"(?:(?:'s| (?:is|be|es|est|ist|lautet|adalah|\u00e9|\u00e8)\b) ?:?| ?(?:[:=]>?|-+>?)) *"
     r"|\b(?:it|that)(?:'s| is| (?:must|should|would|could|might|may|has to|appears to|seems to)"
@@ -93,17 +95,16 @@ _SAID = re.compile(
     rf"(?:\u5e94\u8be5?|\u662f|\u4e3a|\u9009|\u306f|\uc740|:|\s)*){_FILL}{_V}",
     re.MULTILINE,
 )
+_AHEAD_OF_ANSWER = r"(?:(?:so|thus|hence|therefore|the|my|final|correct|right|best|most|likely|chosen|selected),? )*"
 _ANSWER_LINE = re.compile(
-    r"(?i:(?:(?:so|thus|hence|therefore|the|my|final|correct|right|best),? )*(?:answer|choice|ans)\.?"
-    r"(?: to (?:the|this|your) question)?(?: is)?[: ]+)"
+    rf"(?i:{_AHEAD_OF_ANSWER}(?:answer|choice|ans)\.?(?: to (?:the|this|your) question)?(?: is)?[: ]+)"
 )
 """What a line or sentence that states the answer begins with."""
 _ANSWER_IS = r"\b(?:answer|choice|option)(?: [a-z]+){0,6} (?:is|be)"
 _ITEMS = re.compile(rf"\(?[\ue000-\ue019]|(?:(?!{_ANSWER_IS} ?:).)*?[:\n]")
 """Options follow what announces them: behind a colon that is not the answer's, or on lines of their own."""
 _HEADING = re.compile(
-    r"(?im)((?:^[ #]*|(?<=[.,;:!?]) +)(?:(?:so|thus|hence|therefore|the|my|final|correct|right|best|most|likely|chosen"
-    r"|selected),? )*(?:answer|ans|choice|option|selection|verdict|conclusion)"
+    rf"(?im)((?:^[ #]*|(?<=[.,;:!?]) +){_AHEAD_OF_ANSWER}(?:answer|ans|choice|option|selection|verdict|conclusion)"
     rf"|{_ANSWER_IS})[ ]*[:.]?[ ]*\n\s*(?=\S)"
     r"(?!\W*[a-z][).:].*\n\s*\W?[a-z][).:])"
 )
@@ -136,10 +137,7 @@ _HEADED = re.compile(rf"\A[^\n:\ue000-\ue019]{{1,30}}: ?{_V}[^\w\ue000-\ue019]*\
 _DECIDING = (_SAID, _THUS, _RIGHT, _TICKED, _HEADED)
 """These decide for a letter: words in front of it or behind it, or a heading in any language that is all else."""
 _ANY_LETTER = re.compile(r"([\ue000-\ue019])")
-_MENTIONED = re.compile(
-    r"\b(?:answer|option|choice|letter|antwort|antwoord|jawaban|respuesta|opci\u00f3n|r\u00e9ponse|resposta|risposta)"
-    rf" {_V}"
-)
+_MENTIONED = re.compile(rf"\b(?:answer|option|choice|letter|{_OTHER_ANSWERS}) {_V}")
 _OR = re.compile(
     r"(?:\b(?:or|no|wait|maybe|perhaps|possibly|either|otherwise|could be),?"
     r"|[\ue000-\ue019]\)?(?:,? and|,|\u3001| ?[&/+;]| as well as| ->)"

@@ -219,7 +219,7 @@ def _polarity(text: str) -> bool | None:
 
 
 def exact_match(gold: str, prediction: str) -> float:
-    """1.0 where both are equal after `normalise`, and without the thoughts of a model that thinks aloud, else 0.0."""
+    """1.0 where both are equal after `normalise`, else 0.0."""
     return float(normalise(gold) == normalise(without_thoughts(prediction)))
 
 
@@ -236,7 +236,7 @@ def subtitles_shown(records: Iterable[Prediction]) -> str | None:
 
 def token_f1(gold: str, prediction: str) -> float:
     """Harmonic mean of token precision and recall after `normalise`, 0..1; two empty answers agree."""
-    return _f1(normalise(gold).split(), normalise(prediction).split())
+    return _f1(normalise(gold).split(), normalise(without_thoughts(prediction)).split())
 
 
 def _f1(gold: Sequence[str], prediction: Sequence[str]) -> float:
@@ -252,7 +252,7 @@ def rouge(gold: str, prediction: str) -> dict[str, float]:
     Words are runs of letters and digits, lower case, not stemmed; for ASCII text the numbers are those of the
     `rouge-score` package, whose words are ASCII only.
     """
-    a, b = _WORD.findall(folded(gold)), _WORD.findall(folded(prediction))
+    a, b = _WORD.findall(folded(gold)), _WORD.findall(folded(without_thoughts(prediction)))
     if not a or not b:
         return {"rouge_1": 0.0, "rouge_l": 0.0}
     return {"rouge_1": _f1(a, b), "rouge_l": 2 * _longest_common_subsequence(a, b) / (len(a) + len(b))}
@@ -270,9 +270,8 @@ def bleu_1(golds: Sequence[str], predictions: Sequence[str]) -> float:
     from sacrebleu.metrics import BLEU
 
     bleu = BLEU(max_ngram_order=1, tokenize="none", smooth_method="none")
-    return min(
-        1.0, bleu.corpus_score(list(map(without_thoughts, predictions)), [list(golds)]).score / 100
-    )  # by logarithms, so 1 + 4e-16
+    score = bleu.corpus_score(list(map(without_thoughts, predictions)), [list(golds)]).score
+    return min(1.0, score / 100)  # by logarithms, so 1 + 4e-16
 
 
 def require_bleu() -> None:
@@ -369,7 +368,6 @@ def evaluate_answers(predictions: Items[str], answers: Items[str], *, allow_part
         CoverageError: predictions and questions are not one to one.
     """
     ids, predicted, gold, coverage = join_by_id(predictions, answers, allow_partial=allow_partial)
-    predicted = {key: without_thoughts(text) for key, text in predicted.items()}
     known: dict[tuple[str, str], dict[str, float]] = {}  # short answers are often the same
     rows = [
         known.get(pair) or known.setdefault(pair, _scores(*pair)) for pair in ((gold[k], predicted[k]) for k in ids)

@@ -663,31 +663,26 @@ OPENINGS = (
     *("To determine the correct answer, let's go step by step.\n\n", "The video shows a street.\n", "Okay, "),
 )
 STATEMENTS = (
+    *("the answer is {L}.", "the correct answer is:\n\n{L}. {O}", "the correct answer is: {O}"),
     *(
-        "the answer is {L}.",
-        "the correct answer is:\n\n{L}. {O}",
-        "the correct answer is: {O}",
         "option {L} is correct.",
+        "the right answer is '{L}. {O}'.",
+        "the answer would be:\n**({L}) {O}**",
+        "I'd go with option {L}.",
     ),
-    *("the right answer is '{L}. {O}'.", "the answer would be:\n**({L}) {O}**", "I'd go with option {L}."),
     *("the best option is:\n\n- {L}: {O}", "my final answer is\n{L}", "the answer to the question is:\n{O}."),
 )
 LINES = (
     *("### Final Answer\n\n{L}. {O}", "**Answer:**\n\n**{L}. {O}**", "Selected: {L}", "Option {L}.", "Option ({L})"),
     *("Conclusion:\n({L}) {O}", "Answer\n{L}", "Correct answer:\n{O}", "{L}"),
 )
-CLOSINGS = (
-    "",
-    "\n\nExplanation: it is shown in the third frame.",
-    "\n\nNone of the others fits.",
-    "\n\nI hope this helps!",
-)
+CLOSINGS = ("", "\n\nExplanation: see the third frame.", "\n\nNone of the others fits.", "\n\nI hope this helps!")
 
 
 @pytest.mark.parametrize("closing", CLOSINGS)
 @pytest.mark.parametrize("form", STATEMENTS + LINES)
 def test_an_opening_a_statement_and_a_closing_are_read_together(form, closing):
-    """What is read alone is read behind each opening and in front of each closing."""
+    """Each answer is read behind each opening and in front of each closing, as it is alone."""
     for options, number in ((["red car", "blue bus", "green bike"], 1), (["to dance", "to sing", "to open it"], 2)):
         answer = form.format(L="ABC"[number], O=options[number])
         for opening in OPENINGS:
@@ -695,7 +690,7 @@ def test_an_opening_a_statement_and_a_closing_are_read_together(form, closing):
                 continue
             text = opening + (answer if opening.endswith(" ") else answer[:1].upper() + answer[1:]) + closing
             if form in ("Option {L}.", "Option ({L})") and closing and opening.startswith(("Let's", "To determine")):
-                assert parse_choice(text, options) in (None, number), text  # may be the first of a list
+                assert parse_choice(text, options) is None, text  # it may be the first of a list
                 continue
             assert parse_choice(text, options) == number, text
 

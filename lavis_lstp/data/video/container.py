@@ -42,6 +42,8 @@ def source_name(source: Source, name: str | None = None) -> str:
         return str(name)
     if isinstance(source, (str, os.PathLike)):
         return os.fspath(source)
+    if isinstance(source, list | tuple):
+        return "pictures"
     return str(getattr(source, "name", f"<{type(source).__name__}>"))
 
 

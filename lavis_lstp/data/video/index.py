@@ -322,7 +322,7 @@ def _known(ticks: np.int64) -> int | None:
 def _falls_at_a_key(pts: np.ndarray, key: np.ndarray) -> bool:
     """Return True where a key frame is stamped before a picture that is decoded before it, as behind a bad joint."""
     keys = np.flatnonzero(key)[1:]
-    return bool((pts[keys] < np.maximum.accumulate(pts)[keys - 1]).any()) if len(keys) and keys[0] else False
+    return bool((pts[keys] < np.maximum.accumulate(pts)[keys - 1]).any())
 
 
 def _clocks_begin(dts: np.ndarray, gap: float | None) -> list[int]:

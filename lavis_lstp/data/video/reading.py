@@ -347,12 +347,11 @@ def _read_folder(
     limit=DEFAULT_MAX_MEGAPIXELS,
 ) -> VideoFrames:
     """Frames of a folder of pictures, or of a list of them as bytes; `asked` as of `chosen_frames`."""
+    name = source_name(source, name)
     if isinstance(source, list):
-        called = "pictures" if name is None else name
-        pictures = [(f"{called}, picture {number}", raw) for number, raw in enumerate(source)]
+        pictures = [(f"{name}, picture {number}", raw) for number, raw in enumerate(source)]
     else:
         pictures = [(str(path), path) for path in pictures_in(Path(source))]
-    name = source_name(source, name)
     if motion_vectors:
         raise ConfigError(f"{name}: pictures have no motion vectors; use flow none and let the model compute it")
     index = folder_index(name, len(pictures))
