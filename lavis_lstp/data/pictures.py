@@ -14,6 +14,7 @@ import functools
 import io
 import logging
 import os
+import re
 import struct
 import threading
 import zlib
@@ -52,6 +53,7 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 """EXIF orientation -> what makes the picture upright."""
+_ORIENTATION_IN_XMP = re.compile(rb"""tiff:Orientation\s*(?:=\s*["']|>)\s*([1-8])\s*["'<]""")
 _ORIENTATION, _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 0x0112, 258, 262, 0
 _NEW_SUBFILE_TYPE, _REDUCED, _SUBFILE_TYPE, _REDUCED_BEFORE = 254, 1, 255, 2
 _STATED = (340, 341)
@@ -83,14 +85,19 @@ def open_picture(
 def picture_size(
     source: str | Path | bytes, name: str, *, max_megapixels: float = DEFAULT_MAX_MEGAPIXELS
 ) -> tuple[int, int]:
-    """(width, height) in px of the upright picture, from its header: nothing is decoded.
+    """(width, height) in px of the upright picture, from its header.
+
+    Nothing is decoded but a PNG that has notes behind its pixels, where its orientation may stand.
 
     Raises:
         VideoError: as `open_picture`, as far as the header shows it.
     """
     with _strict(max_megapixels), _one_line(name, source), _opened(source, name, max_megapixels) as picture:
-        # PIL turns the size of a TIFF by itself.
-        turned = picture.format != "TIFF" and _orientation(picture, name) in (5, 6, 7, 8)
+        if picture.format == "PNG" and _has_notes_behind_pixels(picture.fp):
+            picture.load()
+        # PIL turns the size of a TIFF by its tag, and not by its XMP.
+        tagged = picture.format == "TIFF" and _ORIENTATION in picture.tag_v2
+        turned = not tagged and _orientation(picture, name) in (5, 6, 7, 8)
         return (picture.height, picture.width) if turned else (picture.width, picture.height)
 
 
@@ -182,11 +189,31 @@ def _orientation(picture: Image.Image, name: str) -> int:
     """The EXIF orientation, 1 where there is none. A damaged EXIF block leaves the picture as it is, as viewers do."""
     try:
         # The method of the base class: PNG's own one would decode the picture to look behind it.
-        found = Image.Image.getexif(picture).get(_ORIENTATION, 1)
+        found = Image.Image.getexif(picture).get(_ORIENTATION)
+        if found is None:  # PIL reads XMP without blanks and with double quotes alone
+            xmp = picture.info.get("XML:com.adobe.xmp") or picture.info.get("xmp") or b""
+            match = _ORIENTATION_IN_XMP.search(xmp.encode() if isinstance(xmp, str) else xmp)
+            found = int(match[1]) if match else 1
     except BROKEN as error:
         logger.warning("%s: its EXIF block cannot be read (%s); the picture is shown as stored", name, error)
         return 1
     return found if isinstance(found, int) else 1
+
+
+def _has_notes_behind_pixels(file: BinaryIO) -> bool:
+    """Return whether a PNG has text or EXIF behind its pixels; the place in the file stays."""
+    place, behind = file.tell(), False
+    file.seek(len(b"\x89PNG\r\n\x1a\n"))
+    try:
+        while len(head := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", head)
+            behind |= kind == b"IDAT"
+            if behind and kind in (b"eXIf", b"iTXt", b"tEXt", b"zTXt"):
+                return True
+            file.seek(length + 4, os.SEEK_CUR)
+        return False
+    finally:
+        file.seek(place)
 
 
 _TRANSPARENCY = {"L;2": 85, "L;4": 17}

@@ -37,7 +37,8 @@ _LETTER = re.compile(
     rf"{_OPEN}([A-Za-z]){_CLOSE}(?!\?)"
     r"|(?<![A-Za-z0-9_.+#/\u00c0-\u024f-])(?<!\w')(?:([B-HJ-Z])(?![A-Za-z0-9_'+#?\u00c0-\u024f]|[-/][A-Za-z0-9]|\.[A-Za-z]\.)"
     r"|([AI])(?=[).:,;!\u3001\u3002](?![A-Za-z]\.)|[^\x00-\x7f\u00c0-\u024f]|\s*$| - "
-    r"|\s+(?:because|since|is|seems|best|over|rather|instead)\b|(?<=A)\s+(?:as|and|or|nor|but|for|are)\b)"
+    r"|\s+(?:because|since|is|seems|best|over|rather|instead)\b"
+    r"|\s+\((?:correct|final|right)\b|(?<=A)\s+(?:as|and|or|nor|but|for|are|would|fits|matches|only|it is|the)\b)"
     r"|(?<=ption |hoice |etter )([AI])\b"
     r"|(?<!\d )([a-z])(?=[.\u3002]?\s*\Z)|\A([a-z])(?=[).:,](?![A-Za-z]\.)))",
     re.MULTILINE,
@@ -64,7 +65,7 @@ _WEIGHS = re.compile(
     r"|review|go(?:ing)? through|assess|eliminate|break down|verify) (?:out )?(?:the |which |them|these |our |one )*"
     r"(?:[a-z]+ ){0,2}?(?:answer choices|answer|options?|choices?|one by one)\b(?! is\b)"
     r"|\bone of the following\b"
-    r"|\bwhich(?: [a-z]+){0,3} (?:right|correct|best|true|accurate|appropriate)\b"
+    rf"|\bwhich(?: [a-z]+){{0,3}} (?:right|correct|best|true|accurate|appropriate)\b(?!(?: [a-z]+)? (?:is|be) {_L})"
     rf"|\b(?:if|for) (?:the )?(?:[a-z]+ )?(?:answer|option|choice) (?:is|were|was|to be)\b ?{_AHEAD}"
     r"|\b(?:one|some(?:one)?|you|people|they) (?:could|might|may|would|can)"
     rf" (?:say|think|believe|choose|pick) {_AHEAD}"
@@ -127,9 +128,11 @@ _RIGHT = re.compile(
     r"| (?:fits|matches) best\b| (?:best|most (?:accurately|closely)) "
     r"(?:describes|matches|fits|answers|represents|captures|explains|reflects)\b"
     r"|(?:\u9009\u9879)?[\u662f\u4e3a]?\u6700?(?:\u6b63\u786e|\u5bf9\u7684|\u7b54\u6848|\u5408\u9002))"
+    rf"|\bmak(?:es|ing) {_FILL}{_V} (?:the )?(?:only |most )?(?:correct|right|best|likely|plausible|appropriate)\b"
 )
 _TICKED = re.compile(
-    rf"(?:^ ?{_V}.*|(?<=[.;,] ){_V} ?)"
+    rf"^ ?[\u2705\u2714]\ufe0f? ?{_V}(?=[).:,;])"
+    rf"|(?:^ ?{_V}.*|(?<=[.;,] ){_V} ?)"
     r"(?:[-:(.] ?(?:this is )?(?:correct\b|(?:right|true)(?=[.;,)]|$)|\u2713)|\u2705|\u2714)",
     re.MULTILINE,
 )
@@ -138,6 +141,15 @@ _DECIDING = (_SAID, _THUS, _RIGHT, _TICKED, _HEADED)
 """These decide for a letter: words in front of it or behind it, or a heading in any language that is all else."""
 _ANY_LETTER = re.compile(r"([\ue000-\ue019])")
 _MENTIONED = re.compile(rf"\b(?:answer|option|choice|letter|{_OTHER_ANSWERS}) {_V}")
+_ENDING = re.compile(
+    r"(?:\b(?:corresponds?(?: to)?|corresponding to|match(?:es|ing)?|aligns? with|indicat(?:es|ing)|suggest(?:s|ing)?"
+    r"|point(?:s|ing)? to|support(?:s|ing)?|means|implies|lead(?:s|ing) to|confirms|describes|shows|this is|which is)"
+    r"|(?:^|(?<=[.!?] ))(?:[^.!?\n\ue000-\ue019]{1,80}[,:]|maybe|perhaps|possibly))"
+    rf",? {_FILL}{_V}(?=[\"'.!)]*(?:$|[.:,] ))"
+    rf"|^{_V} (?:only|it is|fits|would be)(?=[.!)]*$)",
+    re.MULTILINE,
+)
+"""A sentence that ends in a letter: "This corresponds to B.", "Based on the video, B."; it counts beside no other."""
 _OR = re.compile(
     r"(?:\b(?:or|no|wait|maybe|perhaps|possibly|either|otherwise|could be),?"
     r"|[\ue000-\ue019]\)?(?:,? and|,|\u3001| ?[&/+;]| as well as| ->)"
@@ -219,6 +231,8 @@ _SETTING = re.compile(
     re.MULTILINE | re.IGNORECASE,
 )
 """Idioms and clauses in front: "After watching it, ..." is no answer "after", and "You're right" none "right"."""
+_ALL = re.compile(r"(?:all|both)(?: (?:of )?(?:the )?(?:above|these|them|those|options|answers|choices))?")
+"""An option of this kind names the others, which contradict it in no answer."""
 _DENY = (
     r"(?:\b(?:not|never|neither|nor|nobody|doubt|unlikely|rather than|instead of|unlike|except|over|versus|vs\.?"
     r"|anything but|cannot|eliminat\w+|exclud\w+|reject\w*|dismiss\w*|rul(?:e|es|ed|ing) out)|n't)"
@@ -329,6 +343,9 @@ def _read(text: str, options: Sequence[str]) -> int | None:
     letters = _numbers(marked, _ANY_LETTER)
     marked = _without_denied(_without_conceded(_AFFIRMS.sub(" ", marked), options), options)
     marked = _PAIR.sub(" ", _LIST.sub(" ", _TURNED.sub(" ", marked)))
+    asked = {i for line in lines for i, option in enumerate(options) if _is_asked(line, i, option)}
+    if len(asked) == 1 and all(len(option.strip()) == 1 for option in options):  # "(A) B", where B is an option's word
+        return asked.pop()
     alone = {i for line in lines for i in _letter_alone(line, options)}
     last = set(_letter_alone(end, options))
     alone |= last if letters <= last else set()  # of "A is not shown. B" the rest is cut off
@@ -347,7 +364,9 @@ def _read(text: str, options: Sequence[str]) -> int | None:
 
 def _is_taken_back(text: str, number: int, options: Sequence[str]) -> bool:
     """Return True where a marked text corrects itself, and names another option then or says only that it was wrong."""
-    match = _CORRECTS.search(text)
+    own = [folded(option) for option in options]
+    found = _CORRECTS.finditer(text)
+    match = next((m for m in found if not m[1] or m[1].rpartition(" ")[2] not in own), None)
     after = text[match.end() :] if match else ""
     named = {n for n in (*_numbers(after, _ANY_LETTER), *_options_in(after, options)) if n < len(options)}
     same = {n for n in named if folded(options[n]) == folded(options[number])}
@@ -357,12 +376,17 @@ def _is_taken_back(text: str, number: int, options: Sequence[str]) -> bool:
 def _without_echo(text: str, options: Sequence[str]) -> str:
     """Return the text without lines that only list every option with its letter, as they were asked."""
     lines = text.splitlines()
-    labels = [{f"{a}{LETTERS[i]}{b} {option}".casefold() for a, b in (("(", ")"), ("", "."), ("", ")"), ("", ":"))}
-              for i, option in enumerate(options)]  # fmt: skip
-    listed = [any(line.strip().casefold() in label for label in labels) for line in lines]
+    listed = [any(_is_asked(line, number, option) for number, option in enumerate(options)) for line in lines]
     if len(options) < 2 or sum(listed) < len(options):
         return text
     return "\n".join(line for line, drop in zip(lines, listed, strict=True) if not drop)
+
+
+def _is_asked(line: str, number: int, option: str) -> bool:
+    """Return True where a line is an option with its letter, as questions list them."""
+    letter = LETTERS[number : number + 1]
+    labels = (f"({letter})", f"{letter}.", f"{letter})", f"{letter}:")
+    return bool(letter) and line.strip().casefold() in {f"{label} {option}".casefold() for label in labels}
 
 
 def _one(found: Collection[int], options: Sequence[str]) -> int | None:
@@ -426,7 +450,7 @@ def _marked(text: str, options: Sequence[str]) -> str:
         match.span()
         for option in options
         if len(option) > 1 and _LETTER.search(option)  # the letter of "plan B" is a word's
-        for match in re.finditer(re.escape(option), text)
+        for match in re.finditer(re.escape(option), text, re.IGNORECASE)
     ]
 
     begin = [option[:2] for option in options]  # in EgoSchema, C is the one who wears the camera
@@ -450,7 +474,8 @@ def _without_own_denial(text: str, options: Sequence[str]) -> str:
         if _TURNS.search(words) and text.find(words) >= 0:
             letter, words = chr(_MARK + i), re.escape(words)
             ahead = rf"\(?{letter}\)?[).:,]*(?: -)? ?[(\"']?{words}(?!\w)[)\"']?"
-            text = re.sub(rf"{ahead}|(?<!\w){words}[.,:\"']* ?-? ?\(?{letter}\)?", f"({letter})", text)
+            behind = rf"(?<!\w){words}[.,:\"']* ?-? ?\(?(?:(?:option|choice|answer) )?{letter}\)?"
+            text = re.sub(rf"{ahead}|{behind}", f"({letter})", text)
     return text
 
 
@@ -525,6 +550,8 @@ def _inside(text: str, options: Sequence[str], listed: bool) -> int | None:
         numbers = _numbers(text, *_DECIDING) | _numbers(text[min(match.start() for match in said) :], _OR)
     else:
         numbers = set() if listed else _numbers(text, _MENTIONED)
+        if not listed and not numbers and len(_numbers(text, _ANY_LETTER)) == 1:
+            numbers = _numbers(text, _ENDING)
         numbers |= _numbers(text, _OR) if numbers else set()
     named = _options_in(rest, options)
     if not numbers:
@@ -550,6 +577,8 @@ def _inside(text: str, options: Sequence[str], listed: bool) -> int | None:
         named = [number]
     elif first and number in (beside := _options_in(_ENDS.split(rest, maxsplit=1)[0], options)):
         named = beside
+    if len(named) > 1 and _ALL.fullmatch(folded(options[number])):
+        return number
     # words that are another option's contradict the letter
     return number if all(folded(options[i]) == folded(options[number]) for i in named) else None
 
@@ -582,5 +611,9 @@ def _options_in(text: str, options: Sequence[str]) -> list[int]:
     counts, said = _TIMES.sub("", words), f" {_in_text(_SETTING.sub(' ', text))} "
     within = [counts if option.strip().isdigit() else words if " " in option.strip() else said for option in plain]
     found = [i for i, option in enumerate(plain) if option.strip() and option in within[i]]
+    both = [i for i in found if _ALL.fullmatch(folded(options[i]))]
+    if len(found) == len(options) - sum(bool(_TURNS.search(folded(option))) for option in options) > 1:
+        found = both or found
+    found = [i for i in both if " " in options[i].strip()] or found
     longest = [i for i in found if not any(plain[i] in plain[j] and plain[i] != plain[j] for j in found)]
     return list({folded(options[i]): i for i in reversed(longest)}.values())[::-1]

@@ -24,9 +24,12 @@ _SIGNS = frozenset("%$\u20ac\u00a3+#\u00b0=<>")
 """Symbols that make another answer: 5% is not 5, C# is not C++."""
 _WORD = re.compile(r"[^\W_]+")
 _COMMAND = re.compile(r"\\(?:fbox|boxed|text\w*|math\w+|bf|bm|emph|operatorname)\s*\{([^{}]*)\}")
+_INNER = re.compile(r"\\(?:bf|rm|it|tt|sf|bfseries)\b\s*|(?<=\{)\s*\{([^{}]*)\}\s*(?=\})")
+r"""LaTeX's old switches of fonts, and braces within braces: "{\bf B}", "{{B}}"."""
 _MARKUP = re.compile(
-    r"[*`]+|(?<![^\W_])_+|_+(?![^\W_])|</?[A-Za-z]\w*>|<\|\w+\|>|\\[()\[\]]|\$+ ?([A-Za-z]) ?\$+"
-    r"|^[ \t]*(?:[-\u2022>]|#{1,6})[ \t]+",
+    r"[*`]+|(?<![^\W_])_+|_+(?![^\W_])|</?(?:[a-z]\w*|[A-Z]\w+)>|<([A-Z])>(?=[^\n<]{0,300}</\1>)|</[A-Z]>|<\|\w+\|>"
+    r"|\[/INST\]|\\[()\[\]]|(?<!\w)\$+ ?([A-Za-z])(?: ?\$+|(?!\w))"
+    r"|^[ \t]*(?:[-=]*>|[-\u2022\u2192\u21d2\u27a1\u25ba]|#{1,6})\ufe0f?[ \t]+",
     re.MULTILINE,
 )
 """Bold, italic and code marks, tags and ends of texts, LaTeX's signs around a letter, bullets and headings."""
@@ -99,7 +102,8 @@ _LEADS = re.compile(
 _DECIDED = re.compile(rf"\banswer(?: to (?:the|this|your) question)?(?: is| would be|:)[: ]*(?={_POLAR}\b)")
 _FIRST_WORD = re.compile(
     rf"({_POLAR})(?!\w)[\"')\]}}]*\s*"
-    r"(?:$|-(?!\w)|[^\w\s?/&+-]|(?=(?:because|it|he|she|they|there|the|this|that|these|those|i|we|you)\b))"
+    r"(?:$|-(?!\w)|[^\w\s?/&+-]|(?=is (?:the |my )?(?:[a-z]+ )?(?:answer|option|choice|correct|right)\b)"
+    r"|(?=(?:because|it|he|she|they|there|the|this|that|these|those|i|we|you)\b))"
 )
 
 
@@ -155,7 +159,7 @@ def _unwrapped(pattern: re.Pattern, text: str) -> list[str]:
 
 def _without_commands(text: str, keep: str = "") -> str:
     """The text without LaTeX's commands around words, but for those with `keep` in their names."""
-    text = _THIN_SPACE.sub(" ", text)
+    text = _INNER.sub(lambda match: match[1] or "", _THIN_SPACE.sub(" ", text))
     for _ in range(4):  # as deep as they are nested
         text = _COMMAND.sub(lambda match: match[0] if keep and keep in match[0].partition("{")[0] else match[1], text)
     return text
@@ -163,7 +167,7 @@ def _without_commands(text: str, keep: str = "") -> str:
 
 def without_markup(text: str) -> str:
     """A text without bold marks, tags, bullets and boxes around words; in NFKC, its case and lines as they were."""
-    return _MARKUP.sub(lambda match: match[1] or "", _without_commands(plain_characters(text))).strip()
+    return _MARKUP.sub(lambda match: match[2] or "", _without_commands(plain_characters(text))).strip()
 
 
 def normalise(answer: str, numbers: Callable[[str], str] = written) -> str:

@@ -122,6 +122,50 @@ def test_orientation_of_a_camera_is_applied(orientation, form):
     assert abs(shown[corners] - wanted[corners]).max() < 30
 
 
+XMP = (
+    '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+    '<rdf:Description rdf:about="" xmlns:tiff="http://ns.adobe.com/tiff/1.0/" {}/></rdf:RDF></x:xmpmeta>'
+)
+IN_XMP = [
+    'tiff:Orientation="6"',
+    "tiff:Orientation='6'",
+    'tiff:Orientation = "6"',
+    "><tiff:Orientation> 6 </tiff:Orientation></rdf:Description><rdf:Description",
+]
+
+
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+@pytest.mark.parametrize("place", ["ahead of the pixels", "behind them"])
+@pytest.mark.parametrize("note", [*IN_XMP, "eXIf", "Raw profile"])
+def test_a_png_is_turned_wherever_its_orientation_stands(note, place):
+    """Writers of notes put them behind the pixels too, where a header's reader never comes."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    profile = b"\nexif\n%8d\n%s\n" % (len(exif.tobytes()), exif.tobytes().hex().encode())
+    if note == "eXIf":
+        chunk = png_chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0"))
+    elif note == "Raw profile":
+        chunk = png_chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(profile))
+    else:
+        chunk = png_chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + XMP.format(note).encode())
+    raw = stored(Image.new("RGB", (48, 32)), "PNG")
+    at = 33 if place == "ahead of the pixels" else raw.index(b"IEND") - 4
+    raw = raw[:at] + chunk + raw[at:]
+    assert open_picture(raw, "x").size == picture_size(raw, "x") == (32, 48)
+
+
+@pytest.mark.parametrize("note", IN_XMP)
+@pytest.mark.parametrize("form", ["JPEG", "TIFF", "WEBP"])
+def test_other_pictures_are_turned_by_their_xmp(form, note):
+    xmp = XMP.format(note).encode()
+    notes = {"tiffinfo": {700: xmp}} if form == "TIFF" else {"xmp": xmp}
+    raw = stored(Image.new("RGB", (48, 32)), form, **notes)
+    assert open_picture(raw, "x").size == picture_size(raw, "x") == (32, 48)
+
+
 def test_a_damaged_exif_block_costs_the_orientation_alone(caplog):
     raw = stored(noise(), "PNG", exif=b"Exif\0\0XX damaged")
     assert np.array_equal(np.asarray(open_picture(raw, "x")), np.asarray(noise()))

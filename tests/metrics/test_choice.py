@@ -781,3 +781,75 @@ def test_a_unit_in_a_box_stands_behind_any_space_of_latex(form, space):
 )
 def test_other_languages_name_an_answer_too(text):
     assert parse_choice(text, ["Bern", "Rom", "Wien", "Paris"]) == 2
+
+
+VERBS = forms(r"""
+This corresponds to @. | which corresponds to @. | This matches @. | This means @. | It suggests @. | This indicates @.
+The evidence points to @. | The video supports @. | This makes @ the correct answer. | Well, @. | Obviously, @.
+Based on the video, @. | Maybe @. | Perhaps @. | @ only | @ it is. | @ would be the best choice. | @ fits best.
+=> @ | → @ | The answer is <@>. | <b>@</b> | Answer: $@ | \boxed{\bf @} | \boxed{{@}} | @ [/INST] | @ (final answer)
+The option which is correct is @. | **✅ @. (correct)**
+""")
+
+
+@pytest.mark.parametrize("form", VERBS)
+def test_a_sentence_that_only_ends_in_a_letter_names_it(form):
+    for number in range(3):
+        text = form.replace("@", LETTERS[number])
+        assert parse_choice(text, OPTIONS) == number, text
+    assert parse_choice(f"{form.replace('@', 'B')}\n{form.replace('@', 'C')}", OPTIONS) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "number"),
+    [
+        ("The winner is person B.", ["Person B", "Person A", "Both", "Neither"], 0),
+        ("The winner is person B.", ["Person A", "Person B", "Both", "Neither"], 1),
+        ("Person B wins.", ["person B", "person A", "both", "neither"], 0),
+        ("A: person B", ["Person B", "Person A", "Both", "Neither"], 0),
+        ("The game is won by team B.", ["Team B", "Team A", "A tie"], 0),
+        ("He enters room C.", ["Room C", "Room B", "Room A"], 0),
+        ("It contains vitamin C.", ["Calcium", "Vitamin D", "Vitamin C"], 2),
+        ("The correct answer is C: both A and B.", ["a red car", "a blue car", "Both A and B", "None of the above"], 2),
+        ("The answer is C because both A and B are shown.", ["red", "blue", "Both A and B", "None"], 2),
+        ("The correct answer is both A and B.", ["red", "blue", "Both A and B", "None"], 2),
+        ("C. Both A and B", ["red", "blue", "both A and B", "none"], 2),
+        ("It shows neither A nor B.", ["Only A", "Only B", "Both A and B", "Neither A nor B"], 3),
+        ("It's false.", ["True", "False"], 1),
+        ("False (option B)", ["True", "False"], 1),
+        ("Yes is the correct answer.", ["yes", "no"], 0),
+        ("✅ A. Yes", ["yes", "no"], 0),
+        *((text, ["B", "A", "D", "C"], 0) for text in ("(A) B", "A. B", "The answer is A. B")),
+        ("A", ["B", "A", "D", "C"], None),
+    ],
+)
+def test_letters_within_options_are_the_options_in_any_case(text, options, number):
+    assert parse_choice(text, options) == number
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("He sits, he waves, and he opens the door. All of the above.", 3),
+        ("All of the above: he sits, he waves.", 3),
+        ("Since he sits and he waves, the answer is D.", 3),
+        ("Not all of the above.", None),
+        ("The answer is D, he waves.", None),
+        ("He sits and he waves.", None),
+    ],
+)
+def test_all_of_the_above_names_the_others(text, number):
+    assert parse_choice(text, ["He opens the door", "He sits", "He waves", "All of the above"]) == number
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("It shows both red and blue.", 2),
+        ("The answer is C: red and blue.", 2),
+        ("Both cars are red.", None),
+        ("Red and blue.", None),
+    ],
+)
+def test_both_names_two(text, number):
+    assert parse_choice(text, ["red", "blue", "both", "neither"]) == number
