@@ -6,6 +6,7 @@ their keys.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -271,6 +272,7 @@ def settings_of(name: str) -> type[DataSettings] | None:
     return Benchmark if (CONFIGS / f"{name}.yaml").is_file() and name.isidentifier() else None
 
 
+@functools.cache
 def differences_of(name: str) -> Mapping[str, Any]:
     """The content of a data set's YAML: all that differs from its settings' defaults."""
     content = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))

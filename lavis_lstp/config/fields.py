@@ -258,12 +258,12 @@ def checked(
 
 def laid_over(settings: type, *sections: Any) -> DictConfig:
     """The sections, each laid over those before it and all over the defaults; keys that are no fields are kept."""
-    return OmegaConf.merge(OmegaConf.create(_defaults(settings)), *sections)
+    return OmegaConf.merge(_defaults(settings), *sections)  # which copies the first
 
 
 @functools.cache
-def _defaults(settings: type) -> dict[str, Any]:
-    return OmegaConf.to_container(OmegaConf.structured(settings))
+def _defaults(settings: type) -> DictConfig:
+    return OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(settings)))
 
 
 SAMPLING = {

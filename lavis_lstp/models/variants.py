@@ -58,7 +58,8 @@ def load_variant(path: str | Path) -> DictConfig:
     own = OmegaConf.load(path)
     parent = own.pop("extends", None)
     below = load_variant(path.parent / parent) if parent else base()
-    return OmegaConf.merge(below, own)
+    below.merge_with(own)
+    return below
 
 
 def base() -> DictConfig:

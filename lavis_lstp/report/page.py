@@ -6,6 +6,7 @@ Text from data sets and models goes through Jinja's escaping in tables, and as J
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -42,7 +43,6 @@ def write_page(
         order: question ids.
         chosen: as `pictures.chosen_frames` gives it; asked: the number of questions that pictures were asked for.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
     against = numbers.against_first(evaluations)
@@ -79,15 +79,7 @@ def write_page(
             sections.append(("calibration" if key == "calibrated" else key, label))
     sections += [(key, label) for key, label in (("sampler", "Sampler"), ("latency", "Time")) if has[key]]
     scored = [run["scored"]["bootstrap"] for run in runs if run["scored"]]
-    environment = Environment(
-        loader=FileSystemLoader(FOLDER),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
-    body = environment.get_template("report.html").render(
+    body = _template().render(
         title=title,
         version=__version__,
         runs=runs,
@@ -104,6 +96,22 @@ def write_page(
         **has,
     )
     return page_of(title, body, script=(FOLDER / "browse.js").read_text(encoding="utf-8")), warnings
+
+
+@functools.cache
+def _template():
+    """The report's template; compiling it takes longer than filling it."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(FOLDER),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
+    return environment.get_template("report.html")
 
 
 def _picture_note(places: Mapping[tuple[str, int], Any], total: int, asked: int) -> str:
