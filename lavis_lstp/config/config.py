@@ -83,7 +83,7 @@ def _complete(user: DictConfig) -> DictConfig:
     plain = sections_of(user)
     try:
         run, roles, others = _complete_run(plain["run"], plain["model"].get("arch"))
-        config = OmegaConf.merge(run, complete_model(user), _complete_datasets(plain["datasets"]))
+        config = OmegaConf.unsafe_merge(run, complete_model(user), _complete_datasets(plain["datasets"]))
         resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise ConfigError(omegaconf_line(error)) from error
@@ -172,7 +172,7 @@ def complete_model(user: DictConfig) -> DictConfig:
         defaults = _load_defaults(model_cls.default_config_path(model_type))
         check_lavis_model(given, _plain(defaults.get("model")), model_cls)
     chosen = {"arch": given["arch"], "model_type": model_type}
-    return OmegaConf.merge(defaults, {"model": given}, {"model": chosen})
+    return OmegaConf.unsafe_merge(defaults, {"model": given}, {"model": chosen})  # nobody else has these defaults
 
 
 def _complete_datasets(given: Mapping) -> DictConfig:

@@ -68,7 +68,8 @@ DENIES_ANOTHER = re.compile(
     rf"^\W*(?:{_ANSWERS_NO}|(?:not|never|wait|but|however)\b)"
     r"|\b(?:wrong|incorrect|false|untrue|inaccurate|invalid|implausible|whether|if"
     r"|unless|unclear|uncertain|unsure|ambiguous|doubt\w*|impossible|unlikely|suppos\w+|assum\w+|imagine|contradict\w*"
-    r"|(?:not|never)(?: [a-z]+)? (?:sure|certain|correct|right|true|clear|enough|possible|the|be|it|that|this)"
+    r"|(?:not|never)(?: [a-z]+)? (?:sure|certain|correct|right|true|clear|enough|possible)"
+    r"|(?:not|never)(?: (?:really|exactly|quite|be))? (?:the|be|it|that|this)"
     r"|none of the(?! others?\b)|unable|(?:can|could|do|does) ?not (?:tell|say|know|determine|be|see|answer))\b"
     r"|\b(?:no|not|never)\W*\Z"
 )
@@ -94,7 +95,9 @@ _POLAR = r"(?:yes|yeah|yep|nope|nah|no|\u662f\u7684?|\u5426|\u4e0d\u662f?)"
 _EDGE = re.compile(r"^[^\w]+")
 _LEADS = re.compile(
     r"(?:(?:so|thus|therefore|hence|assistant|i (?:think|believe|guess)|i(?: would|'d) say|(?:it|that)(?:'s| is)"
-    r"|that|is|would be"
+    r"|that|is|would be|(?:response|prediction|output|result|conclusion)(?=:)"
+    r"|(?:(?:most )?likely|probably|indeed|absolutely|definitely|certainly|clearly|sure|oh|well|h+m+|of course)"
+    r"|(?:from what|as far as) i can (?:see|tell)|according to (?:the|this) (?:video|clip|frames?|images?|footage)"
     r"|(?:based on|in) (?:the|this) (?:video|clip|frames?|images?|footage|scenes?)"
     r"|(?:\u6240\u4ee5)?\u7b54\u6848(?:[\u662f\u4e3a](?=[^\s.,\u3002])|(?=:))"
     r"|(?:(?:the|my|final|correct|right|short) )*answer(?: to (?:the|this|your) question)?)[\s,:\"'(\[{]*)*"
@@ -103,7 +106,18 @@ _DECIDED = re.compile(rf"\banswer(?: to (?:the|this|your) question)?(?: is| woul
 _FIRST_WORD = re.compile(
     rf"({_POLAR})(?!\w)[\"')\]}}]*\s*"
     r"(?:$|-(?!\w)|[^\w\s?/&+-]|(?=is (?:the |my )?(?:[a-z]+ )?(?:answer|option|choice|correct|right)\b)"
-    r"|(?=(?:because|it|he|she|they|there|the|this|that|these|those|i|we|you)\b))"
+    r"|(?=(?:because|it|he|she|they|there|the|this|that|these|those|i|we|you"
+    r"|an?|indeed|in|at|on|both|someone)\b))"
+)
+_LINE_ENDS = re.compile(r"(?<![\s.,:;!?])(?<!nswer)\s*\n\s*")
+_SAID_LAST = re.compile(
+    rf"(?:\A(?:it|he|she|they|there|this|that|these|those|we|you|i) [a-z]+(?: not)?,"
+    rf"|[^,.;:!?]{{3}}[.!?](?: (?:so|thus|therefore|hence),?)?|, so) (?={_POLAR}\W*\Z)"
+)
+"""In front of a yes or no that ends the text: "It does, yes.", "The man opens the door. Yes."."""
+_SURELY_NOT = re.compile(
+    r"(?:(?:absolutely|definitely|certainly|probably|(?:most )?likely|clearly|surely|of course) not|not at all)"
+    rf"(?:, {_POLAR})?\W*\Z"
 )
 
 
@@ -123,7 +137,8 @@ def folded(text: str) -> str:
 
 
 def written_out(text: str) -> str:
-    """Return the text with its short forms written out: "doesn't" is "does not"."""
+    """Return the text with its short forms written out ("doesn't" is "does not") and blanks around a long dash."""
+    text = re.sub(r"(?<=\w)\u2014(?=\w)", " - ", text)
     if "'" not in text and "\u2019" not in text and "annot" not in text:
         return text
     text = re.sub(r"(?<=\w)\u2019(?=\w)", "'", text)
@@ -205,10 +220,12 @@ def yes_or_no(text: str) -> bool | None:
 
 def _polarity(text: str) -> bool | None:
     """`yes_or_no` of a text without tags: its first word behind "I think" and the like, or what "the answer is"."""
-    text = _EDGE.sub("", written_out(folded(without_markup(text))))
+    text = _EDGE.sub("", written_out(folded(_LINE_ENDS.sub(". ", without_markup(written_out(text))))))
+    if _SURELY_NOT.match(text):
+        return None if _YES & set(_SPOKEN.findall(text)) else False
     match = _FIRST_WORD.match(text, _LEADS.match(text).end())
     if match is None:
-        decided = _DECIDED.search(text)
+        decided = _DECIDED.search(text) or _SAID_LAST.search(text)
         match = decided and _FIRST_WORD.match(text, decided.end())
     if match is None:
         return None

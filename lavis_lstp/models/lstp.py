@@ -161,7 +161,7 @@ class LSTP(BaseModel):
         """
         config = load_variant(cls.default_config_path(model_type))
         if config.model.backbone.weights:  # of the published weights; a model of random ones has its own sizes
-            config = OmegaConf.merge(config, {"model": sizes_of_weights()})
+            config.merge_with({"model": sizes_of_weights()})
         return config
 
     # ---- parts --------------------------------------------------------------------------------------------------

@@ -58,8 +58,7 @@ def load_variant(path: str | Path) -> DictConfig:
     own = OmegaConf.load(path)
     parent = own.pop("extends", None)
     below = load_variant(path.parent / parent) if parent else base()
-    below.merge_with(own)
-    return below
+    return OmegaConf.unsafe_merge(below, own)  # nobody else has it
 
 
 def base() -> DictConfig:

@@ -853,3 +853,28 @@ def test_all_of_the_above_names_the_others(text, number):
 )
 def test_both_names_two(text, number):
     assert parse_choice(text, ["red", "blue", "both", "neither"]) == number
+
+
+POLAR = forms(r"""
+@—it @@. | @⏎⏎Explanation: it is so. | @⏎The man does not close it. | The man sits. @. | The man sits.⏎@
+It @@, @. | Probably @. | From what I can see, @. | Response: @ | Indeed, @. | @ in the video it @@. | He @@, so @.
+Most likely, @. | As far as I can tell, @. | According to the video, @. | @, at the end it @@.
+""")
+
+
+@pytest.mark.parametrize("form", POLAR)
+def test_the_judge_reads_a_yes_or_no_where_a_choice_does(form):
+    for word, verb, said in (("Yes", "does", True), ("no", "does not", False)):
+        text = form.replace("@@", verb).replace("@", word)
+        assert yes_or_no(text) is said, text
+        assert parse_choice(text, ["No", "Yes"]) == said, text
+
+
+@pytest.mark.parametrize("text", ["Absolutely not.", "Probably not", "Not at all, no.", "Most likely not."])
+def test_a_strong_not_is_a_no(text):
+    assert yes_or_no(text) is False and parse_choice(text, ["Yes", "No"]) == 1
+
+
+@pytest.mark.parametrize("text", ["Absolutely not, yes", "Probably not red.", "Not at all the red one", "Yes. It is not."])
+def test_what_is_beside_it_keeps_it_in_doubt(text):
+    assert yes_or_no(text) is None
