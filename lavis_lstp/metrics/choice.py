@@ -18,6 +18,7 @@ from lavis_lstp.metrics.qa import (
     REASON,
     folded,
     normalise,
+    without_latex,
     without_markup,
     without_thoughts,
     wrapped,
@@ -92,8 +93,9 @@ _SAID = re.compile(
     r"|\b(?:go(?:ing)? (?:with|for)|choos(?:e|ing):?|chose|select(?:ing|ed)?|pick(?:ing|ed)?|opt(?:ing)? for"
     r"|lean(?:ing)? towards?|answer with|say|guess|think|believe)(?:,? that|,? it is|,? it's)*,? "
     rf"|\bonly (?=(?:option |choice |answer )?{_V} (?:matches|fits|is|describes|explains|can|could|makes|remains)\b)"
-    r"|(?<![\u4e0d\u6ca1\u522b])(?:\u7b54\u6848|\u9009\u9879|\u9009\u62e9?|\u7b54\u3048|\u6b63\u89e3|\uc815\ub2f5|\u043e\u0442\u0432\u0435\u0442)"
-    rf"(?:\u5e94\u8be5?|\u662f|\u4e3a|\u9009|\u306f|\uc740|:|\s)*){_FILL}{_V}",
+    r"|(?<![\u4e0d\u6ca1\u522b])(?:\u7b54\u6848|\u9009\u9879|\u9009\u62e9?|\u7b54\u3048|\u6b63\u89e3|\uc815\ub2f5|\u043e\u0442\u0432\u0435\u0442"
+    r"|\u8ba4\u4e3a|\u5e94\u8be5?\u662f)"
+    rf"(?:\u5e94\u8be5?|\u662f|\u4e3a|\u9009|\u306f|\uc740|[:\]\u3011]|\s)*){_FILL}{_V}",
     re.MULTILINE,
 )
 _AHEAD_OF_ANSWER = r"(?:(?:so|thus|hence|therefore|the|my|final|correct|right|best|most|likely|chosen|selected),? )*"
@@ -113,7 +115,8 @@ _HEADING = re.compile(
 _STATED = re.compile(r"\n|(?<=[.!?])(?<!\b[A-Z]\.)\s+")
 _THUS = re.compile(
     r"(?:^|[.,;:!] )(?:so|thus|therefore|hence|finally|(?:in )?conclusion|overall|probably|(?:most )?likely"
-    rf"|definitely|clearly|certainly)[,:]? {_FILL}{_V}(?=[.,;:!]| because\b|\s*$)",
+    rf"|definitely|clearly|certainly)[,:]? {_FILL}{_V}(?=[.,;:!]| because\b|\s*$)"
+    rf"|\b(?:corresponds?|aligns?|match(?:es)?|points?)(?: to| with)? (?:option|choice|answer) {_V}(?=[.!]|\s*$)",
     re.MULTILINE,
 )
 _BESIDE = r"(?: \((?!incorrect|correct|right|wrong|true|false|not\b)[^()\n]*\))"
@@ -146,7 +149,7 @@ _ENDING = re.compile(
     r"|point(?:s|ing)? to|support(?:s|ing)?|means|implies|lead(?:s|ing) to|confirms|describes|shows|this is|which is)"
     r"|(?:^|(?<=[.!?] ))(?:[^.!?\n\ue000-\ue019]{1,80}[,:]|maybe|perhaps|possibly))"
     rf",? {_FILL}{_V}(?=[\"'.!)]*(?:$|[.:,] ))"
-    rf"|^{_V} (?:only|it is|fits|would be)(?=[.!)]*$)",
+    rf"|^{_V}(?: (?:only|it is|fits|would be)|\u9009?\u9879)(?=[.!)\u3002]*$)",
     re.MULTILINE,
 )
 """A sentence that ends in a letter: "This corresponds to B.", "Based on the video, B."; it counts beside no other."""
@@ -187,6 +190,7 @@ _TURNS = re.compile(
     r"|suppose|supposing|assum(?:e|ing)|imagine|implausible|contradict\w*|ruled out|eliminated|excluded|dismissed"
     r"|discard\w*|(?:all|any|anything|any [a-z]+|everything) but"
     r"|except|excluding|excludes?|other than|far from|used to|(?:fail|refuse)(?:s|d|ed)? to)\b|n't\b"
+    r"|[\u4e0d\u6ca1\u6c92\u65e0\u7121\u975e\u672a\u522b\u5225]"
 )
 """A sentence with one of these says something else than that its option is the answer."""
 _AFFIRMS = re.compile(
@@ -233,6 +237,7 @@ _SETTING = re.compile(
 """Idioms and clauses in front: "After watching it, ..." is no answer "after", and "You're right" none "right"."""
 _ALL = re.compile(r"(?:all|both)(?: (?:of )?(?:the )?(?:above|these|them|those|options|answers|choices))?")
 """An option of this kind names the others, which contradict it in no answer."""
+_UNPARTED = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]")
 _DENY = (
     r"(?:\b(?:not|never|neither|nor|nobody|doubt|unlikely|rather than|instead of|unlike|except|over|versus|vs\.?"
     r"|anything but|cannot|eliminat\w+|exclud\w+|reject\w*|dismiss\w*|rul(?:e|es|ed|ing) out)|n't)"
@@ -244,6 +249,7 @@ _DENIED_BY = (
     r"|dismissed|rejected|discarded|unsupported|contradicted|irrelevant|implausible)\b)"
     r"|cannot\b|can't\b|(?:fails|contradicts|lacks|ignores|overlooks|misses|exaggerates)\b|is (?:out|a distractor)\b"
     r"|(?:ruled out|excluded|eliminated|rejected|discarded|dismissed)\b)"
+    r"|(?:\u9009?\u9879)?(?:\u5747|\u90fd|\u4e5f)?(?:\u9519|\u4e0d(?:\u6b63\u786e|\u5bf9|\u7b26\u5408|\u662f))"
     r"|:? ?-* ?\(?(?:(?:incorrect|wrong|false|not|eliminated|ruled out|unlikely|mismatch|impossible|rejected)\b"
     r"|[\u274c\u2717\u00d7]))"
 )
@@ -310,7 +316,7 @@ def parse_choice(text: str, options: Sequence[str]) -> int | None:
     """
     if exact := _words_alone(text, options):  # before tags and labels are looked for: an option may be one
         return _one({*exact, *_letter_alone(text, options)}, options)
-    text, options = written_out(text), [written_out(option) for option in without_labels(options)]
+    text, *options = (without_latex(written_out(each)) for each in (text, *without_labels(options)))
     if exact := _words_alone(text, options):
         return _one({*exact, *_letter_alone(text, options)}, options)
     text = _FORMULA.sub(lambda box: box[0] if _read(box[1], options) is not None else box[1], without_thoughts(text))
@@ -504,7 +510,7 @@ def _without_denied(text: str, options: Sequence[str]) -> str:
     words = [re.escape(folded(option)) for option in options]
     letters = [rf"\(?{chr(_MARK + i)}\)?(?:[.:]? {word}(?!\w)|{_BESIDE})?" for i, word in enumerate(words)]
     items = "|".join([*letters, _L])
-    listed = rf"(?:{items})(?:(?:,? (?:and|or|nor)|,|/) ?(?:option )?(?:{items}))*"
+    listed = rf"(?:{items})(?:(?:,? (?:and|or|nor)|,|/|\u3001|\u548c) ?(?:option )?(?:{items}))*"
     spoken = "|".join(sorted((word for word in words if word), key=len, reverse=True))
     spoken = rf"(?:{spoken})(?!\w|[.,:/-]\d)(?: {_L})?"
     helpers = (
@@ -583,6 +589,11 @@ def _inside(text: str, options: Sequence[str], listed: bool) -> int | None:
     return number if all(folded(options[i]) == folded(options[number]) for i in named) else None
 
 
+def _without_blanks(words: str) -> str:
+    """Words of a script that parts none by blanks, without those around them; others as they are."""
+    return words.strip() if _UNPARTED.search(words) else words
+
+
 def _begins_with(text: str, option: str) -> bool:
     """Return True where a text begins with an option's words, and none is put beside them."""
     words, start = _in_text(text), _in_text(option)
@@ -610,7 +621,7 @@ def _options_in(text: str, options: Sequence[str]) -> list[int]:
     words, *plain = (f" {_in_text(part)} " for part in (text, *options))
     counts, said = _TIMES.sub("", words), f" {_in_text(_SETTING.sub(' ', text))} "
     within = [counts if option.strip().isdigit() else words if " " in option.strip() else said for option in plain]
-    found = [i for i, option in enumerate(plain) if option.strip() and option in within[i]]
+    found = [i for i, option in enumerate(plain) if option.strip() and _without_blanks(option) in within[i]]
     both = [i for i in found if _ALL.fullmatch(folded(options[i]))]
     if len(found) == len(options) - sum(bool(_TURNS.search(folded(option))) for option in options) > 1:
         found = both or found

@@ -25,7 +25,10 @@ _N = (
 )
 """Digits with marks: thousands parted by blanks, points, commas, apostrophes, and the leading point."""
 _JOIN = r"(?:[-/:]|\^[-+]?| - | / | : )"
-_AFTER = "mm|cm|km|m|ft|kg|mg|lbs?|oz|ml|ms|s|secs?|mins?|h|hrs?|mph|kmh|fps|px|am|pm"
+_AFTER = (
+    "mm|cm|km|nm|m|ft|kg|mg|g|lbs?|oz|ml|l|ms|s|secs?|mins?|h|hrs?|mph|kmh|fps|px|am|pm|rpm|hz|khz|mhz|ghz|v|kv|w|kw"
+    "|ev|kev|mev|gev|j|kj|kcal|n|pa|kpa|mol|kb|mb|gb|tb"
+)
 UNIT = re.compile(
     rf"[<>\u2264\u2265]?(?:[$\u20ac\u00a3] ?)?(?<![^\W_])[-+]?{_N}(?:{_JOIN}{_N})*(?: ?%| ?\u00b0(?: ?[cf]\b)?)?"
     rf"|{_N}(?:{_JOIN}{_N})*"

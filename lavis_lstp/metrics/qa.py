@@ -35,6 +35,9 @@ _MARKUP = re.compile(
 """Bold, italic and code marks, tags and ends of texts, LaTeX's signs around a letter, bullets and headings."""
 _THIN_SPACE = re.compile(r"\\[,;:](?=\s*[\\\w])|(?<=\d)~(?=\\?[A-Za-z])")
 """LaTeX's between a number and its unit."""
+_DEGREES = re.compile(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ\b)")
+_MATH = re.compile(r"(?<![\w\\])(\$\$?)(?=[^\s$])([^$\n]{0,300})(?<=\S)\1(?!\w)|\\\(([^\n]{0,300}?)\\\)")
+"""A formula between dollars, which "$5 or $6" is not: a blank stands within, or a digit behind."""
 _THOUGHT_ENDS = re.compile(r"</think(?:ing)?>|\u25c1/think\u25b7", re.IGNORECASE)
 _THOUGHT = re.compile(r"<think(?:ing)?>|\u25c1think\u25b7", re.IGNORECASE)
 _KEY = (
@@ -180,6 +183,18 @@ def _without_commands(text: str, keep: str = "") -> str:
     return text
 
 
+def without_latex(text: str) -> str:
+    r"""Return the text without LaTeX's marks of formulas and fonts; a price stays one, and so does a box.
+
+    >>> without_latex(r"$10\,\text{kg}$"), without_latex("$5 or $6")
+    ('10 kg', '$5 or $6')
+    """
+    if "$" not in text and "\\" not in text:
+        return text
+    text = _DEGREES.sub("\u00b0", plain_characters(text)).replace("\\%", "%")
+    return _MATH.sub(lambda match: match[2] or match[3] or "", _without_commands(text, keep="box")).strip()
+
+
 def without_markup(text: str) -> str:
     """A text without bold marks, tags, bullets and boxes around words; in NFKC, its case and lines as they were."""
     return _MARKUP.sub(lambda match: match[2] or "", _without_commands(plain_characters(text))).strip()
@@ -191,7 +206,7 @@ def normalise(answer: str, numbers: Callable[[str], str] = written) -> str:
     What makes another answer stays: marks inside numbers (1.5, 1/2, 2-3), a minus, symbols such as % and #, and an
     answer made of articles alone ("A", as a choice). `numbers` spells each number one way ("1,000" is "1000").
     """
-    text = numbers(folded(answer))
+    text = numbers(folded(without_latex(answer)))
     inside = {place for match in UNIT.finditer(text) for place in range(*match.span())}
 
     def kept(match: re.Match) -> str:

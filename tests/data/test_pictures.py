@@ -419,6 +419,16 @@ def test_folders_of_pictures_are_in_natural_order(tmp_path):
     assert [path.name for path in pictures_in(tmp_path)] == names
 
 
+@pytest.mark.parametrize(
+    "names",
+    [["0.png", "0.5.png", "1.png", "1.5.png", "2.jpg", "10.png", "10.5.png"], ["i.png", "i (1).png", "i (10).png"]],
+)
+def test_a_name_comes_before_those_that_go_on_from_it(tmp_path, names):
+    for name in names[::-1]:
+        (tmp_path / name).write_bytes(b"")
+    assert [path.name for path in pictures_in(tmp_path)] == names
+
+
 @pytest.mark.parametrize("odd", ["f2.gif", "f2.HEIC", "f2.avif"])
 def test_a_folder_with_pictures_that_would_be_left_out_is_refused(tmp_path, odd):
     for name in ("f1.png", "f3.png", "notes.txt"):

@@ -727,6 +727,34 @@ def test_h264_in_avi_is_shown_when_it_was_filmed(tmp_path, bf, dropped, clock):
         read_frames(tmp_path / "cut.avi", num=len(filmed))
 
 
+@pytest.mark.parametrize(("bf", "lost"), [(0, 0), (3, 2)])
+@pytest.mark.parametrize("ending", ["mp4", "mov"])
+def test_an_mp4_without_composition_times_is_in_order(tmp_path, bf, lost, ending):
+    """A copy of a raw stream presents each picture when it is decoded, so B-frames would be seen out of order.
+
+    FFmpeg's decoder finds out late how many pictures wait, and loses those that it has passed, two at most.
+    """
+    whole = write_video(tmp_path / "whole.mp4", map(numbered_picture, range(30)), fps=10, options={"bf": str(bf)})
+    path = tmp_path / f"copy.{ending}"
+    with av.open(str(whole)) as source, av.open(str(path), "w") as copy:
+        stored = source.streams.video[0]
+        stream = copy.add_stream_from_template(stored)
+        begin = None
+        for packet in source.demux(stored):
+            if packet.size:
+                begin = packet.dts if begin is None else begin
+                packet.pts = packet.dts = packet.dts - begin
+                packet.stream = stream
+                copy.mux(packet)
+    count = probe(path).num_frames
+    assert 30 - lost <= count <= 30
+    video = read_frames(path, num=count)
+    numbers = np.array([read_number(frame) for frame in video.frames])
+    assert (np.diff(numbers) > 0).all()
+    assert video.times_s == pytest.approx((numbers - numbers[0]) / 10, abs=0.11)
+    assert read_number(read_frames(path, indices=[count - 5]).frames[0]) == numbers[count - 5]
+
+
 def test_an_avi_whose_clock_is_finer_than_its_pictures_is_whole(tmp_path):
     plain, copy = numbered_video(tmp_path / "v.mp4", 20, options={"bf": "0", "crf": "12"}), tmp_path / "v.avi"
     with av.open(str(plain)) as source, av.open(str(copy), "w") as target:

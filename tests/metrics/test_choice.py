@@ -878,3 +878,57 @@ def test_a_strong_not_is_a_no(text):
 @pytest.mark.parametrize("text", ["Probably not red.", "Not at all the red one", "Yes. It is not."])
 def test_what_is_beside_it_keeps_it_in_doubt(text):
     assert yes_or_no(text) is None
+
+
+KILOS, ENERGIES = [r"$5\,\text{kg}$", r"$10\,\text{kg}$"], [r"$1.1\mathrm{MeV}$", r"$3.3\mathrm{MeV}$"]
+
+
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        *((text, ["$12$", "$15$"]) for text in ("15", "The answer is 15.", r"\boxed{15}", "$15$", "(B) $15$")),
+        *((text, ["12", "15"]) for text in ("$15$", "The answer is $15$.", r"\(15\)")),
+        *((text, ["$x^2$", "$x^3$"]) for text in ("The answer is $x^3$.", "x^3")),
+        *(
+            (text, ENERGIES)
+            for text in (r"\boxed{3.3\mathrm{MeV}}", "3.3 MeV", "It is 3.3MeV.", r"(B) $3.3\mathrm{MeV}$")
+        ),
+        *((text, KILOS) for text in ("10 kg", "10kg", r"\boxed{10\,\text{kg}}")),
+        *((text, [r"$\frac{1}{2}$", r"$\frac{1}{3}$"]) for text in (r"\boxed{\frac{1}{3}}", "1/3")),
+        ("10%", [r"$5\%$", r"$10\%$"]),
+        ("60°", [r"$30^\circ$", r"$60^{\circ}$"]),
+        *((text, ["$5", "$6"]) for text in ("$6", "It costs $6.", "$6 and not $5")),
+    ],
+)
+def test_formulas_of_latex_are_what_stands_in_them(text, options):
+    assert parse_choice(text, options) == 1
+
+
+def test_two_prices_are_no_formula():
+    assert parse_choice("The prices are $5 and $6.", ["$5", "$6"]) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    forms("""
+【答案】B | 【正确答案】(B) | A、C、D错误,故选B。 | A、C、D错误,B正确。故选B。 | 选项A、C、D错误,选项B正确。故选:B。
+我认为是B | 答案是B。
+A、C、D均不符合视频内容,因此选B。 | 应该是B。 | B选项 | B项 | A项错误;B项正确;C项错误;D项错误。故选B。
+"""),
+)
+def test_an_answer_in_a_chinese_sentence_is_read(text):
+    assert parse_choice(text, COLOURS) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("答案是洗碗", 1),
+        ("视频中的人在洗碗。", 1),
+        ("B、洗碗", 1),
+        ("视频中的人没有洗碗。", None),
+        ("洗碗和扫地", None),
+    ],
+)
+def test_words_of_a_script_without_blanks_are_found_in_a_sentence(text, number):
+    assert parse_choice(text, ["切菜", "洗碗", "扫地", "做饭"]) == number

@@ -189,7 +189,9 @@ def _index_of_track(source: Source, name: str, track: int | None, max_megapixels
         start, tracks = _start(container), tuple(s.index for s in picture_tracks(container))
         packets, missing = _read_packets(container, stream)
         formats = set(container.format.name.split(","))
-        untimed = bool(formats & NO_PRESENTATION_TIMES) and stream.codec_context.has_b_frames
+        # an MP4 that was copied from a raw stream presents pictures when they are decoded, which B-frames are not
+        unordered = "mov" in formats and not packets["key"].all() and (packets["pts"] == packets["dts"]).all()
+        untimed = (unordered or bool(formats & NO_PRESENTATION_TIMES)) and stream.codec_context.has_b_frames
         facts = {"name": name, "codec": stream.codec_context.name, "container": container.format.name}
         facts |= {"track": stream.index, "tracks": tracks, "start": start, "max_megapixels": max_megapixels}
         facts |= {"time_base": float(stream.time_base), "pixel_aspect": float(stream.sample_aspect_ratio or 1)}
@@ -458,7 +460,8 @@ def count_frames(
                     keys.append(bool(frame.key_frame))
         except av.FFmpegError as error:
             facts = facts | {"missing": f"decoding stops after {len(ticks)} frames ({error.strerror})"}
-    if facts["container"] == "avi" and facts["codec"] == "h264":  # FFmpeg stamps these in the order of decoding
+    avi = facts["container"] == "avi" and facts["codec"] == "h264"  # FFmpeg stamps these in the order of decoding
+    if avi or (first_dts is not None and "mov" in facts["container"]):
         ticks = _shown_when_decoded(decoded) or ticks
     if facts["missing"]:
         ticks = ticks[:-REORDER]  # a frame shown earlier may lie behind the cut, and shift the count

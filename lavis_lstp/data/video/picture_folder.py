@@ -8,6 +8,7 @@ In: the folder, or its pictures as bytes, and which frames are wanted. Out: what
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,12 +40,12 @@ def pictures_in(folder: Path) -> list[Path]:
 
 
 def natural(name: str) -> tuple[list[tuple[str, int]], str]:
-    """A key that orders names by the numbers in them; names that differ in zeros alone by their text.
+    """A key that orders names of files by the numbers in them; names that differ in zeros alone by their text.
 
     >>> sorted(["f10", "f9", "f1"], key=natural)
     ['f1', 'f9', 'f10']
     """
-    parts = re.findall(r"([^0-9]*)([0-9]*)", name)
+    parts = re.findall(r"([^0-9]*)([0-9]*)", os.path.splitext(name)[0])  # "1" comes before "1.5" and "1 (2)"
     return [(text, int(number or -1)) for text, number in parts], name
 
 
