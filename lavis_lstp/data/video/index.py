@@ -5,10 +5,11 @@ order they are stored, and from it the presentation order: frame i is the i-th f
 
 Reading packets costs about a hundredth of decoding them, and gives what headers do not: true times of a variable
 frame rate, frames hidden by an edit list, the place where a cut-off file ends. Where a container stores no
-presentation times (AVI with B-frames, raw streams) or contradicts itself, the table is made by decoding once. A file
-whose clock begins anew, as in recordings joined with `cat`, contradicts itself, too: its frames follow the order of
-decoding, and their times go on where the part before ends. Where parts that were cut without encoding them again were
-joined, pictures at the joint are stamped before others that are shown earlier: only their times are moved.
+presentation times (AVI with B-frames, raw streams and MP4 copies of these) or contradicts itself, the table is made by
+decoding once. A file whose clock begins anew, as in recordings joined with `cat`, contradicts itself, too: its frames
+follow the order of decoding, and their times go on where the part before ends. Where parts that were cut without
+encoding them again were joined, pictures at the joint are stamped before others that are shown earlier: only their
+times are moved.
 
 Seconds count from the start of the file, as players and `ffmpeg -ss` count them: FFmpeg's `start_time`, the earliest
 of all its tracks. Pictures of a file whose sound begins earlier, or of one that was cut without encoding it again,
