@@ -56,6 +56,7 @@ _TURNS = {
 _ORIENTATION_IN_XMP = re.compile(rb"""tiff:Orientation\s*(?:=\s*["']|>)\s*([1-8])\s*["'<]""")
 _ORIENTATION, _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 0x0112, 258, 262, 0
 _NEW_SUBFILE_TYPE, _REDUCED, _SUBFILE_TYPE, _REDUCED_BEFORE = 254, 1, 255, 2
+_COLOUR_TABLE = 320
 _STATED = (340, 341)
 """TIFF's SMinSampleValue and SMaxSampleValue."""
 
@@ -76,6 +77,7 @@ def open_picture(
     with _strict(max_megapixels), _one_line(name, source), _opened(source, name, max_megapixels) as picture:
         stored = str(picture.tile[0][3]) if picture.format == "PNG" and picture.tile else ""
         picture.load()
+        _scale_colour_table(picture)
         _scale_transparency(picture, stored)
         orientation = _orientation(picture, name)
         upright = _to_rgb(picture)
@@ -214,6 +216,13 @@ def _has_notes_behind_pixels(file: BinaryIO) -> bool:
         return False
     finally:
         file.seek(place)
+
+
+def _scale_colour_table(picture: Image.Image) -> None:
+    """Take a TIFF's table of colours for 8 bits where no value needs more, as libtiff does: PIL would see black."""
+    table = picture.tag_v2.get(_COLOUR_TABLE, ()) if picture.format == "TIFF" and picture.mode == "P" else ()
+    if table and max(table) <= 255:
+        picture.putpalette(np.asarray(table, np.uint8).reshape(3, -1).T.tobytes())
 
 
 _TRANSPARENCY = {"L;2": 85, "L;4": 17}

@@ -122,6 +122,21 @@ def test_orientation_of_a_camera_is_applied(orientation, form):
     assert abs(shown[corners] - wanted[corners]).max() < 30
 
 
+@pytest.mark.parametrize("scale", [1, 256, 257])
+def test_a_colour_table_of_8_bits_in_a_tiff_is_read_as_one(scale):
+    """TIFF's tables have 16 bits; some writers do not scale the 8 that they have."""
+    picture = Image.new("P", (4, 4), 3)
+    picture.putpalette(bytes(range(256)) * 3)
+    raw = stored(picture, "TIFF")
+    with Image.open(io.BytesIO(raw)) as saved:
+        written = struct.pack("<768H", *saved.tag_v2[320])
+    table = np.zeros((3, 256), "<u2")
+    table[:, 3] = 20, 60, 230
+    assert raw.count(written) == 1
+    raw = raw.replace(written, (table * scale).astype("<u2").tobytes())
+    assert np.asarray(open_picture(raw, "x"))[0, 0].tolist() == [20, 60, 230]
+
+
 XMP = (
     '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
     '<rdf:Description rdf:about="" xmlns:tiff="http://ns.adobe.com/tiff/1.0/" {}/></rdf:RDF></x:xmpmeta>'

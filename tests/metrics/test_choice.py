@@ -787,7 +787,8 @@ VERBS = forms(r"""
 This corresponds to @. | which corresponds to @. | This matches @. | This means @. | It suggests @. | This indicates @.
 The evidence points to @. | The video supports @. | This makes @ the correct answer. | Well, @. | Obviously, @.
 Based on the video, @. | Maybe @. | Perhaps @. | @ only | @ it is. | @ would be the best choice. | @ fits best.
-=> @ | → @ | The answer is <@>. | <b>@</b> | Answer: $@ | \boxed{\bf @} | \boxed{{@}} | @ [/INST] | @ (final answer)
+=> @ | → @ | The answer is <@>. | <b>@</b> | Answer: $@ | Answer: $(@) | Answer: ${@}
+\boxed{\bf @} | \boxed{{@}} | @ [/INST] | @ (final answer)
 The option which is correct is @. | **✅ @. (correct)**
 """)
 
