@@ -51,7 +51,7 @@ _ACTS = re.compile(
 )
 """These words follow a letter that is somebody's name: "C is cooking"."""
 _FIRST = re.compile(
-    r"\(([\ue000-\ue019])\)|([\ue000-\ue019])(?:[).:,;\u3001\u3002]|(?= - | [(\[]| (?:because|since)\b|$))",
+    r"\(([\ue000-\ue019])\)|([\ue000-\ue019])(?:[).:,;\u3001\u3002]|(?= -(?: |$)| [(\[]| (?:because|since)\b|$))",
     re.MULTILINE,
 )
 _BELOW = re.compile(rf"(?<=[^:]\n)(?:{_FIRST.pattern})", re.MULTILINE)
@@ -83,15 +83,17 @@ _FILL = (
 _OTHER_ANSWERS = r"respuesta|opci\u00f3n|antwoord|jawaban(?:nya)?|r\u00e9ponse|antwort|resposta|risposta"
 """An answer in Spanish, Dutch, Indonesian, French, German, Portuguese and Italian."""
 _SAID = re.compile(
-    r"(?:\b(?:ans|answer|assistant|prediction|response|output|result|guess|selection|selected|verdict|solution|conclusion"
-    r"|option|choice|letter|correct|right|best|accurate|appropriate|suitable|likely|plausible|closest|nearest"
+    r"(?:\b(?:ans|answer|assistant|prediction|response|output|result|guess|vote|pick|selection|selected|verdict"
+    r"|solution|conclusion|option|choice|letter|correct|right|best|accurate|appropriate|suitable|likely|plausible|closest|nearest"
     rf"|{_OTHER_ANSWERS})\b"
     r"(?:(?! (?:options|choices|each|every|all)\b) [a-z]+){0,6}?"
     r"(?:(?:'s| (?:is|be|es|est|ist|lautet|adalah|\u00e9|\u00e8)\b) ?:?| ?(?:[:=]>?|-+>?)) *"
-    r"|\b(?:it|that)(?:'s| is| (?:must|should|would|could|might|may|has to|appears to|seems to)"
-    r" be) "
+    r"|\b(?:it|that)(?:'s| is(?: got to be)?| (?:must|should|would|could|might|may|has to|appears to|seems to"
+    r"|would have to|can only|could only) be) "
+    rf"|\b(?:(?:that|this|which) leaves (?:us with )?|leaving (?={_V} as\b))"
     r"|\b(?:go(?:ing)? (?:with|for)|choos(?:e|ing):?|chose|select(?:ing|ed)?|pick(?:ing|ed)?|opt(?:ing)? for"
-    r"|lean(?:ing)? towards?|answer with|say|guess|think|believe)(?:,? that|,? it is|,? it's)*,? "
+    r"|(?<!would have )chosen|vote(?: for)?|settled? on"
+    r"|lean(?:ing)?(?: towards?)?|answer with|say|guess|think|believe|conclude)(?:,? that|,? it is|,? it's)*,? "
     rf"|\bonly (?=(?:option |choice |answer )?{_V} (?:matches|fits|is|describes|explains|can|could|makes|remains)\b)"
     r"|(?<![\u4e0d\u6ca1\u522b])(?:\u7b54\u6848|\u9009\u9879|\u9009\u62e9?|\u7b54\u3048|\u6b63\u89e3|\uc815\ub2f5|\u043e\u0442\u0432\u0435\u0442"
     r"|\u8ba4\u4e3a|\u5e94\u8be5?\u662f)"
@@ -128,7 +130,9 @@ _RIGHT = re.compile(
     r"| is (?:the )?closest\b"
     r"| is the only (?:option|choice|answer|one) (?:that|which)\b(?! (?:[a-z]+ )?(?:not|never)\b| [a-z]+n't)"
     r"| (?:fits|matches|is consistent with|is supported by|corresponds to) the (?:video|clip|footage|scene)\b"
-    r"| (?:fits|matches) best\b| (?:best|most (?:accurately|closely)) "
+    r"| is what the (?:video|clip|footage) shows\b"
+    r"| is the (?:remaining (?:option|choice|answer)|one)(?=[.!,]|\s*$)"
+    r"| (?:fits|matches|works) best\b| (?:describes|explains|answers) it best\b| (?:best|most (?:accurately|closely)) "
     r"(?:describes|matches|fits|answers|represents|captures|explains|reflects)\b"
     r"|(?:\u9009\u9879)?[\u662f\u4e3a]?\u6700?(?:\u6b63\u786e|\u5bf9\u7684|\u7b54\u6848|\u5408\u9002))"
     rf"|\bmak(?:es|ing) {_FILL}{_V} (?:the )?(?:only |most )?(?:correct|right|best|likely|plausible|appropriate)\b"
@@ -139,6 +143,13 @@ _TICKED = re.compile(
     r"(?:[-:(.] ?(?:this is )?(?:correct\b|(?:right|true)(?=[.;,)]|$)|\u2713)|\u2705|\u2714)",
     re.MULTILINE,
 )
+_CHECKED = re.compile(r"^[ \t]*(?:[-*] )?(?:\[[xX]\]|\u2611\ufe0f?) ", re.MULTILINE)
+_UNCHECKED = re.compile(r"^[ \t]*(?:[-*] )?(?:\[ ?\]|\u2610\ufe0f?) .*$\n?", re.MULTILINE)
+"""A box that is ticked, as in lists of Markdown, and a line with one that is not."""
+_BY_ELIMINATION = re.compile(r"\bby (?:the |a )?(?:process of )?elimination[,:]? ", re.IGNORECASE)
+_PLACES = ("first", "second", "third", "fourth", "fifth")
+_BY_PLACE = re.compile(rf"\bthe ({'|'.join(_PLACES)}) (option|choice|answer)\b(?! is [\ue000-\ue019])")
+"""An option by its place: "The second option is correct."."""
 _HEADED = re.compile(rf"\A[^\n:\ue000-\ue019]{{1,30}}: ?{_V}[^\w\ue000-\ue019]*\Z")
 _DECIDING = (_SAID, _THUS, _RIGHT, _TICKED, _HEADED)
 """These decide for a letter: words in front of it or behind it, or a heading in any language that is all else."""
@@ -149,7 +160,8 @@ _ENDING = re.compile(
     r"|point(?:s|ing)? to|support(?:s|ing)?|means|implies|lead(?:s|ing) to|confirms|describes|shows|this is|which is)"
     r"|(?:^|(?<=[.!?] ))(?:[^.!?\n\ue000-\ue019]{1,80}[,:]|maybe|perhaps|possibly))"
     rf",? {_FILL}{_V}(?=[\"'.!)]*(?:$|[.:,] ))"
-    rf"|^{_V}(?: (?:only|it is|fits|would be)|\u9009?\u9879)(?=[.!)\u3002]*$)",
+    rf"|(?:^|(?<=[.!?] ))(?:so )?{_V}(?: (?:only|it is|fits|matches|works|applies|remains|would be)|\u9009?\u9879)"
+    r"(?=[.!)\u3002]*$)",
     re.MULTILINE,
 )
 """A sentence that ends in a letter: "This corresponds to B.", "Based on the video, B."; it counts beside no other."""
@@ -245,7 +257,8 @@ _DENY = (
 _DENIED_BY = (
     r"(?: (?:(?:is|are|was|were|can|could|would|will|should|seems?|looks?|appears?|does|do|did|has|have)(?:n't\b"
     r"|(?: (?:clearly|also|definitely|probably|most|likely|therefore|both|all|be|simply|the|an?|very|obviously))*"
-    r" (?:not|never|incorrect|wrong|false|impossible|unlikely|inaccurate|least|worst|ruled out|eliminated|excluded"
+    r" (?:not|never|no good"
+    r"|incorrect|wrong|false|impossible|unlikely|inaccurate|least|worst|ruled out|eliminated|excluded"
     r"|dismissed|rejected|discarded|unsupported|contradicted|irrelevant|implausible)\b)"
     r"|cannot\b|can't\b|(?:fails|contradicts|lacks|ignores|overlooks|misses|exaggerates)\b|is (?:out|a distractor)\b"
     r"|(?:ruled out|excluded|eliminated|rejected|discarded|dismissed)\b)"
@@ -327,7 +340,9 @@ def parse_choice(text: str, options: Sequence[str]) -> int | None:
 def _read(text: str, options: Sequence[str]) -> int | None:
     """Return what `parse_choice` does, of a text without tags."""
     text = _without_echo(text, options)
-    plain = _HEADING.sub(r"\1: ", without_markup(text))
+    if _CHECKED.search(text):
+        text = _CHECKED.sub("", _UNCHECKED.sub("", text))
+    plain = _HEADING.sub(r"\1: ", without_markup(_BY_ELIMINATION.sub("so ", text)))
     parts = (*plain.splitlines(), *_STATED.split(plain))
     stated = [_ANSWER_LINE.sub("", part, count=1) for part in parts if _ANSWER_LINE.match(part)]
     end = _OPTION.sub("", parts[-1] if parts else "")  # "The man cooks. Option B."
@@ -470,7 +485,8 @@ def _marked(text: str, options: Sequence[str]) -> str:
         return f"({sign})" if match[1] else sign
 
     text = re.sub(r"[\ue000-\uf8ff]", " ", text)
-    return re.sub(r"[ \t]+", " ", _LETTER.sub(mark, text).lower())
+    text = re.sub(r"[ \t]+", " ", _LETTER.sub(mark, text).lower())
+    return _BY_PLACE.sub(lambda match: f"{match[2]} {chr(_MARK + _PLACES.index(match[1]))}", text)
 
 
 def _without_own_denial(text: str, options: Sequence[str]) -> str:

@@ -933,3 +933,38 @@ def test_an_answer_in_a_chinese_sentence_is_read(text):
 )
 def test_words_of_a_script_without_blanks_are_found_in_a_sentence(text, number):
     assert parse_choice(text, ["切菜", "洗碗", "扫地", "做饭"]) == number
+
+
+LEFT = forms(r"""
+That leaves @. | This leaves us with @. | A is wrong, leaving @ as the answer. | By elimination, @. | I vote @
+My pick is @. | I have chosen @. | I conclude @. | It can only be @. | It's got to be @.
+@ is what the video shows. | @ works best. | @ describes it best. | @ is the one. | @ remains. | So @ it is.
+@ - because it fits | [x] @ | - [ ] A. a dog⏎- [x] @ | @ is the remaining option.
+""")
+
+
+@pytest.mark.parametrize("form", LEFT)
+def test_an_answer_that_is_left_chosen_or_ticked_is_read(form):
+    for number in (1, 2):
+        text = form.replace("@", LETTERS[number])
+        assert parse_choice(text, OPTIONS) == number, text
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("The second option is correct.", 1),
+        ("The second option", 1),
+        ("The first option is wrong, so the third option is correct.", 2),
+        ("The first option is wrong.", None),
+        ("The first answer is no good.", None),
+        ("The second one", None),
+        ("I would have chosen B if it barked.", None),
+        ("B is the one that is not shown.", None),
+        ("That leaves B and C.", None),
+        ("I would not vote for B.", None),
+        ("[x] A\n[x] B", None),
+    ],
+)
+def test_an_option_is_named_by_its_place_and_by_nothing_less(text, number):
+    assert parse_choice(text, OPTIONS) == number
