@@ -196,6 +196,8 @@ def _orientation(picture: Image.Image, name: str) -> int:
             xmp = picture.info.get("XML:com.adobe.xmp") or picture.info.get("xmp") or b""
             match = _ORIENTATION_IN_XMP.search(xmp.encode() if isinstance(xmp, str) else xmp)
             found = int(match[1]) if match else 1
+        if isinstance(found, bytes) and len(found) == 1:  # stored as BYTE in place of SHORT, which other readers take
+            found = found[0]
     except BROKEN as error:
         logger.warning("%s: its EXIF block cannot be read (%s); the picture is shown as stored", name, error)
         return 1

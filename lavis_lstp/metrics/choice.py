@@ -92,7 +92,7 @@ _SAID = re.compile(
     r"|would have to|can only|could only) be) "
     rf"|\b(?:(?:that|this|which) leaves (?:us with )?|leaving (?={_V} as\b))"
     r"|\b(?:go(?:ing)? (?:with|for)|choos(?:e|ing):?|chose|select(?:ing|ed)?|pick(?:ing|ed)?|opt(?:ing)? for"
-    r"|(?<!would have )chosen|vote(?: for)?|settled? on"
+    r"|chosen|vote(?: for)?|settled? on"
     r"|lean(?:ing)?(?: towards?)?|answer with|say|guess|think|believe|conclude)(?:,? that|,? it is|,? it's)*,? "
     rf"|\bonly (?=(?:option |choice |answer )?{_V} (?:matches|fits|is|describes|explains|can|could|makes|remains)\b)"
     r"|(?<![\u4e0d\u6ca1\u522b])(?:\u7b54\u6848|\u9009\u9879|\u9009\u62e9?|\u7b54\u3048|\u6b63\u89e3|\uc815\ub2f5|\u043e\u0442\u0432\u0435\u0442"
@@ -212,7 +212,8 @@ _AFFIRMS = re.compile(
 """These look like it, and say nothing of the kind."""
 _TURNED = re.compile(
     rf"(?:{_TURNS.pattern}|\b(?:initially|originally|at first|previous(?:ly)?|earlier"
-    r"|almost|nearly|tempting|trap|naive|careless|stop)\b)"
+    r"|almost|nearly|tempting|trap|naive|careless|stop|going to (?:say|choose|pick|select)|first thought"
+    r"|would have(?! to))\b)"
     r"(?:(?!\b(?:but|so|then|thus|hence|therefore|because|since)\b)[^,;.!?\n\ue000-\ue019]){0,100}"
     rf"{_V}(?:(?:,? (?:or|and|nor)|,|/) ?{_L})*"
 )
@@ -364,9 +365,11 @@ def _read(text: str, options: Sequence[str]) -> int | None:
     letters = _numbers(marked, _ANY_LETTER)
     marked = _without_denied(_without_conceded(_AFFIRMS.sub(" ", marked), options), options)
     marked = _PAIR.sub(" ", _LIST.sub(" ", _TURNED.sub(" ", marked)))
-    asked = {i for line in lines for i, option in enumerate(options) if _is_asked(line, i, option)}
-    if len(asked) == 1 and all(len(option.strip()) == 1 for option in options):  # "(A) B", where B is an option's word
-        return asked.pop()
+    if all(len(option.strip()) == 1 for option in options):  # "(A) B", where B is an option's word
+        said = {line.strip().casefold() for line in lines}
+        asked = [i for i, labelled in enumerate(_labelled_as_asked(options)) if labelled & said]
+        if len(asked) == 1:
+            return asked[0]
     alone = {i for line in lines for i in _letter_alone(line, options)}
     last = set(_letter_alone(end, options))
     alone |= last if letters <= last else set()  # of "A is not shown. B" the rest is cut off
@@ -376,7 +379,7 @@ def _read(text: str, options: Sequence[str]) -> int | None:
     if not listed:
         alone |= {i for line in marked.splitlines() for i in _labelled(line, options)}
     if alone:
-        said = {n for n in _numbers(marked, *_DECIDING, _OR) if n < len(options)}
+        said = {n for n in _decided(marked) or _numbers(marked, _OR) if n < len(options)}
         found = _one(alone | said, options)
     else:
         found = _inside(marked, options, listed)
@@ -396,18 +399,20 @@ def _is_taken_back(text: str, number: int, options: Sequence[str]) -> bool:
 
 def _without_echo(text: str, options: Sequence[str]) -> str:
     """Return the text without lines that only list every option with its letter, as they were asked."""
-    lines = text.splitlines()
-    listed = [any(_is_asked(line, number, option) for number, option in enumerate(options)) for line in lines]
+    lines, labelled = text.splitlines(), set().union(*_labelled_as_asked(options))
+    listed = [line.strip().casefold() in labelled for line in lines]
     if len(options) < 2 or sum(listed) < len(options):
         return text
     return "\n".join(line for line, drop in zip(lines, listed, strict=True) if not drop)
 
 
-def _is_asked(line: str, number: int, option: str) -> bool:
-    """Return True where a line is an option with its letter, as questions list them."""
-    letter = LETTERS[number : number + 1]
-    labels = (f"({letter})", f"{letter}.", f"{letter})", f"{letter}:")
-    return bool(letter) and line.strip().casefold() in {f"{label} {option}".casefold() for label in labels}
+def _labelled_as_asked(options: Sequence[str]) -> list[set[str]]:
+    """Each option with its letter, as questions list them, in lower case."""
+    forms = ("({}) {}", "{}. {}", "{}) {}", "{}: {}")
+    return [
+        {form.format(letter, option).casefold() for form in forms}
+        for letter, option in zip(LETTERS, options, strict=False)
+    ]
 
 
 def _one(found: Collection[int], options: Sequence[str]) -> int | None:
@@ -506,6 +511,12 @@ def _numbers(text: str, *patterns: re.Pattern) -> set[int]:
     return {ord(match[match.lastindex]) - _MARK for pattern in patterns for match in pattern.finditer(text)}
 
 
+def _decided(text: str) -> set[int]:
+    """Return the numbers of the letters that a marked text decides for, and of those that it puts beside them."""
+    starts = [match.start() for pattern in _DECIDING for match in pattern.finditer(text)]
+    return _numbers(text, *_DECIDING) | _numbers(text[min(starts) :], _OR) if starts else set()
+
+
 def _without_conceded(text: str, options: Sequence[str]) -> str:
     """Drop from a marked text what it grants, but for "not A, but ..." and what else names an option before "but"."""
 
@@ -569,7 +580,7 @@ def _inside(text: str, options: Sequence[str], listed: bool) -> int | None:
         # a letter that no option has is a word's: "A. in the U.S."
         numbers |= {number for number in others if number < len(options)}
     elif said:
-        numbers = _numbers(text, *_DECIDING) | _numbers(text[min(match.start() for match in said) :], _OR)
+        numbers = _decided(text)
     else:
         numbers = set() if listed else _numbers(text, _MENTIONED)
         if not listed and not numbers and len(_numbers(text, _ANY_LETTER)) == 1:
@@ -638,9 +649,9 @@ def _options_in(text: str, options: Sequence[str]) -> list[int]:
     counts, said = _TIMES.sub("", words), f" {_in_text(_SETTING.sub(' ', text))} "
     within = [counts if option.strip().isdigit() else words if " " in option.strip() else said for option in plain]
     found = [i for i, option in enumerate(plain) if option.strip() and _without_blanks(option) in within[i]]
-    both = [i for i in found if _ALL.fullmatch(folded(options[i]))]
-    if len(found) == len(options) - sum(bool(_TURNS.search(folded(option))) for option in options) > 1:
-        found = both or found
-    found = [i for i in both if " " in options[i].strip()] or found
+    whole = [i for i in found if _ALL.fullmatch(folded(options[i]))]
+    others = [option for option in options if not _TURNS.search(folded(option))]
+    if whole and (" " in options[whole[0]].strip() or len(found) == len(others)):  # "both" may be another word's
+        found = whole
     longest = [i for i in found if not any(plain[i] in plain[j] and plain[i] != plain[j] for j in found)]
     return list({folded(options[i]): i for i in reversed(longest)}.values())[::-1]

@@ -181,6 +181,12 @@ def test_other_pictures_are_turned_by_their_xmp(form, note):
     assert open_picture(raw, "x").size == picture_size(raw, "x") == (32, 48)
 
 
+def test_an_orientation_stored_as_a_byte_counts():
+    block = b"Exif\0\0II" + struct.pack("<HLHHHL4sL", 42, 8, 1, 0x112, 1, 1, b"\6\0\0\0", 0)
+    raw = stored(Image.new("RGB", (48, 32)), "JPEG", exif=block)
+    assert open_picture(raw, "x").size == picture_size(raw, "x") == (32, 48)
+
+
 def test_a_damaged_exif_block_costs_the_orientation_alone(caplog):
     raw = stored(noise(), "PNG", exif=b"Exif\0\0XX damaged")
     assert np.array_equal(np.asarray(open_picture(raw, "x")), np.asarray(noise()))

@@ -968,3 +968,17 @@ def test_an_answer_that_is_left_chosen_or_ticked_is_read(form):
 )
 def test_an_option_is_named_by_its_place_and_by_nothing_less(text, number):
     assert parse_choice(text, OPTIONS) == number
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "I considered (A) and (B), but they are incorrect. Final answer: C.",
+        "I considered A or B.\nFinal answer: C",
+        "I was going to say (A). Final answer: C.",
+        "I was going to say (A), but the final answer is C.",
+        "I first thought the answer is A, but it is incorrect. Final answer: C.",
+    ],
+)
+def test_what_was_considered_first_changes_no_final_answer(text):
+    assert parse_choice(text, OPTIONS) == 2
