@@ -171,7 +171,7 @@ _OR = re.compile(
     rf"|[\u6216\u548c\u4e0e]\u8005?|\u8fd8\u662f) ?{_FILL}{_V}"
 )
 """A letter beside the one that is said: "B or A", "B, A"."""
-_OPTION = re.compile(r"\W*(?:option|choice)\s+(?=\W?[A-Za-z]\W*\Z)", re.IGNORECASE)
+_OPTION = re.compile(r"\A\W*(?:option|choice)\s+(?=\W?[A-Za-z]\W*\Z)", re.IGNORECASE)
 _OPTION_AHEAD = re.compile(r"^ ?(?:option|choice) (?=\(?[\ue000-\ue019]\)?(?:[).:,]| - ))", re.MULTILINE)
 _CONCEDED = re.compile(
     r"(?:^|(?<=[.!?] ))(?:(?:even )?(?:although|though|if|while|whereas) [^.!?\n,]+, "

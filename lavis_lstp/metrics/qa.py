@@ -28,7 +28,7 @@ _INNER = re.compile(r"\\(?:bf|rm|it|tt|sf|bfseries)\b\s*|(?<=\{)\s*\{([^{}]*)\}\
 r"""LaTeX's old switches of fonts, and braces within braces: "{\bf B}", "{{B}}"."""
 _MARKUP = re.compile(
     r"[*`]+|(?<![^\W_])_+|_+(?![^\W_])|</?(?:[a-z]\w*|[A-Z]\w+)>|<([A-Z])>(?=[^\n<]{0,300}</\1>)|</[A-Z]>|<\|\w+\|>"
-    r"|\[/INST\]|\\[()\[\]]|(?<!\w)\$+ ?([A-Za-z])(?: ?\$+|(?!\w))|\$(?=[({\[<\"][A-Za-z]\W)"
+    r"|\[/INST\]|\\[()\[\]]|(?<![\w$])\$+ ?([A-Za-z])(?: ?\$+|(?!\w))|\$(?=[({\[<\"][A-Za-z]\W)"
     r"|^[ \t]*(?:[-=]*>|[-\u2022\u2192\u21d2\u27a1\u25ba]|#{1,6})\ufe0f?[ \t]+",
     re.MULTILINE,
 )
