@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lavis_lstp.data.annotation import SECTION, check_object, parse, parse_rows, read_text
-from lavis_lstp.data.prompts import conversation_prompt, ends_with_user, question_prompt
+from lavis_lstp.data.prompts import MEDIA_TOKENS, conversation_prompt, ends_with_user, question_prompt
 from lavis_lstp.data.video.reading import ENDINGS_IN_ANY_CASE
 from lavis_lstp.errors import AnnotationError, ConfigError, unknown_name
 from lavis_lstp.files import find_path
@@ -28,6 +29,8 @@ from lavis_lstp.files import find_path
 logger = logging.getLogger(__name__)
 
 FORMS = ("conversations", "questions")
+MEDIUM_ELSEWHERE = re.compile(r"(image|img|video|media)s?([_-]?(path|file|url|name)s?)?", re.IGNORECASE)
+"""Keys under which others keep what 'image' and 'video' name here; a row of such a key is no text."""
 
 
 def read_instructions(
@@ -70,7 +73,7 @@ def read_instructions(
 
 def _read_conversations(path: Path, kind: str, section: str) -> list[dict[str, Any] | None]:
     """An entry for each row, None for one of another kind."""
-    entries, learn_user = [], 0
+    entries, learn_user, without = [], 0, []
     for place, row in parse_rows(_text_of_form(path, "conversations", section), path):
         if isinstance(row, dict) and "id" in row:
             place = f"{place} (id {row['id']!r})"
@@ -78,6 +81,11 @@ def _read_conversations(path: Path, kind: str, section: str) -> list[dict[str, A
         media = [key for key in ("image", "video", "model") if key in row]
         if len(media) > 1:
             raise AnnotationError(f"{place}: has {' and '.join(media)}; expected one, or none of them for a text")
+        elsewhere = next(filter(MEDIUM_ELSEWHERE.fullmatch, row), None) if not media else None
+        if elsewhere:
+            raise AnnotationError(
+                f"{place}: has {elsewhere!r}, which is not read; name its file as 'image' or 'video', or none for a text"
+            )
         if kind != (media[0] if media and media[0] != "model" else "text"):
             entries.append(None)
             continue
@@ -88,11 +96,16 @@ def _read_conversations(path: Path, kind: str, section: str) -> list[dict[str, A
         except AnnotationError as error:
             raise AnnotationError(f"{place}: {error}") from None
         learn_user += ends_with_user(row["conversations"])
+        if kind == "text" and any(token in prompt.prompt for token in MEDIA_TOKENS):
+            without.append(place)
         found = {kind: row[kind], "video_id": Path(row[kind]).stem} if kind != "text" else {"video_id": ""}
         texts = {"question": prompt.question, "prompt": prompt.prompt, "answer": prompt.answer}
         entries.append({"question_id": _id(row["id"], place), **found, **texts})
     if learn_user:
         logger.warning("%s: %d conversations end with the user's turn, which is learnt, as published", path, learn_user)
+    if without:
+        message = "%s: the first of %d texts that hold %s and name no file; they are learnt as texts"
+        logger.warning(message, without[0], len(without), " or ".join(MEDIA_TOKENS[:2]))
     return entries
 
 

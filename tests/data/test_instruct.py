@@ -95,6 +95,24 @@ def test_each_kind_takes_its_rows_out_of_mixed_files(built):
     assert text.question_ids() == [str(i) for i in range(6)]
 
 
+@pytest.mark.parametrize("key", ["videos", "images", "Video", "video_path", "image-file", "media", "IMG"])
+def test_a_row_that_names_its_file_under_another_key_is_no_text(tmp_path, key):
+    row = {"id": 7, key: ["a.mp4"], "conversations": turns("<video>\nWhat?", "A man.")}
+    path = written(tmp_path / "rows.json", [{"id": 6, "conversations": turns("Hi", "Hello")}, row])
+    for kind in KINDS:
+        with pytest.raises(AnnotationError, match=rf"rows\.json, entry 1 \(id 7\): has '{key}', .*'image' or 'video'"):
+            read_instructions([path], kind=kind)
+
+
+def test_texts_with_a_medium_token_are_counted(tmp_path, caplog):
+    """They are taken: people talk about HTML, and the published data holds such rows."""
+    rows = [turns("Hi", "Hello"), turns("<video>\nWhat?", "A man."), turns("What does <image> do in RSS?", "It shows.")]
+    rows = [{"id": i, "conversations": row, "source": "web"} for i, row in enumerate(rows)]
+    path = written(tmp_path / "rows.json", rows)
+    assert len(read_instructions([path], kind="text")) == 3
+    assert "rows.json, entry 1 (id 1): the first of 2 texts that hold <image> or <video>" in caplog.text
+
+
 def test_samples_of_conversations(built):
     image, video, text = (built(kind) for kind in KINDS)
     sample = image[1]
