@@ -307,7 +307,7 @@ def _without_reversed(questions: dict[str, tuple[str, Row]], spec: Form, section
     if len(kept) < len(questions):
         first = next(key for key in questions if key not in kept)
         lost = len(questions) - len(kept)
-        logger.warning("%s: %d moments end before they begin and are left out, first %r", section, lost, first)
+        logger.warning("%s: %d moments do not end after they begin and are left out, first %r", section, lost, first)
     return kept
 
 

@@ -84,7 +84,7 @@ def _read_conversations(path: Path, kind: str, section: str) -> list[dict[str, A
         elsewhere = next(filter(MEDIUM_ELSEWHERE.fullmatch, row), None) if not media else None
         if elsewhere:
             raise AnnotationError(
-                f"{place}: has {elsewhere!r}, which is not read; name its file as 'image' or 'video', or none for a text"
+                f"{place}: has {elsewhere!r}, which is not read; name its file as 'image' or 'video', or none"
             )
         if kind != (media[0] if media and media[0] != "model" else "text"):
             entries.append(None)

@@ -14,7 +14,7 @@ from lavis_lstp.judging.verdict import MAX_SCORE, Case, Verdict, identity
 from lavis_lstp.judging.words import ARTICLES, fold, lemma, number, units
 from lavis_lstp.metrics.qa import without_thoughts, yes_or_no
 
-RULES_VERSION = 8
+RULES_VERSION = 9
 """Changes with each change of a verdict, so that no two tables made by different rules look alike."""
 UNDECIDED = "undecided"
 

@@ -41,13 +41,18 @@ _LETTER = re.compile(
     r"|\s+(?:because|since|is|seems|best|over|rather|instead)\b"
     r"|\s+\((?:correct|final|right)\b|(?<=A)\s+(?:as|and|or|nor|but|for|are|would|fits|matches|only|it is|the)\b)"
     r"|(?<=ption |hoice |etter )([AI])\b"
+    r"|(?<=ption |hoice |etter |nswer |er is |on is |ce is )([b-hj-z](?![\w'+#?/\u00c0-\u024f-])"
+    r"|a(?=[).:,;](?![A-Za-z])|\s+(?:because|since|as|is)\b))"
     r"|(?<!\d )([a-z])(?=[.\u3002]?\s*\Z)|\A([a-z])(?=[).:,](?![A-Za-z]\.)))",
     re.MULTILINE,
 )
-"""A letter that stands for an option: "A" and "I" are words before most others, and so is a small letter in a text."""
+"""A letter that stands for an option: "A" and "I" are words before most others, and so is a small letter in a text.
+
+But "the answer is d" and "option d" name an option.
+"""
 _ACTS = re.compile(
     r"'s\b|,? (?:who|the|is|was|then|also|first)\b(?! (?:the )?(?:correct|right|best|most|answer))"
-    r"| [a-z]+(?:s|ed|ing)\b"
+    r"| (?!(?:is|was|as)\b)[a-z]+(?:s|ed|ing)\b"
 )
 """These words follow a letter that is somebody's name: "C is cooking"."""
 _FIRST = re.compile(

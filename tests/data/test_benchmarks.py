@@ -300,7 +300,8 @@ def test_reversed_moments_are_left_out_of_training_alone(here, caplog):
             "charades_sta", f"{info}={{train: {{storage: inputs/charades_sta/charades_sta_test.txt}}, test: null}}"
         )
     assert (
-        len(train["train"]) == 6 and "1 moments end before they begin and are left out, first 'VID0/0'" in caplog.text
+        len(train["train"]) == 6
+        and "1 moments do not end after they begin and are left out, first 'VID0/0'" in caplog.text
     )
 
 

@@ -96,7 +96,7 @@ def test_rules(question, answer, prediction, expected):
     assert (verdict and f"{verdict.rule} {'+' if verdict.correct else '-'}") == expected
     if verdict:
         assert verdict.score == (MAX_SCORE if verdict.correct else 0)
-        assert verdict.judge.startswith("rules version=8 simplemma=")
+        assert verdict.judge.startswith("rules version=9 simplemma=")
 
 
 VOCABULARY = """

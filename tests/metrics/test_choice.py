@@ -804,6 +804,32 @@ def test_a_sentence_that_only_ends_in_a_letter_names_it(form):
     assert parse_choice(f"{form.replace('@', 'B')}\n{form.replace('@', 'C')}", OPTIONS) is None
 
 
+SMALL = """The correct answer is @ because the mat is visible. | The answer is @, since it moves. | The answer is @
+Option @ is correct. | option @: it fits | The correct option is @ as he runs. | The right choice is @. | answer @"""
+
+
+@pytest.mark.parametrize("options", [OPTIONS, ["a red car", "a blue car", "a green car"]])
+@pytest.mark.parametrize("form", SMALL.replace("\n", " | ").split(" | "))
+def test_a_small_letter_behind_answer_or_option_names_it(form, options):
+    for number in range(3):
+        text = form.replace("@", LETTERS[number].lower())
+        assert parse_choice(text, options) == number, text
+
+
+@pytest.mark.parametrize("text", ["The best answer a person gives is to run.", "The answer is a car.", "option b-roll"])
+def test_a_small_letter_that_is_a_word_names_none(text):
+    assert parse_choice(text, ["a red car", "a blue car", "a green car"]) is None
+
+
+@pytest.mark.parametrize(
+    "form", ["@ is correct.", "Option @ is the best.", "The answer is @.", "@ is the correct answer."]
+)
+def test_a_letter_that_is_a_name_in_the_options_is_read_where_the_answer_is_spoken_of(form):
+    options = ["C cooks", "C is writing", "C cleans the floor", "A man talks"]
+    assert [parse_choice(form.replace("@", letter), options) for letter in "BC"] == [1, 2]
+    assert parse_choice("C is cooking.", options) is None
+
+
 @pytest.mark.parametrize(
     ("text", "options", "number"),
     [
