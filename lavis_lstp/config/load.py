@@ -198,6 +198,7 @@ def with_options(config: DictConfig, options: Sequence[str] | None) -> DictConfi
         except yaml.YAMLError as error:
             open_at = [bracket for bracket in "[{" if value.count(bracket) > value.count(PAIRS[bracket])]
             what = f"'{open_at[0]}' is not closed by '{PAIRS[open_at[0]]}'" if open_at else _problem(error)
+            what += f"; {COMMENT}" if re.search(r"[\s\[{,]#", value) else ""
             raise ConfigError(f"cannot apply --options {shortened(option)}: not YAML ({what})") from error
         except (OmegaConfBaseException, TypeError) as error:
             raise ConfigError(f"cannot apply --options {shortened(option)}: {first_line(error)}") from error
@@ -205,6 +206,7 @@ def with_options(config: DictConfig, options: Sequence[str] | None) -> DictConfi
 
 
 PAIRS = {"[": "]", "{": "}"}
+COMMENT = "'#' begins a comment in YAML; put a text with it in quotes"
 
 
 def _list_above(config: DictConfig, path: Sequence[str]) -> str | None:
@@ -222,7 +224,7 @@ def option_value(raw: str, path: tuple[str, ...]) -> Any:
     """The value that the text behind `=` stands for, at the key `path`."""
     rule = rule_at(path)
     if rule is None or not rule.is_of_texts:
-        return parse(raw, path)
+        return _parse_whole(raw, path)
     begin = raw.lstrip()[:1]
     if begin in ("'", '"'):
         quoted = _quoted(raw)
@@ -230,8 +232,17 @@ def option_value(raw: str, path: tuple[str, ...]) -> Any:
             return quoted
     many = rule.kind != TEXT and begin == "[" or rule.limits.get("per_split") and begin == "{"
     if many or rule.kind == LIST:
-        return parse(raw, path)
+        return _parse_whole(raw, path)
     return None if raw.strip() in NULL else raw
+
+
+def _parse_whole(raw: str, path: tuple[str, ...]) -> Any:
+    """`parse` of an option's value, in which a comment of YAML would be a part that nobody reads."""
+    value = parse(raw, path)  # first: it limits the depth
+    node = yaml.compose(raw, Loader=Loader)
+    if raw[node.end_mark.index if node else 0 :].strip():
+        raise ConfigError(f"cannot apply --options {'.'.join(path)}={shortened(raw)}: {COMMENT}")
+    return value
 
 
 def _quoted(raw: str) -> str | None:

@@ -213,6 +213,11 @@ def _check_entry(row: Any, place: str, seen: set[str]) -> None:
             del row[key]
         if isinstance(row.get("answer"), str) and not row["answer"].strip():
             row["answer"] = None
+        if "conversations" in row and "question_id" not in row:
+            names = "lstp_image_instruct, lstp_video_instruct and lstp_text_instruct"
+            raise AnnotationError(
+                f"{place}: is a conversation, as LLaVA's; the data sets {names} read it, and pack --from video-llava"
+            )
     media = "image" if isinstance(row, dict) and "image" in row else "video"
     hidden = isinstance(row, dict) and row.get("answer", "") is None
     texts = ("question_id", "video_id", media, "question", *(() if hidden else ("answer",)))

@@ -150,16 +150,33 @@ def _one_line(name: str, source: str | Path | bytes) -> Iterator[None]:
     except VideoError:
         raise
     except UnidentifiedImageError:
-        if isinstance(source, bytes) and not source:
-            raise VideoError(f"{name}: empty (0 bytes), expected a picture") from None
-        known = ", ".join(FORMATS)
-        raise VideoError(f"{name}: cannot be read as a picture (it is none of {known}); convert it to one") from None
+        raise VideoError(f"{name}: {_why_unknown(source)}") from None
     except Image.DecompressionBombError:  # PIL's own limit, of twice as much
         raise VideoError(f"{name}: is of far more pixels than max_megapixels allows; {SMALLER}") from None
     except BROKEN as error:
         text = " ".join(str(error).split()) or type(error).__name__
         text = text if isinstance(source, bytes) else text.replace(str(source), name)
         raise VideoError(f"{name}: cannot be read as a picture ({text})") from error
+
+
+def _why_unknown(source: str | Path | bytes) -> str:
+    """What a file is that PIL does not take: it says the same of another format and of a kind that it cannot decode."""
+    if isinstance(source, bytes):
+        first = source[:16]
+    else:
+        with open(source, "rb") as file:
+            first = file.read(16)
+    if not first:
+        return "empty (0 bytes), expected a picture"
+    kind = next((known for known in FORMATS if (takes := Image.OPEN[known][1]) and takes(first) is True), None)
+    if kind:
+        why, remedy = (
+            f"it begins as {kind}, and is damaged or of a kind that is not read",
+            "save it again as JPEG or PNG",
+        )
+    else:
+        why, remedy = f"it is none of {', '.join(FORMATS)}", "convert it to one"
+    return f"cannot be read as a picture ({why}); {remedy}"
 
 
 _inside = 0
@@ -243,6 +260,8 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
     if picture.mode.startswith(("I", "F")):
         return _grey(picture)
     if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
+        if picture.format == "BMP" and picture.mode == "RGBA" and not picture.getchannel("A").getextrema()[1]:
+            return picture.convert("RGB")  # many programs leave the fourth byte at 0, and viewers ignore it then
         picture = picture.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
     return picture.convert("RGB")

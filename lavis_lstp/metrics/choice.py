@@ -119,6 +119,11 @@ _HEADING = re.compile(
     r"(?!\W*[a-z][).:].*\n\s*\W?[a-z][).:])"
 )
 """A heading that the answer stands below, but no list."""
+_THINKS = re.compile(
+    r"\A\W*A:[\s*_]*(?=(?i:let's|let us|let me|to (?:answer|determine|find|solve|figure)|we (?:need|have|are|can|know)"
+    r"|(?:the|my) (?:[a-z]+ )?(?:answer|option|choice) is|(?:okay|ok|sure|first)(?=,))(?!\w))"
+)
+"""Where "A:" stands for "answer", as in "A: Let's think step by step."; options that begin so are labelled with it."""
 _STATED = re.compile(r"\n|(?<=[.!?])(?<!\b[A-Z]\.)\s+")
 _THUS = re.compile(
     r"(?:^|[.,;:!] )(?:so|thus|therefore|hence|finally|(?:in )?conclusion|overall|probably|(?:most )?likely"
@@ -346,6 +351,8 @@ def parse_choice(text: str, options: Sequence[str]) -> int | None:
 def _read(text: str, options: Sequence[str]) -> int | None:
     """Return what `parse_choice` does, of a text without tags."""
     text = _without_echo(text, options)
+    if (cue := _THINKS.match(text)) and not folded(text[cue.end() :]).startswith(folded(options[0])):
+        text = text[cue.end() :]
     if _CHECKED.search(text):
         text = _CHECKED.sub("", _UNCHECKED.sub("", text))
     plain = _HEADING.sub(r"\1: ", without_markup(_BY_ELIMINATION.sub("so ", text)))

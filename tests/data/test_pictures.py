@@ -297,6 +297,20 @@ def test_what_pil_does_not_know_is_refused_in_a_line(raw):
     assert "\n" not in str(caught.value)
 
 
+def test_a_kind_of_a_format_that_is_not_read_is_called_by_the_format(tmp_path):
+    """PIL says of a TIFF of two channels of 16 bits what it says of a text."""
+    known = tiff([0, 7, 8, 9], 16)
+    raw = known.replace(struct.pack("<HHIHH", 277, 3, 1, 1, 0), struct.pack("<HHIHH", 277, 3, 1, 2, 0))
+    assert raw != known
+    (tmp_path / "a.tif").write_bytes(raw)
+    (tmp_path / "a.jpg").write_text("<html>not found</html>")
+    for source in (raw, tmp_path / "a.tif"):
+        with pytest.raises(VideoError, match=r"^x: .*begins as TIFF, .*kind that is not read\); save it again as JPEG"):
+            picture_size(source, "x")
+    with pytest.raises(VideoError, match=r"^x: .*none of BMP, GIF, .*convert it to one$"):
+        open_picture(tmp_path / "a.jpg", "x")
+
+
 def test_two_colours_and_numbers_that_are_none():
     assert row(stored(Image.fromarray(np.array([[0, 255]], np.uint8)).convert("1"), "PNG")) == [0, 255]
     with pytest.raises(VideoError, match="not finite"):
@@ -345,6 +359,19 @@ def test_a_transparent_colour_of_sixteen_bits_is_refused():
     """PIL keeps eight of them, which other colours have, too."""
     with pytest.raises(VideoError, match="^x: .*16 bits is transparent in it; store it with 8 bits"):
         open_picture(png(16, 2, b"\7\1" * 3 + b"\x09\1" * 3, b"\7\1" * 3), "x")
+
+
+@pytest.mark.parametrize(
+    ("alpha", "wanted"), [((0, 0), (255, 0, 0)), ((255, 0), (255, 0, 0)), ((0, 255), (255, 255, 255))]
+)
+def test_a_bmp_whose_alpha_is_unused_is_shown(alpha, wanted):
+    """Of two red pixels the first: a program that writes no alpha leaves it at 0, under a header that has it."""
+    pixels = b"".join(bytes((0, 0, 255, value)) for value in alpha)
+    masks = (0xFF0000, 0xFF00, 0xFF, 0xFF000000)
+    info = struct.pack("<IiiHHIIiiII4I", 56, 2, 1, 1, 32, 3, len(pixels), 2835, 2835, 0, 0, *masks)
+    raw = b"BM" + struct.pack("<IHHI", 14 + 56 + len(pixels), 0, 0, 14 + 56) + info + pixels
+    assert Image.open(io.BytesIO(raw)).mode == "RGBA"
+    assert open_picture(raw, "x").getpixel((0, 0)) == wanted
 
 
 def test_half_transparent_is_half_white():
@@ -404,9 +431,11 @@ def test_a_postscript_file_called_jpg_goes_to_no_interpreter(tmp_path, monkeypat
         open_picture(tmp_path / "a.jpg", "a.jpg")
 
 
-def test_nothing_at_all_is_called_empty():
-    with pytest.raises(VideoError, match=r"^x: empty \(0 bytes\), expected a picture$"):
-        open_picture(b"", "x")
+def test_nothing_at_all_is_called_empty(tmp_path):
+    (tmp_path / "a.jpg").touch()
+    for source in (b"", tmp_path / "a.jpg"):
+        with pytest.raises(VideoError, match=r"^x: empty \(0 bytes\), expected a picture$"):
+            open_picture(source, "x")
 
 
 def test_whatever_is_wrong_with_a_file_is_one_line():

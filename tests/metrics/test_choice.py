@@ -404,6 +404,24 @@ def test_beside_such_a_clause_an_answer_is_read(text, options, number):
 @pytest.mark.parametrize(
     ("text", "number"),
     [
+        ("A: Let's think step by step. The man walks into the room and", None),
+        ("A: Let\u2019s think step by step. The answer is (B).", 1),
+        ("**A:** To answer this, we look at each frame. So it is C.", 2),
+        ("A: The correct answer is B.", 1),
+        ("A: First, he opens the door", None),
+        ("A: the red car", 0),
+        ("A: because it is red", 0),
+    ],
+)
+def test_an_a_in_front_of_thoughts_stands_for_answer(text, number):
+    """As in the prompts of MMLU-Pro; cut off, such a text says no A."""
+    assert parse_choice(text, ["the red car", "the blue car", "the green car"]) == number
+    assert parse_choice("A: Let's go home", ["Let's go home", "We stay"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
         ("Answer: I as an AI cannot see", None),
         ("ANSWER: I and my colleagues", None),
         ("Answer: I", 8),

@@ -62,7 +62,7 @@ VIDEO_ENDINGS = (
 )
 ENDINGS_IN_ANY_CASE = (*VIDEO_ENDINGS, *(ending.upper() for ending in VIDEO_ENDINGS))
 """Cameras write .MP4 and .MOV."""
-READING_VERSION = 10
+READING_VERSION = 11
 """A change of pixels, times or numbers by this module raises it: frames that stores keep are of one version."""
 
 

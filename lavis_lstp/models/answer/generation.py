@@ -50,7 +50,7 @@ DRAWING = {
 TOP_K = 50
 """Default of transformers, in force wherever tokens are drawn."""
 
-_OURS = "it is set by this package"
+_OURS = "it is set by this package; leave it out"
 _PROMPT = "it reads the tokens of the prompt, which is given as embeddings"
 _ELSEWHERE = "transformers does not do it by itself any more, or for one row alone"
 REFUSED: Mapping[str, str] = {
