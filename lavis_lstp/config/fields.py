@@ -274,6 +274,10 @@ SAMPLING = {
 transformers."""
 
 
+LEAST_TEMPERATURE = 1e-20
+"""Scores of tokens are divided by it, and are no numbers any more where they pass 3e38."""
+
+
 def check_generation(given: Mapping[str, Any], where: str, names: Mapping[str, str] | None = None) -> None:
     """Raise ConfigError for settings of generation that contradict each other.
 
@@ -282,8 +286,10 @@ def check_generation(given: Mapping[str, Any], where: str, names: Mapping[str, s
         where: what errors call their section; names: what they call single ones of another section.
     """
     called = {name: f"{where}.{name}" for name in given} | (names or {})
-    if given.get("temperature") == 0 and given.get("do_sample"):
-        raise ConfigError(f"{called['temperature']} must be a number above 0 where do_sample is true, got 0")
+    heat = given.get("temperature")
+    if given.get("do_sample") and heat is not None and heat < LEAST_TEMPERATURE:
+        least = f"must be at least {LEAST_TEMPERATURE:g} where do_sample is true"
+        raise ConfigError(f"{called['temperature']} {least}, got {heat:g}; do_sample=false gives the likeliest answer")
     for name, neutral in SAMPLING.items():  # 0 asks for nothing, or, as a temperature, for the greedy answer
         if given.get(name) and given[name] != neutral and not given.get("do_sample"):
             raise ConfigError(

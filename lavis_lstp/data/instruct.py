@@ -77,6 +77,11 @@ def _read_conversations(path: Path, kind: str, section: str) -> list[dict[str, A
     for place, row in parse_rows(_text_of_form(path, "conversations", section), path):
         if isinstance(row, dict) and "id" in row:
             place = f"{place} (id {row['id']!r})"
+        for key in ("image", "video"):
+            if isinstance(row, dict) and isinstance(row.get(key), list):
+                if len(row[key]) != 1:
+                    raise AnnotationError(f"{place}: '{key}' names {len(row[key])} files; a row has one")
+                row[key] = row[key][0]
         check_object(row, place, ("id", "conversations"), ("image", "video", "model"))
         media = [key for key in ("image", "video", "model") if key in row]
         if len(media) > 1:
@@ -84,7 +89,7 @@ def _read_conversations(path: Path, kind: str, section: str) -> list[dict[str, A
         elsewhere = next(filter(MEDIUM_ELSEWHERE.fullmatch, row), None) if not media else None
         if elsewhere:
             raise AnnotationError(
-                f"{place}: has {elsewhere!r}, which is not read; name its file as 'image' or 'video', or none"
+                f"{place}: has {elsewhere!r}, which is not read; a row has one file, as 'image' or 'video', or none"
             )
         if kind != (media[0] if media and media[0] != "model" else "text"):
             entries.append(None)

@@ -30,7 +30,10 @@ from lavis_lstp.errors import VideoError
 logger = logging.getLogger(__name__)
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-ENDINGS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+ENDINGS = (
+    *(".bmp", ".dib", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff"),
+    ".webp",
+)
 """Files with these endings are pictures by their names; a GIF is a video."""
 DEFAULT_MAX_MEGAPIXELS = 64
 """Largest area of a picture or of a video's frame, in millions of pixels: 200 MB as RGB."""

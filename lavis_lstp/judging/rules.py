@@ -12,7 +12,7 @@ from importlib.metadata import version
 
 from lavis_lstp.judging.verdict import MAX_SCORE, Case, Verdict, identity
 from lavis_lstp.judging.words import ARTICLES, fold, lemma, number, units
-from lavis_lstp.metrics.qa import without_thoughts, yes_or_no
+from lavis_lstp.metrics.qa import spoken, yes_or_no
 
 RULES_VERSION = 9
 """Changes with each change of a verdict, so that no two tables made by different rules look alike."""
@@ -35,7 +35,7 @@ def decide(case: Case, judge: str | None = None) -> Verdict | None:
     Args:
         judge: `rules_identity()`, for callers that have it at hand.
     """
-    decision = _decision(case.question, case.answer, without_thoughts(case.prediction))
+    decision = _decision(case.question, case.answer, spoken(case.prediction))
     if decision is None:
         return None
     rule, correct = decision

@@ -79,6 +79,8 @@ _WEIGHS = re.compile(
     rf" (?:option|choice) {_AHEAD}"
     rf"|\b(?:option|choice) (?={_V} (?:says|shows|mentions|states|describes|suggests|claims|depicts|refers|is an?)\b)"
     rf"|\b(?:first|second|third|next|last) (?:option|choice) is {_AHEAD}"
+    rf"|\u9009\u9879 ?(?={_V} ?(?:\u8bf4|\u8bb2|\u63d0\u5230|\u63cf\u8ff0|\u663e\u793a|\u8868\u793a|\u6307"
+    r"|\u662f(?![\u5bf9\u6b63\u7b54\u6700\u5408\u9519\u4e0d])))"
 )
 """What announces that options are weighed: "Let's look at each option: A. ..." says no A."""
 _FILL = (
@@ -99,6 +101,8 @@ _SAID = re.compile(
     r"|\b(?:go(?:ing)? (?:with|for)|choos(?:e|ing):?|chose|select(?:ing|ed)?|pick(?:ing|ed)?|opt(?:ing)? for"
     r"|chosen|vote(?: for)?|settled? on"
     r"|lean(?:ing)?(?: towards?)?|answer with|say|guess|think|believe|conclude)(?:,? that|,? it is|,? it's)*,? "
+    rf"|[\u53ea\u552f]\u6709(?:\u9009\u9879)? ?(?={_V} ?\u662f?\u6700?(?:\u5bf9|\u6b63\u786e|\u7b26\u5408|\u5408))"
+    rf"|(?:\u6545|\u56e0\u6b64|\u6240\u4ee5)[,:]? ?(?={_V}[.\u3002]*(?:\s|$))"
     rf"|\bonly (?=(?:option |choice |answer )?{_V} (?:matches|fits|is|describes|explains|can|could|makes|remains)\b)"
     r"|(?<![\u4e0d\u6ca1\u522b])(?:\u7b54\u6848|\u9009\u9879|\u9009\u62e9?|\u7b54\u3048|\u6b63\u89e3|\uc815\ub2f5|\u043e\u0442\u0432\u0435\u0442"
     r"|\u8ba4\u4e3a|\u5e94\u8be5?\u662f)"
@@ -273,7 +277,7 @@ _DENIED_BY = (
     r"|dismissed|rejected|discarded|unsupported|contradicted|irrelevant|implausible)\b)"
     r"|cannot\b|can't\b|(?:fails|contradicts|lacks|ignores|overlooks|misses|exaggerates)\b|is (?:out|a distractor)\b"
     r"|(?:ruled out|excluded|eliminated|rejected|discarded|dismissed)\b)"
-    r"|(?:\u9009?\u9879)?(?:\u5747|\u90fd|\u4e5f)?(?:\u9519|\u4e0d(?:\u6b63\u786e|\u5bf9|\u7b26\u5408|\u662f))"
+    r"|(?:\u9009?\u9879)?(?:\u5747|\u90fd|\u4e5f)?\u662f?(?:\u9519|\u4e0d(?:\u6b63\u786e|\u5bf9|\u7b26\u5408|\u662f))"
     r"|:? ?-* ?\(?(?:(?:incorrect|wrong|false|not|eliminated|ruled out|unlikely|mismatch|impossible|rejected)\b"
     r"|[\u274c\u2717\u00d7]))"
 )

@@ -40,6 +40,10 @@ _MATH = re.compile(r"(?<![\w\\])(\$\$?)(?=[^\s$])([^$\n]{0,300})(?<=\S)\1(?!\w)|
 """A formula between dollars, which "$5 or $6" is not: a blank stands within, or a digit behind."""
 _THOUGHT_ENDS = re.compile(r"</think(?:ing)?>|\u25c1/think\u25b7", re.IGNORECASE)
 _THOUGHT = re.compile(r"<think(?:ing)?>|\u25c1think\u25b7", re.IGNORECASE)
+_CONTROL = re.compile(
+    r"<\|[\w -]{1,40}\|>|<\uff5c[^<>\n]{1,40}\uff5c>|</?s>|<(?:bos|eos|pad|start_of_turn|end_of_turn)>"
+)
+"""Tokens of chat templates, as decoders that keep special tokens write them: `<|im_end|>`, `</s>`."""
 _KEY = (
     r"(?:[a-z]+[ _-])*(?:answer|choice|option|letter|selection|prediction|pred|\u7b54\u6848)"
     r"(?:[ _-](?:letter|label|text|choice|option))?"
@@ -155,6 +159,15 @@ def without_thoughts(text: str) -> str:
     return _THOUGHT.split(_THOUGHT_ENDS.split(text)[-1])[0]
 
 
+def spoken(prediction: str) -> str:
+    """Return what a model says: no thoughts, and no control tokens of its chat template.
+
+    >>> spoken("<think>Two, no, three.</think>3<|im_end|>")
+    '3'
+    """
+    return _CONTROL.sub(" ", without_thoughts(prediction)).strip()
+
+
 def wrapped(text: str) -> list[str]:
     r"""Return what stands inside of <answer>, a JSON object's "answer" or LaTeX's box; the text itself without these.
 
@@ -256,7 +269,7 @@ def _polarity(text: str) -> bool | None:
 
 def exact_match(gold: str, prediction: str) -> float:
     """1.0 where both are equal after `normalise`, else 0.0."""
-    return float(normalise(gold) == normalise(without_thoughts(prediction)))
+    return float(normalise(gold) == normalise(spoken(prediction)))
 
 
 def is_right(record: Prediction) -> bool:
@@ -272,7 +285,7 @@ def subtitles_shown(records: Iterable[Prediction]) -> str | None:
 
 def token_f1(gold: str, prediction: str) -> float:
     """Harmonic mean of token precision and recall after `normalise`, 0..1; two empty answers agree."""
-    return _f1(normalise(gold).split(), normalise(without_thoughts(prediction)).split())
+    return _f1(normalise(gold).split(), normalise(spoken(prediction)).split())
 
 
 def _f1(gold: Sequence[str], prediction: Sequence[str]) -> float:
@@ -288,7 +301,7 @@ def rouge(gold: str, prediction: str) -> dict[str, float]:
     Words are runs of letters and digits, lower case, not stemmed; for ASCII text the numbers are those of the
     `rouge-score` package, whose words are ASCII only.
     """
-    a, b = _WORD.findall(folded(gold)), _WORD.findall(folded(without_thoughts(prediction)))
+    a, b = _WORD.findall(folded(gold)), _WORD.findall(folded(spoken(prediction)))
     if not a or not b:
         return {"rouge_1": 0.0, "rouge_l": 0.0}
     return {"rouge_1": _f1(a, b), "rouge_l": 2 * _longest_common_subsequence(a, b) / (len(a) + len(b))}
@@ -306,7 +319,7 @@ def bleu_1(golds: Sequence[str], predictions: Sequence[str]) -> float:
     from sacrebleu.metrics import BLEU
 
     bleu = BLEU(max_ngram_order=1, tokenize="none", smooth_method="none")
-    score = bleu.corpus_score(list(map(without_thoughts, predictions)), [list(golds)]).score
+    score = bleu.corpus_score(list(map(spoken, predictions)), [list(golds)]).score
     return min(1.0, score / 100)  # by logarithms, so 1 + 4e-16
 
 

@@ -181,7 +181,7 @@ def test_numbers_have_a_range(here, option, said):
 
 def test_a_temperature_of_nothing(here):
     sampling = ("model.generation.temperature=0", "model.generation.do_sample=true")
-    assert "temperature must be a number above 0 where do_sample is true, got 0" in error(*sampling)
+    assert "temperature must be at least 1e-20 where do_sample is true, got 0" in error(*sampling)
     config(sampling[0])
 
 

@@ -104,6 +104,19 @@ def test_a_row_that_names_its_file_under_another_key_is_no_text(tmp_path, key):
             read_instructions([path], kind=kind)
 
 
+def test_a_list_of_one_file_is_the_file(tmp_path):
+    def read(*names):
+        row = {"id": 7, "image": names, "conversations": turns("<image>\nWhat?", "A man.")}
+        return read_instructions([written(tmp_path / "rows.json", [row])], kind="image")
+
+    assert [row["image"] for row in read("a.jpg")] == ["a.jpg"]
+    for names in ((), ("a.jpg", "b.jpg")):
+        with pytest.raises(
+            AnnotationError, match=rf"entry 0 \(id 7\): 'image' names {len(names)} files; a row has one"
+        ):
+            read(*names)
+
+
 def test_texts_with_a_medium_token_are_counted(tmp_path, caplog):
     """They are taken: people talk about HTML, and the published data holds such rows."""
     rows = [turns("Hi", "Hello"), turns("<video>\nWhat?", "A man."), turns("What does <image> do in RSS?", "It shows.")]

@@ -479,15 +479,28 @@ def test_a_name_comes_before_those_that_go_on_from_it(tmp_path, names):
     assert [path.name for path in pictures_in(tmp_path)] == names
 
 
-@pytest.mark.parametrize("odd", ["f2.gif", "f2.HEIC", "f2.avif"])
+@pytest.mark.parametrize("odd", ["f2.gif", "f2.HEIC", "f2.avif", "f2.CR2", "f2.tga", "f2.apng"])
 def test_a_folder_with_pictures_that_would_be_left_out_is_refused(tmp_path, odd):
     for name in ("f1.png", "f3.png", "notes.txt"):
         (tmp_path / name).write_bytes(stored(noise(), "PNG"))
+    (tmp_path / odd.replace("f2", "f1")).write_bytes(b"")  # the same picture beside one that is read
     assert len(pictures_in(tmp_path)) == 2
     (tmp_path / odd).write_bytes(b"")
     for call in (pictures_in, lambda folder: read_frames(folder, num=1)):
         with pytest.raises(VideoError, match=f"{odd}: is not read in a folder of pictures; take it away, or convert"):
             call(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("ending", "form"),
+    [(".jfif", "JPEG"), (".JPE", "JPEG"), (".dib", "BMP"), (".pbm", "PPM"), (".pnm", "PPM"), (".webp", "WEBP")],
+)
+def test_every_ending_of_a_format_is_a_frame(tmp_path, ending, form):
+    for number, grey in enumerate((0, 255, 0), 1):
+        picture = Image.new("1" if ending == ".pbm" else "L", (8, 6), grey)
+        form_here, ending_here = (form, ending) if number == 2 else ("PNG", ".png")
+        (tmp_path / f"f{number}{ending_here}").write_bytes(stored(picture, form_here))
+    assert read_frames(tmp_path, num=3).frames[:, 0, 3, 3].tolist() == [0, 255, 0]
 
 
 def test_frames_of_a_folder_come_in_that_order(tmp_path):

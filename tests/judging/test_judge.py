@@ -56,6 +56,7 @@ RIDING, BEFORE = "what is the man riding?", "what does he do before he runs?"
         ("how many people are there?", "2", "One person.", "number -"),
         ("what is it?", "dog", "<think>It barks.</think>\n\ndog", "exact +"),
         ("what is it?", "dog", "<think>It is a dog", "empty -"),
+        ("what is it?", "dog", "dog<|im_end|>\n<|endoftext|>", "exact +"),
         ("q", "3", "-3", "number -"),
         ("q", "yes", "Yes, it is.", "yes_no +"),
         ("q", "yes", "no", "yes_no -"),

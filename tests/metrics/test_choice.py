@@ -822,6 +822,22 @@ def test_a_sentence_that_only_ends_in_a_letter_names_it(form):
     assert parse_choice(f"{form.replace('@', 'B')}\n{form.replace('@', 'C')}", OPTIONS) is None
 
 
+ONLY = """只有选项B是对 | 只有B对。 | 选项A不对，只有选项B是对的。 | 选项A说的是红色，只有选项B是对的。
+A选项错误，C选项错误，故B。 | 选项A是红色，选项C说的是蓝色，只有选项B是正确的。 | A不符合视频，C也不符合，只有B对。
+A、C、D都是错误的，只有选项B是正确的。 | 唯有B正确"""
+
+
+@pytest.mark.parametrize("options", [["男人打开门", "男人切辣椒", "女人坐下", "狗跑出去"], OPTIONS])
+@pytest.mark.parametrize("text", ONLY.replace("\n", " | ").split(" | "))
+def test_only_one_is_right_in_chinese(text, options):
+    assert parse_choice(text, options) == 1
+
+
+@pytest.mark.parametrize("text", ["不只有B对，C也对", "只有B不对", "并非只有B是对的"])
+def test_not_only_one_is_right_in_chinese(text):
+    assert parse_choice(text, OPTIONS) is None
+
+
 SMALL = """The correct answer is @ because the mat is visible. | The answer is @, since it moves. | The answer is @
 Option @ is correct. | option @: it fits | The correct option is @ as he runs. | The right choice is @. | answer @"""
 

@@ -154,6 +154,16 @@ def test_without_sacrebleu_one_line_says_what_to_install(monkeypatch):
 def test_thoughts_count_in_no_score():
     thought = "<think>It barks, so no cat.</think>\n\ndog"
     assert exact_match("dog", thought) == bleu_1(["dog"], [thought]) == 1.0
+    for token in (
+        "<|im_end|>",
+        "<|im_end|>\n<|endoftext|>",
+        "</s>",
+        "<end_of_turn>",
+        "<\uff5cend\u2581of\u2581sentence\uff5c>",
+    ):
+        assert exact_match("dog", f"dog{token}") == exact_match("dog", f"{thought}{token}") == 1.0
+    assert exact_match("3", "<|begin_of_box|>3<|end_of_box|>") == bleu_1(["3"], ["3</s>"]) == 1.0
+    assert exact_match("dog", "dog <b>") == 0.0
     found = evaluate_answers({"a": thought, "b": "<think>a dog"}, {"a": "dog", "b": "dog"})
     assert found["exact_match"] == found["token_f1"] == found["rouge_1"] == found["rouge_l"] == 0.5
 

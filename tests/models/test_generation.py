@@ -159,7 +159,11 @@ def test_every_setting_of_transformers_is_followed_or_refused():
     [
         ({"num_return_sequences": 2, "num_beams": 2}, "num_return_sequences=2 is not supported: a question has one"),
         ({"do_sample": True, "num_beams": 2}, "num_beams=2 is not supported with do_sample"),
-        ({"do_sample": True, "temperature": 0}, "temperature must be a number above 0 where do_sample is true, got 0"),
+        ({"do_sample": True, "temperature": 0}, "temperature must be at least 1e-20 where do_sample is true, got 0;"),
+        (
+            {"do_sample": True, "temperature": 1e-39},
+            "at least 1e-20 where do_sample is true, got 1e-39; do_sample=false",
+        ),
         ({"do_sample": True, "top_k": -3}, "top_k must be a whole number of at least 0 or null, got -3"),
         ({"repetition_penalty": -1}, "repetition_penalty must be a number above 0 or null, got -1"),
         ({"repetition_penalty": "much"}, "repetition_penalty must be a number above 0 or null, got 'much'"),

@@ -20,20 +20,41 @@ from lavis_lstp.data.video.index import VideoIndex
 from lavis_lstp.errors import ConfigError, VideoError
 
 PICTURES_PER_SECOND = 3.0
-NOT_READ = (".avif", ".gif", ".heic", ".heif", ".jp2", ".jxl")
-"""Endings of pictures that would be missing among a folder's frames, which is refused for them."""
+NOT_READ = (
+    *(
+        ".apng",
+        ".avif",
+        ".dds",
+        ".exr",
+        ".gif",
+        ".hdr",
+        ".heic",
+        ".heif",
+        ".hif",
+        ".ico",
+        ".j2k",
+        ".jp2",
+        ".jpf",
+        ".jpx",
+    ),
+    *(".jxl", ".jxr", ".pam", ".pcx", ".pfm", ".psd", ".qoi", ".svg", ".tga"),
+    *(".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".raw", ".rw2"),
+)
+"""Endings of pictures that would be missing among a folder's frames; the last line has raw files of cameras."""
 
 
 def pictures_in(folder: Path) -> list[Path]:
     """Its pictures in the natural order of their names. Hidden files, such as macOS's `._1.jpg`, are none.
 
     Raises:
-        VideoError: it has none, or one of a kind that is not read.
+        VideoError: it has none, or one of a kind that is not read and stands in no other (cameras store raw files and
+            JPEG side by side).
     """
     seen = [path for path in folder.iterdir() if not path.name.startswith(".")]
-    if odd := sorted(path for path in seen if path.suffix.lower() in NOT_READ):
-        raise VideoError(f"{odd[0]}: is not read in a folder of pictures; take it away, or convert it to JPEG or PNG")
     found = [path for path in seen if path.suffix.lower() in ENDINGS]
+    stems = {path.stem for path in found}
+    if odd := sorted(path for path in seen if path.suffix.lower() in NOT_READ and path.stem not in stems):
+        raise VideoError(f"{odd[0]}: is not read in a folder of pictures; take it away, or convert it to JPEG or PNG")
     if not found:
         raise VideoError(f"{folder}: a folder without pictures ({', '.join(ENDINGS)})")
     return sorted(found, key=lambda path: natural(path.name))

@@ -58,7 +58,7 @@ MANY_PICTURES = 2000
 SHORT_VIDEOS = ("keep", "double")
 VIDEO_ENDINGS = (
     *(".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".gif", ".mpg", ".mpeg", ".ts", ".m2ts", ".mts", ".wmv", ".flv"),
-    *(".3gp", ".ogv", ".vob"),
+    *(".3gp", ".ogv", ".vob", ".3g2", ".asf", ".divx", ".dv", ".f4v", ".m2v", ".mod", ".mpe", ".mxf", ".rmvb", ".tod"),
 )
 ENDINGS_IN_ANY_CASE = (*VIDEO_ENDINGS, *(ending.upper() for ending in VIDEO_ENDINGS))
 """Cameras write .MP4 and .MOV."""
