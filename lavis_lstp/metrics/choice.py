@@ -488,17 +488,18 @@ def _polarity(text: str, options: Sequence[str]) -> int | None:
 
 def _marked(text: str, options: Sequence[str]) -> str:
     """Return the text in lower case, with characters of private use for letters that stand for an option."""
-    own = [
-        match.span()
+    own = {
+        place
         for option in options
         if len(option) > 1 and _LETTER.search(option)  # the letter of "plan B" is a word's
         for match in re.finditer(re.escape(option), text, re.IGNORECASE)
-    ]
+        for place in range(*match.span())
+    }
 
     begin = [option[:2] for option in options]  # in EgoSchema, C is the one who wears the camera
 
     def mark(match: re.Match) -> str:
-        if any(a <= match.start() and match.end() <= b for a, b in own):
+        if match.start() in own and match.end() - 1 in own:
             return match[0]
         if begin.count(f"{match[0]} ") > 1 and _ACTS.match(text, match.end()):
             return match[0]
