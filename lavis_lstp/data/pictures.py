@@ -30,10 +30,7 @@ from lavis_lstp.errors import VideoError
 logger = logging.getLogger(__name__)
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-ENDINGS = (
-    *(".bmp", ".dib", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff"),
-    ".webp",
-)
+ENDINGS = tuple(".bmp .dib .jfif .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff .webp".split())
 """Files with these endings are pictures by their names; a GIF is a video."""
 DEFAULT_MAX_MEGAPIXELS = 64
 """Largest area of a picture or of a video's frame, in millions of pixels: 200 MB as RGB."""
@@ -173,13 +170,9 @@ def _why_unknown(source: str | Path | bytes) -> str:
         return "empty (0 bytes), expected a picture"
     kind = next((known for known in FORMATS if (takes := Image.OPEN[known][1]) and takes(first) is True), None)
     if kind:
-        why, remedy = (
-            f"it begins as {kind}, and is damaged or of a kind that is not read",
-            "save it again as JPEG or PNG",
-        )
-    else:
-        why, remedy = f"it is none of {', '.join(FORMATS)}", "convert it to one"
-    return f"cannot be read as a picture ({why}); {remedy}"
+        why = f"it begins as {kind}, and is damaged or of a kind that is not read"
+        return f"cannot be read as a picture ({why}); save it again as JPEG or PNG"
+    return f"cannot be read as a picture (it is none of {', '.join(FORMATS)}); convert it to one"
 
 
 _inside = 0

@@ -20,35 +20,19 @@ from lavis_lstp.data.video.index import VideoIndex
 from lavis_lstp.errors import ConfigError, VideoError
 
 PICTURES_PER_SECOND = 3.0
-NOT_READ = (
-    *(
-        ".apng",
-        ".avif",
-        ".dds",
-        ".exr",
-        ".gif",
-        ".hdr",
-        ".heic",
-        ".heif",
-        ".hif",
-        ".ico",
-        ".j2k",
-        ".jp2",
-        ".jpf",
-        ".jpx",
-    ),
-    *(".jxl", ".jxr", ".pam", ".pcx", ".pfm", ".psd", ".qoi", ".svg", ".tga"),
-    *(".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".raw", ".rw2"),
+NOT_READ = tuple(
+    ".apng .avif .dds .exr .gif .hdr .heic .heif .hif .ico .j2k .jp2 .jpf .jpx .jxl .jxr .pam .pcx .pfm .psd .qoi .svg"
+    " .tga .arw .cr2 .cr3 .dng .nef .orf .raf .raw .rw2".split()
 )
-"""Endings of pictures that would be missing among a folder's frames; the last line has raw files of cameras."""
+"""Endings of pictures, raw files of cameras among them, that would be missing among a folder's frames."""
 
 
 def pictures_in(folder: Path) -> list[Path]:
     """Its pictures in the natural order of their names. Hidden files, such as macOS's `._1.jpg`, are none.
 
     Raises:
-        VideoError: it has none, or one of a kind that is not read and stands in no other (cameras store raw files and
-            JPEG side by side).
+        VideoError: it has none, or one of a kind that is not read, unless it stands beside one of the same name that is
+            (cameras store raw files and JPEG side by side).
     """
     seen = [path for path in folder.iterdir() if not path.name.startswith(".")]
     found = [path for path in seen if path.suffix.lower() in ENDINGS]
