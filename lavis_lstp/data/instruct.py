@@ -73,7 +73,8 @@ def read_instructions(
 
 def _read_conversations(path: Path, kind: str, section: str) -> list[dict[str, Any] | None]:
     """An entry for each row, None for one of another kind."""
-    entries, learn_user, without = [], 0, []
+    entries: list[dict[str, Any] | None] = []
+    odd: dict[str, list[str]] = {}
     for place, row in parse_rows(_text_of_form(path, "conversations", section), path):
         if isinstance(row, dict) and "id" in row:
             place = f"{place} (id {row['id']!r})"
@@ -100,17 +101,17 @@ def _read_conversations(path: Path, kind: str, section: str) -> list[dict[str, A
             prompt = conversation_prompt(row["conversations"])
         except AnnotationError as error:
             raise AnnotationError(f"{place}: {error}") from None
-        learn_user += ends_with_user(row["conversations"])
+        if ends_with_user(row["conversations"]):
+            odd.setdefault("end with the user's turn, which is learnt, as published", []).append(place)
         if kind == "text" and any(token in prompt.prompt for token in MEDIA_TOKENS):
-            without.append(place)
+            odd.setdefault("hold <image> or <video>, name no file and are learnt as texts", []).append(place)
+        if any(row.get(key) for key in ("system", "system_prompt")):
+            odd.setdefault("have a system prompt, which is not read", []).append(place)
         found = {kind: row[kind], "video_id": Path(row[kind]).stem} if kind != "text" else {"video_id": ""}
         texts = {"question": prompt.question, "prompt": prompt.prompt, "answer": prompt.answer}
         entries.append({"question_id": _id(row["id"], place), **found, **texts})
-    if learn_user:
-        logger.warning("%s: %d conversations end with the user's turn, which is learnt, as published", path, learn_user)
-    if without:
-        message = "%s: the first of %d texts that hold %s and name no file; they are learnt as texts"
-        logger.warning(message, without[0], len(without), " or ".join(MEDIA_TOKENS[:2]))
+    for what, places in odd.items():
+        logger.warning("%s: the first of %d conversations that %s", places[0], len(places), what)
     return entries
 
 

@@ -54,7 +54,7 @@ _TURNS = {
 }
 """EXIF orientation -> what makes the picture upright."""
 _ORIENTATION_IN_XMP = re.compile(rb"""tiff:Orientation\s*(?:=\s*["']|>)\s*([1-8])\s*["'<]""")
-_ORIENTATION, _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 0x0112, 258, 262, 0
+_ORIENTATION, _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO, _YCBCR = 0x0112, 258, 262, 0, 6
 _NEW_SUBFILE_TYPE, _REDUCED, _SUBFILE_TYPE, _REDUCED_BEFORE = 254, 1, 255, 2
 _COLOUR_TABLE = 320
 _STATED = (340, 341)
@@ -118,6 +118,11 @@ def _opened(source: str | Path | bytes, name: str, max_megapixels: float) -> Ite
     with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as picture:
         _skip_previews(picture, name)
         check_area(picture.width, picture.height, name, max_megapixels)
+        if picture.format == "TIFF" and picture.tag_v2.get(_PHOTOMETRIC) == _YCBCR and picture.tile[0][0] == "raw":
+            # PIL takes four bytes a pixel for three, and reads on behind the picture (Pillow 12.3)
+            raise VideoError(
+                f"{name}: is a TIFF of uncompressed YCbCr, which is not read; save it as RGB, or compressed"
+            )
         yield picture
 
 

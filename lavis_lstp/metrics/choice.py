@@ -97,7 +97,9 @@ _SAID = re.compile(
     r"(?:(?:'s| (?:is|be|es|est|ist|lautet|adalah|\u00e9|\u00e8)\b) ?:?| ?(?:[:=]>?|-+>?)) *"
     r"|\b(?:it|that)(?:'s| is(?: got to be)?| (?:must|should|would|could|might|may|has to|appears to|seems to"
     r"|would have to|can only|could only) be) "
-    rf"|\b(?:(?:that|this|which) leaves (?:us with )?|leaving (?={_V} as\b))"
+    r"|\b(?:that|this|which) leaves (?:us with )?"
+    r"|\b(?:leav(?:es|ing)(?: us with)?|(?:am|are|i'm|we're) left with) (?:only |just )?"
+    rf"(?=(?:option |choice )?{_V}(?: as\b|[.!]|\s*$))"
     r"|\b(?:go(?:ing)? (?:with|for)|choos(?:e|ing):?|chose|select(?:ing|ed)?|pick(?:ing|ed)?|opt(?:ing)? for"
     r"|chosen|vote(?: for)?|settled? on"
     r"|lean(?:ing)?(?: towards?)?|answer with|say|guess|think|believe|conclude)(?:,? that|,? it is|,? it's)*,? "
@@ -174,7 +176,8 @@ _ENDING = re.compile(
     r"|point(?:s|ing)? to|support(?:s|ing)?|means|implies|lead(?:s|ing) to|confirms|describes|shows|this is|which is)"
     r"|(?:^|(?<=[.!?] ))(?:[^.!?\n\ue000-\ue019]{1,80}[,:]|maybe|perhaps|possibly))"
     rf",? {_FILL}{_V}(?=[\"'.!)]*(?:$|[.:,] ))"
-    rf"|(?:^|(?<=[.!?] ))(?:so )?{_V}(?: (?:only|it is|fits|matches|works|applies|remains|would be)|\u9009?\u9879)"
+    rf"|(?:^|(?<=[.!?] ))(?:so )?{_V}"
+    r"(?: (?:only|it is|fits|matches|works|applies|remains|is left|would be)|\u9009?\u9879)"
     r"(?=[.!)\u3002]*$)",
     re.MULTILINE,
 )

@@ -123,7 +123,17 @@ def test_texts_with_a_medium_token_are_counted(tmp_path, caplog):
     rows = [{"id": i, "conversations": row, "source": "web"} for i, row in enumerate(rows)]
     path = written(tmp_path / "rows.json", rows)
     assert len(read_instructions([path], kind="text")) == 3
-    assert "rows.json, entry 1 (id 1): the first of 2 texts that hold <image> or <video>" in caplog.text
+    assert "rows.json, entry 1 (id 1): the first of 2 conversations that hold <image> or <video>" in caplog.text
+
+
+@pytest.mark.parametrize("key", ["system", "system_prompt"])
+def test_a_system_prompt_that_is_not_read_is_said(tmp_path, caplog, key):
+    rows = [
+        {"id": i, key: text, "conversations": turns("Hi", "Hello")} for i, text in enumerate(("", "Answer in French."))
+    ]
+    (first, second) = read_instructions([written(tmp_path / "rows.json", rows)], kind="text")
+    assert first["prompt"] == second["prompt"]
+    assert "entry 1 (id 1): the first of 1 conversations that have a system prompt, which is not read" in caplog.text
 
 
 def test_samples_of_conversations(built):
@@ -190,7 +200,7 @@ def test_conversations_that_end_with_the_user_are_counted(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         (row,) = read_instructions([path], kind="text")
     assert (row["question"], row["answer"]) == ("q", "thanks")
-    assert "1 conversations end with the user's turn" in caplog.text
+    assert "1 conversations that end with the user's turn" in caplog.text
 
 
 ROW = {"id": "r1", "image": "a.png", "conversations": turns("q", "a")}

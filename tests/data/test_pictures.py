@@ -311,6 +311,19 @@ def test_a_kind_of_a_format_that_is_not_read_is_called_by_the_format(tmp_path):
         open_picture(tmp_path / "a.jpg", "x")
 
 
+@pytest.mark.parametrize("pages", [1, 2])
+def test_a_tiff_of_uncompressed_ycbcr_is_refused(pages):
+    """PIL reads a byte too many for each pixel: such a file is cut off for it, or goes on in the next page."""
+    pixels = np.full((8, 8, 3), (100, 120, 140), np.uint8)
+    picture = Image.fromarray(pixels).convert("YCbCr")
+    more = {"save_all": True, "append_images": [picture] * (pages - 1), "icc_profile": bytes(6000)}
+    for read in (open_picture, picture_size):
+        with pytest.raises(VideoError, match="^x: is a TIFF of uncompressed YCbCr, .*save it as RGB, or compressed$"):
+            read(stored(picture, "TIFF", compression="raw", **more), "x")
+    packed = np.asarray(open_picture(stored(picture, "TIFF", compression="tiff_lzw", **more), "x"))
+    assert np.abs(packed.astype(int) - pixels).max() <= 2
+
+
 def test_two_colours_and_numbers_that_are_none():
     assert row(stored(Image.fromarray(np.array([[0, 255]], np.uint8)).convert("1"), "PNG")) == [0, 255]
     with pytest.raises(VideoError, match="not finite"):
@@ -467,6 +480,21 @@ def test_folders_of_pictures_are_in_natural_order(tmp_path):
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "._f1.png").write_bytes(b"")
     assert [path.name for path in pictures_in(tmp_path)] == names
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        *("-1.0 -0.5 0.0 0.5 1.0", "-2 -1 0 1 2", "0.05 0.1 0.15 0.2", "0 0.04 0.08 0.12 0.2", "1.00 1.05 1.10 1.2"),
+        *("t0.25s t0.5s t1.0s t10.0s", "x=1.10000000439538 x=1.5000000059937", "clip-1.5 clip-10.25"),
+        # the second number counts by itself, a hyphen parts, and equal numbers have no order of their own
+        *("1.8 1.9 1.10 1.11", "frame-1 frame-2 frame-10", "-1 -2 -3", "1.1 1.2 1.10", "v1.2_1 v1.2_2 v1.2_10"),
+    ],
+)
+def test_names_that_differ_in_a_decimal_number_are_in_its_order(tmp_path, names):
+    for name in names.split()[::-1]:
+        (tmp_path / f"{name}.png").write_bytes(b"")
+    assert [path.stem for path in pictures_in(tmp_path)] == names.split()
 
 
 @pytest.mark.parametrize(

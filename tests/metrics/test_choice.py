@@ -119,7 +119,7 @@ def test_an_answer_that_names_two_options_is_unparsable(form):
             (f"Answer: B {out}", None)
             for out in ("ruled out", "excluded", "rejected", "is out", "fails", "is a distractor")
         ),
-        *((f"Option B {out}, leaving C", None) for out in ("discarded", "dismissed", "eliminated")),
+        *((f"Option B {out}, leaving C", 2) for out in ("discarded", "dismissed", "eliminated")),
         *((f"{doubt} B.", None) for doubt in ("The answer is not going to be", "The answer is unlikely to be")),
         *((f"{doubt} B.", None) for doubt in ("I doubt it is", "Nobody would say the answer is")),
         ("B cannot be the answer", None),
@@ -1002,6 +1002,8 @@ LEFT = forms(r"""
 That leaves @. | This leaves us with @. | A is wrong, leaving @ as the answer. | By elimination, @. | I vote @
 My pick is @. | I have chosen @. | I conclude @. | It can only be @. | It's got to be @.
 @ is what the video shows. | @ works best. | @ describes it best. | @ is the one. | @ remains. | So @ it is.
+Answer: rules out A, leaving @ | A is ruled out, leaving only @. | Eliminating A leaves @.
+We are left with option @. | @ is left.
 @ - because it fits | [x] @ | - [ ] A. a dog⏎- [x] @ | @ is the remaining option.
 """)
 
@@ -1025,6 +1027,8 @@ def test_an_answer_that_is_left_chosen_or_ticked_is_read(form):
         ("I would have chosen B if it barked.", None),
         ("B is the one that is not shown.", None),
         ("That leaves B and C.", None),
+        ("It rules out A, leaving B and C.", None),
+        ("A is ruled out, leaving B or C", None),
         ("I would not vote for B.", None),
         ("[x] A\n[x] B", None),
     ],

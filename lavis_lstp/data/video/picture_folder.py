@@ -11,6 +11,7 @@ import hashlib
 import os
 import re
 from collections.abc import Sequence
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,31 @@ def pictures_in(folder: Path) -> list[Path]:
         raise VideoError(f"{odd[0]}: is not read in a folder of pictures; take it away, or convert it to JPEG or PNG")
     if not found:
         raise VideoError(f"{folder}: a folder without pictures ({', '.join(ENDINGS)})")
-    return sorted(found, key=lambda path: natural(path.name))
+    return in_order(found)
+
+
+def in_order(pictures: Sequence[Path]) -> list[Path]:
+    """Pictures in the natural order of their names, or by the numbers that these are.
+
+    Names that differ in one decimal number alone ("0.05.png", "0.1.png", "t1.25s.jpg") are seconds or places, and a
+    minus in front of some of them is one. In "1.9", "1.10" the second number counts by itself: decimals have as many
+    digits each, zeros behind their points ("1.05"), or none at their ends.
+    """
+    found = [_DECIMAL.fullmatch(path.stem) for path in pictures]
+    if None not in found and len({(m[1].rstrip("-"), m[4]) for m in found}) == 1:
+        signs, fractions = {m[1] for m in found}, {m[3] or "" for m in found}
+        minus = signs == {"", "-"}
+        values = [Decimal(f"{m[1] if minus else ''}{m[2]}") for m in found]
+        long = [fraction for fraction in fractions if len(fraction) > 1]
+        decimal = len({len(fraction) for fraction in fractions}) == 1 or any(one[0] == "0" for one in long)
+        decimal |= all(one[-1] != "0" for one in long)
+        if (len(signs) == 1 or minus) and decimal and len(set(values)) == len(values):
+            return [path for _, path in sorted(zip(values, pictures, strict=True))]
+    return sorted(pictures, key=lambda path: natural(path.name))
+
+
+_DECIMAL = re.compile(r"(\D*?)(\d{1,30}(?:\.(\d{1,30}))?)(\D*)")
+"""What stands in front of the one number of a name, the number, the digits behind its point, and the rest."""
 
 
 def natural(name: str) -> tuple[list[tuple[str, int]], str]:
