@@ -137,6 +137,8 @@ class Rule:
         if found is None or (self.kind == INTEGER and found != int(found)):
             raise self._wrong(value, where)
         limits = self.limits
+        if abs(found) > LARGEST and "most" not in limits:
+            raise ConfigError(f"{where} must be {self.expected}, no larger than 2**63 - 1, got {reprlib.repr(value)}")
         inside = (
             abs(found) <= LARGEST
             and not (found < limits.get("least", found))
