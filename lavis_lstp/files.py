@@ -318,25 +318,28 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def strict_json(text: str | bytes, *, finite: bool = True) -> Any:
+def strict_json(text: str | bytes, *, finite: bool = True, names: bool = True) -> Any:
     """The value of a JSON text, where every reader would find the same one.
 
     Args:
         finite: refuse NaN, Infinity and numbers such as 1e999, too.
+        names: take half a character where it may be a byte of a file's name that is no text.
 
     Raises:
-        UnicodeEncodeError: an escape holds half a character. It may be a byte of a file's name that is no text.
+        HalfCharacter: an escape holds another one.
         ValueError: it is no JSON, or too deep, or a key stands twice in one object.
     """
     try:
         plain = text if isinstance(text, str) else text.decode(json.detect_encoding(text), "surrogatepass")
         value = (_FINITE if finite else _ANY_NUMBER).decode(plain)
         if "\\u" in text if isinstance(text, str) else b"\\u" in text:
-            json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogateescape")
+            errors = "surrogateescape" if names else "strict"
+            if not _is_text(json.dumps(value, ensure_ascii=False), errors):
+                raise HalfCharacter(place_in(value, lambda one: isinstance(one, str) and not _is_text(one, errors)))
     except _NotFinite as error:
         place = ""
         with contextlib.suppress(RecursionError, ValueError):  # nested too deep, or wrong behind the number, too
-            place = _place_not_finite(_ANY_NUMBER.decode(plain))
+            place = place_in(_ANY_NUMBER.decode(plain), lambda one: isinstance(one, float) and not math.isfinite(one))
         raise ValueError(f"{place}: {error}" if place else str(error)) from None
     except RecursionError as error:
         raise ValueError(str(error)) from None
@@ -365,17 +368,33 @@ def _number(text: str) -> float:
     return float(text)
 
 
-def _place_not_finite(value: Any) -> str:
-    """Return where the first number is that is none, such as `entry 3, key 'duration'`; empty where it stands alone."""
+def place_in(value: Any, wrong: Callable[[Any], bool]) -> str:
+    """Return where the first wrong value or key is, such as `entry 3, key 'duration'`; empty where it stands alone."""
     if isinstance(value, dict | list):
         pairs = value.items() if isinstance(value, dict) else enumerate(value)
         word = "key" if isinstance(value, dict) else "entry"
         for name, one in pairs:
-            if isinstance(one, dict | list) and (below := _place_not_finite(one)):
+            if isinstance(one, dict | list) and (below := place_in(one, wrong)):
                 return f"{word} {name!r:.80}, {below}"
-            if isinstance(one, float) and not math.isfinite(one):
+            if wrong(one) or wrong(name):
                 return f"{word} {name!r:.80}"
     return ""
+
+
+class HalfCharacter(ValueError):
+    """A text holds one half of a character that two escapes write, as of an emoji that was cut."""
+
+    def __init__(self, place: str = ""):
+        where = f"{place}: " if place else ""
+        super().__init__(f"{where}half a character (a lone \\ud800 to \\udfff), which no text has")
+
+
+def _is_text(text: str, errors: str) -> bool:
+    try:
+        text.encode("utf-8", errors)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 _ANY_NUMBER = json.JSONDecoder(object_pairs_hook=_no_key_twice)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lavis_lstp.errors import AnnotationError, no_value
-from lavis_lstp.files import json_rows, strict_json
+from lavis_lstp.files import HalfCharacter, json_rows, strict_json
 from lavis_lstp.redaction import printable
 
 log = logging.getLogger(__name__)
@@ -98,6 +98,8 @@ def parse(text: str, path: Path, place: str) -> Any:
 def _parse(text: str, place: str) -> Any:
     try:
         return strict_json(text)
+    except HalfCharacter as error:
+        raise AnnotationError(f"{place}, {error}; mend it, or take it out") from None
     except ValueError as error:
         raise AnnotationError(f"{place}: not JSON ({error}); expected a list or JSON lines") from None
 

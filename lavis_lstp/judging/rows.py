@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lavis_lstp.errors import AnnotationError, ConfigError, CoverageError
-from lavis_lstp.files import json_rows, json_text, strict_json
+from lavis_lstp.files import HalfCharacter, json_rows, strict_json
 from lavis_lstp.judging.verdict import JUDGED, Case, Verdict
 from lavis_lstp.metrics.coverage import join_by_id
 from lavis_lstp.schema import Prediction
@@ -44,12 +44,10 @@ def read_rows(path: str | os.PathLike) -> list[tuple[str, Row]]:
 
 def _json(text: str, where: str) -> Any:
     try:
-        value = strict_json(text, finite=False)  # numbers are checked by those who use them, with the question's id
-        if "\\u" in text:
-            json_text(value).encode()
-        return value
-    except UnicodeEncodeError:
-        raise AnnotationError(f"{where}: half a character (a lone \\ud800 to \\udfff), which no text has") from None
+        # numbers are checked by those who use them, with the question's id
+        return strict_json(text, finite=False, names=False)
+    except HalfCharacter as error:
+        raise AnnotationError(f"{where}, {error}") from None
     except ValueError as error:
         raise AnnotationError(f"{where}: no complete JSON ({error}); was its writer stopped? let it finish") from None
 

@@ -35,6 +35,8 @@ UNIT = re.compile(
 )
 """A number with its sign, what it is joined with (2-3, 1/2, 10:30, 2026-11-28, 10^2), and its percent."""
 _MIXED = re.compile(r"(?<![\w.,/:^-])(\d{1,9})[ -](\d{1,2})/(\d{1,2})(?![\w/]|[.,]\d)")
+_LISTED = re.compile(r"(?<![\w.,])\d{1,9}(?:,\d{1,9}){2,}(?![\w%]|[.,]\d)")
+"""Three numbers or more without blanks: "3,5,7" is "3, 5, 7", but "1,000,000" is one; in "3,5" it may be a point."""
 _STUCK = re.compile(rf"(?<![\w.,:])(?<!\bthe )(?!\d{{4}}s\b)([\d.,:]*\d)(?=(?:{_AFTER})\b)")
 """A number that its unit is stuck to: 5m, but neither mp3s nor the 90s."""
 
@@ -108,7 +110,7 @@ def written(text: str) -> str:
     """Return a text of plain characters in lower case, its numbers in digits as units: "1,000.50 m" has 1000.5."""
     if not _DIGIT.search(text):
         return text
-    text = _MIXED.sub(_mixed, _STUCK.sub(r"\1 ", text))
+    text = _MIXED.sub(_mixed, _STUCK.sub(r"\1 ", _LISTED.sub(_apart, text)))
     return UNIT.sub(_canonical, text)
 
 
@@ -147,6 +149,10 @@ def _canonical(match: re.Match) -> str:
         text,
     )
     return re.sub(r"^0:0?(?=\d+:)", "", re.sub(r"(?<=\D) | (?=\D)", "", text))
+
+
+def _apart(match: re.Match) -> str:
+    return match[0] if _THOUSANDS.fullmatch(match[0]) else match[0].replace(",", ", ")
 
 
 def _mixed(match: re.Match) -> str:

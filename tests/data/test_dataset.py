@@ -84,6 +84,7 @@ def test_a_list_and_json_lines_are_the_same(tmp_path):
     [
         ([entry(0), entry(1, answer=None)], ["entry 1", "'q1'", "'answer' is missing"]),
         ([entry(0, question_id=None)], ["entry 0", "'question_id' is missing"]),
+        ([entry(0), entry(1, question="what? \ud83d")], ["file, entry 1, key 'question': half a character", "mend it"]),
         ([{"id": 1, "conversations": []}], ["entry 0", "as LLaVA's", "lstp_video_instruct", "pack --from video-llava"]),
         ([entry(0, video=None)], ["entry 0", "'video' is missing"]),
         ([entry(0, question=7)], ["entry 0", "'q0'", "'question' must be a string, got int 7"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from fractions import Fraction
 from pathlib import Path
@@ -341,6 +342,42 @@ def test_a_pause_in_a_recording_is_kept(tmp_path):
     assert read_frames(raw, indices=[19, 20]).times_s == pytest.approx([0.76, 6.0], abs=1e-3)
     slides = numbered_video(tmp_path / "slides.mkv", 4, ticks=[0, 400, 800, 1200])  # a picture every 16 s
     assert read_frames(slides, num=4).times_s == pytest.approx([0, 16, 32, 48], abs=1e-2)
+
+
+def recording_without(path: Path, first: int, behind: int, cut: int = 0) -> tuple[bytes, int]:
+    """A recording in MPEG-TS without what stands from the key frame `first` on up to the one `behind`, and its marks.
+
+    Of the part in front the last `cut` packets of 188 bytes are missing, too. The counters of packets do not fit behind
+    it, so that FFmpeg marks what stands in front as damaged.
+    """
+    with av.open(str(numbered_video(path, 36, gop=6))) as container:
+        at = [packet.pos for packet in container.demux(video=0) if packet.size]
+    raw = path.read_bytes()
+    raw = raw[: at[first] - 188 * cut] + raw[at[behind] :]
+    with av.open(io.BytesIO(raw)) as container:
+        return raw, sum(packet.is_corrupt for packet in container.demux(video=0) if packet.size)
+
+
+@pytest.mark.parametrize(("first", "behind"), [(6, 12), (12, 24), (24, 30)])
+def test_a_segment_that_is_missing_damages_nothing_before_it(tmp_path, first, behind):
+    raw, marked = recording_without(tmp_path / "whole.ts", first, behind)
+    assert marked
+    kept = [n for n in range(36) if not first <= n < behind]
+    video = read_frames(raw, indices=range(len(kept)))
+    assert [read_number(frame) for frame in video.frames] == kept
+    assert video.times_s == pytest.approx(np.array(kept) / 25, abs=1e-3)
+
+
+@pytest.mark.parametrize("cut", [1, 2, 4])
+def test_a_segment_that_was_cut_off_in_front_of_a_missing_one_shows_no_other_picture(tmp_path, cut):
+    raw, _ = recording_without(tmp_path / "whole.ts", 12, 24, cut)
+    try:
+        video = read_frames(raw, indices=range(probe(raw).num_frames), name="cut.ts")
+    except VideoError as error:
+        assert str(error).startswith("cut.ts: ")
+    else:
+        shown = [read_number(frame) for frame in video.frames]
+        assert shown == sorted(set(shown)) and set(shown) <= {*range(12), *range(24, 36)}
 
 
 def test_a_joint_where_the_first_part_was_cut_off_never_shows_another_frame(tmp_path):

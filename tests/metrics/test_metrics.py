@@ -164,6 +164,9 @@ def test_thoughts_count_in_no_score():
         assert exact_match("dog", f"dog{token}") == exact_match("dog", f"{thought}{token}") == 1.0
     assert exact_match("3", "<|begin_of_box|>3<|end_of_box|>") == bleu_1(["3"], ["3</s>"]) == 1.0
     assert exact_match("dog", "dog <b>") == 0.0
+    assert (
+        exact_match("3,5,7", "(3, 5, 7)") == 1.0 and exact_match("3,5,7", "357") == exact_match("3,5,7", "3,5") == 0.0
+    )
     found = evaluate_answers({"a": thought, "b": "<think>a dog"}, {"a": "dog", "b": "dog"})
     assert found["exact_match"] == found["token_f1"] == found["rouge_1"] == found["rouge_l"] == 0.5
 

@@ -209,11 +209,12 @@ def _index_of_track(source: Source, name: str, track: int | None, max_megapixels
         raise VideoError(f"{name}: its video stream holds no frame" + (f"; {missing}" if missing else ""))
     packet_pts = packets["pts"] if untimed else _with_times(packets["pts"], packets["key"])
     anew = _clocks_begin(packets["dts"], GAP_S / facts["time_base"] if formats & CLOCKS_BEGIN_ANEW else None)
+    # FFmpeg takes what stands before a joint for damaged: the counters of MPEG-TS packets begin anew there, too.
+    for n in {*anew, *(_goes_on_later(packets) if formats & CLOCKS_BEGIN_ANEW else ())}:
+        packets["damaged"][max(0, n - 2) : n] = False
     told = not (packet_pts == NO_TIME).any() and np.diff(np.sort(packet_pts)).all()
     if untimed or anew or not told or _falls_at_a_key(packet_pts, packets["key"]):
-        # FFmpeg takes what stands before a joint for damaged: the counters of MPEG-TS packets begin anew there, too.
-        joints = {n - back for n in anew for back in (1, 2)}
-        damaged = (f"packet {n} is damaged" for n in np.flatnonzero(packets["damaged"]).tolist() if n not in joints)
+        damaged = (f"packet {n} is damaged" for n in np.flatnonzero(packets["damaged"]).tolist())
         facts["missing"] = missing or next(damaged, None)
         first_dts = _known(packets["dts"][0]) if untimed else None
         return count_frames(source, rate, facts, first_dts=first_dts, joints=len(anew))
@@ -334,6 +335,15 @@ def _clocks_begin(dts: np.ndarray, gap: float | None) -> list[int]:
     steps = np.diff(dts[known])
     anew = (steps < 0) | (steps > gap) if gap is not None else steps < 0
     return known[1:][anew].tolist()
+
+
+def _goes_on_later(packets: np.ndarray) -> list[int]:
+    """The key frames behind a part of a recording that is missing, such as a segment of HLS: time passes, unseen."""
+    known = np.flatnonzero(packets["dts"] != NO_TIME)
+    steps = np.diff(packets["dts"][known])
+    usual = np.median(steps) if len(steps) else 0
+    later = known[1:][steps > 1.5 * usual]
+    return later[packets["key"][later]].tolist()
 
 
 NO_TIME = np.iinfo(np.int64).min  # FFmpeg's AV_NOPTS_VALUE
