@@ -219,7 +219,7 @@ def normalise(answer: str, numbers: Callable[[str], str] = written) -> str:
     What makes another answer stays: marks inside numbers (1.5, 1/2, 2-3), a minus, symbols such as % and #, and an
     answer made of articles alone ("A", as a choice). `numbers` spells each number one way ("1,000" is "1000").
     """
-    text = numbers(folded(without_latex(answer)))
+    text = numbers(_PARTED.sub(r"\g<0> ", folded(without_latex(answer))))
     inside = {place for match in UNIT.finditer(text) for place in range(*match.span())}
 
     def kept(match: re.Match) -> str:
@@ -229,6 +229,8 @@ def normalise(answer: str, numbers: Callable[[str], str] = written) -> str:
     return " ".join(_ARTICLES.sub(" ", text).split()) or " ".join(text.split())
 
 
+_PARTED = re.compile(r"(?<=[^\W\d_])[,;](?=[^\W\d_])")
+"""It parts two words though no blank does: "red,blue" is "red, blue"."""
 _NO_LETTER = re.compile(r"[^\w\s]|_")
 
 

@@ -151,22 +151,35 @@ def test_without_sacrebleu_one_line_says_what_to_install(monkeypatch):
         VideoQATask({"metric": "bleu1"})
 
 
+@pytest.mark.parametrize(
+    "end",
+    ["<|im_end|>", "<|im_end|>\n<|endoftext|>", "</s>", "<end_of_turn>", "<\uff5cend\u2581of\u2581sentence\uff5c>"],
+)
+def test_control_tokens_count_in_no_score(end):
+    assert exact_match("dog", f"dog{end}") == exact_match("dog", f"<think>A cat?</think>dog{end}") == 1.0
+    assert exact_match("3", "<|begin_of_box|>3<|end_of_box|>") == bleu_1(["3"], [f"3{end}"]) == 1.0
+    assert exact_match("dog", "dog <b>") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("gold", "prediction", "same"),
+    [
+        ("3,5,7", "(3, 5, 7)", True),
+        ("3,5,7", "357", False),
+        ("3,5,7", "3,5", False),
+        ("100,200,300", "100200300", True),  # marks of thousands
+        ("red,blue", "Red, blue", True),
+        ("a dog; a cat", "dog;cat", True),
+        ("red,blue", "redblue", False),
+    ],
+)
+def test_lists_are_the_same_with_and_without_blanks(gold, prediction, same):
+    assert exact_match(gold, prediction) == float(same)
+
+
 def test_thoughts_count_in_no_score():
     thought = "<think>It barks, so no cat.</think>\n\ndog"
     assert exact_match("dog", thought) == bleu_1(["dog"], [thought]) == 1.0
-    for token in (
-        "<|im_end|>",
-        "<|im_end|>\n<|endoftext|>",
-        "</s>",
-        "<end_of_turn>",
-        "<\uff5cend\u2581of\u2581sentence\uff5c>",
-    ):
-        assert exact_match("dog", f"dog{token}") == exact_match("dog", f"{thought}{token}") == 1.0
-    assert exact_match("3", "<|begin_of_box|>3<|end_of_box|>") == bleu_1(["3"], ["3</s>"]) == 1.0
-    assert exact_match("dog", "dog <b>") == 0.0
-    assert (
-        exact_match("3,5,7", "(3, 5, 7)") == 1.0 and exact_match("3,5,7", "357") == exact_match("3,5,7", "3,5") == 0.0
-    )
     found = evaluate_answers({"a": thought, "b": "<think>a dog"}, {"a": "dog", "b": "dog"})
     assert found["exact_match"] == found["token_f1"] == found["rouge_1"] == found["rouge_l"] == 0.5
 
