@@ -16,6 +16,7 @@ from video_files import numbered_picture, numbered_video, read_number
 from lavis_lstp.data.frame_numbers import frames_at_rate, rate_varies
 from lavis_lstp.data.qa_dataset import VideoQADataset
 from lavis_lstp.data.video.choosing import frames_between
+from lavis_lstp.data.video.index import video_index
 from lavis_lstp.data.video.reading import probe, read_frames
 from lavis_lstp.errors import VideoError
 from lavis_lstp.inference.selection import select
@@ -366,6 +367,15 @@ def test_a_segment_that_is_missing_damages_nothing_before_it(tmp_path, first, be
     video = read_frames(raw, indices=range(len(kept)))
     assert [read_number(frame) for frame in video.frames] == kept
     assert video.times_s == pytest.approx(np.array(kept) / 25, abs=1e-3)
+
+
+@pytest.mark.parametrize("mode", [{}, {"mpegts_m2ts_mode": "1"}])
+@pytest.mark.parametrize("begin", [1, 100, 188, 500])
+def test_a_recording_that_begins_inside_a_transport_packet_is_not_called_cut_off_at_its_end(tmp_path, mode, begin):
+    raw = write_tracks(tmp_path / "a.ts", Track(30), **mode).read_bytes()
+    assert probe(raw[begin:]).num_frames >= 20 and video_index(raw[begin:], "a.ts").missing is None
+    for cut in (2, 4, 50):
+        assert "ends inside a transport packet" in video_index(raw[begin:-cut], "a.ts").missing
 
 
 @pytest.mark.parametrize("cut", [1, 2, 4])

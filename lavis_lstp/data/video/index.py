@@ -379,7 +379,7 @@ def _read_packets(container: Any, stream: Any) -> tuple[np.ndarray, str | None]:
         packets[name] = np.frombuffer(numbers, dtype=np.int64)[column::5]
     for bit, name in enumerate(("key", "shown", "damaged")):
         packets[name] = np.frombuffer(flags, dtype=np.uint8) >> bit & 1
-    if container.format.name == "mpegts" and len(packets) and all(container.size % n for n in TS_PACKET):
+    if container.format.name == "mpegts" and len(packets) and not _ends_with_a_packet(container.size, packets):
         packets = packets[:-1]  # whose end the cut took; nothing in the file says how long it was
         missing = f"truncated: it ends inside a transport packet, after {len(packets)} whole frames"
     while len(packets) and packets["damaged"][-1]:
@@ -398,6 +398,12 @@ def _read_packets(container: Any, stream: Any) -> tuple[np.ndarray, str | None]:
     elif (short_s := _missing_seconds(stream, packets)) > 0:
         missing = f"truncated: the last {short_s:.1f} s are not in the file"
     return packets, missing
+
+
+def _ends_with_a_packet(size: int, packets: np.ndarray) -> bool:
+    """Return whether the last transport packet of an MPEG-TS is whole; its first need not be."""
+    begins = int(packets["end"][-1] - packets["size"][-1]) if packets["end"][-1] else 0
+    return any((size - begins) % n == 0 for n in TS_PACKET)
 
 
 def _closed_until(stamps: np.ndarray) -> int:
