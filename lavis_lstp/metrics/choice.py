@@ -87,14 +87,17 @@ _FILL = (
     r"(?:(?:the|la|el|le|die|opci\u00f3n|option|choice|answer|letter|clearly|definitely|most|likely|probably|obviously"
     r"|simply|still|indeed|thus|actually|therefore|hence) )*[\"'\u2018\u201c]?"
 )
-_OTHER_ANSWERS = r"respuesta|opci\u00f3n|antwoord|jawaban(?:nya)?|r\u00e9ponse|antwort|resposta|risposta"
-"""An answer in Spanish, Dutch, Indonesian, French, German, Portuguese and Italian."""
+_OTHER_ANSWERS = (
+    r"respuesta|opci\u00f3n|antwoord|jawaban(?:nya)?|r\u00e9ponse|antwort|resposta|risposta|jibu"
+    r"|c\u00e2u tr\u1ea3 l\u1eddi|\u0111\u00e1p \u00e1n"
+)
+"""An answer in Spanish, Dutch, Indonesian, French, German, Portuguese, Italian, Swahili and Vietnamese."""
 _SAID = re.compile(
     r"(?:\b(?:ans|answer|assistant|prediction|response|output|result|guess|vote|pick|selection|selected|verdict"
     r"|solution|conclusion|option|choice|letter|correct|right|best|accurate|appropriate|suitable|likely|plausible|closest|nearest"
     rf"|{_OTHER_ANSWERS})\b"
     r"(?:(?! (?:options|choices|each|every|all)\b) [a-z]+){0,6}?"
-    r"(?:(?:'s| (?:is|be|es|est|ist|lautet|adalah|\u00e9|\u00e8)\b) ?:?| ?(?:[:=]>?|-+>?)) *"
+    r"(?:(?:'s| (?:is|be|es|est|ist|lautet|adalah|\u00e9|\u00e8|ni|l\u00e0)\b) ?:?| ?(?:[:=]>?|-+>?)) *"
     r"|\b(?:it|that)(?:'s| is(?: got to be)?| (?:must|should|would|could|might|may|has to|appears to|seems to"
     r"|would have to|can only|could only) be) "
     r"|\b(?:that|this|which) leaves (?:us with )?"
@@ -106,9 +109,10 @@ _SAID = re.compile(
     rf"|[\u53ea\u552f]\u6709(?:\u9009\u9879)? ?(?={_V} ?\u662f?\u6700?(?:\u5bf9|\u6b63\u786e|\u7b26\u5408|\u5408))"
     rf"|(?:\u6545|\u56e0\u6b64|\u6240\u4ee5)[,:]? ?(?={_V}[.\u3002]*(?:\s|$))"
     rf"|\bonly (?=(?:option |choice |answer )?{_V} (?:matches|fits|is|describes|explains|can|could|makes|remains)\b)"
-    r"|(?<![\u4e0d\u6ca1\u522b])(?:\u7b54\u6848|\u9009\u9879|\u9009\u62e9?|\u7b54\u3048|\u6b63\u89e3|\uc815\ub2f5|\u043e\u0442\u0432\u0435\u0442"
+    r"|(?<![\u4e0d\u6ca1\u522b])(?:\u7b54\u6848|\u9009\u9879|\u9009\u62e9?|\u7b54\u3048|\u6b63\u89e3|\ub2f5|\u043e\u0442\u0432\u0435\u0442"
+    r"|\u0627\u0644\u0625\u062c\u0627\u0628\u0629|\u0627\u0644\u062c\u0648\u0627\u0628|\u0e04(?:\u0e33|\u0e4d\u0e32)\u0e15\u0e2d\u0e1a|\u0909\u0924\u094d\u0924\u0930|\u0989\u09a4\u09cd\u09a4\u09b0"
     r"|\u8ba4\u4e3a|\u5e94\u8be5?\u662f)"
-    rf"(?:\u5e94\u8be5?|\u662f|\u4e3a|\u9009|\u306f|\uc740|[:\]\u3011]|\s)*){_FILL}{_V}",
+    rf"(?:\u5e94\u8be5?|\u662f|\u4e3a|\u9009|\u306f|\uc740|\u0647\u064a|\u0647\u0648|\u0e04\u0e37\u0e2d|\u09b9\u09b2(?:\u09cb)?|[:\]\u3011-]|\s)*){_FILL}{_V}",
     re.MULTILINE,
 )
 _AHEAD_OF_ANSWER = r"(?:(?:so|thus|hence|therefore|the|my|final|correct|right|best|most|likely|chosen|selected),? )*"
@@ -301,9 +305,10 @@ _AROUND = " \t\"'`*_()[]{}<>.,;:!?\u3002\u2026"
 _BEFORE = re.compile(rf"[{re.escape(_AROUND)}]*?(?=[<>]?\d|[^{re.escape(_AROUND)}]|$)")
 
 
+_WIDE = r"\u3001\uff09\uff0e\uff1a\u3011"  # signs behind a label that no blank needs to follow
 _NUMBERED = re.compile(
-    r"[(\[]?(?:([A-Za-z])(?: ?[).:\]\u3001]+\s*|\s+[-\u2013]\s+(?=[^\W\d_]{2}))(?![A-Za-z]\.)"
-    r"|(\d{1,2})(?: ?[).:\]\u3001]+\s+))(?=\S)"
+    rf"[(\[\uff08\u3010]?(?:([A-Za-z])(?: ?[).:\]{_WIDE}]+\s*|\s+[-\u2013]\s+(?=[^\W\d_]{{2}}))(?![A-Za-z]\.)"
+    r"|(\d{1,2})(?: ?(?:[).:\]\uff0e\uff1a]+\s+|[\u3001\uff09\u3011]+\s*)))(?=\S)"
 )
 """The letter or the number in front of an option: "A. dog", "(b) dog", "2) dog"."""
 

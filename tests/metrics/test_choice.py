@@ -507,11 +507,17 @@ def test_small_numbers_are_read_in_digits_and_words(text, options, number):
 PLACES = ["kitchen", "bedroom", "living room", "garden"]
 
 
-@pytest.mark.parametrize("form", ["{}. {}", "{}) {}", "({}) {}", "{}: {}", "[{}] {}", "{} - {}", "{}.{}"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        *("{}. {}", "{}) {}", "({}) {}", "{}: {}", "[{}] {}", "{} - {}", "{}.{}"),
+        *("\uff08{}\uff09{}", "{}\u3001{}", "\u3010{}\u3011{}", "{}\uff0e{}"),
+    ],
+)
 @pytest.mark.parametrize("labels", ["ABCD", "abcd", "1234", "0123"])
 def test_letters_and_numbers_in_front_of_options_are_no_words_of_theirs(form, labels):
     """Files of Video-MME's form have them; before, "a" alone went, as an article, and A was favoured."""
-    if labels.isdigit() and form in ("{}.{}", "{} - {}"):
+    if labels.isdigit() and form in ("{}.{}", "{} - {}", "{}\uff0e{}"):
         pytest.skip("may be numbers themselves")
     options = [form.format(label, place) for label, place in zip(labels, PLACES, strict=True)]
     assert choice_prompt("where?", options) == choice_prompt("where?", PLACES)
@@ -797,6 +803,16 @@ def test_a_unit_in_a_box_stands_behind_any_space_of_latex(form, space):
     "text",
     [
         *("Jawabannya adalah C", "Jadi, jawabannya adalah **C**.", "Jawaban: Jawaban: C", "Antwort:\n\nAntwort: C"),
+        *("\ub2f5\uc740 (C) \uc785\ub2c8\ub2e4", "\ub2f5: C", "Jibu ni (C)", "C\u00e2u tr\u1ea3 l\u1eddi l\u00e0 (C)"),
+        *(
+            "\u0627\u0644\u0625\u062c\u0627\u0628\u0629 \u0647\u064a (C)",
+            "\u0e04\u0e33\u0e15\u0e2d\u0e1a\u0e04\u0e37\u0e2d (C)",
+        ),
+        *(
+            "\u0909\u0924\u094d\u0924\u0930 (C) \u0939\u0948",
+            "\u0989\u09a4\u09cd\u09a4\u09b0 \u09b9\u09b2 (C)",
+            "\u041e\u0442\u0432\u0435\u0442 - (C)",
+        ),
         *("Antwort C", "Antwort C ist richtig.", "Ich w\u00e4hle Antwort (C)", "Respuesta C", "R\u00e9ponse C"),
     ],
 )
