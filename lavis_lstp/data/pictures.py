@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageFile, PngImagePlugin, UnidentifiedImageError
 
 from lavis_lstp.errors import VideoError
 
@@ -34,6 +34,9 @@ ENDINGS = tuple(".bmp .dib .jfif .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .
 """Files with these endings are pictures by their names; a GIF is a video."""
 DEFAULT_MAX_MEGAPIXELS = 64
 """Largest area of a picture or of a video's frame, in millions of pixels: 200 MB as RGB."""
+
+LARGEST_NOTE = PngImagePlugin.MAX_TEXT_MEMORY
+"""Bytes of a PNG's note or colour profile when unpacked: generators of pictures keep megabytes there."""
 
 BROKEN = (OSError, SyntaxError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RuntimeError)
 BROKEN += (EOFError, MemoryError, AssertionError, struct.error, zlib.error, Image.DecompressionBombError)
@@ -161,6 +164,8 @@ def _one_line(name: str, source: str | Path | bytes) -> Iterator[None]:
     except BROKEN as error:
         text = " ".join(str(error).split()) or type(error).__name__
         text = text if isinstance(source, bytes) else text.replace(str(source), name)
+        if "MAX_TEXT" in text:
+            text = f"its notes or its colour profile are of more than {LARGEST_NOTE >> 20} MB; save it without them"
         raise VideoError(f"{name}: cannot be read as a picture ({text})") from error
 
 
@@ -181,7 +186,7 @@ def _why_unknown(source: str | Path | bytes) -> str:
 
 
 _inside = 0
-_before: tuple[bool, int | None] = (False, None)
+_before: tuple[bool, int | None, int] = (False, None, 0)
 _counting = threading.Lock()
 
 
@@ -191,9 +196,10 @@ def _strict(max_megapixels: float) -> Iterator[None]:
     global _inside, _before
     with _counting:
         if not _inside:
-            _before = ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS
+            _before = ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK
         _inside += 1
         ImageFile.LOAD_TRUNCATED_IMAGES = False
+        PngImagePlugin.MAX_TEXT_CHUNK = max(_before[2], LARGEST_NOTE)
         # PIL's own limit, which also guards a file's inner tiles, must not be below the user's.
         Image.MAX_IMAGE_PIXELS = max(_before[1] or 0, Image.MAX_IMAGE_PIXELS or 0, int(max_megapixels * 1e6))
     try:
@@ -202,7 +208,7 @@ def _strict(max_megapixels: float) -> Iterator[None]:
         with _counting:
             _inside -= 1
             if not _inside:
-                ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = _before
+                ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK = _before
 
 
 def _orientation(picture: Image.Image, name: str) -> int:

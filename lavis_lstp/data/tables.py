@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,17 +18,30 @@ from lavis_lstp.errors import AnnotationError, ConfigError
 def delimited_rows(text: str, path: Path, delimiter: str) -> list[tuple[str, Any]]:
     """Rows of a text with one row a line, and names of columns in the first one; all cells are texts.
 
+    Where no comma stands in the first line of a table with commas, a semicolon parts the cells: Excel writes so in
+    countries that write 1,5.
+
     Raises:
         AnnotationError: it is no such table, a row has other cells than the first, or two columns have one name.
     """
     # TGIF-QA's quotes are part of the text; in a table with commas they hold cells together.
     quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
     # strict: a quote that nothing closes would make one cell of the rest of the file.
-    table = csv.DictReader(io.StringIO(text.lstrip("\ufeff")), delimiter=delimiter, quoting=quoting, strict=True)
+    text = text.lstrip("\ufeff")
+    head = text.partition("\n")[0]
+    skipped = 1 if (told := _TOLD.fullmatch(head)) else 0
+    if told:
+        delimiter, text = told[1], text.partition("\n")[2]
+    elif delimiter == "," and "," not in head and ";" in head:
+        delimiter = ";"
+    table = csv.DictReader(io.StringIO(text), delimiter=delimiter, quoting=quoting, strict=True)
     try:
-        rows = [(f"{path}, line {table.line_num}", row) for row in table]
+        rows = [(f"{path}, line {table.line_num + skipped}", row) for row in table]
     except csv.Error as error:
-        at, hint = f"{path}, line {table.line_num + 1}", "a quote in a cell is doubled, and the cell stands in quotes"
+        at, hint = (
+            f"{path}, line {table.line_num + skipped + 1}",
+            "a quote in a cell is doubled, and the cell stands in quotes",
+        )
         raise AnnotationError(f"{at}: cannot be read as a table ({error}); {hint}") from None
     twice = [name for name, count in Counter(table.fieldnames).items() if count > 1] if rows else []
     if twice:
@@ -38,6 +52,8 @@ def delimited_rows(text: str, path: Path, delimiter: str) -> list[tuple[str, Any
     return rows
 
 
+_TOLD = re.compile(r"sep=([,;\t])\r?")
+"""Excel's own first line says what parts the cells."""
 MOST_BYTES = 1 << 30
 """Size of a parquet file's columns when unpacked; the largest benchmark has 30 MB."""
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import io
 import json
 import logging
 import math
@@ -391,7 +393,7 @@ def test_wrong_rows_say_where(here):
     with pytest.raises(AnnotationError, match=r"entry 1: 'answer' must be a text or a number, got \['red'\]"):
         build("msvd_qa")
     change(here / "msvd_qa/test_qa.json", lambda rows: rows[1].update(answer="red", question="what \ud83d?"))
-    with pytest.raises(AnnotationError, match="test_qa.json, file: not JSON .*surrogates"):
+    with pytest.raises(AnnotationError, match="test_qa.json, file, entry 1, key 'question': half a character"):
         build("msvd_qa")
     (here / "mvbench/json/state_change.json").unlink()
     with pytest.raises(AnnotationError, match="lacks 1 of 20 files, first state_change.json"):
@@ -469,6 +471,24 @@ def test_quotes_are_text_where_tabs_part_the_cells(tmp_path):
     )
     (row,) = read_benchmark(BENCHMARKS["lstp_tgif_qa"], [path], tmp_path)
     assert (row["question"], row["answer"], row["category"]) == ('what is "it ?', 'a "cat', "object")
+
+
+@pytest.mark.parametrize("begin", ["", "\ufeff", "sep=;\n", "sep=;\r\n"])
+def test_a_table_whose_cells_semicolons_part_is_read(tmp_path, begin):
+    """As Excel writes it in countries that write 1,5; a cell with a semicolon or a line break stands in quotes."""
+    path = tmp_path / "val.csv"
+    asked = 'why; or\n"so", he says'
+    rows = [["1", "2", asked, "0", "5", "CW", "a, b", "c", "d", "e", "f"], ["1", "2", "how?", "1", "6", "CW", *"abcde"]]
+    text = io.StringIO()
+    names = ["video", "frame_count", "question", "answer", "qid", "type", "a0", "a1", "a2", "a3", "a4"]
+    csv.writer(text, delimiter=";").writerows([names, *rows])
+    path.write_text(begin + text.getvalue(), encoding="utf-8", newline="")
+    found = read_benchmark(BENCHMARKS["lstp_nextqa"], [path], tmp_path)
+    assert [row["question"] for row in found] == [asked, "how?"] and found[0]["options"][0] == "a, b"
+    path.write_text(begin + text.getvalue() + '1;2;"oh', encoding="utf-8", newline="")
+    line = 6 if begin.startswith("sep") else 5
+    with pytest.raises(AnnotationError, match=f"val.csv, line {line}: cannot be read as a table"):
+        read_benchmark(BENCHMARKS["lstp_nextqa"], [path], tmp_path)
 
 
 @pytest.mark.parametrize("cells", ["1,2,why,5,0,CW,3,a,b,c,d,e,and f", "1,2,why,5,0,CW,3,a,b,c,d"])

@@ -8,7 +8,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFile, TiffImagePlugin
+from PIL import Image, ImageFile, PngImagePlugin, TiffImagePlugin
 
 from lavis_lstp.data import pictures
 from lavis_lstp.data.annotation import read_annotation
@@ -309,6 +309,26 @@ def test_a_kind_of_a_format_that_is_not_read_is_called_by_the_format(tmp_path):
             picture_size(source, "x")
     with pytest.raises(VideoError, match=r"^x: .*none of BMP, GIF, .*convert it to one$"):
         open_picture(tmp_path / "a.jpg", "x")
+
+
+@pytest.mark.parametrize("kind", ["profile", "itxt", "ztxt"])
+def test_a_png_with_megabytes_of_notes_is_read(kind):
+    """Generators of pictures keep their settings there, printers their colours; PIL stops at one megabyte."""
+
+    def png_with(size: int) -> bytes:
+        notes = PngImagePlugin.PngInfo()
+        if kind == "itxt":
+            notes.add_itxt("workflow", "x" * size, zip=True)
+        elif kind == "ztxt":
+            notes.add_text("workflow", "x" * size, zip=True)
+        return stored(noise(), "PNG", pnginfo=notes, icc_profile=bytes(size) if kind == "profile" else None)
+
+    before = PngImagePlugin.MAX_TEXT_CHUNK
+    assert picture_size(png_with(5_000_000), "x") == (80, 60)
+    assert np.array_equal(open_picture(png_with(5_000_000), "x"), noise())
+    with pytest.raises(VideoError, match=r"^x: .*notes or its colour profile are of more than 64 MB; save it without"):
+        open_picture(png_with(70_000_000), "x")
+    assert before == PngImagePlugin.MAX_TEXT_CHUNK
 
 
 @pytest.mark.parametrize("pages", [1, 2])

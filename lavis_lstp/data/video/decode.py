@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
@@ -35,6 +35,7 @@ Visit = Callable[[Any, int, bool], None]  # picture, frame number, may others re
 OPEN = 16
 """In H.264 so many packets behind the key frame of an open group may name pictures from before it (5 were seen)."""
 STRICT = {"err_detect": "explode"}  # a damaged picture is an error, not a patched-up neighbour
+FIELDS = STRICT | {"ec": "0"}  # without concealing errors
 PATIENCE = 8  # key frames behind a frame that are passed over in search of a picture that tells its motion
 LOWRES = {"mpeg1video", "mpeg2video", "mpeg4", "mjpeg"}  # decoders that give pictures of 1/2, 1/4 or 1/8 of the side
 
@@ -241,15 +242,15 @@ SEEK_US = {True: 300, False: 8000}
 
 
 class _Reader:
-    """Decodes stretches of packets, in the order of the file, by one decoder; by a lenient one where `attempts` may.
+    """Decodes stretches of packets, in the order of the file, by one decoder; by a second one where `attempts` may.
 
     Args:
         opening: a container and its stream, anew, with the decoder's options.
     """
 
-    def __init__(self, opening, index, wanted, visit, around, count, *, strict=True):
+    def __init__(self, opening, index, wanted, visit, around, count, *, options=STRICT):
         self.opening, self.index = opening, index
-        self.container, self.stream = container, stream = opening(**(STRICT if strict else {}))
+        self.container, self.stream = container, stream = opening(**options)
         self.visit, self.around, self.count = around.add if around else visit, around, count
         self.wanted_pts = {int(index.packet_pts[index.frame_packet[i]]) for i in wanted}
         self.skip = stream.codec_context.name in SKIPPABLE and not index.by_count
@@ -259,7 +260,8 @@ class _Reader:
         self.referred: dict[int, bool] = {}
         self.failure: str | None = None
         self.starts_open = False  # the last stretch begins at a key frame that refers to nothing, but forgets nothing
-        self.given, self.lenient = (index, wanted, visit, around, count), None
+        self.by_fields = False  # the last stretch has a picture that MPEG-2 stores as two fields
+        self.given, self.second = (index, wanted, visit, around, count), None
 
     def read(self, stretch: Stretch) -> Iterator[tuple[int, Any]]:
         """(frame number, picture) of each frame wanted of a stretch.
@@ -318,23 +320,31 @@ class _Reader:
                 break
 
     def attempts(self, start: int, stop: int) -> Iterator[Iterator[Any]]:
-        """Yield the pictures of the packets [start, stop); once more by a lenient decoder, where the first refuses an
-        open group of H.264 for nothing.
+        """Yield the pictures of the packets [start, stop); once more by another decoder, where the first refuses fields
+        of MPEG-2, or an open group of H.264, for nothing.
 
-        The first pictures behind its key frame say what becomes of pictures before it, which nobody has. The decoder
-        calls that an error and keeps a picture back. It is none where all other packets decode without one.
+        Where it conceals errors, the decoder of MPEG-2 takes the other field for one. In H.264 the first pictures
+        behind a key frame say what becomes of pictures before it, which nobody has. The decoder calls that an error and
+        keeps a picture back. It is none where all other packets decode without one.
         """
         yield self._decode(start, stop)
-        if self.failure and self.starts_open:
+        if self.failure and self.by_fields:
+            yield self._otherwise(FIELDS)._decode(start, stop)
+            self.failure = self.second.failure
+        elif self.failure and self.starts_open:
             strict = _Reader(self.opening, *self.given) if self.index.by_count else self  # no times to seek by
             refused = self.failure
             for _ in strict._decode(start, stop, passed_over=OPEN):
                 pass
             if strict.failure is None:
-                if self.lenient is None:
-                    self.lenient = _Reader(self.opening, *self.given, strict=False)
-                yield _whole(self.lenient._decode(start, stop))
+                yield _whole(self._otherwise({})._decode(start, stop))
             self.failure = refused
+
+    def _otherwise(self, options: Mapping[str, str]) -> _Reader:
+        """A second reader of this stream, with other options of its decoder."""
+        if self.second is None:
+            self.second = _Reader(self.opening, *self.given, options=options)
+        return self.second
 
     def _decode(self, start: int, stop: int, passed_over: int = 0) -> Iterator[Any]:
         """Pictures of the packets [start, stop) in the order they are shown; ends early, with `failure` set, where
@@ -356,6 +366,9 @@ class _Reader:
                     self.count.packets += 1
                     if self.next_packet == start + 1:
                         self.starts_open = context.name == "h264" and not h264_forgets(bytes(item), context.extradata)
+                        self.by_fields = False
+                    if context.name == "mpeg2video":
+                        self.by_fields |= mpeg2_is_field(bytes(item))
                     if self.visit and context.name == "h264":
                         self.referred[item.pts] = h264_is_referred(bytes(item), context.extradata)
                     if self.skip:
@@ -477,6 +490,16 @@ def h264_is_referred(data: bytes, extradata: bytes | None) -> bool:
 def h264_forgets(data: bytes, extradata: bytes | None) -> bool:
     """Return True for a key frame behind which nothing refers to what is before it: an IDR picture (H.264 7.4.1)."""
     return any(unit & 31 == 5 for unit in _h264_slices(data, extradata))
+
+
+def mpeg2_is_field(data: bytes) -> bool:
+    """Return whether a packet begins with one field of a picture: picture_structure is 1 or 2 (H.262 6.3.10)."""
+    at = data.find(b"\0\0\1\xb5")
+    while 0 <= at < len(data) - 6:
+        if data[at + 4] >> 4 == 8:  # the extension of a picture
+            return data[at + 6] & 3 != 3
+        at = data.find(b"\0\0\1\xb5", at + 4)
+    return False
 
 
 def _h264_slices(data: bytes, extradata: bytes | None) -> list[int]:
