@@ -16,12 +16,12 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lavis_lstp.data.annotation import SECTION, check_object, parse, parse_rows, read_text
-from lavis_lstp.data.prompts import MEDIA_TOKENS, conversation_prompt, ends_with_user, question_prompt
+from lavis_lstp.data.prompts import MEDIA_TOKENS, Prompt, conversation_prompt, ends_with_user, question_prompt
 from lavis_lstp.data.video.reading import ENDINGS_IN_ANY_CASE
 from lavis_lstp.errors import AnnotationError, ConfigError, unknown_name
 from lavis_lstp.files import find_path
@@ -78,21 +78,7 @@ def _read_conversations(path: Path, kind: str, section: str) -> list[dict[str, A
     for place, row in parse_rows(_text_of_form(path, "conversations", section), path):
         if isinstance(row, dict) and "id" in row:
             place = f"{place} (id {row['id']!r})"
-        for key in ("image", "video"):
-            if isinstance(row, dict) and isinstance(row.get(key), list):
-                if len(row[key]) != 1:
-                    raise AnnotationError(f"{place}: '{key}' names {len(row[key])} files; a row has one")
-                row[key] = row[key][0]
-        check_object(row, place, ("id", "conversations"), ("image", "video", "model"))
-        media = [key for key in ("image", "video", "model") if key in row]
-        if len(media) > 1:
-            raise AnnotationError(f"{place}: has {' and '.join(media)}; expected one, or none of them for a text")
-        elsewhere = next(filter(MEDIUM_ELSEWHERE.fullmatch, row), None) if not media else None
-        if elsewhere:
-            raise AnnotationError(
-                f"{place}: has {elsewhere!r}, which is not read; a row has one file, as 'image' or 'video', or none"
-            )
-        if kind != (media[0] if media and media[0] != "model" else "text"):
+        if kind != _kind(row, place):
             entries.append(None)
             continue
         if not isinstance(row["conversations"], list):
@@ -101,18 +87,57 @@ def _read_conversations(path: Path, kind: str, section: str) -> list[dict[str, A
             prompt = conversation_prompt(row["conversations"])
         except AnnotationError as error:
             raise AnnotationError(f"{place}: {error}") from None
-        if ends_with_user(row["conversations"]):
-            odd.setdefault("end with the user's turn, which is learnt, as published", []).append(place)
-        if kind == "text" and any(token in prompt.prompt for token in MEDIA_TOKENS):
-            odd.setdefault("hold <image> or <video>, name no file and are learnt as texts", []).append(place)
-        if any(row.get(key) for key in ("system", "system_prompt")):
-            odd.setdefault("have a system prompt, which is not read", []).append(place)
+        for what in _odd(row, kind, prompt):
+            odd.setdefault(what, []).append(place)
         found = {kind: row[kind], "video_id": Path(row[kind]).stem} if kind != "text" else {"video_id": ""}
         texts = {"question": prompt.question, "prompt": prompt.prompt, "answer": prompt.answer}
         entries.append({"question_id": _id(row["id"], place), **found, **texts})
     for what, places in odd.items():
         logger.warning("%s: the first of %d conversations that %s", places[0], len(places), what)
     return entries
+
+
+def _kind(row: Any, place: str) -> str:
+    """Image, video or text; a list of one file becomes the file.
+
+    Raises:
+        AnnotationError: the row is of another form, or names its file otherwise.
+    """
+    for key in ("image", "video"):
+        if isinstance(row, dict) and isinstance(row.get(key), list):
+            if len(row[key]) != 1:
+                raise AnnotationError(f"{place}: '{key}' names {len(row[key])} files; a row has one")
+            row[key] = row[key][0]
+    check_object(row, place, ("id", "conversations"), ("image", "video", "model"))
+    media = [key for key in ("image", "video", "model") if key in row]
+    if len(media) > 1:
+        raise AnnotationError(f"{place}: has {' and '.join(media)}; expected one, or none of them for a text")
+    elsewhere = next(filter(MEDIUM_ELSEWHERE.fullmatch, row), None) if not media else None
+    if elsewhere:
+        raise AnnotationError(
+            f"{place}: has {elsewhere!r}, which is not read; a row has one file, as 'image' or 'video', or none"
+        )
+    if "chosen" in row or "rejected" in row:
+        what = "is a row of preferences ('chosen', 'rejected'), which are not read"
+        raise AnnotationError(
+            f"{place}: {what}; take them out, and put the answer behind the question as a turn of gpt"
+        )
+    return media[0] if media and media[0] != "model" else "text"
+
+
+def _odd(row: Mapping[str, Any], kind: str, prompt: Prompt) -> Iterator[str]:
+    """What is learnt of a row otherwise than its author may have thought."""
+    if ends_with_user(row["conversations"]):
+        yield "end with the user's turn, which is learnt, as published"
+    said = "".join(turn["value"] for turn in row["conversations"] if turn["from"] == "gpt")
+    if any(token in said for token in MEDIA_TOKENS):
+        yield "hold <image> or <video> in an answer, which begins with it then, as published"
+    elif kind == "text" and any(token in prompt.prompt for token in MEDIA_TOKENS):
+        yield "hold <image> or <video>, name no file and are learnt as texts"
+    if not prompt.answer.strip():
+        yield "have an empty answer"
+    if any(row.get(key) for key in ("system", "system_prompt")):
+        yield "have a system prompt, which is not read"
 
 
 def _read_questions(path: Path, root: Path, section: str) -> list[dict[str, Any]]:

@@ -126,6 +126,28 @@ def test_texts_with_a_medium_token_are_counted(tmp_path, caplog):
     assert "rows.json, entry 1 (id 1): the first of 2 conversations that hold <image> or <video>" in caplog.text
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_answers_with_a_medium_token_are_said_to_be_rewritten(tmp_path, caplog, kind):
+    """Markdown may hold one: the published code moves it to the front of every turn."""
+    medium = {} if kind == "text" else {kind: "a"}
+    rows = [
+        {"id": i, **medium, "conversations": turns("Parse it.", answer)}
+        for i, answer in enumerate(("#", "![1](<image>)"))
+    ]
+    _, row = read_instructions([written(tmp_path / "rows.json", rows)], kind=kind)
+    assert row["answer"] == "<image>\n![1]()"
+    assert "entry 1 (id 1): the first of 1 conversations that hold <image> or <video> in an answer" in caplog.text
+
+
+def test_preferences_and_empty_answers_are_not_taken_in_silence(tmp_path, caplog):
+    row = {"id": 7, "conversations": turns("What?"), "chosen": {"from": "gpt", "value": "A man."}}
+    with pytest.raises(AnnotationError, match=r"entry 0 \(id 7\): is a row of preferences \('chosen', 'rejected'\)"):
+        read_instructions([written(tmp_path / "rows.json", [row])], kind="text")
+    rows = [{"id": i, "conversations": turns("What?", answer)} for i, answer in enumerate(("A man.", " "))]
+    assert len(read_instructions([written(tmp_path / "rows.json", rows)], kind="text")) == 2
+    assert "entry 1 (id 1): the first of 1 conversations that have an empty answer" in caplog.text
+
+
 @pytest.mark.parametrize("key", ["system", "system_prompt"])
 def test_a_system_prompt_that_is_not_read_is_said(tmp_path, caplog, key):
     rows = [

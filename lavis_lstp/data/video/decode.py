@@ -293,7 +293,7 @@ class _Reader:
             if left and len(damaged) and damaged[0] <= packets[0]:
                 self._refuse(left[0], "damaged data before it")
             if left and start == 0:
-                self._refuse(left[0], self.failure or "the data are damaged or cut off")
+                self._refuse(left[0], self.failure or "the data are damaged, cut off or stamped with other times")
             if left:  # a key frame that decoding could not start from after all: take the one before
                 start = start_for(self.index, packets[0], before=start)
         if self.visit:
