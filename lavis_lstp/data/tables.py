@@ -38,11 +38,8 @@ def delimited_rows(text: str, path: Path, delimiter: str) -> list[tuple[str, Any
     try:
         rows = [(f"{path}, line {table.line_num + skipped}", row) for row in table]
     except csv.Error as error:
-        at, hint = (
-            f"{path}, line {table.line_num + skipped + 1}",
-            "a quote in a cell is doubled, and the cell stands in quotes",
-        )
-        raise AnnotationError(f"{at}: cannot be read as a table ({error}); {hint}") from None
+        at, hint = table.line_num + skipped + 1, "a quote in a cell is doubled, and the cell stands in quotes"
+        raise AnnotationError(f"{path}, line {at}: cannot be read as a table ({error}); {hint}") from None
     twice = [name for name, count in Counter(table.fieldnames).items() if count > 1] if rows else []
     if twice:
         raise AnnotationError(f"{path}: two columns have the name {twice[0]!r:.80}")
