@@ -333,7 +333,7 @@ def without_labels(options: Sequence[str]) -> list[str]:
     orders = (list(LETTERS), [str(n) for n in range(1, 100)], [str(n) for n in range(100)])
     texts = [option[match.end() :] for option, match in zip(options, found, strict=True)]
     in_order = any(labels == order[: len(labels)] for order in orders)
-    return texts if in_order and len(set(texts)) == len(set(options)) else list(options)
+    return texts if in_order and len(set(texts)) > 1 else list(options)
 
 
 def parse_choice(text: str, options: Sequence[str]) -> int | None:

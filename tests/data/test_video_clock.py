@@ -403,6 +403,20 @@ def test_a_joint_where_the_first_part_was_cut_off_never_shows_another_frame(tmp_
             assert shown == sorted(shown) and shown[-15:] == list(range(20, 35))
 
 
+def test_an_avi_whose_last_pictures_were_dropped_is_whole(tmp_path):
+    """Its header counts them, and its index, which a file that is cut off lacks, does not."""
+    raw = bytearray(write_tracks(tmp_path / "a.avi", Track(12, codec="mjpeg")).read_bytes())
+    for box, place in ((b"avih", 8 + 16), (b"strh", 8 + 32)):
+        at = raw.index(box) + place
+        assert int.from_bytes(raw[at : at + 4], "little") == 12
+        raw[at : at + 4] = (15).to_bytes(4, "little")
+    video = read_frames(bytes(raw), indices=range(12))
+    assert [read_number(frame) for frame in video.frames] == list(range(12))
+    assert video_index(bytes(raw), "a.avi").missing is None
+    cut = bytes(raw[: int(len(raw) * 0.6)])
+    assert "of 15 frames are in the file" in video_index(cut, "a.avi").missing
+
+
 # ---- the published rate --------------------------------------------------------------------------------------------
 
 

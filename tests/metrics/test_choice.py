@@ -854,6 +854,17 @@ def test_not_only_one_is_right_in_chinese(text):
     assert parse_choice(text, OPTIONS) is None
 
 
+def test_labels_of_options_two_of_which_say_the_same_are_left_out():
+    """As in a question of Video-MME."""
+    options = ["A. (a)(c)(b).", "B. (c)(a)(b).", "C. (c)(b)(a).", "D. (a)(c)(b)."]
+    assert "(B) (c)(a)(b)." in choice_prompt("In which order?", options)
+    for answer in ("The correct order is (c)(a)(b).", "(c)(a)(b)", "(B) (c)(a)(b).", "B", "B. (c)(a)(b)."):
+        assert parse_choice(answer, options) == 1, answer
+    colours = ["A. red", "B. blue", "C. green", "D. red"]
+    assert [parse_choice(answer, colours) for answer in ("It is blue.", "green", "D", "red")] == [1, 2, 3, 0]
+    assert without_labels(["A: 30", "B: 30"]) == ["A: 30", "B: 30"]
+
+
 SMALL = """The correct answer is @ because the mat is visible. | The answer is @, since it moves. | The answer is @
 Option @ is correct. | option @: it fits | The correct option is @ as he runs. | The right choice is @. | answer @"""
 
