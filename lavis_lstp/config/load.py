@@ -224,7 +224,7 @@ def option_value(raw: str, path: tuple[str, ...]) -> Any:
     """The value that the text behind `=` stands for, at the key `path`."""
     rule = rule_at(path)
     if rule is None or not rule.is_of_texts:
-        return _parse_whole(raw, path)
+        return parse(raw, path, option=True)
     begin = raw.lstrip()[:1]
     if begin in ("'", '"'):
         quoted = _quoted(raw)
@@ -232,17 +232,8 @@ def option_value(raw: str, path: tuple[str, ...]) -> Any:
             return quoted
     many = rule.kind != TEXT and begin == "[" or rule.limits.get("per_split") and begin == "{"
     if many or rule.kind == LIST:
-        return _parse_whole(raw, path)
+        return parse(raw, path, option=True)
     return None if raw.strip() in NULL else raw
-
-
-def _parse_whole(raw: str, path: tuple[str, ...]) -> Any:
-    """`parse` of an option's value, in which a comment of YAML would be a part that nobody reads."""
-    value = parse(raw, path)  # first: it limits the depth
-    node = yaml.compose(raw, Loader=Loader)
-    if raw[node.end_mark.index if node else 0 :].strip():
-        raise ConfigError(f"cannot apply --options {'.'.join(path)}={shortened(raw)}: {COMMENT}")
-    return value
 
 
 def _quoted(raw: str) -> str | None:
@@ -324,16 +315,18 @@ def _integer(loader: Loader, node: yaml.ScalarNode) -> int | str:
 Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 
 
-def parse(text: str, path: tuple[str, ...] = ()) -> Any:
+def parse(text: str, path: tuple[str, ...] = (), *, option: bool = False) -> Any:
     """The value of a YAML text that stands at `path` of a configuration.
 
     Raises:
         yaml.YAMLError: it is no YAML.
-        ConfigError: it has no end, or keys that are no words.
+        ConfigError: it has no end, or keys that are no words; an option has a comment, which nobody would read.
     """
     loader = Loader(text)
     try:
         node = loader.get_single_node()
+        if option and text[node.end_mark.index if node else 0 :].strip():
+            raise ConfigError(f"cannot apply --options {'.'.join(path)}={shortened(text)}: {COMMENT}")
         return None if node is None else _construct(loader, node, path)
     except RecursionError:
         raise ConfigError(f"nested more than {DEEPEST} levels deep") from None

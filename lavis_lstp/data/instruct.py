@@ -126,7 +126,7 @@ def _kind(row: Any, place: str) -> str:
 
 
 def _odd(row: Mapping[str, Any], kind: str, prompt: Prompt) -> Iterator[str]:
-    """What is learnt of a row otherwise than its author may have thought."""
+    """Yield what is learnt of a row otherwise than its author may have thought."""
     if ends_with_user(row["conversations"]):
         yield "end with the user's turn, which is learnt, as published"
     said = "".join(turn["value"] for turn in row["conversations"] if turn["from"] == "gpt")

@@ -170,7 +170,7 @@ def _one_line(name: str, source: str | Path | bytes) -> Iterator[None]:
 
 
 def _why_unknown(source: str | Path | bytes) -> str:
-    """What a file is that PIL does not take: it says the same of another format and of a kind that it cannot decode."""
+    """Return why PIL takes a file for no picture; PIL says the same of other formats and of kinds it cannot decode."""
     if isinstance(source, bytes):
         first = source[:16]
     else:

@@ -26,8 +26,11 @@ _WORD = re.compile(r"[^\W_]+")
 _COMMAND = re.compile(r"\\(?:fbox|boxed|text\w*|math\w+|bf|bm|emph|operatorname)\s*\{([^{}]*)\}")
 _INNER = re.compile(r"\\(?:bf|rm|it|tt|sf|bfseries)\b\s*|(?<=\{)\s*\{([^{}]*)\}\s*(?=\})")
 r"""LaTeX's old switches of fonts, and braces within braces: "{\bf B}", "{{B}}"."""
+_CONTROL = re.compile(r"<[|\uff5c][^<>|\uff5c\n]{1,40}[|\uff5c]>|</?s>|<(?:bos|eos|pad|start_of_turn|end_of_turn)>")
+"""Tokens of chat templates, as decoders that keep special tokens write them: `<|im_end|>`, `</s>`."""
 _MARKUP = re.compile(
-    r"[*`]+|(?<![^\W_])_+|_+(?![^\W_])|</?(?:[a-z]\w*|[A-Z]\w+)>|<([A-Z])>(?=[^\n<]{0,300}</\1>)|</[A-Z]>|<\|\w+\|>"
+    r"[*`]+|(?<![^\W_])_+|_+(?![^\W_])|</?(?:[a-z]\w*|[A-Z]\w+)>|<([A-Z])>(?=[^\n<]{0,300}</\1>)|</[A-Z]>"
+    rf"|{_CONTROL.pattern}"
     r"|\[/INST\]|\\[()\[\]]|(?<![\w$])\$+ ?([A-Za-z])(?: ?\$+|(?!\w))|\$(?=[({\[<\"][A-Za-z]\W)"
     r"|^[ \t]*(?:[-=]*>|[-\u2022\u2192\u21d2\u27a1\u25ba]|#{1,6})\ufe0f?[ \t]+",
     re.MULTILINE,
@@ -40,10 +43,6 @@ _MATH = re.compile(r"(?<![\w\\])(\$\$?)(?=[^\s$])([^$\n]{0,300})(?<=\S)\1(?!\w)|
 """A formula between dollars, which "$5 or $6" is not: a blank stands within, or a digit behind."""
 _THOUGHT_ENDS = re.compile(r"</think(?:ing)?>|\u25c1/think\u25b7", re.IGNORECASE)
 _THOUGHT = re.compile(r"<think(?:ing)?>|\u25c1think\u25b7", re.IGNORECASE)
-_CONTROL = re.compile(
-    r"<\|[\w -]{1,40}\|>|<\uff5c[^<>\n]{1,40}\uff5c>|</?s>|<(?:bos|eos|pad|start_of_turn|end_of_turn)>"
-)
-"""Tokens of chat templates, as decoders that keep special tokens write them: `<|im_end|>`, `</s>`."""
 _KEY = (
     r"(?:[a-z]+[ _-])*(?:answer|choice|option|letter|selection|prediction|pred|\u7b54\u6848)"
     r"(?:[ _-](?:letter|label|text|choice|option))?"

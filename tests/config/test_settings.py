@@ -117,7 +117,7 @@ def test_numbers_are_those_of_python():
     ("option", "said"),
     [
         ("run.init_lr=nan", "run.init_lr must be a number of at least 0 and at most 1000000, got 'nan'"),
-        ("run.seed=1e19", "run.seed must be "),
+        ("run.seed=1e19", f"run.seed must be a whole number of at least 0 and at most {2**62}, got 1e+19"),
         ("model.generation.length_penalty=-1e40", "a number or null, no larger than 2**63 - 1, got -1e+40"),
         ("run.init_lr=.inf", "run.init_lr must be a number of at least 0 and at most 1000000, got inf"),
         ("run.init_lr=0", "run.init_lr must be above 0 to train, got 0"),

@@ -475,7 +475,7 @@ def test_quotes_are_text_where_tabs_part_the_cells(tmp_path):
 
 @pytest.mark.parametrize("begin", ["", "\ufeff", "sep=;\n", "sep=;\r\n"])
 def test_a_table_whose_cells_semicolons_part_is_read(tmp_path, begin):
-    """As Excel writes it in countries that write 1,5; a cell with a semicolon or a line break stands in quotes."""
+    """Excel writes it in countries that write 1,5; a cell with a semicolon or a line break stands in quotes."""
     path = tmp_path / "val.csv"
     asked = 'why; or\n"so", he says'
     rows = [["1", "2", asked, "0", "5", "CW", "a, b", "c", "d", "e", "f"], ["1", "2", "how?", "1", "6", "CW", *"abcde"]]

@@ -398,7 +398,7 @@ def test_a_transparent_colour_of_sixteen_bits_is_refused():
     ("alpha", "wanted"), [((0, 0), (255, 0, 0)), ((255, 0), (255, 0, 0)), ((0, 255), (255, 255, 255))]
 )
 def test_a_bmp_whose_alpha_is_unused_is_shown(alpha, wanted):
-    """Of two red pixels the first: a program that writes no alpha leaves it at 0, under a header that has it."""
+    """A program that writes no alpha leaves it at 0, under a header that has it; here are two red pixels."""
     pixels = b"".join(bytes((0, 0, 255, value)) for value in alpha)
     masks = (0xFF0000, 0xFF00, 0xFF, 0xFF000000)
     info = struct.pack("<IiiHHIIiiII4I", 56, 2, 1, 1, 32, 3, len(pixels), 2835, 2835, 0, 0, *masks)

@@ -770,7 +770,7 @@ def test_questions_that_an_evaluation_lists_as_missing_count(tmp_path):
         ('{"question_id": "1", "answer": "a", "answer": "b"}\n', AnnotationError, "line 1: .*'answer' stands twice"),
         ("[]", AnnotationError, "holds no row"),
         ("[3]", AnnotationError, "entry 0: expected an object, got int"),
-        ('{"question_id": "1", "question": "q \\ud83d"}\n', AnnotationError, "key 'question': half a character"),
+        ('{"question_id": "1", "q": "\\ud83d"}\n', AnnotationError, "line 1, key 'q': half a character"),
         ('{"question_id": "1", "x": ' + "[" * 100_000, AnnotationError, "line 1: no complete JSON"),
         ('{"question_id": "1", "x": ' + "9" * 5000 + "}\n", AnnotationError, "line 1: no complete JSON"),
     ],

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lavis_lstp.errors import ConfigError, CoverageError
+from lavis_lstp.metrics.choice import parse_choice
 from lavis_lstp.metrics.grounding import entropy_bits, evaluate_spans, published_iou
 from lavis_lstp.metrics.qa import (
     _longest_common_subsequence,
@@ -159,6 +160,7 @@ def test_control_tokens_count_in_no_score(end):
     assert exact_match("dog", f"dog{end}") == exact_match("dog", f"<think>A cat?</think>dog{end}") == 1.0
     assert exact_match("3", "<|begin_of_box|>3<|end_of_box|>") == bleu_1(["3"], [f"3{end}"]) == 1.0
     assert exact_match("dog", "dog <b>") == 0.0
+    assert parse_choice(f"B{end}", ["a red car", "a blue car"]) == 1 and yes_or_no(f"Yes{end}") is True
 
 
 @pytest.mark.parametrize(

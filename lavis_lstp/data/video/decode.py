@@ -367,8 +367,8 @@ class _Reader:
                     if self.next_packet == start + 1:
                         self.starts_open = context.name == "h264" and not h264_forgets(bytes(item), context.extradata)
                         self.by_fields = False
-                    if context.name == "mpeg2video":
-                        self.by_fields |= mpeg2_is_field(bytes(item))
+                    if context.name == "mpeg2video" and not self.by_fields:
+                        self.by_fields = mpeg2_is_field(bytes(item))
                     if self.visit and context.name == "h264":
                         self.referred[item.pts] = h264_is_referred(bytes(item), context.extradata)
                     if self.skip:

@@ -394,8 +394,9 @@ def _read_packets(container: Any, stream: Any) -> tuple[np.ndarray, str | None]:
         step = _common_step(packets["dts"])
         held = int(packets["dts"].max()) + step
         packets["ticks"] = np.maximum(packets["ticks"], step)
-    # The index of an AVI stands at its end, and has none of the dropped pictures that the header counts.
-    if declared > max(held, len(packets)) and not ("avi" in container.format.name and indexed == len(packets) > 1):
+        if indexed == len(packets) > 1:  # the index, at the end of the file, has none of the pictures dropped there
+            held = max(held, declared)
+    if declared > max(held, len(packets)):
         missing = f"truncated: {len(packets)} of {declared} frames are in the file"
     elif (short_s := _missing_seconds(stream, packets)) > 0:
         missing = f"truncated: the last {short_s:.1f} s are not in the file"

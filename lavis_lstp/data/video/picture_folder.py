@@ -46,27 +46,37 @@ def pictures_in(folder: Path) -> list[Path]:
 
 
 def in_order(pictures: Sequence[Path]) -> list[Path]:
-    """Pictures in the natural order of their names, or by the numbers that these are.
-
-    Names that differ in one decimal number alone ("0.05.png", "0.1.png", "t1.25s.jpg") are seconds or places, and a
-    minus in front of some of them is one. In "1.9", "1.10" the second number counts by itself: decimals have as many
-    digits each, zeros behind their points ("1.05"), or none at their ends.
-    """
-    found = [_DECIMAL.fullmatch(path.stem) for path in pictures]
-    if None not in found and len({(m[1].rstrip("-"), m[4]) for m in found}) == 1:
-        signs, fractions = {m[1] for m in found}, {m[3] or "" for m in found}
-        minus = signs == {"", "-"}
-        values = [Decimal(f"{m[1] if minus else ''}{m[2]}") for m in found]
-        long = [fraction for fraction in fractions if len(fraction) > 1]
-        decimal = len({len(fraction) for fraction in fractions}) == 1 or any(one[0] == "0" for one in long)
-        decimal |= all(one[-1] != "0" for one in long)
-        if (len(signs) == 1 or minus) and decimal and len(set(values)) == len(values):
-            return [path for _, path in sorted(zip(values, pictures, strict=True))]
-    return sorted(pictures, key=lambda path: natural(path.name))
+    """Return pictures in the natural order of their names, or by the decimal numbers that these are."""
+    numbers = _decimals([path.stem for path in pictures])
+    if numbers is None:
+        return sorted(pictures, key=lambda path: natural(path.name))
+    return [path for _, path in sorted(zip(numbers, pictures, strict=True))]
 
 
 _DECIMAL = re.compile(r"(\D*?)(\d{1,30}(?:\.(\d{1,30}))?)(\D*)")
-"""What stands in front of the one number of a name, the number, the digits behind its point, and the rest."""
+"""The groups are what stands in front of a name's one number, the number, the digits behind its point, the rest."""
+
+
+def _decimals(names: Sequence[str]) -> list[Decimal] | None:
+    """Return the number of each name, where names differ in one decimal number alone, and each in another; else None.
+
+    These are seconds or places ("0.05", "0.1", "t1.25s"), and a minus in front of some of them is one. In "1.9", "1.10"
+    the second number counts by itself: decimals have as many digits each, zeros behind their points ("1.05"), or none
+    at their ends.
+    """
+    found = [_DECIMAL.fullmatch(name) for name in names]
+    if None in found or len({match[4] for match in found}) > 1:
+        return None
+    signs = {match[1] for match in found}
+    if len(signs) > 1 and signs != {"", "-"}:
+        return None
+    fractions = {match[3] or "" for match in found}
+    long = [fraction for fraction in fractions if len(fraction) > 1]
+    padded = len({len(fraction) for fraction in fractions}) == 1 or any(fraction[0] == "0" for fraction in long)
+    if not padded and any(fraction[-1] == "0" for fraction in long):
+        return None
+    numbers = [Decimal(f"{match[1] if len(signs) > 1 else ''}{match[2]}") for match in found]
+    return numbers if len(set(numbers)) == len(numbers) else None
 
 
 def natural(name: str) -> tuple[list[tuple[str, int]], str]:
